@@ -1,0 +1,40 @@
+"""Fine-tune LLaVA-OneVision-1.5 with Megatron, end to end. `snakemake` alone lists the targets; see README.md."""
+
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
+sys.path.insert(0, str(SCRIPTS))
+# Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything.
+PYTHON = f"cd {workflow.basedir} && {sys.executable} workflow_scripts/"
+
+from llava_sft.data.shards import FORMAT_VERSION
+from llava_sft.workflow import STEPS, Workflow, lift_stale_lock
+
+lift_stale_lock()
+flow = Workflow(overrides=config)
+
+
+rule targets:
+    localrule: True
+    params:
+        text=flow.overview(),
+    shell:
+        "printf '%s' {params.text:q}"
+
+
+include: "rules/data.smk"
+include: "rules/checkpoint.smk"
+include: "rules/train.smk"
+include: "rules/report.smk"
+
+
+for experiment in flow.experiments:
+    for step in STEPS:
+
+        rule:
+            name:
+                f"{step}_{experiment}"
+            localrule: True
+            input:
+                flow.target(step, experiment),

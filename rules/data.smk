@@ -1,0 +1,78 @@
+"""Raw records and images → WebDataset shards → .nv-meta index → inspection."""
+
+wildcard_constraints:
+    shard=r"(subtaskdata|heldout)-\d+",
+    experiment="|".join(flow.experiments),
+
+
+rule make_demo_vqa:
+    output:
+        "{exp_dir}/demo/train.jsonl",
+        "{exp_dir}/demo/heldout.jsonl",
+        directory("{exp_dir}/demo/images"),
+        directory("{exp_dir}/demo/LLaVA-OneVision-1.5-tiny"),
+    log:
+        "{exp_dir}/logs/make_demo_vqa.log",
+    benchmark:
+        "{exp_dir}/benchmarks/make_demo_vqa.tsv"
+    shell:
+        "{PYTHON}make_demo_vqa.py --output-dir {wildcards.exp_dir}/demo --checkpoint-dir {output[3]} > {log} 2>&1"
+
+
+rule stage2_sftdata2webdataset:
+    input:
+        # What changed in the raw file shows in the plan (params); its date alone reruns nothing.
+        ancient(flow.raw_of_shard),
+    output:
+        tar="{exp_dir}/data/{experiment}/webdatasets/{shard}.tar",
+        idx="{exp_dir}/data/{experiment}/webdatasets/{shard}.tar.idx",
+        samples="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.samples.jsonl",
+        stats="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.stats.json",
+        rejects="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.rejects.jsonl",
+    params:
+        job=flow.job_of_shard,
+        image_root=flow.path("image_root"),
+        format_version=FORMAT_VERSION,
+    log:
+        "{exp_dir}/logs/stage2_sftdata2webdataset/{experiment}/{shard}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/stage2_sftdata2webdataset/{experiment}/{shard}.tsv"
+    shell:
+        "{PYTHON}stage2_sftdata2webdataset.py --input {input} --image-root {params.image_root} {params.job}"
+        " --output-dir $(dirname {output.tar}) --parts-dir $(dirname {output.stats}) > {log} 2>&1"
+
+
+rule index_webdataset:
+    input:
+        shards=flow.shard_files,
+        raw=flow.raw_files,
+    output:
+        "{exp_dir}/data/{experiment}/dataset.json",
+    params:
+        folder=flow.path("webdatasets"),
+        counts=flow.shard_counts,
+        settings=flow.settings("max_reject_fraction"),
+    log:
+        "{exp_dir}/logs/index_webdataset/{experiment}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/index_webdataset/{experiment}.tsv"
+    shell:
+        "{PYTHON}index_webdataset.py {params.folder} {params.counts}"
+        " --max-reject-fraction {params.settings[max_reject_fraction]} --output {output} > {log} 2>&1"
+
+
+rule inspect_webdataset:
+    input:
+        flow.path("dataset"),
+    output:
+        json="{exp_dir}/data/{experiment}/inspect.json",
+        html="{exp_dir}/data/{experiment}/inspect.html",
+    params:
+        folder=flow.path("webdatasets"),
+    log:
+        "{exp_dir}/logs/inspect_webdataset/{experiment}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/inspect_webdataset/{experiment}.tsv"
+    shell:
+        "{PYTHON}inspect_webdataset.py {params.folder} --dataset {input}"
+        " --json {output.json} --html {output.html} > {log} 2>&1"

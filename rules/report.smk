@@ -1,0 +1,45 @@
+"""Evaluation on the held-out split, and the report."""
+
+
+rule evaluate:
+    input:
+        export=flow.path("export_done"),
+        dataset=flow.path("dataset"),
+    output:
+        "{exp_dir}/{run_name}_results/evaluation.json",
+    params:
+        folder="{exp_dir}/{run_name}_results/huggingface",
+        webdatasets=flow.path("webdatasets"),
+        settings=flow.settings("evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens"),
+    threads: workflow.cores
+    log:
+        "{exp_dir}/logs/evaluate/{run_name}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/evaluate/{run_name}.tsv"
+    shell:
+        "{PYTHON}evaluate.py {params.folder} {params.webdatasets} --dataset {input.dataset}"
+        " --by {params.settings[evaluate_by]} --samples {params.settings[evaluate_samples]}"
+        " --batch-size {params.settings[evaluate_batch_size]} --max-new-tokens {params.settings[max_new_tokens]}"
+        " --output {output} 2>&1 | tee {log}"
+
+
+rule report:
+    input:
+        resolved=flow.path("resolved"),
+        prediction=flow.path("prediction"),
+        dataset=flow.path("dataset"),
+        inspection=flow.path("inspection"),
+        train_done=flow.path("train_done"),
+        evaluation=flow.path("evaluation"),
+    output:
+        "{exp_dir}/{run_name}_results/report.html",
+    params:
+        run_dir=flow.path("run_dir"),
+    log:
+        "{exp_dir}/logs/report/{run_name}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/report/{run_name}.tsv"
+    shell:
+        "{PYTHON}report.py --resolved {input.resolved} --prediction {input.prediction} --dataset {input.dataset}"
+        " --inspect {input.inspection} --train-done {input.train_done} --run-dir {params.run_dir}"
+        " --evaluation {input.evaluation} --output {output} 2>&1 | tee {log}"

@@ -1,0 +1,37 @@
+"""Preflight and training."""
+
+
+rule preflight:
+    input:
+        flow.path("dataset"),
+        flow.path("converted_done"),
+    output:
+        resolved="{exp_dir}/{run_name}_results/resolved.json",
+        prediction="{exp_dir}/{run_name}_results/preflight.json",
+    params:
+        experiment=flow.experiment_of,
+        overrides=flow.override_arguments,
+        settings=flow.settings(),
+    log:
+        "{exp_dir}/logs/preflight/{run_name}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/preflight/{run_name}.tsv"
+    shell:
+        "{PYTHON}preflight.py {params.experiment} --config {params.overrides} 2>&1 | tee {log}"
+
+
+rule train:
+    input:
+        flow.path("resolved"),
+    output:
+        # The run directory itself is no output: Snakemake would delete its checkpoints.
+        "{exp_dir}/{run_name}_results/train.done.json",
+    params:
+        run_dir=flow.path("run_dir"),
+    threads: workflow.cores
+    log:
+        "{exp_dir}/logs/train/{run_name}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/train/{run_name}.tsv"
+    shell:
+        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output} 2>&1 | tee {log}"

@@ -1,0 +1,104 @@
+"""The architecture tables: sizes, names, and reading of config.json as found in the wild."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from llava_sft.errors import CheckpointError, SettingsError
+from llava_sft.model.config import PUBLISHED_TOKEN_IDS, ModelConfig, load_model_config
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "config/models"
+
+
+def published_names(size: str) -> dict[str, tuple[int, ...]]:
+    lines = (ROOT / f"tests/data/names_{size}.txt").read_text().splitlines()
+    return {name: tuple(map(int, shape.split(","))) for name, shape in (line.split("\t") for line in lines)}
+
+
+@pytest.mark.parametrize(("size", "count"), [("4b", 4_741_610_528), ("8b", 8_527_214_624)])
+def test_published_sizes_have_exactly_the_published_tensors(size, count):
+    model = load_model_config(MODELS / f"{size}.yaml")
+    assert model.hf_tensor_shapes() == published_names(size)
+    assert len(model.hf_tensor_shapes()) == 698
+    assert model.parameter_count() == count
+
+
+@pytest.mark.parametrize("size", ["tiny", "4b", "8b"])
+def test_hf_config_and_back(size):
+    model = load_model_config(MODELS / f"{size}.yaml")
+    hf = json.loads(json.dumps(model.to_hf_config()))
+    assert ModelConfig.from_hf_config(hf, name=size) == model
+    assert {key: hf[key] for key in PUBLISHED_TOKEN_IDS} == PUBLISHED_TOKEN_IDS
+
+
+def test_missing_keys_mean_the_published_defaults():
+    model = load_model_config(MODELS / "4b.yaml")
+    assert ModelConfig.from_hf_config({"model_type": "llavaonevision1_5"}, name="4b") == model
+    # what transformers 4.53 leaves of the 8B config: only the keys that differ from the class
+    sparse = {
+        "model_type": "llavaonevision1_5",
+        "vocab_size": 152064,
+        "text_config": {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "rope_theta": 1000000.0,
+            "rope_scaling": None,
+            "max_position_embeddings": 40960,
+        },
+        "vision_config": {"text_hidden_size": 4096},
+    }
+    assert ModelConfig.from_hf_config(sparse, name="8b") == load_model_config(MODELS / "8b.yaml")
+
+
+def test_rope_base_is_read_from_both_spellings():
+    hf = load_model_config(MODELS / "8b.yaml").to_hf_config()
+    theta = hf["text_config"].pop("rope_theta")
+    hf["text_config"]["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
+    assert ModelConfig.from_hf_config(hf).language.rotary_base == 1e6
+
+
+@pytest.mark.parametrize(
+    ("change", "mentioned"),
+    [
+        ({"model_type": "qwen2_vl"}, "qwen2_vl"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"text_config": {"tie_word_embeddings": True}}, "text_config.tie_word_embeddings"),
+        ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 4}}}, "yarn"),
+        ({"vision_config": {"temporal_patch_size": 2}}, "temporal_patch_size"),
+        ({"vision_config": {"text_hidden_size": 4096}}, "text_hidden_size"),
+        ({"text_config": {"num_key_value_heads": 5}}, "num_query_groups"),
+    ],
+)
+def test_another_architecture_is_refused_with_the_key(change, mentioned):
+    with pytest.raises(CheckpointError, match=mentioned):
+        ModelConfig.from_hf_config({"model_type": "llavaonevision1_5", **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "mentioned"),
+    [
+        ("name: x", "language: Field required"),
+        ("name: x\nheads: 3", "heads: Extra inputs"),
+        ("[1, 2", "not valid YAML"),
+        ("", "model: Input should be"),
+    ],
+)
+def test_a_wrong_model_file_is_one_clear_message(tmp_path, text, mentioned):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=mentioned) as error:
+        load_model_config(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_model_file_names_those_there_are():
+    with pytest.raises(SettingsError, match=r"tiny\.yaml"):
+        load_model_config(MODELS / "5b.yaml")
+
+
+def test_importing_the_config_does_not_import_torch():
+    code = "import sys, llava_sft.model.config, llava_sft.model.export_files; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,53 @@
+"""What the tests of conversion, index and inspection share: small raw data sets, converted in this process."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from llava_sft.data.plan import plan_ranges
+from llava_sft.data.shards import convert_range
+from PIL import Image
+
+SCRIPTS = Path(__file__).parent.parent / "workflow_scripts"
+
+
+def picture(name: str = "PNG", size: tuple[int, int] = (32, 28), mode: str = "RGB", **options: Any) -> bytes:
+    image = Image.linear_gradient("L").resize(size).convert(mode)
+    buffer = BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def record(number: int, images: list[str] | str | None = "a.png", **extra: Any) -> dict[str, Any]:
+    count = 0 if images is None else len(images) if isinstance(images, list) else 1
+    conversations = [
+        {"from": "human", "value": "<image>\n" * count + f"Question {number}?"},
+        {"from": "gpt", "value": f"Answer {number}."},
+    ]
+    return {"id": f"r{number}", **({} if images is None else {"image": images}), "conversations": conversations} | extra
+
+
+class Raw:
+    """A raw file and its image root under a folder; `convert` makes shards of it."""
+
+    def __init__(self, folder: Path, records: list[Any], name: str = "raw.jsonl"):
+        self.folder, self.path, self.images = folder, folder / name, folder / "images"
+        self.images.mkdir(parents=True, exist_ok=True)
+        (self.images / "a.png").write_bytes(picture())
+        (self.images / "b.jpg").write_bytes(picture("JPEG", (40, 30)))
+        self.wds, self.parts = folder / "wds", folder / "wds.parts"
+        lines = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in records]
+        self.path.write_bytes(b"".join(lines))
+
+    def convert(self, prefix: str = "subtaskdata", range_bytes: int = 600, only: set[int] | None = None) -> list[dict]:
+        return [
+            convert_range(self.path, self.images, self.wds, self.parts, prefix, part)
+            for part in plan_ranges(self.path, range_bytes)
+            if only is None or part.index in only
+        ]
+
+
+def contents(*folders: Path) -> dict[str, bytes]:
+    """Every file under some folders, by name."""
+    return {str(path.relative_to(f)): path.read_bytes() for f in folders for path in f.rglob("*") if path.is_file()}

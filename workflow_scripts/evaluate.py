@@ -1,0 +1,152 @@
+"""Answer the held-out split with the exported model, as a user of it would, and count exact matches.
+
+Every assistant turn is generated (greedily) after the true turns before it; a sample counts as right when each of its
+answers equals the true one, surrounding space aside.
+"""
+
+import argparse
+import base64
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+from llava_sft.checkpoint.start import MARKER
+from llava_sft.errors import exits_cleanly
+from llava_sft.files import fingerprint, read_json, write_json
+
+EXAMPLES = 12  # of right answers, and of wrong ones, kept with their pictures for the report
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model_dir", type=Path, help="exported Hugging Face folder")
+    parser.add_argument("webdatasets", type=Path, help="WebDataset folder with .nv-meta")
+    parser.add_argument("--dataset", type=Path, required=True, help="dataset.json of that folder")
+    parser.add_argument("--output", type=Path, required=True, help="evaluation.json")
+    parser.add_argument("--by", default="kind", help="the record's key that accuracy is reported by")
+    parser.add_argument("--samples", default="all", help="all, or the number of samples")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    args = parser.parse_args()
+
+    depends = fingerprint(
+        [
+            read_json(args.model_dir / MARKER)["depends"],
+            read_json(args.dataset)["fingerprint"],
+            [args.by, args.samples, args.batch_size, args.max_new_tokens],
+        ]
+    )
+    kept = args.output.with_name(f".{args.output.name}.kept")  # Snakemake deletes the output itself before a rerun
+    if kept.is_file() and read_json(kept)["depends"] == depends:
+        write_json(args.output, read_json(kept))
+        print(f"{args.output}: the same model and data, nothing to evaluate")
+        return
+
+    result = evaluate(args) | {"depends": depends}
+    write_json(kept, result)
+    write_json(args.output, result)
+    if result["samples"]:
+        print(f"{args.output}: {result['correct']} of {result['samples']} right = {result['accuracy']:.1%}")
+    for name, group in result["groups"].items():
+        print(f"  {name:20} {group['correct']:5} of {group['samples']:5} = {group['correct'] / group['samples']:.1%}")
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    from llava_sft.data.heldout import read_split
+
+    limit = None if args.samples == "all" else int(args.samples)
+    samples = list(islice(read_split(args.webdatasets, "val"), limit))
+    empty = {"split": "val", "samples": 0, "correct": 0, "accuracy": None, "by": args.by, "groups": {}, "examples": []}
+    if not samples:
+        print(f"{args.webdatasets} has no held-out split: nothing to evaluate", file=sys.stderr)
+        return empty
+
+    began = time.monotonic()
+    questions = [(sample, turn) for sample in samples for turn, m in enumerate(sample.messages) if m["role"] == "assistant"]
+    answers = answer(args, questions)
+    predictions: dict[int, list[tuple[str, str]]] = {}
+    for (sample, turn), prediction in zip(questions, answers, strict=True):
+        predictions.setdefault(id(sample), []).append((sample.messages[turn]["content"].strip(), prediction.strip()))
+
+    groups: dict[str, dict[str, int]] = {}
+    examples: dict[bool, list[dict]] = {True: [], False: []}
+    for sample in samples:
+        pairs = predictions[id(sample)]
+        right = all(truth == prediction for truth, prediction in pairs)
+        group = groups.setdefault(str(sample.meta.get(args.by, "all")), {"samples": 0, "correct": 0})
+        group["samples"] += 1
+        group["correct"] += right
+        if len(examples[right]) < EXAMPLES:
+            examples[right].append(example(sample, pairs, right, args.by))
+    correct = sum(group["correct"] for group in groups.values())
+    return empty | {
+        "samples": len(samples),
+        "correct": correct,
+        "accuracy": correct / len(samples),
+        "groups": dict(sorted(groups.items())),
+        "seconds": round(time.monotonic() - began, 1),
+        "examples": examples[False] + examples[True],
+    }
+
+
+def answer(args: argparse.Namespace, questions: list[tuple]) -> list[str]:
+    """Greedy answers, in order; batches hold questions of like length, so that little is padded."""
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from llava_sft.data.images import decode_rgb
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(args.model_dir, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(args.model_dir, trust_remote_code=True, dtype="auto")
+    model = model.to(device).eval()
+    texts = [
+        processor.apply_chat_template(sample.messages[:turn], add_generation_prompt=True, tokenize=False)
+        for sample, turn in questions
+    ]
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i][0].images), len(texts[i])))
+    answers: dict[int, str] = {}
+    for start in tqdm(range(0, len(order), args.batch_size), "evaluating", unit="batch", disable=not sys.stderr.isatty()):
+        rows = order[start : start + args.batch_size]
+        images = [
+            decode_rgb(data)
+            for i in rows
+            for data in questions[i][0].images[: count_images(questions[i])]
+        ]
+        inputs = processor(
+            text=[texts[i] for i in rows], images=images or None, padding=True, padding_side="left", return_tensors="pt"
+        ).to(device)
+        with torch.inference_mode():
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens)
+        generated = output[:, inputs["input_ids"].shape[1] :]
+        answers.update(zip(rows, processor.batch_decode(generated, skip_special_tokens=True), strict=True))
+    return [answers[i] for i in range(len(questions))]
+
+
+def count_images(question: tuple) -> int:
+    """Images shown before the turn that is asked for."""
+    sample, turn = question
+    return sum(message["content"].count("<image>") for message in sample.messages[:turn])
+
+
+def example(sample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
+    return {
+        "id": sample.id,
+        "group": str(sample.meta.get(by, "all")),
+        "question": "\n".join(m["content"] for m in sample.messages if m["role"] == "user"),
+        "answer": "\n".join(truth for truth, _ in pairs),
+        "prediction": "\n".join(prediction for _, prediction in pairs),
+        "correct": right,
+        "images": [f"data:{mime(data)};base64,{base64.b64encode(data).decode()}" for data in sample.images],
+    }
+
+
+def mime(data: bytes) -> str:
+    return "image/png" if data.startswith(b"\x89PNG") else "image/webp" if data[8:12] == b"WEBP" else "image/jpeg"
+
+
+if __name__ == "__main__":
+    main()

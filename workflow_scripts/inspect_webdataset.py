@@ -1,0 +1,61 @@
+"""Look at a WebDataset: is it whole, does its index fit, what is in it. Exit code 1 when it is broken."""
+
+import argparse
+from pathlib import Path
+
+from llava_sft.data.inspect import inspect_webdataset, render_html
+from llava_sft.data.plan import default_parts_dir
+from llava_sft.errors import DataError, exits_cleanly
+from llava_sft.files import read_json, write_json, write_text
+
+PROBLEMS_PRINTED = 10
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards and .nv-meta")
+    parser.add_argument("--parts-dir", type=Path, help="what the conversion noted (WDS_DIR.parts, if there)")
+    parser.add_argument(
+        "--dataset", type=Path, metavar="DATASET.json", help="check the counts of this dataset file too"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
+    parser.add_argument("--seed", type=int, default=0, help="of the gallery and of the images decoded (%(default)s)")
+    args = parser.parse_args()
+    if args.dataset and not args.dataset.is_file():
+        raise DataError(
+            f"dataset file {args.dataset} does not exist", "run index_webdataset.py, or leave --dataset out"
+        )
+
+    report, gallery = inspect_webdataset(
+        args.wds_dir,
+        args.parts_dir or default_parts_dir(args.wds_dir),
+        read_json(args.dataset) if args.dataset else None,
+        args.seed,
+    )
+    if args.json:
+        write_json(args.json, report)
+    if args.html:
+        write_text(args.html, render_html(report, gallery))
+
+    for split, counts in report["splits"].items():
+        print(f"{split}: {counts['samples']:,} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB")
+    for name in ("turns", "images per sample", "answer length"):
+        if values := report["distributions"].get(name):
+            print(f"{name}: median {values['median']}, 95 % up to {values['p95']}, largest {values['max']}")
+    if rejects := report["rejects"]:
+        print(f"rejects: {rejects['rejected']:,} of {rejects['read']:,} records")
+    for note in report["notes"]:
+        print(f"note: {note}")
+    for check in report["checks"]:
+        verdict = f"{check['problems']:,} wrong" if check["problems"] else "ok"
+        print(f"{check['name']}: {check['looked_at']:,} looked at, {verdict}")
+    if report["problems"]:
+        first = "\n".join(f"  {p['where']}: {p['what']}" for p in report["problems"][:PROBLEMS_PRINTED])
+        raise DataError(f"{args.wds_dir} is broken. The first problems:\n{first}", "convert or index it again")
+    print(f"{args.wds_dir} is whole" + (f"; see {args.html}" if args.html else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Every setting of an experiment, checked before anything runs, and the rules that work out what is left at `auto`.
+
+Notable:
+- precedence: config/config.yaml < config/experiments/X.yaml < the command line (`--config lr=5e-6`);
+- names are Megatron's; an unknown key, a wrong type or an impossible combination is one message with file, key, value,
+  rule and fix;
+- this module is imported while Snakemake builds its DAG: it must stay light (no torch).
+"""
+
+import difflib
+import math
+import os
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from llava_sft.errors import SettingsError
+
+CONFIG_DIR = Path("config")
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """One experiment's settings as the user gave them; `auto` is still `auto`. Comments: config/config.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiment: str
+    # where
+    exp_dir: Path
+    run_tag: str = Field(pattern=r"^[A-Za-z0-9._-]*$")
+    # data
+    raw_data: Path | None
+    heldout_data: Path | None
+    image_root: Path | None
+    webdatasets: Path | None
+    shard_bytes: Positive
+    max_reject_fraction: Fraction
+    min_pixels: Positive
+    max_pixels: Positive
+    # model
+    model: str
+    load: str
+    tokenizer: Path | None
+    stage: Literal["sft"]
+    # batches and length
+    seq_length: Positive
+    micro_batch_size: Positive
+    global_batch_size: Positive | Auto
+    train_iters: Positive | Auto
+    epochs: Annotated[float, Field(gt=0)]
+    # optimizer
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)]
+    lr_decay_style: Literal["cosine", "linear", "constant"]
+    lr_warmup_fraction: Fraction
+    weight_decay: Annotated[float, Field(ge=0)]
+    adam_beta1: Fraction
+    adam_beta2: Fraction
+    adam_eps: Annotated[float, Field(gt=0)]
+    clip_grad: Annotated[float, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
+    # run
+    bf16: bool | Auto
+    save_interval: Positive | Auto
+    log_interval: Positive
+    num_workers: Positive | Auto
+    gpus_per_node: Annotated[int, Field(ge=0)] | Auto
+    tensor_model_parallel_size: Positive
+    pipeline_model_parallel_size: Positive
+    # evaluation
+    evaluate_by: str
+    evaluate_samples: Positive | Literal["all"]
+    evaluate_batch_size: Positive
+    max_new_tokens: Positive
+
+    @field_validator("lr", "min_lr", "adam_eps", "weight_decay", mode="before")
+    @classmethod
+    def _plain_exponent(cls, value: Any) -> Any:
+        """YAML reads `1e-5` as text and only `1.0e-5` as a number; people write both."""
+        return float(value) if isinstance(value, str) and _is_number(value) else value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Settings":
+        if (self.raw_data is None) == (self.webdatasets is None):
+            raise ValueError(
+                "raw_data | exactly one of raw_data (to convert) and webdatasets (a finished folder) is needed | "
+                "set the one you have and leave the other out"
+            )
+        if self.webdatasets is not None and self.heldout_data is not None:
+            raise ValueError(
+                "heldout_data | a finished webdatasets folder brings its own validation split | remove heldout_data"
+            )
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels | {self.min_pixels} is above max_pixels {self.max_pixels} | lower min_pixels")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr | {self.min_lr} is above lr {self.lr} | lower min_lr or raise lr")
+        if self.global_batch_size != "auto" and self.gpus_per_node != "auto":
+            check_global_batch_size(self.global_batch_size, self.micro_batch_size, data_parallel_size(self, self.gpus_per_node))
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """`stage2_sft_vqa`, or `stage2_sft_vqa_<run_tag>`."""
+        return f"stage2_sft_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def experiments() -> list[str]:
+    """Names of all experiments: the files of config/experiments/ but for the template."""
+    return sorted(path.stem for path in (CONFIG_DIR / "experiments").glob("*.yaml") if path.stem != "TEMPLATE")
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file", "`snakemake` lists the experiments there are") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}", "mend that line") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: holds a {type(content).__name__}, not `key: value` lines", "see TEMPLATE.yaml")
+    return content
+
+
+def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read and check the settings of one experiment; `overrides` are those of the command line."""
+    experiment_file = CONFIG_DIR / "experiments" / f"{experiment}.yaml"
+    layers = [
+        (str(CONFIG_DIR / "config.yaml"), read_yaml(CONFIG_DIR / "config.yaml")),
+        (str(experiment_file), read_yaml(experiment_file)),
+        ("--config", overrides or {}),
+    ]
+    values: dict[str, Any] = {"experiment": experiment}
+    origin: dict[str, str] = {}
+    for name, layer in layers:
+        values.update(layer)
+        origin.update(dict.fromkeys(layer, name))
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise SettingsError(*_explain(error, values, origin, str(experiment_file))) from None
+
+
+def _explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
+    """The first fault as (problem, fix)."""
+    fault = error.errors()[0]
+    if fault["type"] == "value_error" and not fault["loc"]:
+        key, rule, fix = fault["msg"].removeprefix("Value error, ").split(" | ")
+        return f"{origin.get(key, experiment_file)}: {key}: {rule}", fix
+    key = str(fault["loc"][0])
+    where = origin.get(key, experiment_file)
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Settings.model_fields, n=1)
+        return f"{where}: unknown setting {key!r}", f"did you mean {near[0]}?" if near else "see config/config.yaml"
+    if fault["type"] == "missing":
+        return f"{where}: {key} is missing", f"add a line `{key}: …`; config/config.yaml explains it"
+    rules = " or ".join(sorted({f["msg"][0].lower() + f["msg"][1:] for f in error.errors() if f["loc"][0] == key}))
+    return f"{where}: {key}: {values.get(key)!r}: {rules}", f"change {key}; config/config.yaml explains it"
+
+
+# ---------------------------------------------------------------------------------------------- auto
+
+
+def gpu_count() -> int:
+    """GPUs of this machine, without importing torch (`CUDA_VISIBLE_DEVICES` is respected)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return _installed_gpus()
+
+
+@lru_cache(maxsize=1)
+def _installed_gpus() -> int:
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def data_parallel_size(settings: Settings, gpus: int) -> int:
+    """Model replicas: processes divided by tensor × pipeline parallel size. Without a GPU one process runs per replica."""
+    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    if gpus and gpus % model_parallel:
+        raise SettingsError(
+            f"gpus_per_node {gpus} is not a multiple of tensor_model_parallel_size × pipeline_model_parallel_size "
+            f"= {model_parallel}",
+            f"use {model_parallel} GPUs or a multiple of it, or smaller parallel sizes",
+        )
+    return max(1, gpus // model_parallel)
+
+
+def check_global_batch_size(global_batch_size: int, micro_batch_size: int, replicas: int) -> None:
+    """Raise SettingsError, naming the two nearest, unless it is a multiple of MBS × data-parallel size."""
+    unit = micro_batch_size * replicas
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        raise SettingsError(
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} × "
+            f"data-parallel size {replicas} = {unit}",
+            f"global_batch_size: {near}",
+        )
+
+
+def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int:
+    """Steps for `epochs` over `samples`, raised to two significant digits (3,125 → 3,200; 1,250 → 1,300)."""
+    steps = math.ceil(epochs * samples / global_batch_size)
+    unit = 10 ** max(0, len(str(steps)) - 2)
+    return math.ceil(steps / unit) * unit
+
+
+def auto_save_interval(train_iters: int) -> int:
+    """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100)."""
+    power = 1
+    while True:
+        for step in (1, 2, 5):
+            if math.ceil(train_iters / (step * power)) <= 16:
+                return step * power
+        power *= 10
+
+
+def auto_num_workers(cores: int, gpus: int) -> int:
+    """Loader processes per rank: half the cores, at most four per GPU, at least one."""
+    return max(1, min(cores // 2, 4 * max(1, gpus)))
+
+
+def resolve(settings: Settings, train_samples: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """All values that training uses, and for each that was `auto` the sentence that says where it came from."""
+    why: dict[str, str] = {}
+    values = settings.model_dump(mode="json")
+
+    def settle(name: str, value: Any, reason: str) -> Any:
+        if values[name] == "auto":
+            values[name], why[name] = value, reason
+        return values[name]
+
+    found = gpu_count()
+    gpus = settle("gpus_per_node", found, "GPUs of this machine" if found else "no GPU here: one process on the CPU")
+    replicas = data_parallel_size(settings, gpus)
+    mbs = settings.micro_batch_size
+    gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
+    check_global_batch_size(gbs, mbs, replicas)
+    iters = settle(
+        "train_iters",
+        auto_train_iters(train_samples, settings.epochs, gbs),
+        f"{settings.epochs:g} epochs × {train_samples:,} samples / {gbs}, raised to two digits",
+    )
+    settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {iters:,} steps")
+    cores = len(os.sched_getaffinity(0))
+    settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")
+    settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
+    return values, why
+
+
+def warnings(settings: Settings, untrained: bool) -> list[str]:
+    """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
+    if not untrained and not 1e-6 <= settings.lr <= 5e-5:
+        return [
+            f"lr {settings.lr:g} is outside 1e-6 … 5e-5, the range for trained LLM weights: "
+            "5e-6 or 1e-6 if the loss is unstable, 2e-5 or 5e-5 if it falls too slowly"
+        ]
+    return []

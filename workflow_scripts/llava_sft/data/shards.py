@@ -1,0 +1,218 @@
+"""One conversion job: a range of a raw file → one WebDataset shard, its index, and what is known about its samples.
+
+Notable: everything in one pass. Tar headers are formatted here (Python's tarfile takes longer for a header than the
+disk for an image), and the offsets noted on the way are the `.tar.idx` and the rows of `index.sqlite`. The same input
+gives the same bytes: no dates, no owners. The statistics file is written last; a shard without it is not made.
+"""
+
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+import xxhash
+
+from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageRoot, check_image
+from llava_sft.data.plan import TRAIN_PREFIX, Range, raw_size, shard_name
+from llava_sft.data.records import Line, Rejected, Sample, parse_json, parse_llava, read_lines
+from llava_sft.errors import DataError
+from llava_sft.files import atomic_file, write_json
+
+FORMAT_VERSION = 1  # raise it when the same input gives other shards: all of them are then converted again
+
+TAR_BLOCK = 512
+TAR_RECORD = 20 * TAR_BLOCK  # tar files are padded to whole records
+WRITE_BYTES = 256 << 10  # joined and written at once: few system calls, and still in the processor's cache for the hash
+PROGRESS_RECORDS = 256
+
+
+class TarWriter:
+    """Writes plain ustar members (mode 644, no owner, time 0) and hashes the file's bytes on the way."""
+
+    # name, mode, uid, gid, size, mtime, checksum, type, link name, magic, version: IEEE 1003.1 ustar, octal text fields
+    _TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+    _IDS = b"0000644\0" + b"0000000\0" * 2
+    _TIME = b"00000000000\0"
+    _FIXED_SUM = sum(_IDS) + sum(_TIME) + sum(_TAIL) + 8 * ord(" ")
+
+    def __init__(self, file: BinaryIO):
+        self.offset = 0  # bytes: where the next member's header goes
+        self._file = file
+        self._pending: list[bytes] = []
+        self._pending_end = WRITE_BYTES
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes."""
+        name_bytes, size = name.encode(), len(data)
+        size_bytes = b"%011o\0" % size
+        checksum = self._FIXED_SUM + sum(name_bytes) + sum(size_bytes)
+        header = b"%s%s%s%s%06o\0 %s" % (
+            name_bytes.ljust(100, b"\0"), self._IDS, size_bytes, self._TIME, checksum, self._TAIL
+        )  # fmt: skip
+        self._pending += (header, data, bytes(-size % TAR_BLOCK))
+        content = self.offset + TAR_BLOCK
+        self.offset = content + size + -size % TAR_BLOCK
+        if self.offset >= self._pending_end:
+            self._flush()
+        return content
+
+    def finish(self) -> str:
+        """Write the end of the archive; return the xxh3_128 of the whole file, in hexadecimal."""
+        padded = -(-(self.offset + 2 * TAR_BLOCK) // TAR_RECORD) * TAR_RECORD
+        self._pending.append(bytes(padded - self.offset))
+        self._flush()
+        return self._hash.hexdigest()
+
+    def _flush(self) -> None:
+        block = b"".join(self._pending)
+        self._hash.update(block)
+        self._file.write(block)
+        self._pending.clear()
+        self._pending_end = self.offset + WRITE_BYTES
+
+
+def convert_range(
+    raw: Path | str,
+    image_root: Path | str,
+    wds_dir: Path,
+    parts_dir: Path,
+    prefix: str,
+    part: Range,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    progress: Callable[[int, int, int], Any] = lambda raw_bytes, records, tar_bytes: None,
+) -> dict[str, Any]:
+    """Convert one range of a LLaVA JSONL file; return its statistics.
+
+    Writes `PREFIX-NNNNN.tar` and `.tar.idx` in `wds_dir`; `.samples.jsonl`, `.rejects.jsonl` and `.stats.json` in
+    `parts_dir`. A bad record goes to the rejects and its neighbours are kept. `progress` gets what has been done so far
+    in this range: bytes read, records read, bytes of tar.
+    Errors: DataError when the raw file or the image root is missing, the range lies beyond the file's end, or the file
+    changes meanwhile.
+    """
+    images = ImageRoot(image_root)
+    size = raw_size(raw)
+    if not 0 <= part.start < part.end <= size:
+        raise DataError(
+            f"range {part.start}-{part.end} does not lie in {raw}, which has {size} bytes",
+            "plan again (the file has changed since), or give 0 <= start < end <= size",
+        )
+    name = shard_name(prefix, part.index)
+    key_prefix = "" if prefix == TRAIN_PREFIX else prefix[0]  # a key is unique in the whole data set, both splits
+    stats_path = parts_dir / f"{name}.stats.json"
+    reasons: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    raw_hash = xxhash.xxh3_128()
+    starts: list[int] = []  # byte offset of each sample in the tar
+    read = lines = image_count = 0
+    for folder in (wds_dir, parts_dir):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError("no write permission")
+        except OSError as error:
+            raise DataError(f"can not write to {folder}: {error}", "choose a folder that you may write to") from None
+        for leftover in folder.glob(f".{name}.*.tmp"):  # of a killed job: nobody else works on this shard
+            leftover.unlink(missing_ok=True)
+    stats_path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        file = stack.enter_context(open(raw, "rb", buffering=1 << 20))
+        samples_file = stack.enter_context(atomic_file(parts_dir / f"{name}.samples.jsonl"))
+        rejects_file = stack.enter_context(atomic_file(parts_dir / f"{name}.rejects.jsonl"))
+        idx_file = stack.enter_context(atomic_file(wds_dir / f"{name}.tar.idx"))
+        tar = TarWriter(stack.enter_context(atomic_file(wds_dir / f"{name}.tar")))
+        before = os.fstat(file.fileno())
+        for line in read_lines(file, part.start, part.end, raw_hash.update):
+            lines += 1
+            record = None
+            try:
+                record = parse_json(line)
+                if record is None:
+                    continue
+                read += 1
+                sample = parse_llava(record)
+                blobs = [images.read(path) for path in sample.images]
+                infos = [check_image(blob, max_image_pixels) for blob in blobs]
+            except Rejected as rejected:
+                read += record is None
+                reasons[rejected.reason] += 1
+                rejects_file.write(_reject_row(raw, line, record, rejected))
+            else:
+                key = f"{key_prefix}{part.index:05d}_{len(starts):06d}"
+                starts.append(tar.offset)
+                samples_file.write(_add_sample(tar, key, sample, blobs, infos))
+                image_count += len(blobs)
+                if "kind" in sample.meta:
+                    kinds[str(sample.meta["kind"])] += 1
+            if not lines % PROGRESS_RECORDS:
+                progress(line.offset - part.start, read, tar.offset)
+        idx_file.write(struct.pack(f"<{len(starts) + 1}Q", *starts, tar.offset))
+        tar_hash = tar.finish()
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise DataError(f"{raw} changed while it was read", "convert again when nothing writes to it any more")
+    stats = {
+        "format_version": FORMAT_VERSION,
+        "shard": name,
+        "raw": {
+            "path": str(raw),
+            "size": after.st_size,
+            "mtime_ns": after.st_mtime_ns,
+            "start": part.start,
+            "end": part.end,
+            "hash": raw_hash.hexdigest(),
+        },
+        "lines": lines,
+        "read": read,
+        "written": len(starts),
+        "rejected": reasons.total(),
+        "reasons": dict(reasons),
+        "images": image_count,
+        "kinds": dict(kinds),
+        "tar": {"hash": tar_hash, "bytes": os.path.getsize(wds_dir / f"{name}.tar")},
+    }
+    if read != stats["written"] + stats["rejected"]:
+        raise AssertionError(f"records were lost: {stats}")
+    write_json(stats_path, stats)
+    progress(part.end - part.start, read, stats["tar"]["bytes"])
+    return stats
+
+
+def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], infos: list[Any]) -> bytes:
+    """Write a sample's members; return its line of `.samples.jsonl`."""
+    offset = tar.offset
+    names = [f"{number:03d}.{info.extension}" for number, info in enumerate(infos)]
+    parts = [(name, tar.add(f"{key}.{name}", blob), len(blob)) for name, blob in zip(names, blobs, strict=True)]
+    name = sample.id or key
+    content = orjson.dumps({"id": name, "messages": sample.messages, "images": names, "meta": sample.meta})
+    parts.append(("json", tar.add(f"{key}.json", content), len(content)))
+    row = {
+        "key": key,
+        "id": name,
+        "offset": offset,
+        "size": tar.offset - offset,
+        "parts": parts,
+        "images": [
+            {"hash": xxhash.xxh3_128_hexdigest(blob), "width": info.width, "height": info.height}
+            for blob, info in zip(blobs, infos, strict=True)
+        ],
+        "meta": sample.meta,
+    }
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _reject_row(raw: Path | str, line: Line, record: dict[str, Any] | None, rejected: Rejected) -> bytes:
+    name = record.get("id") if record else None
+    row = {
+        "file": str(raw),
+        "line_in_range": line.number,
+        "byte": line.offset,
+        "id": None if name is None else str(name),
+        "reason": rejected.reason,
+        "detail": rejected.detail,
+    }
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)

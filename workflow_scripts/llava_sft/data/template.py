@@ -1,0 +1,115 @@
+"""Conversation → token ids and loss mask, in the "qwen2-vl" chat template of the model.
+
+Notable:
+- the whole conversation is tokenized at once, so the ids equal those of the tokenizer's `apply_chat_template`;
+- the loss falls on each answer and its closing `<|im_end|>`. A token belongs to the answer when any of its characters
+  does: an answer that begins with a newline merges with the newline before it, and that token counts;
+- a conversation that is too long is cut at the end of a turn, together with the images that fall out;
+- text can not smuggle control tokens in: a sample whose text holds one is refused.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from llava_sft.errors import DataError
+
+IMAGE_PLACEHOLDER = "<image>"
+SYSTEM_PROMPT = "You are a helpful assistant."
+IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+class UnusableSample(ValueError):
+    """This sample can not be trained on; the message says why."""
+
+
+@dataclass
+class EncodedConversation:
+    """Token ids, whether each carries loss, and how many of the sample's images are still in it."""
+
+    input_ids: np.ndarray  # int64 [tokens]
+    answer_mask: np.ndarray  # bool [tokens]
+    num_images: int
+    turns_cut: int
+
+
+class ChatTemplate:
+    """Renders conversations with the tokenizer of a checkpoint folder (`tokenizer.json`)."""
+
+    def __init__(self, folder: Path | str):
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"{path}: no tokenizer there", "name the checkpoint's folder that holds tokenizer.json")
+        self.tokenizer = Tokenizer.from_file(str(path))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.control_tokens = [t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.image_token_id = self._id("<|image_pad|>")
+        self.end_token_id = self._id("<|im_end|>")
+        self.pad_token_id = self._id("<|endoftext|>")
+
+    def _id(self, token: str) -> int:
+        number = self.tokenizer.token_to_id(token)
+        if number is None:
+            raise DataError(
+                f"the tokenizer has no token {token}", "use the tokenizer of a LLaVA-OneVision-1.5 checkpoint"
+            )
+        return number
+
+    def render(self, messages: list[dict], generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]], list[int]]:
+        """The text, the character range [start, stop) of each answer with its `<|im_end|>`, and each turn's end."""
+        text, answers, turn_ends = "", [], []
+        if messages[0]["role"] != "system":
+            text = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
+        for message in messages:
+            content = message["content"]
+            for token in self.control_tokens:
+                if token in content:
+                    raise UnusableSample(f"control token {token} in the text of a {message['role']} message")
+            text += f"<|im_start|>{message['role']}\n"
+            start = len(text)
+            text += content.replace(IMAGE_PLACEHOLDER, IMAGE_TEXT) + "<|im_end|>"
+            if message["role"] == "assistant":
+                answers.append((start, len(text)))
+            text += "\n"
+            if message["role"] == "assistant":
+                turn_ends.append(len(text))
+        if generation_prompt:
+            text += "<|im_start|>assistant\n"
+        return text, answers, turn_ends
+
+    def encode(self, messages: list[dict], image_tokens: list[int], seq_length: int) -> EncodedConversation:
+        """Encode a conversation whose i-th `<image>` takes `image_tokens[i]` tokens.
+
+        Raises UnusableSample when even the first answer does not fit into `seq_length` tokens.
+        """
+        text, answers, turn_ends = self.render(messages)
+        if text.count("<|image_pad|>") != len(image_tokens):
+            raise UnusableSample(f"{text.count('<|image_pad|>')} <image> placeholders, {len(image_tokens)} images")
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        starts, stops = np.array(encoding.offsets, dtype=np.int64).T
+        mask = np.zeros(len(ids), dtype=bool)
+        for start, stop in answers:
+            mask |= (stops > start) & (starts < stop)
+
+        # One <|image_pad|> in the text stands for all tokens of its image.
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[ids == self.image_token_id] = image_tokens
+        lengths = np.cumsum(repeats)
+        turns_cut = 0
+        if lengths[-1] > seq_length:
+            fitting = [end for end in turn_ends if lengths[np.searchsorted(stops, end, side="right") - 1] <= seq_length]
+            if not fitting:
+                raise UnusableSample(f"the first answer ends after {seq_length} tokens (seq_length)")
+            keep = np.searchsorted(stops, fitting[-1], side="right")
+            ids, mask, repeats = ids[:keep], mask[:keep], repeats[:keep]
+            turns_cut = len(turn_ends) - len(fitting)
+        return EncodedConversation(
+            input_ids=np.repeat(ids, repeats),
+            answer_mask=np.repeat(mask, repeats),
+            num_images=int((ids == self.image_token_id).sum()),
+            turns_cut=turns_cut,
+        )

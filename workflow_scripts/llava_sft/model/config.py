@@ -1,0 +1,314 @@
+"""The architecture of LLaVA-OneVision-1.5 in Megatron's names, and its translation to and from a Hugging Face config.json.
+
+Notable here:
+- No torch: importing this module costs a tenth of a second, so planning and preflight can use it.
+- `hf_tensor_shapes` is the whole checkpoint in closed form: every tensor's name and shape without building a model.
+- Token ids are not part of the architecture. They come from the tokenizer; `to_hf_config` takes them as an argument.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from llava_sft.errors import CheckpointError, SettingsError
+
+MODEL_TYPE = "llavaonevision1_5"
+IN_CHANNELS = 3
+
+# config.json key -> the token it stands for, and the ids of the published (Qwen3) tokenizer.
+TOKEN_ID_KEYS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+PUBLISHED_TOKEN_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+
+# Our field -> the key in config.json, one table for both directions.
+_LANGUAGE_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "rotary_base": "rope_theta",
+    "layernorm_epsilon": "rms_norm_eps",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_VISION_KEYS = {
+    "num_layers": "depth",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_heads",
+    "patch_size": "patch_size",
+    "spatial_merge_size": "spatial_merge_size",
+    "rotary_base": "rope_theta",
+    "layernorm_epsilon": "layer_norm_eps",
+}
+# What a key missing in config.json means: the defaults of the published configuration classes, which are the 4B model.
+_LANGUAGE_DEFAULTS = {
+    "num_hidden_layers": 36,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rope_theta": 5e6,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 262144,
+}
+_VISION_DEFAULTS = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "rope_theta": 1e4,
+    "layer_norm_eps": 1e-5,
+    "text_hidden_size": 2560,
+}
+# What this architecture fixes: written into every config.json, and any other value read from one is refused.
+_LANGUAGE_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+}
+_VISION_FIXED = {"hidden_act": "gelu", "in_channels": IN_CHANNELS, "temporal_patch_size": 1}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LanguageConfig(_Frozen):
+    """Qwen3: pre-norm RMSNorm, grouped-query attention with q/k norm per head, SwiGLU, no biases, 1-D RoPE."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    kv_channels: PositiveInt
+    vocab_size: PositiveInt
+    rotary_base: PositiveFloat
+    layernorm_epsilon: PositiveFloat = 1e-6
+    max_position_embeddings: PositiveInt
+    # A tied copy of a config silently drops the trained lm_head, so a tied model can not even be written down here.
+    untie_embeddings_and_output_weights: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _heads_fit(self):
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_query_groups {self.num_query_groups}"
+            )
+        if self.kv_channels % 2:
+            raise ValueError(f"kv_channels {self.kv_channels} must be even: RoPE rotates pairs")
+        return self
+
+
+class VisionConfig(_Frozen):
+    """RICE-ViT: pre-LN blocks with biases, exact GELU, 2-D RoPE, one class token per image."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    patch_size: PositiveInt = 14
+    spatial_merge_size: PositiveInt = 2
+    rotary_base: PositiveFloat = 1e4
+    layernorm_epsilon: PositiveFloat = 1e-5
+
+    @model_validator(mode="after")
+    def _heads_fit(self):
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 x num_attention_heads {self.num_attention_heads}: "
+                "2-D RoPE rotates pairs for rows and for columns"
+            )
+        return self
+
+    @property
+    def kv_channels(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class ModelConfig(_Frozen):
+    """The sizes of one model. Everything else about the architecture is the same for all sizes."""
+
+    name: str
+    language: LanguageConfig
+    vision: VisionConfig
+
+    @property
+    def merged_hidden_size(self) -> int:
+        """Width inside the adapter: one merge block of patches side by side."""
+        return self.vision.hidden_size * self.vision.spatial_merge_size**2
+
+    def hf_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the Hugging Face checkpoint: name (as in memory, `model.visual.…`) -> shape."""
+        v, t, merged = self.vision, self.language, self.merged_hidden_size
+        q, kv = t.num_attention_heads * t.kv_channels, t.num_query_groups * t.kv_channels
+        vision_block = {
+            **_affine("norm1", v.hidden_size),
+            **_affine("norm2", v.hidden_size),
+            **_affine("attn.qkv", 3 * v.hidden_size, v.hidden_size),
+            **_affine("attn.proj", v.hidden_size, v.hidden_size),
+            **_affine("mlp.fc1", v.ffn_hidden_size, v.hidden_size),
+            **_affine("mlp.fc2", v.hidden_size, v.ffn_hidden_size),
+        }
+        visual = {
+            "class_embedding": (v.hidden_size,),
+            "class_pos_emb": (1, v.kv_channels // 2),
+            "patch_embed.proj.weight": (v.hidden_size, IN_CHANNELS, v.patch_size, v.patch_size),
+            **_affine("pre_layernorm", v.hidden_size),
+            **{f"blocks.{i}.{k}": s for i in range(v.num_layers) for k, s in vision_block.items()},
+            **_affine("merger.ln_q", v.hidden_size),
+            **_affine("merger.mlp.0", merged, merged),
+            **_affine("merger.mlp.2", t.hidden_size, merged),
+        }
+        language_block = {
+            "self_attn.q_proj.weight": (q, t.hidden_size),
+            "self_attn.k_proj.weight": (kv, t.hidden_size),
+            "self_attn.v_proj.weight": (kv, t.hidden_size),
+            "self_attn.o_proj.weight": (t.hidden_size, q),
+            "self_attn.q_norm.weight": (t.kv_channels,),
+            "self_attn.k_norm.weight": (t.kv_channels,),
+            "mlp.gate_proj.weight": (t.ffn_hidden_size, t.hidden_size),
+            "mlp.up_proj.weight": (t.ffn_hidden_size, t.hidden_size),
+            "mlp.down_proj.weight": (t.hidden_size, t.ffn_hidden_size),
+            "input_layernorm.weight": (t.hidden_size,),
+            "post_attention_layernorm.weight": (t.hidden_size,),
+        }
+        language = {
+            "embed_tokens.weight": (t.vocab_size, t.hidden_size),
+            **{f"layers.{i}.{k}": s for i in range(t.num_layers) for k, s in language_block.items()},
+            "norm.weight": (t.hidden_size,),
+        }
+        return {
+            **{f"model.visual.{k}": s for k, s in visual.items()},
+            **{f"model.language_model.{k}": s for k, s in language.items()},
+            "lm_head.weight": (t.vocab_size, t.hidden_size),
+        }
+
+    def parameter_count(self) -> int:
+        """Number of values in the Hugging Face checkpoint, class token and its rotary vector included."""
+        return sum(math.prod(shape) for shape in self.hf_tensor_shapes().values())
+
+    def to_hf_config(
+        self, token_ids: Mapping[str, int] = PUBLISHED_TOKEN_IDS, dtype: str = "bfloat16"
+    ) -> dict[str, Any]:
+        """The content of config.json. `token_ids` maps the keys of `TOKEN_ID_KEYS` to the tokenizer's ids."""
+        text, vision = self.language.model_dump(), self.vision.model_dump()
+        return {
+            "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
+            "auto_map": {
+                "AutoConfig": "configuration_llavaonevision1_5.Llavaonevision1_5Config",
+                "AutoModelForImageTextToText": "modeling_llavaonevision1_5.LLaVAOneVision1_5_ForConditionalGeneration",
+            },
+            "model_type": MODEL_TYPE,
+            "dtype": dtype,
+            "tie_word_embeddings": False,
+            **{key: token_ids[key] for key in TOKEN_ID_KEYS},
+            "text_config": {
+                "model_type": "LLaVAOneVision1_5_text",
+                **{hf: text[ours] for ours, hf in _LANGUAGE_KEYS.items()},
+                **_LANGUAGE_FIXED,
+            },
+            "vision_config": {
+                "model_type": "rice_vit",
+                **{hf: vision[ours] for ours, hf in _VISION_KEYS.items()},
+                "embed_dim": self.vision.hidden_size,
+                "text_hidden_size": self.language.hidden_size,
+                **_VISION_FIXED,
+            },
+        }
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], name: str = "from-hf") -> "ModelConfig":
+        """Read a config.json (published, or ours as saved by any transformers). A missing key means the published default.
+
+        Raises CheckpointError when the folder holds another architecture, or a setting that this one does not have.
+        """
+        if config.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(
+                f"config.json says model_type {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+                "point to a LLaVA-OneVision-1.5 checkpoint",
+            )
+        text, vision = dict(config.get("text_config") or {}), dict(config.get("vision_config") or {})
+        # transformers 5 saves the RoPE base inside `rope_parameters`, older versions beside an empty `rope_scaling`.
+        rope = text.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            text["rope_theta"] = rope["rope_theta"]
+        scaling = text.get("rope_scaling") or rope
+        _refuse_unless("text_config.rope_type", scaling.get("rope_type", scaling.get("type", "default")), "default")
+        _refuse_unless("tie_word_embeddings", bool(config.get("tie_word_embeddings")), False)
+        for key, fixed in _LANGUAGE_FIXED.items():
+            _refuse_unless(f"text_config.{key}", text.get(key, fixed), fixed)
+        for layer_type in text.get("layer_types") or []:
+            _refuse_unless("text_config.layer_types", layer_type, "full_attention")
+        for key, fixed in _VISION_FIXED.items():
+            _refuse_unless(f"vision_config.{key}", vision.get(key, fixed), fixed)
+        text, vision = {**_LANGUAGE_DEFAULTS, **text}, {**_VISION_DEFAULTS, **vision}
+        _refuse_unless("vision_config.text_hidden_size", vision["text_hidden_size"], text["hidden_size"])
+        _refuse_unless("vision_config.embed_dim", vision.get("embed_dim", vision["hidden_size"]), vision["hidden_size"])
+        try:
+            return cls(
+                name=name,
+                language=LanguageConfig(**{ours: text[hf] for ours, hf in _LANGUAGE_KEYS.items()}),
+                vision=VisionConfig(**{ours: vision[hf] for ours, hf in _VISION_KEYS.items()}),
+            )
+        except ValidationError as error:
+            raise CheckpointError(f"config.json does not describe a possible model: {_explain(error)}") from None
+
+
+def load_model_config(path: Path | str) -> ModelConfig:
+    """Read one of `config/models/*.yaml`. Raises SettingsError with the file, key, value and rule."""
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none in that folder"
+        raise SettingsError(f"model config {path} does not exist", f"write one of: {known}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from None
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {_explain(error)}", "compare with config/models/4b.yaml") from None
+
+
+def _affine(name: str, *weight_shape: int) -> dict[str, tuple[int, ...]]:
+    """Weight and bias of a Linear [out, in] or a LayerNorm [hidden]."""
+    return {f"{name}.weight": weight_shape, f"{name}.bias": weight_shape[:1]}
+
+
+def _refuse_unless(key: str, value: Any, expected: Any) -> None:
+    if value != expected:
+        raise CheckpointError(
+            f"config.json says {key} = {value!r}; LLaVA-OneVision-1.5 has {expected!r} there",
+            "use a checkpoint of this architecture, or correct the config.json if it was edited or copied",
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}"
+        + ("" if isinstance(e["input"], dict) else f" (got {e['input']!r})")
+        for e in error.errors()
+    )

@@ -1,0 +1,161 @@
+"""LLaVA-OneVision-1.5 in Megatron-Core: vision tower → adapter → Qwen3 language model.
+
+Notable:
+- the language model is Megatron's `GPTModel`; image features take the places of the `<|image_pad|>` embeddings;
+- the places come from the loader as an index, so that no step waits for the GPU to say where they are;
+- with pipeline parallelism the vision tower and the adapter live in the first stage;
+- checkpoint keys are one per layer and tensor (`hetereogenous_dist_checkpoint`), equal for the local and the
+  Transformer Engine layer spec: a checkpoint written on a CPU loads on a GPU.
+"""
+
+import copy
+
+
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from llava_sft.model.attention import SegmentAttention, vision_attention
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.vision import Adapter, Grid, RiceViT
+
+
+class LlavaOneVision(MegatronModule):
+    """The whole model, or one pipeline stage of it.
+
+    Args:
+        config: TransformerConfig of the language model (parallelism and precision are taken from it).
+        model: the architecture.
+        vocab_size: rows of the embedding, padded for tensor parallelism.
+        max_sequence_length: longest sequence, in tokens.
+        transformer_impl: "transformer_engine" or "local".
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        transformer_impl: str,
+        pg_collection,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ):
+        super().__init__(config=config)
+        self.pg_collection = pg_collection
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = False
+        if pre_process:
+            vision_config = vision_transformer_config(config, model)
+            vision_spec = layer_spec(transformer_impl, vision=True)
+            self.vision_model = RiceViT(vision_config, model.vision, vision_spec, pg_collection)
+            self.adapter = Adapter(vision_config, model)
+        self.language_model = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(transformer_impl, vision=False),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            position_embedding_type="rope",
+            rotary_base=model.language.rotary_base,
+            pg_collection=pg_collection,
+        )
+
+    def set_input_tensor(self, input_tensor) -> None:
+        self.language_model.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixels: Tensor | None,
+        grids: list[Grid],
+        image_index: Tensor | None,
+        labels: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Per-token loss [batch, tokens] where `labels` are given, else logits [batch, tokens, vocabulary].
+
+        Args:
+            input_ids: [batch, tokens], padded behind the text.
+            pixels: uint8 [patches, 3·patch_size²] of all images of the batch, None without images.
+            grids: height and width in patches of each image, on the host.
+            image_index: [image tokens] places of the `<|image_pad|>` tokens in the flattened [tokens, batch].
+        """
+        embeddings = None
+        if self.pre_process:
+            embeddings = self.language_model.embedding(
+                input_ids=input_ids, position_ids=None
+            )  # [tokens, batch, hidden]
+            if grids:
+                features = self.adapter(self.vision_model(pixels, grids)).to(embeddings.dtype)
+                flat = embeddings.flatten(0, 1).index_copy(0, image_index, features)
+                embeddings = flat.view_as(embeddings)
+        return self.language_model(
+            input_ids=input_ids,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embeddings,
+            labels=labels,
+            packed_seq_params=packed_seq_params,
+        )
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """What a checkpoint holds: weights alone. Megatron's `_extra_state` (scales of delayed FP8) depends on the
+        layer spec and would tie a checkpoint to the kind of machine that wrote it."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
+        return result
+
+
+def layer_spec(transformer_impl: str, vision: bool) -> ModuleSpec:
+    """The layers of the language model or of the vision tower, on Transformer Engine or on plain PyTorch."""
+    kinds = {"qk_layernorm": not vision, "normalization": "LayerNorm" if vision else "RMSNorm"}
+    if transformer_impl == "transformer_engine":
+        kinds.pop("normalization")
+        submodules = get_gpt_layer_with_transformer_engine_submodules(**kinds)
+    else:
+        submodules = get_gpt_layer_local_submodules(**kinds)
+        submodules.self_attention.submodules.core_attention = SegmentAttention
+    if vision:
+        attention = submodules.self_attention
+        attention.params["attn_mask_type"] = AttnMaskType.no_mask
+        attention.submodules.core_attention = vision_attention(attention.submodules.core_attention)
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def vision_transformer_config(language: TransformerConfig, model: ModelConfig) -> TransformerConfig:
+    """The vision tower's TransformerConfig: its own shape, the language model's parallelism and precision."""
+    vision, config = model.vision, copy.copy(language)
+    config.num_layers = vision.num_layers
+    config.hidden_size = vision.hidden_size
+    config.ffn_hidden_size = vision.ffn_hidden_size
+    config.num_attention_heads = config.num_query_groups = vision.num_attention_heads
+    config.kv_channels = vision.hidden_size // vision.num_attention_heads
+    config.layernorm_epsilon = vision.layernorm_epsilon
+    config.normalization = "LayerNorm"
+    config.qk_layernorm = False
+    config.add_bias_linear = config.add_qkv_bias = True
+    config.gated_linear_unit = False
+    config.activation_func = F.gelu
+    config.bias_activation_fusion = False
+    config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
+    return config

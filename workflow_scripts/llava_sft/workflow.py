@@ -1,0 +1,194 @@
+"""What the rules ask while Snakemake builds its DAG: settings and paths by wildcards, the plan of the conversion.
+
+Notable:
+- only the experiments that are asked for are read and checked, and the first mistake ends the program with its message
+  before the DAG is there;
+- a lock that a killed run left behind is recognised by the kernel's own lock, which dies with its process.
+"""
+
+import fcntl
+import sys
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+from llava_sft.config import Settings, experiments, load_settings
+
+from llava_sft.errors import EXIT_USER_ERROR, SettingsError, SftError
+from llava_sft.paths import Paths, Shard
+
+STEPS = {
+    "data": "convert the raw data to a WebDataset and index it",
+    "inspect": "look at the data: JSON and HTML",
+    "preflight": "work out all settings, check data and checkpoint",
+    "train": "the whole chain, to the report",
+    "export": "train and convert to Hugging Face format",
+    "evaluate": "export and answer the held-out split",
+    "report": "evaluate and write report.html",
+}
+
+
+def _ends_cleanly(function: Callable) -> Callable:
+    """A user's mistake ends the program with its message: raised into Snakemake it would come with a traceback."""
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except SftError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
+
+    return wrapped
+
+
+class Workflow:
+    """The experiments of `config/experiments/` under the overrides of the command line (`--config`)."""
+
+    def __init__(self, overrides: dict[str, Any]):
+        self.overrides = dict(overrides)
+        self.experiments = experiments()
+
+    def overview(self) -> str:
+        width = max(map(len, STEPS)) + 2
+        lines = ["", "Targets: STEP_EXPERIMENT, as in `snakemake --cores 8 train_vqa`; `-n` shows what would run", ""]
+        lines += [f"  {step:{width}} {text}" for step, text in STEPS.items()]
+        lines += ["", "Experiments (config/experiments/): " + ", ".join(self.experiments), ""]
+        return "\n".join(lines) + "\n"
+
+    @cache  # noqa: B019 (one object for the whole program)
+    def paths(self, experiment: str) -> Paths:
+        return Paths(load_settings(experiment, self.overrides))
+
+    def target(self, step: str, experiment: str) -> Callable:
+        """Input function of the target `step_experiment`."""
+
+        @_ends_cleanly
+        def files(wildcards) -> list[str]:
+            paths = self.paths(experiment)
+            paths.check_inputs()
+            return {
+                "data": [paths.dataset],
+                "inspect": [paths.inspection],
+                "preflight": [paths.resolved],
+                "train": [paths.report],
+                "export": [paths.export_done],
+                "evaluate": [paths.evaluation],
+                "report": [paths.report],
+            }[step]
+
+        return files
+
+    # --- by wildcards: {experiment} in data paths, {run_name} in results, {checkpoint} in converted ones -----------
+
+    def of(self, wildcards) -> Paths:
+        if hasattr(wildcards, "experiment"):
+            return self.paths(wildcards.experiment)
+        for experiment in self.experiments:
+            name = f"stage2_sft_{experiment}"
+            if wildcards.run_name == name or wildcards.run_name.startswith(f"{name}_"):
+                paths = self.paths(experiment)
+                if paths.settings.run_name == wildcards.run_name:
+                    return paths
+        raise SettingsError(f"{wildcards.run_name}: no experiment has this run_name", "ask for STEP_EXPERIMENT targets")
+
+    def path(self, name: str) -> Callable:
+        """Input or params function: one of the paths of the experiment that the wildcards name."""
+
+        @_ends_cleanly
+        def of_wildcards(wildcards):
+            return getattr(self.of(wildcards), name) or []
+
+        return of_wildcards
+
+    def settings(self, *names: str) -> Callable:
+        """Params function: these settings, so that a change of one of them, and of no other, reruns the rule."""
+
+        @_ends_cleanly
+        def of_wildcards(wildcards) -> dict[str, str]:
+            values: Settings = self.of(wildcards).settings
+            return {name: str(getattr(values, name)) for name in names or sorted(Settings.model_fields)}
+
+        return of_wildcards
+
+    @_ends_cleanly
+    def experiment_of(self, wildcards) -> str:
+        return self.of(wildcards).settings.experiment
+
+    def override_arguments(self, wildcards) -> str:
+        return " ".join(f"{key}={value}" for key, value in sorted(self.overrides.items()))
+
+    @_ends_cleanly
+    def shard(self, wildcards) -> Shard:
+        for shard in self.of(wildcards).shards():
+            if shard.name == wildcards.shard:
+                return shard
+        raise SettingsError(f"{wildcards.shard} is not part of the plan", "ask for data_EXPERIMENT")
+
+    def raw_of_shard(self, wildcards) -> Path:
+        return self.shard(wildcards).raw
+
+    def job_of_shard(self, wildcards) -> str:
+        shard = self.shard(wildcards)
+        return f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+
+    @_ends_cleanly
+    def shard_files(self, wildcards) -> list[str]:
+        paths = self.of(wildcards)
+        return [str(paths.webdatasets / f"{shard.name}.tar") for shard in paths.shards()]
+
+    @_ends_cleanly
+    def raw_files(self, wildcards) -> list[Path]:
+        settings = self.of(wildcards).settings
+        return [path for path in (settings.raw_data, settings.heldout_data) if path]
+
+    @_ends_cleanly
+    def shard_counts(self, wildcards) -> str:
+        prefixes = [shard.prefix for shard in self.of(wildcards).shards()]
+        return f"--train-shards {prefixes.count('subtaskdata')} --heldout-shards {prefixes.count('heldout')}"
+
+    @_ends_cleanly
+    def conversion(self, wildcards) -> Paths:
+        """The experiment whose start checkpoint is converted to `{checkpoint}_mcore_tp1_pp1`."""
+        for experiment in self.experiments:
+            try:
+                paths = self.paths(experiment)
+            except SftError:
+                continue  # not asked for, or it would have been reported
+            if paths.converted and paths.converted.name == f"{wildcards.checkpoint}_mcore_tp1_pp1":
+                return paths
+        raise SettingsError(f"{wildcards.checkpoint}: no experiment loads this checkpoint", "see `load`")
+
+    def checkpoint_source(self, wildcards) -> str:
+        return self.conversion(wildcards).settings.load
+
+    def checkpoint_model(self, wildcards) -> str:
+        return self.conversion(wildcards).settings.model
+
+
+# ------------------------------------------------------------------------------------------------- locks
+
+_held = None  # keeps the shared lock for the life of the process
+
+
+def lift_stale_lock(directory: Path = Path(".snakemake")) -> None:
+    """Remove Snakemake's lock files when the run that made them is dead.
+
+    Every Snakemake process of this folder holds a shared kernel lock as long as it lives. Whoever can have it alone
+    knows that nobody else lives, so that lock files left by a `kill -9` or a power cut mean nothing.
+    """
+    global _held
+    directory.mkdir(exist_ok=True)
+    _held = open(directory / "alive", "a")  # noqa: SIM115
+    try:
+        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fcntl.flock(_held, fcntl.LOCK_SH)
+        return
+    stale = list((directory / "locks").glob("*"))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    if stale:
+        print("The last run was killed and left its lock: lifted, going on where it was.", file=sys.stderr)
+    fcntl.flock(_held, fcntl.LOCK_SH)
