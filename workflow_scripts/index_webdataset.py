@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava_sft.data.index import index_webdataset
+from llava_sft.data.index import index_webdataset, read_finished
 from llava_sft.data.plan import default_parts_dir
 from llava_sft.errors import exits_cleanly
 from llava_sft.files import write_json
@@ -29,26 +29,31 @@ def main() -> None:
     )
     parser.add_argument("--train-shards", type=int, metavar="N", help="shards of the plan (all that are there)")
     parser.add_argument("--heldout-shards", type=int, metavar="N", help="the same for the held-out split")
+    parser.add_argument("--finished", action="store_true", help="the folder is indexed already: only count")
     parser.add_argument(
         "--output", type=Path, metavar="DATASET.json", help="fingerprint and counts of the data set (WDS_DIR.json)"
     )
     args = parser.parse_args()
     output = args.output or args.wds_dir.with_name(args.wds_dir.name + ".json")
 
-    dataset = index_webdataset(
-        args.wds_dir,
-        args.parts_dir or default_parts_dir(args.wds_dir),
-        args.raw,
-        args.max_reject_fraction,
-        args.train_shards,
-        args.heldout_shards,
-    )
+    if args.finished:
+        dataset = read_finished(args.wds_dir)
+    else:
+        dataset = index_webdataset(
+            args.wds_dir,
+            args.parts_dir or default_parts_dir(args.wds_dir),
+            args.raw,
+            args.max_reject_fraction,
+            args.train_shards,
+            args.heldout_shards,
+        )
     write_json(output, dataset)
     train, heldout = dataset["train"], dataset["heldout"]
     print(
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
-        f" {heldout['samples']:,} in {heldout['shards']} held out, {dataset['images']:,} images,"
-        f" {dataset['rejected']:,} records rejected → {output}"
+        f" {heldout['samples']:,} in {heldout['shards']} held out"
+        + ("" if args.finished else f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected")
+        + f" → {output}"
     )
     print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
 

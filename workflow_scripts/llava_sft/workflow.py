@@ -135,7 +135,10 @@ class Workflow:
 
     @_ends_cleanly
     def shard_files(self, wildcards) -> list[str]:
+        """What the index is made from: the shards of the plan, or the index that a finished folder brings."""
         paths = self.of(wildcards)
+        if paths.settings.webdatasets:
+            return [str(paths.webdatasets / ".nv-meta" / "split.yaml")]
         return [str(paths.webdatasets / f"{shard.name}.tar") for shard in paths.shards()]
 
     @_ends_cleanly
@@ -145,7 +148,10 @@ class Workflow:
 
     @_ends_cleanly
     def shard_counts(self, wildcards) -> str:
-        prefixes = [shard.prefix for shard in self.of(wildcards).shards()]
+        paths = self.of(wildcards)
+        if paths.settings.webdatasets:
+            return "--finished"
+        prefixes = [shard.prefix for shard in paths.shards()]
         return f"--train-shards {prefixes.count('subtaskdata')} --heldout-shards {prefixes.count('heldout')}"
 
     @_ends_cleanly

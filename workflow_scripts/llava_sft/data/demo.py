@@ -9,6 +9,7 @@ import gzip
 import importlib.util
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,12 @@ from llava_sft.files import atomic_dir, write_text
 
 SEED = 20
 SCALE = 7  # 8 × 8 → 56 × 56 pixels: 16 patches of 14, the least that the 2 × 2 merger makes a grid of
+SIDE = 8 * SCALE
+VARIANTS = 4  # pictures of a training digit
 HELDOUT_PER_DIGIT = 36
 
 # 'larger_of_two' is learnt last (it needs two images read and compared), so training shows it most.
-TRAIN_RECORDS = {"which_digit": 1600, "larger_of_two": 3600, "even_or_odd": 1200, "two_turns": 1200, "text_only": 400}
+TRAIN_RECORDS = {"which_digit": 3600, "larger_of_two": 9000, "even_or_odd": 2800, "two_turns": 2800, "text_only": 1000}
 HELDOUT_RECORDS = {"which_digit": 120, "larger_of_two": 180, "even_or_odd": 120, "two_turns": 120, "text_only": 60}
 
 WHICH_DIGIT = ("<image>\nWhich digit is this?", "<image>\nRead the handwritten digit.", "What digit does <image> show?")
@@ -41,19 +44,22 @@ LARGER_NUMBER = ("Which is larger, {} or {}?", "Name the larger number: {} or {}
 def write_demo(output_dir: Path) -> dict[str, int]:
     """Write `train.jsonl`, `heldout.jsonl` and `images/digit_NNNN.png` under `output_dir`.
 
-    Images are 8-bit grey PNG of 56 × 56 pixels; records are LLaVA JSONL whose `image` is relative to `images/`.
+    Images are 8-bit grey PNG of 56 × 56 pixels; records are LLaVA JSONL whose `image` is relative to `images/`. A
+    training digit has several pictures, turned and moved a little: 1,437 digits alone would be learned by heart.
     Source: `sklearn.datasets.load_digits` (UCI optical recognition of handwritten digits, test part).
     Returns the number of records of each file.
     """
     labels, images = _load_digits()
-    with atomic_dir(output_dir / "images") as folder:
-        for number, pixels in enumerate(images):
-            image = Image.frombytes("L", (8, 8), pixels)
-            image.resize((8 * SCALE, 8 * SCALE), Image.Resampling.BICUBIC).save(folder / _file_name(number))
-
     rng = random.Random(SEED)
     heldout = _heldout_numbers(labels, rng)
     train = [number for number in range(len(labels)) if number not in heldout]
+    with atomic_dir(output_dir / "images") as folder:
+        for number, pixels in enumerate(images):
+            image = Image.frombytes("L", (8, 8), pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            image.save(folder / _file_name(number))
+            for variant in range(1, 1 if number in heldout else VARIANTS):
+                _varied(image, rng).save(folder / _file_name(number, variant))
+
     number_questions = [
         (template.format(a, b), str(max(a, b)))
         for template in LARGER_NUMBER
@@ -62,15 +68,15 @@ def write_demo(output_dir: Path) -> dict[str, int]:
     rng.shuffle(number_questions)
     cut = HELDOUT_RECORDS["text_only"]
     splits = {
-        "train": (TRAIN_RECORDS, train, number_questions[cut:]),
-        "heldout": (HELDOUT_RECORDS, sorted(heldout), number_questions[:cut]),
+        "train": (TRAIN_RECORDS, train, number_questions[cut:], VARIANTS),
+        "heldout": (HELDOUT_RECORDS, sorted(heldout), number_questions[:cut], 1),
     }
-    for split, (counts, numbers, questions) in splits.items():
-        records = list(_records(counts, numbers, labels, questions, rng))
+    for split, (counts, numbers, questions, variants) in splits.items():
+        records = list(_records(counts, numbers, labels, questions, variants, rng))
         rng.shuffle(records)
         lines = [json.dumps({"id": f"{split}_{row:05d}", **record}) + "\n" for row, record in enumerate(records)]
         write_text(output_dir / f"{split}.jsonl", "".join(lines))
-    return {split: sum(counts.values()) for split, (counts, _, _) in splits.items()}
+    return {split: sum(counts.values()) for split, (counts, *_) in splits.items()}
 
 
 def chat_texts(path: Path) -> Iterator[str]:
@@ -90,8 +96,18 @@ def _load_digits() -> tuple[list[int], list[bytes]]:
     return [row[-1] for row in rows], [bytes(round(value * 255 / 16) for value in row[:-1]) for row in rows]
 
 
-def _file_name(number: int) -> str:
-    return f"digit_{number:04d}.png"
+def _file_name(number: int, variant: int = 0) -> str:
+    return f"digit_{number:04d}_{variant}.png" if variant else f"digit_{number:04d}.png"
+
+
+def _varied(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The digit turned by up to 12°, scaled by up to 10 % and moved by up to half a source pixel in each direction."""
+    angle, scale = math.radians(rng.uniform(-12, 12)), 1 / rng.uniform(0.9, 1.1)
+    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
+    middle = SIDE / 2
+    dx, dy = (middle + rng.uniform(-SCALE, SCALE) / 2 for _ in range(2))
+    back = (cos, sin, middle - cos * dx - sin * dy, -sin, cos, middle + sin * dx - cos * dy)
+    return image.transform(image.size, Image.Transform.AFFINE, back, Image.Resampling.BICUBIC)
 
 
 def _heldout_numbers(labels: list[int], rng: random.Random) -> set[int]:
@@ -102,10 +118,15 @@ def _heldout_numbers(labels: list[int], rng: random.Random) -> set[int]:
 
 
 def _records(
-    counts: dict[str, int], numbers: list[int], labels: list[int], questions: list[tuple[str, str]], rng: random.Random
+    counts: dict[str, int],
+    numbers: list[int],
+    labels: list[int],
+    questions: list[tuple[str, str]],
+    variants: int,
+    rng: random.Random,
 ) -> Iterator[dict[str, Any]]:
     def record(kind: str, shown: list[int], *turns: str) -> dict[str, Any]:
-        files = [_file_name(number) for number in shown]
+        files = [_file_name(number, rng.randrange(variants)) for number in shown]
         image = {"image": files[0] if len(files) == 1 else files} if files else {}
         speakers = itertools.cycle(("human", "gpt"))
         return {

@@ -84,6 +84,35 @@ def index_webdataset(
     }
 
 
+def read_finished(wds_dir: Path) -> dict[str, Any]:
+    """What the dataset file holds for a folder that is indexed already: counts from its `.nv-meta`, nothing is written.
+
+    Errors: DataError when `.nv-meta` is not whole, a shard it names is missing, or nothing is there to train on.
+    """
+    meta = wds_dir / ".nv-meta"
+    for name in (".info.json", "split.yaml", "dataset.yaml"):
+        if not (meta / name).is_file():
+            raise DataError(f"{meta / name} is missing", "index the folder again, or convert your raw data with raw_data")
+    counts = read_json(meta / ".info.json")["shard_counts"]
+    split_parts = yaml.safe_load((meta / "split.yaml").read_text())["split_parts"]
+    splits = {"train": split_parts.get("train") or [], "heldout": split_parts.get("val") or []}
+    content = []
+    for name in splits["train"] + splits["heldout"]:
+        tar, idx = wds_dir / name, wds_dir / f"{name}.idx"
+        if not (tar.is_file() and idx.is_file() and name in counts):
+            raise DataError(f"{tar}: named in split.yaml, but the tar, its .idx or its count is missing", "copy the folder again")
+        content.append([name, tar.stat().st_size, xxhash.xxh3_128_hexdigest(idx.read_bytes())])
+    if not any(counts[name] for name in splits["train"]):
+        raise DataError(f"{wds_dir}: the training split holds no samples", "name another folder")
+    return {
+        "fingerprint": fingerprint(content),
+        **{split: {"samples": sum(counts[name] for name in names), "shards": len(names)} for split, names in splits.items()},
+        "reasons": {},
+        "kinds": {},
+        **dict.fromkeys(("images", "read", "rejected")),
+    }
+
+
 def read_rejects(parts_dir: Path, parts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield the rejects of shards in order, each with its `line` in the raw file (1-based)."""
     lines_before: Counter[str] = Counter()

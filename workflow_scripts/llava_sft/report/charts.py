@@ -30,15 +30,8 @@ def charts(records: list[dict]) -> list[dict]:
         if points:
             steps, values = zip(*points, strict=True)
             log = key == "lm loss" and min(values) > 0 and max(values) > LOG_RANGE * min(values)
-            drawn.append(
-                {
-                    "title": title,
-                    "svg": _draw(title, steps, values, log),
-                    "low": min(values),
-                    "high": max(values),
-                    "last": values[-1],
-                }
-            )
+            svg, low, high = _draw(title, steps, values, log), min(values), max(values)
+            drawn.append({"title": title, "svg": svg, "low": low, "high": high, "last": values[-1]})
     return drawn
 
 

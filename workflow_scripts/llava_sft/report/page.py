@@ -103,7 +103,7 @@ def picture(uri: Any, alt: str) -> Markup:
         return Markup('<span class="soft">(picture not embedded)</span>')
     try:
         width, height = Image.open(io.BytesIO(base64.b64decode(match[1]))).size
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return Markup('<span class="soft">(picture not readable)</span>')
     tiny = Markup("")
     if max(width, height) < ENLARGE_BELOW:

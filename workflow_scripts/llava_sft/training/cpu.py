@@ -88,6 +88,7 @@ def apply() -> bool:
         return True
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # its start-up costs more than small models gain
     _patch_megatron()  # first: importing Megatron imports torch._dynamo, which lists torch's own functions
+    torch.utils._device._device_constructors()  # and so does `with torch.device(…)`, which else would not know them
     cpu = torch.device("cpu")
     nothing = lambda *args, **kwargs: None  # noqa: E731
     zero = lambda *args, **kwargs: 0  # noqa: E731

@@ -1,0 +1,69 @@
+# `make train_vqa` and `make test` set everything up by themselves: .venv from requirements.lock, nothing else.
+# Any target of the workflow works: `make data_X`, `make train_X ARGS="--config lr=5e-6"`, …; `make` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+VENV := .venv
+READY := $(VENV)/.ready
+STEPS := data inspect preflight train export evaluate report
+
+# Megatron takes a quarter of a minute to import when its bytecode can not be kept.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: targets setup test checks format lock clean
+.DEFAULT_GOAL := targets
+
+targets: $(READY)
+	$(VENV)/bin/snakemake --quiet all
+
+define STEP
+$(1)_%: $(READY)
+	$(VENV)/bin/snakemake $$@ $$(ARGS)
+endef
+$(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
+
+setup: $(READY)
+
+test: checks
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+checks: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/snakefmt --check --compact-diff Snakefile rules
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/snakefmt Snakefile rules
+
+# A Python ≥ 3.12: PYTHON if set, else the first on PATH, else one that pyenv has installed. Shims of pyenv stand on
+# PATH for versions that are not active, so each candidate has to prove itself.
+$(READY): requirements.lock pyproject.toml
+	@is_new() { "$$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }; \
+	python=""; \
+	for candidate in $(PYTHON) python3.12 python3.13 python3.14 python3 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python3; do \
+	  if is_new "$$candidate"; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python 3.12 or newer found (on PATH, or installed by pyenv)" >&2; \
+	  echo "  fix: install one (Debian and Ubuntu: apt install python3 python3-venv; pyenv: pyenv install 3.12)," >&2; \
+	  echo "       or name it: make PYTHON=/path/to/python3.12 …" >&2; exit 1; \
+	fi; \
+	echo "setting up $(VENV) with $$("$$python" --version) ($$python)"; \
+	[ -x $(VENV)/bin/python ] && is_new $(VENV)/bin/python || { rm -rf $(VENV); "$$python" -m venv $(VENV); }
+	@[ -x $(VENV)/bin/uv ] || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync --quiet requirements.lock
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+# Pins with hashes; no package server's address in it.
+lock: $(READY)
+	$(VENV)/bin/uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.12 --extra dev \
+	  --upgrade pyproject.toml --output-file requirements.lock --quiet
+
+# What the embedded experiment made, and caches. Your own experiments' output stays.
+clean:
+	rm -rf output/demo output/data/vqa output/stage2_sft_vqa output/stage2_sft_vqa_* output/checkpoints/LLaVA-OneVision-1.5-tiny*
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""What several test files share: a small checkpoint whose sizes are all different, so that no mix-up goes unnoticed."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
+
+MODELS = Path(__file__).parent.parent / "config/models"
+TEXTS = [f"Which digit is this? It is {i % 10}. The larger of the two digits is {i % 7}." for i in range(50)]
+MIN_PIXELS, MAX_PIXELS = 3136, 50_000
+
+
+@pytest.fixture(scope="session")
+def small_model() -> ModelConfig:
+    """As small as `tiny`, but: heads wider than the hidden size, a vocabulary that Megatron pads, another ViT width."""
+    language = LanguageConfig(
+        num_layers=2,
+        hidden_size=128,
+        ffn_hidden_size=320,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=48,
+        vocab_size=500,
+        rotary_base=1e6,
+        max_position_embeddings=2048,
+    )
+    vision = VisionConfig(num_layers=2, hidden_size=96, ffn_hidden_size=160, num_attention_heads=3)
+    return ModelConfig(name="small", language=language, vision=vision)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory, small_model) -> Path:
+    """A Hugging Face folder of `small_model`; norms and biases are random too, so that none can be forgotten."""
+    import torch
+    from llava_sft.model.tiny import write_tiny_checkpoint
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    write_tiny_checkpoint(folder, TEXTS, small_model, 1, MIN_PIXELS, MAX_PIXELS)
+    generator = torch.Generator().manual_seed(2)
+    weights = load_file(folder / "model.safetensors")
+    weights = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

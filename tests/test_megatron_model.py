@@ -1,0 +1,261 @@
+"""The Megatron model against the project's Hugging Face model: the same weights, the same numbers.
+
+Everything that needs Megatron in this process stands in this one file: its import takes most of the time.
+"""
+
+import io
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
+from llava_sft.checkpoint.convert import hf2mcore
+from llava_sft.checkpoint.names import mapping
+from llava_sft.config import Settings
+from llava_sft.model.config import load_model_config
+from llava_sft.training import cpu
+from llava_sft.training.arguments import megatron_arguments
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
+
+SIZES = [(56, 56), (60, 130), (200, 57), (84, 84), (28, 300)]  # height, width of pictures
+VALUES = {
+    "seq_length": 512, "micro_batch_size": 1, "global_batch_size": 4, "train_iters": 4, "save_interval": 2,
+    "log_interval": 1, "lr": 1e-4, "min_lr": 1e-5, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.1,
+    "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": 1e-5, "clip_grad": 1.0, "seed": 42,
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False, "gpus_per_node": 0,
+    "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory):
+    """Megatron in this process, as training sets it up, and `build(model_config)`; taken back at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = {}
+        replace = cpu._replace
+
+        def remember(owner, name, value):
+            real.setdefault((owner, name), vars(owner).get(name))
+            replace(owner, name, value)
+
+        patch.setattr(cpu, "_replace", remember)
+        from llava_sft.training import loop
+        from megatron.core import parallel_state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+        from megatron.training.arguments import parse_and_validate_args
+        from megatron.training.global_vars import set_args, unset_global_variables
+
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        folder = tmp_path_factory.mktemp("run")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+
+        def build(model, **values):
+            patch.setattr(sys, "argv", ["train", *megatron_arguments(VALUES | values, model, folder, None)])
+            unset_global_variables()
+            set_args(parse_and_validate_args(loop.add_arguments, args_defaults={}))
+            resolved = {"settings": VALUES, "data": {}, "start": {"sidecars": ""}, "model": model.model_dump()}
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            return loop.Trainer(resolved, folder).build_model(pg_collection=groups)
+
+        yield SimpleNamespace(build=build, loop=loop)
+        unset_global_variables()
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+        for (owner, name), value in real.items():
+            delattr(owner, name) if value is None else setattr(owner, name, value)
+        cpu.PATCHED.clear()
+
+
+@pytest.fixture(scope="module")
+def both(megatron, small_checkpoint, small_model, tmp_path_factory):
+    """The same weights in both models; Megatron's came through hf2mcore and Megatron's own loading."""
+    from megatron.core import dist_checkpointing
+
+    folder = tmp_path_factory.mktemp("mcore") / "small_mcore_tp1_pp1"
+    hf2mcore(small_checkpoint, folder, small_model)
+    model = megatron.build(small_model)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "release"))
+    model.load_state_dict(state["model"])
+    hf = AutoModelForImageTextToText.from_pretrained(small_checkpoint, trust_remote_code=True)
+    return SimpleNamespace(mcore=model, hf=hf, processor=AutoProcessor.from_pretrained(small_checkpoint, trust_remote_code=True))
+
+
+def conversation(number_of_images: int, first: int = 0):
+    """(messages, pictures): the pictures are spread over two turns."""
+    rng = np.random.default_rng(first)
+    sizes = [SIZES[(first + i) % len(SIZES)] for i in range(number_of_images)]
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    early = number_of_images // 2
+    messages = [
+        {"role": "user", "content": "<image>" * early + "Which digit is this?"},
+        {"role": "assistant", "content": f"It is {first}."},
+        {"role": "user", "content": "<image>" * (number_of_images - early) + "\nWhich is the larger of the digits?"},
+        {"role": "assistant", "content": "The larger of the two digits is 7. " * (1 + first)},
+    ]
+    return messages, pictures
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def loader_batch(folder, conversations):
+    """What the loader hands to the model for these conversations."""
+    from llava_sft.data.loader import Conversation, VlmTaskEncoder
+    from llava_sft.data.template import ChatTemplate
+
+    encoder = VlmTaskEncoder(ChatTemplate(folder), VALUES["seq_length"], MIN_PIXELS, MAX_PIXELS)
+    keys = {"__restore_key__": (), "__subflavors__": {}}
+    samples = [
+        Conversation(__key__=str(i), **keys, messages=messages, images=[png(p) for p in pictures])
+        for i, (messages, pictures) in enumerate(conversations)
+    ]
+    return encoder.batch([encoder.encode_sample(sample) for sample in samples])
+
+
+def mcore_forward(model, batch, **kwargs):
+    grids = [tuple(grid) for grid in batch.grids.tolist()]
+    return model(batch.input_ids, batch.pixels, grids, batch.image_index, **kwargs)
+
+
+def hf_inputs(processor, conversations):
+    texts = [processor.apply_chat_template(messages) for messages, _ in conversations]
+    pictures = [picture for _, pictures in conversations for picture in pictures]
+    return processor(text=texts, images=pictures or None, padding=True, padding_side="right", return_tensors="pt")
+
+
+def greatest_difference(ours, theirs):
+    """Relative to the greatest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+CASES = {
+    "no image": [conversation(0)],
+    "one image": [conversation(1, 1)],
+    "two images": [conversation(2, 2)],
+    "five images": [conversation(5)],
+    "padded batch of three": [conversation(1, 3), conversation(0, 1), conversation(3, 2)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_hugging_face_models(both, small_checkpoint, case, record_property):
+    batch, inputs = loader_batch(small_checkpoint, CASES[case]), hf_inputs(both.processor, CASES[case])
+    assert torch.equal(batch.input_ids, inputs["input_ids"])
+    text = inputs["attention_mask"] == 1
+    assert (len(CASES[case]) > 1) == bool((~text).any())
+    theirs = both.hf.eval()(**inputs).logits[text]
+    ours = mcore_forward(both.mcore.eval(), batch)[..., : theirs.shape[-1]][text]
+    difference = greatest_difference(ours, theirs)
+    print(f"{case}: logits differ by {difference:.1e} of the greatest, {theirs.abs().max():.3f}")
+    assert difference <= 1e-5
+
+
+def test_gradients_of_the_masked_loss_equal_the_hugging_face_models(both, small_checkpoint, small_model):
+    conversations = CASES["padded batch of three"]
+    batch, inputs = loader_batch(small_checkpoint, conversations), hf_inputs(both.processor, conversations)
+    assert batch.loss_mask.any(dim=1).all() and not batch.loss_mask.all()
+    for model in (both.mcore, both.hf):
+        model.train()
+        model.zero_grad()
+    losses = mcore_forward(both.mcore, batch, labels=batch.labels)
+    (losses * batch.loss_mask).sum().backward()
+    logits = both.hf(**inputs).logits
+    theirs = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+    (theirs * batch.loss_mask).sum().backward()
+    mask = batch.loss_mask.bool()
+    assert greatest_difference(losses[mask], theirs[mask]) <= 1e-5
+
+    parameters = {value.key: value.data for value in both.mcore.sharded_state_dict().values()}
+    gradients = {name: parameter.grad for name, parameter in both.hf.named_parameters()}
+    worst = {}
+    for row in mapping(small_model):
+        ours = parameters[row.mcore].grad
+        if ours is None:
+            assert row.mcore in ("vision_model.class_embedding", "vision_model.class_pos_emb")
+            continue
+        expected = row.join([gradients[name] for name in row.hf])
+        assert expected.abs().max() > 0, row.mcore
+        worst[row.mcore] = greatest_difference(ours[: len(expected)], expected)
+    key = max(worst, key=worst.get)
+    print(f"gradients of {len(worst)} tensors: the worst is {key}, {worst[key]:.1e} of its greatest value")
+    assert worst[key] <= 1e-4
+
+
+@torch.no_grad()
+def test_images_have_the_features_that_they_have_alone(both, small_checkpoint):
+    batch = loader_batch(small_checkpoint, [conversation(5)])
+    grids = [tuple(grid) for grid in batch.grids.tolist()]
+    model = both.mcore.eval()
+    together = model.adapter(model.vision_model(batch.pixels, grids))
+    places = np.cumsum([0, *(h * w for h, w in grids)])
+    for i, grid in enumerate(grids):
+        alone = model.adapter(model.vision_model(batch.pixels[places[i] : places[i + 1]], [grid]))
+        torch.testing.assert_close(together[places[i] // 4 : places[i + 1] // 4], alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_attention_equals_attention_segment_by_segment(megatron, causal):
+    from llava_sft.model.attention import SegmentAttention, packed_seq_params
+    from megatron.core.transformer.enums import AttnMaskType
+
+    kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    attention = SegmentAttention(SimpleNamespace(attention_dropout=0.0), 1, kind, "self")
+    lengths = [5, 5, 17, 1, 5, 30]
+    tokens = sum(lengths)
+    query, key, value = (torch.randn(tokens, heads, 16) for heads in (4, 2, 2))
+    packed = attention(query, key, value, packed_seq_params=packed_seq_params(lengths, torch.device("cpu")))
+    expected, start = [], 0
+    for length in lengths:
+        q, k, v = (x[start : start + length] for x in (query, key, value))
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / 4
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+        expected.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1))
+        start += length
+    torch.testing.assert_close(packed, torch.cat(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "count"), [("4b", 4_741_610_528), ("8b", 8_527_214_624)])
+def test_published_sizes_build_with_exactly_their_tensors(megatron, monkeypatch, size, count):
+    model = load_model_config(MODELS / f"{size}.yaml")
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+        built = megatron.build(model)
+    assert {parameter.device.type for parameter in built.parameters()} == {"meta"}
+    assert sum(parameter.numel() for parameter in built.parameters()) == count
+    stored = {value.key: tuple(value.data.shape) for value in built.sharded_state_dict().values()}
+    assert stored == {row.mcore: row.shape for row in mapping(model)}
+
+
+def test_every_setting_that_training_reads_is_a_setting():
+    assert VALUES.keys() <= Settings.model_fields.keys()
+
+
+def test_the_cpu_layer_stays_small_and_within_torch_and_megatron(megatron):
+    assert len(cpu.PATCHED) == len(set(cpu.PATCHED)) <= 70
+    outside = [name for name in cpu.PATCHED if not name.startswith(("torch.", "megatron.", "Tensor.", "Module."))]
+    assert outside == []
+    own = [name for name in cpu.PATCHED if name.startswith("megatron.")]
+    assert len(own) == 4  # everything else answers for torch
+
+
+def test_the_cpu_layer_is_applied_once(megatron):
+    before = list(cpu.PATCHED)
+    assert cpu.apply() is True
+    assert before == cpu.PATCHED
