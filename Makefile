@@ -18,7 +18,7 @@ targets: $(READY)
 
 define STEP
 $(1)_%: $(READY)
-	$(VENV)/bin/snakemake $$@ $$(ARGS)
+	$(VENV)/bin/snakemake $$@ --quiet host rules $$(ARGS)
 endef
 $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 

@@ -12,7 +12,7 @@ from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.workflow import STEPS, Workflow, lift_stale_lock
 
 lift_stale_lock()
-flow = Workflow(overrides=config)
+flow = Workflow(overrides=config, words=sys.argv[1:])
 
 
 rule targets:

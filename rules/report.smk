@@ -20,7 +20,7 @@ rule evaluate:
         "{PYTHON}evaluate.py {params.folder} {params.webdatasets} --dataset {input.dataset}"
         " --by {params.settings[evaluate_by]} --samples {params.settings[evaluate_samples]}"
         " --batch-size {params.settings[evaluate_batch_size]} --max-new-tokens {params.settings[max_new_tokens]}"
-        " --output {output} 2>&1 | tee {log}"
+        " --output {output} 2>&1 | tee -i {log}"
 
 
 rule report:
@@ -35,6 +35,7 @@ rule report:
         "{exp_dir}/{run_name}_results/report.html",
     params:
         run_dir=flow.path("run_dir"),
+        export=flow.path("export"),
     log:
         "{exp_dir}/logs/report/{run_name}.log",
     benchmark:
@@ -42,4 +43,4 @@ rule report:
     shell:
         "{PYTHON}report.py --resolved {input.resolved} --prediction {input.prediction} --dataset {input.dataset}"
         " --inspect {input.inspection} --train-done {input.train_done} --run-dir {params.run_dir}"
-        " --evaluation {input.evaluation} --output {output} 2>&1 | tee {log}"
+        " --evaluation {input.evaluation} --export {params.export} --output {output} 2>&1 | tee -i {log}"

@@ -17,7 +17,7 @@ rule preflight:
     benchmark:
         "{exp_dir}/benchmarks/preflight/{run_name}.tsv"
     shell:
-        "{PYTHON}preflight.py {params.experiment} --config {params.overrides} 2>&1 | tee {log}"
+        "{PYTHON}preflight.py {params.experiment} --config {params.overrides:q} 2>&1 | tee -i {log}"
 
 
 rule train:
@@ -34,4 +34,4 @@ rule train:
     benchmark:
         "{exp_dir}/benchmarks/train/{run_name}.tsv"
     shell:
-        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output} 2>&1 | tee {log}"
+        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output} 2>&1 | tee -i {log}"

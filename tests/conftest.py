@@ -15,7 +15,7 @@ MIN_PIXELS, MAX_PIXELS = 3136, 50_000
 
 @pytest.fixture(scope="session")
 def small_model() -> ModelConfig:
-    """As small as `tiny`, but: heads wider than the hidden size, a vocabulary that Megatron pads, another ViT width."""
+    """As small as `tiny`, but: heads wider than the hidden size, another ViT width, a vocabulary that is no multiple of 128."""
     language = LanguageConfig(
         num_layers=2,
         hidden_size=128,

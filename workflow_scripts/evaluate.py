@@ -96,9 +96,11 @@ def answer(args: argparse.Namespace, questions: list[tuple]) -> list[str]:
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
     from llava_sft.data.images import decode_rgb
 
+    logging.disable_progress_bar()  # of the weights; ours counts batches
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(args.model_dir, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(args.model_dir, trust_remote_code=True, dtype="auto")

@@ -25,6 +25,14 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+# The by-hand guide's names, for people who type them here.
+GUIDE_NAMES = {
+    "EXP_DIR": "exp_dir", "DATA_PATH": "webdatasets", "MBS": "micro_batch_size", "GBS": "global_batch_size",
+    "NSTEP": "train_iters", "CHECKPOINT_PATH": "load", "GPUS_PER_NODE": "gpus_per_node", "SEQ_LEN": "seq_length",
+    "TOKENIZER_PATH": "tokenizer", "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size",
+    "learning_rate": "lr", "save-interval": "save_interval", "num-workers": "num_workers",
+}  # fmt: skip
+
 
 class Settings(BaseModel):
     """One experiment's settings as the user gave them; `auto` is still `auto`. Comments: config/config.yaml."""
@@ -57,7 +65,7 @@ class Settings(BaseModel):
     epochs: Annotated[float, Field(gt=0)]
     # optimizer
     lr: Annotated[float, Field(gt=0)]
-    min_lr: Annotated[float, Field(ge=0)]
+    min_lr: Annotated[float, Field(ge=0)] | Auto
     lr_decay_style: Literal["cosine", "linear", "constant"]
     lr_warmup_fraction: Fraction
     weight_decay: Annotated[float, Field(ge=0)]
@@ -80,6 +88,12 @@ class Settings(BaseModel):
     evaluate_batch_size: Positive
     max_new_tokens: Positive
 
+    @field_validator("run_tag", mode="before")
+    @classmethod
+    def _tag_is_text(cls, value: Any) -> Any:
+        """`run_tag: 1220` is a number to YAML, and a date to people."""
+        return str(value) if isinstance(value, int) else value
+
     @field_validator("lr", "min_lr", "adam_eps", "weight_decay", mode="before")
     @classmethod
     def _plain_exponent(cls, value: Any) -> Any:
@@ -99,10 +113,14 @@ class Settings(BaseModel):
             )
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels | {self.min_pixels} is above max_pixels {self.max_pixels} | lower min_pixels")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr | {self.min_lr} is above lr {self.lr} | lower min_lr or raise lr")
-        if self.global_batch_size != "auto" and self.gpus_per_node != "auto":
-            check_global_batch_size(self.global_batch_size, self.micro_batch_size, data_parallel_size(self, self.gpus_per_node))
+        if self.min_lr != "auto" and self.min_lr > self.lr:
+            raise ValueError(f"lr | {self.lr:g} is below min_lr {self.min_lr:g} | raise lr, or set min_lr: auto (lr / 10)")
+        if self.run_tag.endswith("results"):
+            raise ValueError(f"run_tag | {self.run_tag!r} would name the results folder of a run | choose another tag")
+        gpus = 0 if self.gpus_per_node == "auto" else self.gpus_per_node
+        replicas = data_parallel_size(self, gpus)  # on a machine still unknown: one at least
+        if self.global_batch_size != "auto":
+            check_global_batch_size(self.global_batch_size, self.micro_batch_size, replicas)
         return self
 
     @property
@@ -147,15 +165,26 @@ def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> S
         (str(experiment_file), read_yaml(experiment_file)),
         ("--config", overrides or {}),
     ]
-    values: dict[str, Any] = {"experiment": experiment}
+    values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, layer in layers:
         values.update(layer)
         origin.update(dict.fromkeys(layer, name))
+    if "experiment" in values:
+        raise SettingsError(f"{origin['experiment']}: experiment is no setting", "the name of the file is the name")
+    values["experiment"] = experiment
     try:
         return Settings(**values)
     except ValidationError as error:
         raise SettingsError(*_explain(error, values, origin, str(experiment_file))) from None
+    except SettingsError as error:  # of a rule that is checked again when the machine is known
+        key = error.problem.split(":")[0]
+        raise SettingsError(f"{_place(key, origin, str(experiment_file))}: {error.problem}", error.fix) from None
+
+
+def _place(key: str, origin: dict[str, str], experiment_file: str) -> str:
+    """Where to mend a combination: where the key was set, or the experiment's file where it has its default."""
+    return experiment_file if origin[key] == str(CONFIG_DIR / "config.yaml") else origin[key]
 
 
 def _explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
@@ -163,11 +192,11 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
     fault = error.errors()[0]
     if fault["type"] == "value_error" and not fault["loc"]:
         key, rule, fix = fault["msg"].removeprefix("Value error, ").split(" | ")
-        return f"{origin.get(key, experiment_file)}: {key}: {rule}", fix
+        return f"{_place(key, origin, experiment_file)}: {key}: {rule}", fix
     key = str(fault["loc"][0])
     where = origin.get(key, experiment_file)
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, Settings.model_fields, n=1)
+        near = [GUIDE_NAMES[key]] if key in GUIDE_NAMES else difflib.get_close_matches(key, Settings.model_fields, n=1)
         return f"{where}: unknown setting {key!r}", f"did you mean {near[0]}?" if near else "see config/config.yaml"
     if fault["type"] == "missing":
         return f"{where}: {key} is missing", f"add a line `{key}: …`; config/config.yaml explains it"
@@ -200,7 +229,7 @@ def data_parallel_size(settings: Settings, gpus: int) -> int:
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
     if gpus and gpus % model_parallel:
         raise SettingsError(
-            f"gpus_per_node {gpus} is not a multiple of tensor_model_parallel_size × pipeline_model_parallel_size "
+            f"gpus_per_node: {gpus} is not a multiple of tensor_model_parallel_size × pipeline_model_parallel_size "
             f"= {model_parallel}",
             f"use {model_parallel} GPUs or a multiple of it, or smaller parallel sizes",
         )
@@ -214,7 +243,7 @@ def check_global_batch_size(global_batch_size: int, micro_batch_size: int, repli
         below = global_batch_size // unit * unit
         near = f"{below} or {below + unit}" if below else f"{unit}"
         raise SettingsError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} × "
+            f"global_batch_size: {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} × "
             f"data-parallel size {replicas} = {unit}",
             f"global_batch_size: {near}",
         )
@@ -263,6 +292,7 @@ def resolve(settings: Settings, train_samples: int) -> tuple[dict[str, Any], dic
         auto_train_iters(train_samples, settings.epochs, gbs),
         f"{settings.epochs:g} epochs × {train_samples:,} samples / {gbs}, raised to two digits",
     )
+    settle("min_lr", settings.lr / 10, "lr / 10")
     settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {iters:,} steps")
     cores = len(os.sched_getaffinity(0))
     settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")

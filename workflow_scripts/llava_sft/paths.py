@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load, needs_conversion
-from llava_sft.config import Settings
+from llava_sft.config import CONFIG_DIR, Settings, check_global_batch_size, data_parallel_size, gpu_count
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, shard_name
 from llava_sft.errors import DataError
+from llava_sft.model.config import load_model_config
 
 # The demo's files exist only once a rule has made them, but the conversion is planned before: their sizes are fixed.
 DEMO_BYTES = {"train.jsonl": 4165660, "heldout.jsonl": 127362}
@@ -92,7 +93,7 @@ class Paths:
         return self.settings.image_root or self.settings.raw_data.parent
 
     def check_inputs(self) -> None:
-        """Raise, with the fix, when something that the user has to bring is not there."""
+        """Raise, with the fix, when something that the user has to bring is not there, or batches do not fit the machine."""
         settings = self.settings
         if settings.webdatasets and not (settings.webdatasets / ".nv-meta").is_dir():
             raise DataError(
@@ -109,4 +110,9 @@ class Paths:
         if settings.raw_data and not self.image_root.is_dir() and not self.is_demo(self.image_root):
             raise DataError(f"image_root: {self.image_root}: no such folder", "set image_root to the folder of the images")
         self.shards()  # an empty raw file is found here
-        check_load(settings.load, made_here=self.is_demo(Path(settings.load)))
+        load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
+        check_load(settings.load, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
+        if settings.global_batch_size != "auto":
+            gpus = gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node
+            replicas = data_parallel_size(settings, gpus)
+            check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)

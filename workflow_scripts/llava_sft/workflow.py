@@ -7,8 +7,10 @@ Notable:
 """
 
 import fcntl
+import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,15 @@ def _ends_cleanly(function: Callable) -> Callable:
 
 
 class Workflow:
-    """The experiments of `config/experiments/` under the overrides of the command line (`--config`)."""
+    """The experiments of `config/experiments/` under the overrides of the command line (`--config`); `words` are those of the command line."""
 
-    def __init__(self, overrides: dict[str, Any]):
+    @_ends_cleanly
+    def __init__(self, overrides: dict[str, Any], words: list[str]):
         self.overrides = dict(overrides)
+        if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
+            self.overrides["run_tag"] = tags[-1]  # as typed: Snakemake makes a number of 0103
         self.experiments = experiments()
+        self.asked: list[str] = []
 
     def overview(self) -> str:
         width = max(map(len, STEPS)) + 2
@@ -68,7 +74,10 @@ class Workflow:
         def files(wildcards) -> list[str]:
             paths = self.paths(experiment)
             paths.check_inputs()
-            return {
+            self.asked.append(experiment)
+            # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
+            shards = [paths.webdatasets / f"{shard.name}.tar" for shard in paths.shards()]
+            return shards + {
                 "data": [paths.dataset],
                 "inspect": [paths.inspection],
                 "preflight": [paths.resolved],
@@ -85,13 +94,18 @@ class Workflow:
     def of(self, wildcards) -> Paths:
         if hasattr(wildcards, "experiment"):
             return self.paths(wildcards.experiment)
-        for experiment in self.experiments:
-            name = f"stage2_sft_{experiment}"
-            if wildcards.run_name == name or wildcards.run_name.startswith(f"{name}_"):
-                paths = self.paths(experiment)
-                if paths.settings.run_name == wildcards.run_name:
-                    return paths
+        for paths in self._asked_first():
+            if paths.settings.run_name == wildcards.run_name:
+                return paths
         raise SettingsError(f"{wildcards.run_name}: no experiment has this run_name", "ask for STEP_EXPERIMENT targets")
+
+    def _asked_first(self) -> Iterator[Paths]:
+        """All experiments whose settings are sound, those asked for in front: with `--config load=…` all load the same."""
+        for experiment in dict.fromkeys([*self.asked, *self.experiments]):
+            try:
+                yield self.paths(experiment)
+            except SftError:
+                continue  # not asked for, or it would have been reported
 
     def path(self, name: str) -> Callable:
         """Input or params function: one of the paths of the experiment that the wildcards name."""
@@ -116,8 +130,8 @@ class Workflow:
     def experiment_of(self, wildcards) -> str:
         return self.of(wildcards).settings.experiment
 
-    def override_arguments(self, wildcards) -> str:
-        return " ".join(f"{key}={value}" for key, value in sorted(self.overrides.items()))
+    def override_arguments(self, wildcards) -> list[str]:
+        return [f"{key}={json.dumps(value)}" for key, value in sorted(self.overrides.items())]
 
     @_ends_cleanly
     def shard(self, wildcards) -> Shard:
@@ -157,11 +171,7 @@ class Workflow:
     @_ends_cleanly
     def conversion(self, wildcards) -> Paths:
         """The experiment whose start checkpoint is converted to `{checkpoint}_mcore_tp1_pp1`."""
-        for experiment in self.experiments:
-            try:
-                paths = self.paths(experiment)
-            except SftError:
-                continue  # not asked for, or it would have been reported
+        for paths in self._asked_first():
             if paths.converted and paths.converted.name == f"{wildcards.checkpoint}_mcore_tp1_pp1":
                 return paths
         raise SettingsError(f"{wildcards.checkpoint}: no experiment loads this checkpoint", "see `load`")

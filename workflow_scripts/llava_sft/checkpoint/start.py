@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llava_sft.errors import CheckpointError
 from llava_sft.files import file_fingerprint, fingerprint, read_json
+from llava_sft.model.config import ModelConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SIDECARS = "huggingface"
@@ -48,11 +49,15 @@ def needs_conversion(load: str) -> bool:
     return load != RANDOM and not is_iteration(load) and not is_megatron(load)
 
 
-def check_load(load: str, made_here: bool) -> None:
+def check_load(load: str, tokenizer: Path | None, made_here: bool) -> None:
     """Raise CheckpointError when there is nothing to start from. `made_here`: a rule will make it."""
-    choices = "a Hugging Face folder, a …_mcore_tp1_pp1 folder, an iter_0000400 folder, or `random`"
+    choices = "a Hugging Face folder, a …_mcore_tp1_pp1 folder, an iter_0000400 folder or its run directory, or `random`"
     if not load:
         raise CheckpointError("load is empty: nothing to start from", f"load: {choices}")
+    if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
+        raise CheckpointError(f"tokenizer: {tokenizer}: no tokenizer.json in it", "tokenizer: the Hugging Face folder of the model")
+    if load == RANDOM and tokenizer is None:
+        raise CheckpointError("load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from")
     if load == RANDOM or made_here:
         return
     folder = Path(load)
@@ -61,29 +66,30 @@ def check_load(load: str, made_here: bool) -> None:
     if is_iteration(load):
         if not (folder / ".metadata").is_file():
             raise CheckpointError(f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder")
-    elif not is_megatron(load) and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"load: {load}: neither config.json (Hugging Face) nor {TRACKER} (Megatron) in it", f"load: {choices}"
-        )
+    elif not is_megatron(load):
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"load: {load}: neither config.json (Hugging Face) nor {TRACKER} (Megatron) in it", f"load: {choices}"
+            )
+        try:
+            ModelConfig.from_hf_config(read_json(folder / "config.json"))
+        except ValueError as error:
+            raise CheckpointError(f"load: {load}: config.json is not JSON: {error}", "copy the folder again") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"load: {load}: {error.problem}", error.fix) from None
 
 
 def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Start:
     """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of `load`, if it did."""
     if load == RANDOM:
-        if tokenizer is None:
-            raise CheckpointError("load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from")
         return Start(None, tokenizer, "random", True)
-    if is_iteration(load):
-        folder, top = Path(load), Path(load).parent
-        sidecars = top / SIDECARS
-        digest = fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in folder.iterdir())])
-        return Start(folder, tokenizer or _sidecars(sidecars, load), digest, False)
-    top = converted or Path(load)
-    folder = newest_checkpoint(top)
-    if (top / MARKER).is_file():
+    top = Path(load).parent if is_iteration(load) else converted or Path(load)
+    folder = Path(load) if is_iteration(load) else newest_checkpoint(top)
+    if folder.name == "release" and (top / MARKER).is_file():
         marker = read_json(top / MARKER)
-        return Start(folder, tokenizer or top / SIDECARS, marker["fingerprint"], marker["untrained"])
-    return open_start(str(folder), None, tokenizer or _sidecars(top / SIDECARS, load))
+        return Start(folder, tokenizer or _sidecars(top / SIDECARS, load), marker["fingerprint"], marker["untrained"])
+    digest = fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in folder.iterdir())])
+    return Start(folder, tokenizer or _sidecars(top / SIDECARS, load), digest, False)
 
 
 def _sidecars(folder: Path, load: str) -> Path:

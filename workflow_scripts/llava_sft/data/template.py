@@ -70,7 +70,9 @@ class ChatTemplate:
                     raise UnusableSample(f"control token {token} in the text of a {message['role']} message")
             text += f"<|im_start|>{message['role']}\n"
             start = len(text)
-            text += content.replace(IMAGE_PLACEHOLDER, IMAGE_TEXT) + "<|im_end|>"
+            if message["role"] == "user":  # elsewhere `<image>` is text, as in the chat template
+                content = content.replace(IMAGE_PLACEHOLDER, IMAGE_TEXT)
+            text += content + "<|im_end|>"
             if message["role"] == "assistant":
                 answers.append((start, len(text)))
             text += "\n"

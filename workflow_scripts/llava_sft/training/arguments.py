@@ -74,6 +74,8 @@ def language_arguments(model: ModelConfig) -> list[str]:
         f"--norm-epsilon={language.layernorm_epsilon}",
         f"--rotary-base={int(language.rotary_base)}",
         f"--vocab-size={language.vocab_size}",
+        # Only what tensor parallelism needs: rows of padding would count in the softmax, and the loss would depend on TP.
+        "--make-vocab-size-divisible-by=1",
         "--normalization=RMSNorm",
         "--position-embedding-type=rope",
         "--swiglu",

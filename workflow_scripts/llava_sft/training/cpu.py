@@ -61,7 +61,8 @@ class _Event:
 
 def _replace(owner, name: str, value) -> None:
     setattr(owner, name, value)
-    PATCHED.append(f"{getattr(owner, '__name__', owner)}.{name}")
+    place = f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
+    PATCHED.append(f"{place}.{name}")
 
 
 def _is_cuda(device) -> bool:

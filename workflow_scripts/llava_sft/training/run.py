@@ -81,7 +81,10 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
                 f"train_iters {resolved['settings']['train_iters']} is below the {done} steps that {run_dir} has done",
                 f"train_iters: {done} or more, or another run_tag",
             )
-        resolved["settings"]["num_workers"] = earlier["settings"]["num_workers"]
+        workers, asked = earlier["settings"]["num_workers"], resolved["settings"]["num_workers"]
+        if workers != asked:
+            print(f"num_workers stays {workers} in this run, not {asked}: the position in the data is kept per worker")
+        resolved["settings"]["num_workers"] = workers
     write_json(path, resolved)
     sidecars = run_dir / SIDECARS
     if not sidecars.is_dir():

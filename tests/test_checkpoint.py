@@ -1,0 +1,335 @@
+"""Checkpoints go from Hugging Face to Megatron and back bit for bit, and a damaged or foreign one is refused by name."""
+
+import filecmp
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
+from llava_sft.checkpoint import safetensors_io
+from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
+from llava_sft.checkpoint.names import mapping
+from llava_sft.checkpoint.safetensors_io import INDEX, SafetensorsReader, write_safetensors
+from llava_sft.checkpoint.start import SIDECARS, newest_checkpoint, open_start
+from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
+from llava_sft.errors import CheckpointError
+from llava_sft.model.config import load_model_config
+from safetensors.torch import load_file, save_file
+from test_model_config import ROOT, published_names
+
+
+@pytest.fixture
+def source(small_checkpoint, tmp_path):
+    """A copy of the small checkpoint that a test may spoil."""
+    return shutil.copytree(small_checkpoint, tmp_path / "source")
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def rewrite(folder, change):
+    save_file(change(weights(folder)), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def old_spelling(name: str) -> str:
+    """As transformers 4.53 writes it."""
+    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
+def there_and_back(source, target, model):
+    hf2mcore(source, target / "mcore", model)
+    start = newest_checkpoint(target / "mcore")
+    return mcore2hf(start, target / "hf", target / "mcore" / SIDECARS, model, MIN_PIXELS, MAX_PIXELS)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["4b", "8b"])
+def test_every_published_tensor_stands_in_one_row_and_every_shape_adds_up(size):
+    model, published = load_model_config(MODELS / f"{size}.yaml"), published_names(size)
+    rows = list(mapping(model))
+    assert Counter(name for row in rows for name in row.hf) == Counter(list(published))
+    assert len({row.mcore for row in rows}) == len(rows)
+    for row in rows:
+        assert math.prod(row.shape) == sum(math.prod(published[name]) for name in row.hf), row.mcore
+        joined = row.join([torch.empty(published[name], device="meta") for name in row.hf])
+        assert tuple(joined.shape) == row.shape
+        assert [tuple(part.shape) for part in row.split(joined)] == [published[name] for name in row.hf]
+
+
+def test_joined_tensors_hold_what_megatron_expects_where_it_expects_it(small_model):
+    """Each value says which tensor, head and row it comes from; heads, groups and head sizes all differ."""
+    rows = {row.mcore: row for row in mapping(small_model)}
+    shapes = small_model.hf_tensor_shapes()
+
+    def numbered(name, offset):
+        return (torch.arange(shapes[name][0]) + offset)[:, None].expand(shapes[name]).contiguous()
+
+    row = rows["language_model.decoder.layers.1.self_attention.linear_qkv.weight"]
+    head, groups, queries = small_model.language.kv_channels, 2, 2
+    joined = row.join([numbered(name, offset) for name, offset in zip(row.hf, (0, 1000, 2000), strict=True)])
+    expected = []
+    for group in range(groups):
+        for query in range(queries):
+            first = (group * queries + query) * head
+            expected += range(first, first + head)
+        expected += range(1000 + group * head, 1000 + (group + 1) * head)
+        expected += range(2000 + group * head, 2000 + (group + 1) * head)
+    assert joined[:, 0].tolist() == expected
+
+    row = rows["vision_model.decoder.layers.0.self_attention.linear_qkv.weight"]
+    heads, hidden = small_model.vision.num_attention_heads, small_model.vision.hidden_size
+    head = hidden // heads
+    joined = row.join([numbered(row.hf[0], 0)])
+    expected = [part * hidden + h * head + i for h in range(heads) for part in range(3) for i in range(head)]
+    assert joined[:, 0].tolist() == expected
+
+    row = rows["language_model.decoder.layers.0.mlp.linear_fc1.weight"]
+    assert [name.split(".")[-2] for name in row.hf] == ["gate_proj", "up_proj"]
+    ffn = small_model.language.ffn_hidden_size
+    assert row.join([numbered(row.hf[0], 0), numbered(row.hf[1], 5000)])[:, 0].tolist() == [
+        *range(ffn),
+        *range(5000, 5000 + ffn),
+    ]
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spelling", [str, old_spelling], ids=["today's names", "old names"])
+def test_there_and_back_gives_the_same_bits(source, small_model, tmp_path, dtype, spelling):
+    original = {name: value.to(dtype) for name, value in weights(source).items()}
+    rewrite(source, lambda w: {spelling(name): value.to(dtype) for name, value in w.items()})
+    marker = there_and_back(source, tmp_path, small_model)
+    back = weights(tmp_path / "hf")
+    assert back.keys() == original.keys()
+    for name, value in original.items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name], value), name
+    assert marker["dtype"] == str(dtype).removeprefix("torch.")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == marker["dtype"]
+
+
+def test_several_shards_are_read_and_written_with_their_index(source, small_model, tmp_path, monkeypatch):
+    original = weights(source)
+    (source / "model.safetensors").unlink()
+    names = sorted(original)
+    files = {f"model-{i + 1:05d}-of-00003.safetensors": names[i::3] for i in range(3)}
+    for file, part in files.items():
+        save_file({name: original[name] for name in part}, source / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}, "metadata": {}}
+    (source / INDEX).write_text(json.dumps(index))
+    save_file({"stray": torch.zeros(1)}, source / "left-over.safetensors")  # not named by the index
+
+    monkeypatch.setattr(safetensors_io, "SHARD_BYTES", 400_000)
+    there_and_back(source, tmp_path, small_model)
+    written = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(written) > 2 and written[0] == f"model-00001-of-{len(written):05d}.safetensors"
+    assert all((tmp_path / "hf" / name).stat().st_size < 410_000 for name in written)
+    index = json.loads((tmp_path / "hf" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(4 * value.numel() for value in original.values())
+    back = weights(tmp_path / "hf")
+    assert back.keys() == index["weight_map"].keys() == original.keys()
+    assert all(torch.equal(back[name], value) for name, value in original.items())
+
+
+def test_written_safetensors_are_what_the_library_reads(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4)}
+    write_safetensors(tmp_path, {k: tuple(v.shape) for k, v in tensors.items()}, torch.float32, tensors.items())
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], value) for name, value in tensors.items())
+
+
+def test_vocabulary_padding_is_cut_off_on_export(small_checkpoint, small_model, tmp_path):
+    hf2mcore(small_checkpoint, tmp_path / "mcore", small_model)
+    reader = TorchDistReader(tmp_path / "mcore/release")
+    state = {key: reader.read(key) for key in reader.tensors()}
+    for key in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
+        state[key] = torch.cat([state[key], torch.full((12, state[key].shape[1]), 9.0)])
+    state["optimizer.state.exp_avg.language_model.output_layer.weight"] = torch.zeros(3)  # as a training leaves it
+    write_torch_dist(
+        tmp_path / "iter_0000004",
+        {key: tuple(value.shape) for key, value in state.items()},
+        {key: value.dtype for key, value in state.items()},
+        state.__getitem__,
+    )
+    mcore2hf(tmp_path / "iter_0000004", tmp_path / "hf", tmp_path / "mcore" / SIDECARS, small_model, 3136, 3136)
+    back = weights(tmp_path / "hf")
+    assert all(torch.equal(back[name], value) for name, value in weights(small_checkpoint).items())
+
+
+def test_what_is_not_a_weight_travels_along(source, small_model, tmp_path):
+    (source / "generation_config.json").write_text('{"temperature": 0.3, "eos_token_id": [1]}')
+    (source / "pytorch_model.bin").write_bytes(b"weights of another kind")
+    hf2mcore(source, tmp_path / "mcore", small_model)
+    sidecars = tmp_path / "mcore" / SIDECARS
+    expected = {p.name for p in source.iterdir()} - {"model.safetensors", "pytorch_model.bin"}
+    assert set(os.listdir(sidecars)) == expected
+    mcore2hf(tmp_path / "mcore/release", tmp_path / "hf", sidecars, small_model, 6272, 12544)
+    same = ["tokenizer.json", "generation_config.json"]
+    assert filecmp.cmpfiles(source, tmp_path / "hf", same, shallow=False) == (same, [], [])
+    size = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())["size"]
+    assert size == {"shortest_edge": 6272, "longest_edge": 12544}  # inference sees what training saw
+    assert "untrained" not in json.loads((tmp_path / "hf/config.json").read_text())
+
+
+def test_the_fingerprint_depends_on_the_weights_and_not_on_how_they_are_stored(source, small_model, tmp_path):
+    first = hf2mcore(source, tmp_path / "a", small_model)
+    rewrite(source, lambda w: {old_spelling(name): value for name, value in w.items()})
+    assert hf2mcore(source, tmp_path / "b", small_model)["fingerprint"] == first["fingerprint"]
+    rewrite(source, lambda w: w | {"lm_head.weight": w["lm_head.weight"] + 1e-3})
+    assert hf2mcore(source, tmp_path / "c", small_model)["fingerprint"] != first["fingerprint"]
+    assert first["untrained"] is True
+    start = open_start(str(source), tmp_path / "a", None)
+    assert (start.fingerprint, start.untrained, start.folder) == (first["fingerprint"], True, tmp_path / "a/release")
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def spoil_weights(change):
+    return lambda folder: rewrite(folder, change)
+
+
+def without(name):
+    return spoil_weights(lambda w: {key: value for key, value in w.items() if key != name})
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+def header_only(folder):
+    os.truncate(folder / "model.safetensors", 100)
+
+
+def one_shard_gone(folder):
+    w = weights(folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = dict.fromkeys(w, "model-00001-of-00002.safetensors") | {"x": "model-00002-of-00002.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+
+
+def another_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def half_written(name):
+    return lambda folder: os.truncate(folder / name, 50)
+
+
+def misshapen(w):
+    return w | {"lm_head.weight": torch.zeros(500, 96)}
+
+
+FC1 = "model.language_model.layers.1.mlp.up_proj.weight"
+SPOILED = {
+    "tensor missing": (without(FC1), [FC1, "missing", "(320, 128)"]),
+    "norm missing": (without("model.language_model.norm.weight"), ["model.language_model.norm.weight", "missing"]),
+    "tensor left over": (spoil_weights(lambda w: w | {"model.extra": torch.zeros(7)}), ["extra", "(7,)"]),
+    "tensor misshapen": (spoil_weights(misshapen), ["lm_head.weight", "(500, 96)", "(500, 128)"]),
+    "safetensors cut off": (cut_off, ["model.safetensors", "cut off"]),
+    "safetensors without an end of its header": (header_only, ["model.safetensors", "cut off"]),
+    "shard missing": (one_shard_gone, ["model-00002-of-00002.safetensors", INDEX]),
+    "no weights": (gone("model.safetensors"), ["no *.safetensors"]),
+    "other model size": (another_size, ["num_layers is 3", "small.yaml has 2"]),
+    "no config": (gone("config.json"), ["config.json"]),
+    "config half written": (half_written("config.json"), ["config.json"]),
+    "no tokenizer": (gone("tokenizer.json"), ["tokenizer.json"]),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_checkpoint_is_refused_by_name_and_nothing_is_written(source, small_model, tmp_path, name):
+    spoil, mentioned = SPOILED[name]
+    spoil(source)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(CheckpointError) as error:
+        hf2mcore(source, tmp_path / "mcore", small_model)
+    for text in [str(source), *mentioned]:
+        assert text in str(error.value)
+    assert error.value.fix
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_tensors_of_several_types_are_refused_and_not_converted_in_silence(source, small_model, tmp_path):
+    rewrite(source, lambda w: w | {"lm_head.weight": w["lm_head.weight"].bfloat16()})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*bfloat16.*float32"):
+        hf2mcore(source, tmp_path / "mcore", small_model)
+
+
+def test_a_spoiled_megatron_checkpoint_is_refused_by_name_and_nothing_is_exported(
+    small_checkpoint, small_model, tmp_path
+):
+    hf2mcore(small_checkpoint, tmp_path / "mcore", small_model)
+    release, sidecars = tmp_path / "mcore/release", tmp_path / "mcore" / SIDECARS
+    deeper = small_model.model_copy(update={"language": small_model.language.model_copy(update={"num_layers": 3})})
+
+    def refused(model, mentioned):
+        with pytest.raises(CheckpointError) as error:
+            mcore2hf(release, tmp_path / "hf", sidecars, model, MIN_PIXELS, MAX_PIXELS)
+        for text in [str(release), *mentioned]:
+            assert text in str(error.value)
+        assert os.listdir(tmp_path) == ["mcore"]
+
+    refused(deeper, ["language_model.decoder.layers.2", "missing"])
+    (data,) = release.glob("*.distcp")
+    os.truncate(data, data.stat().st_size // 2)
+    refused(small_model, ["can not be read"])
+    data.unlink()
+    refused(small_model, ["can not be read"])
+    (release / ".metadata").unlink()
+    refused(small_model, [".metadata"])
+
+
+def test_an_export_without_a_tokenizer_is_refused(small_checkpoint, small_model, tmp_path):
+    hf2mcore(small_checkpoint, tmp_path / "mcore", small_model)
+    (tmp_path / "mcore" / SIDECARS / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        there = tmp_path / "mcore"
+        mcore2hf(there / "release", tmp_path / "hf", there / SIDECARS, small_model, MIN_PIXELS, MAX_PIXELS)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        (tmp_path / "mcore/converted.json").unlink()
+        open_start(str(tmp_path / "mcore"), None, None)
+    assert os.listdir(tmp_path) == ["mcore"]
+
+
+def test_the_script_converts_both_ways_and_says_when_there_is_nothing_to_do(small_checkpoint, small_model, tmp_path):
+    import yaml
+
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_model.model_dump()))
+
+    def script(direction, source, target):
+        arguments = [direction, source, target, "--model", tmp_path / "small.yaml", "--done", tmp_path / "done.json"]
+        return subprocess.run(
+            [sys.executable, ROOT / "workflow_scripts/convert_checkpoint.py", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    assert script("hf2mcore", small_checkpoint, tmp_path / "mcore").returncode == 0
+    again = script("hf2mcore", small_checkpoint, tmp_path / "mcore")
+    assert "nothing to convert" in again.stdout
+    assert script("mcore2hf", tmp_path / "mcore", tmp_path / "hf").returncode == 0
+    assert json.loads((tmp_path / "done.json").read_text())["parameters"] == small_model.parameter_count()
+    assert all(torch.equal(weights(tmp_path / "hf")[k], v) for k, v in weights(small_checkpoint).items())
+    missing = script("hf2mcore", tmp_path / "nowhere", tmp_path / "other")
+    assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,290 @@
+"""Settings: what is worked out, what takes precedence, and one clear message for each mistake before anything runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from llava_sft import config
+from llava_sft.config import (
+    auto_num_workers,
+    auto_save_interval,
+    auto_train_iters,
+    gpu_count,
+    load_settings,
+    resolve,
+    warnings,
+)
+from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
+from llava_sft.paths import Paths
+from llava_sft.workflow import Workflow
+from test_model_config import MODELS, ROOT
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project folder with the real config.yaml and model configs, and one sound experiment `mine`; no GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "config/experiments").mkdir(parents=True)
+    shutil.copy(ROOT / "config/config.yaml", tmp_path / "config/config.yaml")
+    shutil.copytree(MODELS, tmp_path / "config/models")
+    (tmp_path / "raw.jsonl").write_text('{"conversations": []}\n')
+    (tmp_path / "images").mkdir()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps({"model_type": "llavaonevision1_5"}))
+    write_experiment("mine")
+    return tmp_path
+
+
+SOUND = {"raw_data": "raw.jsonl", "image_root": "images", "load": "hf"}
+
+
+def write_experiment(name, **settings):
+    values = {key: value for key, value in {**SOUND, **settings}.items() if value is not None}
+    (config.CONFIG_DIR / f"experiments/{name}.yaml").write_text(yaml.safe_dump(values))
+
+
+def mistake(name="mine", **overrides) -> SftError:
+    """What the user is told who asks for this experiment."""
+    with pytest.raises(SftError) as error:
+        Paths(load_settings(name, overrides)).check_inputs()
+    assert error.value.fix
+    return error.value
+
+
+# --- auto ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "batch", "steps"),
+    [
+        (100_000, 1, 32, 3_200),  # 3,125
+        (10_000, 1, 8, 1_300),  # 1,250
+        (50_000, 1, 16, 3_200),  # 3,125
+        (100_000, 2, 32, 6_300),  # 6,250
+        (320_000, 1, 100, 3_200),  # exact
+        (1_000, 0.5, 32, 16),  # 15.6: two digits are left as they are
+        (5, 1, 32, 1),
+    ],
+)
+def test_train_iters_are_the_epochs_raised_to_two_digits(samples, epochs, batch, steps):
+    assert auto_train_iters(samples, epochs, batch) == steps
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(3_200, 200), (1_000, 100), (1, 1), (16, 1), (17, 2), (1_300, 100)])
+def test_save_interval_gives_at_most_16_checkpoints(steps, interval):
+    assert auto_save_interval(steps) == interval
+    assert -(-steps // interval) <= 16
+
+
+@pytest.mark.parametrize(("cores", "gpus", "workers"), [(2, 0, 1), (1, 0, 1), (64, 0, 4), (64, 8, 32), (16, 8, 8)])
+def test_num_workers_is_half_the_cores_or_four_per_gpu(cores, gpus, workers):
+    assert auto_num_workers(cores, gpus) == workers
+
+
+def test_auto_values_are_worked_out_and_explained(project):
+    settings = load_settings("mine", {"gpus_per_node": 8, "micro_batch_size": 2, "tensor_model_parallel_size": 2})
+    values, why = resolve(settings, train_samples=100_000)
+    assert values["global_batch_size"] == 4 * 4 * 2  # GPUs / TP, times MBS
+    assert values["train_iters"] == 3_200
+    assert values["save_interval"] == 200
+    assert values["bf16"] is True
+    assert {"global_batch_size", "train_iters", "save_interval", "num_workers", "bf16"} == set(why)
+    assert "auto" not in values.values()
+    assert json.loads(json.dumps(values)) == values
+
+
+def test_without_a_gpu_one_process_trains_in_float32(project):
+    values, _ = resolve(load_settings("mine"), train_samples=1_000)
+    assert (values["gpus_per_node"], values["global_batch_size"], values["bf16"]) == (0, 4, False)
+
+
+def test_given_values_are_not_worked_out_anew(project):
+    given = {"train_iters": 7, "save_interval": 3, "global_batch_size": 6, "num_workers": 5, "bf16": True}
+    values, why = resolve(load_settings("mine", given), train_samples=1_000)
+    assert given.items() <= values.items()
+    assert why.keys() == {"gpus_per_node"}
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,3", 2), ("", 0), ("-1", 0), ("GPU-a", 1)])
+def test_gpus_are_those_that_are_visible(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_count() == count
+
+
+@pytest.mark.parametrize(("lr", "untrained", "warned"), [(2e-3, False, True), (2e-3, True, False), (1e-5, False, False), (1e-7, False, True)])
+def test_a_learning_rate_for_another_purpose_is_a_warning_with_advice(project, lr, untrained, warned):
+    notes = warnings(load_settings("mine", {"lr": lr, "min_lr": 0}), untrained)
+    assert bool(notes) == warned
+    assert all("5e-6" in note and "2e-5" in note for note in notes)
+
+
+# --- precedence ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_wins_over_the_experiment_and_that_over_the_defaults(project):
+    default = load_settings("mine")
+    assert (default.lr, default.seed) == (1e-5, 42)
+    write_experiment("mine", lr=3e-6, seed=7)
+    assert (load_settings("mine").lr, load_settings("mine").seed) == (3e-6, 7)
+    override = load_settings("mine", {"lr": 5e-6})
+    assert (override.lr, override.seed) == (5e-6, 7)
+
+
+def test_an_exponent_without_a_point_is_a_number_wherever_it_stands(project):
+    path = config.CONFIG_DIR / "experiments/mine.yaml"
+    path.write_text(path.read_text() + "lr: 2e-5\nmin_lr: 1e-6\nadam_eps: 1e-8\nclip_grad: 1e0\nepochs: 2e0\n")
+    assert yaml.safe_load(path.read_text())["lr"] == "2e-5"  # this is how YAML reads it
+    settings = load_settings("mine", {"weight_decay": "1e-2"})
+    assert (settings.lr, settings.min_lr, settings.adam_eps, settings.weight_decay) == (2e-5, 1e-6, 1e-8, 1e-2)
+    assert (settings.clip_grad, settings.epochs) == (1.0, 2.0)
+
+
+def test_shipped_experiments_hold_only_possible_settings(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in config.experiments():
+        assert load_settings(name).experiment == name
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+EXPERIMENT = "config/experiments/mine.yaml"
+
+
+@pytest.mark.parametrize(
+    ("settings", "mentioned"),
+    [
+        ({"learning_rate": 1e-5}, ["'learning_rate'", "unknown"]),
+        ({"micro_batchsize": 1}, ["'micro_batchsize'", "did you mean micro_batch_size?"]),
+        ({"lr": "fast"}, ["lr", "'fast'", "number"]),
+        ({"micro_batch_size": 1.5}, ["micro_batch_size", "1.5", "integer"]),
+        ({"micro_batch_size": 0}, ["micro_batch_size", "0", "greater than 0"]),
+        ({"train_iters": "soon"}, ["train_iters", "'soon'", "auto", "integer"]),
+        ({"stage": "pretrain"}, ["stage", "'pretrain'", "sft"]),
+        ({"lr_warmup_fraction": 1.5}, ["lr_warmup_fraction", "1.5", "less than 1"]),
+        ({"run_tag": "my run"}, ["run_tag", "'my run'"]),
+        ({"run_tag": "../other"}, ["run_tag", "'../other'"]),
+        ({"min_lr": 1e-4}, ["min_lr", "0.0001", "above lr 1e-05"]),
+        ({"min_pixels": 2_000_000}, ["min_pixels", "2000000", "max_pixels 1000000"]),
+        ({"webdatasets": "wds"}, ["raw_data", "webdatasets", "exactly one"]),
+        ({"raw_data": None}, ["raw_data", "webdatasets", "exactly one"]),
+        ({"raw_data": None, "webdatasets": "wds", "heldout_data": "raw.jsonl"}, ["heldout_data", "remove"]),
+    ],
+)
+def test_a_wrong_setting_is_one_message_with_file_key_value_and_fix(project, settings, mentioned):
+    write_experiment("mine", **settings)
+    error = mistake()
+    assert isinstance(error, SettingsError)
+    for text in [EXPERIMENT, *mentioned]:
+        assert text in str(error)
+
+
+def test_a_wrong_setting_of_the_command_line_is_said_to_come_from_there(project):
+    assert "--config: lr: 'fast'" in str(mistake(lr="fast"))
+    assert "--config: unknown setting 'lrr'" in str(mistake(lrr=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule", "nearest"),
+    [
+        ({"global_batch_size": 33, "micro_batch_size": 8}, "33 is not a multiple", "32 or 40"),
+        ({"global_batch_size": 3, "micro_batch_size": 8}, "3 is not a multiple", "8"),
+        ({"global_batch_size": 20, "micro_batch_size": 2, "gpus_per_node": 8}, "20 is not a multiple", "16 or 32"),
+        ({"global_batch_size": 20, "gpus_per_node": 8, "tensor_model_parallel_size": 4}, None, None),
+    ],
+)
+def test_a_global_batch_that_can_not_be_split_names_the_two_nearest_before_anything_runs(project, settings, rule, nearest):
+    write_experiment("mine", **settings)
+    if rule is None:
+        load_settings("mine")
+        return
+    error = mistake()
+    assert EXPERIMENT in error.problem
+    assert f"global_batch_size: {rule}" in error.problem
+    assert error.fix == f"global_batch_size: {nearest}"
+
+
+def test_a_global_batch_that_does_not_fit_this_machines_gpus_is_refused_when_they_are_known(project, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(SettingsError, match="3 or 6"):
+        resolve(load_settings("mine", {"global_batch_size": 4}), train_samples=100)
+
+
+def test_gpus_that_parallel_sizes_do_not_divide_are_refused(project):
+    error = mistake(gpus_per_node=6, tensor_model_parallel_size=4, global_batch_size=8)
+    assert "gpus_per_node" in str(error) and "= 4" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "mentioned"),
+    [
+        ({"raw_data": "none.jsonl"}, DataError, ["raw_data", "none.jsonl", "no such file", EXPERIMENT]),
+        ({"heldout_data": "none.jsonl"}, DataError, ["heldout_data", "none.jsonl", "no such file"]),
+        ({"image_root": "pictures"}, DataError, ["image_root", "pictures", "no such folder"]),
+        ({"raw_data": "empty.jsonl"}, DataError, ["empty.jsonl", "empty"]),
+        ({"raw_data": None, "image_root": None, "webdatasets": "wds"}, DataError, ["webdatasets", "wds", ".nv-meta"]),
+        ({"load": ""}, CheckpointError, ["load", "empty", "Hugging Face"]),
+        ({"load": "none"}, CheckpointError, ["load", "none", "no such folder"]),
+        ({"load": "images"}, CheckpointError, ["load", "images", "config.json"]),
+        ({"load": "run/iter_0000400"}, CheckpointError, ["load", "run/iter_0000400", ".metadata"]),
+        ({"load": "other"}, CheckpointError, ["other", "qwen2_vl", "llavaonevision1_5"]),
+        ({"load": "broken"}, CheckpointError, ["broken", "config.json"]),
+    ],
+)
+def test_what_the_user_has_to_bring_is_named_when_it_is_not_there(project, settings, kind, mentioned):
+    (project / "empty.jsonl").touch()
+    (project / "run/iter_0000400").mkdir(parents=True)
+    for name, content in (("other", '{"model_type": "qwen2_vl"}'), ("broken", '{"model_ty')):
+        (project / name).mkdir()
+        (project / name / "config.json").write_text(content)
+    write_experiment("mine", **settings)
+    error = mistake()
+    assert isinstance(error, kind)
+    for text in mentioned:
+        assert text in str(error)
+
+
+def test_a_broken_experiment_file_is_named(project):
+    (config.CONFIG_DIR / "experiments/mine.yaml").write_text("lr: [1")
+    assert f"{EXPERIMENT}: not valid YAML" in str(mistake())
+    (config.CONFIG_DIR / "experiments/mine.yaml").write_text("- lr")
+    assert f"{EXPERIMENT}: holds a list" in str(mistake())
+    assert "config/experiments/nobody.yaml: no such file" in str(mistake("nobody"))
+
+
+def test_a_mistake_ends_the_script_with_the_message_alone(project):
+    script = ROOT / "workflow_scripts/preflight.py"
+    run = subprocess.run(
+        [sys.executable, script, "mine", "--config", "lr=fast"], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: --config: lr: 'fast'") and "\n  fix: " in run.stderr
+    assert "Traceback" not in run.stderr + run.stdout
+
+
+# --- the experiments that are not asked for --------------------------------------------------------------------------
+
+
+def test_a_mistake_in_an_experiment_that_is_not_asked_for_disturbs_nobody(project, capsys):
+    write_experiment("a_first", lr="fast")
+    write_experiment("mine_too", lr="fast")
+    flow = Workflow({"run_tag": "too"})  # its run is `stage2_sft_mine_too`: no mix-up with the experiment of that name
+    assert Paths(load_settings("mine", {"run_tag": "too"})).report in flow.target("train", "mine")(None)
+    assert flow.path("run_dir")(SimpleNamespace(run_name="stage2_sft_mine_too")).name == "stage2_sft_mine_too"
+    assert flow.checkpoint_source(SimpleNamespace(checkpoint="hf")) == "hf"
+    with pytest.raises(SystemExit) as end:
+        flow.target("train", "a_first")(None)
+    assert end.value.code == 1
+    assert "config/experiments/a_first.yaml: lr: 'fast'" in capsys.readouterr().err
+
+
+def test_the_start_checkpoint_is_converted_for_the_model_of_the_experiment_that_is_asked_for(project):
+    write_experiment("a_first", model="8b")
+    write_experiment("mine", model="4b")
+    flow = Workflow({})
+    flow.target("train", "mine")(None)
+    assert flow.checkpoint_model(SimpleNamespace(checkpoint="hf")) == "4b"
