@@ -59,6 +59,8 @@ class Settings(BaseModel):
     stage: Literal["sft"]
     # batches and length
     seq_length: Positive
+    packing: bool
+    packing_buffer_size: Positive
     micro_batch_size: Positive
     global_batch_size: Positive | Auto
     train_iters: Positive | Auto

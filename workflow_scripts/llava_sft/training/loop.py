@@ -28,6 +28,7 @@ from megatron.training.checkpointing import get_checkpoint_name  # noqa: E402
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder, train_loader, worker_config  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
+from llava_sft.model.attention import packed_seq_params  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments  # noqa: E402
@@ -64,11 +65,17 @@ class Trainer:
         """(train, validation, test) loaders of this data-parallel rank; the training one goes on where it was."""
         args, values = get_args(), self.values
         encoder = VlmTaskEncoder(
-            ChatTemplate(self.sidecars), values["seq_length"], values["min_pixels"], values["max_pixels"]
+            ChatTemplate(self.sidecars),
+            values["seq_length"],
+            values["min_pixels"],
+            values["max_pixels"],
+            packing=values["packing"],
+            pad_multiple=1 if ON_CPU else 128,
+            seed=values["seed"],
         )
         rank, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         workers = worker_config(rank, replicas, values["num_workers"], values["seed"], mpu.get_data_parallel_group())
-        loader = train_loader(self.data["path"], encoder, workers, args.micro_batch_size)
+        loader = train_loader(self.data["path"], encoder, workers, args.micro_batch_size, values["packing_buffer_size"])
         if args.iteration > 0:
             path = get_checkpoint_name(
                 args.dataloader_save,
@@ -98,6 +105,7 @@ class Trainer:
             [tuple(grid) for grid in batch.grids.tolist()],
             on_device(batch.image_index),
             labels=labels,
+            packed_seq_params=packed_seq_params(batch.segments, device) if batch.segments else None,
         )
 
         def loss(token_losses):
