@@ -70,15 +70,16 @@ class EncodedSample(Sample):
 
 @edataclass
 class VlmBatch(Batch):
-    """What a forward step takes: `input_ids`, `labels`, `loss_mask` [batch, tokens], `pixels` [patches, 588] uint8,
-    `grids` [images, 2], `image_index` [image tokens] into the flattened [tokens, batch], `num_tokens` without padding.
+    """What a forward step takes: `input_ids` [batch, tokens], `pixels` [patches, 588] uint8, `grids` [images, 2],
+    `num_tokens` without padding, and two indices into the flattened [tokens, batch]: `image_index` [image tokens], and
+    `answer_index` [answer tokens], the places that predict a token of an answer, with `answer_labels`, those tokens.
 
     Packed sequences lie behind one another in a single row; `segments` are the lengths of their samples. Without
     packing `segments` is empty, and rows are padded behind the text."""
 
     input_ids: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
+    answer_index: torch.Tensor
+    answer_labels: torch.Tensor
     pixels: torch.Tensor
     grids: torch.Tensor
     image_index: torch.Tensor
@@ -181,22 +182,20 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
             segments = [*segments, padding]
         shape = (len(rows), width)
         input_ids = np.full(shape, self.template.pad_token_id, dtype=np.int64)
-        labels = np.full(shape, self.template.pad_token_id, dtype=np.int64)
-        loss_mask = np.zeros(shape, dtype=np.float32)
+        answers = np.zeros(shape, dtype=bool)
         for number, row in enumerate(rows):
-            length = len(row.input_ids)
-            input_ids[number, :length] = row.input_ids
-            labels[number, : length - 1] = row.input_ids[1:]
-            # No segment begins with an answer, so the last token of the one before carries no loss.
-            loss_mask[number, : length - 1] = row.answer_mask[1:]
+            input_ids[number, : len(row.input_ids)] = row.input_ids
+            answers[number, : len(row.input_ids)] = row.answer_mask
+        # No segment begins with an answer, so the place before an answer token lies in the same segment.
+        answer_row, answer_token = np.nonzero(answers)
         # Row by row, as the images come; the places are counted in the model's [tokens, batch] layout.
         batch_index, token_index = np.nonzero(input_ids == self.template.image_token_id)
         patches = [patch for row in rows for patch in row.patches]
         return VlmBatch.from_samples(
             samples,
             input_ids=torch.from_numpy(input_ids),
-            labels=torch.from_numpy(labels),
-            loss_mask=torch.from_numpy(loss_mask),
+            answer_index=torch.from_numpy((answer_token - 1) * len(rows) + answer_row),
+            answer_labels=torch.from_numpy(input_ids[answer_row, answer_token]),
             pixels=torch.from_numpy(np.concatenate(patches) if patches else np.empty((0, 588), dtype=np.uint8)),
             grids=torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int64).view(-1, 2),
             image_index=torch.from_numpy(token_index * len(rows) + batch_index),

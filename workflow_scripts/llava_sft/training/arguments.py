@@ -46,7 +46,6 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
         "--exit-signal-handler",
         "--distributed-backend=" + ("nccl" if gpu else "gloo"),
         "--transformer-impl=" + ("transformer_engine" if gpu else "local"),
-        "--no-gradient-accumulation-fusion",
         "--no-masked-softmax-fusion",
     ]
     if start_dir is not None:
@@ -54,9 +53,22 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
     if values["bf16"]:
         arguments.append("--bf16")
     if gpu:
-        arguments += ["--use-distributed-optimizer", "--attention-backend=auto"]
+        arguments += [
+            "--use-distributed-optimizer",
+            # 12 bytes a parameter instead of 18: bf16 moments and gradients, the float32 master kept as 16-bit remainders
+            "--use-precision-aware-optimizer",
+            "--main-grads-dtype=bf16",
+            "--exp-avg-dtype=bf16",
+            "--exp-avg-sq-dtype=bf16",
+        ]
     else:
-        arguments += ["--no-persist-layer-norm", "--no-rope-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"]
+        arguments += [
+            "--no-gradient-accumulation-fusion",
+            "--no-persist-layer-norm",
+            "--no-rope-fusion",
+            "--no-bias-swiglu-fusion",
+            "--no-bias-dropout-fusion",
+        ]
     return arguments
 
 

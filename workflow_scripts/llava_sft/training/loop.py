@@ -17,7 +17,7 @@ ON_CPU = cpu.apply()
 from megatron.core import mpu, tensor_parallel  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_args, pretrain, print_rank_0, training  # noqa: E402
+from megatron.training import get_args, initialize, pretrain, print_rank_0, training  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     core_transformer_config_from_args,
     pretrain_cfg_container_from_args,
@@ -50,7 +50,7 @@ class Trainer:
         config = config or core_transformer_config_from_args(args)
         config.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, as converted
         config.variable_seq_lengths = args.pipeline_model_parallel_size > 1  # batches are as long as their longest
-        return LlavaOneVision(
+        model = LlavaOneVision(
             config,
             self.model_config,
             vocab_size=args.padded_vocab_size,
@@ -60,6 +60,10 @@ class Trainer:
             pre_process=pre_process,
             post_process=post_process,
         )
+        if config.gradient_accumulation_fusion and post_process:
+            # Transformer Engine's layers add weight gradients in place; Megatron's own output layer would need Apex.
+            model.language_model.output_layer.gradient_accumulation_fusion = False
+        return model
 
     def datasets(self, train_val_test_num_samples):
         """(train, validation, test) loaders of this data-parallel rank; the training one goes on where it was."""
@@ -98,22 +102,21 @@ class Trainer:
         self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel())
         device = torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
         on_device = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        labels, loss_mask = on_device(batch.labels), on_device(batch.loss_mask)
         output = model(
             on_device(batch.input_ids),
             on_device(batch.pixels),
             [tuple(grid) for grid in batch.grids.tolist()],
             on_device(batch.image_index),
-            labels=labels,
+            answer_index=on_device(batch.answer_index),
+            answer_labels=on_device(batch.answer_labels),
             packed_seq_params=packed_seq_params(batch.segments, device) if batch.segments else None,
         )
 
-        def loss(token_losses):
+        def loss(answer_losses):
             """Sum over the answer tokens, their number, and both for the log."""
-            total = (token_losses.float() * loss_mask).sum()
-            count = loss_mask.sum()
-            report = torch.stack((total.detach(), count))
-            return total, count.to(torch.int), {"lm loss": report}
+            total = answer_losses.sum()
+            count = torch.tensor(len(answer_losses), dtype=torch.int, device=device)
+            return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
 
         return output, loss
 
@@ -168,7 +171,11 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
         resolved["settings"], trainer.model_config, trainer.run_dir, Path(start_dir) if start_dir else None
     )
     sys.argv = [sys.argv[0], *arguments]
+    # The index builder of datasets that are not used here: Megatron would compile it, but the wheel has no Makefile.
+    initialize._compile_dependencies = lambda: None
     get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
+    if not ON_CPU:
+        tensor_parallel.layers._grad_accum_fusion_available = True  # of Transformer Engine's layers, see build_model
     args = parse_and_validate_args(add_arguments, args_defaults={})
     training.training_log = trainer.watched(training.training_log)
     trainer.datasets.__func__.is_distributed = True
