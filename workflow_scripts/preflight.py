@@ -5,7 +5,6 @@ Writes resolved.json (what training uses: the same bytes for the same settings a
 
 import argparse
 from importlib.metadata import version
-from pathlib import Path
 
 import yaml
 
