@@ -83,15 +83,18 @@ class Workflow:
             self.asked.append(experiment)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
             shards = [paths.webdatasets / f"{shard.name}.tar" for shard in paths.shards()]
-            return shards + {
-                "data": [paths.dataset],
-                "inspect": [paths.inspection],
-                "preflight": [paths.resolved],
-                "train": [paths.report],
-                "export": [paths.export_done],
-                "evaluate": [paths.evaluation],
-                "report": [paths.report],
-            }[step]
+            return (
+                shards
+                + {
+                    "data": [paths.dataset],
+                    "inspect": [paths.inspection],
+                    "preflight": [paths.resolved],
+                    "train": [paths.report],
+                    "export": [paths.export_done],
+                    "evaluate": [paths.evaluation],
+                    "report": [paths.report],
+                }[step]
+            )
 
         return files
 
@@ -151,7 +154,9 @@ class Workflow:
 
     def job_of_shard(self, wildcards) -> str:
         shard = self.shard(wildcards)
-        return f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+        return (
+            f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+        )
 
     @_ends_cleanly
     def shard_files(self, wildcards) -> list[str]:

@@ -112,9 +112,29 @@ class Trainer:
     def watched(self, training_log):
         """Megatron's `training_log`, with a record for people written after it."""
 
-        def log(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, *rest, **named):
+        def log(
+            loss_dict,
+            total_loss_dict,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory_flag,
+            skipped_iter,
+            grad_norm,
+            *rest,
+            **named,
+        ):
             flag = training_log(
-                loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, *rest, **named
+                loss_dict,
+                total_loss_dict,
+                learning_rate,
+                iteration,
+                loss_scale,
+                report_memory_flag,
+                skipped_iter,
+                grad_norm,
+                *rest,
+                **named,
             )
             if loss_dict and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
                 self.watch.step(iteration, float(loss_dict["lm loss"]), learning_rate, grad_norm, memory_gib())
