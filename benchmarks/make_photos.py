@@ -30,7 +30,8 @@ def main() -> None:
     rng, noise = random.Random(args.seed), np.random.default_rng(args.seed)
     labels, digits = load_digits()
     tiles = [
-        np.asarray(Image.frombytes("L", (8, 8), pixels).resize((CELL, CELL), Image.Resampling.BICUBIC)) for pixels in digits
+        np.asarray(Image.frombytes("L", (8, 8), pixels).resize((CELL, CELL), Image.Resampling.BICUBIC))
+        for pixels in digits
     ]
     images = args.output_dir / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,9 @@ def main() -> None:
             rows, columns = height // CELL, width // CELL
             shown = [[rng.randrange(len(tiles)) for _ in range(columns)] for _ in range(rows)]
             canvas = np.block([[tiles[tile] for tile in row] for row in shown]).astype(np.int16)
-            canvas = np.repeat(canvas[..., None], 3, axis=2) + noise.integers(-24, 25, (*canvas.shape, 3), dtype=np.int16)
+            canvas = np.repeat(canvas[..., None], 3, axis=2) + noise.integers(
+                -24, 25, (*canvas.shape, 3), dtype=np.int16
+            )
             name = f"photo_{number:05d}.jpg"
             Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(images / name, quality=85)
             turns = []

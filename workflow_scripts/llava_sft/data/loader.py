@@ -24,7 +24,6 @@ from megatron.energon import (
     edataclass,
     get_savable_loader,
     get_train_dataset,
-    get_val_dataset,
     reraise_exception,
     stateless,
 )

@@ -11,7 +11,6 @@ Notable:
 import copy
 
 import torch
-
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -104,7 +103,9 @@ class LlavaOneVision(MegatronModule):
         """
         embeddings = None
         if self.pre_process:
-            embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)  # [tokens, batch, hidden]
+            embeddings = self.language_model.embedding(
+                input_ids=input_ids, position_ids=None
+            )  # [tokens, batch, hidden]
             if grids:
                 features = self.adapter(self.vision_model(pixels, grids)).to(embeddings.dtype)
                 flat = embeddings.flatten(0, 1).index_copy(0, image_index, features)
