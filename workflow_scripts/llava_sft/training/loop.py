@@ -14,7 +14,7 @@ from llava_sft.training import cpu
 
 ON_CPU = cpu.apply()
 
-from megatron.core import mpu  # noqa: E402
+from megatron.core import mpu, tensor_parallel  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_args, initialize, pretrain, print_rank_0, training  # noqa: E402
