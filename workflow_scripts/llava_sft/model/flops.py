@@ -1,0 +1,41 @@
+"""How many floating-point operations a training step has to do, the basis of MFU."""
+
+from collections.abc import Collection
+from functools import lru_cache
+from math import prod
+
+from llava_sft.model.config import ModelConfig
+
+
+@lru_cache(maxsize=4)
+def matmul_parameters(model: ModelConfig) -> tuple[int, int, int]:
+    """Weights that every token (language model), patch (vision model) and image token (adapter) is multiplied with."""
+    sizes = {"language": 0, "vision": 0, "adapter": 0}
+    for name, shape in model.hf_tensor_shapes().items():
+        if len(shape) > 1 and "embed_tokens" not in name and "class_pos" not in name:
+            part = "adapter" if ".merger." in name else "vision" if ".visual." in name else "language"
+            sizes[part] += prod(shape)
+    return sizes["language"], sizes["vision"], sizes["adapter"]
+
+
+def training_flops(
+    model: ModelConfig, trained: Collection[str], tokens: int, rows: int, grids: list[tuple[int, int]]
+) -> float:
+    """FLOPs of one micro-batch of `rows` samples with `tokens` tokens without padding.
+
+    A matrix product is 2 per weight and row. Attention is 4·n²·heads·head_dim a layer over a segment of n, half of it
+    when causal; rows are taken as equally long. Backward is twice the forward where weights are trained, once where
+    only the gradient passes through, nothing for a frozen vision tower. Recomputation and padding do not count
+    (PaLM, arXiv:2204.02311, appendix B).
+    """
+    language, vision, adapter = matmul_parameters(model)
+    t, v = model.language, model.vision
+    patches = [height * width for height, width in grids]
+    llm = 2 * language * tokens + 2 * t.num_layers * t.num_attention_heads * t.kv_channels * tokens**2 / max(1, rows)
+    vit = 2 * vision * sum(patches) + 4 * v.num_layers * v.hidden_size * sum(n * n for n in patches)
+    merger = 2 * adapter * sum(patches) / v.spatial_merge_size**2
+    return (
+        llm * (3 if "language_model" in trained else 2)
+        + merger * (3 if "adapter" in trained else 2 if "vision_model" in trained else 1)
+        + vit * (3 if "vision_model" in trained else 1)
+    )
