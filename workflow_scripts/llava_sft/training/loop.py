@@ -6,6 +6,7 @@ The launcher starts it once per rank (`__main__.py`); what it prints goes to the
 import functools
 import math
 import resource
+import signal
 import sys
 import threading
 import time
@@ -368,4 +369,6 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
         if failure := trainer.failure(error):
             write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
         raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended
     torch.distributed.destroy_process_group()
