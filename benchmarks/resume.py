@@ -37,18 +37,27 @@ class Run:
     def __init__(self, base: dict, folder: Path, **settings):
         self.folder, self.resolved = folder, folder.with_suffix(".resolved.json")
         shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".log").unlink(missing_ok=True)
         values = base["settings"] | SMALL | settings
         values |= {"lr_decay_iters": values["train_iters"], "eval_interval": values["save_interval"], "eval_iters": 1}
         write_json(self.resolved, base | {"settings": values})
 
-    def start(self) -> subprocess.Popen:
-        script = [sys.executable, str(ROOT / "workflow_scripts/train.py"), str(self.resolved)]
+    def start(self, *before: str, **environment: str) -> subprocess.Popen:
+        """`before`: words in front of the command; `environment`: variables on top of ours."""
+        script = list(before)
+        script += [sys.executable, str(ROOT / "workflow_scripts/train.py"), str(self.resolved)]
         script += ["--run-dir", str(self.folder), "--done", str(self.folder.with_suffix(".done.json"))]
         log = open(self.folder.with_suffix(".log"), "ab")  # noqa: SIM115 (the child's)
-        return subprocess.Popen(script, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            script, cwd=ROOT, env=ENVIRONMENT | environment, stdout=log, stderr=log, start_new_session=True
+        )
 
-    def finish(self) -> int:
-        return self.start().wait()
+    def finish(self, *before: str, **environment: str) -> int:
+        return self.start(*before, **environment).wait()
+
+    def said(self) -> str:
+        """Everything that train.py printed, over all starts."""
+        return self.folder.with_suffix(".log").read_text()
 
     def interrupt(self, at: int, number: int) -> int:
         """Signal the run once it has logged step `at`: SIGKILL to all its processes, else to train.py alone."""
@@ -63,11 +72,16 @@ class Run:
 
     def change(self, **settings) -> None:
         resolved = read_json(self.resolved)
-        resolved["settings"] |= settings
+        self.write(resolved | {"settings": resolved["settings"] | settings})
+
+    def write(self, resolved: dict) -> None:
         write_json(self.resolved, resolved)
 
     def losses(self) -> list:
-        return [(record["iteration"], record["lm loss"], record["grad-norm"]) for record in read_jsonl(self.folder / "metrics.jsonl")]
+        return [
+            (record["iteration"], record["lm loss"], record["grad-norm"])
+            for record in read_jsonl(self.folder / "metrics.jsonl")
+        ]
 
     def samples(self) -> dict:
         return {path.name: read_jsonl(path) for path in sorted((self.folder / "samples").glob("*.jsonl"))}
@@ -83,7 +97,9 @@ class Run:
 
         reader = dcp.FileSystemReader(checkpoint_dir(self.folder, iteration))
         stored = reader.read_metadata().state_dict_metadata.items()
-        found = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in stored if isinstance(v, TensorStorageMetadata)}
+        found = {
+            k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in stored if isinstance(v, TensorStorageMetadata)
+        }
         dcp.load(found, storage_reader=reader, no_dist=True)
         return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
 
@@ -127,7 +143,14 @@ def table(base: dict, out: Path, steps: int = 20) -> list[dict]:
                 equal = same(run, undisturbed, steps)
                 note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
                 print(f"{name:9} {what:15} exit {code:3} at step {reached:2}: {note}", flush=True)
-                rows.append(row(f"resume_{name}", int(all(equal.values())), "equal", f"{what}, exit code {code}, resumed at step {reached}: {note}"))
+                rows.append(
+                    row(
+                        f"resume_{name}",
+                        int(all(equal.values())),
+                        "equal",
+                        f"{what}, exit code {code}, resumed at step {reached}: {note}",
+                    )
+                )
     return rows
 
 
@@ -153,14 +176,21 @@ def kills(base: dict, out: Path, count: int, steps: int = 120) -> list[dict]:
     assert run.finish() == 0
     equal = same(run, undisturbed, steps)
     print(equal)
-    log = run.folder.with_suffix(".log").read_text()
-    unfinished = len(re.findall("not finished when", log))
+    unfinished = len(re.findall("not finished when", run.said()))
     note = f"{count} kills, whole checkpoints after them: {places}; half-written checkpoints met: {unfinished}; {equal}"
     return [row("resume_random_kills", int(all(equal.values())), "equal", note)]
 
 
 def row(metric: str, value: float, unit: str, note: str) -> dict:
-    return {"metric": metric, "value": value, "unit": unit, "goal": 1, "better": "higher", "settings": SMALL, "note": note}
+    return {
+        "metric": metric,
+        "value": value,
+        "unit": unit,
+        "goal": 1,
+        "better": "higher",
+        "settings": SMALL,
+        "note": note,
+    }
 
 
 def main() -> None:

@@ -1,8 +1,11 @@
 """List every run below the output folder: name, state, step, loss, size, and the command that goes on with it."""
 
 import argparse
+import json
 import shlex
 from pathlib import Path
+
+import yaml
 
 from llava_sft.files import read_json
 from llava_sft.training.checkpoints import iterations_done
@@ -47,7 +50,9 @@ def command(run_dir: Path, settings: dict) -> str:
     """With the same --config as before, which preflight noted beside the run."""
     noted = run_dir.with_name(f"{run_dir.name}_results") / "preflight.json"
     overrides = read_json(noted).get("overrides", []) if noted.is_file() else []
-    given = " --config " + " ".join(shlex.quote(pair) for pair in overrides) if overrides else ""
+    pairs = [(key, yaml.safe_load(value)) for key, _, value in (pair.partition("=") for pair in overrides)]
+    typed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
+    given = " --config " + " ".join(map(shlex.quote, typed)) if typed else ""
     return f"snakemake train_{settings['experiment']}{given}"
 
 

@@ -25,7 +25,8 @@ def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
     shards = [str(Path(folder) / name) for name in parts.get(split) or []]
     if not shards:
         return
-    for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
+    everywhere = lambda urls: urls  # noqa: E731 (every rank of a training reads the split; else webdataset refuses)
+    for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False, nodesplitter=everywhere):
         record = orjson.loads(sample["json"])
         images = [sample[name] for name in record["images"]]
         yield StoredSample(record["id"], record["messages"], images, record.get("meta", {}))

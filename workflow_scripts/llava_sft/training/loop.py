@@ -68,7 +68,7 @@ class Trainer:
         self.scheduler = None
         self.grad_norm: float | None = None
         self.sealing: threading.Thread | None = None
-        self.largest = {"rows": 0, "tokens": 0, "patches": 0}
+        self.largest = {"rows": 0, "tokens": 0, "patches": 0, "image": 0}
         self.validated = -1
 
     def build_model(self, pre_process=True, post_process=True, config=None, pg_collection=None, vp_stage=None):
@@ -141,7 +141,12 @@ class Trainer:
         waited = time.perf_counter() - asked
         rows, tokens = batch.input_ids.shape
         grids = [tuple(grid) for grid in batch.grids.tolist()]
-        self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels)}
+        self.largest = {
+            "rows": rows,
+            "tokens": tokens,
+            "patches": len(batch.pixels),
+            "image": max((h * w for h, w in grids), default=0),
+        }
         if model.training:
             flops = training_flops(self.model_config, self.parts, batch.num_tokens, rows, grids)
             self.watch.batch(waited, batch.num_tokens, rows * tokens, flops, batch.__key__)

@@ -16,15 +16,18 @@ def lower_lr(lr: float) -> float:
     return lr / 4 if lr > 5e-5 else 5e-6 if lr > 5e-6 else 1e-6 if lr > 1e-6 else lr / 4
 
 
-def exploded(values: dict, run_dir: Path, bad: list[dict], usual_loss: float | None) -> RunError:
-    """After `bad` steps in a row, each {iteration, loss, grad_norm, samples}: which lr, from which checkpoint."""
+def exploded(values: dict, run_dir: Path, bad: list[dict], usual_loss: float | None, trouble: int) -> RunError:
+    """After `bad` steps in a row, each {iteration, loss, grad_norm, samples}: which lr, from which checkpoint: one that
+    is older than `trouble`, the first bad step of this time."""
     first, last = bad[0], bad[-1]
     before = f", where the good steps before had {usual_loss:.3g}" if usual_loss is not None else ""
-    whole = [iteration for iteration in checkpoints(run_dir) if iteration < first["iteration"]]
+    whole = [iteration for iteration in checkpoints(run_dir) if iteration < trouble]
     lr = lower_lr(values["lr"])
     load = f" load={checkpoint_dir(run_dir, whole[-1])}" if whole else ""
     origin = (
-        "from the last checkpoint before it" if whole else "from the start (no checkpoint is older than the bad steps)"
+        "from the last checkpoint before it"
+        if whole
+        else f"from the start (no checkpoint is older than the first bad step, {trouble})"
     )
     return RunError(
         f"{len(bad)} bad steps in a row, {first['iteration']} … {last['iteration']} (max_bad_steps): loss {first['loss']:.3g} "
@@ -36,7 +39,8 @@ def exploded(values: dict, run_dir: Path, bad: list[dict], usual_loss: float | N
 
 
 def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int], gpus: int) -> RunError:
-    """`memory`: GiB of weights, gradients, optimizer, and `total` in use; `largest`: rows, tokens, patches of the batch."""
+    """`memory`: GiB of weights, gradients, optimizer, and `total` in use; `largest`: rows, tokens, patches of the batch,
+    and patches of its largest image."""
     state = {part: gib for part, gib in memory.items() if part != "total"}
     rest = max(0.0, memory["total"] - sum(state.values()))
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in {**state, "activations and the rest": rest}.items())
@@ -44,7 +48,7 @@ def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int
     ways = []
     if mbs > 1:
         ways.append(f"micro_batch_size: {mbs // 2} (global_batch_size stays {values['global_batch_size']})")
-    if largest["patches"] > 4 * largest["tokens"]:
+    if largest["image"] * 14 * 14 > values["max_pixels"] / 2 and largest["patches"] > largest["tokens"]:
         ways.append(f"max_pixels: {values['max_pixels'] // 2}")
     if mbs == 1:
         ways.append(f"seq_length: {values['seq_length'] // 2}")

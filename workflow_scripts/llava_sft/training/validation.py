@@ -3,6 +3,7 @@
 Nothing here touches the training's data position or random state: a run with validation is bit for bit the run without.
 """
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -108,9 +109,12 @@ def record(
 ) -> None:
     """Note a validation: validation.jsonl, best.json, and TensorBoard (Megatron writes the loss there itself)."""
     earlier = read_jsonl(run_dir / VALIDATION)
-    best = all(loss < one["lm loss validation"] for one in earlier)
+    best = math.isfinite(loss) and all(not loss >= one["lm loss validation"] for one in earlier)
     append(run_dir / VALIDATION, {"iteration": iteration, "lm loss validation": loss, "best": best, "answers": answers})
-    lowest = min(read_jsonl(run_dir / VALIDATION), key=lambda one: one["lm loss validation"])
+    finite = [one for one in read_jsonl(run_dir / VALIDATION) if math.isfinite(one["lm loss validation"])]
+    lowest = min(
+        finite, key=lambda one: one["lm loss validation"], default={"iteration": iteration, "lm loss validation": loss}
+    )
     checkpoint = str(checkpoint_dir(run_dir, lowest["iteration"]))  # saved right after, when the intervals are the same
     write_json(
         run_dir / BEST, {key: lowest[key] for key in ("iteration", "lm loss validation")} | {"checkpoint": checkpoint}

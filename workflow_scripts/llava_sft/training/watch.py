@@ -49,6 +49,7 @@ class Watch:
         self.said_slow, self.warm = False, False  # the first interval has the start of the loader in it
         self.good: deque[float] = deque(maxlen=50)
         self.bad: list[dict] = []
+        self.trouble, self.last_bad = 0, -math.inf  # first step of the present bad time, and its last so far
         self.ids: list[str] = []
         self.samples = None
         if values["log_samples"]:
@@ -121,7 +122,7 @@ class Watch:
         self.reset()
 
     def _judge(self, iteration: int, loss: float, grad_norm: float | None, ids: list[str]) -> None:
-        usual = median(self.good) if len(self.good) >= 10 else None
+        usual = median(self.good) if len(self.good) > 1 else None
         finite = math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm))
         if finite and (usual is None or loss <= 2 * usual + 0.5):
             self.good.append(loss)
@@ -130,12 +131,15 @@ class Watch:
         step = {"iteration": iteration, "loss": loss, "grad_norm": grad_norm, "samples": ids}
         append(self.run_dir / BAD_STEPS, step)  # every data-parallel rank has samples of its own
         self.bad.append(step)
+        if iteration > self.last_bad + 50:
+            self.trouble = iteration
+        self.last_bad = iteration
         if len(self.bad) == 1 and self.writes:
             fault = "the loss jumped" if finite else "loss or gradient is not a number, no update"
             before = f", the steps before had {usual:.3g}" if usual is not None else ""
             self.say(iteration, f"{fault}: loss {loss:.3g}{before}; samples in {BAD_STEPS}")
         if len(self.bad) >= self.values["max_bad_steps"]:
-            raise exploded(self.values, self.run_dir, self.bad, usual)
+            raise exploded(self.values, self.run_dir, self.bad, usual, self.trouble)
 
     def say(self, iteration: int, message: str) -> None:
         append(self.run_dir / EVENTS, {"iteration": iteration, "message": message})
