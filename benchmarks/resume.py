@@ -8,7 +8,6 @@ Uses the embedded data set (`snakemake preflight_vqa` once). Writes benchmarks/r
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import random

@@ -132,3 +132,13 @@ def test_too_little_memory_names_the_setting(base, tmp_path):
     assert run.finish("prlimit", f"--as={5 << 30}") == 1
     assert "out of memory at a micro-batch of 1024" in run.said(), run.said()
     assert "micro_batch_size: 512 (global_batch_size stays 1024)" in run.said()
+
+
+def test_slow_loading_is_said_once_with_the_rates_and_the_workers_that_keep_up(base, tmp_path):
+    slow = "import time, PIL.Image as I; o = I.open; I.open = lambda *a, **k: (time.sleep(0.02), o(*a, **k))[1]"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    run = Run(base, tmp_path / "slow", train_iters=12, save_interval=12, eval_iters=0)
+    run.change(log_interval=3)
+    assert run.finish(PYTHONPATH=str(tmp_path)) == 0, run.said()
+    said = [line for line in run.said().splitlines() if "slow loading" in line]
+    assert len(said) == 1 and "num_workers 1 load" in said[0] and "workers" in said[0].split("model would take")[1]
