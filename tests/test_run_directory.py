@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from llava_sft.config import CONFIG_DIR, STAGES, Settings, json_schema, load_settings, resolve
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.files import read_json, write_json
@@ -319,7 +320,7 @@ def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     make = lambda name: subprocess.run(
         ["make", "-s", "experiment", f"NAME={name}"], cwd=tmp_path, capture_output=True, text=True
-    )  # noqa: E731
+    )
     assert make("leaves").returncode == 0
     text = (tmp_path / "config/experiments/leaves.yaml").read_text()
     assert "data/leaves/train.jsonl" in text and "NAME" not in text

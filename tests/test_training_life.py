@@ -9,6 +9,7 @@ import shutil
 import signal
 
 import pytest
+
 from llava_sft.files import read_json
 from llava_sft.training.checkpoints import checkpoint_dir, checkpoints
 from llava_sft.training.watch import read_jsonl
