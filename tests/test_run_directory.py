@@ -318,9 +318,11 @@ def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):
 
     shutil.copytree(ROOT / "config", tmp_path / "config")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    make = lambda name: subprocess.run(
-        ["make", "-s", "experiment", f"NAME={name}"], cwd=tmp_path, capture_output=True, text=True
-    )
+
+    def make(name):
+        command = ["make", "-s", "experiment", f"NAME={name}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
     assert make("leaves").returncode == 0
     text = (tmp_path / "config/experiments/leaves.yaml").read_text()
     assert "data/leaves/train.jsonl" in text and "NAME" not in text

@@ -122,10 +122,11 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
     if done:
         earlier = read_json(path)
         before, now = identity(earlier), identity(resolved)
+        changed = [key for key in now if before.get(key) != now.get(key)]
+        given = [key for key in changed if key not in resolved.get("why", {})] or changed  # not what follows from them
+        per_rank = {"gpus_per_node", "nproc_per_node"}
         differences = [
-            f"{key}: {before.get(key)} → {now.get(key)}{PER_RANK if key in ('gpus_per_node', 'nproc_per_node') else ''}"
-            for key in now
-            if before.get(key) != now.get(key)
+            f"{key}: {before.get(key)} → {now.get(key)}{PER_RANK if key in per_rank else ''}" for key in given
         ]
         if differences:
             tag = propose_tag(run_dir, resolved, before, now)
