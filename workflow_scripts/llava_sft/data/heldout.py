@@ -1,5 +1,6 @@
 """Samples of one split, read in order straight from the tars, for evaluation and parity. No energon, no decoding."""
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,3 +31,9 @@ def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
         record = orjson.loads(sample["json"])
         images = [sample[name] for name in record["images"]]
         yield StoredSample(record["id"], record["messages"], images, record.get("meta", {}))
+
+
+def data_uri(image: bytes) -> str:
+    """An encoded image as it is embedded in a page."""
+    kind = "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

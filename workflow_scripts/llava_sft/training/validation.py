@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from megatron.energon import SkipSample
 
-from llava_sft.data.heldout import StoredSample, read_split
+from llava_sft.data.heldout import StoredSample, data_uri, read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import Conversation, VlmBatch, VlmTaskEncoder
 from llava_sft.files import write_json
@@ -110,7 +110,10 @@ def record(
     """Note a validation: validation.jsonl, best.json, and TensorBoard (Megatron writes the loss there itself)."""
     earlier = read_jsonl(run_dir / VALIDATION)
     best = math.isfinite(loss) and all(not loss >= one["lm loss validation"] for one in earlier)
-    append(run_dir / VALIDATION, {"iteration": iteration, "lm loss validation": loss, "best": best, "answers": answers})
+    noted = {"iteration": iteration, "lm loss validation": loss, "best": best, "answers": answers}
+    if not earlier:  # once, for the report
+        noted["images"] = {sample.id: [data_uri(image) for image in sample.images] for sample in examples}
+    append(run_dir / VALIDATION, noted)
     finite = [one for one in read_jsonl(run_dir / VALIDATION) if math.isfinite(one["lm loss validation"])]
     lowest = min(
         finite, key=lambda one: one["lm loss validation"], default={"iteration": iteration, "lm loss validation": loss}
