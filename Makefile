@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode can not be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup test checks format lock clean experiment runs schema
+.PHONY: targets setup test checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -70,6 +70,10 @@ runs: $(READY)
 
 schema: $(READY)
 	$(VENV)/bin/python workflow_scripts/write_schema.py
+
+# All measured figures, goal beside value, shortfalls first.
+figures: $(READY)
+	@$(VENV)/bin/python benchmarks/results.py
 
 # Pins with hashes; no package server's address in it.
 lock: $(READY)

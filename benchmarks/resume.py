@@ -3,13 +3,11 @@
     python benchmarks/resume.py table            # each interruption × precision × data-parallel size
     python benchmarks/resume.py kills --count 30 # random kill -9 over one training
 
-Uses the embedded data set (`snakemake preflight_vqa` once). Writes benchmarks/results/resume_<what>.json.
+Uses the embedded data set (`snakemake preflight_vqa` once). Writes benchmarks/results/resume_<what>.json: 1 is equal.
 """
 
 import argparse
-import datetime
 import os
-import platform
 import random
 import re
 import shutil
@@ -25,6 +23,7 @@ sys.path.insert(0, str(ROOT / "workflow_scripts"))
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done  # noqa: E402
 from llava_sft.training.watch import read_jsonl  # noqa: E402
+from results import row, write_results
 
 SMALL = {"micro_batch_size": 8, "global_batch_size": 16, "log_interval": 1, "log_samples": True, "log_answers": 1}
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}
@@ -142,14 +141,9 @@ def table(base: dict, out: Path, steps: int = 20) -> list[dict]:
                 equal = same(run, undisturbed, steps)
                 note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
                 print(f"{name:9} {what:15} exit {code:3} at step {reached:2}: {note}", flush=True)
-                rows.append(
-                    row(
-                        f"resume_{name}",
-                        int(all(equal.values())),
-                        "equal",
-                        f"{what}, exit code {code}, resumed at step {reached}: {note}",
-                    )
-                )
+                note = f"exit code {code}, resumed at step {reached}: {note}"
+                where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
+                rows.append(row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where))
     return rows
 
 
@@ -160,13 +154,13 @@ def kills(base: dict, out: Path, count: int, steps: int = 120) -> list[dict]:
     chance, places = random.Random(1), []
     for number in range(count):
         process, before = run.start(), iterations_done(run.folder)
-        # Half of them at any moment of start or training, half of them while it trains.
+        # Half of them at any moment of start or training, half of them within a second after a save.
         if number % 2:
-            while process.poll() is None and not run.logged(before + 1):
+            while process.poll() is None and iterations_done(run.folder) == before:
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 1))
         else:
-            time.sleep(chance.uniform(1, 12))
+            time.sleep(chance.uniform(0, 12))
         kill(process, signal.SIGKILL)
         process.wait()
         time.sleep(0.2)
@@ -177,19 +171,9 @@ def kills(base: dict, out: Path, count: int, steps: int = 120) -> list[dict]:
     print(equal)
     unfinished = len(re.findall("not finished when", run.said()))
     note = f"{count} kills, whole checkpoints after them: {places}; half-written checkpoints met: {unfinished}; {equal}"
-    return [row("resume_random_kills", int(all(equal.values())), "equal", note)]
-
-
-def row(metric: str, value: float, unit: str, note: str) -> dict:
-    return {
-        "metric": metric,
-        "value": value,
-        "unit": unit,
-        "goal": 1,
-        "better": "higher",
-        "settings": SMALL,
-        "note": note,
-    }
+    return [
+        row("resume_is_exact", all(equal.values()), "", 1, "higher", note, interruption="random kill -9", kills=count)
+    ]
 
 
 def main() -> None:
@@ -202,17 +186,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     base = read_json(args.resolved)
     rows = table(base, args.out) if args.what == "table" else kills(base, args.out, args.count)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {
-        "name": f"resume_{args.what}",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "command": " ".join(["python", "benchmarks/resume.py", *sys.argv[1:]]),
-        "hardware": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
-        "versions": base["versions"],
-        "rows": rows,
-    }
-    write_json(ROOT / "benchmarks/results" / f"resume_{args.what}.json", result)
+    write_results(f"resume_{args.what}", rows)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,9 @@ Pairs of neighbouring blocks share the machine's mood, so that the interval of t
 processor is given beside the time of the clock, for machines that do something else as well.
 """
 
-import datetime
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from llava_sft.files import read_json, write_json  # noqa: E402
+from results import row, write_results
 
 BLOCK, PAIRS, WARM = 10, 40, 20
 OUT = Path("/tmp/llava_sft_watching")
@@ -46,20 +44,7 @@ def main() -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "29577",
     }
-    rows = measure(resolved)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {
-        "name": "watching",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "command": "python benchmarks/watching.py",
-        "hardware": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
-        "versions": resolved["versions"],
-        "rows": rows,
-    }
-    write_json(ROOT / "benchmarks/results/watching.json", result)
-    for row in rows:
-        print(row["metric"], row["value"], row["note"])
+    write_results("watching", measure(resolved))
 
 
 def measure(resolved: dict) -> list[dict]:
@@ -94,17 +79,8 @@ def measure(resolved: dict) -> list[dict]:
             shares[len(shares) // 2 - 6],
             shares[len(shares) // 2 + 6],
         )  # order statistics, about 95 % for 40 pairs
-        rows.append(
-            {
-                "metric": f"watching_overhead_{name}",
-                "value": round(middle, 5),
-                "unit": "share of step time",
-                "goal": 0.01,
-                "better": "lower",
-                "settings": {"experiment": "vqa", "block": BLOCK, "pairs": len(pairs), "log_interval": BLOCK},
-                "note": f"median of paired blocks, 95 % interval {low:.4f} … {high:.4f}; a step without is {1000 * off / BLOCK:.1f} ms",
-            }
-        )
+        note = f"median of {len(pairs)} pairs of blocks of {BLOCK} steps, 95 % interval {low:.4f} … {high:.4f}; a step without is {1000 * off / BLOCK:.1f} ms"
+        rows.append(row("watching_overhead", middle, "of the step", 0.01, "lower", note, clock=name, experiment="vqa"))
     return rows
 
 
