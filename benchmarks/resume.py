@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "workflow_scripts"))
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done  # noqa: E402
 from llava_sft.training.watch import read_jsonl  # noqa: E402
-from results import row, write_results
+from results import row, write_results  # noqa: E402
 
 SMALL = {"micro_batch_size": 8, "global_batch_size": 16, "log_interval": 1, "log_samples": True, "log_answers": 1}
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from llava_sft.files import read_json, write_json  # noqa: E402
-from results import row, write_results
+from results import row, write_results  # noqa: E402
 
 BLOCK, PAIRS, WARM = 10, 40, 20
 OUT = Path("/tmp/llava_sft_watching")
