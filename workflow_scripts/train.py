@@ -15,7 +15,7 @@ from pathlib import Path
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
-from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done
+from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
 from llava_sft.training.launcher import launch
 from llava_sft.training.run import give_back, identity, lock, open_run, start_dir
 from llava_sft.training.watch import forget_after, read_metrics
@@ -45,6 +45,7 @@ def main() -> None:
         return
 
     check_machine(settings)
+    prune(run_dir, settings["keep_last"], settings["keep_every"])
     check_space(run_dir, resolved)
     (run_dir / FAILURE).unlink(missing_ok=True)
     forget_after(run_dir, start)

@@ -144,6 +144,6 @@ def check_disk(run_dir: Path, needed: int, what: str) -> None:
         mib = 2**20
         raise RunError(
             f"{run_dir}: {what} needs {needed / mib:,.0f} MiB, the disk has {free / mib:,.0f} MiB free",
-            f"free {(needed * 1.01 - free) / mib + 1:,.0f} MiB, or set keep_last: 2 to delete old checkpoints (du -sh {run_dir}/iter_*); "
+            f"free {(needed * 1.01 - free) / mib + 1:,.0f} MiB, or set keep_last to less than the {len(checkpoints(run_dir))} checkpoints there are; "
             "the same command goes on",
         )
