@@ -4,6 +4,8 @@ One process is started directly, several through torchrun. What they print goes 
 line per log interval, read from the same `metrics.jsonl` that the report draws.
 """
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -63,7 +65,7 @@ def launch(
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
             pass_fds=[lock.fileno()],
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS],
+            preexec_fn=_before_training,
         )
         previous = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
         try:
@@ -81,6 +83,19 @@ def launch(
             for number, handler in previous.items():
                 signal.signal(number, handler)
     return code
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: training processes that outlived a killed launcher or
+    torchrun would go on writing into a run directory that the next start believes to be its own (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _before_training() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
 
 
 def _workers(pid: int, count: int) -> list[psutil.Process]:

@@ -6,15 +6,17 @@ checkpoint; another run in the same directory is refused with the difference nam
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
 import shutil
 import threading
 import time
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.errors import RunError
@@ -44,7 +46,7 @@ def identity(resolved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-BEAT_S, DEAD_AFTER_S = 10, 60
+BEAT_S, DEAD_AFTER_S, ENDS_WITHIN_S = 10, 60, 15
 
 
 def lock(run_dir: Path) -> BinaryIO:
@@ -58,10 +60,20 @@ def lock(run_dir: Path) -> BinaryIO:
     holder = lock_holder(run_dir)
     by = f" (pid {holder['pid']} on {holder['host']})" if holder else ""
     fix = "wait for it, stop it, or set another run_tag"
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise RunError(f"{run_dir}: another training is running in it{by}", fix) from None
+    for attempt in itertools.count():
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            # Loader processes of a killed training notice after some seconds that it is dead.
+            if (
+                attempt == ENDS_WITHIN_S
+                or not holder
+                or holder["host"] != platform.node()
+                or psutil.pid_exists(holder["pid"])
+            ):
+                raise RunError(f"{run_dir}: another training is running in it{by}", fix) from None
+            time.sleep(1)
     if holder and holder["host"] != platform.node() and holder["seen_s"] < DEAD_AFTER_S:
         raise RunError(f"{run_dir}: another training is running in it{by}, seen {holder['seen_s']:.0f} s ago", fix)
     if holder:
@@ -163,7 +175,7 @@ def propose_tag(run_dir: Path, resolved: dict[str, Any], before: dict[str, Any],
     tag = f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
     tag = "".join(c if c.isalnum() or c in "._-" else "-" for c in tag)
     untagged = resolved["run_name"].removesuffix(f"_{resolved['settings']['run_tag']}")
-    tags = chain([tag], (f"{tag}-{number}" for number in count(2)))
+    tags = itertools.chain([tag], (f"{tag}-{number}" for number in itertools.count(2)))
     return next(tag for tag in tags if not run_dir.with_name(f"{untagged}_{tag}").exists())
 
 
