@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -116,10 +117,12 @@ def same(run: Run, undisturbed: Run, steps: int) -> dict[str, bool]:
     }
 
 
-def table(base: dict, out: Path, steps: int = 20) -> list[dict]:
-    rows = []
+def table(base: dict, out: Path, cases: list[str], steps: int = 20) -> Iterator[dict]:
+    """One row per interruption; `cases`: fp32_dp1 …"""
     for bf16 in (False, True):
         for ranks in (1, 2):
+            if f"{'bf16' if bf16 else 'fp32'}_dp{ranks}" not in cases:
+                continue
             how = {"bf16": bf16, "nproc_per_node": ranks, "train_iters": steps, "save_interval": 8}
             name = f"{'bf16' if bf16 else 'fp32'}_dp{ranks}"
             undisturbed = Run(base, out / name, **how)
@@ -140,14 +143,12 @@ def table(base: dict, out: Path, steps: int = 20) -> list[dict]:
                 assert run.finish() == 0, run.folder
                 equal = same(run, undisturbed, steps)
                 note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
-                print(f"{name:9} {what:15} exit {code:3} at step {reached:2}: {note}", flush=True)
                 note = f"exit code {code}, resumed at step {reached}: {note}"
                 where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
-                rows.append(row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where))
-    return rows
+                yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where)
 
 
-def kills(base: dict, out: Path, count: int, steps: int = 120) -> list[dict]:
+def kills(base: dict, out: Path, count: int, steps: int = 120) -> Iterator[dict]:
     how = {"train_iters": steps, "save_interval": 4}
     undisturbed, run = Run(base, out / "undisturbed", **how), Run(base, out / "killed", **how)
     assert undisturbed.finish() == 0
@@ -171,22 +172,22 @@ def kills(base: dict, out: Path, count: int, steps: int = 120) -> list[dict]:
     print(equal)
     unfinished = len(re.findall("not finished when", run.said()))
     note = f"{count} kills, whole checkpoints after them: {places}; half-written checkpoints met: {unfinished}; {equal}"
-    return [
-        row("resume_is_exact", all(equal.values()), "", 1, "higher", note, interruption="random kill -9", kills=count)
-    ]
+    yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, interruption="random kill -9", kills=count)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["table", "kills"])
+    parser.add_argument("--cases", nargs="*", default=["fp32_dp1", "fp32_dp2", "bf16_dp1", "bf16_dp2"])
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--resolved", type=Path, default=ROOT / "output/stage2_sft_vqa_results/resolved.json")
     parser.add_argument("--out", type=Path, default=Path("/tmp/llava_sft_resume"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     base = read_json(args.resolved)
-    rows = table(base, args.out) if args.what == "table" else kills(base, args.out, args.count)
-    write_results(f"resume_{args.what}", rows)
+    rows = table(base, args.out, args.cases) if args.what == "table" else kills(base, args.out, args.count)
+    for each in rows:
+        write_results(f"resume_{args.what}", [each])
 
 
 if __name__ == "__main__":
