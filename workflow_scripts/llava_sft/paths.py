@@ -6,6 +6,7 @@
 <exp_dir>/data/<experiment>/{dataset,inspect}.json  what later steps depend on; what a person reads
 <exp_dir>/checkpoints/<name>_mcore_tp1_pp1/         a Hugging Face checkpoint, converted
 <exp_dir>/stage2_sft_<experiment>/                  run directory in Megatron's layout: never an output of a rule
+                                                    (stage1_align_…, stage1.5_mid_… for the other stages)
 <exp_dir>/stage2_sft_<experiment>_results/          resolved.json … train.done.json, huggingface/, report.html
 """
 

@@ -70,11 +70,11 @@ class EncodedSample(Sample):
 @edataclass
 class VlmBatch(Batch):
     """What a forward step takes: `input_ids` [batch, tokens], `pixels` [patches, 588] uint8, `grids` [images, 2],
-    `num_tokens` without padding, and two indices into the flattened [tokens, batch]: `image_index` [image tokens], and
+    `lengths` of all samples without padding, and two indices into the flattened [tokens, batch]: `image_index` [image tokens], and
     `answer_index` [answer tokens], the places that predict a token of an answer, with `answer_labels`, those tokens.
 
-    Packed sequences lie behind one another in a single row; `segments` are the lengths of their samples. Without
-    packing `segments` is empty, and rows are padded behind the text."""
+    Packed sequences lie behind one another in a single row; `segments` are the lengths of their samples and of the
+    padding at the end. Without packing `segments` is empty, and rows are padded behind the text."""
 
     input_ids: torch.Tensor
     answer_index: torch.Tensor
@@ -82,8 +82,12 @@ class VlmBatch(Batch):
     pixels: torch.Tensor
     grids: torch.Tensor
     image_index: torch.Tensor
-    num_tokens: int
+    lengths: list[int]
     segments: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
 
 
 @stateless
@@ -173,7 +177,6 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
     @stateless
     def batch(self, samples: list[EncodedSample]) -> VlmBatch:
         rows = [self.pack_selected_samples(samples)] if self.packing else samples
-        num_tokens = sum(len(row.input_ids) for row in rows)
         width = max(len(row.input_ids) for row in rows)
         segments = rows[0].segments if self.packing else []
         if self.packing and (padding := -width % self.pad_multiple):
@@ -198,7 +201,7 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
             pixels=torch.from_numpy(np.concatenate(patches) if patches else np.empty((0, 588), dtype=np.uint8)),
             grids=torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int64).view(-1, 2),
             image_index=torch.from_numpy(token_index * len(rows) + batch_index),
-            num_tokens=num_tokens,
+            lengths=[length for row in rows for length in row.segments],
             segments=segments,
         )
 
