@@ -5,7 +5,6 @@ Writes resolved.json (what training uses: the same bytes for the same settings a
 
 import argparse
 from importlib.metadata import version
-from pathlib import Path
 
 import yaml
 
@@ -54,6 +53,7 @@ def main() -> None:
             "sidecars": str(start.sidecars),
             "fingerprint": start.fingerprint,
             "untrained": start.untrained,
+            "old_names": start.old_names,
         },
         "versions": {package: version(package) for package in PACKAGES},
     }

@@ -55,6 +55,7 @@ class Settings(BaseModel):
     # model
     model: str
     load: str
+    load_parts: dict[str, str]
     tokenizer: Path | None
     stage: Literal["sft"]
     # batches and length
@@ -87,6 +88,7 @@ class Settings(BaseModel):
     evaluate_samples: Positive | Literal["all"]
     evaluate_batch_size: Positive
     max_new_tokens: Positive
+    parity: Literal["auto", "cpu", "gpu", "skip"]
 
     @field_validator("run_tag", mode="before")
     @classmethod
