@@ -1,5 +1,6 @@
 """Raw records and images → WebDataset shards → .nv-meta index → inspection."""
 
+
 wildcard_constraints:
     shard=r"(subtaskdata|heldout)-\d+",
     experiment="|".join(flow.experiments),
@@ -29,14 +30,14 @@ rule stage2_sftdata2webdataset:
         samples="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.samples.jsonl",
         stats="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.stats.json",
         rejects="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.rejects.jsonl",
-    params:
-        job=flow.job_of_shard,
-        image_root=flow.path("image_root"),
-        format_version=FORMAT_VERSION,
     log:
         "{exp_dir}/logs/stage2_sftdata2webdataset/{experiment}/{shard}.log",
     benchmark:
         "{exp_dir}/benchmarks/stage2_sftdata2webdataset/{experiment}/{shard}.tsv"
+    params:
+        job=flow.job_of_shard,
+        image_root=flow.path("image_root"),
+        format_version=FORMAT_VERSION,
     shell:
         "{PYTHON}stage2_sftdata2webdataset.py --input {input} --image-root {params.image_root} {params.job}"
         " --output-dir $(dirname {output.tar}) --parts-dir $(dirname {output.stats}) > {log} 2>&1"
@@ -48,14 +49,14 @@ rule index_webdataset:
         raw=flow.raw_files,
     output:
         "{exp_dir}/data/{experiment}/dataset.json",
-    params:
-        folder=flow.path("webdatasets"),
-        counts=flow.shard_counts,
-        settings=flow.settings("max_reject_fraction"),
     log:
         "{exp_dir}/logs/index_webdataset/{experiment}.log",
     benchmark:
         "{exp_dir}/benchmarks/index_webdataset/{experiment}.tsv"
+    params:
+        folder=flow.path("webdatasets"),
+        counts=flow.shard_counts,
+        settings=flow.settings("max_reject_fraction"),
     shell:
         "{PYTHON}index_webdataset.py {params.folder} {params.counts}"
         " --max-reject-fraction {params.settings[max_reject_fraction]} --output {output} > {log} 2>&1"
@@ -67,12 +68,12 @@ rule inspect_webdataset:
     output:
         json="{exp_dir}/data/{experiment}/inspect.json",
         html="{exp_dir}/data/{experiment}/inspect.html",
-    params:
-        folder=flow.path("webdatasets"),
     log:
         "{exp_dir}/logs/inspect_webdataset/{experiment}.log",
     benchmark:
         "{exp_dir}/benchmarks/inspect_webdataset/{experiment}.tsv"
+    params:
+        folder=flow.path("webdatasets"),
     shell:
         "{PYTHON}inspect_webdataset.py {params.folder} --dataset {input}"
         " --json {output.json} --html {output.html} > {log} 2>&1"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from llava_sft.data.index import index_webdataset
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, contents, record

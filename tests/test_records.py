@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llava_sft.data import records
 from llava_sft.data.records import Line, Rejected, parse_json, parse_llava, read_lines
 

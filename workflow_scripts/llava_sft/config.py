@@ -116,7 +116,9 @@ class Settings(BaseModel):
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels | {self.min_pixels} is above max_pixels {self.max_pixels} | lower min_pixels")
         if self.min_lr != "auto" and self.min_lr > self.lr:
-            raise ValueError(f"lr | {self.lr:g} is below min_lr {self.min_lr:g} | raise lr, or set min_lr: auto (lr / 10)")
+            raise ValueError(
+                f"lr | {self.lr:g} is below min_lr {self.min_lr:g} | raise lr, or set min_lr: auto (lr / 10)"
+            )
         if self.run_tag.endswith("results"):
             raise ValueError(f"run_tag | {self.run_tag!r} would name the results folder of a run | choose another tag")
         gpus = 0 if self.gpus_per_node == "auto" else self.gpus_per_node

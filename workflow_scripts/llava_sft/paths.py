@@ -1,12 +1,12 @@
 """Where everything lies: the one place that rules and scripts ask. Imported while the DAG is built: no torch.
 
-    <exp_dir>/demo/                                     the embedded data set and its start checkpoint
-    <exp_dir>/data/<experiment>/webdatasets/            subtaskdata-00000.tar …, heldout-00000.tar …, .nv-meta/
-    <exp_dir>/data/<experiment>/webdatasets.parts/      statistics, rejects and index rows of each shard
-    <exp_dir>/data/<experiment>/{dataset,inspect}.json  what later steps depend on; what a person reads
-    <exp_dir>/checkpoints/<name>_mcore_tp1_pp1/         a Hugging Face checkpoint, converted
-    <exp_dir>/stage2_sft_<experiment>/                  run directory in Megatron's layout: never an output of a rule
-    <exp_dir>/stage2_sft_<experiment>_results/          resolved.json … train.done.json, huggingface/, report.html
+<exp_dir>/demo/                                     the embedded data set and its start checkpoint
+<exp_dir>/data/<experiment>/webdatasets/            subtaskdata-00000.tar …, heldout-00000.tar …, .nv-meta/
+<exp_dir>/data/<experiment>/webdatasets.parts/      statistics, rejects and index rows of each shard
+<exp_dir>/data/<experiment>/{dataset,inspect}.json  what later steps depend on; what a person reads
+<exp_dir>/checkpoints/<name>_mcore_tp1_pp1/         a Hugging Face checkpoint, converted
+<exp_dir>/stage2_sft_<experiment>/                  run directory in Megatron's layout: never an output of a rule
+<exp_dir>/stage2_sft_<experiment>_results/          resolved.json … train.done.json, huggingface/, report.html
 """
 
 from dataclasses import dataclass
@@ -108,7 +108,9 @@ class Paths:
                     f"put the file there, or set {key} in config/experiments/{settings.experiment}.yaml",
                 )
         if settings.raw_data and not self.image_root.is_dir() and not self.is_demo(self.image_root):
-            raise DataError(f"image_root: {self.image_root}: no such folder", "set image_root to the folder of the images")
+            raise DataError(
+                f"image_root: {self.image_root}: no such folder", "set image_root to the folder of the images"
+            )
         self.shards()  # an empty raw file is found here
         load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
         check_load(settings.load, settings.load_parts, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))

@@ -45,7 +45,7 @@ def _ends_cleanly(function: Callable) -> Callable:
 
 
 class Workflow:
-    """The experiments of `config/experiments/` under the overrides of the command line (`--config`); `words` are those of the command line."""
+    """The experiments of `config/experiments/` under the overrides of `--config`; `words` is the whole command line."""
 
     @_ends_cleanly
     def __init__(self, overrides: dict[str, Any], words: list[str]):
@@ -54,6 +54,13 @@ class Workflow:
             self.overrides["run_tag"] = tags[-1]  # as typed: Snakemake makes a number of 0103
         self.experiments = experiments()
         self.asked: list[str] = []
+        for word in words:
+            step, _, experiment = word.partition("_")
+            if step in STEPS and re.fullmatch(r"\w+", experiment) and experiment not in self.experiments:
+                raise SettingsError(
+                    f"{word}: there is no config/experiments/{experiment}.yaml",
+                    f"one of {', '.join(self.experiments)}; a new one starts as a copy of TEMPLATE.yaml",
+                )
 
     def overview(self) -> str:
         width = max(map(len, STEPS)) + 2
@@ -76,15 +83,18 @@ class Workflow:
             self.asked.append(experiment)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
             shards = [paths.webdatasets / f"{shard.name}.tar" for shard in paths.shards()]
-            return shards + {
-                "data": [paths.dataset],
-                "inspect": [paths.inspection],
-                "preflight": [paths.resolved],
-                "train": [paths.report],
-                "export": [paths.export_done],
-                "evaluate": [paths.evaluation],
-                "report": [paths.report],
-            }[step]
+            return (
+                shards
+                + {
+                    "data": [paths.dataset],
+                    "inspect": [paths.inspection],
+                    "preflight": [paths.resolved],
+                    "train": [paths.report],
+                    "export": [paths.export_done],
+                    "evaluate": [paths.evaluation],
+                    "report": [paths.report],
+                }[step]
+            )
 
         return files
 
@@ -144,7 +154,9 @@ class Workflow:
 
     def job_of_shard(self, wildcards) -> str:
         shard = self.shard(wildcards)
-        return f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+        return (
+            f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+        )
 
     @_ends_cleanly
     def shard_files(self, wildcards) -> list[str]:

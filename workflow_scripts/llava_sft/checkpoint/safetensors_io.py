@@ -89,6 +89,14 @@ class SafetensorsReader:
                 return dtype
         raise CheckpointError(f"{path}: {stored} is of type {entry['dtype']}", f"use weights of {', '.join(DTYPES.values())}")
 
+    def dtype(self, name: str) -> torch.dtype:
+        path, stored = self._place[name]
+        spelled = self._open[path].get_slice(stored).get_dtype()
+        for dtype, spelling in DTYPES.items():
+            if spelling == spelled:
+                return dtype
+        raise CheckpointError(f"{path}: {stored} is of type {spelled}", f"use weights of {', '.join(DTYPES.values())}")
+
     def read(self, name: str) -> Tensor:
         """Read, not mapped: pages of a mapped file would count as memory, and come in small pieces."""
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))

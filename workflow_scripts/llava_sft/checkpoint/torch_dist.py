@@ -66,7 +66,9 @@ class TorchDistReader(FileSystemReader):
 
     def __init__(self, folder: Path):
         if not (folder / ".metadata").is_file():
-            raise CheckpointError(f"{folder}: no .metadata file: not a whole torch_dist checkpoint", "use another iter_ folder")
+            raise CheckpointError(
+                f"{folder}: no .metadata file: not a whole torch_dist checkpoint", "use another iter_ folder"
+            )
         super().__init__(folder)
         self.folder = folder
 

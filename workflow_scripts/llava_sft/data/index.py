@@ -92,7 +92,9 @@ def read_finished(wds_dir: Path) -> dict[str, Any]:
     meta = wds_dir / ".nv-meta"
     for name in (".info.json", "split.yaml", "dataset.yaml"):
         if not (meta / name).is_file():
-            raise DataError(f"{meta / name} is missing", "index the folder again, or convert your raw data with raw_data")
+            raise DataError(
+                f"{meta / name} is missing", "index the folder again, or convert your raw data with raw_data"
+            )
     counts = read_json(meta / ".info.json")["shard_counts"]
     split_parts = yaml.safe_load((meta / "split.yaml").read_text())["split_parts"]
     splits = {"train": split_parts.get("train") or [], "heldout": split_parts.get("val") or []}
@@ -100,13 +102,18 @@ def read_finished(wds_dir: Path) -> dict[str, Any]:
     for name in splits["train"] + splits["heldout"]:
         tar, idx = wds_dir / name, wds_dir / f"{name}.idx"
         if not (tar.is_file() and idx.is_file() and name in counts):
-            raise DataError(f"{tar}: named in split.yaml, but the tar, its .idx or its count is missing", "copy the folder again")
+            raise DataError(
+                f"{tar}: named in split.yaml, but the tar, its .idx or its count is missing", "copy the folder again"
+            )
         content.append([name, tar.stat().st_size, xxhash.xxh3_128_hexdigest(idx.read_bytes())])
     if not any(counts[name] for name in splits["train"]):
         raise DataError(f"{wds_dir}: the training split holds no samples", "name another folder")
     return {
         "fingerprint": fingerprint(content),
-        **{split: {"samples": sum(counts[name] for name in names), "shards": len(names)} for split, names in splits.items()},
+        **{
+            split: {"samples": sum(counts[name] for name in names), "shards": len(names)}
+            for split, names in splits.items()
+        },
         "reasons": {},
         "kinds": {},
         **dict.fromkeys(("images", "read", "rejected")),

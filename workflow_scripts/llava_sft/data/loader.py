@@ -24,7 +24,6 @@ from megatron.energon import (
     edataclass,
     get_savable_loader,
     get_train_dataset,
-    get_val_dataset,
     reraise_exception,
     stateless,
 )
@@ -145,7 +144,9 @@ def worker_config(rank: int, world_size: int, num_workers: int, seed: int, group
     )
 
 
-def train_loader(path: Path | str, encoder: VlmTaskEncoder, config: WorkerConfig, micro_batch_size: int) -> SavableDataLoader:
+def train_loader(
+    path: Path | str, encoder: VlmTaskEncoder, config: WorkerConfig, micro_batch_size: int
+) -> SavableDataLoader:
     """Endless, shuffled micro-batches of the training split."""
     dataset = get_train_dataset(
         path,
