@@ -63,7 +63,17 @@ def measure(work: Path, size: str, old_names: bool) -> list[dict]:
         copied, _ = timed(["bash", "-c", f"cp -r {source} {work}/copy && sync -f {work}/copy && sync {work}/copy/* "])
         shutil.rmtree(work / "copy")
         forget(source)
-        seconds, peak = timed([sys.executable, str(ROOT / "workflow_scripts/convert_checkpoint.py"), direction, str(source), str(target), "--model", str(ROOT / f"config/models/{size}.yaml")])
+        seconds, peak = timed(
+            [
+                sys.executable,
+                str(ROOT / "workflow_scripts/convert_checkpoint.py"),
+                direction,
+                str(source),
+                str(target),
+                "--model",
+                str(ROOT / f"config/models/{size}.yaml"),
+            ]
+        )
         note = f"{seconds:.1f} s against {copied:.1f} s, {gigabytes / seconds:.2f} GB/s"
         print(direction, note, f"peak {peak:.2f} GB", flush=True)
         rows.append(row("checkpoint_vs_cp", seconds / copied, "x", 1.3, "lower", note, direction=direction, **settings))
@@ -91,7 +101,9 @@ def forget(folder: Path) -> None:
 def timed(command: list[str]) -> tuple[float, float]:
     """Seconds and peak memory (resident, GB) of a command."""
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {command}")

@@ -16,9 +16,19 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "snakemake")
 
 
-def row(metric: str, value: float, unit: str, goal: float | None, better: str, note: str = "", **settings: Any) -> dict[str, Any]:
+def row(
+    metric: str, value: float, unit: str, goal: float | None, better: str, note: str = "", **settings: Any
+) -> dict[str, Any]:
     """One figure. `better`: "higher" or "lower"."""
-    return {"metric": metric, "value": round(value, 4), "unit": unit, "goal": goal, "better": better, "settings": settings, "note": note}
+    return {
+        "metric": metric,
+        "value": round(value, 4),
+        "unit": unit,
+        "goal": goal,
+        "better": better,
+        "settings": settings,
+        "note": note,
+    }
 
 
 def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
@@ -41,9 +51,15 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def hardware() -> dict[str, Any]:
-    cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     memory = int(Path("/proc/meminfo").read_text().partition("MemTotal:")[2].split()[0]) / 2**20
-    gpus = subprocess.run("nvidia-smi --query-gpu=name --format=csv,noheader || true", shell=True, capture_output=True, text=True)
+    gpus = subprocess.run(
+        "nvidia-smi --query-gpu=name --format=csv,noheader || true", shell=True, capture_output=True, text=True
+    )
     return {
         "cpu": cpu[0] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),

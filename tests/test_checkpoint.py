@@ -268,7 +268,10 @@ SPOILED = {
     "safetensors without an end of its header": (header_only, ["model.safetensors", "cut off"]),
     "shard missing": (one_shard_gone, ["model-00002-of-00002.safetensors", INDEX]),
     "index cut off": (index_cut_off, [INDEX, "cut off"]),
-    "two checkpoints in one folder": (two_checkpoints_in_one_folder, ["other.safetensors", "also in model.safetensors"]),
+    "two checkpoints in one folder": (
+        two_checkpoints_in_one_folder,
+        ["other.safetensors", "also in model.safetensors"],
+    ),
     "no weights": (gone("model.safetensors"), ["no *.safetensors"]),
     "other model size": (another_size, ["num_layers is 3", "small.yaml has 2"]),
     "no config": (gone("config.json"), ["config.json"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.names import mapping
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader
@@ -44,7 +45,9 @@ def shard(key: str, tensor: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
     if name == "linear_fc1" and key.startswith("language"):
         half = tensor.shape[0] // 2
         size = half // tp
-        return torch.cat([tensor[rank * size : (rank + 1) * size], tensor[half + rank * size : half + (rank + 1) * size]])
+        return torch.cat(
+            [tensor[rank * size : (rank + 1) * size], tensor[half + rank * size : half + (rank + 1) * size]]
+        )
     if name in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer"):
         size = tensor.shape[0] // tp
         return tensor[rank * size : (rank + 1) * size].clone()
@@ -75,16 +78,33 @@ def write_original(top: Path, hf: Path, model, tp: int, pp: int, trained: bool =
                     if pp > 1 and (number >= first) != bool(stage):
                         continue
                     words[3] = str(number - first * stage)
-                elif (key.startswith("language_model.decoder.final") or "output_layer" in key) != (stage == pp - 1) and pp > 1:
+                elif (key.startswith("language_model.decoder.final") or "output_layer" in key) != (
+                    stage == pp - 1
+                ) and pp > 1:
                     continue
                 part = shard(key, tensor, rank, tp)
                 state[".".join(words)] = torch.nn.Parameter(part) if trained else part
                 if words[-2] == "linear_qkv":
                     state[".".join([*words[:-1], "_extra_state"])] = io.BytesIO(b"scales")
-            content = {"model": state, "checkpoint_version": 3.0, "iteration": 0, "args": argparse.Namespace(tensor_model_parallel_size=tp)}
+            content = {
+                "model": state,
+                "checkpoint_version": 3.0,
+                "iteration": 0,
+                "args": argparse.Namespace(tensor_model_parallel_size=tp),
+            }
             if trained:
-                random_states = [{"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(), "rng_tracker_states": {"a": torch.zeros(8)}}]
-                content |= {"rng_state": random_states, "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}}, "num_floating_point_operations_so_far": 1.5}
+                random_states = [
+                    {
+                        "random_rng_state": random.getstate(),
+                        "np_rng_state": np.random.get_state(),
+                        "rng_tracker_states": {"a": torch.zeros(8)},
+                    }
+                ]
+                content |= {
+                    "rng_state": random_states,
+                    "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}},
+                    "num_floating_point_operations_so_far": 1.5,
+                }
                 content["args"].params_dtype, content["args"].path = torch.bfloat16, Path("x")
             path = folder / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else ""))
             path.mkdir(parents=True)
@@ -100,7 +120,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("trained", [False, True], ids=["release", "iter"])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_the_originals_checkpoint_gives_the_bits_of_the_hugging_face_folder(deep, deep_checkpoint, tmp_path, tp, pp, trained):
+def test_the_originals_checkpoint_gives_the_bits_of_the_hugging_face_folder(
+    deep, deep_checkpoint, tmp_path, tp, pp, trained
+):
     folder = write_original(tmp_path / "x_mcore_tp1_pp1", deep_checkpoint, deep, tp, pp, trained)
     expected = hf2mcore(deep_checkpoint, tmp_path / "from_hf", deep)
     for name, source in (("top", folder.parent), ("itself", folder)):
@@ -114,7 +136,11 @@ def test_the_originals_checkpoint_gives_the_bits_of_the_hugging_face_folder(deep
 def test_load_takes_the_folder_above_or_the_checkpoint_itself_and_asks_for_a_tokenizer(deep, deep_checkpoint, tmp_path):
     release = write_original(tmp_path / "LLaVA-4B-stage0_mcore_tp2_pp1", deep_checkpoint, deep, 2, 1)
     trained = write_original(tmp_path / "stage1_run", deep_checkpoint, deep, 1, 1, trained=True)
-    for folder, name in ((release, "LLaVA-4B-stage0"), (release.parent, "LLaVA-4B-stage0"), (trained, "stage1_run_iter_0000400")):
+    for folder, name in (
+        (release, "LLaVA-4B-stage0"),
+        (release.parent, "LLaVA-4B-stage0"),
+        (trained, "stage1_run_iter_0000400"),
+    ):
         assert is_legacy(folder) and needs_conversion(str(folder))
         assert converted_name(str(folder), {}) == f"{name}_mcore_tp1_pp1"
         check_load(str(folder), {}, deep_checkpoint, made_here=False)
@@ -132,7 +158,9 @@ def test_nothing_in_a_file_is_executed(deep, deep_checkpoint, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     file = write_original(tmp_path / "x", deep_checkpoint, deep, 1, 1) / "mp_rank_00/model_optim_rng.pt"
     content = torch.load(file, weights_only=False)
-    torch.save({**content, **({"args": Evil()} if place == "args" else {"model": {**content["model"], "x": Evil()}})}, file)
+    torch.save(
+        {**content, **({"args": Evil()} if place == "args" else {"model": {**content["model"], "x": Evil()}})}, file
+    )
     with pytest.raises(CheckpointError, match=r"model_optim_rng\.pt: it asks for posix\.system") as error:
         hf2mcore(tmp_path / "x", tmp_path / "out", deep, sidecars=deep_checkpoint)
     assert error.value.fix

@@ -8,6 +8,7 @@ Notable:
 
 import fcntl
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -197,7 +198,9 @@ class Workflow:
     def checkpoint_job(self, wildcards) -> str:
         settings = self.conversion(wildcards).settings
         words = [settings.load, "--model", settings.model]
-        words += [word for part, source in sorted(settings.load_parts.items()) for word in ("--part", f"{part}={source}")]
+        words += [
+            word for part, source in sorted(settings.load_parts.items()) for word in ("--part", f"{part}={source}")
+        ]
         return shlex.join(words + (["--sidecars", str(settings.tokenizer)] if settings.tokenizer else []))
 
 

@@ -66,6 +66,11 @@ class SafetensorsReader:
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for name, entry in header.items():
+                if canonical(name) in self._place:
+                    other = self._place[canonical(name)][0]
+                    raise CheckpointError(
+                        f"{path}: {name} is also in {other.name}", "keep the files of one checkpoint only"
+                    )
                 start = 8 + length + entry["data_offsets"][0]
                 self._place[canonical(name)] = (path, name, entry | {"start": start})
 
@@ -87,15 +92,9 @@ class SafetensorsReader:
         for dtype, spelling in DTYPES.items():
             if spelling == entry["dtype"]:
                 return dtype
-        raise CheckpointError(f"{path}: {stored} is of type {entry['dtype']}", f"use weights of {', '.join(DTYPES.values())}")
-
-    def dtype(self, name: str) -> torch.dtype:
-        path, stored = self._place[name]
-        spelled = self._open[path].get_slice(stored).get_dtype()
-        for dtype, spelling in DTYPES.items():
-            if spelling == spelled:
-                return dtype
-        raise CheckpointError(f"{path}: {stored} is of type {spelled}", f"use weights of {', '.join(DTYPES.values())}")
+        raise CheckpointError(
+            f"{path}: {stored} is of type {entry['dtype']}", f"use weights of {', '.join(DTYPES.values())}"
+        )
 
     def read(self, name: str) -> Tensor:
         """Read, not mapped: pages of a mapped file would count as memory, and come in small pieces."""

@@ -94,7 +94,9 @@ class TorchDistReader(FileSystemReader):
                     piece = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
             except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
                 reason = (str(error).splitlines() or ["cut off"])[-1]
-                raise CheckpointError(f"{self.folder}: {key} can not be read: {reason}", "use another iter_ folder") from error
+                raise CheckpointError(
+                    f"{self.folder}: {key} can not be read: {reason}", "use another iter_ folder"
+                ) from error
             if whole is None:
                 return piece
             whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
