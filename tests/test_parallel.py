@@ -25,7 +25,7 @@ RANKS = int(os.environ.get("PARALLEL_TEST_RANKS", "4"))  # 8 also runs TP4 × PP
 LAYOUTS = {
     f"TP{tp} PP{pp}": (tp, pp) for tp, pp in [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)] if tp * pp <= RANKS
 }
-ONE = "TP1 PP1"
+ONE, PADDED = "one process", "TP2 PP1 padded"  # where TP × PP < 4 the rest of the four ranks is data parallel
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def main() -> None:
         help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model",
     )
     parser.add_argument(
-        "--parity", choices=["auto", "cpu", "gpu", "skip"], default="auto", help="mcore2hf: where to compare"
+        "--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare"
     )
     parser.add_argument("--done", type=Path, help="also write the marker here")
     args = parser.parse_args()

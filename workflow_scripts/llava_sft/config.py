@@ -88,7 +88,7 @@ class Settings(BaseModel):
     evaluate_samples: Positive | Literal["all"]
     evaluate_batch_size: Positive
     max_new_tokens: Positive
-    parity: Literal["auto", "cpu", "gpu", "skip"]
+    parity: Literal["check", "cpu", "gpu", "skip"]
 
     @field_validator("run_tag", mode="before")
     @classmethod

@@ -47,7 +47,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
     """Compare the export in `folder` with `checkpoint`, and write parity.json into it.
 
     Args:
-        where: "cpu", "gpu", "auto" (a GPU if there is one), or "skip".
+        where: "cpu", "gpu", "check" (a GPU if there is one), or "skip".
 
     Raises CheckpointError, with the figures, when a difference is above its bound.
     """
