@@ -1,11 +1,12 @@
 """The gate of the export: a right export passes and is named, a wrong one is not, and the figures say why."""
 
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.checkpoint import parity
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
@@ -13,7 +14,6 @@ from llava_sft.checkpoint.parity import check_parity
 from llava_sft.checkpoint.start import SIDECARS
 from llava_sft.data.heldout import StoredSample
 from llava_sft.errors import CheckpointError
-from safetensors.torch import load_file, save_file
 from webdataset_helpers import picture
 
 
@@ -27,7 +27,10 @@ def mcore(small_checkpoint, small_model, tmp_path_factory):
 @pytest.fixture
 def data(monkeypatch):
     """Held-out samples: one image each, as in the demo; those with 0 and 3 images have to be made."""
-    messages = [{"role": "user", "content": "<image>\nWhich digit is this?"}, {"role": "assistant", "content": "It is 7."}]
+    messages = [
+        {"role": "user", "content": "<image>\nWhich digit is this?"},
+        {"role": "assistant", "content": "It is 7."},
+    ]
     samples = [StoredSample(f"s{i}", messages, [picture(size=(60 + 30 * i, 90))], {}) for i in range(3)]
     monkeypatch.setattr(parity, "read_split", lambda folder, split: samples if split == "val" else [])
 
@@ -95,9 +98,9 @@ def test_float32_is_used_where_it_fits(small_model):
 def test_data_without_any_image_still_gives_three_cases(small_checkpoint, tmp_path, monkeypatch):
     messages = [{"role": "user", "content": "Which digit is this?"}, {"role": "assistant", "content": "It is 7."}]
     monkeypatch.setattr(parity, "read_split", lambda folder, split: [StoredSample("s", messages, [], {})])
-    cases = list(parity.make_cases(small_checkpoint, tmp_path, MIN_PIXELS, MAX_PIXELS))
+    cases = list(parity.make_cases(small_checkpoint, tmp_path))
     assert [len(case["grids"]) for case in cases] == [0, 1, 3]
     assert all(isinstance(case["ids"], torch.Tensor) for case in cases)
     monkeypatch.setattr(parity, "read_split", lambda folder, split: [])
     with pytest.raises(CheckpointError, match="no sample"):
-        list(partial(parity.make_cases, small_checkpoint, tmp_path, MIN_PIXELS, MAX_PIXELS)())
+        list(parity.make_cases(small_checkpoint, tmp_path))

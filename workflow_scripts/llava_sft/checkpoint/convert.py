@@ -74,6 +74,8 @@ class HfSource:
 
 
 class LegacySource(LegacyCheckpoint):
+    """A checkpoint folder of the original project, the same way."""
+
     config: ClassVar[dict] = {}
 
     def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:

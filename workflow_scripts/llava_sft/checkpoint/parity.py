@@ -24,6 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from llava_sft.data.heldout import StoredSample, read_split
 from llava_sft.data.images import decode_rgb, image_tokens, to_patches
@@ -62,10 +63,9 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
         raise CheckpointError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
     device = "cuda" if where != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = computing_dtype(model, read_json(folder / "config.json")["dtype"], device)
-    settings = read_json(folder / "preprocessor_config.json")["size"]
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary:
         work = Path(temporary)
-        cases = list(make_cases(folder, webdatasets, settings["shortest_edge"], settings["longest_edge"]))
+        cases = list(make_cases(folder, webdatasets))
         job = {"checkpoint": str(checkpoint.resolve()), "model": model.model_dump(), "device": device, "dtype": dtype}
         (work / "job.json").write_text(json.dumps(job))
         with start_megatron(work, device) as megatron:
@@ -75,23 +75,16 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
         if megatron.returncode:
             raise RuntimeError(f"the Megatron model could not be run:\n{output[-3000:]}")
         results = torch.load(work / "megatron.pt")
-        rows = [
-            compare(case, logits, answer)
-            for case, (logits, answer) in zip(torch.load(work / "cases.pt"), results, strict=True)
-        ]
+        cases = torch.load(work / "cases.pt")
+    rows = [compare(case, logits, answer) for case, (logits, answer) in zip(cases, results, strict=True)]
     bounds = BOUNDS[dtype]
     passed = all(row["same ids"] and all(row[name] <= bound for name, bound in bounds.items()) for row in rows)
     write_json(folder / FILE, {"passed": passed, "device": device, "dtype": dtype, "bounds": bounds, "samples": rows})
-    for row in rows:
-        print(
-            f"parity: {row['images']} images: "
-            + ", ".join(f"{key} {value}" for key, value in row.items() if key != "images"),
-            flush=True,
-        )
+    figures = "\n    ".join(", ".join(f"{key} {value}" for key, value in row.items()) for row in rows)
+    print(f"parity ({dtype} on {device}, bounds {bounds}):\n    {figures}", flush=True)
     if not passed:
         raise CheckpointError(
-            f"the export does not answer as the Megatron model ({dtype} on {device}, bounds {bounds}):\n    "
-            + "\n    ".join(map(str, rows)),
+            f"the export does not answer as the Megatron model ({dtype} on {device}, bounds {bounds}):\n    {figures}",
             "this is a fault of the conversion or the model's code: report it; nothing was exported",
         )
 
@@ -108,61 +101,52 @@ def computing_dtype(model: ModelConfig, stored: str, device: str) -> str:
 # ------------------------------------------------------------------------------------------------- samples
 
 
-def make_cases(folder: Path, webdatasets: Path, min_pixels: int, max_pixels: int) -> Iterator[dict]:
-    """Each sample as training encodes it, batch of one: `ids`, `answer` mask, `pixels`, `grids`, and what the user gives."""
-    template = ChatTemplate(folder)
+def make_cases(folder: Path, webdatasets: Path) -> Iterator[dict]:
+    """Each sample as training encodes it, a batch of one, beside what a user has: messages and images."""
+    template, size = ChatTemplate(folder), read_json(folder / "preprocessor_config.json")["size"]
     pool = list(islice(chain(read_split(webdatasets, "val"), read_split(webdatasets, "train")), 200))
-    if not pool:
-        raise CheckpointError(
-            f"{webdatasets}: no sample to compare the export on", "name a WebDataset with .nv-meta, or parity: skip"
-        )
     for count in COUNTS:
-        for sample in [*(s for s in pool if len(s.images) == count), *(with_images(s, count, pool) for s in pool)]:
+        natural = (sample for sample in pool if len(sample.images) == count)
+        for sample in chain(natural, (with_images(sample, count, pool) for sample in pool)):
             images = [decode_rgb(data) for data in sample.images]
-            if count == max(COUNTS) and len({image.size for image in images}) < count:
-                continue
-            patches = [to_patches(image, min_pixels, max_pixels) for image in images]
+            patches = [to_patches(image, size["shortest_edge"], size["longest_edge"]) for image in images]
+            grids = [grid for _, grid in patches]
             try:
-                encoded = template.encode(sample.messages, [image_tokens(grid) for _, grid in patches], LONGEST)
+                encoded = template.encode(sample.messages, list(map(image_tokens, grids)), LONGEST)
             except UnusableSample:
                 continue
-            if encoded.turns_cut or sample.messages[-1]["role"] != "assistant":
-                continue
-            yield {
-                "sample": sample.id,
-                "messages": sample.messages,
-                "images": images,
-                "ids": torch.from_numpy(encoded.input_ids),
-                "answer": torch.from_numpy(encoded.answer_mask),
-                "pixels": torch.cat([torch.from_numpy(p) for p, _ in patches]) if patches else None,
-                "grids": [grid for _, grid in patches],
-            }
-            break
+            ends_well = not encoded.turns_cut and sample.messages[-1]["role"] == "assistant"
+            if ends_well and len({image.size for image in images}) == count:
+                break
         else:
-            raise CheckpointError(f"{webdatasets}: no sample short enough to compare the export on", "parity: skip")
+            raise CheckpointError(
+                f"{webdatasets}: no sample of at most {LONGEST} tokens to compare the export on", "parity: skip"
+            )
+        yield {
+            "sample": sample.id,
+            "messages": sample.messages,
+            "images": images,
+            "ids": torch.from_numpy(encoded.input_ids),
+            "answer": torch.from_numpy(encoded.answer_mask),
+            "pixels": torch.cat([torch.from_numpy(p) for p, _ in patches]) if patches else None,
+            "grids": grids,
+        }
 
 
 def with_images(sample: StoredSample, count: int, pool: list[StoredSample]) -> StoredSample:
     """The sample with `count` images of the data in front of its first question, each resized to another shape."""
-    found = list(islice((data for other in [sample, *pool] for data in other.images), count))
-    resized = []
+    found = [decode_rgb(data) for data in islice((data for other in [sample, *pool] for data in other.images), count)]
+    found = found or [Image.linear_gradient("L")]  # text-only data
+    images = []
     for i in range(count):
-        image = decode_rgb(found[i % len(found)]) if found else decode_rgb(png(torch.arange(256).view(16, 16)))
+        image, buffer = found[i % len(found)], io.BytesIO()
         scale = max(1, min(4, max(image.size) // 56))
-        resized.append(png(image.resize((scale * SIDES[i], scale * SIDES[i - 1]))))
+        image.resize((scale * SIDES[i], scale * SIDES[i - 1])).save(buffer, "PNG")
+        images.append(buffer.getvalue())
     messages = [{**message, "content": message["content"].replace("<image>", "")} for message in sample.messages]
     first = next(message for message in messages if message["role"] == "user")
     first["content"] = "<image>" * count + first["content"]
-    return replace(sample, id=f"{sample.id} with {count} images", messages=messages, images=resized)
-
-
-def png(image) -> bytes:
-    from PIL import Image
-
-    image = Image.fromarray(image.byte().numpy()) if isinstance(image, torch.Tensor) else image
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return replace(sample, id=f"{sample.id} with {count} images", messages=messages, images=images)
 
 
 # ------------------------------------------------------------------------------------------------- the two models
