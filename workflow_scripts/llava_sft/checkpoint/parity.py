@@ -219,15 +219,14 @@ def run_megatron(work: Path) -> None:
     device = torch.device(job["device"])
 
     def forward(ids: torch.Tensor, case: dict) -> torch.Tensor:
-        """Logits [tokens, vocabulary]; a token of the image stands for each feature, in order."""
-        places = (ids == case["image_token"]).nonzero().flatten()
+        """Logits [tokens, vocabulary]. An image token that the answer brings up is text: only the prompt's are images."""
+        places = (ids == image_token).nonzero().flatten()[: sum(map(image_tokens, case["grids"]))]
         pixels = case["pixels"].to(device) if case["grids"] else None
         return model(ids[None].to(device), pixels, case["grids"], places.to(device))[0]
 
     results = []
     image_token = ChatTemplate(work / "export").image_token_id
     for case in torch.load(work / "cases.pt"):
-        case["image_token"] = image_token
         logits = forward(case["ids"], case)[case["positions"].to(device)].float().cpu()
         answer = forward(case["reply"], case)[case["prompt"] - 1 : -1].float().cpu()
         results.append((logits, answer))
