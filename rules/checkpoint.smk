@@ -3,19 +3,15 @@
 
 rule convert_checkpoint_hf2mcore:
     input:
-        flow.checkpoint_source,
+        flow.checkpoint_folders,
     output:
         "{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1.done.json",
     log:
         "{exp_dir}/logs/convert_checkpoint_hf2mcore/{checkpoint}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_hf2mcore/{checkpoint}.tsv"
-    params:
-        folder="{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1",
-        model=flow.checkpoint_model,
     shell:
-        "{PYTHON}convert_checkpoint.py hf2mcore {input} {params.folder} --model {params.model}"
-        " --done {output} > {log} 2>&1"
+        "{PYTHON}convert_checkpoint.py hf2mcore {params.job} --done {output:q} -- {params.folder:q} > {log:q} 2>&1"
 
 
 rule convert_checkpoint_mcore2hf:
@@ -27,11 +23,7 @@ rule convert_checkpoint_mcore2hf:
         "{exp_dir}/logs/convert_checkpoint_mcore2hf/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_mcore2hf/{run_name}.tsv"
-    params:
-        folder="{exp_dir}/{run_name}_results/huggingface",
-        run_dir=flow.path("run_dir"),
-        settings=flow.settings("model", "min_pixels", "max_pixels"),
     shell:
         "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir} {params.folder} --model {params.settings[model]}"
         " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"
-        " --done {output} > {log} 2>&1"
+        " --samples {params.webdatasets} --parity {params.settings[parity]} --done {output} > {log} 2>&1"

@@ -305,7 +305,7 @@ def test_a_mistake_in_an_experiment_that_is_not_asked_for_disturbs_nobody(projec
     )  # its run is `stage2_sft_mine_too`: no mix-up with the experiment of that name
     assert Paths(load_settings("mine", {"run_tag": "too"})).report in flow.target("train", "mine")(None)
     assert flow.path("run_dir")(SimpleNamespace(run_name="stage2_sft_mine_too")).name == "stage2_sft_mine_too"
-    assert flow.checkpoint_source(SimpleNamespace(checkpoint="hf")) == "hf"
+    assert flow.checkpoint_folders(SimpleNamespace(checkpoint="hf")) == ["hf"]
     with pytest.raises(SystemExit) as end:
         flow.target("train", "a_first")(None)
     assert end.value.code == 1
@@ -317,4 +317,4 @@ def test_the_start_checkpoint_is_converted_for_the_model_of_the_experiment_that_
     write_experiment("mine", model="4b")
     flow = Workflow({}, [])
     flow.target("train", "mine")(None)
-    assert flow.checkpoint_model(SimpleNamespace(checkpoint="hf")) == "4b"
+    assert flow.checkpoint_job(SimpleNamespace(checkpoint="hf")) == "hf --model 4b"

@@ -1,13 +1,18 @@
 """Convert a checkpoint between Hugging Face and Megatron-Core (torch_dist), one tensor in memory at a time.
 
-convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
-convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --model tiny
+    convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
+    convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --model tiny --samples output/data/vqa/webdatasets
+
+hf2mcore also takes a hub id (org/name@revision) and Megatron folders of the original project (release/mp_rank_00/…).
+mcore2hf with --samples loads the export and compares it with the Megatron model before it gets its name.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from llava_sft.checkpoint.start import MARKER, SIDECARS, is_megatron, newest_checkpoint
+from llava_sft.checkpoint.hub import download
+from llava_sft.checkpoint.start import MARKER, SIDECARS, is_hub, is_legacy, newest_checkpoint
 from llava_sft.errors import exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.model.config import load_model_config
@@ -17,27 +22,50 @@ from llava_sft.model.config import load_model_config
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=["hf2mcore", "mcore2hf"])
-    parser.add_argument("source", type=Path, help="Hugging Face folder | run directory, iter_0000400 or release folder")
+    parser.add_argument(
+        "source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder"
+    )
     parser.add_argument("target", type=Path, help="folder to write; it appears only when it is whole")
     parser.add_argument("--model", required=True, help="config/models/<model>.yaml, or a path")
-    parser.add_argument("--sidecars", type=Path, help="mcore2hf: folder with config and tokenizer (beside the source)")
+    parser.add_argument(
+        "--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)"
+    )
+    parser.add_argument(
+        "--part",
+        action="append",
+        default=[],
+        metavar="PART=FOLDER",
+        help="hf2mcore: take language, vision or adapter from there; adapter=random",
+    )
     parser.add_argument("--min-pixels", type=int, default=3136, help="mcore2hf: written for inference")
     parser.add_argument("--max-pixels", type=int, default=1_000_000, help="mcore2hf: written for inference")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model",
+    )
+    parser.add_argument(
+        "--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare"
+    )
     parser.add_argument("--done", type=Path, help="also write the marker here")
     args = parser.parse_args()
     path = Path(args.model)
     model = load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
 
+    parts = dict(part.split("=", 1) for part in args.part)
+    source = args.source if is_hub(args.source) else newest_checkpoint(Path(args.source))
     if args.direction == "mcore2hf":
-        args.sidecars = args.sidecars or (args.source if is_megatron(args.source) else args.source.parent) / SIDECARS
-        args.source = newest_checkpoint(args.source)
+        args.sidecars = args.sidecars or source.parent / SIDECARS
 
     # What the result depends on. When it is the same as last time there is nothing to do, and torch is not imported.
     depends = {
         "direction": args.direction,
-        "source": source_fingerprint(args.source),
+        "source": [source_fingerprint(each) for each in (source, *parts.values())],
+        "parts": list(parts),
         "model": model.model_dump(),
-        "pixels": [args.min_pixels, args.max_pixels] if args.direction == "mcore2hf" else None,
+        "export": [args.min_pixels, args.max_pixels, args.parity, bool(args.samples)]
+        if args.direction == "mcore2hf"
+        else None,
     }
     marker = args.target / MARKER
     if marker.is_file() and read_json(marker).get("depends") == fingerprint(depends):
@@ -49,9 +77,18 @@ def main() -> None:
     from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 
     if args.direction == "hf2mcore":
-        done = hf2mcore(args.source, args.target, model)
+        local = lambda name: download(name) if is_hub(str(name)) else name  # noqa: E731
+        done = hf2mcore(
+            local(source), args.target, model, args.sidecars, {part: local(name) for part, name in parts.items()}
+        )
+        done["source"] = args.source
     else:
-        done = mcore2hf(args.source, args.target, args.sidecars, model, args.min_pixels, args.max_pixels)
+        gate = {}
+        if args.samples:
+            from llava_sft.checkpoint.parity import check_parity
+
+            gate = {"gate": partial(check_parity, source, model, args.samples, args.parity)}
+        done = mcore2hf(source, args.target, args.sidecars, model, args.min_pixels, args.max_pixels, **gate)
     done["depends"] = fingerprint(depends)
     write_json(marker, done)
     if args.done:
@@ -61,13 +98,14 @@ def main() -> None:
     )
 
 
-def source_fingerprint(source: Path) -> str:
-    """Names, sizes and times of the weight files, and the content of what describes them."""
-    if not source.is_dir():
-        return "missing"
-    files = sorted(path for path in source.iterdir() if path.is_file())
+def source_fingerprint(source: Path | str) -> str:
+    """Names, sizes and times of the weight files, and the content of what describes them; a hub id stands for itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(source)
+    files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
     small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
-    weights = [path for path in files if path.suffix in (".safetensors", ".distcp")]
+    weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]
     return fingerprint(
         [
             [file_fingerprint(path) for path in small],

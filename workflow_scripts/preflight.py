@@ -74,6 +74,7 @@ def main() -> None:
             "sidecars": str(start.sidecars),
             "fingerprint": start.fingerprint,
             "untrained": start.untrained,
+            "old_names": start.old_names,
         },
         "versions": {package: version(package) for package in PACKAGES},
     }

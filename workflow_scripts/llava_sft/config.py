@@ -62,6 +62,7 @@ class Settings(BaseModel):
     # model
     model: str
     load: str
+    load_parts: dict[str, str]
     tokenizer: Path | None
     stage: Literal["align", "mid", "sft"]
     trainable_modules: Annotated[list[Part], Field(min_length=1)]
@@ -110,6 +111,7 @@ class Settings(BaseModel):
     evaluate_samples: Positive | Literal["all"]
     evaluate_batch_size: Positive
     max_new_tokens: Positive
+    parity: Literal["check", "cpu", "gpu", "skip"]
 
     _origin: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -13,7 +13,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_sft.checkpoint.start import check_load, needs_conversion
+from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion
 from llava_sft.config import CONFIG_DIR, Settings, check_global_batch_size, data_parallel_size, gpu_count
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, shard_name
 from llava_sft.errors import DataError
@@ -63,7 +63,7 @@ class Paths:
     def converted(self) -> Path | None:
         """The Megatron folder that the start checkpoint is converted to; None when it needs no conversion."""
         if self.is_demo(Path(self.settings.load)) or needs_conversion(self.settings.load):
-            return self.settings.exp_dir / "checkpoints" / f"{Path(self.settings.load).name}_mcore_tp1_pp1"
+            return self.settings.exp_dir / "checkpoints" / converted_name(self.settings.load, self.settings.load_parts)
         return None
 
     @property
@@ -114,7 +114,7 @@ class Paths:
             )
         self.shards()  # an empty raw file is found here
         load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
-        check_load(settings.load, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
+        check_load(settings.load, settings.load_parts, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
         if settings.global_batch_size != "auto":
             gpus = gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node
             replicas = data_parallel_size(settings, gpus)

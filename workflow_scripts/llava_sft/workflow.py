@@ -9,6 +9,7 @@ Notable:
 import fcntl
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
@@ -187,11 +188,20 @@ class Workflow:
                 return paths
         raise SettingsError(f"{wildcards.checkpoint}: no experiment loads this checkpoint", "see `load`")
 
-    def checkpoint_source(self, wildcards) -> str:
-        return self.conversion(wildcards).settings.load
+    @_ends_cleanly
+    def checkpoint_folders(self, wildcards) -> list[str]:
+        """The folders that the start checkpoint is converted from; a hub id is none."""
+        paths = self.conversion(wildcards)
+        sources = [paths.settings.load, *paths.settings.load_parts.values()]
+        return [source for source in sources if paths.is_demo(Path(source)) or Path(source).is_dir()]
 
-    def checkpoint_model(self, wildcards) -> str:
-        return self.conversion(wildcards).settings.model
+    def checkpoint_job(self, wildcards) -> str:
+        settings = self.conversion(wildcards).settings
+        words = [settings.load, "--model", settings.model]
+        words += [
+            word for part, source in sorted(settings.load_parts.items()) for word in ("--part", f"{part}={source}")
+        ]
+        return shlex.join(words + (["--sidecars", str(settings.tokenizer)] if settings.tokenizer else []))
 
 
 # ------------------------------------------------------------------------------------------------- locks

@@ -1,56 +1,166 @@
 """Hugging Face ↔ Megatron-Core, both ways through the table in names.py, one tensor in memory at a time.
 
+The way in also takes the original project's Megatron folders, and parts of the model from different folders.
+
 A converted folder looks like one that Megatron wrote: `latest_checkpointed_iteration.txt`, `release/…`; beside them
 `huggingface/` keeps all that is not a weight (config, tokenizer, preprocessor, chat template), and `converted.json`
 is the marker that stands only when all is there.
 """
 
 import shutil
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import xxhash
 
-from llava_sft.checkpoint.names import mapping
-from llava_sft.checkpoint.safetensors_io import SafetensorsReader, tensor_bytes, write_safetensors
-from llava_sft.checkpoint.start import MARKER, SIDECARS, TRACKER, read_hf_config
+from llava_sft.checkpoint.legacy import LegacyCheckpoint
+from llava_sft.checkpoint.names import Row, mapping
+from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
+from llava_sft.checkpoint.start import (  # fmt: skip
+    MARKER,
+    PARTS,
+    RANDOM,
+    SIDECARS,
+    TRACKER,
+    is_legacy,
+    newest_checkpoint,
+    old_names,
+    read_hf_config,
+)
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.errors import CheckpointError
 from llava_sft.files import atomic_dir, write_json
-from llava_sft.model.config import ModelConfig
+from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
 
+VOCABULARY = {"language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"}  # may be padded
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
-def hf2mcore(source: Path, target: Path, model: ModelConfig) -> dict:
-    """Convert a Hugging Face folder into a Megatron folder; returns the content of its marker.
+class HfSource:
+    """A Hugging Face folder as a source of Megatron tensors."""
+
+    def __init__(self, folder: Path, model: ModelConfig):
+        self.folder, self.model = folder, model
+        self.reader = SafetensorsReader(folder)
+        self.config = read_hf_config(folder) if (folder / "config.json").is_file() else {}
+        names, head = self.reader.names(), "lm_head.weight"
+        # A tied language model (Qwen3-4B) does not store its output layer: here it becomes a tensor of its own.
+        tied = self.config.get("model_type") == "qwen3" and self.config.get("tie_word_embeddings") and head not in names
+        self.stand_ins = {head: "model.language_model.embed_tokens.weight"} if tied else {}
+
+    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
+        """Raise CheckpointError unless the folder holds exactly the tensors of `rows`; if not `alone`, at least those."""
+        if alone or self.config.get("model_type") in (MODEL_TYPE, "qwen3"):
+            config = ModelConfig.from_hf_config(read_hf_config(self.folder))
+            check_same_architecture(self.model, config, self.folder, parts)
+        shapes = self.model.hf_tensor_shapes()
+        wanted = {name: shapes[name] for row in rows for name in row.hf}
+        found = {name: self.reader.shape(name) for name in self.reader.names()}
+        found |= {name: found[other] for name, other in self.stand_ins.items()}
+        unwanted = set() if alone else shapes.keys() - wanted.keys()
+        check_tensors({name: shape for name, shape in found.items() if name not in unwanted}, wanted, self.folder)
+
+    def dtype(self, rows: list[Row]) -> torch.dtype:
+        """One for all, and where a folder mixes them the one that holds every value exactly."""
+        names = (self.stand_ins.get(name, name) for row in rows for name in row.hf)
+        return reduce(torch.promote_types, map(self.reader.dtype, names))
+
+    def read(self, row: Row) -> torch.Tensor:
+        return row.join([self.reader.read(self.stand_ins.get(name, name)) for name in row.hf])
+
+
+class LegacySource(LegacyCheckpoint):
+    """A checkpoint folder of the original project, the same way."""
+
+    config: ClassVar[dict] = {}
+
+    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
+        wanted = {row.mcore: row.shape for row in rows}
+        found = {key: shape for key, shape in self.shapes().items() if alone or key in wanted}
+        check_tensors(found, wanted, self.folder, padded=VOCABULARY)
+
+
+class RandomAdapter:
+    """`load_parts: {adapter: random}`, for stage 1: norms one, biases zero, the rest as Megatron starts a linear layer."""
+
+    folder: ClassVar[str] = RANDOM
+    config: ClassVar[dict] = {}
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(42)
+
+    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
+        pass
+
+    def dtype(self, rows: list[Row]) -> torch.dtype:
+        return torch.bfloat16  # gives way to that of any other part
+
+    def read(self, row: Row) -> torch.Tensor:
+        if row.mcore.endswith("bias"):
+            return torch.zeros(row.shape)
+        return torch.ones(row.shape) if "norm" in row.mcore else 0.02 * torch.randn(row.shape, generator=self.generator)
+
+
+Source = HfSource | LegacySource | RandomAdapter
+
+
+def open_source(folder: Path | str, model: ModelConfig) -> Source:
+    if folder == RANDOM:
+        return RandomAdapter()
+    folder = Path(folder)
+    return LegacySource(newest_checkpoint(folder)) if is_legacy(folder) else HfSource(folder, model)
+
+
+def hf2mcore(
+    source: Path,
+    target: Path,
+    model: ModelConfig,
+    sidecars: Path | None = None,
+    parts: dict[str, Path | str] | None = None,
+) -> dict:
+    """Convert a Hugging Face folder, or one of the original project, into a Megatron folder; returns its marker.
+
+    Args:
+        sidecars: folder with config and tokenizer; by default the source itself.
+        parts: "language", "vision", "adapter" → the folder that this part comes from instead; "adapter" may be "random".
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than `model` has.
     """
-    config = read_hf_config(source)
-    check_same_architecture(model, ModelConfig.from_hf_config(config), source)
-    reader = SafetensorsReader(source)
+    sources = {folder: open_source(folder, model) for folder in {source, *(parts or {}).values()}}
+    source_of = {part: sources[(parts or {}).get(part, source)] for part in PARTS}
     rows = {row.mcore: row for row in mapping(model)}
-    check_tensors({name: reader.shape(name) for name in reader.names()}, model.hf_tensor_shapes(), source)
+    dtypes, origin = [], []
+    for each in sources.values():
+        taken = [part for part in PARTS if source_of[part] is each]
+        if not taken:
+            raise CheckpointError(f"{source}: every part comes from another folder", "leave a part of load_parts out")
+        its_rows = [row for row in rows.values() if row.part in taken]
+        # Of several folders each may be a whole checkpoint of which only a part is taken.
+        each.check(taken, its_rows, alone=len(sources) == 1)
+        dtypes.append(each.dtype(its_rows))
+        origin.append(f"{' and '.join(taken)} ({len(its_rows)} Megatron tensors) from {each.folder}")
+    print("\n".join(origin), flush=True)
+    dtype = reduce(torch.promote_types, dtypes)
+    config = sources[source].config
 
     digest = xxhash.xxh3_128()
 
     def produce(key: str) -> torch.Tensor:
         row = rows[key]
-        tensor = row.join([reader.read(name) for name in row.hf]).to(dtype).contiguous()
+        tensor = source_of[row.part].read(row).to(dtype).contiguous()
         digest.update(key.encode())
         digest.update(tensor_bytes(tensor))
         return tensor
 
-    # One for all, and where a folder mixes them the one that holds every value exactly.
-    dtype = reduce(torch.promote_types, map(reader.dtype, reader.names()))
     with atomic_dir(target) as folder:
         shapes = {key: row.shape for key, row in rows.items()}
         write_torch_dist(folder / "release", shapes, dict.fromkeys(shapes, dtype), produce)
         (folder / TRACKER).write_text("release\n")
-        copy_sidecars(source, folder / SIDECARS)
+        copy_sidecars(sidecars or source, folder / SIDECARS)
         marker = {
             "source": str(source),
             "tensors": len(model.hf_tensor_shapes()),
@@ -58,17 +168,28 @@ def hf2mcore(source: Path, target: Path, model: ModelConfig) -> dict:
             "dtype": str(dtype).removeprefix("torch."),
             "fingerprint": digest.hexdigest(),
             "untrained": bool(config.get("untrained")),
+            "old_names": isinstance(sources[source], HfSource) and sources[source].reader.old_names,
+            "origin": origin,
         }
         write_json(folder / MARKER, marker)
     return marker
 
 
-def mcore2hf(source: Path, target: Path, sidecars: Path, model: ModelConfig, min_pixels: int, max_pixels: int) -> dict:
+def mcore2hf(
+    source: Path,
+    target: Path,
+    sidecars: Path,
+    model: ModelConfig,
+    min_pixels: int,
+    max_pixels: int,
+    gate: Callable[[Path], None] = lambda folder: None,
+) -> dict:
     """Write the weights of one checkpoint folder (`iter_0000400/`, `release/`) as a Hugging Face folder.
 
     Args:
         sidecars: folder with config, tokenizer and the like that training started from.
         min_pixels, max_pixels: image limits of the training, written where inference will read them.
+        gate: looks at the finished folder before it gets its name, and raises to keep it from getting one.
     """
     reader = TorchDistReader(source)
     rows = list(mapping(model))
@@ -77,15 +198,16 @@ def mcore2hf(source: Path, target: Path, sidecars: Path, model: ModelConfig, min
         {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored},
         {row.mcore: row.shape for row in rows},
         source,
-        padded={"language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"},
+        padded=VOCABULARY,
     )
     shapes = model.hf_tensor_shapes()
-    order = {name: shapes[name] for row in rows for name in row.hf}
+    spell = old_name if old_names(source.parent) else str
+    order = {spell(name): shapes[name] for row in rows for name in row.hf}
 
     def tensors():
         for row in rows:
             tensor = reader.read(row.mcore)[: row.shape[0]]  # vocabulary padding is cut off
-            yield from zip(row.hf, row.split(tensor), strict=True)
+            yield from zip(map(spell, row.hf), row.split(tensor), strict=True)
 
     dtype = stored[rows[0].mcore].properties.dtype
     marker = {
@@ -97,6 +219,7 @@ def mcore2hf(source: Path, target: Path, sidecars: Path, model: ModelConfig, min
     with atomic_dir(target) as folder:
         write_hf_sidecars(folder, sidecars, model, min_pixels, max_pixels, marker["dtype"])
         write_safetensors(folder, order, dtype, tensors())
+        gate(folder)
         write_json(folder / MARKER, marker)
     return marker
 
@@ -109,9 +232,9 @@ def copy_sidecars(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path) -> None:
-    """Raise CheckpointError, naming the first difference, unless both describe the same sizes."""
-    for part in ("language", "vision"):
+def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:
+    """Raise CheckpointError, naming the first difference, unless both describe the same sizes of these parts."""
+    for part in [part for part in ("language", "vision") if part in parts]:
         ours, theirs = getattr(wanted, part).model_dump(), getattr(found, part).model_dump()
         for key, value in ours.items():
             if theirs[key] != value and key != "max_position_embeddings":

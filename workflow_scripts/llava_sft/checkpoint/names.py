@@ -26,6 +26,11 @@ class Row:
     join: Join = lambda tensors: tensors[0]
     split: Split = lambda tensor: [tensor]
 
+    @property
+    def part(self) -> str:
+        """The part of the model it belongs to: language, vision or adapter."""
+        return {"language_model": "language", "vision_model": "vision"}.get(self.mcore.split(".")[0], "adapter")
+
 
 def mapping(model: ModelConfig) -> Iterator[Row]:
     """All rows for a model of these sizes. Every tensor of either side stands in exactly one row."""

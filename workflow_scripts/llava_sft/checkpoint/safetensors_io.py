@@ -29,6 +29,11 @@ def canonical(name: str) -> str:
     return name
 
 
+def old_name(name: str) -> str:
+    """The older spelling of an in-memory name, the inverse of `canonical`."""
+    return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
+
+
 class SafetensorsReader:
     """The tensors of a Hugging Face folder under their in-memory names.
 
@@ -49,39 +54,57 @@ class SafetensorsReader:
             files = sorted(named)
         if not files:
             raise CheckpointError(f"{folder}: no *.safetensors file in it", "name a complete Hugging Face folder")
-        self._place: dict[str, tuple[Path, str]] = {}
-        self._open = {}
+        self._place: dict[str, tuple[Path, str, dict]] = {}  # file, name in it, and its entry in the header
         for path in files:
             try:
-                self._open[path] = safe_open(path, framework="pt")
+                with safe_open(path, framework="pt"):
+                    pass  # looks at the header and the file's size
             except SafetensorError as error:
                 raise CheckpointError(f"{path}: damaged or cut off ({error})", "copy the file again") from None
-            for name in self._open[path].keys():  # noqa: SIM118 (no dict)
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
                 if canonical(name) in self._place:
                     other = self._place[canonical(name)][0]
                     raise CheckpointError(
                         f"{path}: {name} is also in {other.name}", "keep the files of one checkpoint only"
                     )
-                self._place[canonical(name)] = (path, name)
+                start = 8 + length + entry["data_offsets"][0]
+                self._place[canonical(name)] = (path, name, entry | {"start": start})
+
+    @property
+    def old_names(self) -> bool:
+        return any(name != stored for name, (_, stored, _) in self._place.items())
 
     def names(self) -> set[str]:
         return set(self._place)
 
+    def stored_names(self) -> set[str]:
+        return {stored for _, stored, _ in self._place.values()}
+
     def shape(self, name: str) -> tuple[int, ...]:
-        path, stored = self._place[name]
-        return tuple(self._open[path].get_slice(stored).get_shape())
+        return tuple(self._place[name][2]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        path, stored = self._place[name]
-        spelled = self._open[path].get_slice(stored).get_dtype()
+        path, stored, entry = self._place[name]
         for dtype, spelling in DTYPES.items():
-            if spelling == spelled:
+            if spelling == entry["dtype"]:
                 return dtype
-        raise CheckpointError(f"{path}: {stored} is of type {spelled}", f"use weights of {', '.join(DTYPES.values())}")
+        raise CheckpointError(
+            f"{path}: {stored} is of type {entry['dtype']}", f"use weights of {', '.join(DTYPES.values())}"
+        )
 
     def read(self, name: str) -> Tensor:
-        path, stored = self._place[name]
-        return self._open[path].get_tensor(stored)
+        """Read, not mapped: pages of a mapped file would count as memory, and come in small pieces."""
+        tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
+        with open(self._place[name][0], "rb", buffering=0) as file:
+            file.seek(self._place[name][2]["start"])
+            rest = tensor_bytes(tensor)
+            while rest:
+                rest = rest[file.readinto(rest) :]
+        return tensor
 
 
 def write_safetensors(

@@ -1,5 +1,6 @@
-"""What training starts from: a Hugging Face folder, a Megatron folder, or one `iter_` folder of an earlier run.
+"""What training starts from: a Hugging Face folder or hub id, a Megatron folder, or one `iter_` folder of an earlier run.
 
+What is not in our own format (`torch_dist`) is converted first, by the `hf2mcore` rule.
 Imported while Snakemake builds its DAG: no torch.
 """
 
@@ -14,22 +15,31 @@ from llava_sft.model.config import ModelConfig
 TRACKER = "latest_checkpointed_iteration.txt"
 SIDECARS = "huggingface"
 MARKER = "converted.json"
+RUN_FILE = "run.json"
 RANDOM = "random"
+PARTS = ("language", "vision", "adapter")
+CHOICES = (
+    "a Hugging Face folder, a hub id with its revision (org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 "
+    "folder or its run directory, or `random`"
+)
 
 
 @dataclass(frozen=True)
 class Start:
     """`folder` is one checkpoint folder (`release/`, `iter_0000400/`), None for random weights; `sidecars` holds the
-    config, tokenizer and the like; `fingerprint` stands for the content; `untrained`: the weights are random."""
+    config, tokenizer and the like; `fingerprint` stands for the content; `untrained`: the weights are random; `old_names`: the Hugging Face folder at the
+    very beginning spelled its tensors as transformers 4.53 does, and so will the export."""
 
     folder: Path | None
     sidecars: Path
     fingerprint: str
     untrained: bool
+    old_names: bool = False
 
 
 def is_iteration(load: str | Path) -> bool:
-    return re.fullmatch(r"iter_\d+", Path(load).name) is not None
+    """Whether `load` names one checkpoint folder and not the folder above."""
+    return re.fullmatch(r"iter_\d+|release", Path(load).name) is not None
 
 
 def is_megatron(load: str | Path) -> bool:
@@ -41,12 +51,37 @@ def newest_checkpoint(folder: Path) -> Path:
     if not is_megatron(folder):
         return folder
     name = (folder / TRACKER).read_text().strip()
+    if name != "release" and not name.isdigit():
+        raise CheckpointError(
+            f"{folder / TRACKER}: {name[:40]!r} is neither a number nor `release`", "name the iter_ folder itself"
+        )
     return folder / (name if name == "release" else f"iter_{int(name):07d}")
 
 
+def is_legacy(load: str | Path) -> bool:
+    """Whether `load` is in the original project's `torch` format: a folder per model-parallel rank."""
+    return next(newest_checkpoint(Path(load)).glob("mp_rank_*"), None) is not None
+
+
+def is_hub(load: str) -> bool:
+    """`org/name@revision`. The revision is asked for, so that the same settings mean the same weights."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", load) is not None and not Path(load).exists()
+
+
 def needs_conversion(load: str) -> bool:
-    """Whether `load` is a Hugging Face folder, which the `hf2mcore` rule converts first."""
-    return load != RANDOM and not is_iteration(load) and not is_megatron(load)
+    """Whether `load` is not in our format yet: the `hf2mcore` rule converts it first."""
+    return load != RANDOM and (is_legacy(load) or not (is_iteration(load) or is_megatron(load)))
+
+
+def converted_name(load: str, parts: dict[str, str]) -> str:
+    """`LLaVA-OneVision-1.5-4B-stage0_mcore_tp1_pp1`, whatever kind of folder `load` is; parts from elsewhere add their names."""
+    path, _, revision = load.partition("@") if is_hub(load) else (load, "", "")
+    folder = Path(path)
+    if is_iteration(folder):
+        folder = folder.parent if folder.name == "release" else folder.with_name(f"{folder.parent.name}_{folder.name}")
+    name = re.sub(r"_mcore_tp\d+_pp\d+$", "", folder.name) + (f"@{revision[:12]}" if revision else "")
+    names = [name, *(f"{part}={Path(source).name}" for part, source in sorted(parts.items()))]
+    return "+".join(names).replace("/", "_") + "_mcore_tp1_pp1"
 
 
 def read_hf_config(folder: Path) -> dict:
@@ -62,13 +97,10 @@ def read_hf_config(folder: Path) -> dict:
         raise CheckpointError(f"{path}: not JSON, or cut off: {error}", "copy the file again") from None
 
 
-def check_load(load: str, tokenizer: Path | None, made_here: bool) -> None:
+def check_load(load: str, parts: dict[str, str], tokenizer: Path | None, made_here: bool) -> None:
     """Raise CheckpointError when there is nothing to start from. `made_here`: a rule will make it."""
-    choices = (
-        "a Hugging Face folder, a …_mcore_tp1_pp1 folder, an iter_0000400 folder or its run directory, or `random`"
-    )
     if not load:
-        raise CheckpointError("load is empty: nothing to start from", f"load: {choices}")
+        raise CheckpointError("load is empty: nothing to start from", f"load: {CHOICES}")
     if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(
             f"tokenizer: {tokenizer}: no tokenizer.json in it", "tokenizer: the Hugging Face folder of the model"
@@ -77,12 +109,31 @@ def check_load(load: str, tokenizer: Path | None, made_here: bool) -> None:
         raise CheckpointError(
             "load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from"
         )
-    if load == RANDOM or made_here:
+    if parts and not needs_conversion(load):
+        raise CheckpointError(
+            f"load_parts, and load: {load} is a whole Megatron checkpoint",
+            "load: a Hugging Face folder, or no load_parts",
+        )
+    for part, source in parts.items():
+        if part not in PARTS or (source == RANDOM and part != "adapter"):
+            raise CheckpointError(
+                f"load_parts: {part}: {source}",
+                f"{' | '.join(PARTS)}: a folder or hub id; adapter: random is allowed too",
+            )
+        if source != RANDOM and not is_hub(source) and not Path(source).is_dir():
+            raise CheckpointError(f"load_parts: {part}: {source}: no such folder", "a folder, or org/name@revision")
+    if load == RANDOM or made_here or is_hub(load):
         return
     folder = Path(load)
     if not folder.is_dir():
-        raise CheckpointError(f"load: {load}: no such folder", f"load: {choices}")
-    if is_iteration(load):
+        raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
+    if is_legacy(load):
+        if tokenizer is None:
+            raise CheckpointError(
+                f"load: {load}: a checkpoint of the original project, which keeps no tokenizer beside it",
+                "tokenizer: the Hugging Face folder of the same model",
+            )
+    elif is_iteration(load):
         if not (folder / ".metadata").is_file():
             raise CheckpointError(
                 f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder"
@@ -90,10 +141,11 @@ def check_load(load: str, tokenizer: Path | None, made_here: bool) -> None:
     elif not is_megatron(load):
         if not (folder / "config.json").is_file():
             raise CheckpointError(
-                f"load: {load}: neither config.json (Hugging Face) nor {TRACKER} (Megatron) in it", f"load: {choices}"
+                f"load: {load}: neither config.json (Hugging Face) nor {TRACKER} (Megatron) in it", f"load: {CHOICES}"
             )
         try:
-            ModelConfig.from_hf_config(read_hf_config(folder))
+            if not parts:
+                ModelConfig.from_hf_config(read_hf_config(folder))
         except CheckpointError as error:
             raise CheckpointError(f"load: {load}: {error.problem}", error.fix) from None
         if tokenizer is None:
@@ -104,18 +156,26 @@ def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Sta
     """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of `load`, if it did."""
     if load == RANDOM:
         return Start(None, tokenizer, "random", True)
-    top = Path(load).parent if is_iteration(load) else converted or Path(load)
-    folder = Path(load) if is_iteration(load) else newest_checkpoint(top)
+    folder = converted / "release" if converted else newest_checkpoint(Path(load))
+    top = folder.parent
+    sidecars = tokenizer or _sidecars(top / SIDECARS, load)
     if folder.name == "release" and (top / MARKER).is_file():
         marker = read_json(top / MARKER)
-        return Start(folder, tokenizer or _sidecars(top / SIDECARS, load), marker["fingerprint"], marker["untrained"])
+        return Start(folder, sidecars, marker["fingerprint"], marker["untrained"], old_names(top))
     digest = fingerprint(
         [
             file_fingerprint(folder / ".metadata"),
             sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json"),
         ]
     )
-    return Start(folder, tokenizer or _sidecars(top / SIDECARS, load), digest, False)
+    return Start(folder, sidecars, digest, False, old_names(top))
+
+
+def old_names(top: Path) -> bool:
+    """The spelling that the export of a converted folder, or of a run, shall have: see `Start`."""
+    if (top / MARKER).is_file():
+        return read_json(top / MARKER).get("old_names", False)
+    return (top / RUN_FILE).is_file() and read_json(top / RUN_FILE)["start"].get("old_names", False)
 
 
 def _sidecars(folder: Path, load: str) -> Path:

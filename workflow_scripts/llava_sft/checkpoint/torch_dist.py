@@ -4,6 +4,9 @@ Notable: both ways go tensor by tensor. Nothing here imports Megatron, which wou
 """
 
 import json
+import os
+import pickle
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +15,39 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from llava_sft.errors import CheckpointError
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans with meta tensors, and asks for each real one when its turn to be written has come."""
+class _Writer(FileSystemWriter):
+    """Writes one file, item by item. The stock writer keeps every tensor that it has written until the end."""
+
+    FILE = "__0_0.distcp"
+
+    def write_data(self, plan, planner):
+        results = []
+        with open(self.path / self.FILE, "wb") as stream:
+            for item in plan.items:
+                offset = stream.tell()
+                torch.save(planner.produce(item.index.fqn), stream)
+                length = stream.tell() - offset
+                results.append(WriteResult(item.index, length, _StorageInfo(self.FILE, offset, length)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        done = torch.futures.Future()
+        done.set_result(results)
+        return done
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans with meta tensors; the writer asks for each real one when its turn has come."""
 
     def __init__(self, produce: Callable[[str], Tensor]):
         super().__init__()
         self.produce = produce
-
-    def resolve_data(self, write_item):
-        return self.produce(write_item.index.fqn)
 
 
 def write_torch_dist(
@@ -33,7 +55,13 @@ def write_torch_dist(
 ) -> None:
     """Write one checkpoint folder (`release/`); `produce(key)` makes each tensor when it is needed."""
     plan = {key: torch.empty(shape, dtype=dtypes[key], device="meta") for key, shape in shapes.items()}
-    dcp.save(plan, storage_writer=FileSystemWriter(folder, thread_count=1), planner=_LazyPlanner(produce), no_dist=True)
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # they would take longer than the disk; nothing reads them
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that this is a single process
+            dcp.save(plan, storage_writer=_Writer(folder), planner=_Planner(produce), no_dist=True)
+    finally:
+        torch.serialization.set_crc32_options(checksums)
     torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
@@ -61,13 +89,20 @@ class TorchDistReader(FileSystemReader):
         return {k: v for k, v in self._metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
     def read(self, key: str) -> Tensor:
+        """The whole tensor. One that was stored in one piece is not copied, as `dcp.load` would."""
         stored = self.tensors()[key]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        try:
-            dcp.load({key: tensor}, storage_reader=self, no_dist=True)
-        except (EOFError, OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            reason = str(error).splitlines()[-1]
-            raise CheckpointError(
-                f"{self.folder}: {key} can not be read: {reason}", "use another iter_ folder"
-            ) from error
-        return tensor
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype) if len(stored.chunks) > 1 else None
+        for chunk in stored.chunks:
+            place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            try:
+                with open(self.folder / place.relative_path, "rb") as file:
+                    piece = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
+            except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                reason = (str(error).splitlines() or ["cut off"])[-1]
+                raise CheckpointError(
+                    f"{self.folder}: {key} can not be read: {reason}", "use another iter_ folder"
+                ) from error
+            if whole is None:
+                return piece
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
+        return whole

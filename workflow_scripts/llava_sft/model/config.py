@@ -245,6 +245,12 @@ class ModelConfig(_Frozen):
 
         Raises CheckpointError when the folder holds another architecture, or a setting that this one does not have.
         """
+        if (
+            config.get("model_type") == "qwen3"
+        ):  # a language model alone: the keys of `text_config`, but tying is for its weights to say
+            text = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
+            vision = {"text_hidden_size": text.get("hidden_size", _VISION_DEFAULTS["text_hidden_size"])}
+            config = {"model_type": MODEL_TYPE, "text_config": text, "vision_config": vision}
         if config.get("model_type") != MODEL_TYPE:
             raise CheckpointError(
                 f"config.json says model_type {config.get('model_type')!r}, not {MODEL_TYPE!r}",

@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from llava_sft.files import read_json
 from llava_sft.report.charts import charts
 from llava_sft.training.watch import VALIDATION, read_jsonl
 
@@ -68,6 +69,7 @@ def render_report(
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example.get("correct")][:WRONG_SHOWN],
         right=[example for example in examples if example.get("correct")][:RIGHT_SHOWN],
+        parity=read_json(export / "parity.json") if export and (export / "parity.json").is_file() else None,
         paths=_paths(run_dir, export),
     )
 

@@ -108,7 +108,9 @@ def apply() -> bool:
         "mem_get_info": lambda *args: (0, 0),
         "get_device_capability": lambda *args: (0, 0),
         "get_device_name": lambda *args: "cpu",
-        "get_device_properties": lambda *args: SimpleNamespace(name="cpu", total_memory=0, multi_processor_count=1),
+        "get_device_properties": lambda *args: SimpleNamespace(
+            name="cpu", total_memory=0, multi_processor_count=1, major=0, minor=0
+        ),
         "is_current_stream_capturing": lambda: False,
     }
     for name in [

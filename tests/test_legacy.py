@@ -1,0 +1,217 @@
+"""Checkpoints of the original project (`torch` format, any TP and PP) give the same bits, and nothing in them is executed."""
+
+import argparse
+import io
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llava_sft.checkpoint.convert import hf2mcore
+from llava_sft.checkpoint.names import mapping
+from llava_sft.checkpoint.safetensors_io import SafetensorsReader
+from llava_sft.checkpoint.start import check_load, converted_name, is_legacy, needs_conversion
+from llava_sft.checkpoint.torch_dist import TorchDistReader
+from llava_sft.errors import CheckpointError
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def deep(small_model):
+    """Three layers: over two stages they stand 2 + 1."""
+    return small_model.model_copy(update={"language": small_model.language.model_copy(update={"num_layers": 3})})
+
+
+@pytest.fixture(scope="module")
+def deep_checkpoint(deep, tmp_path_factory):
+    from conftest import MAX_PIXELS, MIN_PIXELS, TEXTS
+    from llava_sft.model.tiny import write_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("deep") / "deep"
+    write_tiny_checkpoint(folder, TEXTS, deep, 3, MIN_PIXELS, MAX_PIXELS)
+    return folder
+
+
+def shard(key: str, tensor: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
+    """As facts/legacy.md says; written anew and by other means than the reader's."""
+    name, kind = key.split(".")[-2], key.split(".")[-1]
+    if key.startswith("adapter.") or "layernorm" in name or "layer_norm" in kind or "embed." in key or "class_" in key:
+        return tensor.clone()
+    if name == "linear_fc1" and key.startswith("language"):
+        half = tensor.shape[0] // 2
+        size = half // tp
+        return torch.cat(
+            [tensor[rank * size : (rank + 1) * size], tensor[half + rank * size : half + (rank + 1) * size]]
+        )
+    if name in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer"):
+        size = tensor.shape[0] // tp
+        return tensor[rank * size : (rank + 1) * size].clone()
+    if kind == "weight":  # linear_proj, linear_fc2
+        size = tensor.shape[1] // tp
+        return tensor[:, rank * size : (rank + 1) * size].clone()
+    return tensor.clone()
+
+
+def write_original(top: Path, hf: Path, model, tp: int, pp: int, trained: bool = False) -> Path:
+    reader = SafetensorsReader(hf)
+    whole = {row.mcore: row.join([reader.read(name) for name in row.hf]) for row in mapping(model)}
+    for key in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
+        padding = -len(whole[key]) % (128 * tp)
+        whole[key] = torch.cat([whole[key], whole[key][-1:].expand(padding, -1)])
+    embed = whole.pop("vision_model.patch_embed.weight")
+    whole["vision_model.patch_embed.proj.weight"] = embed.view(-1, 3, 14, 14)
+    layers = model.language.num_layers
+    first = [sum(divmod(layers, pp)), layers][pp == 1] if pp == 1 else layers - layers // pp
+    folder = top / ("iter_0000400" if trained else "release")
+    for stage in range(pp):
+        for rank in range(tp):
+            state = {}
+            for key, tensor in whole.items():
+                words = key.split(".")
+                if key.startswith("language_model.decoder.layers."):
+                    number = int(words[3])
+                    if pp > 1 and (number >= first) != bool(stage):
+                        continue
+                    words[3] = str(number - first * stage)
+                elif (key.startswith("language_model.decoder.final") or "output_layer" in key) != (
+                    stage == pp - 1
+                ) and pp > 1:
+                    continue
+                part = shard(key, tensor, rank, tp)
+                state[".".join(words)] = torch.nn.Parameter(part) if trained else part
+                if words[-2] == "linear_qkv":
+                    state[".".join([*words[:-1], "_extra_state"])] = io.BytesIO(b"scales")
+            content = {
+                "model": state,
+                "checkpoint_version": 3.0,
+                "iteration": 0,
+                "args": argparse.Namespace(tensor_model_parallel_size=tp),
+            }
+            if trained:
+                random_states = [
+                    {
+                        "random_rng_state": random.getstate(),
+                        "np_rng_state": np.random.get_state(),
+                        "rng_tracker_states": {"a": torch.zeros(8)},
+                    }
+                ]
+                content |= {
+                    "rng_state": random_states,
+                    "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}},
+                    "num_floating_point_operations_so_far": 1.5,
+                }
+                content["args"].params_dtype, content["args"].path = torch.bfloat16, Path("x")
+            path = folder / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else ""))
+            path.mkdir(parents=True)
+            torch.save(content, path / "model_optim_rng.pt")
+    (top / "latest_checkpointed_iteration.txt").write_text("400\n" if trained else "release\n")
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    reader = TorchDistReader(folder)
+    return {key: reader.read(key) for key in reader.tensors()}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["release", "iter"])
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_the_originals_checkpoint_gives_the_bits_of_the_hugging_face_folder(
+    deep, deep_checkpoint, tmp_path, tp, pp, trained
+):
+    folder = write_original(tmp_path / "x_mcore_tp1_pp1", deep_checkpoint, deep, tp, pp, trained)
+    expected = hf2mcore(deep_checkpoint, tmp_path / "from_hf", deep)
+    for name, source in (("top", folder.parent), ("itself", folder)):
+        made = hf2mcore(source, tmp_path / name, deep, sidecars=deep_checkpoint)
+        assert (made["fingerprint"], made["dtype"]) == (expected["fingerprint"], expected["dtype"])
+        assert (tmp_path / name / "huggingface/tokenizer.json").is_file()
+    wanted = tensors(tmp_path / "from_hf/release")
+    assert all(torch.equal(value, wanted[key]) for key, value in tensors(tmp_path / "top/release").items())
+
+
+def test_load_takes_the_folder_above_or_the_checkpoint_itself_and_asks_for_a_tokenizer(deep, deep_checkpoint, tmp_path):
+    release = write_original(tmp_path / "LLaVA-4B-stage0_mcore_tp2_pp1", deep_checkpoint, deep, 2, 1)
+    trained = write_original(tmp_path / "stage1_run", deep_checkpoint, deep, 1, 1, trained=True)
+    for folder, name in (
+        (release, "LLaVA-4B-stage0"),
+        (release.parent, "LLaVA-4B-stage0"),
+        (trained, "stage1_run_iter_0000400"),
+    ):
+        assert is_legacy(folder) and needs_conversion(str(folder))
+        assert converted_name(str(folder), {}) == f"{name}_mcore_tp1_pp1"
+        check_load(str(folder), {}, deep_checkpoint, made_here=False)
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            check_load(str(folder), {}, None, made_here=False)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch EXECUTED",)
+
+
+@pytest.mark.parametrize("place", ["args", "model"])
+def test_nothing_in_a_file_is_executed(deep, deep_checkpoint, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    file = write_original(tmp_path / "x", deep_checkpoint, deep, 1, 1) / "mp_rank_00/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    torch.save(
+        {**content, **({"args": Evil()} if place == "args" else {"model": {**content["model"], "x": Evil()}})}, file
+    )
+    with pytest.raises(CheckpointError, match=r"model_optim_rng\.pt: it asks for posix\.system") as error:
+        hf2mcore(tmp_path / "x", tmp_path / "out", deep, sidecars=deep_checkpoint)
+    assert error.value.fix
+    assert not (tmp_path / "EXECUTED").exists() and not (tmp_path / "out").exists()
+
+
+def test_objects_of_packages_that_are_not_here_do_no_harm(deep, deep_checkpoint, tmp_path):
+    """A training stores enums and the like of its own packages; they are read as nothing."""
+    file = write_original(tmp_path / "x", deep_checkpoint, deep, 1, 1) / "mp_rank_00/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    torch.save({**content, "args": argparse.Namespace(backend=random.Random)}, file)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"crandom\nRandom\n", b"cnumpy\nRandom1\n"))
+    marker = hf2mcore(tmp_path / "x", tmp_path / "out", deep, sidecars=deep_checkpoint)
+    assert marker["tensors"] == len(deep.hf_tensor_shapes())
+
+
+def lost_rank(folder):
+    (folder / "mp_rank_00").rename(folder / "elsewhere")
+
+
+def changed(change):
+    def spoil(folder):
+        file = sorted(folder.glob("mp_rank_*"))[0] / "model_optim_rng.pt"
+        content = torch.load(file, weights_only=False)
+        change(content)
+        torch.save(content, file)
+
+    return spoil
+
+
+FC2 = "language_model.decoder.layers.1.mlp.linear_fc2.weight"
+SPOILED = {
+    "rank missing": (lost_rank, ["tensor rank 0", "release"]),
+    "cut off": (lambda folder: os.truncate(next(folder.glob("*/*.pt")), 5000), ["model_optim_rng.pt", "damaged"]),
+    "plain pickle": (lambda folder: [p.write_bytes(pickle.dumps({})) for p in folder.glob("*/*.pt")], ["model_optim_rng.pt", "damaged"]),
+    "tensor missing": (changed(lambda c: c["model"].pop(FC2)), [FC2, "missing"]),
+    "tensor left over": (changed(lambda c: c["model"].update({"language_model.x": torch.zeros(3)})), ["language_model.x"]),
+    "tensor misshapen": (changed(lambda c: c["model"].update({"adapter.linear_fc2.bias": torch.zeros(3)})), ["adapter.linear_fc2.bias", "(3,)", "(128,)"]),
+    "virtual stages": (changed(lambda c: c.update(model0=c.pop("model"))), ["virtual pipeline"]),
+    "no tensor": (changed(lambda c: c["model"].update({FC2: 3})), [FC2, "no tensor"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_checkpoint_of_the_original_is_refused_by_name(deep, deep_checkpoint, tmp_path, name):
+    spoil, mentioned = SPOILED[name]
+    folder = write_original(tmp_path / "x", deep_checkpoint, deep, 1 if "left" in name or "tensor m" in name else 2, 1)
+    spoil(folder)
+    with pytest.raises(CheckpointError) as error:
+        hf2mcore(tmp_path / "x", tmp_path / "out", deep, sidecars=deep_checkpoint)
+    for text in mentioned:
+        assert text in str(error.value)
+    assert error.value.fix and not (tmp_path / "out").exists()

@@ -1,0 +1,189 @@
+"""`load` beyond a whole local folder: hub ids, parts from several folders, and what is wrong with either."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
+
+from llava_sft.checkpoint.convert import hf2mcore
+from llava_sft.checkpoint.hub import download
+from llava_sft.checkpoint.safetensors_io import old_name
+from llava_sft.checkpoint.start import check_load, converted_name, is_hub, needs_conversion
+from llava_sft.checkpoint.torch_dist import TorchDistReader
+from llava_sft.errors import CheckpointError
+
+HUB = "lmms-lab/LLaVA-OneVision-1.5-4B-Base@1a2b3c4d5e6f7a8b9c0d"
+NAMES = ("language_model", "vision_model", "adapter")
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_needs_its_revision_and_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub(HUB) and needs_conversion(HUB)
+    check_load(HUB, {}, None, made_here=False)
+    assert converted_name(HUB, {}) == "LLaVA-OneVision-1.5-4B-Base@1a2b3c4d5e6f_mcore_tp1_pp1"
+    with pytest.raises(CheckpointError, match="no such folder") as error:
+        check_load(HUB.partition("@")[0], {}, None, made_here=False)
+    assert "org/name@revision" in error.value.fix
+    (tmp_path / HUB).mkdir(parents=True)
+    assert not is_hub(HUB)
+
+
+def made(kind):
+    """The hub's errors want a whole HTTP response to be made."""
+    return kind.__new__(kind)
+
+
+@pytest.mark.parametrize(
+    ("failure", "mentioned"),
+    [
+        (LocalEntryNotFoundError("no"), ["not in the hub's cache", "hf download lmms-lab/LLaVA-OneVision-1.5-4B-Base --revision"]),
+        (ConnectionError("no"), ["can not be reached", "hf download"]),
+        (made(RepositoryNotFoundError), ["no lmms-lab"]),
+        (made(RevisionNotFoundError), ["no revision 1a2b3c4d"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_download_is_one_clear_message(monkeypatch, failure, mentioned):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError) as error:
+        download(HUB)
+    for text in [HUB, *mentioned]:
+        assert text in str(error.value)
+
+
+def test_offline_mode_looks_into_the_cache_alone_and_says_so():
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+        download(HUB)  # conftest sets it
+
+
+def test_the_revision_asked_for_is_the_one_downloaded(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, **options: asked.update(repo=repo, **options) or str(tmp_path),
+    )
+    assert download(HUB) == tmp_path
+    assert (asked["repo"], asked["revision"]) == tuple(HUB.split("@"))
+    assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def part(source: Path, target: Path, wanted, config: dict | None = None, spell=str) -> Path:
+    """A folder with the tensors of some parts only."""
+    target.mkdir()
+    weights = {spell(name): value for name, value in load_file(source / "model.safetensors").items() if wanted(name)}
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        for path in source.glob("*.json"):
+            shutil.copy(path, target)
+        (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def is_adapter(name):
+    return ".merger." in name
+
+
+def is_vision(name):
+    return "visual" in name and not is_adapter(name)
+
+
+def is_language(name):
+    return "visual" not in name
+
+
+@pytest.fixture
+def folders(small_checkpoint, tmp_path):
+    """A vision tower alone (old names, no config), and a language model as Qwen3's own folder: its names, its config."""
+    text = json.loads((small_checkpoint / "config.json").read_text())["text_config"] | {"model_type": "qwen3"}
+    vision = part(small_checkpoint, tmp_path / "rice", is_vision, spell=old_name)
+    language = part(small_checkpoint, tmp_path / "Qwen3", is_language, text, old_name)
+    return vision, language
+
+
+def tensors(folder):
+    reader = TorchDistReader(folder / "release")
+    return {key: reader.read(key) for key in reader.tensors()}
+
+
+def test_parts_come_from_where_they_are_named_and_the_marker_says_so(small_checkpoint, small_model, folders, tmp_path):
+    vision, language = folders
+    whole = hf2mcore(small_checkpoint, tmp_path / "whole", small_model)
+    made = hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision, "adapter": small_checkpoint})
+    assert made["fingerprint"] == whole["fingerprint"]
+    assert [("language" in line, str(source) in line) for line, source in zip(sorted(made["origin"]), [small_checkpoint, language, vision], strict=True)] == [(False, True), (True, True), (False, True)]  # fmt: skip
+
+
+def test_a_random_adapter_is_made_only_when_asked_for(small_checkpoint, small_model, folders, tmp_path):
+    vision, language = folders
+    with pytest.raises(CheckpointError, match=r"merger\.ln_q"):
+        hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision})
+    for name in ("made", "again"):
+        hf2mcore(language, tmp_path / name, small_model, parts={"vision": vision, "adapter": "random"})
+    made, again, source = tensors(tmp_path / "made"), tensors(tmp_path / "again"), small_checkpoint
+    hf2mcore(source, tmp_path / "whole", small_model)
+    whole = tensors(tmp_path / "whole")
+    assert all(torch.equal(value, again[key]) for key, value in made.items())
+    assert {key for key in made if not torch.equal(made[key], whole[key])} == {
+        k for k in made if k.startswith("adapter.")
+    }
+    assert 0.015 < made["adapter.linear_fc1.weight"].std() < 0.025
+
+
+def test_a_tied_language_model_gets_an_output_layer_of_its_own(small_checkpoint, small_model, folders, tmp_path):
+    vision, language = folders
+    config = json.loads((language / "config.json").read_text())
+    weights = load_file(language / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, language / "model.safetensors")
+    parts = {"vision": vision, "adapter": "random"}
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        hf2mcore(language, tmp_path / "made", small_model, parts=parts)
+    (language / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    hf2mcore(language, tmp_path / "made", small_model, parts=parts)
+    made = tensors(tmp_path / "made")
+    assert torch.equal(
+        made["language_model.output_layer.weight"], made["language_model.embedding.word_embeddings.weight"]
+    )
+
+
+def test_another_rope_or_size_of_a_part_is_refused(small_model, folders, tmp_path):
+    vision, language = folders
+    config = json.loads((language / "config.json").read_text())
+    (language / "config.json").write_text(json.dumps(config | {"rope_theta": 5e6}))
+    with pytest.raises(CheckpointError, match="rotary_base is 5000000"):
+        hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision, "adapter": "random"})
+    (language / "config.json").write_text(json.dumps(config))
+    extra = load_file(vision / "model.safetensors") | {"visual.blocks.7.norm1.weight": torch.ones(96)}
+    save_file(extra, vision / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.visual\.blocks\.7\.norm1\.weight"):
+        hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision, "adapter": "random"})
+
+
+@pytest.mark.parametrize(
+    ("parts", "mentioned"),
+    [
+        ({"vision": "nowhere"}, "no such folder"),
+        ({"eyes": "nowhere"}, "eyes"),
+        ({"language": "random"}, "language: random"),
+    ],
+)
+def test_wrong_parts_are_refused_before_any_job(small_checkpoint, parts, mentioned):
+    with pytest.raises(CheckpointError, match=mentioned):
+        check_load(str(small_checkpoint), parts, None, made_here=False)
+    named = converted_name("models/Qwen3-4B", {"vision": "models/rice", "adapter": "random"})
+    assert named == "Qwen3-4B+adapter=random+vision=rice_mcore_tp1_pp1"

@@ -1,0 +1,106 @@
+"""The gate of the export: a right export passes and is named, a wrong one is not, and the figures say why."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import MAX_PIXELS, MIN_PIXELS
+from llava_sft.checkpoint import parity
+from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
+from llava_sft.checkpoint.parity import check_parity
+from llava_sft.checkpoint.start import SIDECARS
+from llava_sft.data.heldout import StoredSample
+from llava_sft.errors import CheckpointError
+from webdataset_helpers import picture
+
+
+@pytest.fixture(scope="module")
+def mcore(small_checkpoint, small_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parity") / "small_mcore_tp1_pp1"
+    hf2mcore(small_checkpoint, folder, small_model)
+    return folder
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """Held-out samples: one image each, as in the demo; those with 0 and 3 images have to be made."""
+    messages = [
+        {"role": "user", "content": "<image>\nWhich digit is this?"},
+        {"role": "assistant", "content": "It is 7."},
+    ]
+    samples = [StoredSample(f"s{i}", messages, [picture(size=(60 + 30 * i, 90))], {}) for i in range(3)]
+    monkeypatch.setattr(parity, "read_split", lambda folder, split: samples if split == "val" else [])
+
+
+def export(mcore, model, target, where="cpu", spoil=lambda folder: None):
+    def gate(folder):
+        spoil(folder)
+        check_parity(mcore / "release", model, target, where, folder)
+
+    return mcore2hf(mcore / "release", target, mcore / SIDECARS, model, MIN_PIXELS, MAX_PIXELS, gate=gate)
+
+
+def test_a_right_export_is_named_and_its_figures_are_kept(mcore, small_model, data, tmp_path):
+    export(mcore, small_model, tmp_path / "hf")
+    result = json.loads((tmp_path / "hf/parity.json").read_text())
+    assert result["passed"] and result["dtype"] == "float32"
+    assert [row["images"] for row in result["samples"]] == [0, 1, 3]
+    assert len({tuple(grid) for grid in result["samples"][2]["grids"]}) == 3
+    assert max(row["logits"] for row in result["samples"]) <= 1e-5
+    assert [row["greedy"] for row in result["samples"]] == [0, 0, 0]
+
+
+def other_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    first, second = (f"model.visual.blocks.{i}.mlp.fc1.bias" for i in range(2))
+    weights[first], weights[second] = weights[second], weights[first]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_eps(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["layer_norm_eps"] = 1e-4
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_wrong_export_gets_no_name(mcore, small_model, data, tmp_path):
+    """The faults that differ least: biases of two layers in each other's place, another LayerNorm eps."""
+    for spoil in (other_weights, other_eps):
+        with pytest.raises(CheckpointError, match="does not answer as the Megatron model") as error:
+            export(mcore, small_model, tmp_path / "hf", spoil=spoil)
+        print(error.value.problem)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_bf16_passes_within_its_bounds(mcore, small_model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "computing_dtype", lambda *args: "bfloat16")
+    export(mcore, small_model, tmp_path / "hf")
+    result = json.loads((tmp_path / "hf/parity.json").read_text())
+    print(result)
+    assert result["passed"] and result["dtype"] == "bfloat16"
+
+
+def test_skipping_is_loud_and_written_down(mcore, small_model, tmp_path, capsys):
+    export(mcore, small_model, tmp_path / "hf", where="skip")
+    assert "NOT CHECKED" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf/parity.json").read_text())["passed"] is None
+
+
+def test_float32_is_used_where_it_fits(small_model):
+    assert parity.computing_dtype(small_model, "bfloat16", "cpu") == "float32"
+    huge = SimpleNamespace(parameter_count=lambda: 10**14)
+    assert parity.computing_dtype(huge, "bfloat16", "cpu") == "bfloat16"
+
+
+def test_data_without_any_image_still_gives_three_cases(small_checkpoint, tmp_path, monkeypatch):
+    messages = [{"role": "user", "content": "Which digit is this?"}, {"role": "assistant", "content": "It is 7."}]
+    monkeypatch.setattr(parity, "read_split", lambda folder, split: [StoredSample("s", messages, [], {})])
+    cases = list(parity.make_cases(small_checkpoint, tmp_path))
+    assert [len(case["grids"]) for case in cases] == [0, 1, 3]
+    assert all(isinstance(case["ids"], torch.Tensor) for case in cases)
+    monkeypatch.setattr(parity, "read_split", lambda folder, split: [])
+    with pytest.raises(CheckpointError, match="no sample"):
+        list(parity.make_cases(small_checkpoint, tmp_path))

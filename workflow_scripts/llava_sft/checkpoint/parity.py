@@ -1,0 +1,261 @@
+"""The gate of the export: the exported folder, loaded as a user would, against the Megatron model it was made from.
+
+Notable:
+- real samples with 0, 1 and 3 images of different sizes; where the data has none, one is made of its images;
+- training's own template and patches on Megatron's side, the exported processor on the other: ids are compared too;
+- one model in memory at a time: Megatron runs in a process of its own, which imports while the export is loaded and
+  starts when that is gone; what passes between them are files;
+- one Megatron pass checks the greedy answer: if each token is Megatron's best after those before it, so is the whole.
+
+Bounds, relative to the greatest logit. Two right implementations differ by rounding alone: measured 1e-6 (float32) and
+1e-2 (bfloat16: 8 bits, through all layers). Wrong weights or code differ by more than the float32 bound: the smallest
+fault tried, LayerNorm's eps 1e-4 in place of 1e-5, by 1e-3. So float32 is used wherever it fits into memory.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from llava_sft.data.heldout import StoredSample, read_split
+from llava_sft.data.images import decode_rgb, image_tokens, to_patches
+from llava_sft.data.template import ChatTemplate, UnusableSample
+from llava_sft.errors import CheckpointError
+from llava_sft.files import read_json, write_json
+from llava_sft.model.config import ModelConfig
+
+FILE = "parity.json"
+BOUNDS = {
+    "float32": {"logits": 1e-4, "loss": 1e-4, "greedy": 1e-4},
+    "bfloat16": {"logits": 5e-2, "loss": 2e-2, "greedy": 5e-2},
+}
+COUNTS = (0, 1, 3)
+LONGEST = 2048  # tokens of a sample
+POSITIONS, NEW_TOKENS = 256, 16  # logits compared, beside those of the answers; tokens answered
+SIDES = (56, 112, 84)  # of made images; photographs are made larger than digits
+
+
+def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where: str, folder: Path) -> None:
+    """Compare the export in `folder` with `checkpoint`, and write parity.json into it.
+
+    Args:
+        where: "cpu", "gpu", "check" (a GPU if there is one), or "skip".
+
+    Raises CheckpointError, with the figures, when a difference is above its bound.
+    """
+    if where == "skip":
+        print(
+            "PARITY IS NOT CHECKED (parity: skip): nothing says that this export answers as the trained model",
+            flush=True,
+        )
+        write_json(folder / FILE, {"passed": None, "note": "not checked: parity: skip"})
+        return
+    if where == "gpu" and not torch.cuda.is_available():
+        raise CheckpointError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
+    device = "cuda" if where != "cpu" and torch.cuda.is_available() else "cpu"
+    dtype = computing_dtype(model, read_json(folder / "config.json")["dtype"], device)
+    with tempfile.TemporaryDirectory(prefix="parity-") as temporary:
+        work = Path(temporary)
+        cases = list(make_cases(folder, webdatasets))
+        job = {"checkpoint": str(checkpoint.resolve()), "model": model.model_dump(), "device": device, "dtype": dtype}
+        (work / "job.json").write_text(json.dumps(job))
+        with start_megatron(work, device) as megatron:
+            (work / "export").symlink_to(folder.resolve())
+            torch.save(run_export(work / "export", cases, device, dtype), work / "cases.pt")
+            output = megatron.communicate("go\n")[0]
+        if megatron.returncode:
+            raise RuntimeError(f"the Megatron model could not be run:\n{output[-3000:]}")
+        results = torch.load(work / "megatron.pt")
+        cases = torch.load(work / "cases.pt")
+    rows = [compare(case, logits, answer) for case, (logits, answer) in zip(cases, results, strict=True)]
+    bounds = BOUNDS[dtype]
+    passed = all(row["same ids"] and all(row[name] <= bound for name, bound in bounds.items()) for row in rows)
+    write_json(folder / FILE, {"passed": passed, "device": device, "dtype": dtype, "bounds": bounds, "samples": rows})
+    figures = "\n    ".join(", ".join(f"{key} {value}" for key, value in row.items()) for row in rows)
+    print(f"parity ({dtype} on {device}, bounds {bounds}):\n    {figures}", flush=True)
+    if not passed:
+        raise CheckpointError(
+            f"the export does not answer as the Megatron model ({dtype} on {device}, bounds {bounds}):\n    {figures}",
+            "this is a fault of the conversion or the model's code: report it; nothing was exported",
+        )
+
+
+def computing_dtype(model: ModelConfig, stored: str, device: str) -> str:
+    """float32, whose rounding hides no fault, where the model fits into memory with a fifth to spare; else as stored."""
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
+    return "float32" if 4 * model.parameter_count() * 1.2 < free else stored
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+def make_cases(folder: Path, webdatasets: Path) -> Iterator[dict]:
+    """Each sample as training encodes it, a batch of one, beside what a user has: messages and images."""
+    template, size = ChatTemplate(folder), read_json(folder / "preprocessor_config.json")["size"]
+    pool = list(islice(chain(read_split(webdatasets, "val"), read_split(webdatasets, "train")), 200))
+    for count in COUNTS:
+        natural = (sample for sample in pool if len(sample.images) == count)
+        for sample in chain(natural, (with_images(sample, count, pool) for sample in pool)):
+            images = [decode_rgb(data) for data in sample.images]
+            patches = [to_patches(image, size["shortest_edge"], size["longest_edge"]) for image in images]
+            grids = [grid for _, grid in patches]
+            try:
+                encoded = template.encode(sample.messages, list(map(image_tokens, grids)), LONGEST)
+            except UnusableSample:
+                continue
+            ends_well = not encoded.turns_cut and sample.messages[-1]["role"] == "assistant"
+            if ends_well and len({image.size for image in images}) == count:
+                break
+        else:
+            raise CheckpointError(
+                f"{webdatasets}: no sample of at most {LONGEST} tokens to compare the export on", "parity: skip"
+            )
+        yield {
+            "sample": sample.id,
+            "messages": sample.messages,
+            "images": images,
+            "ids": torch.from_numpy(encoded.input_ids),
+            "answer": torch.from_numpy(encoded.answer_mask),
+            "pixels": torch.cat([torch.from_numpy(p) for p, _ in patches]) if patches else None,
+            "grids": grids,
+        }
+
+
+def with_images(sample: StoredSample, count: int, pool: list[StoredSample]) -> StoredSample:
+    """The sample with `count` images of the data in front of its first question, each resized to another shape."""
+    found = [decode_rgb(data) for data in islice((data for other in [sample, *pool] for data in other.images), count)]
+    found = found or [Image.linear_gradient("L")]  # text-only data
+    images = []
+    for i in range(count):
+        image, buffer = found[i % len(found)], io.BytesIO()
+        scale = max(1, min(4, max(image.size) // 56))
+        image.resize((scale * SIDES[i], scale * SIDES[i - 1])).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    messages = [{**message, "content": message["content"].replace("<image>", "")} for message in sample.messages]
+    first = next(message for message in messages if message["role"] == "user")
+    first["content"] = "<image>" * count + first["content"]
+    return replace(sample, id=f"{sample.id} with {count} images", messages=messages, images=images)
+
+
+# ------------------------------------------------------------------------------------------------- the two models
+
+
+@torch.inference_mode()
+def run_export(folder: Path, cases: list[dict], device: str, dtype: str) -> list[dict]:
+    """What the exported folder makes of each case: its own `hf_ids`, `logits` at `positions`, and the greedy `reply`."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype))
+    model = model.to(device).eval()
+    done = []
+    for case in cases:
+        images, messages = case["images"], case["messages"]
+
+        def encode(messages, images=images, **options):
+            text = processor.apply_chat_template(messages, tokenize=False, **options)
+            return processor(text=[text], images=images or None, return_tensors="pt").to(device)
+
+        inputs = encode(messages)
+        answers = (case["answer"][1:]).nonzero().flatten()
+        spread = torch.linspace(0, len(case["ids"]) - 1, POSITIONS).long()
+        positions = torch.cat([answers[:POSITIONS], spread]).unique()
+        logits = model(**inputs, logits_to_keep=positions.to(device)).logits[0]
+        prompt = encode(messages[:-1], add_generation_prompt=True)
+        output = model.generate(**prompt, do_sample=False, max_new_tokens=NEW_TOKENS)[0]
+        kept = {key: case[key] for key in ("sample", "ids", "answer", "pixels", "grids")}
+        reply = {
+            "prompt": prompt["input_ids"].shape[1],
+            "reply": output.cpu(),
+            "text": processor.decode(output[prompt["input_ids"].shape[1] :]),
+        }
+        done.append(
+            {
+                **kept,
+                **reply,
+                "hf_ids": inputs["input_ids"][0].cpu(),
+                "positions": positions,
+                "logits": logits.float().cpu(),
+            }
+        )
+    return done
+
+
+def start_megatron(work: Path, device: str) -> subprocess.Popen:
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "llava_sft.checkpoint.parity", str(work)]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@torch.inference_mode()
+def run_megatron(work: Path) -> None:
+    """The other process: waits for `cases.pt`, builds the model from the checkpoint, writes `megatron.pt`."""
+    from llava_sft.training.single import load_model
+
+    if not sys.stdin.readline():
+        return  # the other side has failed
+    job = read_json(work / "job.json")
+    bf16 = job["dtype"] == "bfloat16"
+    model = load_model(ModelConfig(**job["model"]), Path(job["checkpoint"]), bf16=bf16).eval()
+    device = torch.device(job["device"])
+
+    def forward(ids: torch.Tensor, case: dict) -> torch.Tensor:
+        """Logits [tokens, vocabulary]. An image token that the answer brings up is text: only the prompt's are images."""
+        places = (ids == image_token).nonzero().flatten()[: sum(map(image_tokens, case["grids"]))]
+        pixels = case["pixels"].to(device) if case["grids"] else None
+        return model(ids[None].to(device), pixels, case["grids"], places.to(device))[0]
+
+    results = []
+    image_token = ChatTemplate(work / "export").image_token_id
+    for case in torch.load(work / "cases.pt"):
+        logits = forward(case["ids"], case)[case["positions"].to(device)].float().cpu()
+        answer = forward(case["reply"], case)[case["prompt"] - 1 : -1].float().cpu()
+        results.append((logits, answer))
+    torch.save(results, work / "megatron.pt")
+
+
+def compare(case: dict, logits: torch.Tensor, answer: torch.Tensor) -> dict:
+    """The figures of one case; `logits` and `answer` (those that the greedy answer was chosen by) are Megatron's."""
+    scale = case["logits"].abs().max()
+    answers = case["answer"][case["positions"].clamp(max=len(case["ids"]) - 2) + 1] & (
+        case["positions"] < len(case["ids"]) - 1
+    )
+    labels = case["ids"][case["positions"][answers] + 1]
+    theirs, ours = (float(torch.nn.functional.cross_entropy(x[answers], labels)) for x in (case["logits"], logits))
+    chosen = answer.gather(1, case["reply"][case["prompt"] :, None])[:, 0]
+    gap = (answer.max(dim=1).values - chosen).max() / scale  # 0 unless rounding makes two tokens change places
+    return {
+        "images": len(case["grids"]),
+        "sample": case["sample"],
+        "tokens": len(case["ids"]),
+        "grids": case["grids"],
+        "same ids": torch.equal(case["hf_ids"], case["ids"]),
+        "logits": float((case["logits"] - logits).abs().max() / scale),
+        "loss of the export": theirs,
+        "loss": abs(theirs - ours) / max(1.0, ours),
+        "answer": case["text"],
+        "greedy": float(gap),
+    }
+
+
+if __name__ == "__main__":
+    run_megatron(Path(sys.argv[1]))
