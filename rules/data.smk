@@ -1,7 +1,7 @@
 """Raw records and images → WebDataset shards → .nv-meta index → inspection."""
 
 wildcard_constraints:
-    shard=r"(subtaskdata|heldout)-\d+",
+    shard=r"([\w.-]+/)?(subtaskdata|heldout)-\d+",
     experiment="|".join(flow.experiments),
 
 
@@ -31,14 +31,16 @@ rule stage2_sftdata2webdataset:
         rejects="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.rejects.jsonl",
     params:
         job=flow.job_of_shard,
-        image_root=flow.path("image_root"),
+        image_root=flow.image_root_of_shard,
+        settings=flow.settings("max_shard_bytes", "decode_images"),
         format_version=FORMAT_VERSION,
     log:
         "{exp_dir}/logs/stage2_sftdata2webdataset/{experiment}/{shard}.log",
     benchmark:
         "{exp_dir}/benchmarks/stage2_sftdata2webdataset/{experiment}/{shard}.tsv"
     shell:
-        "{PYTHON}stage2_sftdata2webdataset.py --input {input} --image-root {params.image_root} {params.job}"
+        "{PYTHON}stage2_sftdata2webdataset.py --input {input:q} --image-root {params.image_root:q} {params.job}"
+        " --max-shard-bytes {params.settings[max_shard_bytes]} --decode-images {params.settings[decode_images]}"
         " --output-dir $(dirname {output.tar}) --parts-dir $(dirname {output.stats}) > {log} 2>&1"
 
 
@@ -50,15 +52,16 @@ rule index_webdataset:
         "{exp_dir}/data/{experiment}/dataset.json",
     params:
         folder=flow.path("webdatasets"),
-        counts=flow.shard_counts,
-        settings=flow.settings("max_reject_fraction"),
+        job=flow.index_job,
+        settings=flow.settings("max_reject_fraction", "val_fraction", "split_seed"),
     log:
         "{exp_dir}/logs/index_webdataset/{experiment}.log",
     benchmark:
         "{exp_dir}/benchmarks/index_webdataset/{experiment}.tsv"
     shell:
-        "{PYTHON}index_webdataset.py {params.folder} {params.counts}"
-        " --max-reject-fraction {params.settings[max_reject_fraction]} --output {output} > {log} 2>&1"
+        "{PYTHON}index_webdataset.py {params.folder} {params.job} --output {output}"
+        " --max-reject-fraction {params.settings[max_reject_fraction]} --val-fraction {params.settings[val_fraction]}"
+        " --split-seed {params.settings[split_seed]} > {log} 2>&1"
 
 
 rule inspect_webdataset:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+
 from llava_sft import config
 from llava_sft.config import (
     auto_num_workers,
@@ -116,7 +117,9 @@ def test_gpus_are_those_that_are_visible(monkeypatch, visible, count):
     assert gpu_count() == count
 
 
-@pytest.mark.parametrize(("lr", "untrained", "warned"), [(2e-3, False, True), (2e-3, True, False), (1e-5, False, False), (1e-7, False, True)])
+@pytest.mark.parametrize(
+    ("lr", "untrained", "warned"), [(2e-3, False, True), (2e-3, True, False), (1e-5, False, False), (1e-7, False, True)]
+)
 def test_a_learning_rate_for_another_purpose_is_a_warning_with_advice(project, lr, untrained, warned):
     notes = warnings(load_settings("mine", {"lr": lr, "min_lr": 0}), untrained)
     assert bool(notes) == warned
@@ -197,7 +200,9 @@ def test_a_wrong_setting_of_the_command_line_is_said_to_come_from_there(project)
         ({"global_batch_size": 20, "gpus_per_node": 8, "tensor_model_parallel_size": 4}, None, None),
     ],
 )
-def test_a_global_batch_that_can_not_be_split_names_the_two_nearest_before_anything_runs(project, settings, rule, nearest):
+def test_a_global_batch_that_can_not_be_split_names_the_two_nearest_before_anything_runs(
+    project, settings, rule, nearest
+):
     write_experiment("mine", **settings)
     if rule is None:
         load_settings("mine")

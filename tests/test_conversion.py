@@ -8,6 +8,7 @@ import sys
 import tarfile
 
 import pytest
+
 from llava_sft.data.image_checks import check_image
 from llava_sft.data.plan import Range, plan_ranges
 from llava_sft.data.records import Rejected

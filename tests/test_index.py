@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from llava_sft.data.index import index_webdataset
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, contents, record
@@ -160,7 +161,7 @@ def test_missing_damaged_and_stale_shards_are_named(tmp_path):
     raw = Raw(tmp_path, [record(i) for i in range(20)])
     number = len(raw.convert())
     with pytest.raises(DataError, match=f"subtaskdata-{number:05d}"):
-        indexed(raw, train_shards=number + 1)
+        indexed(raw, plan=[{"name": "", "weight": 1, "subtaskdata": [number + 1]}])
     tar = raw.wds / "subtaskdata-00002.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-512])
@@ -173,7 +174,10 @@ def test_missing_damaged_and_stale_shards_are_named(tmp_path):
         raw.convert()
         with pytest.raises(DataError, match=message):
             indexed(raw)
-    assert indexed(raw, train_shards=2, max_reject_fraction=1)["train"]["shards"] == 2
+    assert (
+        indexed(raw, plan=[{"name": "", "weight": 1, "subtaskdata": [2]}], max_reject_fraction=1)["train"]["shards"]
+        == 2
+    )
 
 
 def test_a_failed_index_leaves_the_old_one(tmp_path, monkeypatch):

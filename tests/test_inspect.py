@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import distribution, inspect_webdataset, render_html
 from llava_sft.errors import DataError

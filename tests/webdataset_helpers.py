@@ -5,9 +5,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from llava_sft.data.plan import plan_ranges
 from llava_sft.data.shards import convert_range
-from PIL import Image
 
 SCRIPTS = Path(__file__).parent.parent / "workflow_scripts"
 

@@ -5,7 +5,6 @@ Writes resolved.json (what training uses: the same bytes for the same settings a
 
 import argparse
 from importlib.metadata import version
-from pathlib import Path
 
 import yaml
 
@@ -43,7 +42,7 @@ def main() -> None:
         "why": why,
         "model": model.model_dump(),
         "data": {
-            "path": str(paths.webdatasets),
+            "path": str(paths.training_data),
             "fingerprint": dataset["fingerprint"],
             "train_samples": dataset["train"]["samples"],
             "heldout_samples": dataset["heldout"]["samples"],
@@ -70,8 +69,20 @@ def show(resolved: dict, parameters: int, notes: list[str]) -> None:
     if start["untrained"]:
         print("  the start checkpoint is untrained: random weights")
     epochs = iters * gbs / data["train_samples"]
-    print(f"  {data['train_samples']:,} samples for training ({epochs:.2f} epochs), {data['heldout_samples']:,} held out")
-    for name in ("train_iters", "global_batch_size", "micro_batch_size", "seq_length", "lr", "save_interval", "num_workers", "gpus_per_node", "bf16"):
+    print(
+        f"  {data['train_samples']:,} samples for training ({epochs:.2f} epochs), {data['heldout_samples']:,} held out"
+    )
+    for name in (
+        "train_iters",
+        "global_batch_size",
+        "micro_batch_size",
+        "seq_length",
+        "lr",
+        "save_interval",
+        "num_workers",
+        "gpus_per_node",
+        "bf16",
+    ):
         print(f"  {name:18} {values[name]!s:10} {why.get(name, '')}".rstrip())
     for note in notes:
         print(f"  warning: {note}")

@@ -8,7 +8,7 @@ Notable:
 
 import fcntl
 import json
-import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_sft.config import Settings, experiments, load_settings
-
 from llava_sft.errors import EXIT_USER_ERROR, SettingsError, SftError
 from llava_sft.paths import Paths, Shard
 
@@ -76,16 +75,19 @@ class Workflow:
             paths.check_inputs()
             self.asked.append(experiment)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
-            shards = [paths.webdatasets / f"{shard.name}.tar" for shard in paths.shards()]
-            return shards + {
-                "data": [paths.dataset],
-                "inspect": [paths.inspection],
-                "preflight": [paths.resolved],
-                "train": [paths.report],
-                "export": [paths.export_done],
-                "evaluate": [paths.evaluation],
-                "report": [paths.report],
-            }[step]
+            shards = [paths.webdatasets / f"{name}.tar" for name in paths.shards]
+            return (
+                shards
+                + {
+                    "data": [paths.dataset],
+                    "inspect": [paths.inspection],
+                    "preflight": [paths.resolved],
+                    "train": [paths.report],
+                    "export": [paths.export_done],
+                    "evaluate": [paths.evaluation],
+                    "report": [paths.report],
+                }[step]
+            )
 
         return files
 
@@ -135,38 +137,43 @@ class Workflow:
 
     @_ends_cleanly
     def shard(self, wildcards) -> Shard:
-        for shard in self.of(wildcards).shards():
-            if shard.name == wildcards.shard:
-                return shard
-        raise SettingsError(f"{wildcards.shard} is not part of the plan", "ask for data_EXPERIMENT")
+        if wildcards.shard not in (shards := self.of(wildcards).shards):
+            raise SettingsError(f"{wildcards.shard} is not part of the plan", "ask for data_EXPERIMENT")
+        return shards[wildcards.shard]
 
     def raw_of_shard(self, wildcards) -> Path:
         return self.shard(wildcards).raw
 
+    def image_root_of_shard(self, wildcards) -> Path:
+        return self.shard(wildcards).source.image_root
+
     def job_of_shard(self, wildcards) -> str:
         shard = self.shard(wildcards)
-        return f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+        return (
+            f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+        )
 
     @_ends_cleanly
-    def shard_files(self, wildcards) -> list[str]:
-        """What the index is made from: the shards of the plan, or the index that a finished folder brings."""
+    def shard_files(self, wildcards) -> list[Path]:
+        """What the index is made from: the shards of the plan, or what a finished folder brings."""
         paths = self.of(wildcards)
+        if paths.adopted:
+            return sorted(paths.adopted.rglob("*.tar"))
         if paths.settings.webdatasets:
-            return [str(paths.webdatasets / ".nv-meta" / "split.yaml")]
-        return [str(paths.webdatasets / f"{shard.name}.tar") for shard in paths.shards()]
+            return [paths.webdatasets / ".nv-meta" / "split.yaml"]
+        return [paths.webdatasets / f"{name}.tar" for name in paths.shards]
 
     @_ends_cleanly
     def raw_files(self, wildcards) -> list[Path]:
-        settings = self.of(wildcards).settings
-        return [path for path in (settings.raw_data, settings.heldout_data) if path]
+        sources = self.of(wildcards).sources
+        return [path for source in sources for files in source.files.values() for path in files]
 
     @_ends_cleanly
-    def shard_counts(self, wildcards) -> str:
+    def index_job(self, wildcards) -> str:
         paths = self.of(wildcards)
-        if paths.settings.webdatasets:
-            return "--finished"
-        prefixes = [shard.prefix for shard in paths.shards()]
-        return f"--train-shards {prefixes.count('subtaskdata')} --heldout-shards {prefixes.count('heldout')}"
+        if paths.adopted:
+            return f"--adopt {shlex.quote(str(paths.adopted))}"
+        return "" if paths.settings.webdatasets else f"--plan {shlex.quote(json.dumps(paths.plan()))}"
 
     @_ends_cleanly
     def conversion(self, wildcards) -> Paths:

@@ -7,6 +7,7 @@ Notable:
   sample.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from megatron.energon import (
     edataclass,
     get_savable_loader,
     get_train_dataset,
-    get_val_dataset,
     reraise_exception,
     stateless,
 )
 from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_tokens, to_patches
+from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.template import ChatTemplate, UnusableSample
 
 
@@ -66,22 +67,29 @@ class VlmBatch(Batch):
     num_tokens: int
 
 
-@stateless
-def cook(sample: dict) -> Conversation:
-    """Our WebDataset layout: `json` names its images in the order of their `<image>` placeholders."""
-    record = orjson.loads(sample["json"])
-    return Conversation(
-        **basic_sample_keys(sample),
-        messages=record["messages"],
-        images=[sample[name] for name in record["images"]],
-    )
+def make_cook(layout: str) -> Callable[[dict], Conversation]:
+    """The cooker of a WebDataset layout (layouts.py)."""
+
+    @stateless
+    def cook(sample: dict) -> Conversation:
+        members = {name for name in sample if not name.startswith("__")}
+        stored = LAYOUTS[layout](sample["__key__"], orjson.loads(sample["json"]), members)
+        return Conversation(
+            **basic_sample_keys(sample), messages=stored.messages, images=[sample[name] for name in stored.images]
+        )
+
+    return cook
 
 
 class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch]):
     """Decodes images, renders the chat template and pads batches."""
 
     decoder = None  # raw bytes: images are decoded here, in the worker
-    cookers = [Cooker(cook)]
+    # A folder without a layout in its dataset.yaml is in our own.
+    cookers = (
+        *(Cooker(make_cook(name), has_subflavors={"layout": name}) for name in LAYOUTS),
+        Cooker(make_cook("own")),
+    )
 
     def __init__(self, template: ChatTemplate, seq_length: int, min_pixels: int, max_pixels: int):
         super().__init__()
@@ -145,7 +153,9 @@ def worker_config(rank: int, world_size: int, num_workers: int, seed: int, group
     )
 
 
-def train_loader(path: Path | str, encoder: VlmTaskEncoder, config: WorkerConfig, micro_batch_size: int) -> SavableDataLoader:
+def train_loader(
+    path: Path | str, encoder: VlmTaskEncoder, config: WorkerConfig, micro_batch_size: int
+) -> SavableDataLoader:
     """Endless, shuffled micro-batches of the training split."""
     dataset = get_train_dataset(
         path,

@@ -16,8 +16,8 @@ from llava_sft.files import fingerprint, read_json, write_json
 RUN_FILE = "run.json"
 # Settings that may change while a run goes on: they change neither what is learned at a step nor its order.
 FREE_SETTINGS = {
-    "experiment", "exp_dir", "run_tag", "raw_data", "heldout_data", "image_root", "webdatasets", "shard_bytes",
-    "max_reject_fraction", "load", "tokenizer", "train_iters", "epochs", "save_interval", "log_interval", "num_workers",
+    "experiment", "exp_dir", "run_tag", "raw_data", "heldout_data", "image_root", "webdatasets", "shard_bytes", "sources",
+    "max_shard_bytes", "decode_images", "max_reject_fraction", "val_fraction", "split_seed", "load", "tokenizer", "train_iters", "epochs", "save_interval", "log_interval", "num_workers",
     "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens",
 }  # fmt: skip
 
