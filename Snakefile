@@ -35,6 +35,6 @@ for experiment in flow.experiments:
         rule:
             name:
                 f"{step}_{experiment}"
-            localrule: True
             input:
                 flow.target(step, experiment),
+            localrule: True

@@ -6,13 +6,13 @@ rule convert_checkpoint_hf2mcore:
         flow.checkpoint_source,
     output:
         "{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1.done.json",
-    params:
-        folder="{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1",
-        model=flow.checkpoint_model,
     log:
         "{exp_dir}/logs/convert_checkpoint_hf2mcore/{checkpoint}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_hf2mcore/{checkpoint}.tsv"
+    params:
+        folder="{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1",
+        model=flow.checkpoint_model,
     shell:
         "{PYTHON}convert_checkpoint.py hf2mcore {input} {params.folder} --model {params.model}"
         " --done {output} > {log} 2>&1"
@@ -23,14 +23,14 @@ rule convert_checkpoint_mcore2hf:
         flow.path("train_done"),
     output:
         "{exp_dir}/{run_name}_results/export.done.json",
-    params:
-        folder="{exp_dir}/{run_name}_results/huggingface",
-        run_dir=flow.path("run_dir"),
-        settings=flow.settings("model", "min_pixels", "max_pixels"),
     log:
         "{exp_dir}/logs/convert_checkpoint_mcore2hf/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_mcore2hf/{run_name}.tsv"
+    params:
+        folder="{exp_dir}/{run_name}_results/huggingface",
+        run_dir=flow.path("run_dir"),
+        settings=flow.settings("model", "min_pixels", "max_pixels"),
     shell:
         "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir} {params.folder} --model {params.settings[model]}"
         " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"

@@ -1,5 +1,6 @@
 """Raw records and images → WebDataset shards → .nv-meta index → inspection."""
 
+
 wildcard_constraints:
     shard=r"([\w.-]+/)?(subtaskdata|heldout)-\d+",
     experiment="|".join(flow.experiments),
@@ -29,15 +30,15 @@ rule stage2_sftdata2webdataset:
         samples="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.samples.jsonl",
         stats="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.stats.json",
         rejects="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.rejects.jsonl",
+    log:
+        "{exp_dir}/logs/stage2_sftdata2webdataset/{experiment}/{shard}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/stage2_sftdata2webdataset/{experiment}/{shard}.tsv"
     params:
         job=flow.job_of_shard,
         image_root=flow.image_root_of_shard,
         settings=flow.settings("max_shard_bytes", "decode_images"),
         format_version=FORMAT_VERSION,
-    log:
-        "{exp_dir}/logs/stage2_sftdata2webdataset/{experiment}/{shard}.log",
-    benchmark:
-        "{exp_dir}/benchmarks/stage2_sftdata2webdataset/{experiment}/{shard}.tsv"
     shell:
         "{PYTHON}stage2_sftdata2webdataset.py --input {input:q} --image-root {params.image_root:q} {params.job}"
         " --max-shard-bytes {params.settings[max_shard_bytes]} --decode-images {params.settings[decode_images]}"
@@ -50,14 +51,14 @@ rule index_webdataset:
         raw=flow.raw_files,
     output:
         "{exp_dir}/data/{experiment}/dataset.json",
-    params:
-        folder=flow.path("webdatasets"),
-        job=flow.index_job,
-        settings=flow.settings("max_reject_fraction", "val_fraction", "split_seed"),
     log:
         "{exp_dir}/logs/index_webdataset/{experiment}.log",
     benchmark:
         "{exp_dir}/benchmarks/index_webdataset/{experiment}.tsv"
+    params:
+        folder=flow.path("webdatasets"),
+        job=flow.index_job,
+        settings=flow.settings("max_reject_fraction", "val_fraction", "split_seed"),
     shell:
         "{PYTHON}index_webdataset.py {params.folder} {params.job} --output {output}"
         " --max-reject-fraction {params.settings[max_reject_fraction]} --val-fraction {params.settings[val_fraction]}"
@@ -70,12 +71,12 @@ rule inspect_webdataset:
     output:
         json="{exp_dir}/data/{experiment}/inspect.json",
         html="{exp_dir}/data/{experiment}/inspect.html",
-    params:
-        folder=flow.path("webdatasets"),
     log:
         "{exp_dir}/logs/inspect_webdataset/{experiment}.log",
     benchmark:
         "{exp_dir}/benchmarks/inspect_webdataset/{experiment}.tsv"
+    params:
+        folder=flow.path("webdatasets"),
     shell:
         "{PYTHON}inspect_webdataset.py {params.folder} --dataset {input}"
         " --json {output.json} --html {output.html} > {log} 2>&1"

@@ -7,15 +7,15 @@ rule evaluate:
         dataset=flow.path("dataset"),
     output:
         "{exp_dir}/{run_name}_results/evaluation.json",
-    params:
-        folder="{exp_dir}/{run_name}_results/huggingface",
-        webdatasets=flow.path("webdatasets"),
-        settings=flow.settings("evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens"),
-    threads: workflow.cores
     log:
         "{exp_dir}/logs/evaluate/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/evaluate/{run_name}.tsv"
+    threads: workflow.cores
+    params:
+        folder="{exp_dir}/{run_name}_results/huggingface",
+        webdatasets=flow.path("webdatasets"),
+        settings=flow.settings("evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens"),
     shell:
         "{PYTHON}evaluate.py {params.folder} {params.webdatasets} --dataset {input.dataset}"
         " --by {params.settings[evaluate_by]} --samples {params.settings[evaluate_samples]}"
@@ -33,13 +33,13 @@ rule report:
         evaluation=flow.path("evaluation"),
     output:
         "{exp_dir}/{run_name}_results/report.html",
-    params:
-        run_dir=flow.path("run_dir"),
-        export=flow.path("export"),
     log:
         "{exp_dir}/logs/report/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/report/{run_name}.tsv"
+    params:
+        run_dir=flow.path("run_dir"),
+        export=flow.path("export"),
     shell:
         "{PYTHON}report.py --resolved {input.resolved} --prediction {input.prediction} --dataset {input.dataset}"
         " --inspect {input.inspection} --train-done {input.train_done} --run-dir {params.run_dir}"

@@ -8,14 +8,14 @@ rule preflight:
     output:
         resolved="{exp_dir}/{run_name}_results/resolved.json",
         prediction="{exp_dir}/{run_name}_results/preflight.json",
-    params:
-        experiment=flow.experiment_of,
-        overrides=flow.override_arguments,
-        settings=flow.settings(),
     log:
         "{exp_dir}/logs/preflight/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/preflight/{run_name}.tsv"
+    params:
+        experiment=flow.experiment_of,
+        overrides=flow.override_arguments,
+        settings=flow.settings(),
     shell:
         "{PYTHON}preflight.py {params.experiment} --config {params.overrides:q} 2>&1 | tee -i {log}"
 
@@ -26,12 +26,12 @@ rule train:
     output:
         # The run directory itself is no output: Snakemake would delete its checkpoints.
         "{exp_dir}/{run_name}_results/train.done.json",
-    params:
-        run_dir=flow.path("run_dir"),
-    threads: workflow.cores
     log:
         "{exp_dir}/logs/train/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/train/{run_name}.tsv"
+    threads: workflow.cores
+    params:
+        run_dir=flow.path("run_dir"),
     shell:
         "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output} 2>&1 | tee -i {log}"

@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
 
 MODELS = Path(__file__).parent.parent / "config/models"
@@ -35,8 +36,9 @@ def small_model() -> ModelConfig:
 def small_checkpoint(tmp_path_factory, small_model) -> Path:
     """A Hugging Face folder of `small_model`; norms and biases are random too, so that none can be forgotten."""
     import torch
-    from llava_sft.model.tiny import write_tiny_checkpoint
     from safetensors.torch import load_file, save_file
+
+    from llava_sft.model.tiny import write_tiny_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoint") / "small"
     write_tiny_checkpoint(folder, TEXTS, small_model, 1, MIN_PIXELS, MAX_PIXELS)

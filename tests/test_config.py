@@ -37,6 +37,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps({"model_type": "llavaonevision1_5"}))
+    (tmp_path / "hf/tokenizer.json").touch()
     write_experiment("mine")
     return tmp_path
 
@@ -94,7 +95,8 @@ def test_auto_values_are_worked_out_and_explained(project):
     assert values["train_iters"] == 3_200
     assert values["save_interval"] == 200
     assert values["bf16"] is True
-    assert {"global_batch_size", "train_iters", "save_interval", "num_workers", "bf16"} == set(why)
+    assert values["min_lr"] == pytest.approx(1e-6)  # lr / 10
+    assert {"global_batch_size", "train_iters", "save_interval", "num_workers", "bf16", "min_lr"} == set(why)
     assert "auto" not in values.values()
     assert json.loads(json.dumps(values)) == values
 
@@ -105,7 +107,14 @@ def test_without_a_gpu_one_process_trains_in_float32(project):
 
 
 def test_given_values_are_not_worked_out_anew(project):
-    given = {"train_iters": 7, "save_interval": 3, "global_batch_size": 6, "num_workers": 5, "bf16": True}
+    given = {
+        "train_iters": 7,
+        "save_interval": 3,
+        "global_batch_size": 6,
+        "num_workers": 5,
+        "bf16": True,
+        "min_lr": 0.0,
+    }
     values, why = resolve(load_settings("mine", given), train_samples=1_000)
     assert given.items() <= values.items()
     assert why.keys() == {"gpus_per_node"}
@@ -131,7 +140,7 @@ def test_a_learning_rate_for_another_purpose_is_a_warning_with_advice(project, l
 
 def test_the_command_line_wins_over_the_experiment_and_that_over_the_defaults(project):
     default = load_settings("mine")
-    assert (default.lr, default.seed) == (1e-5, 42)
+    assert (default.lr, default.seed, default.min_lr) == (1e-5, 42, "auto")
     write_experiment("mine", lr=3e-6, seed=7)
     assert (load_settings("mine").lr, load_settings("mine").seed) == (3e-6, 7)
     override = load_settings("mine", {"lr": 5e-6})
@@ -145,6 +154,10 @@ def test_an_exponent_without_a_point_is_a_number_wherever_it_stands(project):
     settings = load_settings("mine", {"weight_decay": "1e-2"})
     assert (settings.lr, settings.min_lr, settings.adam_eps, settings.weight_decay) == (2e-5, 1e-6, 1e-8, 1e-2)
     assert (settings.clip_grad, settings.epochs) == (1.0, 2.0)
+
+
+def test_a_run_tag_may_be_a_number_as_dates_are(project):
+    assert load_settings("mine", {"run_tag": 20261125}).run_name == "stage2_sft_mine_20261125"
 
 
 def test_shipped_experiments_hold_only_possible_settings(monkeypatch):
@@ -171,7 +184,10 @@ EXPERIMENT = "config/experiments/mine.yaml"
         ({"lr_warmup_fraction": 1.5}, ["lr_warmup_fraction", "1.5", "less than 1"]),
         ({"run_tag": "my run"}, ["run_tag", "'my run'"]),
         ({"run_tag": "../other"}, ["run_tag", "'../other'"]),
-        ({"min_lr": 1e-4}, ["min_lr", "0.0001", "above lr 1e-05"]),
+        ({"run_tag": "my_results"}, ["run_tag", "'my_results'"]),
+        ({"experiment": "other"}, ["experiment"]),
+        ({"NSTEP": 100}, ["'NSTEP'", "did you mean train_iters?"]),
+        ({"min_lr": 1e-4}, ["lr: 1e-05", "min_lr 0.0001"]),
         ({"min_pixels": 2_000_000}, ["min_pixels", "2000000", "max_pixels 1000000"]),
         ({"webdatasets": "wds"}, ["raw_data", "webdatasets", "exactly one"]),
         ({"raw_data": None}, ["raw_data", "webdatasets", "exactly one"]),
@@ -215,13 +231,14 @@ def test_a_global_batch_that_can_not_be_split_names_the_two_nearest_before_anyth
 
 def test_a_global_batch_that_does_not_fit_this_machines_gpus_is_refused_when_they_are_known(project, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert mistake(global_batch_size=4).fix == "global_batch_size: 3 or 6"
     with pytest.raises(SettingsError, match="3 or 6"):
         resolve(load_settings("mine", {"global_batch_size": 4}), train_samples=100)
 
 
 def test_gpus_that_parallel_sizes_do_not_divide_are_refused(project):
-    error = mistake(gpus_per_node=6, tensor_model_parallel_size=4, global_batch_size=8)
-    assert "gpus_per_node" in str(error) and "= 4" in str(error)
+    error = mistake(gpus_per_node=6, tensor_model_parallel_size=4)
+    assert error.problem.startswith("--config: gpus_per_node: 6 is not a multiple") and "= 4" in error.problem
 
 
 @pytest.mark.parametrize(
@@ -238,12 +255,17 @@ def test_gpus_that_parallel_sizes_do_not_divide_are_refused(project):
         ({"load": "run/iter_0000400"}, CheckpointError, ["load", "run/iter_0000400", ".metadata"]),
         ({"load": "other"}, CheckpointError, ["other", "qwen2_vl", "llavaonevision1_5"]),
         ({"load": "broken"}, CheckpointError, ["broken", "config.json"]),
+        ({"load": "bare"}, CheckpointError, ["bare", "no tokenizer", "tokenizer:"]),
+        ({"load": "bare", "tokenizer": "images"}, CheckpointError, ["tokenizer: images", "tokenizer.json"]),
+        ({"load": "random"}, CheckpointError, ["random", "tokenizer"]),
+        ({"model": "5b"}, SettingsError, ["5b.yaml", "4b.yaml"]),
     ],
 )
 def test_what_the_user_has_to_bring_is_named_when_it_is_not_there(project, settings, kind, mentioned):
     (project / "empty.jsonl").touch()
     (project / "run/iter_0000400").mkdir(parents=True)
-    for name, content in (("other", '{"model_type": "qwen2_vl"}'), ("broken", '{"model_ty')):
+    sound = '{"model_type": "llavaonevision1_5"}'
+    for name, content in (("other", '{"model_type": "qwen2_vl"}'), ("broken", '{"model_ty'), ("bare", sound)):
         (project / name).mkdir()
         (project / name / "config.json").write_text(content)
     write_experiment("mine", **settings)
@@ -277,7 +299,9 @@ def test_a_mistake_ends_the_script_with_the_message_alone(project):
 def test_a_mistake_in_an_experiment_that_is_not_asked_for_disturbs_nobody(project, capsys):
     write_experiment("a_first", lr="fast")
     write_experiment("mine_too", lr="fast")
-    flow = Workflow({"run_tag": "too"})  # its run is `stage2_sft_mine_too`: no mix-up with the experiment of that name
+    flow = Workflow(
+        {"run_tag": "too"}, []
+    )  # its run is `stage2_sft_mine_too`: no mix-up with the experiment of that name
     assert Paths(load_settings("mine", {"run_tag": "too"})).report in flow.target("train", "mine")(None)
     assert flow.path("run_dir")(SimpleNamespace(run_name="stage2_sft_mine_too")).name == "stage2_sft_mine_too"
     assert flow.checkpoint_source(SimpleNamespace(checkpoint="hf")) == "hf"
@@ -290,6 +314,6 @@ def test_a_mistake_in_an_experiment_that_is_not_asked_for_disturbs_nobody(projec
 def test_the_start_checkpoint_is_converted_for_the_model_of_the_experiment_that_is_asked_for(project):
     write_experiment("a_first", model="8b")
     write_experiment("mine", model="4b")
-    flow = Workflow({})
+    flow = Workflow({}, [])
     flow.target("train", "mine")(None)
     assert flow.checkpoint_model(SimpleNamespace(checkpoint="hf")) == "4b"

@@ -5,6 +5,7 @@ import re
 from collections import Counter, defaultdict
 
 import pytest
+
 from llava_sft.data.demo import HELDOUT_RECORDS, TRAIN_RECORDS, write_demo
 from llava_sft.data.plan import plan_ranges
 from llava_sft.data.shards import convert_range

@@ -144,7 +144,9 @@ def test_changed_lr_is_another_run_and_says_so(project):
 def test_more_records_convert_only_the_ranges_that_changed(project):
     raw = project / "output/demo/train.jsonl"
     with open(raw, "a") as file:
-        file.write(json.dumps({"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]}) + "\n")
+        file.write(
+            json.dumps({"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]}) + "\n"
+        )
     jobs = planned(snakemake(project, "-n", "train_vqa", "--config", *SMALL).stdout)
     assert jobs["stage2_sftdata2webdataset"] == 1
     assert "make_demo_vqa" not in jobs

@@ -13,13 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from llava_sft.errors import CheckpointError
-from llava_sft.model.config import load_model_config
-from llava_sft.model.export_files import TOKENIZER_FILES, write_hf_sidecars
-from llava_sft.model.tiny import write_tiny_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_model_config import MODELS, published_names
 from transformers import (
     AttentionInterface,
     AutoImageProcessor,
@@ -27,6 +22,12 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+
+from llava_sft.errors import CheckpointError
+from llava_sft.model.config import load_model_config
+from llava_sft.model.export_files import TOKENIZER_FILES, write_hf_sidecars
+from llava_sft.model.tiny import write_tiny_checkpoint
+from test_model_config import MODELS, published_names
 
 TEXTS = [f"Which digit is this? It is {i % 10}. The larger of the two digits is {i % 7}." for i in range(50)]
 SIZES = [(56, 56), (60, 130), (200, 56), (84, 84)]  # height, width
@@ -247,7 +248,7 @@ def test_image_processor_is_pil_and_of_single_frames(tiny_dir, processor, images
 # --- vision ----------------------------------------------------------------------------------------------------------
 
 
-def naive_image_features(weights, pixels, rows, columns, heads=4):
+def naive_image_features(weights, pixels, rows, columns, heads):
     """RICE-ViT and merger for one image, written from the description with loops and no shared code. [tokens, hidden]"""
     w = {k.removeprefix("model.visual."): v for k, v in weights.items()}
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)  # noqa: E731
@@ -294,7 +295,9 @@ def test_vision_tower_equals_a_naive_implementation(model, processor, images):
         inputs = processor.image_processor([image], return_tensors="pt")
         (features,) = model.model.get_image_features(**inputs).pooler_output
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        expected = naive_image_features(model.state_dict(), inputs["pixel_values"], rows, columns)
+        expected = naive_image_features(
+            model.state_dict(), inputs["pixel_values"], rows, columns, model.config.vision_config.num_heads
+        )
         assert expected.abs().max() > 0.1
         torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
 from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.names import mapping
 from llava_sft.model.config import load_model_config
 from llava_sft.training import cpu
 from llava_sft.training.arguments import megatron_arguments
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
 
@@ -44,12 +45,13 @@ def megatron(tmp_path_factory):
             replace(owner, name, value)
 
         patch.setattr(cpu, "_replace", remember)
-        from llava_sft.training import loop
         from megatron.core import parallel_state
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
         from megatron.training.arguments import parse_and_validate_args
         from megatron.training.global_vars import set_args, unset_global_variables
+
+        from llava_sft.training import loop
 
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             patch.setenv(name, value)
@@ -86,7 +88,9 @@ def both(megatron, small_checkpoint, small_model, tmp_path_factory):
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder / "release"))
     model.load_state_dict(state["model"])
     hf = AutoModelForImageTextToText.from_pretrained(small_checkpoint, trust_remote_code=True)
-    return SimpleNamespace(mcore=model, hf=hf, processor=AutoProcessor.from_pretrained(small_checkpoint, trust_remote_code=True))
+    return SimpleNamespace(
+        mcore=model, hf=hf, processor=AutoProcessor.from_pretrained(small_checkpoint, trust_remote_code=True)
+    )
 
 
 def conversation(number_of_images: int, first: int = 0):
@@ -209,8 +213,9 @@ def test_images_have_the_features_that_they_have_alone(both, small_checkpoint):
 @torch.no_grad()
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_attention_equals_attention_segment_by_segment(megatron, causal):
-    from llava_sft.model.attention import SegmentAttention, packed_seq_params
     from megatron.core.transformer.enums import AttnMaskType
+
+    from llava_sft.model.attention import SegmentAttention, packed_seq_params
 
     kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
     attention = SegmentAttention(SimpleNamespace(attention_dropout=0.0), 1, kind, "self")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from llava_sft.errors import CheckpointError, SettingsError
 from llava_sft.model.config import PUBLISHED_TOKEN_IDS, ModelConfig, load_model_config
 

@@ -4,11 +4,12 @@ import json
 import unicodedata
 
 import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
 from conftest import TEXTS
 from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.errors import DataError
-from PIL import Image
-from transformers import AutoProcessor
 
 LONG = 10**6
 
@@ -100,7 +101,9 @@ def merging(small_checkpoint, tmp_path_factory):
     from llava_sft.model.tiny import train_tokenizer
 
     folder = tmp_path_factory.mktemp("merging")
-    train_tokenizer([*TEXTS, *(["a\n\nb", "a\n\n\nb", "a \n b", "\n\n", "\n \n"] * 90)], 700, 2048).save_pretrained(folder)
+    train_tokenizer([*TEXTS, *(["a\n\nb", "a\n\n\nb", "a \n b", "\n\n", "\n \n"] * 90)], 700, 2048).save_pretrained(
+        folder
+    )
     (folder / "chat_template.jinja").write_bytes((small_checkpoint / "chat_template.jinja").read_bytes())
     return folder
 

@@ -1,7 +1,7 @@
 """Convert a checkpoint between Hugging Face and Megatron-Core (torch_dist), one tensor in memory at a time.
 
-    convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
-    convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --model tiny
+convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
+convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --model tiny
 """
 
 import argparse
@@ -56,7 +56,9 @@ def main() -> None:
     write_json(marker, done)
     if args.done:
         write_json(args.done, done)
-    print(f"{args.source} → {args.target}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}")
+    print(
+        f"{args.source} → {args.target}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
+    )
 
 
 def source_fingerprint(source: Path) -> str:
@@ -67,7 +69,10 @@ def source_fingerprint(source: Path) -> str:
     small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
     weights = [path for path in files if path.suffix in (".safetensors", ".distcp")]
     return fingerprint(
-        [[file_fingerprint(path) for path in small], [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights]]
+        [
+            [file_fingerprint(path) for path in small],
+            [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights],
+        ]
     )
 
 

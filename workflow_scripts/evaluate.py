@@ -64,7 +64,9 @@ def evaluate(args: argparse.Namespace) -> dict:
         return empty
 
     began = time.monotonic()
-    questions = [(sample, turn) for sample in samples for turn, m in enumerate(sample.messages) if m["role"] == "assistant"]
+    questions = [
+        (sample, turn) for sample in samples for turn, m in enumerate(sample.messages) if m["role"] == "assistant"
+    ]
     answers = answer(args, questions)
     predictions: dict[int, list[tuple[str, str]]] = {}
     for (sample, turn), prediction in zip(questions, answers, strict=True):
@@ -111,13 +113,11 @@ def answer(args: argparse.Namespace, questions: list[tuple]) -> list[str]:
     ]
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i][0].images), len(texts[i])))
     answers: dict[int, str] = {}
-    for start in tqdm(range(0, len(order), args.batch_size), "evaluating", unit="batch", disable=not sys.stderr.isatty()):
+    for start in tqdm(
+        range(0, len(order), args.batch_size), "evaluating", unit="batch", disable=not sys.stderr.isatty()
+    ):
         rows = order[start : start + args.batch_size]
-        images = [
-            decode_rgb(data)
-            for i in rows
-            for data in questions[i][0].images[: count_images(questions[i])]
-        ]
+        images = [decode_rgb(data) for i in rows for data in questions[i][0].images[: count_images(questions[i])]]
         inputs = processor(
             text=[texts[i] for i in rows], images=images or None, padding=True, padding_side="left", return_tensors="pt"
         ).to(device)
@@ -131,7 +131,7 @@ def answer(args: argparse.Namespace, questions: list[tuple]) -> list[str]:
 def count_images(question: tuple) -> int:
     """Images shown before the turn that is asked for."""
     sample, turn = question
-    return sum(message["content"].count("<image>") for message in sample.messages[:turn])
+    return sum(m["content"].count("<image>") for m in sample.messages[:turn] if m["role"] == "user")
 
 
 def example(sample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:

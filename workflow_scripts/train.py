@@ -61,7 +61,9 @@ def main() -> None:
         print(f"{run_dir}: stopped at step {reached} of {train_iters}; the same command goes on from there")
         sys.exit(EXIT_GO_ON)
     else:
-        raise RunError(f"training ended with exit code {code} at step {reached} of {train_iters}.\n{last_lines(log)}", f"see {log}")
+        raise RunError(
+            f"training ended with exit code {code} at step {reached} of {train_iters}.\n{last_lines(log)}", f"see {log}"
+        )
 
 
 def finish(done: Path, run_dir: Path, resolved: dict) -> None:

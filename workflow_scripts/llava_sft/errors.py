@@ -5,7 +5,7 @@ Everything else (a bug, a full disk, a signal) keeps its traceback: hiding those
 
 import functools
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 EXIT_USER_ERROR = 1
 

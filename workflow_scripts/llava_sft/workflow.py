@@ -8,6 +8,7 @@ Notable:
 
 import fcntl
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ def _ends_cleanly(function: Callable) -> Callable:
 
 
 class Workflow:
-    """The experiments of `config/experiments/` under the overrides of the command line (`--config`); `words` are those of the command line."""
+    """The experiments of `config/experiments/` under the overrides of `--config`; `words` is the whole command line."""
 
     @_ends_cleanly
     def __init__(self, overrides: dict[str, Any], words: list[str]):
@@ -54,6 +55,13 @@ class Workflow:
             self.overrides["run_tag"] = tags[-1]  # as typed: Snakemake makes a number of 0103
         self.experiments = experiments()
         self.asked: list[str] = []
+        for word in words:
+            step, _, experiment = word.partition("_")
+            if step in STEPS and re.fullmatch(r"\w+", experiment) and experiment not in self.experiments:
+                raise SettingsError(
+                    f"{word}: there is no config/experiments/{experiment}.yaml",
+                    f"one of {', '.join(self.experiments)}; a new one starts as a copy of TEMPLATE.yaml",
+                )
 
     def overview(self) -> str:
         width = max(map(len, STEPS)) + 2

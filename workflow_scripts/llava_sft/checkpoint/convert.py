@@ -6,6 +6,7 @@ is the marker that stands only when all is there.
 """
 
 import shutil
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -13,22 +14,14 @@ import xxhash
 
 from llava_sft.checkpoint.names import mapping
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, tensor_bytes, write_safetensors
-from llava_sft.checkpoint.start import MARKER, SIDECARS, TRACKER
+from llava_sft.checkpoint.start import MARKER, SIDECARS, TRACKER, read_hf_config
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.errors import CheckpointError
-from llava_sft.files import atomic_dir, read_json, write_json
+from llava_sft.files import atomic_dir, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-
-
-def read_hf_config(folder: Path) -> dict:
-    """config.json of a Hugging Face folder, or CheckpointError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file: not a Hugging Face checkpoint", "name a folder that holds config.json")
-    return read_json(path)
 
 
 def hf2mcore(source: Path, target: Path, model: ModelConfig) -> dict:
@@ -46,12 +39,13 @@ def hf2mcore(source: Path, target: Path, model: ModelConfig) -> dict:
 
     def produce(key: str) -> torch.Tensor:
         row = rows[key]
-        tensor = row.join([reader.read(name) for name in row.hf]).contiguous()
+        tensor = row.join([reader.read(name) for name in row.hf]).to(dtype).contiguous()
         digest.update(key.encode())
         digest.update(tensor_bytes(tensor))
         return tensor
 
-    dtype = reader.read("model.language_model.norm.weight").dtype
+    # One for all, and where a folder mixes them the one that holds every value exactly.
+    dtype = reduce(torch.promote_types, map(reader.dtype, reader.names()))
     with atomic_dir(target) as folder:
         shapes = {key: row.shape for key, row in rows.items()}
         write_torch_dist(folder / "release", shapes, dict.fromkeys(shapes, dtype), produce)
@@ -136,9 +130,13 @@ def check_tensors(
     """Raise CheckpointError for the first tensor that is missing, left over or misshapen. `padded` may have more rows."""
     fix = "use a checkpoint of this model, or copy it again if it is damaged"
     if missing := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]} {wanted[missing[0]]}", fix)
+        raise CheckpointError(
+            f"{source}: {len(missing)} tensors are missing, the first is {missing[0]} {wanted[missing[0]]}", fix
+        )
     if extra := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(f"{source}: {len(extra)} tensors are not part of the model, the first is {extra[0]} {found[extra[0]]}", fix)
+        raise CheckpointError(
+            f"{source}: {len(extra)} tensors are not part of the model, the first is {extra[0]} {found[extra[0]]}", fix
+        )
     for name, shape in wanted.items():
         same = found[name] == shape or (name in padded and found[name][0] >= shape[0] and found[name][1:] == shape[1:])
         if not same:

@@ -39,7 +39,10 @@ class SafetensorsReader:
         files = sorted(folder.glob("*.safetensors"))
         index = folder / INDEX
         if index.is_file():
-            named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+            try:
+                named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{index}: damaged or cut off ({error})", "copy the file again") from None
             missing = sorted(path.name for path in named if not path.is_file())
             if missing:
                 raise CheckpointError(f"{folder}: {missing[0]} is missing, {INDEX} names it", "copy the folder again")
@@ -54,6 +57,11 @@ class SafetensorsReader:
             except SafetensorError as error:
                 raise CheckpointError(f"{path}: damaged or cut off ({error})", "copy the file again") from None
             for name in self._open[path].keys():  # noqa: SIM118 (no dict)
+                if canonical(name) in self._place:
+                    other = self._place[canonical(name)][0]
+                    raise CheckpointError(
+                        f"{path}: {name} is also in {other.name}", "keep the files of one checkpoint only"
+                    )
                 self._place[canonical(name)] = (path, name)
 
     def names(self) -> set[str]:
@@ -63,12 +71,22 @@ class SafetensorsReader:
         path, stored = self._place[name]
         return tuple(self._open[path].get_slice(stored).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        path, stored = self._place[name]
+        spelled = self._open[path].get_slice(stored).get_dtype()
+        for dtype, spelling in DTYPES.items():
+            if spelling == spelled:
+                return dtype
+        raise CheckpointError(f"{path}: {stored} is of type {spelled}", f"use weights of {', '.join(DTYPES.values())}")
+
     def read(self, name: str) -> Tensor:
         path, stored = self._place[name]
         return self._open[path].get_tensor(stored)
 
 
-def write_safetensors(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_safetensors(
+    folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
     """Stream `tensors` into the folder, in the order of `shapes`, in shards of at most 5 GB with an index file."""
     size = torch.empty((), dtype=dtype).element_size()
     shards: list[dict[str, int]] = [{}]
@@ -78,13 +96,21 @@ def write_safetensors(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: t
             shards.append({})
         shards[-1][name] = length
     single = len(shards) == 1
-    file_names = ["model.safetensors"] if single else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    file_names = (
+        ["model.safetensors"]
+        if single
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     stream = iter(tensors)
     for file_name, shard in zip(file_names, shards, strict=True):
         header: dict = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, length in shard.items():
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, offset + length]}
+            header[name] = {
+                "dtype": DTYPES[dtype],
+                "shape": list(shapes[name]),
+                "data_offsets": [offset, offset + length],
+            }
             offset += length
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

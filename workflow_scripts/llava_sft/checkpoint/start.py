@@ -49,15 +49,34 @@ def needs_conversion(load: str) -> bool:
     return load != RANDOM and not is_iteration(load) and not is_megatron(load)
 
 
+def read_hf_config(folder: Path) -> dict:
+    """config.json of a Hugging Face folder, or CheckpointError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file: not a Hugging Face checkpoint", "name a folder that holds config.json"
+        )
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON, or cut off: {error}", "copy the file again") from None
+
+
 def check_load(load: str, tokenizer: Path | None, made_here: bool) -> None:
     """Raise CheckpointError when there is nothing to start from. `made_here`: a rule will make it."""
-    choices = "a Hugging Face folder, a …_mcore_tp1_pp1 folder, an iter_0000400 folder or its run directory, or `random`"
+    choices = (
+        "a Hugging Face folder, a …_mcore_tp1_pp1 folder, an iter_0000400 folder or its run directory, or `random`"
+    )
     if not load:
         raise CheckpointError("load is empty: nothing to start from", f"load: {choices}")
     if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
-        raise CheckpointError(f"tokenizer: {tokenizer}: no tokenizer.json in it", "tokenizer: the Hugging Face folder of the model")
+        raise CheckpointError(
+            f"tokenizer: {tokenizer}: no tokenizer.json in it", "tokenizer: the Hugging Face folder of the model"
+        )
     if load == RANDOM and tokenizer is None:
-        raise CheckpointError("load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from")
+        raise CheckpointError(
+            "load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from"
+        )
     if load == RANDOM or made_here:
         return
     folder = Path(load)
@@ -65,18 +84,20 @@ def check_load(load: str, tokenizer: Path | None, made_here: bool) -> None:
         raise CheckpointError(f"load: {load}: no such folder", f"load: {choices}")
     if is_iteration(load):
         if not (folder / ".metadata").is_file():
-            raise CheckpointError(f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder")
+            raise CheckpointError(
+                f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder"
+            )
     elif not is_megatron(load):
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"load: {load}: neither config.json (Hugging Face) nor {TRACKER} (Megatron) in it", f"load: {choices}"
             )
         try:
-            ModelConfig.from_hf_config(read_json(folder / "config.json"))
-        except ValueError as error:
-            raise CheckpointError(f"load: {load}: config.json is not JSON: {error}", "copy the folder again") from None
+            ModelConfig.from_hf_config(read_hf_config(folder))
         except CheckpointError as error:
             raise CheckpointError(f"load: {load}: {error.problem}", error.fix) from None
+        if tokenizer is None:
+            _sidecars(folder, load)
 
 
 def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Start:

@@ -43,7 +43,9 @@ class TorchDistReader(FileSystemReader):
 
     def __init__(self, folder: Path):
         if not (folder / ".metadata").is_file():
-            raise CheckpointError(f"{folder}: no .metadata file: not a whole torch_dist checkpoint", "use another iter_ folder")
+            raise CheckpointError(
+                f"{folder}: no .metadata file: not a whole torch_dist checkpoint", "use another iter_ folder"
+            )
         super().__init__(folder)
         self.folder = folder
 
@@ -65,5 +67,7 @@ class TorchDistReader(FileSystemReader):
             dcp.load({key: tensor}, storage_reader=self, no_dist=True)
         except (EOFError, OSError, RuntimeError, dcp.api.CheckpointException) as error:
             reason = str(error).splitlines()[-1]
-            raise CheckpointError(f"{self.folder}: {key} can not be read: {reason}", "use another iter_ folder") from error
+            raise CheckpointError(
+                f"{self.folder}: {key} can not be read: {reason}", "use another iter_ folder"
+            ) from error
         return tensor

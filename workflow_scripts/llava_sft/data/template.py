@@ -58,7 +58,9 @@ class ChatTemplate:
             )
         return number
 
-    def render(self, messages: list[dict], generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]], list[int]]:
+    def render(
+        self, messages: list[dict], generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]], list[int]]:
         """The text, the character range [start, stop) of each answer with its `<|im_end|>`, and each turn's end."""
         text, answers, turn_ends = "", [], []
         if messages[0]["role"] != "system":

@@ -10,7 +10,6 @@ Notable:
 
 import copy
 
-
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (

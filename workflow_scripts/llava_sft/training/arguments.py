@@ -56,7 +56,12 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
     if gpu:
         arguments += ["--use-distributed-optimizer", "--attention-backend=auto"]
     else:
-        arguments += ["--no-persist-layer-norm", "--no-rope-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"]
+        arguments += [
+            "--no-persist-layer-norm",
+            "--no-rope-fusion",
+            "--no-bias-swiglu-fusion",
+            "--no-bias-dropout-fusion",
+        ]
     return arguments
 
 

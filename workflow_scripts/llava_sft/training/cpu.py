@@ -16,10 +16,10 @@ import torch
 
 PATCHED: list[str] = []
 
-FACTORIES = (
-    "arange empty empty_like eye full full_like linspace ones ones_like rand rand_like randint randn randn_like "
-    "randperm tensor zeros zeros_like as_tensor"
-).split()
+FACTORIES = [
+    "arange", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand", "rand_like",
+    "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like", "as_tensor",
+]  # fmt: skip
 
 
 class _Stream:
@@ -111,11 +111,16 @@ def apply() -> bool:
         "get_device_properties": lambda *args: SimpleNamespace(name="cpu", total_memory=0, multi_processor_count=1),
         "is_current_stream_capturing": lambda: False,
     }
-    for (
-        name
-    ) in "set_device set_stream synchronize empty_cache manual_seed_all reset_peak_memory_stats".split():
+    for name in [
+        "set_device",
+        "set_stream",
+        "synchronize",
+        "empty_cache",
+        "manual_seed_all",
+        "reset_peak_memory_stats",
+    ]:
         answers[name] = nothing
-    for name in "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split():
+    for name in ["memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"]:
         answers[name] = zero
     for name, answer in answers.items():
         _replace(torch.cuda, name, answer)

@@ -14,7 +14,7 @@ from llava_sft.training import cpu
 
 ON_CPU = cpu.apply()
 
-from megatron.core import mpu, tensor_parallel  # noqa: E402
+from megatron.core import mpu  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_args, pretrain, print_rank_0, training  # noqa: E402
@@ -112,9 +112,29 @@ class Trainer:
     def watched(self, training_log):
         """Megatron's `training_log`, with a record for people written after it."""
 
-        def log(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, *rest, **named):
+        def log(
+            loss_dict,
+            total_loss_dict,
+            learning_rate,
+            iteration,
+            loss_scale,
+            report_memory_flag,
+            skipped_iter,
+            grad_norm,
+            *rest,
+            **named,
+        ):
             flag = training_log(
-                loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, *rest, **named
+                loss_dict,
+                total_loss_dict,
+                learning_rate,
+                iteration,
+                loss_scale,
+                report_memory_flag,
+                skipped_iter,
+                grad_norm,
+                *rest,
+                **named,
             )
             if loss_dict and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
                 self.watch.step(iteration, float(loss_dict["lm loss"]), learning_rate, grad_norm, memory_gib())

@@ -6,12 +6,13 @@ checkpoint; another run in the same directory is refused with the difference nam
 
 import fcntl
 import shutil
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.errors import RunError
-from llava_sft.files import fingerprint, read_json, write_json
+from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
 
 RUN_FILE = "run.json"
 # Settings that may change while a run goes on: they change neither what is learned at a step nor its order.
@@ -28,8 +29,9 @@ def identity(resolved: dict[str, Any]) -> dict[str, Any]:
     return {
         "data": resolved["data"]["fingerprint"],
         "start": resolved["start"]["fingerprint"],
-        "model": fingerprint(resolved["model"]),
         **settings,
+        # Not the name alone, which `settings` holds: its file may have changed.
+        "model": f"{resolved['model']['name']}-{fingerprint(resolved['model'])}",
     }
 
 
@@ -71,7 +73,7 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
         before, now = identity(earlier), identity(resolved)
         differences = [f"{key}: {before.get(key)} → {now.get(key)}" for key in now if before.get(key) != now.get(key)]
         if differences:
-            tag = propose_tag(resolved, before, now)
+            tag = propose_tag(run_dir, resolved, before, now)
             raise RunError(
                 f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
                 f"put the old value back to go on with it, or start another run beside it: --config run_tag={tag}",
@@ -87,17 +89,22 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
         resolved["settings"]["num_workers"] = workers
     write_json(path, resolved)
     sidecars = run_dir / SIDECARS
-    if not sidecars.is_dir():
-        shutil.copytree(resolved["start"]["sidecars"], sidecars, ignore=shutil.ignore_patterns("*.safetensors"))
+    if not done or not sidecars.is_dir():  # before the first checkpoint they may be those of another run
+        with atomic_dir(sidecars) as folder:
+            weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth")
+            shutil.copytree(resolved["start"]["sidecars"], folder, ignore=weights, dirs_exist_ok=True)
     return done
 
 
-def propose_tag(resolved: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> str:
+def propose_tag(run_dir: Path, resolved: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> str:
     """A free run_tag made of the first difference, like `lr5e-06`."""
     key = next(key for key in now if before.get(key) != now.get(key))
     value = now[key] if isinstance(now[key], int | float) else str(now[key])[:8]
     tag = f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in tag)
+    tag = "".join(c if c.isalnum() or c in "._-" else "-" for c in tag)
+    untagged = resolved["run_name"].removesuffix(f"_{resolved['settings']['run_tag']}")
+    tags = chain([tag], (f"{tag}-{number}" for number in count(2)))
+    return next(tag for tag in tags if not run_dir.with_name(f"{untagged}_{tag}").exists())
 
 
 def start_dir(run_dir: Path, folder: str | None) -> Path | None:

@@ -27,7 +27,9 @@ class Watch:
         self.tokens += tokens
         self.padded += padded
 
-    def step(self, iteration: int, loss: float, learning_rate: float, grad_norm: float | None, memory_gib: float) -> None:
+    def step(
+        self, iteration: int, loss: float, learning_rate: float, grad_norm: float | None, memory_gib: float
+    ) -> None:
         """Note one step; at a log interval write the record of the steps since the last."""
         self.losses.append(loss)
         if iteration % self.log_interval and iteration != self.train_iters:

@@ -26,7 +26,7 @@ class RiceConfig(PreTrainedConfig):
 
     model_type = "rice_vit"
     base_config_key = "vision_config"
-    attribute_map = {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}  # noqa: RUF012
+    attribute_map = {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class Llavaonevision1_5Config(PreTrainedConfig):
     """The whole model. The token ids are those of the tokenizer in the same folder."""
 
     model_type = "llavaonevision1_5"
-    sub_configs = {"vision_config": RiceConfig, "text_config": LLaVAOneVision1_5_TextConfig}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    sub_configs = {"vision_config": RiceConfig, "text_config": LLaVAOneVision1_5_TextConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ class LLaVAOneVision1_5_ImageProcessor(Qwen2VLImageProcessorPil):
     """
 
     temporal_patch_size = 1
-    size = {"shortest_edge": 3136, "longest_edge": 1_000_000}  # noqa: RUF012 - pixels of the whole image, not edges
+    size = {"shortest_edge": 3136, "longest_edge": 1_000_000}
 
 
 class LLaVAOneVision1_5_Processor(ProcessorMixin):

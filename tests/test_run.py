@@ -1,0 +1,326 @@
+"""The run directory, what Megatron is told, and what a person watches. Nothing here imports Megatron."""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import MODELS
+from llava_sft.checkpoint.start import SIDECARS, TRACKER
+from llava_sft.errors import RunError
+from llava_sft.files import read_json
+from llava_sft.model.config import load_model_config
+from llava_sft.training.arguments import megatron_arguments
+from llava_sft.training.launcher import command, processes
+from llava_sft.training.run import checkpoint_dir, iterations_done, lock, open_run, start_dir
+from llava_sft.training.watch import METRICS, Watch, forget_after, progress_line, read_metrics
+from test_model_config import ROOT
+
+
+@pytest.fixture(scope="module")
+def shipped_settings():
+    """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
+    code = (
+        "import json; from llava_sft.config import load_settings, resolve;"
+        "print(json.dumps(resolve(load_settings('vqa', {'gpus_per_node': 0}), 5000)[0]))"
+    )
+    return json.loads(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
+
+
+@pytest.fixture
+def resolved(shipped_settings, tmp_path):
+    sidecars = tmp_path / "start_checkpoint"
+    sidecars.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (sidecars / name).write_text("{}")
+    return {
+        "run_name": "stage2_sft_vqa",
+        "settings": copy.deepcopy(shipped_settings) | {"train_iters": 100, "num_workers": 2, "lr": 1e-4},
+        "model": load_model_config(MODELS / "tiny.yaml").model_dump(),
+        "data": {"path": "wds", "fingerprint": "d1", "train_samples": 5000, "heldout_samples": 100},
+        "start": {"load": "hf", "folder": None, "sidecars": str(sidecars), "fingerprint": "s1", "untrained": True},
+        "versions": {"torch": "2"},
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "stage2_sft_vqa"
+    path.mkdir()
+    return path
+
+
+def saved(run_dir, iteration):
+    """As Megatron leaves a whole checkpoint."""
+    checkpoint_dir(run_dir, iteration).mkdir()
+    (run_dir / TRACKER).write_text(str(iteration))
+
+
+def changed(resolved, **settings):
+    return copy.deepcopy(resolved) | {"settings": resolved["settings"] | settings}
+
+
+# --- which run a directory holds -------------------------------------------------------------------------------------
+
+
+def test_a_new_directory_takes_the_run_and_a_copy_of_all_but_the_weights(run_dir, resolved):
+    assert open_run(run_dir, resolved) == 0
+    assert read_json(run_dir / "run.json") == resolved
+    assert {path.name for path in (run_dir / SIDECARS).iterdir()} == {"config.json", "tokenizer.json"}
+
+
+def test_the_same_run_goes_on_from_its_newest_whole_checkpoint(run_dir, resolved):
+    open_run(run_dir, resolved)
+    saved(run_dir, 20)
+    saved(run_dir, 40)
+    checkpoint_dir(run_dir, 60).mkdir()  # killed while it was written: the tracker does not name it
+    assert iterations_done(run_dir) == 40
+    assert open_run(run_dir, resolved) == 40
+
+
+def test_settings_that_change_nothing_that_is_learned_may_change_on_the_way(run_dir, resolved):
+    open_run(run_dir, resolved)
+    saved(run_dir, 40)
+    free = {"save_interval": 7, "log_interval": 3, "exp_dir": "elsewhere", "evaluate_samples": 5, "epochs": 9.0}
+    assert open_run(run_dir, changed(resolved, **free)) == 40
+    assert read_json(run_dir / "run.json")["settings"]["log_interval"] == 3
+    assert open_run(run_dir, resolved | {"versions": {"torch": "3"}}) == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "difference", "tag"),
+    [
+        ({"settings": {"lr": 2e-5}}, "lr: 0.0001 → 2e-05", "lr2e-05"),
+        ({"settings": {"seed": 7}}, "seed: 42 → 7", "seed7"),
+        ({"settings": {"global_batch_size": 64}}, "global_batch_size: 32 → 64", "global_batch_size64"),
+        ({"settings": {"max_pixels": 9999}}, "max_pixels: 1000000 → 9999", "max_pixels9999"),
+        ({"data": {"fingerprint": "d2"}}, "data: d1 → d2", "datad2"),
+        ({"start": {"fingerprint": "s2"}}, "start: s1 → s2", "starts2"),
+        ({"settings": {"model": "4b"}, "model": {"name": "4b"}}, "model: tiny-", "model4b-"),
+        ({"model": {"language": {}}}, "model: tiny-", "modeltiny-"),  # the same name, another file
+    ],
+)
+def test_another_run_is_refused_with_the_difference_and_a_tag_for_a_run_of_its_own(
+    run_dir, resolved, change, difference, tag
+):
+    open_run(run_dir, resolved)
+    saved(run_dir, 40)
+    before = (run_dir / "run.json").read_bytes()
+    other = copy.deepcopy(resolved)
+    for part, values in change.items():
+        other[part] |= values
+    with pytest.raises(RunError) as error:
+        open_run(run_dir, other)
+    assert f"{run_dir} holds 40 steps of another run" in error.value.problem
+    assert difference in error.value.problem and error.value.problem.count("→") == 1
+    assert f"--config run_tag={tag}" in error.value.fix
+    assert (run_dir / "run.json").read_bytes() == before
+
+
+def test_the_proposed_tag_is_free_and_takes_the_place_of_the_tag_there_is(tmp_path, resolved):
+    tagged = changed(resolved, run_tag="a") | {"run_name": "stage2_sft_vqa_a"}
+    run_dir = tmp_path / "stage2_sft_vqa_a"
+    open_run(run_dir, tagged)
+    saved(run_dir, 40)
+    for taken in ("lr2e-05", "lr2e-05-2"):
+        (tmp_path / f"stage2_sft_vqa_{taken}").mkdir()
+    with pytest.raises(RunError, match=r"run_tag=lr2e-05-3$"):
+        open_run(run_dir, changed(tagged, lr=2e-5))
+
+
+def test_without_a_checkpoint_another_run_takes_the_directory_with_its_own_tokenizer(run_dir, resolved, tmp_path):
+    open_run(run_dir, resolved)
+    other = changed(resolved, lr=2e-5)
+    other["start"] = resolved["start"] | {"sidecars": str(tmp_path / "other"), "fingerprint": "s2"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.json").write_text("another")
+    assert open_run(run_dir, other) == 0
+    assert read_json(run_dir / "run.json")["settings"]["lr"] == 2e-5
+    assert (run_dir / SIDECARS / "tokenizer.json").read_text() == "another"
+    assert not (run_dir / SIDECARS / "config.json").exists()
+
+
+def test_a_larger_train_iters_extends_a_run_and_one_below_what_is_done_is_refused(run_dir, resolved):
+    open_run(run_dir, resolved)
+    saved(run_dir, 100)
+    assert open_run(run_dir, changed(resolved, train_iters=150)) == 100
+    assert read_json(run_dir / "run.json")["settings"]["train_iters"] == 150
+    with pytest.raises(RunError, match="train_iters 99 is below the 100 steps") as error:
+        open_run(run_dir, changed(resolved, train_iters=99))
+    assert "train_iters: 100 or more" in error.value.fix
+    assert open_run(run_dir, changed(resolved, train_iters=100)) == 100
+
+
+def test_the_number_of_loader_workers_is_taken_over_because_positions_are_kept_per_worker(run_dir, resolved, capsys):
+    open_run(run_dir, resolved)
+    on_another_machine = changed(resolved, num_workers=8)
+    assert open_run(run_dir, on_another_machine) == 0
+    assert on_another_machine["settings"]["num_workers"] == 8  # nothing was read yet
+    open_run(run_dir, resolved)
+    saved(run_dir, 40)
+    assert open_run(run_dir, on_another_machine) == 40
+    assert on_another_machine["settings"]["num_workers"] == 2
+    assert read_json(run_dir / "run.json")["settings"]["num_workers"] == 2
+
+
+def test_checkpoints_of_somebody_else_are_not_trained_on(run_dir, resolved):
+    saved(run_dir, 40)
+    with pytest.raises(RunError, match=r"without run\.json"):
+        open_run(run_dir, resolved)
+
+
+# --- one training at a time ------------------------------------------------------------------------------------------
+
+HOLD = "import sys, time, pathlib, llava_sft.training.run as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+
+
+def test_a_second_training_is_kept_out_until_the_first_is_dead(run_dir):
+    first = subprocess.Popen([sys.executable, "-c", HOLD, run_dir], stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"1\n"
+        with pytest.raises(RunError, match="another training is running"):
+            lock(run_dir)
+    finally:
+        first.kill()
+        first.communicate()
+    lock(run_dir).close()
+
+
+def test_the_lock_holds_as_long_as_a_training_process_lives_even_when_its_launcher_is_dead(run_dir):
+    held = lock(run_dir)
+    training = subprocess.Popen(["sleep", "60"], pass_fds=[held.fileno()])
+    try:
+        held.close()
+        with pytest.raises(RunError):
+            lock(run_dir)
+    finally:
+        training.kill()
+        training.wait()
+    lock(run_dir).close()
+
+
+# --- where it starts from --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "tracker"),
+    [
+        ("release", "release", "release"),
+        ("iter_0000400", "iter_0000400", "400"),
+        ("iter_0400", "iter_0000400", "400"),
+    ],
+)
+def test_megatron_finds_the_start_checkpoint_by_a_tracker_whatever_the_folder_is_called(
+    run_dir, tmp_path, name, link, tracker
+):
+    source = tmp_path / "earlier" / name
+    source.mkdir(parents=True)
+    (source / ".metadata").write_text("x")
+    for _ in range(2):  # a second start of the run finds its own link
+        folder = start_dir(run_dir, str(source))
+        assert (folder / TRACKER).read_text() == tracker
+        assert (folder / link / ".metadata").read_text() == "x"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([TRACKER, link])
+
+
+def test_random_weights_have_no_start_folder(run_dir):
+    assert start_dir(run_dir, None) is None
+
+
+# --- what Megatron is told -------------------------------------------------------------------------------------------
+
+
+def names(arguments):
+    return [argument.partition("=")[0] for argument in arguments]
+
+
+@pytest.mark.parametrize("size", ["tiny", "4b", "8b"])
+@pytest.mark.parametrize("gpus", [0, 8])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("start", [None, "start"])
+def test_no_argument_is_given_twice_and_each_only_when_it_is_meant(resolved, tmp_path, size, gpus, bf16, start):
+    values = resolved["settings"] | {"gpus_per_node": gpus, "bf16": bf16}
+    folder = tmp_path / start if start else None
+    arguments = megatron_arguments(values, load_model_config(MODELS / f"{size}.yaml"), tmp_path, folder)
+    given = names(arguments)
+    assert len(given) == len(set(given))
+    assert all(
+        argument.startswith("--")
+        and "None" not in argument
+        and "auto" not in argument.replace("--attention-backend=auto", "")
+        for argument in arguments
+    )
+    assert ("--bf16" in given) == bf16
+    assert ("--pretrained-checkpoint" in given) == (start is not None)
+    assert ("--use-distributed-optimizer" in given) == (gpus > 0)
+    assert f"--distributed-backend={'nccl' if gpus else 'gloo'}" in arguments
+    assert f"--save={tmp_path}" in arguments and f"--load={tmp_path}" in arguments  # the same: a rerun goes on
+
+
+def test_numbers_reach_megatron_as_they_were_set(resolved, tmp_path):
+    values = resolved["settings"] | {"lr": 1e-5, "min_lr": 1e-6, "adam_eps": 1e-8, "seed": 7}
+    arguments = megatron_arguments(values, load_model_config(MODELS / "4b.yaml"), tmp_path, None)
+    read = dict(argument.removeprefix("--").split("=", 1) for argument in arguments if "=" in argument)
+    assert [float(read[key]) for key in ("lr", "min-lr", "adam-eps", "seed")] == [1e-5, 1e-6, 1e-8, 7]
+    assert (read["rotary-base"], read["norm-epsilon"], read["kv-channels"]) == ("5000000", "1e-06", "128")
+
+
+@pytest.mark.parametrize(("gpus", "tp", "pp", "count"), [(0, 1, 1, 1), (0, 2, 2, 4), (8, 2, 1, 8)])
+def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(gpus, tp, pp, count):
+    values = {"gpus_per_node": gpus, "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    assert processes(values) == count
+    argv, environment = command(count, ["a", "b"])
+    assert ("torch.distributed.run" in argv) == (count > 1)
+    assert argv[-4:] == ["-m", "llava_sft.training", "a", "b"]
+    assert ("WORLD_SIZE" in environment) == (count == 1)
+
+
+# --- what a person watches -------------------------------------------------------------------------------------------
+
+
+def record(iteration, **changes):
+    return {
+        "iteration": iteration, "train_iters": 3200, "lm loss": 1.2345, "learning-rate": 1e-5, "grad-norm": 0.5,
+        "step_s": 0.5, "tokens_per_s": 5120.4, "padding_share": 0.1, "data_wait_share": 0.012, "memory_gib": 2.14,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("iteration", "step_s", "left"),
+    [(200, 0.5, "25:00 left"), (3200, 0.5, "0:00 left"), (200, 1.31, "1:05:30 left"), (3195, 1.0, "0:05 left")],
+)
+def test_progress_is_one_line_with_the_time_that_is_left(iteration, step_s, left):
+    line = progress_line(record(iteration, step_s=step_s))
+    step = f"step {iteration:>4}/3200"
+    assert line == f"{step}  loss 1.2345  lr 1.00e-05  5,120 tokens/s  data wait 1%  2.1 GiB  {left}"
+
+
+def test_a_resume_drops_the_records_of_the_steps_that_it_takes_again(run_dir):
+    forget_after(run_dir, 0)  # nothing there yet
+    path = run_dir / METRICS
+    path.write_text("".join(json.dumps(record(i)) + "\n" for i in (10, 20, 30, 40)) + '{"iteration": 50, "lm')
+    assert [r["iteration"] for r in read_metrics(run_dir)] == [10, 20, 30, 40]  # the torn line of a kill is no record
+    forget_after(run_dir, 20)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [record(10), record(20)]
+    forget_after(run_dir, 0)
+    assert read_metrics(run_dir) == []
+
+
+def test_a_record_sums_up_the_steps_since_the_last_one(run_dir):
+    watch = Watch(run_dir, train_iters=25, log_interval=10, replicas=2)
+    for iteration in range(1, 26):
+        time.sleep(0.001)
+        watch.batch(waited=0.0001, tokens=30, padded=40)
+        watch.batch(waited=0.0, tokens=50, padded=60)
+        watch.step(iteration, loss=float(iteration), learning_rate=1e-5, grad_norm=None, memory_gib=1.0)
+    records = read_metrics(run_dir)
+    assert [r["iteration"] for r in records] == [10, 20, 25]  # the last step always
+    assert [r["lm loss"] for r in records] == [5.5, 15.5, 23.0]
+    for r in records:
+        assert r["padding_share"] == pytest.approx(0.2)
+        assert r["step_s"] >= 0.001
+        assert r["tokens_per_s"] == pytest.approx(2 * 80 / r["step_s"])
+        assert 0 < r["data_wait_share"] < 0.1
