@@ -61,7 +61,7 @@ class Settings(BaseModel):
     image_root: Path | None
     sources: tuple[SourceSettings, ...]
     webdatasets: Path | None
-    shard_bytes: Positive | Auto
+    shard_bytes: Positive | None
     max_shard_bytes: Positive
     decode_images: bool
     max_reject_fraction: Fraction

@@ -152,7 +152,7 @@ class Paths:
         return {shard.name: shard for shard in shards}
 
     def _ranges(self, raw: Path, number: int) -> list[Range]:
-        step = None if self.settings.shard_bytes == "auto" else self.settings.shard_bytes
+        step = self.settings.shard_bytes
         if raw.parent == self.demo and not raw.is_file() and raw.name in DEMO_BYTES:
             size = DEMO_BYTES[raw.name]
             return ranges_of(range(0, size, step or 8 << 20), size)
