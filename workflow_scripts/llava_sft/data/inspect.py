@@ -68,7 +68,7 @@ class Findings:
         self.kinds: dict[str, Counter[str]] = {}  # kind: samples of each split
         self.values: dict[str, Counter[int]] = {name: Counter() for name in VALUES}
         self.formats: Counter[str] = Counter()
-        self.gallery: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # kind: heap, the luckiest samples
+        self.gallery: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}  # kind: heap, the luckiest samples
 
     def problem(self, check: str, where: str, what: str) -> None:
         self.problem_counts[check] += 1
@@ -338,14 +338,14 @@ def _offer_to_gallery(
         return
     images = [read_at(file, place) for place in places]
     shown = {"key": key, "id": sample.id, "split": split, "kind": kind, "messages": sample.messages, "images": images}
-    entry = (luck, shown)
+    entry = (luck, found.looked_at[SAMPLES], shown)  # keys of several sources may be the same
     (heapq.heappush if len(heap) < GALLERY_SAMPLES else heapq.heappushpop)(heap, entry)
 
 
 def _pick_gallery(found: Findings) -> list[dict[str, Any]]:
     """Some samples of every kind, in turn; their images become data URIs."""
     heaps = [sorted(heap, key=lambda entry: -entry[0]) for _, heap in sorted(found.gallery.items())]
-    picked = [heap[turn][1] for turn in range(GALLERY_SAMPLES) for heap in heaps if turn < len(heap)]
+    picked = [heap[turn][2] for turn in range(GALLERY_SAMPLES) for heap in heaps if turn < len(heap)]
     return [sample | {"images": [_data_uri(i) for i in sample["images"]]} for sample in picked[:GALLERY_SAMPLES]]
 
 
