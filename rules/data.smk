@@ -77,6 +77,10 @@ rule inspect_webdataset:
         "{exp_dir}/benchmarks/inspect_webdataset/{experiment}.tsv"
     params:
         folder=flow.path("webdatasets"),
+        tokenizer=flow.path("tokenizer"),
+        settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
     shell:
         "{PYTHON}inspect_webdataset.py {params.folder} --dataset {input}"
-        " --json {output.json} --html {output.html} > {log} 2>&1"
+        " --json {output.json} --html {output.html} --tokenizer {params.tokenizer} > {log} 2>&1"
+        " --seq-length {params.settings[seq_length]}"
+        " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"

@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
     parser.add_argument("--seed", type=int, default=0, help="of the gallery and of the images decoded (%(default)s)")
     parser.add_argument("--fix", action="store_true", help="write .nv-meta and .tar.idx anew first; no tar is touched")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="count tokens with this tokenizer.json")
+    parser.add_argument(
+        "--tokenizer", type=Path, nargs="?", metavar="FOLDER", help="count tokens with this tokenizer.json"
+    )
     parser.add_argument("--seq-length", type=int, default=32768, help="… and what this length would cut (%(default)s)")
     parser.add_argument("--min-pixels", type=int, default=3136, help="… with images of at least (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=1_000_000, help="… and at most (%(default)s)")

@@ -106,6 +106,12 @@ class Paths:
         """What energon opens: the folder, or the blend of several sources."""
         return self.webdatasets / METADATASET if len(self.sources) > 1 else self.webdatasets
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """A folder with tokenizer.json for counting tokens; None when it is known only once the checkpoint is converted."""
+        folder = self.settings.tokenizer or Path(self.settings.load)
+        return folder if self.is_demo(folder) or (folder / "tokenizer.json").is_file() else None
+
     @cached_property
     def sources(self) -> list[Source]:
         """The raw data; empty for a finished webdatasets folder. Raises DataError for files that are missing."""
