@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode can not be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup test checks format lock clean
+.PHONY: targets setup test checks format figures lock clean
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -56,6 +56,10 @@ $(READY): requirements.lock pyproject.toml
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync --quiet requirements.lock
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --editable .
 	@touch $@
+
+# All measured figures, goal beside value, shortfalls first.
+figures: $(READY)
+	@$(VENV)/bin/python benchmarks/results.py
 
 # Pins with hashes; no package server's address in it.
 lock: $(READY)
