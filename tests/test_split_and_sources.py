@@ -1,6 +1,7 @@
 """A split by image, a blend of sources, and WebDatasets of another make, as stock energon reads them."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -76,6 +77,13 @@ def test_energon_sees_each_sample_on_one_side_only_and_all_of_them(tmp_path):
     assert {sample.messages[0]["content"] for sample in read_split(raw.wds, "train")} == train
     report, _ = inspect_webdataset(raw.wds, raw.parts, dataset)
     assert report["ok"], report["problems"]
+
+    # A new index by --fix keeps the split, which stands in the dataset file.
+    shutil.rmtree(raw.wds / ".nv-meta")
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
+    fix = [sys.executable, SCRIPTS / "inspect_webdataset.py", raw.wds, "--fix"]
+    assert subprocess.run(fix, capture_output=True).returncode == 0
+    assert {sample.messages[0]["content"] for sample in read_split(raw.wds, "val")} == val
 
     # The same again is the same; without the fraction, the merged tars are gone.
     before = contents(raw.wds)

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset
@@ -38,17 +39,16 @@ def main() -> None:
             f"dataset file {args.dataset} does not exist", "run index_webdataset.py, or leave --dataset out"
         )
 
-    if args.fix and parts_dir.is_dir():
-        index_webdataset(args.wds_dir, parts_dir, max_reject_fraction=1)
-    elif args.fix:
-        adopt_webdataset(args.wds_dir, args.wds_dir, max_reject_fraction=1)
+    dataset = read_json(args.dataset) if args.dataset else None
+    if args.fix:
+        rebuild(args.wds_dir, parts_dir, dataset)
     tokens = None
     if args.tokenizer:
         tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
     report, gallery = inspect_webdataset(
         args.wds_dir,
         parts_dir,
-        read_json(args.dataset) if args.dataset else None,
+        dataset,
         args.seed,
         tokens,
     )
@@ -81,6 +81,22 @@ def main() -> None:
             "convert it again; for a missing or stale index: --fix",
         )
     print(f"{args.wds_dir} is whole" + (f"; see {args.html}" if args.html else ""))
+
+
+def rebuild(wds_dir: Path, parts_dir: Path, dataset: dict[str, Any] | None) -> None:
+    """Write the index anew; sources' weights and val_fraction are those of the dataset file, given or beside the folder."""
+    if not parts_dir.is_dir():
+        adopt_webdataset(wds_dir, wds_dir, max_reject_fraction=1)
+        return
+    beside = [
+        path
+        for path in (wds_dir.with_name(f"{wds_dir.name}.json"), wds_dir.with_name("dataset.json"))
+        if path.is_file()
+    ]
+    known = dataset or (read_json(beside[0]) if beside else {})
+    plan = [{"name": name, "weight": weight} for name, weight in known.get("weights", {}).items()]
+    split = known.get("split", {"val_fraction": 0.0, "split_seed": 0})
+    index_webdataset(wds_dir, parts_dir, (), 1, plan, split["val_fraction"], split["split_seed"])
 
 
 if __name__ == "__main__":
