@@ -126,6 +126,9 @@ def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
     assert 60 < low < 95
     report, _ = inspect_webdataset(wds, parts, dataset)
     assert report["ok"], report["problems"]
+    adopted = adopt_webdataset(wds, tmp_path / "adopted")  # a blend of ours under another experiment: no leak
+    assert (adopted["train"]["samples"], adopted["rejected"]) == (dataset["train"]["samples"], 0)
+    assert {sample.messages[0]["content"] for sample in read_split(tmp_path / "adopted", "val")} == val
     other = index_webdataset(wds, parts, plan=[plan[0] | {"weight": 1.0}, plan[1]], val_fraction=0.2)
     assert other["fingerprint"] != dataset["fingerprint"]
 

@@ -25,7 +25,12 @@ def main() -> None:
     parser.add_argument(
         "--parts-dir", type=Path, help="statistics, rejects and index rows of the shards (WDS_DIR.parts)"
     )
-    parser.add_argument("--adopt", type=Path, metavar="FOLDER", help="link this folder's tars into WDS_DIR")
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="FOLDER",
+        help="link this folder's tars into WDS_DIR; WDS_DIR itself, when it has its index: only count",
+    )
     parser.add_argument(
         "--raw", nargs="+", default=[], metavar="FILE", help="where the raw files lie now, if they have moved since"
     )
@@ -52,9 +57,8 @@ def main() -> None:
     output = args.output or args.wds_dir.with_name(args.wds_dir.name + ".json")
     parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
 
-    if args.adopt:
-        dataset = adopt_webdataset(args.adopt, args.wds_dir, args.max_reject_fraction)
-    elif args.plan or parts_dir.is_dir():
+    source = args.adopt or args.wds_dir
+    if args.plan or (parts_dir.is_dir() and not args.adopt):
         dataset = index_webdataset(
             args.wds_dir,
             parts_dir,
@@ -64,10 +68,10 @@ def main() -> None:
             args.val_fraction,
             args.split_seed,
         )
-    elif is_finished(args.wds_dir):
-        dataset = read_finished(args.wds_dir)
+    elif source == args.wds_dir and is_finished(source):
+        dataset = read_finished(source)
     else:
-        dataset = adopt_webdataset(args.wds_dir, args.wds_dir, args.max_reject_fraction)
+        dataset = adopt_webdataset(source, args.wds_dir, args.max_reject_fraction)
     write_json(output, dataset)
     train, heldout = dataset["train"], dataset["heldout"]
     print(

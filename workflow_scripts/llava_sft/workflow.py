@@ -179,9 +179,9 @@ class Workflow:
     @_ends_cleanly
     def index_job(self, wildcards) -> str:
         paths = self.of(wildcards)
-        if paths.adopted:
-            return f"--adopt {shlex.quote(str(paths.adopted))}"
-        return "" if paths.settings.webdatasets else f"--plan {shlex.quote(json.dumps(paths.plan()))}"
+        if paths.settings.webdatasets:
+            return f"--adopt {shlex.quote(str(paths.settings.webdatasets))}"
+        return f"--plan {shlex.quote(json.dumps(paths.plan()))}"
 
     @_ends_cleanly
     def conversion(self, wildcards) -> Paths:

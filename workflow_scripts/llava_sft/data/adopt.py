@@ -7,6 +7,7 @@ several `.nv-meta` (the original's parts and their parent) is one file, and coun
 
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.plan import HELDOUT_PREFIX
 from llava_sft.data.records import Rejected
 from llava_sft.data.shards import write_idx
-from llava_sft.data.tars import find_layout, walk_tar
+from llava_sft.data.tars import find_layout, is_finished, read_meta, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
 
@@ -24,12 +25,22 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     """Link the tars of `source` into `wds_dir` and index them there; return what the dataset file holds.
 
     With `source` as `wds_dir` the folder itself gets an index, and no tar is touched. Tars named `heldout-…` are the
-    validation split. Errors: DataError for damaged tars, an unknown or mixed layout, too many samples left out.
+    validation split; splits and exclusions of indexed folders below `source` hold on.
+    Errors: DataError for damaged tars, an unknown or mixed layout, too many samples left out.
     """
     names = {path.resolve(): path.relative_to(source).as_posix() for path in sorted(source.rglob("*.tar"))}
     if not names:
         raise DataError(f"{source} holds no .tar file", "name the folder that holds the tars")
-    tars, exclude, first = [], [], []
+    known = {
+        path.parent.parent: read_meta(path.parent.parent)
+        for path in source.rglob(".nv-meta/.info.json")
+        if is_finished(path.parent.parent)
+    }
+    tars: list[Tar] = []
+    heldout: list[str] = []
+    exclude: list[str] = []
+    first: list[str] = []
+    earlier = 0  # samples that a folder of ours excludes already
     reasons: Counter[str] = Counter()
     layouts: dict[str, str] = {}
     images = 0
@@ -46,14 +57,23 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
                 f"{real}: none of its samples has JSON of a known layout ({', '.join(LAYOUTS)})",
                 "convert the raw data with raw_data instead",
             )
+        own = next((folder for folder in (source / name).parents if folder in known), None)
+        inner = (source / name).relative_to(own).as_posix() if own else ""
+        meta = known[own] if own else None
+        if inner in meta.splits.get("val", []) if meta else Path(name).name.startswith(HELDOUT_PREFIX):
+            heldout.append(name)
         with open(real, "rb") as file:
             for sample in samples:
+                if meta and f"{inner}/{sample.key}" in meta.exclude:
+                    exclude.append(f"{name}/{sample.key}")
+                    earlier += 1
+                    continue
                 try:
                     images += len(sample.read(file.fileno(), layout or "own")[0].images)
                 except Rejected as rejected:
                     exclude.append(f"{name}/{sample.key}")
                     reasons[rejected.reason] += 1
-                    first.append(f"  {name}, {sample.key}: {rejected}") if len(first) < FIRST_REASONS else None
+                    first.append(f"  {name}, {sample.key}: {rejected}")
         link = wds_dir / name
         if wds_dir.resolve() != source.resolve():
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -63,17 +83,24 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
             end = samples[-1].offset + samples[-1].size if samples else 0
             write_idx(idx, [sample.offset for sample in samples], end)
         if samples:
-            tars.append(Tar(name.removesuffix(".tar"), len(samples), [sample._asdict() for sample in samples]))
+            tars.append(Tar(name.removesuffix(".tar"), len(samples), _rows(real)))
     if len(layouts) > 1:
         raise DataError(f"{source} mixes layouts: {layouts}", "name a folder of one layout")
-    read, rejected = sum(tar.count for tar in tars), len(exclude)
+    read, rejected = sum(tar.count for tar in tars) - earlier, len(exclude) - earlier
     if rejected > max_reject_fraction * read:
         counts = ", ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
-        raise too_many_rejects(rejected, read, max_reject_fraction, first, counts)
-    heldout = [f"{tar.name}.tar" for tar in tars if Path(tar.name).name.startswith(HELDOUT_PREFIX)]
-    train = [f"{tar.name}.tar" for tar in tars if f"{tar.name}.tar" not in heldout]
+        raise too_many_rejects(rejected, read, max_reject_fraction, first[:FIRST_REASONS], counts)
+    named = [f"{tar.name}.tar" for tar in tars]
+    heldout = [name for name in heldout if name in named]
+    train = [name for name in named if name not in heldout]
     content = fingerprint([[tar.name, tar.count] for tar in tars])
     layout = next(iter(layouts), "own")
     with write_meta(wds_dir, tars, train, heldout, exclude, content, layout):
         pass
     return read_finished(wds_dir) | {"images": images, "read": read, "rejected": rejected, "reasons": dict(reasons)}
+
+
+def _rows(tar: Path) -> Iterator[dict[str, Any]]:
+    """Walked again when the index is written: all rows of all tars would not fit into memory."""
+    for sample in walk_tar(tar):
+        yield sample._asdict()
