@@ -77,7 +77,8 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
         if file.read(1024) != bytes(1024):
             raise tarfile.ReadError("the end of the archive is missing: it was cut off")
     ends = [sample.offset for sample in samples[1:]] + [end]
-    return [sample._replace(size=stop - sample.offset) for sample, stop in zip(samples, ends, strict=False)]  # an empty tar has an end and no sample
+    # An empty tar has an end and no sample.
+    return [sample._replace(size=stop - sample.offset) for sample, stop in zip(samples, ends, strict=False)]
 
 
 def find_layout(tar: Path, samples: list[TarSample]) -> str | None:
