@@ -45,7 +45,7 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _output("git", "rev-parse", "HEAD")
         + ("+" if _output("git", "status", "--porcelain", "-uno") else ""),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "rows": kept + rows,
@@ -74,7 +74,7 @@ def hardware() -> dict[str, Any]:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+        return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=30).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

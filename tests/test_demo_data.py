@@ -9,6 +9,7 @@ import pytest
 from llava_sft.data.demo import HELDOUT_RECORDS, TRAIN_RECORDS, write_demo
 from llava_sft.data.plan import plan_ranges
 from llava_sft.data.shards import convert_range
+from llava_sft.paths import DEMO_BYTES
 from webdataset_helpers import contents
 
 
@@ -28,6 +29,11 @@ def shown(record) -> list[str]:
     return image if isinstance(image, list) else [image]
 
 
+def source(image: str) -> str:
+    """The handwritten digit that a picture was made from: `digit_0423_2.png` is a variant of `digit_0423.png`."""
+    return image.removesuffix(".png")[: len("digit_0000")]
+
+
 def test_same_bytes_every_time(demo, tmp_path):
     write_demo(tmp_path)
     assert contents(tmp_path) == contents(demo)
@@ -35,12 +41,16 @@ def test_same_bytes_every_time(demo, tmp_path):
 
 def test_no_held_out_picture_or_text_question_is_in_training(demo):
     train, heldout = records(demo, "train"), records(demo, "heldout")
-    pictures = [{image for record in split for image in shown(record)} for split in (train, heldout)]
+    pictures = [{source(image) for record in split for image in shown(record)} for split in (train, heldout)]
     assert not pictures[0] & pictures[1]
     assert [len(split) for split in pictures] == [1437, 360]
     texts = [{r["conversations"][0]["value"] for r in split if r["kind"] == "text_only"} for split in (train, heldout)]
     assert texts[1]
     assert not texts[0] & texts[1]
+
+
+def test_sizes_are_those_that_the_conversion_is_planned_with(demo):
+    assert {name: (demo / name).stat().st_size for name in DEMO_BYTES} == DEMO_BYTES
 
 
 def test_every_kind_is_there_in_the_stated_number(demo):
@@ -54,12 +64,12 @@ def test_answers_agree_with_each_other(demo):
     asked = [*records(demo, "train"), *records(demo, "heldout")]
     for record in asked:
         if record["kind"] in ("which_digit", "two_turns"):
-            digits[record["image"]].add(int(record["conversations"][1]["value"]))
+            digits[source(record["image"])].add(int(record["conversations"][1]["value"]))
     assert all(len(values) == 1 for values in digits.values())
     digit = {image: next(iter(values)) for image, values in digits.items()}
     for record in asked:
         answer = record["conversations"][-1]["value"]
-        known = [digit[image] for image in shown(record) if image in digit]
+        known = [digit[source(image)] for image in shown(record) if source(image) in digit]
         if record["kind"] == "even_or_odd" and known:
             assert answer == ("even", "odd")[known[0] % 2]
         elif record["kind"] == "two_turns":
