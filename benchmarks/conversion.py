@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def timed(command: list, out: Path) -> float:
     return time.perf_counter() - began
 
 
-def against_tar(work: Path, count: int, size: int, rounds: int) -> list[dict]:
+def against_tar(work: Path, count: int, size: int, rounds: int) -> Iterator[dict]:
     folder = work / f"{count}x{size}"
     images, raw, out = make_images(folder, count, size), folder / "raw.jsonl", work / "out"
     ours = [*CONVERT, "--input", raw, "--image-root", images, "--output-dir", out]
@@ -96,23 +97,10 @@ def against_tar(work: Path, count: int, size: int, rounds: int) -> list[dict]:
     best = {name: min(values) for name, values in times.items()}
     all_runs = "; ".join(f"{name} {', '.join(f'{v:.2f}' for v in values)} s" for name, values in times.items())
     settings = {"images": count, "bytes_each": (images / "000/000000.jpg").stat().st_size}
-    rows = [
-        row(
-            "conversion_vs_tar",
-            best["ours"] / best["tar"],
-            "×",
-            1.1,
-            "lower",
-            f"best of {rounds} each: {all_runs}",
-            **settings,
-        ),
-        row("conversion_vs_shardwriter", best["ours"] / best["ShardWriter"], "×", None, "lower", **settings),
-        row("shardwriter_vs_tar", best["ShardWriter"] / best["tar"], "×", None, "lower", **settings),
-    ]
-    decode = timed([*whole, "--decode-images", "True"], out)
-    rows.append(
-        row("conversion_decode_vs_tar", decode / best["tar"], "×", None, "lower", "every image decoded", **settings)
-    )
+    note = f"best of {rounds} each: {all_runs}"
+    yield row("conversion_vs_tar", best["ours"] / best["tar"], "×", 1.1, "lower", note, **settings)
+    yield row("conversion_vs_shardwriter", best["ours"] / best["ShardWriter"], "×", None, "lower", **settings)
+    yield row("shardwriter_vs_tar", best["ShardWriter"] / best["tar"], "×", None, "lower", **settings)
     # Two processes on two halves, against one on both: the same ranges.
     half = raw.stat().st_size // 2 + 1
     singles, doubles = [], []
@@ -130,7 +118,7 @@ def against_tar(work: Path, count: int, size: int, rounds: int) -> list[dict]:
         assert not any([process.wait() for process in processes])
         doubles.append(time.perf_counter() - began)
     note = "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in t)} s" for n, t in (("one", singles), ("two", doubles)))
-    rows.append(row("conversion_two_processes", min(singles) / min(doubles), "×", 1.8, "higher", note, **settings))
+    yield row("conversion_two_processes", min(singles) / min(doubles), "×", 1.8, "higher", note, **settings)
     # Is the disk the limit? The same bytes written with no work at all.
     tar_bytes = sum(path.stat().st_size for path in out.glob("*.tar"))
     began = time.perf_counter()
@@ -138,11 +126,10 @@ def against_tar(work: Path, count: int, size: int, rounds: int) -> list[dict]:
         for _ in range(tar_bytes >> 20):
             file.write(bytes(1 << 20))
     plain = time.perf_counter() - began
-    rows.append(
-        row("plain_write_share", plain / min(doubles), "", None, "lower", "the same bytes, only written", **settings)
-    )
+    yield row("plain_write_share", plain / min(doubles), "", None, "lower", "the same bytes, only written", **settings)
+    decode = timed([*whole, "--decode-images", "True"], out)
+    yield row("conversion_decode_vs_tar", decode / best["tar"], "×", None, "lower", "every image decoded", **settings)
     shutil.rmtree(out)
-    return rows
 
 
 def measured(command: list) -> tuple[float, float]:
@@ -154,7 +141,7 @@ def measured(command: list) -> tuple[float, float]:
     return time.perf_counter() - began, int(done.stdout.split("peak_kb ")[1]) / 1000
 
 
-def text_only(work: Path, name: str, records: int, length: int) -> list[dict]:
+def text_only(work: Path, name: str, records: int, length: int) -> Iterator[dict]:
     """A JSON array or JSON lines without images: plan, conversion, memory."""
     raw, out = work / name, work / "out"
     work.mkdir(parents=True, exist_ok=True)
@@ -182,22 +169,16 @@ def text_only(work: Path, name: str, records: int, length: int) -> list[dict]:
     shutil.rmtree(out, ignore_errors=True)
     seconds, peak = measured([*CONVERT, "--input", raw, "--output-dir", out, "--parts-dir", work / "out.parts"])
     settings = {"file": name, "records": records, "gb": round(raw.stat().st_size / 1e9, 2), "jobs": jobs}
-    rows = [
-        row("conversion_peak_mb", peak, "MB", 200, "lower", "one process, all ranges", **settings),
-        row("conversion_seconds", seconds, "s", None, "lower", f"{records / seconds:,.0f} records/s", **settings),
-        row("conversion_plan_s", plan, "s", 10, "lower", "a process of its own", **settings),
-    ]
+    yield row("conversion_peak_mb", peak, "MB", 200, "lower", "one process, all ranges", **settings)
+    yield row("conversion_seconds", seconds, "s", None, "lower", f"{records / seconds:,.0f} records/s", **settings)
+    yield row("conversion_plan_s", plan, "s", 10, "lower", "a process of its own", **settings)
     index = [sys.executable, SCRIPTS / "index_webdataset.py", out, "--output", work / "dataset.json"]
-    for extra in ([], ["--val-fraction", "0.01"]):
-        seconds, peak = measured([*index, *extra])
-        note = f"peak {peak:.0f} MB{', 1 % held out' if extra else ''}"
-        rows.append(
-            row("index_seconds", seconds, "s", None, "lower", note, **settings, val_fraction=0.01 if extra else 0)
-        )
+    for share in (0, 0.01):
+        seconds, peak = measured([*index, "--val-fraction", share])
+        yield row("index_seconds", seconds, "s", None, "lower", f"peak {peak:.0f} MB", **settings, val_fraction=share)
     shutil.rmtree(out)
     shutil.rmtree(work / "out.parts")
     raw.unlink()
-    return rows
 
 
 SECTIONS = {
@@ -215,7 +196,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     for section in args.sections:
-        write_results("conversion", SECTIONS[section](args.work, args.rounds))
+        for each in SECTIONS[section](args.work, args.rounds):
+            write_results("conversion", [each])
 
 
 if __name__ == "__main__":
