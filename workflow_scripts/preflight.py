@@ -63,7 +63,7 @@ def main() -> None:
         "why": why,
         "model": model.model_dump(),
         "data": {
-            "path": str(paths.webdatasets),
+            "path": str(paths.training_data),
             "fingerprint": dataset["fingerprint"],
             "train_samples": dataset["train"]["samples"],
             "heldout_samples": dataset["heldout"]["samples"],

@@ -41,6 +41,18 @@ GUIDE_NAMES = {
 }  # fmt: skip
 
 
+class SourceSettings(BaseModel):
+    """One entry of `sources`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    heldout: str | None = None
+    image_root: Path | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
+
+
 class Settings(BaseModel):
     """One experiment's settings as the user gave them; `auto` is still `auto`. Comments: config/config.yaml."""
 
@@ -54,9 +66,14 @@ class Settings(BaseModel):
     raw_data: Path | None
     heldout_data: Path | None
     image_root: Path | None
+    sources: tuple[SourceSettings, ...]
     webdatasets: Path | None
-    shard_bytes: Positive
+    shard_bytes: Positive | None
+    max_shard_bytes: Positive
+    decode_images: bool
     max_reject_fraction: Fraction
+    val_fraction: Fraction
+    split_seed: Annotated[int, Field(ge=0)]
     min_pixels: Positive
     max_pixels: Positive
     # model
@@ -135,15 +152,19 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Settings":
-        if (self.raw_data is None) == (self.webdatasets is None):
+        given = [key for key in ("raw_data", "sources", "webdatasets") if getattr(self, key)]
+        if len(given) != 1:
             raise ValueError(
-                "raw_data | exactly one of raw_data (to convert) and webdatasets (a finished folder) is needed | "
-                "set the one you have and leave the other out"
+                f"{given[0] if given else 'raw_data'} | exactly one of raw_data, sources (to convert) and webdatasets "
+                "(a finished folder) is needed | set the one you have and leave the others out"
             )
-        if self.webdatasets is not None and self.heldout_data is not None:
-            raise ValueError(
-                "heldout_data | a finished webdatasets folder brings its own validation split | remove heldout_data"
+        if not self.raw_data and self.heldout_data is not None:
+            rule = (
+                "sources have their own `heldout`"
+                if self.sources
+                else "a finished folder brings its own validation split"
             )
+            raise ValueError(f"heldout_data | goes with raw_data only: {rule} | remove heldout_data")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels | {self.min_pixels} is above max_pixels {self.max_pixels} | lower min_pixels")
         if self.min_lr != "auto" and self.min_lr > self.lr:
@@ -241,6 +262,10 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
         return f"{_place(key, origin, experiment_file)}: {key}: {rule}", fix
     key = str(fault["loc"][0])
     where = origin.get(key, experiment_file)
+    if key == "sources" and len(fault["loc"]) > 2:
+        entry, *inner = fault["loc"][1:]
+        key = f"sources: entry {entry + 1}: {'.'.join(map(str, inner))}"
+        return f"{where}: {key}: {fault['msg'].lower()}", "an entry has path, heldout, image_root, weight, name"
     if fault["type"] == "extra_forbidden":
         near = [GUIDE_NAMES[key]] if key in GUIDE_NAMES else difflib.get_close_matches(key, Settings.model_fields, n=1)
         return f"{where}: unknown setting {key!r}", f"did you mean {near[0]}?" if near else "see config/config.yaml"

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
-import webdataset
-import yaml
+from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
 
 
 @dataclass
@@ -21,16 +19,16 @@ class StoredSample:
 
 
 def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
-    """Yield the samples of `split` ("train", "val") in the order of the shards."""
-    parts = yaml.safe_load((Path(folder) / ".nv-meta" / "split.yaml").read_text())["split_parts"]
-    shards = [str(Path(folder) / name) for name in parts.get(split) or []]
-    if not shards:
-        return
-    everywhere = lambda urls: urls  # noqa: E731 (every rank of a training reads the split; else webdataset refuses)
-    for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False, nodesplitter=everywhere):
-        record = orjson.loads(sample["json"])
-        images = [sample[name] for name in record["images"]]
-        yield StoredSample(record["id"], record["messages"], images, record.get("meta", {}))
+    """Yield the samples of `split` ("train", "val") in the order of the shards, of one source after the other."""
+    for source in source_folders(Path(folder)):
+        meta = read_meta(source)
+        for name in meta.splits.get(split, []):
+            with open(source / name, "rb") as file:
+                for stored in walk_tar(source / name):
+                    if f"{name}/{stored.key}" not in meta.exclude:
+                        sample, members = stored.read(file.fileno(), meta.layout)
+                        images = [read_at(file.fileno(), members[image]) for image in sample.images]
+                        yield StoredSample(sample.id, sample.messages, images, sample.meta)
 
 
 def data_uri(image: bytes) -> str:

@@ -7,6 +7,7 @@ Notable:
   sample.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from megatron.energon import (
 from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_grid, image_tokens, to_patches
+from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.packing import select_packs
 from llava_sft.data.template import ChatTemplate, UnusableSample
 
@@ -90,15 +92,18 @@ class VlmBatch(Batch):
         return sum(self.lengths)
 
 
-@stateless
-def cook(sample: dict) -> Conversation:
-    """Our WebDataset layout: `json` names its images in the order of their `<image>` placeholders."""
-    record = orjson.loads(sample["json"])
-    return Conversation(
-        **basic_sample_keys(sample),
-        messages=record["messages"],
-        images=[sample[name] for name in record["images"]],
-    )
+def make_cook(layout: str) -> Callable[[dict], Conversation]:
+    """The cooker of a WebDataset layout (layouts.py)."""
+
+    @stateless
+    def cook(sample: dict) -> Conversation:
+        members = {name for name in sample if not name.startswith("__")}
+        stored = LAYOUTS[layout](sample["__key__"], orjson.loads(sample["json"]), members)
+        return Conversation(
+            **basic_sample_keys(sample), messages=stored.messages, images=[sample[name] for name in stored.images]
+        )
+
+    return cook
 
 
 class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch]):
@@ -113,7 +118,11 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
     """
 
     decoder = None  # raw bytes: images are decoded here, in the worker
-    cookers = [Cooker(cook)]
+    # A folder without a layout in its dataset.yaml is in our own.
+    cookers = (
+        *(Cooker(make_cook(name), has_subflavors={"layout": name}) for name in LAYOUTS),
+        Cooker(make_cook("own")),
+    )
 
     def __init__(
         self,

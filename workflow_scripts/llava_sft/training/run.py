@@ -27,11 +27,11 @@ RUN_FILE, LOCK = "run.json", ".lock"
 PER_RANK = " (the position in the data is kept per rank: samples would be lost or seen twice)"
 # Settings that may change while a run goes on: they change neither what is learned at a step nor its order.
 FREE_SETTINGS = {
-    "experiment", "exp_dir", "run_tag", "raw_data", "heldout_data", "image_root", "webdatasets", "shard_bytes",
-    "max_reject_fraction", "load", "load_parts", "tokenizer", "stage", "train_iters", "epochs", "lr_decay_iters",
-    "save_interval", "keep_last", "keep_every", "max_minutes", "log_interval", "eval_interval", "eval_iters", "log_answers",
-    "log_samples", "max_bad_steps", "num_workers", "evaluate_by", "evaluate_samples", "evaluate_batch_size",
-    "max_new_tokens", "parity",
+    "experiment", "exp_dir", "run_tag", "raw_data", "heldout_data", "image_root", "webdatasets", "shard_bytes", "sources",
+    "max_shard_bytes", "decode_images", "max_reject_fraction", "val_fraction", "split_seed", "load", "load_parts",
+    "tokenizer", "stage", "train_iters", "epochs", "lr_decay_iters", "save_interval", "keep_last", "keep_every",
+    "max_minutes", "log_interval", "eval_interval", "eval_iters", "log_answers", "log_samples", "max_bad_steps",
+    "num_workers", "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", "parity",
 }  # fmt: skip
 
 
