@@ -29,7 +29,8 @@ VALUES = {
     "log_interval": 1, "lr": 1e-4, "min_lr": 1e-5, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.1,
     "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": 1e-5, "clip_grad": 1.0, "seed": 42,
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False, "gpus_per_node": 0,
-    "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS,
+    "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "lr_decay_iters": 4, "eval_iters": 0, "eval_interval": 5,
+    "trainable_modules": ["language_model", "adapter", "vision_model"],
 }  # fmt: skip
 
 
