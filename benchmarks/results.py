@@ -1,12 +1,13 @@
 """The one format of all benchmark results: `benchmarks/results/<name>.json`, figures with where they come from."""
 
+import contextlib
 import datetime
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
     result = {
         "name": name,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": git.stdout.strip(),
+        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
         "command": shlex.join(["python", *sys.argv]),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions()},
         "rows": rows,
     }
     for each in rows:
@@ -48,6 +49,14 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
     path = RESULTS / f"{name}.json"
     write_json(path, result)
     return path
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def hardware() -> dict[str, Any]:
