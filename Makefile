@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode can not be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup test checks format lock clean
+.PHONY: targets setup test checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -56,6 +56,24 @@ $(READY): requirements.lock pyproject.toml
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync --quiet requirements.lock
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --editable .
 	@touch $@
+
+# A new experiment from the template: make experiment NAME=mydata
+experiment:
+	@[[ "$(NAME)" =~ ^[A-Za-z0-9._-]+$$ ]] || { echo "error: make experiment NAME=mydata (letters, digits, . _ -)" >&2; exit 1; }
+	@! [ -e config/experiments/$(NAME).yaml ] || { echo "error: config/experiments/$(NAME).yaml is there already" >&2; exit 1; }
+	@sed '/^# Copy to /d; s/NAME/$(NAME)/g; s/<name>/$(NAME)/g' config/experiments/TEMPLATE.yaml > config/experiments/$(NAME).yaml
+	@echo "config/experiments/$(NAME).yaml: edit its paths, then make train_$(NAME)"
+
+# Name, state, step, loss and size of every run, and the command that goes on with it.
+runs: $(READY)
+	@$(VENV)/bin/python workflow_scripts/list_runs.py $(ARGS)
+
+schema: $(READY)
+	$(VENV)/bin/python workflow_scripts/write_schema.py
+
+# All measured figures, goal beside value, shortfalls first.
+figures: $(READY)
+	@$(VENV)/bin/python benchmarks/results.py
 
 # Pins with hashes; no package server's address in it.
 lock: $(READY)

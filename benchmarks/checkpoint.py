@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from results import row, write_results
 
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, write_safetensors
 from llava_sft.files import read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.export_files import write_hf_sidecars
 from llava_sft.model.tiny import train_tokenizer
+from results import row, write_results
 
 ROOT = Path(__file__).parents[1]
 

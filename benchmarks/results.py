@@ -1,77 +1,111 @@
-"""The one format of all benchmark results: `benchmarks/results/<name>.json`, figures with where they come from."""
+"""What every benchmark shares: a result file with where it comes from, and the table of all of them (`make figures`).
 
-import contextlib
+A result is benchmarks/results/<name>.json: name, date, commit, command, hardware, versions, rows; a row is
+{metric, value, unit, goal, better: "higher" | "lower", settings, note}. Rows of metrics that were not measured again stay.
+"""
+
 import datetime
+import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llava_sft.files import write_json
-
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "snakemake")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "megatron-energon",
+    "transformers",
+    "transformer-engine",
+    "snakemake",
+    "webdataset",
+)
 
 
 def row(
     metric: str, value: float, unit: str, goal: float | None, better: str, note: str = "", **settings: Any
 ) -> dict[str, Any]:
-    """One figure. `better`: "higher" or "lower"."""
-    return {
-        "metric": metric,
-        "value": round(value, 4),
-        "unit": unit,
-        "goal": goal,
-        "better": better,
-        "settings": settings,
-        "note": note,
-    }
+    """One figure. `better`: "higher" or "lower"; `settings`: what it was measured at."""
+    value = float(f"{value:.4g}")
+    return dict(metric=metric, value=value, unit=unit, goal=goal, better=better, settings=settings, note=note)
 
 
 def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
     """Write the rows, each beside its goal on the terminal too; returns the file."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    path = RESULTS / f"{name}.json"
+    measured = {(row["metric"], json.dumps(row["settings"], sort_keys=True)) for row in rows}
+    before = json.loads(path.read_text())["rows"] if path.is_file() else []
+    kept = [r for r in before if (r["metric"], json.dumps(r["settings"], sort_keys=True)) not in measured]
     result = {
         "name": name,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
-        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _output("git", "rev-parse", "HEAD")
+        + ("+" if _output("git", "status", "--porcelain", "-uno") else ""),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **versions()},
-        "rows": rows,
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+        "rows": kept + rows,
     }
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for each in rows:
-        print(f"{each['metric']:24} {each['value']:>10} {each['unit']:6} goal {each['goal']}  {each['settings']}")
-    path = RESULTS / f"{name}.json"
-    write_json(path, result)
+        print(line(each, name), flush=True)
     return path
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
 def hardware() -> dict[str, Any]:
-    cpu = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    memory = int(Path("/proc/meminfo").read_text().partition("MemTotal:")[2].split()[0]) / 2**20
-    gpus = subprocess.run(
-        "nvidia-smi --query-gpu=name --format=csv,noheader || true", shell=True, capture_output=True, text=True
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     return {
-        "cpu": cpu[0] if cpu else platform.machine(),
+        "cpu": cpu or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory, 1),
-        "gpus": gpus.stdout.split("\n")[:-1],
+        "gpus": gpus,
+        "load_before": round(os.getloadavg()[0], 1),
     }
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def reached(row: dict) -> bool:
+    return row["goal"] is None or (
+        row["value"] >= row["goal"] if row["better"] == "higher" else row["value"] <= row["goal"]
+    )
+
+
+def line(row: dict, name: str) -> str:
+    sign = "≥" if row["better"] == "higher" else "≤"
+    goal = "" if row["goal"] is None else f"{sign} {row['goal']:g}"
+    verdict = "short" if not reached(row) else "ok" if goal else ""
+    settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+    measured = f"{row['value']:g} {row['unit']}".strip()
+    return f"{verdict:5} {row['metric']:28} {measured:>16}  {goal:9} {name}: {settings}{'; ' if row['note'] else ''}{row['note']}"
+
+
+def main() -> None:
+    rows = [(row, path.stem) for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())["rows"]]
+    for each, name in sorted(rows, key=lambda pair: (reached(pair[0]), pair[0]["goal"] is None)):
+        print(line(each, name))
+
+
+if __name__ == "__main__":
+    main()

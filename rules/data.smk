@@ -2,7 +2,7 @@
 
 
 wildcard_constraints:
-    shard=r"(subtaskdata|heldout)-\d+",
+    shard=r"([\w.-]+/)?(subtaskdata|heldout)-\d+",
     experiment="|".join(flow.experiments),
 
 
@@ -36,10 +36,12 @@ rule stage2_sftdata2webdataset:
         "{exp_dir}/benchmarks/stage2_sftdata2webdataset/{experiment}/{shard}.tsv"
     params:
         job=flow.job_of_shard,
-        image_root=flow.path("image_root"),
+        image_root=flow.image_root_of_shard,
+        settings=flow.settings("max_shard_bytes", "decode_images"),
         format_version=FORMAT_VERSION,
     shell:
-        "{PYTHON}stage2_sftdata2webdataset.py --input {input} --image-root {params.image_root} {params.job}"
+        "{PYTHON}stage2_sftdata2webdataset.py --input {input:q} --image-root {params.image_root:q} {params.job}"
+        " --max-shard-bytes {params.settings[max_shard_bytes]} --decode-images {params.settings[decode_images]}"
         " --output-dir $(dirname {output.tar}) --parts-dir $(dirname {output.stats}) > {log} 2>&1"
 
 
@@ -55,11 +57,12 @@ rule index_webdataset:
         "{exp_dir}/benchmarks/index_webdataset/{experiment}.tsv"
     params:
         folder=flow.path("webdatasets"),
-        counts=flow.shard_counts,
-        settings=flow.settings("max_reject_fraction"),
+        job=flow.index_job,
+        settings=flow.settings("max_reject_fraction", "val_fraction", "split_seed"),
     shell:
-        "{PYTHON}index_webdataset.py {params.folder} {params.counts}"
-        " --max-reject-fraction {params.settings[max_reject_fraction]} --output {output} > {log} 2>&1"
+        "{PYTHON}index_webdataset.py {params.folder} {params.job} --output {output}"
+        " --max-reject-fraction {params.settings[max_reject_fraction]} --val-fraction {params.settings[val_fraction]}"
+        " --split-seed {params.settings[split_seed]} > {log} 2>&1"
 
 
 rule inspect_webdataset:
@@ -74,6 +77,10 @@ rule inspect_webdataset:
         "{exp_dir}/benchmarks/inspect_webdataset/{experiment}.tsv"
     params:
         folder=flow.path("webdatasets"),
+        tokenizer=flow.path("tokenizer"),
+        settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
     shell:
         "{PYTHON}inspect_webdataset.py {params.folder} --dataset {input}"
-        " --json {output.json} --html {output.html} > {log} 2>&1"
+        " --json {output.json} --html {output.html} --tokenizer {params.tokenizer} > {log} 2>&1"
+        " --seq-length {params.settings[seq_length]}"
+        " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"

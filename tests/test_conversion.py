@@ -1,18 +1,27 @@
 """Nothing is lost, nothing bad is let in, and the same input always gives the same bytes."""
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import tarfile
+from io import BytesIO
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from llava_sft.data.image_checks import check_image
+from llava_sft.data.image_checks import check_image, decode_image
+from llava_sft.data.images import decode_rgb
 from llava_sft.data.plan import Range, plan_ranges
 from llava_sft.data.records import Rejected
-from llava_sft.data.shards import TarWriter, convert_range
+from llava_sft.data.shards import TarWriter, convert_range, write_idx
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, contents, picture, record
 
@@ -61,6 +70,7 @@ def test_every_defect_is_rejected_with_its_reason_and_the_neighbours_are_kept(tm
         "cut.png": png[: len(png) // 2],
         "tiny.png": picture(size=(13, 64)),
         "strip.png": picture(size=(14, 2801)),
+        "bomb.png": picture(size=(10_001, 10_000), mode="1"),
     }
     expected = {
         "nowhere.png": "missing image",
@@ -72,6 +82,7 @@ def test_every_defect_is_rejected_with_its_reason_and_the_neighbours_are_kept(tm
         "cut.png": "truncated or damaged image",
         "tiny.png": "image side under the patch size",
         "strip.png": "absurd aspect ratio",
+        "bomb.png": "image has too many pixels",
         str(outside): "image outside the image root",
         "../outside.png": "image outside the image root",
         "link.png": "image outside the image root",
@@ -104,25 +115,81 @@ def test_a_link_within_the_image_root_is_followed(tmp_path):
     assert raw.convert()[0]["written"] == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "options"),
-    [
-        ("JPEG", "RGB", {"progressive": True}),
-        ("JPEG", "CMYK", {}),
-        ("JPEG", "L", {}),
-        ("PNG", "I;16", {}),
-        ("PNG", "P", {}),
-        ("PNG", "LA", {}),
-        ("WEBP", "RGBA", {}),
-        ("GIF", "P", {}),
-        ("BMP", "RGB", {}),
-        ("TIFF", "RGB", {}),
-    ],
-)
-def test_all_usual_formats_are_accepted(name, mode, options):
-    image = picture(name, (33, 21), mode, **options)
-    assert check_image(image)[1:] == (33, 21)
-    assert check_image(image + b"\0\0")[1:] == (33, 21)  # padding behind the end marker
+def turned(name: str) -> bytes:
+    """A picture that EXIF turns by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(name, (33, 21), exif=exif)
+
+
+def animated(name: str) -> bytes:
+    frames = [Image.new("RGB", (33, 21), colour) for colour in ("red", "blue")]
+    buffer = BytesIO()
+    frames[0].save(buffer, name, save_all=True, append_images=frames[1:], lossless=True)
+    return buffer.getvalue()
+
+
+# Every kind of file: (bytes, what a pixel of it shows in training; None where the gradient's own grey is seen).
+KINDS = {
+    "progressive": (picture("JPEG", (33, 21), progressive=True), None),
+    "CMYK": (picture("JPEG", (33, 21), "CMYK"), None),
+    "grey JPEG": (picture("JPEG", (33, 21), "L"), None),
+    "16-bit": (picture("PNG", (33, 21), "I;16"), (0, 0, 0)),
+    "palette": (picture("PNG", (33, 21), "P"), None),
+    "one bit": (picture("PNG", (33, 21), "1"), None),
+    "grey and alpha": (picture("PNG", (33, 21), "LA"), None),
+    "alpha": (picture("WEBP", (33, 21), "RGBA", lossless=True), None),
+    "GIF": (picture("GIF", (33, 21), "P"), None),
+    "BMP": (picture("BMP", (33, 21)), None),
+    "TIFF": (picture("TIFF", (33, 21)), None),
+    "animated GIF": (animated("GIF"), (255, 0, 0)),
+    "animated WebP": (animated("WEBP"), (255, 0, 0)),
+    "turned": (turned("JPEG"), None),
+    "turned PNG": (turned("PNG"), None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_is_accepted_kept_as_it_is_and_read_right(tmp_path, kind):
+    data, colour = KINDS[kind]
+    for check in (check_image, decode_image):
+        assert check(data)[1:] == (33, 21)
+        assert check(data + b"\0\0")[1:] == (33, 21)  # padding behind the end marker
+    raw = Raw(tmp_path, [record(0, "x.jpg")])
+    (raw.images / "x.jpg").write_bytes(data)
+    raw.convert()
+    with tarfile.open(raw.wds / "subtaskdata-00000.tar") as tar:
+        kept = tar.extractfile(tar.getmembers()[0]).read()
+    assert kept == data
+    pixels = decode_rgb(kept)
+    assert pixels.mode == "RGB" and pixels.size == ((21, 33) if "turned" in kind else (33, 21))
+    if colour:
+        assert pixels.getpixel((16, 10)) == colour
+    elif "one" not in kind:  # the gradient runs from black to white
+        top, bottom = (20, 5), (1, 5)
+        first, last = (
+            pixels.getpixel(place)[0] for place in ((top, bottom) if "turned" in kind else ((5, 1), (5, 20)))
+        )
+        assert abs(first - 18) < 25 and abs(last - 243) < 25
+
+
+def test_a_mode_that_pillow_can_not_turn_into_rgb_is_rejected(monkeypatch):
+    def refuse(*_):
+        raise ValueError("conversion not supported")
+
+    tiff = picture("TIFF")
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(Rejected, match="unreadable image mode"):
+        check_image(tiff)
+
+
+def test_sixteen_bits_are_scaled_and_transparency_lies_on_white():
+    buffer = BytesIO()
+    Image.fromarray(np.arange(33 * 21, dtype=np.uint16).reshape(21, 33) * 94).save(buffer, "PNG")
+    assert decode_rgb(buffer.getvalue()).getpixel((32, 20)) == (692 * 94 >> 8,) * 3
+    buffer = BytesIO()
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert decode_rgb(buffer.getvalue()).getpixel((3, 3)) == (255, 255, 255)
 
 
 def test_pixel_limit_holds_before_anything_is_decoded():
@@ -226,3 +293,70 @@ def test_images_with_damage_never_raise_anything_but_a_rejection():
             ):
                 with contextlib.suppress(Rejected):
                     check_image(data)
+
+
+names = st.text(alphabet="abcXYZ019_.é", min_size=1, max_size=30)
+
+
+@given(st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=6))
+def test_any_members_are_read_back_and_the_index_holds_their_places(members):
+    buffer = BytesIO()
+    tar = TarWriter(buffer)
+    starts = []
+    for number, (name, data) in enumerate(members):
+        starts.append(tar.offset)
+        tar.add(f"{number:02d}_{name}", data)
+    end = tar.offset
+    tar.finish()
+    idx = BytesIO()
+    write_idx(idx, starts, end)
+    assert [int.from_bytes(idx.getvalue()[i : i + 8], "little") for i in range(0, len(idx.getvalue()), 8)] == [
+        *starts,
+        end,
+    ]
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as read:
+        infos = read.getmembers()
+        assert [(info.name[3:], read.extractfile(info).read()) for info in infos] == members
+        assert [info.offset for info in infos] == starts
+
+
+def test_eight_jobs_at_once_give_the_bytes_of_one(tmp_path):
+    records = [record(i, ["a.png", "b.jpg", None][i % 3]) for i in range(200)]
+    one, eight = Raw(tmp_path / "one", records), Raw(tmp_path / "eight", records)
+    one.convert()
+    with multiprocessing.get_context("spawn").Pool(8) as pool:
+        job = functools.partial(convert_range, eight.path, eight.images, eight.wds, eight.parts, "subtaskdata")
+        stats = pool.map(job, plan_ranges(eight.path, 600), chunksize=1)
+    assert sum(s["written"] for s in stats) == 200
+    assert contents(one.wds) == contents(eight.wds)
+
+
+def test_twenty_kills_cost_nothing_but_time(tmp_path):
+    records = [record(i, ["a.png", None][i % 2]) for i in range(3000)]
+    undisturbed, killed = Raw(tmp_path / "one", records), Raw(tmp_path / "two", records)
+    undisturbed.convert(range_bytes=40_000)
+    job = (
+        "import sys; from pathlib import Path; from llava_sft.data.plan import plan_ranges;"
+        "from llava_sft.data.shards import convert_range; raw, images, wds, parts = map(Path, sys.argv[1:]);"
+        "print('ready', flush=True);"
+        "[convert_range(raw, images, wds, parts, 'subtaskdata', part) for part in plan_ranges(raw, 40_000)"
+        " if not (parts / f'subtaskdata-{part.index:05d}.stats.json').exists()]"
+    )
+    command = [sys.executable, "-c", job, killed.path, killed.images, killed.wds, killed.parts]
+    draw = random.Random(7)
+    for attempt in range(21):
+        process = subprocess.Popen(command, cwd=SCRIPTS, stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        if attempt < 20:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(0, 0.03))
+            process.kill()
+        process.communicate()
+        for stats in killed.parts.glob("*.stats.json"):  # what counts as made is whole
+            made = json.loads(stats.read_bytes())
+            assert (killed.wds / f"{made['shard']}.tar").stat().st_size == made["tar"]["bytes"]
+    assert process.returncode == 0
+    whole = contents(killed.wds)
+    assert {name: data for name, data in whole.items() if not name.endswith(".tmp")} == contents(undisturbed.wds)
+    assert not [name for name in whole if name.endswith(".tmp")]

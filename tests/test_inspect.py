@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from llava_sft.data.heldout import read_split
+from llava_sft.data.images import decode_rgb, image_tokens, to_patches
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.inspect import distribution, inspect_webdataset, render_html
+from llava_sft.data.inspect import TokenCounter, distribution, inspect_webdataset, render_html
+from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, picture, record
 
@@ -165,3 +168,35 @@ def test_histogram_holds_every_value_once(values):
     assert len(bars) <= 13
     assert all(before["to"] < after["from"] for before, after in pairwise(bars))
     assert (told["min"], told["max"]) == (min(values), max(values))
+
+
+def test_tokens_duplicates_and_scripts_are_counted(tmp_path, small_checkpoint):
+    texts = ["What is it?", "这是什么？", "これは何ですか", "Что это?", "123"]
+    records = [record(i, "a.png") for i in range(5)] + [record(0, "a.png"), record(9, ["a.png", "b.jpg"])]
+    for turn, text in zip(records, texts, strict=False):
+        turn["conversations"] = [{"from": "human", "value": f"<image>{text}"}, {"from": "gpt", "value": text}]
+    records[5]["conversations"] = records[0]["conversations"]
+    long = record(10, None)
+    long["conversations"] += [{"from": "human", "value": "x " * 500}, {"from": "gpt", "value": "y"}]
+    raw = Raw(tmp_path, [*records, long])
+    raw.convert()
+    index_webdataset(raw.wds, raw.parts)
+    tokens = TokenCounter(small_checkpoint, 200, 3136, 1_000_000)
+    report, gallery = inspect_webdataset(raw.wds, raw.parts, tokens=tokens)
+    assert report["ok"], report["problems"]
+    assert report["duplicates"] == {
+        "sample": {"repeated": 1, "different": 7},
+        "image": {"repeated": 6, "different": 2},
+    }
+    assert report["scripts"] == {"Latin": 4, "Chinese": 1, "Japanese": 1, "Cyrillic": 1, "other": 1}
+    assert report["distributions"]["tokens"]["count"] == 8
+    assert report["distributions"]["tokens"]["max"] > 500
+    assert report["sequence_length"] == {"seq_length": 200, "cut": 1, "left_out": 0}
+    # As training counts them.
+    template = ChatTemplate(small_checkpoint)
+    sample = next(read_split(raw.wds, "train"))
+    _, grid = to_patches(decode_rgb(sample.images[0]), 3136, 1_000_000)
+    assert tokens.count(sample.messages, [(32, 28)]) == len(
+        template.encode(sample.messages, [image_tokens(grid)], 10_000).input_ids
+    )
+    assert "seq_length 200" in render_html(report, gallery)

@@ -29,9 +29,9 @@ def wds(tmp_path_factory):
     return train
 
 
-def loader(folder, tokenizer, workers=0, seed=1, seq_length=512, micro_batch_size=2):
-    encoder = VlmTaskEncoder(ChatTemplate(tokenizer), seq_length, MIN_PIXELS, MAX_PIXELS)
-    return train_loader(folder, encoder, worker_config(0, 1, workers, seed), micro_batch_size)
+def loader(folder, tokenizer, workers=0, seed=1, seq_length=512, micro_batch_size=2, packing=False):
+    encoder = VlmTaskEncoder(ChatTemplate(tokenizer), seq_length, MIN_PIXELS, MAX_PIXELS, packing, seed=seed)
+    return train_loader(folder, encoder, worker_config(0, 1, workers, seed), micro_batch_size, packing_buffer_size=10)
 
 
 def take(batches, count):
@@ -40,7 +40,7 @@ def take(batches, count):
 
 
 def keys(batches):
-    return [key for batch in batches for key in batch.__key__]
+    return [key for batch in batches for keys in batch.__key__ for key in keys.split(",")]
 
 
 def test_every_sample_comes_in_an_order_that_the_seed_decides(wds, small_checkpoint):
@@ -51,21 +51,32 @@ def test_every_sample_comes_in_an_order_that_the_seed_decides(wds, small_checkpo
     assert order[:RECORDS] != keys(take(loader(wds.wds, small_checkpoint, seed=2), RECORDS // 2))
 
 
-def test_a_restored_loader_goes_on_with_the_very_next_batch(wds, small_checkpoint):
-    first = loader(wds.wds, small_checkpoint, workers=1)
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_a_restored_loader_goes_on_with_the_very_next_batch(wds, small_checkpoint, packing):
+    first = loader(wds.wds, small_checkpoint, workers=1, packing=packing)
     iterator = iter(first)
     KEPT.append(iterator)
     for _ in range(5):
         next(iterator)
     state = first.save_state_rank()
     expected = [next(iterator) for _ in range(10)]  # into the second epoch
-    again = loader(wds.wds, small_checkpoint, workers=1)
+    again = loader(wds.wds, small_checkpoint, workers=1, packing=packing)
     again.restore_state_rank(state)
     KEPT.append(iter(again))
     for ours, theirs in zip(take(KEPT[-1], 10), expected, strict=True):
         assert ours.__key__ == theirs.__key__
-        for name in ("input_ids", "labels", "loss_mask", "pixels", "grids", "image_index"):
+        assert ours.segments == theirs.segments
+        for name in ("input_ids", "answer_index", "answer_labels", "pixels", "grids", "image_index"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_packed_sequences_hold_whole_samples_and_no_more_than_fits(wds, small_checkpoint):
+    for batch in take(loader(wds.wds, small_checkpoint, packing=True, seq_length=300, micro_batch_size=1), 8):
+        assert batch.input_ids.shape == (1, batch.num_tokens) and batch.num_tokens <= 300
+        starts = [0, *np.cumsum(batch.segments)[:-1].tolist()]
+        begin = batch.input_ids[0, 0]  # <|im_start|> of the system prompt
+        assert all(batch.input_ids[0, start] == begin for start in starts)
+        assert len(starts) == len(batch.__key__[0].split(","))
 
 
 def test_a_batch_is_padded_to_its_own_longest_and_says_where_its_images_stand(wds, small_checkpoint):
@@ -75,11 +86,13 @@ def test_a_batch_is_padded_to_its_own_longest_and_says_where_its_images_stand(wd
         text = batch.input_ids != template.pad_token_id
         assert batch.num_tokens == text.sum() and text.sum(1).max() == length
         assert all(not row[int(n) :].any() for row, n in zip(text, text.sum(1), strict=True))  # padding behind the text
-        assert torch.equal(batch.labels[:, :-1][text[:, 1:]], batch.input_ids[:, 1:][text[:, 1:]])
-        for labels, mask in zip(batch.labels, batch.loss_mask.bool(), strict=True):  # what is to be predicted
-            answer = template.tokenizer.decode(labels[mask].tolist(), skip_special_tokens=False)
-            assert re.fullmatch(r"Answer \d+\.<\|im_end\|>", answer)
         flat = batch.input_ids.T.flatten()  # the model's [tokens, batch]
+        assert torch.equal(flat[batch.answer_index + rows], batch.answer_labels)  # each place predicts the next token
+        for row in range(rows):
+            answer = template.tokenizer.decode(
+                batch.answer_labels[batch.answer_index % rows == row].tolist(), skip_special_tokens=False
+            )
+            assert re.fullmatch(r"Answer \d+\.<\|im_end\|>", answer)
         assert (flat[batch.image_index] == template.image_token_id).all()
         assert len(batch.image_index) == (flat == template.image_token_id).sum() == len(batch.pixels) // 4
         assert batch.grids.prod(1).sum() == len(batch.pixels)

@@ -114,18 +114,33 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def loader_batch(folder, conversations):
+def loader_batch(folder, conversations, packing=False, pad_multiple=1):
     """What the loader hands to the model for these conversations."""
     from llava_sft.data.loader import Conversation, VlmTaskEncoder
     from llava_sft.data.template import ChatTemplate
 
-    encoder = VlmTaskEncoder(ChatTemplate(folder), VALUES["seq_length"], MIN_PIXELS, MAX_PIXELS)
+    encoder = VlmTaskEncoder(
+        ChatTemplate(folder), VALUES["seq_length"], MIN_PIXELS, MAX_PIXELS, packing=packing, pad_multiple=pad_multiple
+    )
     keys = {"__restore_key__": (), "__subflavors__": {}}
     samples = [
         Conversation(__key__=str(i), **keys, messages=messages, images=[png(p) for p in pictures])
         for i, (messages, pictures) in enumerate(conversations)
     ]
-    return encoder.batch([encoder.encode_sample(sample) for sample in samples])
+    return encoder.batch([encoder.postencode_sample(encoder.preencode_sample(sample)) for sample in samples])
+
+
+def answer_losses(model, batch):
+    """Loss of every answer token of a batch, packed or padded."""
+    from llava_sft.model.attention import packed_seq_params
+
+    return mcore_forward(
+        model,
+        batch,
+        answer_index=batch.answer_index,
+        answer_labels=batch.answer_labels,
+        packed_seq_params=packed_seq_params(batch.segments, torch.device("cpu")) if batch.segments else None,
+    )
 
 
 def mcore_forward(model, batch, **kwargs):
@@ -153,6 +168,41 @@ CASES = {
 }
 
 
+def test_packed_sequence_has_the_losses_and_gradients_of_its_samples(both, small_checkpoint):
+    conversations = [*CASES["padded batch of three"], conversation(0), conversation(5)]
+    packed = loader_batch(small_checkpoint, conversations, packing=True, pad_multiple=64)
+    assert packed.input_ids.shape[0] == 1 and packed.input_ids.shape[1] % 64 == 0
+    assert sum(packed.segments) == packed.input_ids.shape[1] > packed.num_tokens
+    model = both.mcore.train()
+    runs = {}
+    for name, batches in {
+        "packed": [packed],
+        "alone": [loader_batch(small_checkpoint, [each]) for each in conversations],
+    }.items():
+        model.zero_grad()
+        losses = [answer_losses(model, batch) for batch in batches]
+        torch.cat(losses).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        runs[name] = torch.cat(losses).detach(), gradients
+    assert greatest_difference(runs["packed"][0], runs["alone"][0]) <= 1e-5
+    for name, gradient in runs["alone"][1].items():
+        assert greatest_difference(runs["packed"][1][name], gradient) <= 1e-5, name
+
+
+def test_logits_in_pieces_give_the_same_losses_and_gradients(both, small_checkpoint, monkeypatch):
+    batch, model = loader_batch(small_checkpoint, CASES["padded batch of three"]), both.mcore.train()
+    weight = model.language_model.output_layer.weight
+    runs = []
+    for chunk in (10**6, 7):
+        monkeypatch.setattr("llava_sft.model.llava.LOGITS_CHUNK", chunk)
+        model.zero_grad()
+        losses = answer_losses(model, batch)
+        losses.sum().backward()
+        runs.append((losses.detach(), weight.grad.clone()))
+    assert greatest_difference(runs[0][0], runs[1][0]) <= 1e-6
+    assert greatest_difference(runs[0][1], runs[1][1]) <= 1e-5
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_the_hugging_face_models(both, small_checkpoint, case):
@@ -170,17 +220,16 @@ def test_logits_equal_the_hugging_face_models(both, small_checkpoint, case):
 def test_gradients_of_the_masked_loss_equal_the_hugging_face_models(both, small_checkpoint, small_model):
     conversations = CASES["padded batch of three"]
     batch, inputs = loader_batch(small_checkpoint, conversations), hf_inputs(both.processor, conversations)
-    assert batch.loss_mask.any(dim=1).all() and not batch.loss_mask.all()
+    tokens, rows = batch.answer_index // len(conversations), batch.answer_index % len(conversations)
+    assert set(rows.tolist()) == {0, 1, 2} and len(rows) < batch.num_tokens
     for model in (both.mcore, both.hf):
         model.train()
         model.zero_grad()
-    losses = mcore_forward(both.mcore, batch, labels=batch.labels)
-    (losses * batch.loss_mask).sum().backward()
-    logits = both.hf(**inputs).logits
-    theirs = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
-    (theirs * batch.loss_mask).sum().backward()
-    mask = batch.loss_mask.bool()
-    assert greatest_difference(losses[mask], theirs[mask]) <= 1e-5
+    losses = answer_losses(both.mcore, batch)
+    losses.sum().backward()
+    theirs = F.cross_entropy(both.hf(**inputs).logits[rows, tokens], batch.answer_labels, reduction="none")
+    theirs.sum().backward()
+    assert greatest_difference(losses, theirs) <= 1e-5
 
     parameters = {value.key: value.data for value in both.mcore.sharded_state_dict().values()}
     gradients = {name: parameter.grad for name, parameter in both.hf.named_parameters()}
@@ -251,7 +300,6 @@ def test_the_cpu_layer_stays_small_and_within_torch_and_megatron(megatron):
     assert len(cpu.PATCHED) == len(set(cpu.PATCHED)) <= 70
     assert [name for name in cpu.PATCHED if not name.startswith(("torch.", "megatron."))] == []
     assert sorted(name.rpartition(".")[2] for name in cpu.PATCHED if name.startswith("megatron.")) == [
-        "_compile_dependencies",
         "_set_cuda_rng_state",
         "initialize_megatron",
         "set_jit_fusion_options",

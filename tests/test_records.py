@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_sft.data import records
-from llava_sft.data.records import Line, Rejected, parse_json, parse_llava, read_lines
+from llava_sft.data.records import Line, Rejected, parse_json, parse_record, read_lines
 
 GOOD = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A digit."}]
 
 
 def parse(line: bytes) -> Any:
     record = parse_json(Line(1, 0, line))
-    return None if record is None else parse_llava(record)
+    return None if record is None else parse_record(record)
 
 
 def llava(conversations: Any, **keys: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ import pytest
 
 from conftest import MODELS
 from llava_sft.checkpoint.start import SIDECARS, TRACKER
+from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
 from llava_sft.files import read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.training.arguments import megatron_arguments
-from llava_sft.training.launcher import command, processes
-from llava_sft.training.run import checkpoint_dir, iterations_done, lock, open_run, start_dir
+from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
+from llava_sft.training.launcher import command
+from llava_sft.training.run import lock, open_run, start_dir
 from llava_sft.training.watch import METRICS, Watch, forget_after, progress_line, read_metrics
 from test_model_config import ROOT
 
@@ -23,11 +26,9 @@ from test_model_config import ROOT
 @pytest.fixture(scope="module")
 def shipped_settings():
     """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
-    code = (
-        "import json; from llava_sft.config import load_settings, resolve;"
-        "print(json.dumps(resolve(load_settings('vqa', {'gpus_per_node': 0}), 5000)[0]))"
-    )
-    return json.loads(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return json.loads(json.dumps(resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0]))
 
 
 @pytest.fixture
@@ -56,6 +57,7 @@ def run_dir(tmp_path):
 def saved(run_dir, iteration):
     """As Megatron leaves a whole checkpoint."""
     checkpoint_dir(run_dir, iteration).mkdir()
+    (checkpoint_dir(run_dir, iteration) / ".metadata").write_text("x")
     (run_dir / TRACKER).write_text(str(iteration))
 
 
@@ -178,7 +180,8 @@ HOLD = "import sys, time, pathlib, llava_sft.training.run as r; held = r.lock(pa
 
 
 def test_a_second_training_is_kept_out_until_the_first_is_dead(run_dir):
-    first = subprocess.Popen([sys.executable, "-c", HOLD, run_dir], stdout=subprocess.PIPE)
+    here = os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
+    first = subprocess.Popen([sys.executable, "-c", HOLD, run_dir], stdout=subprocess.PIPE, env=here)
     try:
         assert first.stdout.readline() == b"1\n"
         with pytest.raises(RunError, match="another training is running"):
@@ -268,10 +271,19 @@ def test_numbers_reach_megatron_as_they_were_set(resolved, tmp_path):
     assert (read["rotary-base"], read["norm-epsilon"], read["kv-channels"]) == ("5000000", "1e-06", "128")
 
 
-@pytest.mark.parametrize(("gpus", "tp", "pp", "count"), [(0, 1, 1, 1), (0, 2, 2, 4), (8, 2, 1, 8)])
-def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(gpus, tp, pp, count):
-    values = {"gpus_per_node": gpus, "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    assert processes(values) == count
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [
+        ({"gpus_per_node": 0}, 1),
+        ({"gpus_per_node": 0, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 4),
+        ({"gpus_per_node": 0, "nproc_per_node": 2}, 2),
+        ({"gpus_per_node": 8, "tensor_model_parallel_size": 2, "global_batch_size": "auto"}, 8),
+    ],
+)
+def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypatch, asked, count):
+    monkeypatch.chdir(ROOT)
+    values, _ = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)
+    assert values["nproc_per_node"] == count
     argv, environment = command(count, ["a", "b"])
     assert ("torch.distributed.run" in argv) == (count > 1)
     assert argv[-4:] == ["-m", "llava_sft.training", "a", "b"]
@@ -295,7 +307,10 @@ def record(iteration, **changes):
 def test_progress_is_one_line_with_the_time_that_is_left(iteration, step_s, left):
     line = progress_line(record(iteration, step_s=step_s))
     step = f"step {iteration:>4}/3200"
-    assert line == f"{step}  loss 1.2345  lr 1.00e-05  5,120 tokens/s  data wait 1%  2.1 GiB  {left}"
+    assert (
+        line
+        == f"{step}  loss 1.2345  lr 1.00e-05  grad 0.50  5,120 tokens/s  padding 10%  data wait 1%  2.1 GiB  {left}"
+    )
 
 
 def test_a_resume_drops_the_records_of_the_steps_that_it_takes_again(run_dir):
@@ -310,12 +325,13 @@ def test_a_resume_drops_the_records_of_the_steps_that_it_takes_again(run_dir):
 
 
 def test_a_record_sums_up_the_steps_since_the_last_one(run_dir):
-    watch = Watch(run_dir, train_iters=25, log_interval=10, replicas=2)
+    values = {"train_iters": 25, "log_interval": 10, "log_samples": False, "max_bad_steps": 99}
+    watch = Watch(run_dir, values, data_rank=0, replicas=2, first=0, writes=True, peak=None, tensorboard=None)
     for iteration in range(1, 26):
         time.sleep(0.001)
-        watch.batch(waited=0.0001, tokens=30, padded=40)
-        watch.batch(waited=0.0, tokens=50, padded=60)
-        watch.step(iteration, loss=float(iteration), learning_rate=1e-5, grad_norm=None, memory_gib=1.0)
+        watch.batch(waited=0.0001, tokens=30, padded=40, flops=1.0, ids=["a"])
+        watch.batch(waited=0.0, tokens=50, padded=60, flops=1.0, ids=["b"])
+        watch.step(iteration, loss=float(iteration), rates={"learning-rate": 1e-5}, grad_norm=None, memory_gib=1.0)
     records = read_metrics(run_dir)
     assert [r["iteration"] for r in records] == [10, 20, 25]  # the last step always
     assert [r["lm loss"] for r in records] == [5.5, 15.5, 23.0]

@@ -1,5 +1,6 @@
 """What the tests of conversion, index and inspection share: small raw data sets, converted in this process."""
 
+import contextlib
 import json
 from io import BytesIO
 from pathlib import Path
@@ -52,3 +53,35 @@ class Raw:
 def contents(*folders: Path) -> dict[str, bytes]:
     """Every file under some folders, by name."""
     return {str(path.relative_to(f)): path.read_bytes() for f in folders for path in f.rglob("*") if path.is_file()}
+
+
+def read_with_energon(*paths: Path, full: bool = False) -> list[dict[str, list]]:
+    """As stock energon reads sets with our cookers: 100 training samples, and the validation split.
+
+    A sample is its key or, in full, [key, texts of its messages, number of images].
+    """
+    from megatron.energon import TaskEncoder, WorkerConfig, get_loader, get_train_dataset, get_val_dataset
+    from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
+
+    from llava_sft.data.loader import VlmTaskEncoder
+
+    class Encoder(TaskEncoder):
+        decoder = None
+        cookers = VlmTaskEncoder.cookers
+
+        def batch(self, samples):
+            return samples
+
+    def show(sample):
+        return [sample.__key__, [m["content"] for m in sample.messages], len(sample.images)] if full else sample.__key__
+
+    read = []
+    for path in paths:
+        config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+        common = {"worker_config": config, "batch_size": 1, "task_encoder": Encoder()}
+        train = get_loader(get_train_dataset(path, shuffle_buffer_size=8, max_samples_per_sequence=5, **common))
+        batches = iter(train)
+        read.append({"train": [show(next(batches)[0]) for _ in range(100)], "val": []})
+        with contextlib.suppress(EmptyDatasetError):
+            read[-1]["val"] = [show(batch[0]) for batch in get_loader(get_val_dataset(path, **common))]
+    return read

@@ -5,7 +5,6 @@ answers equals the true one, surrounding space aside.
 """
 
 import argparse
-import base64
 import sys
 import time
 from itertools import islice
@@ -135,6 +134,8 @@ def count_images(question: tuple) -> int:
 
 
 def example(sample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
+    from llava_sft.data.heldout import data_uri
+
     return {
         "id": sample.id,
         "group": str(sample.meta.get(by, "all")),
@@ -142,12 +143,8 @@ def example(sample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
         "answer": "\n".join(truth for truth, _ in pairs),
         "prediction": "\n".join(prediction for _, prediction in pairs),
         "correct": right,
-        "images": [f"data:{mime(data)};base64,{base64.b64encode(data).decode()}" for data in sample.images],
+        "images": [data_uri(data) for data in sample.images],
     }
-
-
-def mime(data: bytes) -> str:
-    return "image/png" if data.startswith(b"\x89PNG") else "image/webp" if data[8:12] == b"WEBP" else "image/jpeg"
 
 
 if __name__ == "__main__":

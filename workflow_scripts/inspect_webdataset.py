@@ -2,8 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from llava_sft.data.inspect import inspect_webdataset, render_html
+from llava_sft.data.adopt import adopt_webdataset
+from llava_sft.data.index import index_webdataset
+from llava_sft.data.inspect import TokenCounter, inspect_webdataset, render_html
 from llava_sft.data.plan import default_parts_dir
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json, write_text
@@ -22,17 +25,32 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
     parser.add_argument("--seed", type=int, default=0, help="of the gallery and of the images decoded (%(default)s)")
+    parser.add_argument("--fix", action="store_true", help="write .nv-meta and .tar.idx anew first; no tar is touched")
+    parser.add_argument(
+        "--tokenizer", type=Path, nargs="?", metavar="FOLDER", help="count tokens with this tokenizer.json"
+    )
+    parser.add_argument("--seq-length", type=int, default=32768, help="… and what this length would cut (%(default)s)")
+    parser.add_argument("--min-pixels", type=int, default=3136, help="… with images of at least (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, default=1_000_000, help="… and at most (%(default)s)")
     args = parser.parse_args()
+    parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
     if args.dataset and not args.dataset.is_file():
         raise DataError(
             f"dataset file {args.dataset} does not exist", "run index_webdataset.py, or leave --dataset out"
         )
 
+    dataset = read_json(args.dataset) if args.dataset else None
+    if args.fix:
+        rebuild(args.wds_dir, parts_dir, dataset)
+    tokens = None
+    if args.tokenizer:
+        tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
     report, gallery = inspect_webdataset(
         args.wds_dir,
-        args.parts_dir or default_parts_dir(args.wds_dir),
-        read_json(args.dataset) if args.dataset else None,
+        parts_dir,
+        dataset,
         args.seed,
+        tokens,
     )
     if args.json:
         write_json(args.json, report)
@@ -41,9 +59,14 @@ def main() -> None:
 
     for split, counts in report["splits"].items():
         print(f"{split}: {counts['samples']:,} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB")
-    for name in ("turns", "images per sample", "answer length"):
+    for name in ("tokens", "turns", "images per sample", "answer length"):
         if values := report["distributions"].get(name):
             print(f"{name}: median {values['median']}, 95 % up to {values['p95']}, largest {values['max']}")
+    if length := report["sequence_length"]:
+        print(f"seq_length {length['seq_length']:,}: {length['cut']:,} samples cut, {length['left_out']:,} left out")
+    for what, counts in report["duplicates"].items():
+        if counts["repeated"]:
+            print(f"duplicates: {counts['repeated']:,} {what}s repeat an earlier one")
     if rejects := report["rejects"]:
         print(f"rejects: {rejects['rejected']:,} of {rejects['read']:,} records")
     for note in report["notes"]:
@@ -53,8 +76,27 @@ def main() -> None:
         print(f"{check['name']}: {check['looked_at']:,} looked at, {verdict}")
     if report["problems"]:
         first = "\n".join(f"  {p['where']}: {p['what']}" for p in report["problems"][:PROBLEMS_PRINTED])
-        raise DataError(f"{args.wds_dir} is broken. The first problems:\n{first}", "convert or index it again")
+        raise DataError(
+            f"{args.wds_dir} is broken. The first problems:\n{first}",
+            "convert it again; for a missing or stale index: --fix",
+        )
     print(f"{args.wds_dir} is whole" + (f"; see {args.html}" if args.html else ""))
+
+
+def rebuild(wds_dir: Path, parts_dir: Path, dataset: dict[str, Any] | None) -> None:
+    """Write the index anew; sources' weights and val_fraction are those of the dataset file, given or beside the folder."""
+    if not parts_dir.is_dir():
+        adopt_webdataset(wds_dir, wds_dir, max_reject_fraction=1)
+        return
+    beside = [
+        path
+        for path in (wds_dir.with_name(f"{wds_dir.name}.json"), wds_dir.with_name("dataset.json"))
+        if path.is_file()
+    ]
+    known = dataset or (read_json(beside[0]) if beside else {})
+    plan = [{"name": name, "weight": weight} for name, weight in known.get("weights", {}).items()]
+    split = known.get("split", {"val_fraction": 0.0, "split_seed": 0})
+    index_webdataset(wds_dir, parts_dir, (), 1, plan, split["val_fraction"], split["split_seed"])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,27 @@ from llava_sft.paths import Paths
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
+NOT_SHOWN = (
+    "experiment",
+    "model",
+    "load",
+    "tokenizer",
+    "exp_dir",
+    "raw_data",
+    "heldout_data",
+    "image_root",
+    "webdatasets",
+)
+ALWAYS_SHOWN = (
+    "stage",
+    "trainable_modules",
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "lr",
+)
+
 
 @exits_cleanly
 def main() -> None:
@@ -34,7 +55,7 @@ def main() -> None:
     dataset = read_json(paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
     start = open_start(settings.load, paths.converted, settings.tokenizer)
-    values, why = resolve(settings, dataset["train"]["samples"])
+    values, why = resolve(settings, dataset["train"]["samples"], dataset["heldout"]["samples"])
 
     resolved = {
         "run_name": settings.run_name,
@@ -42,7 +63,7 @@ def main() -> None:
         "why": why,
         "model": model.model_dump(),
         "data": {
-            "path": str(paths.webdatasets),
+            "path": str(paths.training_data),
             "fingerprint": dataset["fingerprint"],
             "train_samples": dataset["train"]["samples"],
             "heldout_samples": dataset["heldout"]["samples"],
@@ -59,11 +80,13 @@ def main() -> None:
     }
     notes = warnings(settings, start.untrained)
     write_json(paths.resolved, resolved)
-    write_json(paths.prediction, {"parameters": model.parameter_count(), "warnings": notes})
-    show(resolved, model.parameter_count(), notes)
+    prediction = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
+    write_json(paths.prediction, prediction | {"overrides": args.config})
+    show(resolved, model.parameter_count(), notes, settings.origin)
 
 
-def show(resolved: dict, parameters: int, notes: list[str]) -> None:
+def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, str]) -> None:
+    """The settings that decide what is learned, and all that are not defaults: value, and where it came from."""
     values, why, data, start = (resolved[key] for key in ("settings", "why", "data", "start"))
     gbs, iters = values["global_batch_size"], values["train_iters"]
     print(f"{resolved['run_name']}: {resolved['model']['name']}, {parameters:,} parameters, from {start['load']}")
@@ -73,18 +96,11 @@ def show(resolved: dict, parameters: int, notes: list[str]) -> None:
     print(
         f"  {data['train_samples']:,} samples for training ({epochs:.2f} epochs), {data['heldout_samples']:,} held out"
     )
-    for name in (
-        "train_iters",
-        "global_batch_size",
-        "micro_batch_size",
-        "seq_length",
-        "lr",
-        "save_interval",
-        "num_workers",
-        "gpus_per_node",
-        "bf16",
-    ):
-        print(f"  {name:18} {values[name]!s:10} {why.get(name, '')}".rstrip())
+    defaults = str(CONFIG_DIR / "config.yaml")
+    shown = [name for name in values if name in ALWAYS_SHOWN or name in why or origin.get(name, defaults) != defaults]
+    for name in (name for name in shown if name not in NOT_SHOWN):
+        value = ", ".join(values[name]) if isinstance(values[name], list) else values[name]
+        print(f"  {name:26} {value!s:14} {f'auto: {why[name]}' if name in why else origin[name]}")
     for note in notes:
         print(f"  warning: {note}")
 

@@ -7,15 +7,20 @@ import argparse
 import datetime
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
-from llava_sft.training.launcher import launch, processes
-from llava_sft.training.run import checkpoint_dir, identity, iterations_done, lock, open_run, start_dir
+from llava_sft.model.config import ModelConfig
+from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
+from llava_sft.training.launcher import launch
+from llava_sft.training.run import give_back, identity, lock, open_run, start_dir
 from llava_sft.training.watch import forget_after, read_metrics
+
+FAILURE = "failure.json"  # written by the training when it knows the cause
 
 EXIT_GO_ON = 75  # stopped in good order before the last step: the same command goes on
 
@@ -36,9 +41,13 @@ def main() -> None:
     if start == train_iters:
         print(f"{run_dir}: all {train_iters} steps are done, with the same data and settings: nothing to train")
         finish(args.done, run_dir, resolved)
+        give_back(held)
         return
 
     check_machine(settings)
+    prune(run_dir, settings["keep_last"], settings["keep_every"])
+    check_space(run_dir, resolved)
+    (run_dir / FAILURE).unlink(missing_ok=True)
     forget_after(run_dir, start)
     log = run_dir / f"run_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{platform.node()}.log"
     print(f"{run_dir}: " + (f"going on from step {start} of {train_iters}" if start else f"{train_iters} steps"))
@@ -46,7 +55,7 @@ def main() -> None:
     began = time.monotonic()
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
     code = launch(
-        processes(settings),
+        settings["nproc_per_node"],
         [str(run_dir / "run.json"), str(run_dir), str(start_folder or "")],
         run_dir,
         log,
@@ -54,12 +63,16 @@ def main() -> None:
         say=lambda line: print(line, flush=True),
     )
     reached = iterations_done(run_dir)
+    give_back(held)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)
     elif code == 0:
         print(f"{run_dir}: stopped at step {reached} of {train_iters}; the same command goes on from there")
         sys.exit(EXIT_GO_ON)
+    elif (run_dir / FAILURE).is_file():
+        known = read_json(run_dir / FAILURE)
+        raise RunError(f"training stopped at step {reached} of {train_iters}: {known['problem']}", known["fix"])
     else:
         raise RunError(
             f"training ended with exit code {code} at step {reached} of {train_iters}.\n{last_lines(log)}", f"see {log}"
@@ -96,6 +109,19 @@ def check_machine(settings: dict) -> None:
         free = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize if shared.is_dir() else None
         if free is not None and free < 64 << 20:
             raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
+
+
+def check_space(run_dir: Path, resolved: dict) -> None:
+    """Raise RunError when not one checkpoint fits on the disk; warn when not all of them do."""
+    settings, parameters = resolved["settings"], ModelConfig(**resolved["model"]).parameter_count()
+    size = expected_bytes(parameters, parameters, settings["bf16"])
+    check_disk(run_dir, size, "a checkpoint")
+    kept = min(-(-settings["train_iters"] // settings["save_interval"]), settings["keep_last"] or 10**9)
+    free = shutil.disk_usage(run_dir).free
+    if free < kept * size:
+        print(
+            f"warning: {kept} checkpoints may take {kept * size / 2**30:,.1f} GiB, the disk has {free / 2**30:,.1f} GiB free: set keep_last"
+        )
 
 
 def last_lines(log: Path, count: int = 12) -> str:

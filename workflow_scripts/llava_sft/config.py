@@ -1,7 +1,8 @@
 """Every setting of an experiment, checked before anything runs, and the rules that work out what is left at `auto`.
 
 Notable:
-- precedence: config/config.yaml < config/experiments/X.yaml < the command line (`--config lr=5e-6`);
+- precedence: config/config.yaml < config/stages/<stage>.yaml < config/experiments/X.yaml < the command line
+  (`--config lr=5e-6`);
 - names are Megatron's; an unknown key, a wrong type or an impossible combination is one message with file, key, value,
   rule and fix;
 - this module is imported while Snakemake builds its DAG: it must stay light (no torch).
@@ -10,13 +11,14 @@ Notable:
 import difflib
 import math
 import os
+import re
 import subprocess
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from llava_sft.errors import SettingsError
 
@@ -24,6 +26,11 @@ CONFIG_DIR = Path("config")
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0)]
+Part = Literal["language_model", "adapter", "vision_model"]  # as the model's modules are named
+
+# Names of run directories begin like this; the values of a stage are in config/stages/.
+STAGES = {"align": "stage1_align", "mid": "stage1.5_mid", "sft": "stage2_sft"}
 
 # The by-hand guide's names, for people who type them here.
 GUIDE_NAMES = {
@@ -32,6 +39,18 @@ GUIDE_NAMES = {
     "TOKENIZER_PATH": "tokenizer", "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size",
     "learning_rate": "lr", "save-interval": "save_interval", "num-workers": "num_workers",
 }  # fmt: skip
+
+
+class SourceSettings(BaseModel):
+    """One entry of `sources`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    heldout: str | None = None
+    image_root: Path | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
 
 
 class Settings(BaseModel):
@@ -47,9 +66,14 @@ class Settings(BaseModel):
     raw_data: Path | None
     heldout_data: Path | None
     image_root: Path | None
+    sources: tuple[SourceSettings, ...]
     webdatasets: Path | None
-    shard_bytes: Positive
+    shard_bytes: Positive | None
+    max_shard_bytes: Positive
+    decode_images: bool
     max_reject_fraction: Fraction
+    val_fraction: Fraction
+    split_seed: Annotated[int, Field(ge=0)]
     min_pixels: Positive
     max_pixels: Positive
     # model
@@ -57,17 +81,23 @@ class Settings(BaseModel):
     load: str
     load_parts: dict[str, str]
     tokenizer: Path | None
-    stage: Literal["sft"]
+    stage: Literal["align", "mid", "sft"]
+    trainable_modules: Annotated[list[Part], Field(min_length=1)]
     # batches and length
     seq_length: Positive
+    packing: bool
+    packing_buffer_size: Positive
     micro_batch_size: Positive
     global_batch_size: Positive | Auto
     train_iters: Positive | Auto
     epochs: Annotated[float, Field(gt=0)]
     # optimizer
-    lr: Annotated[float, Field(gt=0)]
+    lr: Rate
+    lr_vision: Rate | Auto
+    lr_adapter: Rate | Auto
     min_lr: Annotated[float, Field(ge=0)] | Auto
     lr_decay_style: Literal["cosine", "linear", "constant"]
+    lr_decay_iters: Positive | Auto
     lr_warmup_fraction: Fraction
     weight_decay: Annotated[float, Field(ge=0)]
     adam_beta1: Fraction
@@ -78,11 +108,21 @@ class Settings(BaseModel):
     # run
     bf16: bool | Auto
     save_interval: Positive | Auto
-    log_interval: Positive
+    keep_last: Positive | None
+    keep_every: Positive | None
+    max_minutes: Rate | None
     num_workers: Positive | Auto
     gpus_per_node: Annotated[int, Field(ge=0)] | Auto
+    nproc_per_node: Positive | Auto
     tensor_model_parallel_size: Positive
     pipeline_model_parallel_size: Positive
+    # watching
+    log_interval: Positive
+    eval_interval: Positive | Auto
+    eval_iters: Annotated[int, Field(ge=0)] | Auto
+    log_answers: Annotated[int, Field(ge=0)]
+    log_samples: bool
+    max_bad_steps: Positive
     # evaluation
     evaluate_by: str
     evaluate_samples: Positive | Literal["all"]
@@ -90,13 +130,21 @@ class Settings(BaseModel):
     max_new_tokens: Positive
     parity: Literal["check", "cpu", "gpu", "skip"]
 
+    _origin: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("trainable_modules")
+    @classmethod
+    def _each_part_once(cls, parts: list[str]) -> list[str]:
+        """In one order: the same parts are the same run."""
+        return sorted(set(parts), reverse=True)
+
     @field_validator("run_tag", mode="before")
     @classmethod
     def _tag_is_text(cls, value: Any) -> Any:
         """`run_tag: 1220` is a number to YAML, and a date to people."""
         return str(value) if isinstance(value, int) else value
 
-    @field_validator("lr", "min_lr", "adam_eps", "weight_decay", mode="before")
+    @field_validator("lr", "lr_vision", "lr_adapter", "min_lr", "adam_eps", "weight_decay", mode="before")
     @classmethod
     def _plain_exponent(cls, value: Any) -> Any:
         """YAML reads `1e-5` as text and only `1.0e-5` as a number; people write both."""
@@ -104,21 +152,28 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Settings":
-        if (self.raw_data is None) == (self.webdatasets is None):
+        given = [key for key in ("raw_data", "sources", "webdatasets") if getattr(self, key)]
+        if len(given) != 1:
             raise ValueError(
-                "raw_data | exactly one of raw_data (to convert) and webdatasets (a finished folder) is needed | "
-                "set the one you have and leave the other out"
+                f"{given[0] if given else 'raw_data'} | exactly one of raw_data, sources (to convert) and webdatasets "
+                "(a finished folder) is needed | set the one you have and leave the others out"
             )
-        if self.webdatasets is not None and self.heldout_data is not None:
-            raise ValueError(
-                "heldout_data | a finished webdatasets folder brings its own validation split | remove heldout_data"
+        if not self.raw_data and self.heldout_data is not None:
+            rule = (
+                "sources have their own `heldout`"
+                if self.sources
+                else "a finished folder brings its own validation split"
             )
+            raise ValueError(f"heldout_data | goes with raw_data only: {rule} | remove heldout_data")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels | {self.min_pixels} is above max_pixels {self.max_pixels} | lower min_pixels")
         if self.min_lr != "auto" and self.min_lr > self.lr:
             raise ValueError(
                 f"lr | {self.lr:g} is below min_lr {self.min_lr:g} | raise lr, or set min_lr: auto (lr / 10)"
             )
+        for key, part in (("lr_vision", "vision_model"), ("lr_adapter", "adapter")):
+            if getattr(self, key) != "auto" and part not in self.trainable_modules:
+                raise ValueError(f"{key} | {part} is not trained | add {part} to trainable_modules, or leave {key} out")
         if self.run_tag.endswith("results"):
             raise ValueError(f"run_tag | {self.run_tag!r} would name the results folder of a run | choose another tag")
         gpus = 0 if self.gpus_per_node == "auto" else self.gpus_per_node
@@ -128,9 +183,14 @@ class Settings(BaseModel):
         return self
 
     @property
+    def origin(self) -> dict[str, str]:
+        """Setting → where its value was given: a file, or `--config`."""
+        return self._origin
+
+    @property
     def run_name(self) -> str:
         """`stage2_sft_vqa`, or `stage2_sft_vqa_<run_tag>`."""
-        return f"stage2_sft_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
+        return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
 
 
 def _is_number(text: str) -> bool:
@@ -164,11 +224,12 @@ def read_yaml(path: Path) -> dict:
 def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> Settings:
     """Read and check the settings of one experiment; `overrides` are those of the command line."""
     experiment_file = CONFIG_DIR / "experiments" / f"{experiment}.yaml"
-    layers = [
-        (str(CONFIG_DIR / "config.yaml"), read_yaml(CONFIG_DIR / "config.yaml")),
-        (str(experiment_file), read_yaml(experiment_file)),
-        ("--config", overrides or {}),
-    ]
+    defaults, own = read_yaml(CONFIG_DIR / "config.yaml"), read_yaml(experiment_file)
+    layers = [(str(CONFIG_DIR / "config.yaml"), defaults), (str(experiment_file), own), ("--config", overrides or {})]
+    stage = {**defaults, **own, **(overrides or {})}.get("stage")
+    if stage in STAGES:  # any other is reported below
+        preset = CONFIG_DIR / "stages" / f"{stage}.yaml"
+        layers.insert(1, (str(preset), read_yaml(preset)))
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, layer in layers:
@@ -178,7 +239,9 @@ def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> S
         raise SettingsError(f"{origin['experiment']}: experiment is no setting", "the name of the file is the name")
     values["experiment"] = experiment
     try:
-        return Settings(**values)
+        settings = Settings(**values)
+        settings._origin.update(origin)
+        return settings
     except ValidationError as error:
         raise SettingsError(*_explain(error, values, origin, str(experiment_file))) from None
     except SettingsError as error:  # of a rule that is checked again when the machine is known
@@ -188,7 +251,7 @@ def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> S
 
 def _place(key: str, origin: dict[str, str], experiment_file: str) -> str:
     """Where to mend a combination: where the key was set, or the experiment's file where it has its default."""
-    return experiment_file if origin[key] == str(CONFIG_DIR / "config.yaml") else origin[key]
+    return origin[key] if origin[key] in ("--config", experiment_file) else experiment_file
 
 
 def _explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
@@ -199,6 +262,10 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
         return f"{_place(key, origin, experiment_file)}: {key}: {rule}", fix
     key = str(fault["loc"][0])
     where = origin.get(key, experiment_file)
+    if key == "sources" and len(fault["loc"]) > 2:
+        entry, *inner = fault["loc"][1:]
+        key = f"sources: entry {entry + 1}: {'.'.join(map(str, inner))}"
+        return f"{where}: {key}: {fault['msg'].lower()}", "an entry has path, heldout, image_root, weight, name"
     if fault["type"] == "extra_forbidden":
         near = [GUIDE_NAMES[key]] if key in GUIDE_NAMES else difflib.get_close_matches(key, Settings.model_fields, n=1)
         return f"{where}: unknown setting {key!r}", f"did you mean {near[0]}?" if near else "see config/config.yaml"
@@ -229,15 +296,19 @@ def _installed_gpus() -> int:
 
 
 def data_parallel_size(settings: Settings, gpus: int) -> int:
-    """Model replicas: processes divided by tensor × pipeline parallel size. Without a GPU one process runs per replica."""
+    """Model replicas: processes (one a GPU, else nproc_per_node) divided by tensor × pipeline parallel size."""
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
-    if gpus and gpus % model_parallel:
+    asked = settings.nproc_per_node
+    if gpus and asked not in ("auto", gpus):
+        raise SettingsError(f"nproc_per_node: {asked} is not gpus_per_node {gpus}", "nproc_per_node: auto (one a GPU)")
+    name, count = ("gpus_per_node", gpus) if gpus or asked == "auto" else ("nproc_per_node", asked)
+    if count % model_parallel:
         raise SettingsError(
-            f"gpus_per_node: {gpus} is not a multiple of tensor_model_parallel_size × pipeline_model_parallel_size "
+            f"{name}: {count} is not a multiple of tensor_model_parallel_size × pipeline_model_parallel_size "
             f"= {model_parallel}",
-            f"use {model_parallel} GPUs or a multiple of it, or smaller parallel sizes",
+            f"{name}: {model_parallel} or a multiple of it, or smaller parallel sizes",
         )
-    return max(1, gpus // model_parallel)
+    return max(1, count // model_parallel)
 
 
 def check_global_batch_size(global_batch_size: int, micro_batch_size: int, replicas: int) -> None:
@@ -270,12 +341,15 @@ def auto_save_interval(train_iters: int) -> int:
         power *= 10
 
 
+EVAL_ITERS = 10
+
+
 def auto_num_workers(cores: int, gpus: int) -> int:
     """Loader processes per rank: half the cores, at most four per GPU, at least one."""
     return max(1, min(cores // 2, 4 * max(1, gpus)))
 
 
-def resolve(settings: Settings, train_samples: int) -> tuple[dict[str, Any], dict[str, str]]:
+def resolve(settings: Settings, train_samples: int, heldout_samples: int = 0) -> tuple[dict[str, Any], dict[str, str]]:
     """All values that training uses, and for each that was `auto` the sentence that says where it came from."""
     why: dict[str, str] = {}
     values = settings.model_dump(mode="json")
@@ -288,6 +362,8 @@ def resolve(settings: Settings, train_samples: int) -> tuple[dict[str, Any], dic
     found = gpu_count()
     gpus = settle("gpus_per_node", found, "GPUs of this machine" if found else "no GPU here: one process on the CPU")
     replicas = data_parallel_size(settings, gpus)
+    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    settle("nproc_per_node", replicas * model_parallel, "one a GPU" if gpus else "TP × PP on a CPU")
     mbs = settings.micro_batch_size
     gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
     check_global_batch_size(gbs, mbs, replicas)
@@ -297,7 +373,13 @@ def resolve(settings: Settings, train_samples: int) -> tuple[dict[str, Any], dic
         f"{settings.epochs:g} epochs × {train_samples:,} samples / {gbs}, raised to two digits",
     )
     settle("min_lr", settings.lr / 10, "lr / 10")
-    settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {iters:,} steps")
+    settle("lr_vision", settings.lr, "lr")
+    settle("lr_adapter", settings.lr, "lr")
+    settle("lr_decay_iters", iters, "train_iters; stays when the run is made longer")
+    save = settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {iters:,} steps")
+    settle("eval_interval", save, "save_interval: every checkpoint is validated")
+    eval_iters = min(EVAL_ITERS, max(1, heldout_samples // gbs)) if heldout_samples else 0
+    settle("eval_iters", eval_iters, f"{heldout_samples:,} held-out samples, at most {EVAL_ITERS} global batches")
     cores = len(os.sched_getaffinity(0))
     settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")
     settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
@@ -306,9 +388,26 @@ def resolve(settings: Settings, train_samples: int) -> tuple[dict[str, Any], dic
 
 def warnings(settings: Settings, untrained: bool) -> list[str]:
     """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
-    if not untrained and not 1e-6 <= settings.lr <= 5e-5:
+    if not untrained and "language_model" in settings.trainable_modules and not 1e-6 <= settings.lr <= 5e-5:
         return [
             f"lr {settings.lr:g} is outside 1e-6 … 5e-5, the range for trained LLM weights: "
             "5e-6 or 1e-6 if the loss is unstable, 2e-5 or 5e-5 if it falls too slowly"
         ]
     return []
+
+
+# ---------------------------------------------------------------------------------------------- schema
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of an experiment's file, for editors. Descriptions are the comments of config/config.yaml."""
+    schema = Settings.model_json_schema()
+    del schema["properties"]["experiment"], schema["required"]
+    defaults = read_yaml(CONFIG_DIR / "config.yaml")
+    for line in (CONFIG_DIR / "config.yaml").read_text(encoding="utf-8").splitlines():
+        if match := re.fullmatch(r"(\w+):.*?\s# (.+)", line):
+            schema["properties"][match[1]]["description"] = match[2]
+    for name, entry in schema["properties"].items():
+        entry.pop("title", None)
+        entry["default"] = defaults[name]
+    return schema | {"title": "An experiment of this workflow", "description": "config/experiments/*.yaml"}

@@ -11,8 +11,11 @@ from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
-    """Open a binary file that appears under `path` only when the block ends without an error."""
+def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that appears under `path` only when the block ends without an error.
+
+    Not `durable`: without waiting for the disk, for files that count only together with one written later.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -20,7 +23,8 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

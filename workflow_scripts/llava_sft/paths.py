@@ -2,19 +2,32 @@
 
 <exp_dir>/demo/                                     the embedded data set and its start checkpoint
 <exp_dir>/data/<experiment>/webdatasets/            subtaskdata-00000.tar …, heldout-00000.tar …, .nv-meta/
+<exp_dir>/data/<experiment>/webdatasets/<source>/   the same for each of several sources, and metadataset.yaml
 <exp_dir>/data/<experiment>/webdatasets.parts/      statistics, rejects and index rows of each shard
 <exp_dir>/data/<experiment>/{dataset,inspect}.json  what later steps depend on; what a person reads
 <exp_dir>/checkpoints/<name>_mcore_tp1_pp1/         a Hugging Face checkpoint, converted
 <exp_dir>/stage2_sft_<experiment>/                  run directory in Megatron's layout: never an output of a rule
+                                                    (stage1_align_…, stage1.5_mid_… for the other stages)
 <exp_dir>/stage2_sft_<experiment>_results/          resolved.json … train.done.json, huggingface/, report.html
 """
 
+import glob
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion
-from llava_sft.config import CONFIG_DIR, Settings, check_global_batch_size, data_parallel_size, gpu_count
-from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, shard_name
+from llava_sft.config import (
+    CONFIG_DIR,
+    Settings,
+    SourceSettings,
+    check_global_batch_size,
+    data_parallel_size,
+    gpu_count,
+)
+from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
+from llava_sft.data.tars import METADATASET, is_finished
 from llava_sft.errors import DataError
 from llava_sft.model.config import load_model_config
 
@@ -24,16 +37,27 @@ DEMO_CHECKPOINT = "LLaVA-OneVision-1.5-tiny"
 
 
 @dataclass(frozen=True)
+class Source:
+    """Raw data with one image root and one weight; `name` is its folder, empty when it is the only one."""
+
+    name: str
+    files: dict[str, list[Path]]  # by prefix of the shards
+    image_root: Path
+    weight: float
+
+
+@dataclass(frozen=True)
 class Shard:
     """One conversion job: a range of a raw file, and the shard it writes."""
 
+    source: Source
     raw: Path
     prefix: str
     range: Range
 
     @property
     def name(self) -> str:
-        return shard_name(self.prefix, self.range.index)
+        return str(Path(self.source.name) / shard_name(self.prefix, self.range.index))
 
 
 class Paths:
@@ -44,7 +68,11 @@ class Paths:
         exp_dir = settings.exp_dir
         self.demo = exp_dir / "demo"
         self.data = exp_dir / "data" / settings.experiment
-        self.webdatasets = settings.webdatasets or self.data / "webdatasets"
+        # A finished folder that is not ours is adopted: our folder of links to its tars, with an index of our own.
+        self.adopted = settings.webdatasets if settings.webdatasets and not is_finished(settings.webdatasets) else None
+        self.webdatasets = (
+            self.data / "webdatasets" if self.adopted else settings.webdatasets or self.data / "webdatasets"
+        )
         self.parts = self.data / "webdatasets.parts"
         self.dataset = self.data / "dataset.json"
         self.inspection = self.data / "inspect.json"
@@ -74,44 +102,92 @@ class Paths:
         """Whether a rule makes this path, so that it need not exist yet."""
         return self.demo in path.parents
 
-    def shards(self) -> list[Shard]:
-        """The plan of the conversion, training shards first; empty for a finished webdatasets folder.
+    @property
+    def training_data(self) -> Path:
+        """What energon opens: the folder, or the blend of several sources."""
+        return self.webdatasets / METADATASET if len(self.sources) > 1 else self.webdatasets
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """A folder with tokenizer.json for counting tokens; None when it is known only once the checkpoint is converted."""
+        folder = self.settings.tokenizer or Path(self.settings.load)
+        return folder if self.is_demo(folder) or (folder / "tokenizer.json").is_file() else None
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """The raw data; empty for a finished webdatasets folder. Raises DataError for files that are missing."""
+        settings, entries = self.settings, self.settings.sources
+        if settings.raw_data:
+            heldout = settings.heldout_data and str(settings.heldout_data)
+            entries = [SourceSettings(path=str(settings.raw_data), heldout=heldout, image_root=settings.image_root)]
+        sources = []
+        for entry in entries:
+            files = {TRAIN_PREFIX: self._expand("sources" if settings.sources else "raw_data", entry.path)}
+            if entry.heldout:
+                files[HELDOUT_PREFIX] = self._expand("sources" if settings.sources else "heldout_data", entry.heldout)
+            path = Path(entry.path)
+            name = entry.name or (path.parent.name if glob.has_magic(path.name) else path.stem)
+            root = entry.image_root or files[TRAIN_PREFIX][0].parent
+            sources.append(Source(name if len(entries) > 1 else "", files, root, entry.weight))
+        if len({source.name for source in sources}) < len(sources):
+            raise DataError(f"sources: two would be named {sources[0].name!r}", "give each entry a `name` of its own")
+        return sources
+
+    def _expand(self, key: str, pattern: str) -> list[Path]:
+        found = sorted(Path(path) for path in glob.glob(pattern, recursive=True)) or [Path(pattern)]
+        for path in found:
+            if not path.is_file() and not self.is_demo(path):
+                raise DataError(
+                    f"{key}: {path}: no such file",
+                    f"put the file there, or set {key} in config/experiments/{self.settings.experiment}.yaml",
+                )
+        return found
+
+    @cached_property
+    def shards(self) -> dict[str, Shard]:
+        """The plan of the conversion by name of the shard, training shards first; empty for a finished folder.
 
         Raises DataError for a raw file that is missing or empty.
         """
-        raw_files = ((TRAIN_PREFIX, self.settings.raw_data), (HELDOUT_PREFIX, self.settings.heldout_data))
-        return [Shard(raw, prefix, part) for prefix, raw in raw_files if raw for part in self._ranges(raw)]
+        shards = [
+            Shard(source, raw, prefix, part)
+            for prefix in (TRAIN_PREFIX, HELDOUT_PREFIX)
+            for source in self.sources
+            for number, raw in enumerate(source.files.get(prefix, []))
+            for part in self._ranges(raw, number)
+        ]
+        return {shard.name: shard for shard in shards}
 
-    def _ranges(self, raw: Path) -> list[Range]:
+    def _ranges(self, raw: Path, number: int) -> list[Range]:
+        step = self.settings.shard_bytes
         if raw.parent == self.demo and not raw.is_file() and raw.name in DEMO_BYTES:
-            size, step = DEMO_BYTES[raw.name], self.settings.shard_bytes
-            return [Range(i, start, min(start + step, size)) for i, start in enumerate(range(0, size, step))]
-        return plan_ranges(raw, self.settings.shard_bytes)
+            size = DEMO_BYTES[raw.name]
+            return ranges_of(range(0, size, step or 8 << 20), size)
+        return plan_ranges(raw, step, number, self.settings.exp_dir / "data" / ".plans")
 
-    @property
-    def image_root(self) -> Path:
-        return self.settings.image_root or self.settings.raw_data.parent
+    def plan(self) -> list[dict]:
+        """For the index: of each source its name, weight and, by prefix, the number of shards of each raw file."""
+        shards = Counter((shard.source.name, shard.prefix, shard.raw) for shard in self.shards.values())
+        return [
+            {"name": source.name, "weight": source.weight}
+            | {prefix: [shards[source.name, prefix, raw] for raw in files] for prefix, files in source.files.items()}
+            for source in self.sources
+        ]
 
     def check_inputs(self) -> None:
         """Raise, with the fix, when something that the user has to bring is not there, or batches do not fit the machine."""
         settings = self.settings
-        if settings.webdatasets and not (settings.webdatasets / ".nv-meta").is_dir():
+        if settings.webdatasets and not next(settings.webdatasets.rglob("*.tar"), None):
             raise DataError(
-                f"webdatasets: {settings.webdatasets}: no such folder with .nv-meta in it",
+                f"webdatasets: {settings.webdatasets}: no such folder, or no .tar file (and .nv-meta) in it",
                 "name a finished webdatasets folder, or set raw_data to convert your own records",
             )
-        for key in ("raw_data", "heldout_data"):
-            path = getattr(settings, key)
-            if path and not path.is_file() and not self.is_demo(path):
+        for source in self.sources:
+            if not source.image_root.is_dir() and not self.is_demo(source.image_root):
                 raise DataError(
-                    f"{key}: {path}: no such file",
-                    f"put the file there, or set {key} in config/experiments/{settings.experiment}.yaml",
+                    f"image_root: {source.image_root}: no such folder", "set image_root to the folder of the images"
                 )
-        if settings.raw_data and not self.image_root.is_dir() and not self.is_demo(self.image_root):
-            raise DataError(
-                f"image_root: {self.image_root}: no such folder", "set image_root to the folder of the images"
-            )
-        self.shards()  # an empty raw file is found here
+        _ = self.shards  # an empty raw file is found here
         load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
         check_load(settings.load, settings.load_parts, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
         if settings.global_batch_size != "auto":

@@ -83,7 +83,7 @@ class Workflow:
             paths.check_inputs()
             self.asked.append(experiment)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
-            shards = [paths.webdatasets / f"{shard.name}.tar" for shard in paths.shards()]
+            shards = [paths.webdatasets / f"{name}.tar" for name in paths.shards]
             return (
                 shards
                 + {
@@ -145,13 +145,15 @@ class Workflow:
 
     @_ends_cleanly
     def shard(self, wildcards) -> Shard:
-        for shard in self.of(wildcards).shards():
-            if shard.name == wildcards.shard:
-                return shard
-        raise SettingsError(f"{wildcards.shard} is not part of the plan", "ask for data_EXPERIMENT")
+        if wildcards.shard not in (shards := self.of(wildcards).shards):
+            raise SettingsError(f"{wildcards.shard} is not part of the plan", "ask for data_EXPERIMENT")
+        return shards[wildcards.shard]
 
     def raw_of_shard(self, wildcards) -> Path:
         return self.shard(wildcards).raw
+
+    def image_root_of_shard(self, wildcards) -> Path:
+        return self.shard(wildcards).source.image_root
 
     def job_of_shard(self, wildcards) -> str:
         shard = self.shard(wildcards)
@@ -160,25 +162,26 @@ class Workflow:
         )
 
     @_ends_cleanly
-    def shard_files(self, wildcards) -> list[str]:
-        """What the index is made from: the shards of the plan, or the index that a finished folder brings."""
+    def shard_files(self, wildcards) -> list[Path]:
+        """What the index is made from: the shards of the plan, or what a finished folder brings."""
         paths = self.of(wildcards)
+        if paths.adopted:
+            return sorted(paths.adopted.rglob("*.tar"))
         if paths.settings.webdatasets:
-            return [str(paths.webdatasets / ".nv-meta" / "split.yaml")]
-        return [str(paths.webdatasets / f"{shard.name}.tar") for shard in paths.shards()]
+            return [paths.webdatasets / ".nv-meta" / "split.yaml"]
+        return [paths.webdatasets / f"{name}.tar" for name in paths.shards]
 
     @_ends_cleanly
     def raw_files(self, wildcards) -> list[Path]:
-        settings = self.of(wildcards).settings
-        return [path for path in (settings.raw_data, settings.heldout_data) if path]
+        sources = self.of(wildcards).sources
+        return [path for source in sources for files in source.files.values() for path in files]
 
     @_ends_cleanly
-    def shard_counts(self, wildcards) -> str:
+    def index_job(self, wildcards) -> str:
         paths = self.of(wildcards)
         if paths.settings.webdatasets:
-            return "--finished"
-        prefixes = [shard.prefix for shard in paths.shards()]
-        return f"--train-shards {prefixes.count('subtaskdata')} --heldout-shards {prefixes.count('heldout')}"
+            return f"--adopt {shlex.quote(str(paths.settings.webdatasets))}"
+        return f"--plan {shlex.quote(json.dumps(paths.plan()))}"
 
     @_ends_cleanly
     def conversion(self, wildcards) -> Paths:

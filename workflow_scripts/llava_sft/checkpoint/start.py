@@ -162,7 +162,12 @@ def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Sta
     if folder.name == "release" and (top / MARKER).is_file():
         marker = read_json(top / MARKER)
         return Start(folder, sidecars, marker["fingerprint"], marker["untrained"], old_names(top))
-    digest = fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in folder.iterdir())])
+    digest = fingerprint(
+        [
+            file_fingerprint(folder / ".metadata"),
+            sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json"),
+        ]
+    )
     return Start(folder, sidecars, digest, False, old_names(top))
 
 

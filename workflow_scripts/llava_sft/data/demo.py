@@ -49,7 +49,7 @@ def write_demo(output_dir: Path) -> dict[str, int]:
     Source: `sklearn.datasets.load_digits` (UCI optical recognition of handwritten digits, test part).
     Returns the number of records of each file.
     """
-    labels, images = _load_digits()
+    labels, images = load_digits()
     rng = random.Random(SEED)
     heldout = _heldout_numbers(labels, rng)
     train = [number for number in range(len(labels)) if number not in heldout]
@@ -88,7 +88,7 @@ def chat_texts(path: Path) -> Iterator[str]:
             yield f"{role}\n{turn['value'].replace('<image>', '')}"
 
 
-def _load_digits() -> tuple[list[int], list[bytes]]:
+def load_digits() -> tuple[list[int], list[bytes]]:
     """Labels and 8 × 8 grey bytes, from the file behind `load_digits`: importing scikit-learn takes 4 s, this 0.1 s."""
     package = importlib.util.find_spec("sklearn").origin
     with gzip.open(Path(package).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:

@@ -1,12 +1,11 @@
 """Samples of one split, read in order straight from the tars, for evaluation and parity. No energon, no decoding."""
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
-import webdataset
-import yaml
+from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
 
 
 @dataclass
@@ -20,12 +19,19 @@ class StoredSample:
 
 
 def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
-    """Yield the samples of `split` ("train", "val") in the order of the shards."""
-    parts = yaml.safe_load((Path(folder) / ".nv-meta" / "split.yaml").read_text())["split_parts"]
-    shards = [str(Path(folder) / name) for name in parts.get(split) or []]
-    if not shards:
-        return
-    for sample in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False):
-        record = orjson.loads(sample["json"])
-        images = [sample[name] for name in record["images"]]
-        yield StoredSample(record["id"], record["messages"], images, record.get("meta", {}))
+    """Yield the samples of `split` ("train", "val") in the order of the shards, of one source after the other."""
+    for source in source_folders(Path(folder)):
+        meta = read_meta(source)
+        for name in meta.splits.get(split, []):
+            with open(source / name, "rb") as file:
+                for stored in walk_tar(source / name):
+                    if f"{name}/{stored.key}" not in meta.exclude:
+                        sample, members = stored.read(file.fileno(), meta.layout)
+                        images = [read_at(file.fileno(), members[image]) for image in sample.images]
+                        yield StoredSample(sample.id, sample.messages, images, sample.meta)
+
+
+def data_uri(image: bytes) -> str:
+    """An encoded image as it is embedded in a page."""
+    kind = "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -104,6 +104,8 @@ class ImageRoot:
 
 def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:
     """Return format and size of an image that training can use. Errors: `Rejected`."""
+    if not data:
+        raise Rejected("zero-byte image")
     if data.startswith(JPEG_START) and data.endswith(JPEG_END):
         info = _jpeg_info(data)
     elif data.startswith(PNG_START) and data.endswith(PNG_END):

@@ -8,7 +8,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,6 +36,16 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
         resized_height = math.ceil(height * beta / factor) * factor
         resized_width = math.ceil(width * beta / factor) * factor
     return resized_height, resized_width
+
+
+def image_grid(data: bytes, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in patches that an encoded image will have, from its header alone."""
+    image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # lies on its side
+        width, height = height, width
+    height, width = smart_resize(height, width, min_pixels, max_pixels)
+    return height // PATCH_SIZE, width // PATCH_SIZE
 
 
 def decode_rgb(data: bytes) -> Image.Image:

@@ -1,31 +1,36 @@
 """Many shards → one energon data set: checks what the conversion jobs report, and writes `.nv-meta` in one go.
 
 Notable: no tar is read; what `energon prepare` would collect from them was noted while they were written. Only shards
-of the present plan enter. The dataset file names content alone (hashes, counts), so that equal shards, made again, are
-the same data set to all that follows.
+of the present plan enter. Several sources are a folder each, and a blend of them. The dataset file names content alone
+(hashes, counts), so that equal shards, made again, are the same data set to all that follows.
 """
 
+import contextlib
 import os
 import re
+import shutil
 import sqlite3
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import xxhash
 import yaml
 
-from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, shard_name
+from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, shard_name
 from llava_sft.data.records import read_lines
 from llava_sft.data.shards import FORMAT_VERSION
+from llava_sft.data.split import bound_by, choose_heldout, merge_heldout
+from llava_sft.data.tars import METADATASET, read_meta
 from llava_sft.errors import DataError
-from llava_sft.files import atomic_dir, fingerprint, read_json, write_text
+from llava_sft.files import atomic_dir, fingerprint, read_json, write_json, write_text
 
 FIRST_REASONS = 10
+HELDOUT_RECORD = "heldout.json"  # in .nv-meta: how val_fraction was carried out
 
 # The schema of energon's own index (megatron-energon 7.4, flavors/webdataset/indexing.py).
 TABLES = (
@@ -42,46 +47,121 @@ INDEXES = (
 )
 
 
+class Source:
+    """The shards of one folder: statistics of its planned ones by split, and what is excluded and added by val_fraction."""
+
+    def __init__(self, wds_dir: Path, parts_dir: Path, plan: dict[str, Any]):
+        self.name, self.weight = plan["name"], plan["weight"]
+        self.wds_dir, self.parts_dir = wds_dir / self.name, parts_dir / self.name
+        self.train = self._read_parts(TRAIN_PREFIX, plan.get(TRAIN_PREFIX))
+        self.heldout = self._read_parts(HELDOUT_PREFIX, plan.get(HELDOUT_PREFIX, [] if TRAIN_PREFIX in plan else None))
+        self.parts = self.train + self.heldout
+        self.chosen: list[tuple[str, bytes]] = []  # (shard, row) of the samples that val_fraction holds out
+
+    def rows(self, stats: dict[str, Any]) -> Iterator[bytes]:
+        with open(self.parts_dir / f"{stats['shard']}.samples.jsonl", "rb") as file:
+            yield from file
+
+    def filled(self, split: str) -> list[dict[str, Any]]:
+        return [stats for stats in getattr(self, split) if stats["written"]]
+
+    def _read_parts(self, prefix: str, planned: list[int] | None) -> list[dict[str, Any]]:
+        """The statistics of a split's shards in order, each checked against its files."""
+        if planned is None:
+            found = (re.fullmatch(rf"{prefix}-(\d+)\.stats\.json", p.name) for p in self.parts_dir.glob(f"{prefix}-*"))
+            numbers = sorted(int(match[1]) for match in found if match)
+        else:
+            numbers = [file * FILE_STEP + n for file, count in enumerate(planned) for n in range(count)]
+        names = [shard_name(prefix, number) for number in numbers]
+        missing = [name for name in names if not (self.parts_dir / f"{name}.stats.json").exists()]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(names)} {prefix} shards are not converted: {_some(missing)}",
+                "run stage2_sftdata2webdataset.py for them",
+            )
+        parts = [read_json(self.parts_dir / f"{name}.stats.json") for name in names]
+        bad = [name for name, stats in zip(names, parts, strict=True) if not _is_whole(self.wds_dir, stats)]
+        if bad:
+            raise DataError(
+                "shards do not match their statistics (tar or .tar.idx missing or changed, or of an older format):"
+                f" {_some(bad)}",
+                f"delete {self.parts_dir}/{bad[0]}.stats.json (and the same for each) and convert them again",
+            )
+        return parts
+
+
 def index_webdataset(
     wds_dir: Path,
     parts_dir: Path,
     raw_files: Iterable[str] = (),
     max_reject_fraction: float = 0.0,
-    train_shards: int | None = None,
-    heldout_shards: int | None = None,
+    plan: list[dict[str, Any]] | None = None,
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
 ) -> dict[str, Any]:
-    """Check the parts, write `wds_dir/.nv-meta`, return what the dataset file holds.
+    """Check the parts, write `.nv-meta` (of each source, and their blend), return what the dataset file holds.
 
-    `train_shards` and `heldout_shards` are the numbers of shards in the plan (None: all that are there).
-    `max_reject_fraction` is the share of records, 0 to 1, that may be rejected. `raw_files` tell where raw files lie
-    now, when not where the conversion read them.
+    `plan` names the sources with their weights and numbers of shards (None: all that are there). `max_reject_fraction`
+    is the share of records, 0 to 1, that may be rejected. `raw_files` tell where raw files lie now, when not where the
+    conversion read them. `val_fraction` holds out a share of the training records when there are no others.
     Errors: DataError for missing or foreign parts, a changed raw file, too many rejects, no samples.
     """
-    splits = {
-        "train": _read_parts(wds_dir, parts_dir, TRAIN_PREFIX, train_shards),
-        "heldout": _read_parts(wds_dir, parts_dir, HELDOUT_PREFIX, heldout_shards),
-    }
-    everything = splits["train"] + splits["heldout"]
-    if not splits["train"]:
-        raise DataError(f"{parts_dir} knows of no {TRAIN_PREFIX} shard", "run stage2_sftdata2webdataset.py first")
-    for parts in splits.values():
-        _check_raw(parts, {Path(path).name: path for path in raw_files})
-    _check_rejects(everything, parts_dir, max_reject_fraction)
-    for split, parts in splits.items():
-        if parts and not any(stats["written"] for stats in parts):
+    sources = [Source(wds_dir, parts_dir, entry) for entry in plan or _plan_of(parts_dir)]
+    everything = [stats for source in sources for stats in source.parts]
+    moved = {Path(path).name: path for path in raw_files}
+    for source in sources:
+        if not source.train:
             raise DataError(
-                f"not one sample was written for {split}: {parts[0]['raw']['path']} has no usable record",
-                f"look into {parts_dir} for the reasons (*.rejects.jsonl)",
+                f"{source.parts_dir} knows of no {TRAIN_PREFIX} shard", "run stage2_sftdata2webdataset.py first"
             )
-    filled = {split: [stats for stats in parts if stats["written"]] for split, parts in splits.items()}
-    content = fingerprint({split: [[p["shard"], p["tar"]["hash"]] for p in parts] for split, parts in filled.items()})
-    _write_meta(wds_dir, parts_dir, filled, content)
+        for parts in _by_raw_file(source.parts):
+            _check_raw(parts, moved)
+    _check_rejects(sources, parts_dir, max_reject_fraction)
+    for source in sources:
+        for split in ("train", "heldout"):
+            parts = getattr(source, split)
+            if parts and not source.filled(split):
+                raise DataError(
+                    f"not one sample was written for {split}: {parts[0]['raw']['path']} has no usable record",
+                    f"look into {source.parts_dir} for the reasons (*.rejects.jsonl)",
+                )
+    record = None
+    if val_fraction and not any(source.heldout for source in sources):
+        record = _hold_out(sources, val_fraction, split_seed)
+    splits: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
+    contents = {}
+    for source in sources:
+        contents[source.name], samples = _write_source(source, record)
+        for split, counts in samples.items():
+            splits[split].update(counts)
+    if len(sources) > 1:
+        _write_blend(wds_dir, sources)
+    weights = {source.name: source.weight for source in sources}
     return {
-        "fingerprint": content,
-        **{split: {"samples": _total(parts, "written"), "shards": len(parts)} for split, parts in filled.items()},
+        "fingerprint": contents[""] if len(sources) == 1 else fingerprint([contents, weights]),
+        **{split: {key: counts[key] for key in ("samples", "shards")} for split, counts in splits.items()},
         **{key: _total(everything, key) for key in ("images", "read", "rejected")},
         **{key: dict(sum((Counter(stats[key]) for stats in everything), Counter())) for key in ("reasons", "kinds")},
+        **({"split": record} if record else {}),
+        **({"weights": weights} if len(sources) > 1 else {}),
     }
+
+
+def _plan_of(parts_dir: Path) -> list[dict[str, Any]]:
+    """Of parts that were made by hand: one source, or one in each sub-folder."""
+    names = sorted(path.name for path in parts_dir.glob("*/") if next(path.glob("*.stats.json"), None))
+    return [{"name": name, "weight": 1.0} for name in names or [""]]
+
+
+def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, Any]:
+    """Choose the held-out samples of all sources together; return what is recorded of it."""
+    places = [(source, stats) for source in sources for stats in source.filled("train")]
+    names = (bound_by(orjson.loads(row)) for source, stats in places for row in source.rows(stats))
+    sides, groups = choose_heldout(names, fraction, seed)
+    side = iter(sides)
+    for source, stats in places:
+        source.chosen += ((stats["shard"], row) for row in source.rows(stats) if next(side))
+    return {"val_fraction": fraction, "split_seed": seed, "groups": groups, "samples": sum(sides), "of": len(sides)}
 
 
 def read_finished(wds_dir: Path) -> dict[str, Any]:
@@ -89,31 +169,22 @@ def read_finished(wds_dir: Path) -> dict[str, Any]:
 
     Errors: DataError when `.nv-meta` is not whole, a shard it names is missing, or nothing is there to train on.
     """
-    meta = wds_dir / ".nv-meta"
-    for name in (".info.json", "split.yaml", "dataset.yaml"):
-        if not (meta / name).is_file():
-            raise DataError(
-                f"{meta / name} is missing", "index the folder again, or convert your raw data with raw_data"
-            )
-    counts = read_json(meta / ".info.json")["shard_counts"]
-    split_parts = yaml.safe_load((meta / "split.yaml").read_text())["split_parts"]
-    splits = {"train": split_parts.get("train") or [], "heldout": split_parts.get("val") or []}
-    content = []
+    meta = read_meta(wds_dir)
+    splits = {"train": meta.splits.get("train", []), "heldout": meta.splits.get("val", [])}
+    content: list[Any] = sorted(meta.exclude)
     for name in splits["train"] + splits["heldout"]:
         tar, idx = wds_dir / name, wds_dir / f"{name}.idx"
-        if not (tar.is_file() and idx.is_file() and name in counts):
+        if not (tar.is_file() and idx.is_file() and name in meta.counts):
             raise DataError(
                 f"{tar}: named in split.yaml, but the tar, its .idx or its count is missing", "copy the folder again"
             )
         content.append([name, tar.stat().st_size, xxhash.xxh3_128_hexdigest(idx.read_bytes())])
-    if not any(counts[name] for name in splits["train"]):
+    if not meta.samples("train"):
         raise DataError(f"{wds_dir}: the training split holds no samples", "name another folder")
     return {
         "fingerprint": fingerprint(content),
-        **{
-            split: {"samples": sum(counts[name] for name in names), "shards": len(names)}
-            for split, names in splits.items()
-        },
+        "train": {"samples": meta.samples("train"), "shards": len(splits["train"])},
+        "heldout": {"samples": meta.samples("val"), "shards": len(splits["heldout"])},
         "reasons": {},
         "kinds": {},
         **dict.fromkeys(("images", "read", "rejected")),
@@ -135,30 +206,6 @@ def _total(parts: Iterable[dict[str, Any]], key: str) -> int:
     return sum(stats[key] for stats in parts)
 
 
-def _read_parts(wds_dir: Path, parts_dir: Path, prefix: str, planned: int | None) -> list[dict[str, Any]]:
-    """The statistics of a split's shards in order, each checked against its files."""
-    if planned is None:
-        found = (re.fullmatch(rf"{prefix}-(\d+)\.stats\.json", path.name) for path in parts_dir.glob(f"{prefix}-*"))
-        numbers = sorted(int(match[1]) for match in found if match)
-    else:
-        numbers = list(range(planned))
-    names = [shard_name(prefix, number) for number in numbers]
-    missing = [name for name in names if not (parts_dir / f"{name}.stats.json").exists()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(names)} {prefix} shards are not converted: {_some(missing)}",
-            "run stage2_sftdata2webdataset.py for them",
-        )
-    parts = [read_json(parts_dir / f"{name}.stats.json") for name in names]
-    bad = [name for name, stats in zip(names, parts, strict=True) if not _is_whole(wds_dir, stats)]
-    if bad:
-        raise DataError(
-            f"shards do not match their statistics (tar or .tar.idx missing or changed, or of an older format): {_some(bad)}",
-            f"delete {parts_dir}/{bad[0]}.stats.json (and the same for each) and convert them again",
-        )
-    return parts
-
-
 def _is_whole(wds_dir: Path, stats: dict[str, Any]) -> bool:
     tar = wds_dir / f"{stats['shard']}.tar"
     try:
@@ -170,6 +217,13 @@ def _is_whole(wds_dir: Path, stats: dict[str, Any]) -> bool:
         and sizes == (stats["tar"]["bytes"], 8 * (stats["written"] + 1))
         and stats["read"] == stats["written"] + stats["rejected"]
     )
+
+
+def _by_raw_file(parts: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    files: dict[str, list[dict[str, Any]]] = {}
+    for stats in parts:
+        files.setdefault(stats["raw"]["path"], []).append(stats)
+    yield from files.values()
 
 
 def _check_raw(parts: list[dict[str, Any]], moved: dict[str, str]) -> None:
@@ -196,13 +250,8 @@ def _check_raw(parts: list[dict[str, Any]], moved: dict[str, str]) -> None:
                 f"{path} has {status.st_size} bytes now, the shards were made from its first {raw['end']}",
                 "convert the last range and the new ones again; where the file has shrunk, delete the shards beyond its end",
             )
-        if status.st_mtime_ns != raw["mtime_ns"]:
-            digest = xxhash.xxh3_128()
-            with open(path, "rb", buffering=1 << 20) as file:
-                for _ in read_lines(file, raw["start"], raw["end"], digest.update):
-                    pass
-            if digest.hexdigest() != raw["hash"]:
-                changed.append(stats["shard"])
+        if status.st_mtime_ns != raw["mtime_ns"] and _hash_range(path, raw) != raw["hash"]:
+            changed.append(stats["shard"])
     if changed:
         raise DataError(
             f"{parts[0]['raw']['path']} has changed within the ranges of {len(changed)} shards: {_some(changed)}",
@@ -210,65 +259,175 @@ def _check_raw(parts: list[dict[str, Any]], moved: dict[str, str]) -> None:
         )
 
 
-def _check_rejects(parts: list[dict[str, Any]], parts_dir: Path, allowed: float) -> None:
-    rejected, read = _total(parts, "rejected"), _total(parts, "read")
+def _hash_range(path: str, raw: dict[str, Any]) -> str:
+    """The hash of a range's bytes, as its conversion took it."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=1 << 20) as file:
+        if raw["format"] == "jsonl":  # from line to line
+            for _ in read_lines(file, raw["start"], raw["end"], digest.update):
+                pass
+        else:
+            file.seek(raw["start"])
+            left = raw["end"] - raw["start"]
+            while left and (block := file.read(min(left, 1 << 20))):
+                digest.update(block)
+                left -= len(block)
+    return digest.hexdigest()
+
+
+def _check_rejects(sources: list[Source], parts_dir: Path, allowed: float) -> None:
+    rejected, read = (sum(_total(source.parts, key) for source in sources) for key in ("rejected", "read"))
     if rejected <= allowed * read:
         return
     first = []
-    for reject in read_rejects(parts_dir, parts):
-        name = f", id {reject['id']}" if reject["id"] is not None else ""
-        detail = f" ({reject['detail']})" if reject["detail"] else ""
-        first.append(f"  {reject['file']}, line {reject['line']}{name}: {reject['reason']}{detail}")
-        if len(first) == FIRST_REASONS:
-            break
+    for source in sources:
+        for reject in read_rejects(source.parts_dir, source.parts):
+            name = f", id {reject['id']}" if reject["id"] is not None else ""
+            detail = f" ({reject['detail']})" if reject["detail"] else ""
+            first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
+            if len(first) == FIRST_REASONS:
+                break
+    raise too_many_rejects(rejected, read, allowed, first[:FIRST_REASONS], f"{parts_dir}/*.rejects.jsonl")
+
+
+def too_many_rejects(rejected: int, read: int, allowed: float, first: list[str], where: str) -> DataError:
     enough = next(share for digits in range(1, 18) if (share := round(rejected / read, digits)) * read >= rejected)
-    raise DataError(
+    return DataError(
         f"{rejected:,} of {read:,} records were rejected; max_reject_fraction {allowed:g} allows"
         f" {int(allowed * read):,}. The first:\n" + "\n".join(first),
-        f"mend these records (all: {parts_dir}/*.rejects.jsonl), or accept that they are left out with"
+        f"mend these records (all: {where}), or accept that they are left out with"
         f" max_reject_fraction: {enough:g} (by hand: --max-reject-fraction {enough:g})",
     )
 
 
-def _write_meta(wds_dir: Path, parts_dir: Path, splits: dict[str, list[dict[str, Any]]], content: str) -> None:
-    shards = {split: [f"{stats['shard']}.tar" for stats in parts] for split, parts in splits.items()}
+class Tar(NamedTuple):
+    """A tar as the index knows it: its name without `.tar`, its samples' number and rows {key, offset, size, parts}."""
+
+    name: str
+    count: int
+    rows: Iterable[dict[str, Any]]
+
+
+def _write_source(source: Source, record: dict[str, Any] | None) -> tuple[str, dict[str, dict[str, int]]]:
+    """Write a source's `.nv-meta` and its merged held-out tars; return the fingerprint and what each split holds."""
+    filled = {split: source.filled(split) for split in ("train", "heldout")}
+    with atomic_dir(source.wds_dir / ".heldout.new") as staged:
+        merged = merge_heldout(source.wds_dir, staged, source.chosen)
+    staged = source.wds_dir / ".heldout.new"
+    exclude = [f"{shard}.tar/{orjson.loads(row)['key']}" for shard, row in source.chosen]
+    content = {split: [[p["shard"], p["tar"]["hash"]] for p in parts] for split, parts in filled.items()}
+    content["heldout"] += [[name, tar_hash] for name, _, tar_hash in merged]
+    tars = [
+        Tar(p["shard"], p["written"], map(orjson.loads, source.rows(p))) for parts in filled.values() for p in parts
+    ] + [Tar(name, len(rows), rows) for name, rows, _ in merged]
+    splits = {split: [f"{name}.tar" for name, _ in named] for split, named in content.items()}
+    tar_names = [f"{name}.tar" for name, _, _ in merged]
+    own = fingerprint([content, exclude] if exclude else content)
+    stale = _held_out_before(source.wds_dir) - set(tar_names) - set(splits["heldout"])
+    with write_meta(source.wds_dir, tars, splits["train"], splits["heldout"], exclude, own) as meta:
+        if merged and record:
+            write_json(meta / HELDOUT_RECORD, record | {"tars": tar_names})
+            shutil.rmtree(source.wds_dir / ".nv-meta", ignore_errors=True)  # the old index ends with the old tars
+            for path in staged.iterdir():
+                os.replace(path, source.wds_dir / path.name)
+    shutil.rmtree(staged)
+    for name in stale:
+        for path in (source.wds_dir / name, source.wds_dir / f"{name}.idx"):
+            path.unlink(missing_ok=True)
+    held = len(exclude)
+    return own, {
+        "train": {"samples": _total(filled["train"], "written") - held, "shards": len(filled["train"])},
+        "heldout": {"samples": _total(filled["heldout"], "written") + held, "shards": len(splits["heldout"])},
+    }
+
+
+def _held_out_before(wds_dir: Path) -> set[str]:
+    path = wds_dir / ".nv-meta" / HELDOUT_RECORD
+    return set(read_json(path)["tars"]) if path.is_file() else set()
+
+
+def _write_blend(wds_dir: Path, sources: list[Source]) -> None:
+    """Energon's metadataset: `weight` is how often a record is drawn, so a source is drawn by weight × samples."""
+    metas = {source.name: read_meta(source.wds_dir) for source in sources}
+    splits = {
+        split: {
+            "blend": [
+                {"path": source.name, "weight": source.weight * samples}
+                for source in sources
+                if (samples := metas[source.name].samples(split))
+            ]
+        }
+        for split in ("train", "val")
+    }
+    config = {
+        "__module__": "megatron.energon",
+        "__class__": "MetadatasetV2",
+        "splits": {k: v for k, v in splits.items() if v["blend"]},
+    }
+    write_text(wds_dir / METADATASET, yaml.safe_dump(config, sort_keys=False))
+
+
+@contextlib.contextmanager
+def write_meta(
+    wds_dir: Path,
+    tars: Iterable[Tar],
+    train: list[str],
+    heldout: list[str],
+    exclude: list[str],
+    content: str,
+    layout: str = "own",
+) -> Iterator[Path]:
+    """Write `.nv-meta` beside its place, yield it there, then put it in its place. `content` names what is in the set."""
     # tar_file_id is the place in .info.json; energon numbers tars in the order of their names.
-    parts = sorted(splits["train"] + splits["heldout"], key=lambda stats: stats["shard"])
+    tars = sorted(tars, key=lambda tar: tar.name)
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    if layout != "own":
+        dataset["subflavors"] = {"layout": layout}
     info = {
         "energon_version": version("megatron-energon"),
-        "shard_counts": {f"{stats['shard']}.tar": stats["written"] for stats in parts},
+        "shard_counts": {f"{tar.name}.tar": tar.count for tar in tars},
     }
     with atomic_dir(wds_dir / ".nv-meta") as meta:
-        split_parts = {"train": shards["train"], "val": shards["heldout"], "test": []}
-        write_text(meta / "split.yaml", yaml.safe_dump({"split_parts": split_parts, "exclude": []}, sort_keys=False))
+        splits = {
+            "split_parts": {"train": train, "val": heldout, "test": []},
+            "exclude": [_literal(e) for e in exclude],
+        }
+        write_text(
+            meta / "split.yaml",
+            yaml.dump(splits, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False),
+        )
         write_text(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False))
         write_text(meta / ".info.json", orjson.dumps(info, option=orjson.OPT_INDENT_2).decode())
         write_text(meta / "index.uuid", str(uuid.uuid5(uuid.NAMESPACE_OID, content)))
-        _write_sqlite(meta / "index.sqlite", parts_dir, parts)
+        _write_sqlite(meta / "index.sqlite", tars)
+        yield meta
 
 
-def _write_sqlite(path: Path, parts_dir: Path, parts: list[dict[str, Any]]) -> None:
+def _literal(name: str) -> str:
+    """Braces and commas are patterns to energon."""
+    return re.sub(r"([{},\\])", r"\\\1", name) if "{" in name else name
+
+
+def _write_sqlite(path: Path, tars: list[Tar]) -> None:
     database = sqlite3.connect(path)
     # The file is thrown away with its folder when this fails, so it needs no journal.
     database.execute("PRAGMA journal_mode = OFF")
     database.execute("PRAGMA synchronous = OFF")
     for statement in TABLES:
         database.execute(statement)
-    for tar_id, stats in enumerate(parts):
+    for tar_id, tar in enumerate(tars):
         samples: list[tuple] = []
         members: list[tuple] = []
-        with open(parts_dir / f"{stats['shard']}.samples.jsonl", "rb") as file:
-            for row, line in enumerate(file):
-                sample = orjson.loads(line)
-                samples.append((tar_id, sample["key"], row, sample["offset"], sample["size"]))
-                members += ((tar_id, row, *part) for part in sample["parts"])
-        if len(samples) != stats["written"]:
+        for row, sample in enumerate(tar.rows):
+            samples.append((tar_id, sample["key"], row, sample["offset"], sample["size"]))
+            members += ((tar_id, row, *part) for part in sample["parts"])
+        if len(samples) != tar.count:
             raise DataError(
-                f"{file.name} has {len(samples)} rows, {stats['written']} samples were written",
-                f"delete {stats['shard']}.stats.json and convert that shard again",
+                f"{tar.name}.samples.jsonl has {len(samples)} rows, {tar.count} samples were written",
+                f"delete {tar.name}.stats.json and convert that shard again",
             )
-        database.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?)", samples)
+        # Keys of ours are unique; packs of the original's hosts may bear the same ones.
+        database.executemany("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?)", samples)
         database.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", members)
     for statement in INDEXES:
         database.execute(statement)

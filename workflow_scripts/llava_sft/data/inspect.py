@@ -2,28 +2,26 @@
 
 Notable: nothing that the conversion noted is taken on trust. Every tar is walked, every JSON parsed and put to the same
 rules as raw records, every image's header and end checked, and a seeded part of the images decoded. One pass, one tar
-in memory at a time (its offsets, not its bytes).
+in memory at a time (its offsets, not its bytes). Folders of another make are read by their layout (layouts.py).
 """
 
 import base64
 import heapq
-import os
+import re
 import sqlite3
 import struct
 import tarfile
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import orjson
 import xxhash
-import yaml
-from braceexpand import braceexpand
 
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.index import read_rejects
-from llava_sft.data.records import Rejected, Sample, check_sample
+from llava_sft.data.records import Rejected, Sample
+from llava_sft.data.tars import Meta, TarSample, find_layout, read_at, read_meta, source_folders, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import read_json
 
@@ -36,22 +34,32 @@ INLINE_BYTES = 32 << 10  # a larger picture is shown as a thumbnail
 MIME = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp", "gif": "image/gif"}
 
 META, SHARDS, INDEX, SAMPLES, IMAGES = ".nv-meta", "shards", "index against tars", "samples", "images"
-VALUES = ("turns", "images per sample", "image width", "image height", "question length", "answer length")
-
-
-class TarSample(NamedTuple):
-    """Consecutive members of a tar that share a key: what energon takes for one sample."""
-
-    key: str
-    offset: int  # bytes, of its first header
-    parts: list[tuple[str, int, int]]  # member name without the key; offset and size of the content in bytes
+VALUES = ("tokens", "turns", "images per sample", "image width", "image height", "question length", "answer length")
+# The script that most letters of a conversation are of: a hint at its language, no more than that.
+SCRIPTS = {
+    "Latin": r"a-zA-Z\u00c0-\u024f",
+    "Chinese": r"\u4e00-\u9fff",
+    "Japanese": r"\u3040-\u30ff",  # kana: also where Chinese characters are more
+    "Korean": r"\uac00-\ud7af",
+    "Cyrillic": r"\u0400-\u04ff",
+    "Arabic": r"\u0600-\u06ff",
+    "Devanagari": r"\u0900-\u097f",
+    "Thai": r"\u0e00-\u0e7f",
+    "Greek": r"\u0370-\u03ff",
+    "Hebrew": r"\u0590-\u05ff",
+}
+LETTERS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
 
 
 class Findings:
     """What has been found so far. `looked_at` counts what each check has seen, `problems` what it found wrong."""
 
-    def __init__(self, seed: int):
-        self.seed, self.decode_every = seed, 1
+    def __init__(self, seed: int, tokens: "TokenCounter | None"):
+        self.seed, self.decode_every, self.tokens = seed, 1, tokens
+        self.seen: dict[str, set[int]] = {"sample": set(), "image": set()}  # 8-byte hashes
+        self.duplicates: Counter[str] = Counter(dict.fromkeys(self.seen, 0))
+        self.scripts: Counter[str] = Counter()
+        self.excluded = 0
         self.looked_at: Counter[str] = Counter(dict.fromkeys((META, SHARDS, INDEX, SAMPLES, IMAGES), 0))
         self.problem_counts: Counter[str] = Counter()
         self.problems: list[dict[str, str]] = []
@@ -60,51 +68,118 @@ class Findings:
         self.kinds: dict[str, Counter[str]] = {}  # kind: samples of each split
         self.values: dict[str, Counter[int]] = {name: Counter() for name in VALUES}
         self.formats: Counter[str] = Counter()
-        self.gallery: dict[str, list[tuple[int, dict[str, Any]]]] = {}  # kind: heap, the luckiest samples
+        self.gallery: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}  # kind: heap, the luckiest samples
 
     def problem(self, check: str, where: str, what: str) -> None:
         self.problem_counts[check] += 1
         if len(self.problems) < PROBLEMS_KEPT:
             self.problems.append({"check": check, "where": where, "what": what})
 
+    def note_duplicate(self, what: str, *parts: bytes) -> int:
+        digest = xxhash.xxh3_64()
+        for part in parts:
+            digest.update(part)
+        number = digest.intdigest()
+        self.duplicates[what] += number in self.seen[what]
+        self.seen[what].add(number)
+        return number
+
     def draw(self, name: str) -> int:
         """A number that looks random and is the same for the same seed and name, in whatever order one looks."""
         return xxhash.xxh3_64_intdigest(name.encode(), self.seed)
 
 
+class TokenCounter:
+    """Tokens of a sample as training would make them, before anything is cut."""
+
+    def __init__(self, tokenizer: Path, seq_length: int, min_pixels: int, max_pixels: int):
+        from llava_sft.data.images import image_tokens, smart_resize
+        from llava_sft.data.template import ChatTemplate, UnusableSample
+
+        self.template, self.unusable, self.seq_length = ChatTemplate(tokenizer), UnusableSample, seq_length
+        self.cut = self.left_out = 0
+
+        def tokens_of_image(width: int, height: int) -> int:
+            rows, columns = smart_resize(height, width, min_pixels, max_pixels)
+            return image_tokens((rows // 14, columns // 14))
+
+        self.tokens_of_image = tokens_of_image
+
+    def count(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> int:
+        images = [self.tokens_of_image(*size) for size in sizes]
+        length = len(self.template.encode(messages, images, 1 << 40).input_ids)
+        if length > self.seq_length:
+            try:
+                self.template.encode(messages, images, self.seq_length)
+                self.cut += 1
+            except self.unusable:
+                self.left_out += 1
+        return length
+
+
 def inspect_webdataset(
-    wds_dir: Path, parts_dir: Path | None = None, dataset: dict[str, Any] | None = None, seed: int = 0
+    wds_dir: Path,
+    parts_dir: Path | None = None,
+    dataset: dict[str, Any] | None = None,
+    seed: int = 0,
+    tokens: TokenCounter | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the report (plain JSON; lengths in characters, image sizes in pixels) and a gallery of samples.
 
     `parts_dir` adds the rejects and the check of the tars' hashes; `dataset`, the dataset file's content, the check of
-    its counts. The gallery's pictures are data URIs. Errors: DataError if there is no tar to look at.
+    its counts; `tokens`, the tokens of each sample and what the sequence length would cut. The gallery's pictures are
+    data URIs. Errors: DataError if there is no tar to look at.
     """
     if not wds_dir.is_dir():
         raise DataError(f"{wds_dir} is not a folder", "give the folder that holds the .tar files and .nv-meta")
-    tars = sorted(path.relative_to(wds_dir).as_posix() for path in wds_dir.rglob("*.tar"))
-    if not tars:
-        raise DataError(f"{wds_dir} holds no .tar file", "give a WebDataset folder, or convert the raw data first")
-    stats_files = sorted(parts_dir.glob("*.stats.json")) if parts_dir else []
-    parts = [stats for path in stats_files if f"{(stats := read_json(path))['shard']}.tar" in tars]
+    found = Findings(seed, tokens)
+    rejects: list[tuple[Path, list[dict[str, Any]]]] = []
+    for folder in source_folders(wds_dir):
+        tars = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
+        if not tars:
+            raise DataError(f"{folder} holds no .tar file", "give a WebDataset folder, or convert the raw data first")
+        notes = parts_dir / folder.relative_to(wds_dir) if parts_dir else None
+        stats_files = sorted(notes.glob("*.stats.json")) if notes else []
+        parts = [stats for path in stats_files if f"{(stats := read_json(path))['shard']}.tar" in tars]
+        _inspect_folder(folder, tars, parts, found)
+        if parts and notes:
+            rejects.append((notes, parts))
+    if dataset:
+        for split, energon_split in (("train", "train"), ("heldout", "val")):
+            there = found.splits.get(energon_split, Counter())["samples"]
+            if there != dataset[split]["samples"]:
+                found.problem(META, split, f"holds {there} samples, the dataset file says {dataset[split]['samples']}")
+    if found.excluded:
+        found.notes.append(f"{found.excluded:,} samples are excluded: training does not see them where they lie")
+    return _report(wds_dir, rejects, found), _pick_gallery(found)
+
+
+def _inspect_folder(folder: Path, tars: list[str], parts: list[dict[str, Any]], found: Findings) -> None:
     hashes = {f"{stats['shard']}.tar": stats["tar"]["hash"] for stats in parts}
-    found = Findings(seed)
-    split_of, counted = _read_meta(wds_dir, tars, found)
-    images = sum(stats["images"] for stats in parts) or sum(samples for _, samples in counted.values())
+    meta = _check_meta(folder, tars, found)
+    split_of = {name: split for split, names in meta.splits.items() for name in names}
+    numbers = {name: number for number, name in enumerate(meta.counts)}
+    images = sum(stats["images"] for stats in parts) or sum(meta.counts.values())
     found.decode_every = max(1, images // DECODED_IMAGES)
-    database = _open_index(wds_dir, found)
+    database = _open_index(folder, found)
     for name in tars:
         split = split_of.get(name)
         if split is None and split_of:
-            if _idx_samples(wds_dir / name) != 0:  # an empty shard is rightly in no split
+            if _idx_samples(folder / name) != 0:  # an empty shard is rightly in no split
                 found.notes.append(f"{name} is in no split: training does not see it")
             continue
         try:
-            samples = _walk_tar(wds_dir / name, name, found)
-            _check_index(wds_dir / name, name, samples, counted.get(name), database, found)
-            with open(wds_dir / name, "rb") as file:
-                for sample in samples:
-                    _check_sample(file.fileno(), name, split or "all", sample, found)
+            odd: list[str] = []
+            samples = walk_tar(folder / name, odd.append)
+            for member in odd:
+                found.problem(SAMPLES, f"{name}: {member}", "has no key and extension: energon leaves it out")
+            _check_index(folder / name, name, samples, meta.counts.get(name), numbers.get(name), database, found)
+            kept = [sample for sample in samples if f"{name}/{sample.key}" not in meta.exclude]
+            found.excluded += len(samples) - len(kept)
+            layout = meta.layout if split_of else find_layout(folder / name, samples) or "own"
+            with open(folder / name, "rb") as file:
+                for sample in kept:
+                    _check_sample(file.fileno(), name, split or "all", sample, layout, found)
                 if name in hashes:
                     file.seek(0)
                     if _hash(file) != hashes[name]:
@@ -113,50 +188,35 @@ def inspect_webdataset(
             found.problem(SHARDS, name, f"can not be read: {error}")
             continue
         found.looked_at[SHARDS] += 1
-        size = (wds_dir / name).stat().st_size
-        found.splits.setdefault(split or "all", Counter()).update(samples=len(samples), shards=1, bytes=size)
+        size = (folder / name).stat().st_size
+        found.splits.setdefault(split or "all", Counter()).update(samples=len(kept), shards=1, bytes=size)
     if database:
         database.close()
-    if dataset:
-        for split, energon_split in (("train", "train"), ("heldout", "val")):
-            there = found.splits.get(energon_split, Counter())["samples"]
-            if there != dataset[split]["samples"]:
-                found.problem(META, split, f"holds {there} samples, the dataset file says {dataset[split]['samples']}")
-    return _report(wds_dir, parts_dir, parts, found), _pick_gallery(found)
 
 
-def _read_meta(wds_dir: Path, tars: list[str], found: Findings) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
-    """Return the split of each shard, and the number that energon gives each shard with its count of samples."""
-    meta = wds_dir / ".nv-meta"
-    split_of: dict[str, str] = {}
-    counted: dict[str, tuple[int, int]] = {}
+def _check_meta(folder: Path, tars: list[str], found: Findings) -> Meta:
     for name in (".info.json", "split.yaml", "dataset.yaml", "index.sqlite", "index.uuid"):
         found.looked_at[META] += 1
-        if not (meta / name).is_file():
-            found.problem(META, f".nv-meta/{name}", "is missing: run index_webdataset.py")
+        if not (folder / ".nv-meta" / name).is_file():
+            found.problem(META, f".nv-meta/{name}", "is missing: run index_webdataset.py, or this with --fix")
     try:
-        if (meta / ".info.json").is_file():
-            counts = orjson.loads((meta / ".info.json").read_bytes())["shard_counts"]
-            counted = {name: (number, int(count)) for number, (name, count) in enumerate(counts.items())}
-        if (meta / "split.yaml").is_file():
-            split_parts = yaml.safe_load((meta / "split.yaml").read_bytes())["split_parts"]
-            for split, patterns in split_parts.items():
-                for name in (name for pattern in patterns for name in braceexpand(pattern)):
-                    if name in split_of:
-                        found.problem(META, name, f"is in the splits {split_of[name]} and {split}")
-                    split_of[name] = split
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        found.problem(META, ".nv-meta", f"can not be understood: {type(error).__name__}: {error}")
-    if counted:
-        for name in sorted(split_of.keys() - counted.keys()):
-            found.problem(META, name, "is in split.yaml and not in .info.json")
-    for name in sorted((split_of.keys() | counted.keys()) - set(tars)):
+        meta = read_meta(folder)
+    except DataError as error:
+        if "understood" in error.problem:
+            found.problem(META, ".nv-meta", error.problem)
+        return Meta({}, {}, set(), "own")
+    named = Counter(name for names in meta.splits.values() for name in names)
+    for name in sorted(named.keys() - meta.counts.keys()):
+        found.problem(META, name, "is in split.yaml and not in .info.json")
+    for name in sorted(name for name, count in named.items() if count > 1):
+        found.problem(META, name, f"stands {named[name]} times in split.yaml")
+    for name in sorted((named.keys() | meta.counts.keys()) - set(tars)):
         found.problem(META, name, "is named in .nv-meta and not in the folder")
-    if split_of and "train" not in split_of.values():
+    if not meta.splits.get("train"):
         found.problem(META, "split.yaml", "the training split is empty")
-    if split_of and "val" not in split_of.values():
+    if not meta.splits.get("val"):
         found.notes.append("there is no held-out split (val)")
-    return split_of, counted
+    return meta
 
 
 def _open_index(wds_dir: Path, found: Findings) -> sqlite3.Connection | None:
@@ -177,46 +237,27 @@ def _idx_samples(tar: Path) -> int | None:
     return idx.stat().st_size // 8 - 1 if idx.is_file() else None
 
 
-def _walk_tar(path: Path, name: str, found: Findings) -> list[TarSample]:
-    """The samples of a tar, in order; the last has no parts and the offset of the archive's end."""
-    samples: list[TarSample] = []
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            tar.members = []  # tarfile would keep them all
-            if not member.isreg():
-                continue
-            folder, _, file_name = member.name.rpartition("/")
-            stem, dot, part = file_name.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if not dot or not stem:
-                found.problem(SAMPLES, f"{name}: {member.name}", "has no key and extension: energon leaves it out")
-                continue
-            if not samples or samples[-1].key != key:
-                samples.append(TarSample(key, member.offset, []))
-            samples[-1].parts.append((part, member.offset_data, member.size))
-        end = tar.offset
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(1024) != bytes(1024):
-            raise tarfile.ReadError("the end of the archive is missing: it was cut off")
-    return [*samples, TarSample("", end, [])]
-
-
 def _check_index(
-    tar: Path, name: str, samples: list[TarSample], counted: tuple[int, int] | None, database: Any, found: Findings
+    tar: Path,
+    name: str,
+    samples: list[TarSample],
+    counted: int | None,
+    number: int | None,
+    database: sqlite3.Connection | None,
+    found: Findings,
 ) -> None:
-    end = samples.pop()
     found.looked_at[INDEX] += 1
-    offsets = [sample.offset for sample in (*samples, end)]
+    offsets = [sample.offset for sample in samples]
+    offsets.append(samples[-1].offset + samples[-1].size if samples else 0)
     idx = tar.with_suffix(".tar.idx")
     if not idx.is_file():
         found.problem(INDEX, f"{name}.idx", "is missing")
     elif idx.read_bytes() != struct.pack(f"<{len(offsets)}Q", *offsets):
         found.problem(INDEX, f"{name}.idx", "does not hold the offsets of the tar's samples")
-    if counted and counted[1] != len(samples):
-        found.problem(INDEX, name, f".info.json says {counted[1]} samples, the tar has {len(samples)}")
-    if database and counted:
-        rows = [(s.key, n, s.offset, offsets[n + 1] - s.offset) for n, s in enumerate(samples)]
+    if counted is not None and counted != len(samples):
+        found.problem(INDEX, name, f".info.json says {counted} samples, the tar has {len(samples)}")
+    if database and number is not None:
+        rows = [(s.key, n, s.offset, s.size) for n, s in enumerate(samples)]
         members = [(n, *part) for n, sample in enumerate(samples) for part in sample.parts]
         for table, columns, order, expected in (
             ("samples", "sample_key, sample_index, byte_offset, byte_size", "sample_index", rows),
@@ -228,50 +269,57 @@ def _check_index(
             ),
         ):
             query = f"SELECT {columns} FROM {table} WHERE tar_file_id = ? ORDER BY {order}"
-            if database.execute(query, counted[:1]).fetchall() != expected:
+            if database.execute(query, (number,)).fetchall() != expected:
                 found.problem(INDEX, name, f"the table {table} of index.sqlite differs from the tar")
 
 
-def _check_sample(file: int, name: str, split: str, sample: TarSample, found: Findings) -> None:
-    where = f"{name}: {sample.key}"
+def _check_sample(file: int, name: str, split: str, stored: TarSample, layout: str, found: Findings) -> None:
+    where = f"{name}: {stored.key}"
     found.looked_at[SAMPLES] += 1
-    members = {part: (offset, size) for part, offset, size in sample.parts}
     try:
-        if len(members) != len(sample.parts):
-            raise Rejected("a member stands twice", ", ".join(part for part, _, _ in sample.parts))
-        if "json" not in members:
-            raise Rejected("no json member", f"has {', '.join(members)}")
-        record = orjson.loads(os.pread(file, members["json"][1], members["json"][0]))
-        images, messages, meta = record["images"], record["messages"], record.get("meta", {})
-        check_sample(Sample(record["id"], messages, images, meta))
-        if sorted([*images, "json"]) != sorted(members):
-            raise Rejected("members differ from the images that the JSON names", f"{images}, {list(members)}")
-        kind = str(meta.get("kind", "all"))
+        sample, members = stored.read(file, layout)
     except Rejected as rejected:
         return found.problem(SAMPLES, where, str(rejected))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return found.problem(SAMPLES, where, f"not the expected JSON: {type(error).__name__}: {error}")
-    for image in images:
+    sizes, hashes = [], []
+    for image in sample.images:
         found.looked_at[IMAGES] += 1
-        data = os.pread(file, members[image][1], members[image][0])
-        chosen = found.draw(f"{sample.key}.{image}") % found.decode_every == 0
+        data = read_at(file, members[image])
+        hashes.append(found.note_duplicate("image", data).to_bytes(8))
+        chosen = found.draw(f"{stored.key}.{image}") % found.decode_every == 0
         try:
             info = (decode_image if chosen else check_image)(data, NO_PIXEL_LIMIT)
         except Rejected as rejected:
             found.problem(IMAGES, f"{where}.{image}", str(rejected))
             continue
+        sizes.append((info.width, info.height))
         found.formats[info.extension] += 1
         found.values["image width"][info.width] += 1
         found.values["image height"][info.height] += 1
+    kind = str(sample.meta.get("kind", "all"))
     found.kinds.setdefault(kind, Counter())[split] += 1
-    found.values["images per sample"][len(images)] += 1
-    found.values["turns"][sum(message["role"] == "user" for message in messages)] += 1
-    for message in messages:
+    found.values["images per sample"][len(sample.images)] += 1
+    found.values["turns"][sum(message["role"] == "user" for message in sample.messages)] += 1
+    for message in sample.messages:
         if message["role"] != "system":
             which = "question length" if message["role"] == "user" else "answer length"
             found.values[which][len(message["content"])] += 1
-    _offer_to_gallery(file, split, kind, sample.key, record["id"], messages, [members[i] for i in images], found)
+    texts = "\n".join(message["content"] for message in sample.messages)
+    found.note_duplicate("sample", texts.encode("utf-8", "surrogatepass"), *hashes)
+    found.scripts[script_of(texts)] += 1
+    if found.tokens and len(sizes) == len(sample.images):
+        found.values["tokens"][found.tokens.count(sample.messages, sizes)] += 1
+    _offer_to_gallery(file, split, kind, stored.key, sample, [members[i] for i in sample.images], found)
     return None
+
+
+def script_of(text: str) -> str:
+    """The script of most letters, `other` without any."""
+    text = text[:2000].replace("<image>", "")
+    counts = {name: len(letters.findall(text)) for name, letters in LETTERS.items()}
+    if counts["Japanese"] > counts["Chinese"] / 10:
+        counts["Japanese"] += counts["Chinese"]
+    best = max(counts, key=counts.__getitem__)
+    return best if counts[best] else "other"
 
 
 def _hash(file: Any) -> str:
@@ -282,21 +330,22 @@ def _hash(file: Any) -> str:
 
 
 def _offer_to_gallery(
-    file: int, split: str, kind: str, key: str, name: str, messages: list[Any], places: list[Any], found: Findings
+    file: int, split: str, kind: str, key: str, sample: Sample, places: list[tuple[int, int]], found: Findings
 ) -> None:
     heap = found.gallery.setdefault(kind, [])
     luck = found.draw(key)
     if len(heap) == GALLERY_SAMPLES and luck <= heap[0][0]:
         return
-    images = [os.pread(file, size, offset) for offset, size in places]
-    entry = (luck, {"key": key, "id": name, "split": split, "kind": kind, "messages": messages, "images": images})
+    images = [read_at(file, place) for place in places]
+    shown = {"key": key, "id": sample.id, "split": split, "kind": kind, "messages": sample.messages, "images": images}
+    entry = (luck, found.looked_at[SAMPLES], shown)  # keys of several sources may be the same
     (heapq.heappush if len(heap) < GALLERY_SAMPLES else heapq.heappushpop)(heap, entry)
 
 
 def _pick_gallery(found: Findings) -> list[dict[str, Any]]:
     """Some samples of every kind, in turn; their images become data URIs."""
     heaps = [sorted(heap, key=lambda entry: -entry[0]) for _, heap in sorted(found.gallery.items())]
-    picked = [heap[turn][1] for turn in range(GALLERY_SAMPLES) for heap in heaps if turn < len(heap)]
+    picked = [heap[turn][2] for turn in range(GALLERY_SAMPLES) for heap in heaps if turn < len(heap)]
     return [sample | {"images": [_data_uri(i) for i in sample["images"]]} for sample in picked[:GALLERY_SAMPLES]]
 
 
@@ -317,13 +366,16 @@ def _data_uri(data: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _report(wds_dir: Path, parts_dir: Path | None, parts: list[dict[str, Any]], found: Findings) -> dict[str, Any]:
+def _report(wds_dir: Path, noted: list[tuple[Path, list[dict[str, Any]]]], found: Findings) -> dict[str, Any]:
     rejects = None
-    if parts and parts_dir:
-        reasons = sum((Counter(stats["reasons"]) for stats in parts), Counter())
-        first = [row for row, _ in zip(read_rejects(parts_dir, parts), range(REJECTS_KEPT), strict=False)]
-        read, rejected = (sum(stats[key] for stats in parts) for key in ("read", "rejected"))
+    if everything := [stats for _, parts in noted for stats in parts]:
+        reasons = sum((Counter(stats["reasons"]) for stats in everything), Counter())
+        first = [row for folder, parts in noted for row in read_rejects(folder, parts)][:REJECTS_KEPT]
+        read, rejected = (sum(stats[key] for stats in everything) for key in ("read", "rejected"))
         rejects = {"read": read, "rejected": rejected, "reasons": dict(reasons.most_common()), "first": first}
+    length = None
+    if found.tokens:
+        length = {"seq_length": found.tokens.seq_length, "cut": found.tokens.cut, "left_out": found.tokens.left_out}
     return {
         "path": str(wds_dir),
         "ok": not found.problem_counts,
@@ -337,6 +389,11 @@ def _report(wds_dir: Path, parts_dir: Path | None, parts: list[dict[str, Any]], 
         "kinds": {kind: dict(counts) for kind, counts in sorted(found.kinds.items())},
         "image_formats": dict(found.formats.most_common()),
         "distributions": {name: distribution(values) for name, values in found.values.items() if values},
+        "duplicates": {
+            what: {"repeated": n, "different": len(found.seen[what])} for what, n in found.duplicates.items()
+        },
+        "scripts": dict(found.scripts.most_common()),
+        "sequence_length": length,
         "rejects": rejects,
     }
 

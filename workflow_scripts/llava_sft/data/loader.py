@@ -2,11 +2,12 @@
 
 Notable:
 - a sample that can not be read or encoded stops the run: energon alone would log it and go on, a hundred times;
-- batches are padded behind the text to their own longest sample, never to `seq_length`;
+- samples are packed into sequences of `seq_length`, or padded behind the text to the longest of their batch;
 - the loader's state is saved with every Megatron checkpoint and restored with it: a resumed run reads the very next
   sample.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from megatron.energon import (
 )
 from megatron.energon.task_encoder import Batch
 
-from llava_sft.data.images import decode_rgb, image_tokens, to_patches
+from llava_sft.data.images import decode_rgb, image_grid, image_tokens, to_patches
+from llava_sft.data.layouts import LAYOUTS
+from llava_sft.data.packing import select_packs
 from llava_sft.data.template import ChatTemplate, UnusableSample
 
 
@@ -42,93 +45,173 @@ class Conversation(Sample):
 
 
 @edataclass
+class TokenizedSample(Sample):
+    """Token ids and loss mask [tokens], and the images that are still in it: encoded bytes, (height, width) in patches.
+
+    What a packing buffer holds: decoded images would fill the memory (4,000 photographs are 12 GB).
+    """
+
+    input_ids: np.ndarray
+    answer_mask: np.ndarray
+    images: list[bytes]
+    grids: list[tuple[int, int]]
+
+
+@edataclass
 class EncodedSample(Sample):
-    """Token ids and loss mask [tokens], patches [patches, 588] uint8 of all images, their grids."""
+    """One sequence: token ids and loss mask [tokens], uint8 patches of its images, their grids, and the lengths of the
+    samples that it was packed from."""
 
     input_ids: np.ndarray
     answer_mask: np.ndarray
     patches: list[np.ndarray]
     grids: list[tuple[int, int]]
+    segments: list[int]
 
 
 @edataclass
 class VlmBatch(Batch):
-    """What a forward step takes: `input_ids`, `labels`, `loss_mask` [batch, tokens], `pixels` [patches, 588] uint8,
-    `grids` [images, 2], `image_index` [image tokens] into the flattened [tokens, batch], `num_tokens` without padding."""
+    """What a forward step takes: `input_ids` [batch, tokens], `pixels` [patches, 588] uint8, `grids` [images, 2],
+    `lengths` of all samples without padding, and two indices into the flattened [tokens, batch]: `image_index` [image tokens], and
+    `answer_index` [answer tokens], the places that predict a token of an answer, with `answer_labels`, those tokens.
+
+    Packed sequences lie behind one another in a single row; `segments` are the lengths of their samples and of the
+    padding at the end. Without packing `segments` is empty, and rows are padded behind the text."""
 
     input_ids: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
+    answer_index: torch.Tensor
+    answer_labels: torch.Tensor
     pixels: torch.Tensor
     grids: torch.Tensor
     image_index: torch.Tensor
-    num_tokens: int
+    lengths: list[int]
+    segments: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
 
 
-@stateless
-def cook(sample: dict) -> Conversation:
-    """Our WebDataset layout: `json` names its images in the order of their `<image>` placeholders."""
-    record = orjson.loads(sample["json"])
-    return Conversation(
-        **basic_sample_keys(sample),
-        messages=record["messages"],
-        images=[sample[name] for name in record["images"]],
-    )
+def make_cook(layout: str) -> Callable[[dict], Conversation]:
+    """The cooker of a WebDataset layout (layouts.py)."""
+
+    @stateless
+    def cook(sample: dict) -> Conversation:
+        members = {name for name in sample if not name.startswith("__")}
+        stored = LAYOUTS[layout](sample["__key__"], orjson.loads(sample["json"]), members)
+        return Conversation(
+            **basic_sample_keys(sample), messages=stored.messages, images=[sample[name] for name in stored.images]
+        )
+
+    return cook
 
 
 class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch]):
-    """Decodes images, renders the chat template and pads batches."""
+    """Renders the chat template, decodes images, packs samples into sequences, and makes batches of them.
+
+    Args:
+        seq_length: tokens of a sequence; a longer conversation is cut at the end of a turn.
+        min_pixels, max_pixels: limits of height × width that images are resized to.
+        packing: whether sequences are packed; the buffer's size is given to the loader.
+        pad_multiple: packed batches are padded to a multiple of this many tokens (matrix units want 16 in FP8).
+        seed: of the order of the packs.
+    """
 
     decoder = None  # raw bytes: images are decoded here, in the worker
-    cookers = [Cooker(cook)]
+    # A folder without a layout in its dataset.yaml is in our own.
+    cookers = (
+        *(Cooker(make_cook(name), has_subflavors={"layout": name}) for name in LAYOUTS),
+        Cooker(make_cook("own")),
+    )
 
-    def __init__(self, template: ChatTemplate, seq_length: int, min_pixels: int, max_pixels: int):
+    def __init__(
+        self,
+        template: ChatTemplate,
+        seq_length: int,
+        min_pixels: int,
+        max_pixels: int,
+        packing: bool = False,
+        pad_multiple: int = 1,
+        seed: int = 0,
+    ):
         super().__init__()
         self.template, self.seq_length = template, seq_length
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.packing, self.pad_multiple, self.seed = packing, pad_multiple, seed
 
     @stateless
-    def encode_sample(self, sample: Conversation) -> EncodedSample:
-        pairs = [to_patches(decode_rgb(data), self.min_pixels, self.max_pixels) for data in sample.images]
+    def preencode_sample(self, sample: Conversation) -> TokenizedSample:
+        """All that needs no pixels: the size in an image's header tells how many tokens it takes."""
+        grids = [image_grid(data, self.min_pixels, self.max_pixels) for data in sample.images]
         try:
-            encoded = self.template.encode(sample.messages, [image_tokens(grid) for _, grid in pairs], self.seq_length)
+            encoded = self.template.encode(sample.messages, [image_tokens(grid) for grid in grids], self.seq_length)
         except UnusableSample as reason:
             print(f"sample {sample.__key__} left out: {reason}", flush=True)
             raise SkipSample from reason
-        pairs = pairs[: encoded.num_images]
-        return EncodedSample.derive_from(
+        return TokenizedSample.derive_from(
             sample,
             input_ids=encoded.input_ids,
             answer_mask=encoded.answer_mask,
-            patches=[patches for patches, _ in pairs],
-            grids=[grid for _, grid in pairs],
+            images=sample.images[: encoded.num_images],
+            grids=grids[: encoded.num_images],
+        )
+
+    @stateless
+    def postencode_sample(self, sample: TokenizedSample) -> EncodedSample:
+        return EncodedSample.derive_from(
+            sample,
+            input_ids=sample.input_ids,
+            answer_mask=sample.answer_mask,
+            patches=[to_patches(decode_rgb(data), self.min_pixels, self.max_pixels)[0] for data in sample.images],
+            grids=sample.grids,
+            segments=[len(sample.input_ids)],
+        )
+
+    def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:
+        packs = select_packs([len(sample.input_ids) for sample in samples], self.seq_length, self.seed)
+        return [[samples[index] for index in pack] for pack in packs]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[EncodedSample]) -> EncodedSample:
+        return EncodedSample.derive_from(
+            samples[0],
+            __key__=",".join(sample.__key__ for sample in samples),
+            input_ids=np.concatenate([sample.input_ids for sample in samples]),
+            answer_mask=np.concatenate([sample.answer_mask for sample in samples]),
+            patches=[patches for sample in samples for patches in sample.patches],
+            grids=[grid for sample in samples for grid in sample.grids],
+            segments=[length for sample in samples for length in sample.segments],
         )
 
     @stateless
     def batch(self, samples: list[EncodedSample]) -> VlmBatch:
-        longest = max(len(sample.input_ids) for sample in samples)
-        shape = (len(samples), longest)
+        rows = [self.pack_selected_samples(samples)] if self.packing else samples
+        width = max(len(row.input_ids) for row in rows)
+        segments = rows[0].segments if self.packing else []
+        if self.packing and (padding := -width % self.pad_multiple):
+            width += padding
+            segments = [*segments, padding]
+        shape = (len(rows), width)
         input_ids = np.full(shape, self.template.pad_token_id, dtype=np.int64)
-        labels = np.full(shape, self.template.pad_token_id, dtype=np.int64)
-        loss_mask = np.zeros(shape, dtype=np.float32)
-        for row, sample in enumerate(samples):
-            length = len(sample.input_ids)
-            input_ids[row, :length] = sample.input_ids
-            labels[row, : length - 1] = sample.input_ids[1:]
-            loss_mask[row, : length - 1] = sample.answer_mask[1:]
+        answers = np.zeros(shape, dtype=bool)
+        for number, row in enumerate(rows):
+            input_ids[number, : len(row.input_ids)] = row.input_ids
+            answers[number, : len(row.input_ids)] = row.answer_mask
+        # No segment begins with an answer, so the place before an answer token lies in the same segment.
+        answer_row, answer_token = np.nonzero(answers)
         # Row by row, as the images come; the places are counted in the model's [tokens, batch] layout.
-        rows, columns = np.nonzero(input_ids == self.template.image_token_id)
-        patches = [patch for sample in samples for patch in sample.patches]
-        grids = [grid for sample in samples for grid in sample.grids]
+        batch_index, token_index = np.nonzero(input_ids == self.template.image_token_id)
+        patches = [patch for row in rows for patch in row.patches]
         return VlmBatch.from_samples(
             samples,
             input_ids=torch.from_numpy(input_ids),
-            labels=torch.from_numpy(labels),
-            loss_mask=torch.from_numpy(loss_mask),
+            answer_index=torch.from_numpy((answer_token - 1) * len(rows) + answer_row),
+            answer_labels=torch.from_numpy(input_ids[answer_row, answer_token]),
             pixels=torch.from_numpy(np.concatenate(patches) if patches else np.empty((0, 588), dtype=np.uint8)),
-            grids=torch.tensor(grids, dtype=torch.int64).view(-1, 2),
-            image_index=torch.from_numpy(columns * len(samples) + rows),
-            num_tokens=sum(len(sample.input_ids) for sample in samples),
+            grids=torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int64).view(-1, 2),
+            image_index=torch.from_numpy(token_index * len(rows) + batch_index),
+            lengths=[length for row in rows for length in row.segments],
+            segments=segments,
         )
 
 
@@ -145,14 +228,19 @@ def worker_config(rank: int, world_size: int, num_workers: int, seed: int, group
 
 
 def train_loader(
-    path: Path | str, encoder: VlmTaskEncoder, config: WorkerConfig, micro_batch_size: int
+    path: Path | str,
+    encoder: VlmTaskEncoder,
+    config: WorkerConfig,
+    micro_batch_size: int,
+    packing_buffer_size: int | None = None,
 ) -> SavableDataLoader:
-    """Endless, shuffled micro-batches of the training split."""
+    """Endless, shuffled micro-batches of the training split; `packing_buffer_size` samples are packed at a time."""
     dataset = get_train_dataset(
         path,
         worker_config=config,
         batch_size=micro_batch_size,
         batch_drop_last=True,
+        packing_buffer_size=packing_buffer_size if encoder.packing else None,
         shuffle_buffer_size=1000,
         max_samples_per_sequence=100,
         task_encoder=encoder,

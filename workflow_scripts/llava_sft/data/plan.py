@@ -1,36 +1,68 @@
-"""The cut of a raw file into jobs, made while Snakemake builds the DAG: from the file's size alone, standard library only.
+"""The cut of raw files into jobs, made while Snakemake builds the DAG: from sizes and Parquet footers; a JSON array is
+scanned once and its plan kept.
 
-Notable: ranges are fixed in bytes, so appending to the raw file changes its last range and adds new ones, and no other.
-A range owns the records that *start* in it (`records.read_lines` aligns); range number = shard number.
+Notable: appending to a raw file changes its last range and adds new ones, and no other. The number of a shard is
+100,000 × its file's place among the source's files + the number of the range: when one file grows, the others' shards
+keep their names. Imports only the standard library as long as there are JSON lines only.
 """
 
 import os
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from llava_sft.errors import DataError, SettingsError
+from llava_sft.files import read_json, write_json
 
-DEFAULT_RANGE_BYTES = 8 << 20
 TRAIN_PREFIX, HELDOUT_PREFIX = "subtaskdata", "heldout"
+FILE_STEP = 100_000  # shard numbers a raw file has to itself
 
 
 class Range(NamedTuple):
-    """Bytes [start, end) of a raw file."""
+    """Bytes [start, end) of a raw file; `index` is the number of the shard that they become."""
 
     index: int
     start: int
     end: int
 
 
-def plan_ranges(path: Path | str, range_bytes: int = DEFAULT_RANGE_BYTES) -> list[Range]:
-    """Cut the raw file into ranges of `range_bytes`, the last one shorter. Errors: DataError if missing or empty."""
-    if range_bytes < 1:
-        raise SettingsError(f"range_bytes is {range_bytes}; it must be at least 1", "use 8388608, the default")
+def plan_ranges(
+    path: Path | str, range_bytes: int | None = None, file_number: int = 0, cache: Path | None = None
+) -> list[Range]:
+    """Cut a raw file into ranges of about `range_bytes` (None: the format's own size).
+
+    `cache` is the folder where the plan of a JSON array is kept. Errors: DataError if missing, empty, or in too many.
+    """
+    from llava_sft.data.formats import FORMATS, format_of
+
     size = raw_size(path)
     if size == 0:
         raise DataError(f"raw file {path} is empty", "give a file with at least one record")
-    starts = range(0, size, range_bytes)
-    return [Range(index, start, min(start + range_bytes, size)) for index, start in enumerate(starts)]
+    name = format_of(path)
+    step = range_bytes or FORMATS[name].range_bytes
+    if step < 1:
+        raise SettingsError(f"range_bytes is {step}; it must be at least 1", "leave it out for the default")
+    key = [size, os.stat(path).st_mtime_ns, step]
+    kept = (
+        cache / f"{sha256(os.path.abspath(path).encode()).hexdigest()[:16]}.json" if cache and name == "json" else None
+    )
+    if kept and kept.is_file() and (plan := read_json(kept))["key"] == key:
+        starts = plan["starts"]
+    else:
+        with open(path, "rb") as file:
+            starts = FORMATS[name].starts(file, size, step)
+        if kept:
+            write_json(kept, {"path": str(path), "key": key, "starts": starts})
+    return ranges_of(starts, size, file_number)
+
+
+def ranges_of(starts: Sequence[int], size: int, file_number: int = 0) -> list[Range]:
+    """The ranges that begin at `starts`; the last ends with the file."""
+    if len(starts) > FILE_STEP:
+        raise DataError(f"a raw file would be cut into {len(starts):,} shards", "raise shard_bytes")
+    first = file_number * FILE_STEP
+    return [Range(first + i, a, b) for i, (a, b) in enumerate(zip(starts, [*starts[1:], size], strict=True))]
 
 
 def raw_size(path: Path | str) -> int:

@@ -21,8 +21,8 @@ CONTROL_TOKEN = re.compile(
     r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>"
 )
 
-LLAVA_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-LLAVA_KEYS = {"id", "image", "conversations"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+FORM_KEYS = {"id", "image", "images", "conversations", "messages", "video", "videos"}
 
 
 class Rejected(Exception):
@@ -34,11 +34,12 @@ class Rejected(Exception):
 
 
 class Line(NamedTuple):
-    """A line of a raw file; `data` is None when it is longer than MAX_LINE_BYTES."""
+    """A record as it stands in a raw file: a line, an element of a JSON array, a row of a Parquet file."""
 
-    number: int  # 1-based, counted from the first line that starts in the range
-    offset: int  # bytes from the start of the file
-    data: bytes | None
+    number: int  # 1-based, counted from the first that starts in the range
+    offset: int  # bytes from the start of the file (of the row group, for a row)
+    data: bytes | dict[str, Any] | Rejected | None  # None: longer than MAX_LINE_BYTES
+    word: str = "line"
 
 
 class Sample(NamedTuple):
@@ -46,7 +47,9 @@ class Sample(NamedTuple):
 
     id: str | None
     messages: list[dict[str, str]]  # role: system | user | assistant; content: text with <image> placeholders
-    images: list[str]  # paths relative to the image root, in the order of the placeholders
+    images: list[
+        str | bytes
+    ]  # paths relative to the image root, or the files themselves, in the order of the placeholders
     meta: dict[str, Any]  # the record's other keys, scalars only
 
 
@@ -77,10 +80,16 @@ def read_lines(file: BinaryIO, start: int, end: int, update: Callable[[bytes], A
 
 
 def parse_json(line: Line) -> dict[str, Any] | None:
-    """Parse a line's JSON object; None for a blank line. A BOM at the start of the file and CRLF are accepted."""
+    """The record as a dict; None for a blank line. A BOM at the start of the file and CRLF are accepted."""
     data = line.data
+    if isinstance(data, dict):
+        return data
+    if isinstance(data, Rejected):
+        raise data
     if data is None:
-        raise Rejected("line too long", f"more than {MAX_LINE_BYTES >> 20} MiB: is the file JSONL, one record a line?")
+        raise Rejected(
+            f"{line.word} too long", f"more than {MAX_LINE_BYTES >> 20} MiB: is this the file of the records?"
+        )
     if line.offset == 0:
         data = data.removeprefix(BOM)
     try:
@@ -93,42 +102,73 @@ def parse_json(line: Line) -> dict[str, Any] | None:
         try:
             data.decode()
         except UnicodeDecodeError as unicode_error:
-            raise Rejected("invalid UTF-8", f"byte {unicode_error.start} of the line") from None
-        raise Rejected("invalid JSON" if data.endswith(b"\n") else "truncated last line", str(error)) from None
+            raise Rejected("invalid UTF-8", f"byte {unicode_error.start} of the {line.word}") from None
+        cut = line.word == "line" and not data.endswith(b"\n")
+        raise Rejected("truncated last line" if cut else "invalid JSON", str(error)) from None
     if not isinstance(record, dict):
-        raise Rejected("not a JSON object", f"the line holds a {type(record).__name__}")
+        raise Rejected("not a JSON object", f"the {line.word} holds a {type(record).__name__}")
     return record
 
 
-def parse_llava(record: dict[str, Any]) -> Sample:
-    """The LLaVA form: `conversations` of {from, value}, `image` absent, a path, or a list of paths."""
-    if "conversations" not in record:
-        raise Rejected("missing key", "conversations")
-    if record.get("video"):
+def parse_record(record: dict[str, Any]) -> Sample:
+    """LLaVA (`conversations` of {from, value}, `image`) and ShareGPT/OpenAI (`messages` of {role, content}, `images`).
+
+    Images are absent, one, or a list; each a path or, as the Hugging Face hub has it, {bytes, path}.
+    """
+    turns = record.get("conversations")
+    if turns is None:
+        turns = record.get("messages")
+    if turns is None:
+        raise Rejected("missing key", "conversations or messages")
+    if record.get("video") or record.get("videos"):
         raise Rejected("video is not supported")
-    turns = record["conversations"]
     if not isinstance(turns, list):
-        raise Rejected("malformed conversation", f"conversations is a {type(turns).__name__}, not a list")
+        raise Rejected("malformed conversation", f"the conversation is a {type(turns).__name__}, not a list")
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
             raise Rejected("malformed conversation", f"a turn is a {type(turn).__name__}, not an object")
         try:
-            speaker, content = turn["from"], turn["value"]
+            speaker, content = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
         except KeyError as error:
             raise Rejected("missing key", f"{error.args[0]} of a turn") from None
-        role = LLAVA_ROLES.get(speaker) if isinstance(speaker, str) else None
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise Rejected("unknown role", f"{str(speaker)[:40]!r} is none of {', '.join(LLAVA_ROLES)}")
-        messages.append({"role": role, "content": content})
+            raise Rejected("unknown role", f"{str(speaker)[:40]!r} is none of {', '.join(ROLES)}")
+        messages.append({"role": role, "content": _join_parts(content) if isinstance(content, list) else content})
     images = record.get("image")
+    if images is None:
+        images = record.get("images")
     if images is None:
         images = []
     elif not isinstance(images, list):
         images = [images]
+    images = [_image_file(image) if isinstance(image, dict) else image for image in images]
     name = record.get("id")
-    meta = {key: value for key, value in record.items() if key not in LLAVA_KEYS and not isinstance(value, dict | list)}
+    meta = {
+        key: value
+        for key, value in record.items()
+        if key not in FORM_KEYS and (value is None or isinstance(value, str | int | float))
+    }
     return check_sample(Sample(None if name is None else str(name), messages, images, meta))
+
+
+def _join_parts(parts: list[Any]) -> Any:
+    """OpenAI's content as a list of parts → text with placeholders; anything else stays what it is, to be rejected."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("image", "image_url"):
+            texts.append(IMAGE)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            return parts
+    return "".join(texts)
+
+
+def _image_file(image: dict[str, Any]) -> Any:
+    return image.get("path") if image.get("bytes") is None else image["bytes"]
 
 
 def check_sample(sample: Sample) -> Sample:

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 import orjson
 import xxhash
 
-from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageRoot, check_image
+from llava_sft.data.formats import FORMATS, format_of
+from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageRoot, check_image, decode_image
 from llava_sft.data.plan import TRAIN_PREFIX, Range, raw_size, shard_name
-from llava_sft.data.records import Line, Rejected, Sample, parse_json, parse_llava, read_lines
+from llava_sft.data.records import Line, Rejected, Sample, parse_json, parse_record
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, write_json
 
@@ -76,6 +77,11 @@ class TarWriter:
         self._pending_end = self.offset + WRITE_BYTES
 
 
+def write_idx(file: BinaryIO, starts: list[int], end: int) -> None:
+    """Energon's `.tar.idx`: where each sample begins, and where the last one ends."""
+    file.write(struct.pack(f"<{len(starts) + 1}Q", *starts, end))
+
+
 def convert_range(
     raw: Path | str,
     image_root: Path | str,
@@ -84,18 +90,23 @@ def convert_range(
     prefix: str,
     part: Range,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    max_shard_bytes: int | None = None,
+    decode_images: bool = False,
     progress: Callable[[int, int, int], Any] = lambda raw_bytes, records, tar_bytes: None,
 ) -> dict[str, Any]:
-    """Convert one range of a LLaVA JSONL file; return its statistics.
+    """Convert one range of a raw file (any of FORMATS); return its statistics.
 
     Writes `PREFIX-NNNNN.tar` and `.tar.idx` in `wds_dir`; `.samples.jsonl`, `.rejects.jsonl` and `.stats.json` in
-    `parts_dir`. A bad record goes to the rejects and its neighbours are kept. `progress` gets what has been done so far
-    in this range: bytes read, records read, bytes of tar.
-    Errors: DataError when the raw file or the image root is missing, the range lies beyond the file's end, or the file
-    changes meanwhile.
+    `parts_dir`. A bad record goes to the rejects and its neighbours are kept. `decode_images` decodes every image in
+    full, not only those whose header or end marker is odd. `progress` gets what has been done so far in this range:
+    bytes read, records read, bytes of tar.
+    Errors: DataError when the raw file or the image root is missing, the range lies beyond the file's end, the file
+    changes meanwhile, or the tar grows beyond `max_shard_bytes`.
     """
     images = ImageRoot(image_root)
+    check = decode_image if decode_images else check_image
     size = raw_size(raw)
+    raw_format = format_of(raw)
     if not 0 <= part.start < part.end <= size:
         raise DataError(
             f"range {part.start}-{part.end} does not lie in {raw}, which has {size} bytes",
@@ -121,12 +132,12 @@ def convert_range(
     stats_path.unlink(missing_ok=True)
     with ExitStack() as stack:
         file = stack.enter_context(open(raw, "rb", buffering=1 << 20))
-        samples_file = stack.enter_context(atomic_file(parts_dir / f"{name}.samples.jsonl"))
-        rejects_file = stack.enter_context(atomic_file(parts_dir / f"{name}.rejects.jsonl"))
-        idx_file = stack.enter_context(atomic_file(wds_dir / f"{name}.tar.idx"))
-        tar = TarWriter(stack.enter_context(atomic_file(wds_dir / f"{name}.tar")))
+        samples_file = stack.enter_context(atomic_file(parts_dir / f"{name}.samples.jsonl", durable=False))
+        rejects_file = stack.enter_context(atomic_file(parts_dir / f"{name}.rejects.jsonl", durable=False))
+        idx_file = stack.enter_context(atomic_file(wds_dir / f"{name}.tar.idx", durable=False))
+        tar = TarWriter(stack.enter_context(atomic_file(wds_dir / f"{name}.tar", durable=False)))
         before = os.fstat(file.fileno())
-        for line in read_lines(file, part.start, part.end, raw_hash.update):
+        for line in FORMATS[raw_format].read(file, part.start, part.end, raw_hash.update):
             lines += 1
             record = None
             try:
@@ -134,9 +145,9 @@ def convert_range(
                 if record is None:
                     continue
                 read += 1
-                sample = parse_llava(record)
-                blobs = [images.read(path) for path in sample.images]
-                infos = [check_image(blob, max_image_pixels) for blob in blobs]
+                sample = parse_record(record)
+                blobs = [image if isinstance(image, bytes) else images.read(image) for image in sample.images]
+                infos = [check(blob, max_image_pixels) for blob in blobs]
             except Rejected as rejected:
                 read += record is None
                 reasons[rejected.reason] += 1
@@ -148,9 +159,11 @@ def convert_range(
                 image_count += len(blobs)
                 if "kind" in sample.meta:
                     kinds[str(sample.meta["kind"])] += 1
+                if max_shard_bytes and tar.offset > max_shard_bytes:
+                    raise _too_large(name, line.offset - part.start, part.end - part.start, tar.offset, max_shard_bytes)
             if not lines % PROGRESS_RECORDS:
                 progress(line.offset - part.start, read, tar.offset)
-        idx_file.write(struct.pack(f"<{len(starts) + 1}Q", *starts, tar.offset))
+        write_idx(idx_file, starts, tar.offset)
         tar_hash = tar.finish()
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -160,6 +173,7 @@ def convert_range(
         "shard": name,
         "raw": {
             "path": str(raw),
+            "format": raw_format,
             "size": after.st_size,
             "mtime_ns": after.st_mtime_ns,
             "start": part.start,
@@ -205,10 +219,20 @@ def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], in
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
+def _too_large(name: str, done: int, planned: int, tar_bytes: int, allowed: int) -> DataError:
+    fits = 1 << max(10, int(done * allowed / tar_bytes * 0.8).bit_length() - 1)  # a power of two
+    return DataError(
+        f"{name}.tar grows beyond max_shard_bytes {allowed:,}: its images are large for the {planned:,} bytes of raw data"
+        " that it is made from",
+        f"raise max_shard_bytes{f', or cut finer with shard_bytes: {fits}' if done else ''}",
+    )
+
+
 def _reject_row(raw: Path | str, line: Line, record: dict[str, Any] | None, rejected: Rejected) -> bytes:
     name = record.get("id") if record else None
     row = {
         "file": str(raw),
+        "word": line.word,
         "line_in_range": line.number,
         "byte": line.offset,
         "id": None if name is None else str(name),

@@ -10,6 +10,7 @@ Notable:
 
 import copy
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -17,16 +18,20 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_submodules,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from llava_sft.model.attention import SegmentAttention, vision_attention
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.vision import Adapter, Grid, RiceViT
+
+LOGITS_CHUNK = 4096  # tokens: 152k logits of one take 0.9 MB in bf16 and float32 together
 
 
 class LlavaOneVision(MegatronModule):
@@ -82,16 +87,19 @@ class LlavaOneVision(MegatronModule):
         pixels: Tensor | None,
         grids: list[Grid],
         image_index: Tensor | None,
-        labels: Tensor | None = None,
+        answer_index: Tensor | None = None,
+        answer_labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Per-token loss [batch, tokens] where `labels` are given, else logits [batch, tokens, vocabulary].
+        """Loss of each answer token [answer tokens] where answers are given, else logits [batch, tokens, vocabulary].
 
         Args:
             input_ids: [batch, tokens], padded behind the text.
             pixels: uint8 [patches, 3·patch_size²] of all images of the batch, None without images.
             grids: height and width in patches of each image, on the host.
             image_index: [image tokens] places of the `<|image_pad|>` tokens in the flattened [tokens, batch].
+            answer_index: [answer tokens] places, in the same order, that predict a token of an answer.
+            answer_labels: [answer tokens] those tokens.
         """
         embeddings = None
         if self.pre_process:
@@ -107,8 +115,9 @@ class LlavaOneVision(MegatronModule):
             position_ids=None,
             attention_mask=None,
             decoder_input=embeddings,
-            labels=labels,
             packed_seq_params=packed_seq_params,
+            output_processor=None if answer_index is None else answer_losses,
+            output_processor_context=(answer_index, answer_labels),
         )
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -123,6 +132,27 @@ class LlavaOneVision(MegatronModule):
         if strict and (missing or result.unexpected_keys):
             raise RuntimeError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
         return result
+
+
+def answer_losses(hidden_states: Tensor, output_layer, config, context, **unused) -> Tensor:
+    """Cross entropy [answer tokens] at the places that predict an answer: no other place needs its 152k logits.
+
+    More than `LOGITS_CHUNK` of them go piece by piece, and their logits are made again in the backward pass.
+    """
+    index, labels = context
+    group = output_layer.tp_group
+    if config.sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+    hidden = hidden_states.flatten(0, 1).index_select(0, index).unsqueeze(1)  # [answer tokens, 1, hidden]
+
+    def losses(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits, _ = output_layer(hidden)
+        return vocab_parallel_cross_entropy(logits.float(), labels.unsqueeze(1), tp_group=group).squeeze(1)
+
+    if len(index) <= LOGITS_CHUNK:
+        return losses(hidden, labels)
+    pieces = zip(hidden.split(LOGITS_CHUNK), labels.split(LOGITS_CHUNK), strict=True)
+    return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
 
 
 def layer_spec(transformer_impl: str, vision: bool) -> ModuleSpec:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from llava_sft.files import read_json
 from llava_sft.report.charts import charts
+from llava_sft.training.watch import VALIDATION, read_jsonl
 
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12
 ENLARGE_BELOW, ENLARGED = 100, 112  # pixels: a smaller picture is shown at a multiple of its size, at least this large
@@ -63,6 +64,7 @@ def render_report(
         peak_gib=max((record.get("memory_gib", 0) for record in metrics), default=0),
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
         evaluation=evaluation,
+        validations=read_jsonl(run_dir / VALIDATION),
         interval=wilson_interval,
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example.get("correct")][:WRONG_SHOWN],

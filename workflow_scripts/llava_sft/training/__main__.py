@@ -1,6 +1,6 @@
 """`python -m llava_sft.training RESOLVED RUN_DIR START_DIR`: one training process, started by the launcher.
 
-A file of its own, and empty but for the call: Megatron's first save starts a helper process, which would import a
+A file of its own, with little but the call: Megatron's first save starts a helper process, which would import a
 `__main__` module once more, with all that it imports (a quarter of a minute).
 """
 
@@ -9,6 +9,10 @@ import sys
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-from llava_sft.training.loop import main
+from llava_sft.training.launcher import die_with_parent
+
+die_with_parent()  # torchrun, where there is one; before the long imports
+
+from llava_sft.training.loop import main  # noqa: E402
 
 main(*sys.argv[1:4])

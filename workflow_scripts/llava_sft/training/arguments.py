@@ -19,6 +19,7 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
         f"--lr={values['lr']}",
         f"--min-lr={values['min_lr']}",
         f"--lr-decay-style={values['lr_decay_style']}",
+        f"--lr-decay-iters={values['lr_decay_iters']}",
         f"--lr-warmup-fraction={values['lr_warmup_fraction']}",
         f"--weight-decay={values['weight_decay']}",
         f"--adam-beta1={values['adam_beta1']}",
@@ -31,8 +32,8 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
         "--calculate-per-token-loss",  # every answer token counts the same, over micro-batches and ranks
         "--dataloader-type=external",
         "--tokenizer-type=NullTokenizer",
-        "--eval-iters=0",
-        f"--eval-interval={values['train_iters'] + 1}",
+        f"--eval-iters={values['eval_iters']}",
+        f"--eval-interval={values['eval_interval']}",
         f"--save={run_dir}",
         f"--load={run_dir}",
         f"--dataloader-save={run_dir / 'dataloader'}",
@@ -42,11 +43,12 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
         "--log-throughput",
         "--tensorboard-log-interval=1",
         "--ckpt-format=torch_dist",
-        "--override-opt_param-scheduler",  # a larger train_iters goes on: the schedule is this run's settings, always
+        "--override-opt_param-scheduler",  # a larger train_iters goes on: the schedule is run.json's, always
         "--exit-signal-handler",
+        "--no-check-for-nan-in-loss-and-grad",  # Megatron would end the run; here that step is left out (loop.py)
+        "--rerun-mode=disabled",
         "--distributed-backend=" + ("nccl" if gpu else "gloo"),
         "--transformer-impl=" + ("transformer_engine" if gpu else "local"),
-        "--no-gradient-accumulation-fusion",
         "--no-masked-softmax-fusion",
     ]
     if start_dir is not None:
@@ -54,15 +56,30 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
     if values["bf16"]:
         arguments.append("--bf16")
     if gpu:
-        arguments += ["--use-distributed-optimizer", "--attention-backend=auto"]
+        arguments += [
+            "--use-distributed-optimizer",
+            # 12 bytes a parameter instead of 18: bf16 moments and gradients, the float32 master kept as 16-bit remainders
+            "--use-precision-aware-optimizer",
+            "--main-grads-dtype=bf16",
+            "--exp-avg-dtype=bf16",
+            "--exp-avg-sq-dtype=bf16",
+        ]
     else:
         arguments += [
+            "--no-gradient-accumulation-fusion",
             "--no-persist-layer-norm",
             "--no-rope-fusion",
             "--no-bias-swiglu-fusion",
             "--no-bias-dropout-fusion",
         ]
     return arguments
+
+
+def part_rates(values: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Trained part → (lr, min_lr). Every part's rate ends at the same share of where it began."""
+    rates = {"language_model": values["lr"], "adapter": values["lr_adapter"], "vision_model": values["lr_vision"]}
+    share = values["min_lr"] / values["lr"]
+    return {part: (rate, rate * share) for part, rate in rates.items() if part in values["trainable_modules"]}
 
 
 def language_arguments(model: ModelConfig) -> list[str]:

@@ -162,7 +162,6 @@ def _cpu_type(answer):
 
 def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as tp_random
-    import megatron.training.initialize as initialize
     import megatron.training.training as training
 
     _replace(
@@ -173,5 +172,3 @@ def _patch_megatron() -> None:
     with_gpu = training.initialize_megatron
     _replace(training, "initialize_megatron", functools.partial(with_gpu, allow_no_cuda=True))
     _replace(training, "set_jit_fusion_options", lambda *args, **kwargs: None)
-    # Compiles the index builder of datasets that are not used here; the wheel brings no Makefile for it.
-    _replace(initialize, "_compile_dependencies", lambda: None)

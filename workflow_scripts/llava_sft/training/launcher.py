@@ -4,6 +4,8 @@ One process is started directly, several through torchrun. What they print goes 
 line per log interval, read from the same `metrics.jsonl` that the report draws.
 """
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -14,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from llava_sft.training.watch import METRICS, progress_line, read_metrics
+import psutil
 
+from llava_sft.training.watch import Tail
 
-def processes(values: dict) -> int:
-    """Training processes of this machine: one per GPU, or on a CPU one per tensor × pipeline rank."""
-    return values["gpus_per_node"] or values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def command(count: int, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -30,19 +31,33 @@ def command(count: int, arguments: list[str]) -> tuple[list[str], dict[str, str]
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         return [sys.executable, *module], environment | single | {"MASTER_PORT": str(_free_port())}
     threads = max(1, len(os.sched_getaffinity(0)) // count)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        "--signals-to-handle=SIGHUP",
+    ]
     return [sys.executable, *torchrun, *module], environment | {"OMP_NUM_THREADS": str(threads)}
 
 
 def launch(
     count: int, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO, say: Callable[[str], None]
 ) -> int:
-    """Run the training to its end; returns its exit code. SIGTERM and SIGINT are passed on: Megatron saves and ends.
+    """Run the training to its end; returns its exit code.
 
+    SIGTERM, SIGINT and SIGUSR1 ask the training processes, once a second, to save and end: they ignore it until Megatron
+    listens, and so do their helpers, which a batch system signals as well.
     `lock` is inherited, so that the run directory stays locked as long as any of the processes lives.
     """
     argv, environment = command(count, arguments)
-    shown = len(read_metrics(run_dir))
+    tail, asked = Tail(run_dir), []
+
+    def ask(number, frame):
+        if not asked:
+            say(f"{signal.Signals(number).name}: saving a checkpoint and ending")
+        asked.append(number)
+
     with open(log, "ab") as log_file:
         training = subprocess.Popen(
             argv,
@@ -50,25 +65,46 @@ def launch(
             stderr=subprocess.STDOUT,
             env=os.environ | environment,
             pass_fds=[lock.fileno()],
-            # Ctrl-C reaches every process of the terminal; the training is told by us, once, to save and end.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            preexec_fn=_before_training,
         )
-        forwarded = lambda number, frame: training.send_signal(signal.SIGTERM)  # noqa: E731
-        previous = {number: signal.signal(number, forwarded) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
         try:
-            code = None
+            code, last = None, 0.0
             while code is None:
                 time.sleep(0.2)
                 code = training.poll()
-                if (run_dir / METRICS).is_file():
-                    records = read_metrics(run_dir)
-                    for record in records[shown:]:
-                        say(progress_line(record))
-                    shown = max(shown, len(records))
+                if asked and code is None and time.monotonic() > last + 1:
+                    last = time.monotonic()
+                    for process in _workers(training.pid, count):
+                        process.send_signal(signal.SIGTERM)
+                for line in tail.new():
+                    say(line)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
     return code
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies: training processes that outlived a killed launcher or
+    torchrun would go on writing into a run directory that the next start believes to be its own (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _before_training() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+
+
+def _workers(pid: int, count: int) -> list[psutil.Process]:
+    """The training processes themselves: torchrun would kill them half a minute after a signal of its own."""
+    try:
+        parent = psutil.Process(pid)
+        return [parent] if count == 1 else [p for p in parent.children() if "llava_sft.training" in p.cmdline()]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _package_root() -> Path:

@@ -3,8 +3,12 @@
 The launcher starts it once per rank (`__main__.py`); what it prints goes to the run's log.
 """
 
+import functools
+import math
 import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,10 +18,19 @@ from llava_sft.training import cpu
 
 ON_CPU = cpu.apply()
 
-from megatron.core import mpu  # noqa: E402
+from megatron.core import mpu, tensor_parallel  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
-from megatron.training import get_args, pretrain, print_rank_0, training  # noqa: E402
+from megatron.core.optimizer.optimizer_config import ParamKey  # noqa: E402
+from megatron.energon import SkipSample  # noqa: E402
+from megatron.training import (  # noqa: E402
+    get_args,
+    get_tensorboard_writer,
+    initialize,
+    pretrain,
+    print_rank_0,
+    training,
+)
 from megatron.training.argument_utils import (  # noqa: E402
     core_transformer_config_from_args,
     pretrain_cfg_container_from_args,
@@ -27,11 +40,26 @@ from megatron.training.checkpointing import get_checkpoint_name  # noqa: E402
 
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder, train_loader, worker_config  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
-from llava_sft.files import read_json  # noqa: E402
+from llava_sft.errors import SftError  # noqa: E402
+from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.model.attention import packed_seq_params  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
+from llava_sft.model.flops import training_flops  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
-from llava_sft.training.arguments import megatron_arguments  # noqa: E402
-from llava_sft.training.watch import Watch  # noqa: E402
+from llava_sft.training import remedies, validation  # noqa: E402
+from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
+from llava_sft.training.checkpoints import (  # noqa: E402
+    check_disk,
+    checkpoint_bytes,
+    checkpoints,
+    expected_bytes,
+    prune,
+    seal,
+)
+from llava_sft.training.watch import PEAK_FLOPS, Watch  # noqa: E402
+
+FAILURE = "failure.json"
+NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 class Trainer:
@@ -42,14 +70,21 @@ class Trainer:
         self.sidecars = resolved["start"]["sidecars"]
         self.model_config = ModelConfig(**resolved["model"])
         self.run_dir = run_dir
+        self.parts = set(self.values["trainable_modules"])
         self.watch: Watch | None = None
+        self.model: torch.nn.Module | None = None
+        self.scheduler = None
+        self.grad_norm: float | None = None
+        self.sealing: threading.Thread | None = None
+        self.largest = {"rows": 0, "tokens": 0, "patches": 0, "image": 0}
+        self.validated = -1
 
     def build_model(self, pre_process=True, post_process=True, config=None, pg_collection=None, vp_stage=None):
         args = get_args()
         config = config or core_transformer_config_from_args(args)
         config.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, as converted
         config.variable_seq_lengths = args.pipeline_model_parallel_size > 1  # batches are as long as their longest
-        return LlavaOneVision(
+        self.model = LlavaOneVision(
             config,
             self.model_config,
             vocab_size=args.padded_vocab_size,
@@ -59,16 +94,23 @@ class Trainer:
             pre_process=pre_process,
             post_process=post_process,
         )
+        if config.gradient_accumulation_fusion and post_process:
+            # Transformer Engine's layers add weight gradients in place; Megatron's own output layer would need Apex.
+            self.model.language_model.output_layer.gradient_accumulation_fusion = False
+        for name, part in self.model.named_children():
+            if name not in self.parts:
+                part.requires_grad_(False)
+        return self.model
 
     def datasets(self, train_val_test_num_samples):
         """(train, validation, test) loaders of this data-parallel rank; the training one goes on where it was."""
         args, values = get_args(), self.values
-        encoder = VlmTaskEncoder(
-            ChatTemplate(self.sidecars), values["seq_length"], values["min_pixels"], values["max_pixels"]
-        )
+        sizes = ChatTemplate(self.sidecars), values["seq_length"], values["min_pixels"], values["max_pixels"]
+        padding = 1 if ON_CPU else 128  # of packed sequences, in tokens: what matrix units like
+        encoder = VlmTaskEncoder(*sizes, values["packing"], padding, values["seed"])
         rank, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         workers = worker_config(rank, replicas, values["num_workers"], values["seed"], mpu.get_data_parallel_group())
-        loader = train_loader(self.data["path"], encoder, workers, args.micro_batch_size)
+        loader = train_loader(self.data["path"], encoder, workers, args.micro_batch_size, values["packing_buffer_size"])
         if args.iteration > 0:
             path = get_checkpoint_name(
                 args.dataloader_save,
@@ -81,38 +123,116 @@ class Trainer:
             )
             loader.restore_state_rank(torch.load(path, weights_only=False)["dataloader_state_dict"])
             print_rank_0(f"data position restored from {path}")
-        self.watch = Watch(self.run_dir, args.train_iters, args.log_interval, replicas)
-        return SavedWithCheckpoint(loader), None, None
+        self.device = torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
+        self.tensorboard = get_tensorboard_writer()
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        ranks_per_replica = torch.distributed.get_world_size() // replicas
+        peak = peak_flops(self.device)
+        self.watch = Watch(
+            self.run_dir,
+            values,
+            rank,
+            replicas,
+            args.iteration,
+            last,
+            peak and peak * ranks_per_replica,
+            self.tensorboard,
+        )
+        self.held_out = None
+        if args.eval_iters:
+            batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * replicas)
+            self.held_out = validation.HeldOut(
+                self.data["path"], VlmTaskEncoder(*sizes), rank, replicas, args.micro_batch_size, batches
+            )
+        return SavedWithCheckpoint(loader), self.held_out, None
 
     def forward_step(self, data_iterator, model):
         asked = time.perf_counter()
         batch: VlmBatch = next(data_iterator)
         waited = time.perf_counter() - asked
-        self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel())
-        device = torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
-        on_device = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-        labels, loss_mask = on_device(batch.labels), on_device(batch.loss_mask)
+        rows, tokens = batch.input_ids.shape
+        grids = [tuple(grid) for grid in batch.grids.tolist()]
+        self.largest = {
+            "rows": rows,
+            "tokens": tokens,
+            "patches": len(batch.pixels),
+            "image": max((h * w for h, w in grids), default=0),
+        }
+        if model.training:
+            flops = training_flops(self.model_config, self.parts, batch.lengths, grids)
+            self.watch.batch(waited, batch.num_tokens, rows * tokens, flops, batch.__key__)
+        on_device = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
         output = model(
             on_device(batch.input_ids),
             on_device(batch.pixels),
-            [tuple(grid) for grid in batch.grids.tolist()],
+            grids,
             on_device(batch.image_index),
-            labels=labels,
+            answer_index=on_device(batch.answer_index),
+            answer_labels=on_device(batch.answer_labels),
+            packed_seq_params=packed_seq_params(batch.segments, self.device) if batch.segments else None,
         )
+        if model.training and not output.requires_grad:  # text alone, and only parts that see images are trained
+            output = output + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
 
-        def loss(token_losses):
+        def loss(answer_losses):
             """Sum over the answer tokens, their number, and both for the log."""
-            total = (token_losses.float() * loss_mask).sum()
-            count = loss_mask.sum()
-            report = torch.stack((total.detach(), count))
-            return total, count.to(torch.int), {"lm loss": report}
+            total = answer_losses.sum()
+            count = torch.tensor(len(answer_losses), dtype=torch.int, device=self.device)
+            return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
 
         return output, loss
 
-    def watched(self, training_log):
-        """Megatron's `training_log`, with a record for people written after it."""
+    # --- what Megatron calls, with ours before or after it ---------------------------------------------------------
 
-        def log(
+    def hook(self) -> None:
+        for name in ("training_log", "save_checkpoint", "evaluate", "evaluate_and_print_results"):
+            setattr(training, name, functools.partial(getattr(self, name), getattr(training, name)))
+        for name in ("get_megatron_optimizer_config", "get_optimizer_param_scheduler"):
+            setattr(training, name, functools.partial(getattr(self, name), getattr(training, name)))
+
+    def get_megatron_optimizer_config(self, original, args):
+        """Parts with a learning rate of their own."""
+        config, overrides = original(args)
+        for part, (lr, min_lr) in part_rates(self.values).items():
+            if lr != self.values["lr"]:
+                overrides[ParamKey(name=f"*{part}.*")] = {"max_lr": lr, "min_lr": min_lr}
+        return config, overrides
+
+    def get_optimizer_param_scheduler(self, original, optimizer):
+        """The schedule; and an update whose gradient is not a number is left out: it would destroy the weights."""
+        self.scheduler = original(optimizer)
+        for name in ("get_grad_norm", "clip_grad_norm"):
+            setattr(optimizer, name, functools.partial(self._note_norm, getattr(optimizer, name)))
+        update = optimizer.step_with_ready_grads
+        optimizer.step_with_ready_grads = lambda: math.isfinite(self.grad_norm or 0) and update()
+        return self.scheduler
+
+    def _note_norm(self, norm, *args):
+        self.grad_norm = norm(*args)
+        return self.grad_norm
+
+    def rates(self) -> dict[str, float]:
+        """Current learning rates under Megatron's tag, and of each trained part when they differ."""
+        trained = part_rates(self.values)
+        now = {part: self.scheduler.get_lr({"max_lr": lr, "min_lr": low}) for part, (lr, low) in trained.items()}
+        parts = {f"learning-rate-{part}": rate for part, rate in now.items()} if len(set(now.values())) > 1 else {}
+        return {"learning-rate": next(iter(now.values())), **parts}
+
+    def training_log(
+        self,
+        original,
+        loss_dict,
+        total_loss_dict,
+        learning_rate,
+        iteration,
+        loss_scale,
+        report_memory_flag,
+        skipped_iter,
+        grad_norm,
+        *rest,
+        **named,
+    ):
+        flag = original(
             loss_dict,
             total_loss_dict,
             learning_rate,
@@ -123,24 +243,91 @@ class Trainer:
             grad_norm,
             *rest,
             **named,
-        ):
-            flag = training_log(
-                loss_dict,
-                total_loss_dict,
-                learning_rate,
-                iteration,
-                loss_scale,
-                report_memory_flag,
-                skipped_iter,
-                grad_norm,
-                *rest,
-                **named,
-            )
-            if loss_dict and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-                self.watch.step(iteration, float(loss_dict["lm loss"]), learning_rate, grad_norm, memory_gib())
-            return flag
+        )
+        if loss_dict and mpu.get_tensor_model_parallel_rank() == mpu.get_tensor_model_parallel_world_size() - 1:
+            self.watch.step(iteration, float(loss_dict["lm loss"]), self.rates(), grad_norm, memory_gib())
+        return flag
 
-        return log
+    def save_checkpoint(self, original, iteration, *args, **kwargs):
+        """Stop before a full disk does; after the save note checksums and delete old checkpoints, beside the training."""
+        first = torch.distributed.get_rank() == 0
+        if self.sealing:
+            self.sealing.join()
+        if first:
+            earlier = checkpoints(self.run_dir)
+            needed = checkpoint_bytes(self.run_dir, earlier[-1]) if earlier else self.expected_bytes()
+            check_disk(self.run_dir, needed, f"the checkpoint of step {iteration}")
+        original(iteration, *args, **kwargs)
+        if first:
+
+            def finish():
+                seal(self.run_dir, iteration)
+                prune(self.run_dir, self.values["keep_last"], self.values["keep_every"])
+
+            self.sealing = threading.Thread(target=finish)
+            self.sealing.start()
+
+    def expected_bytes(self) -> int:
+        counts = [p.numel() * (1 + 1j * p.requires_grad) for p in self.model.parameters()]
+        total = sum(counts, 0j)
+        ranks = self.values["tensor_model_parallel_size"] * self.values["pipeline_model_parallel_size"]
+        return ranks * expected_bytes(int(total.real), int(total.imag), self.values["bf16"])
+
+    def evaluate_and_print_results(
+        self, original, prefix, forward_step_func, data_iterator, model, iteration, *rest, **named
+    ):
+        """One validation of each step at most: Megatron does the last one twice."""
+        if iteration == self.validated:
+            return
+        began, self.validated = time.perf_counter(), iteration
+        self.held_out.rewind()
+        original(prefix, forward_step_func, data_iterator, model, iteration, *rest, **named)
+        self.watch.pause(time.perf_counter() - began)
+
+    def evaluate(self, original, *args, **kwargs):
+        losses, answers, out_of_time = original(*args, **kwargs)
+        if losses and self.watch.writes:
+            examples = self.held_out.examples(self.values["log_answers"])
+            loss = float(losses["lm loss"])
+            validation.record(self.run_dir, self.validated, loss, answers or [], examples, self.tensorboard)
+        return losses, answers, out_of_time
+
+    def answers(self, model) -> list[dict]:
+        """Answers to fixed held-out samples, by the last rank, where one rank holds a whole model."""
+        found = []
+        if self.watch.writes and torch.distributed.get_world_size() == self.watch.replicas:
+            for sample in self.held_out.examples(self.values["log_answers"]):
+                try:
+                    found.append(
+                        validation.answer(model[0], self.held_out, sample, self.values["max_new_tokens"], self.device)
+                    )
+                except SkipSample:
+                    continue
+        return found
+
+    def failure(self, error: Exception) -> SftError | None:
+        """The error as a person can use it; None when it is none of those that are known."""
+        if isinstance(error, SftError):
+            return error
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+            text in str(error) for text in NO_MEMORY
+        ):
+            return None
+        sizes = [(p.numel() * p.element_size(), p.numel() * p.requires_grad) for p in self.model.parameters()]
+        weights, trained = (sum(column) / 2**30 for column in zip(*sizes, strict=True))
+        memory = {
+            "weights": weights,
+            "gradients": 4 * trained,
+            "optimizer": (12 if self.values["bf16"] else 8) * trained,
+        }
+        return remedies.out_of_memory(
+            self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
+        )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    name = "" if ON_CPU else torch.cuda.get_device_name(device)
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 
 class SavedWithCheckpoint:
@@ -180,15 +367,28 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
         resolved["settings"], trainer.model_config, trainer.run_dir, Path(start_dir) if start_dir else None
     )
     sys.argv = [sys.argv[0], *arguments]
+    # The index builder of datasets that are not used here: Megatron would compile it, but the wheel has no Makefile.
+    initialize._compile_dependencies = lambda: None
     get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
+    if not ON_CPU:
+        tensor_parallel.layers._grad_accum_fusion_available = True  # of Transformer Engine's layers, see build_model
     args = parse_and_validate_args(add_arguments, args_defaults={})
-    training.training_log = trainer.watched(training.training_log)
+    args.exit_duration_in_mins = resolved["settings"]["max_minutes"]  # Megatron's argument takes whole minutes only
+    trainer.hook()
     trainer.datasets.__func__.is_distributed = True
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        trainer.datasets,
-        ModelType.encoder_or_decoder,
-        trainer.forward_step,
-        trainer.build_model,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            trainer.datasets,
+            ModelType.encoder_or_decoder,
+            trainer.forward_step,
+            trainer.build_model,
+            non_loss_data_func=trainer.answers,
+        )
+    except Exception as error:
+        if failure := trainer.failure(error):
+            write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended
     torch.distributed.destroy_process_group()

@@ -4,22 +4,34 @@ A run is one set of data, model, start checkpoint and settings (`run.json`). The
 checkpoint; another run in the same directory is refused with the difference named.
 """
 
+import contextlib
 import fcntl
+import itertools
+import json
+import os
+import platform
 import shutil
-from itertools import chain, count
+import threading
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
+from llava_sft.training.checkpoints import iterations_done, newest_whole
 
-RUN_FILE = "run.json"
+RUN_FILE, LOCK = "run.json", ".lock"
+PER_RANK = " (the position in the data is kept per rank: samples would be lost or seen twice)"
 # Settings that may change while a run goes on: they change neither what is learned at a step nor its order.
 FREE_SETTINGS = {
-    "experiment", "exp_dir", "run_tag", "raw_data", "heldout_data", "image_root", "webdatasets", "shard_bytes",
-    "max_reject_fraction", "load", "load_parts", "tokenizer", "train_iters", "epochs", "save_interval", "log_interval", "num_workers",
-    "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", "parity",
+    "experiment", "exp_dir", "run_tag", "raw_data", "heldout_data", "image_root", "webdatasets", "shard_bytes", "sources",
+    "max_shard_bytes", "decode_images", "max_reject_fraction", "val_fraction", "split_seed", "load", "load_parts",
+    "tokenizer", "stage", "train_iters", "epochs", "lr_decay_iters", "save_interval", "keep_last", "keep_every",
+    "max_minutes", "log_interval", "eval_interval", "eval_iters", "log_answers", "log_samples", "max_bad_steps",
+    "num_workers", "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", "parity",
 }  # fmt: skip
 
 
@@ -35,58 +47,119 @@ def identity(resolved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def iterations_done(run_dir: Path) -> int:
-    """Steps of the newest whole checkpoint; 0 without one. Megatron writes the tracker when a checkpoint is whole."""
-    tracker = run_dir / TRACKER
-    return int(tracker.read_text()) if tracker.is_file() else 0
-
-
-def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
-    return run_dir / f"iter_{iteration:07d}"
+BEAT_S, DEAD_AFTER_S, ENDS_WITHIN_S = 10, 60, 15
 
 
 def lock(run_dir: Path) -> BinaryIO:
-    """Hold the run directory; raise RunError when another process does. The system frees it when its holders end."""
+    """Hold the run directory; raise RunError when another training does.
+
+    The system frees the lock when its holders end, so a dead process leaves none on this host. File systems that do not
+    share locks between hosts are covered by a heartbeat: the holder touches the file every BEAT_S seconds.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / ".lock", "ab")  # noqa: SIM115 (held until the process ends)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise RunError(
-            f"{run_dir}: another training is running in it", "wait for it, stop it, or set another run_tag"
-        ) from None
+    file = open(run_dir / LOCK, "a+b")  # noqa: SIM115 (held until the process ends)
+    holder = lock_holder(run_dir)
+    by = f" (pid {holder['pid']} on {holder['host']})" if holder else ""
+    fix = "wait for it, stop it, or set another run_tag"
+    for attempt in itertools.count():
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            # Loader processes of a killed training notice after some seconds that it is dead.
+            if (
+                attempt == ENDS_WITHIN_S
+                or not holder
+                or holder["host"] != platform.node()
+                or psutil.pid_exists(holder["pid"])
+            ):
+                raise RunError(f"{run_dir}: another training is running in it{by}", fix) from None
+            time.sleep(1)
+    if holder and holder["host"] != platform.node() and holder["seen_s"] < DEAD_AFTER_S:
+        raise RunError(f"{run_dir}: another training is running in it{by}, seen {holder['seen_s']:.0f} s ago", fix)
+    if holder:
+        print(f"{run_dir}: stale lock of pid {holder['pid']} on {holder['host']}: that training is dead, going on")
+    file.truncate(0)
+    file.write(json.dumps({"host": platform.node(), "pid": os.getpid()}).encode())
+    file.flush()
+
+    def beat() -> None:
+        while not file.closed:
+            with contextlib.suppress(OSError):
+                os.utime(run_dir / LOCK)
+            time.sleep(BEAT_S)
+
+    threading.Thread(target=beat, daemon=True).start()
     return file
+
+
+def lock_holder(run_dir: Path) -> dict[str, Any] | None:
+    """`host` and `pid` of the training that holds, or held and did not give back, the lock; `seen_s` ago."""
+    try:
+        text = (run_dir / LOCK).read_text()
+        return json.loads(text) | {"seen_s": time.time() - (run_dir / LOCK).stat().st_mtime} if text else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether a training holds the lock; asks without taking it for longer than a moment."""
+    try:
+        with open(run_dir / LOCK, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    holder = lock_holder(run_dir)
+    return bool(holder and holder["host"] != platform.node() and holder["seen_s"] < DEAD_AFTER_S)
+
+
+def give_back(file: BinaryIO) -> None:
+    file.truncate(0)
+    file.close()
 
 
 def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
     """Check that `run_dir` holds this run, or make it; returns the step it goes on from.
 
-    On a resume, `resolved` takes the number of loader workers over: the position in the data is kept per worker.
+    On a resume, `resolved` takes over the number of loader workers (the position in the data is kept per worker) and,
+    unless lr_decay_iters is given, the length of the schedule: a run that is made longer goes on at its min_lr.
     Raises RunError, with the difference and both ways on, when the directory holds another run.
     """
-    done = iterations_done(run_dir)
+    train_iters = resolved["settings"]["train_iters"]
+    done = newest_whole(run_dir, deep=iterations_done(run_dir) != train_iters)
     path = run_dir / RUN_FILE
     if done and not path.is_file():
         raise RunError(f"{run_dir}: checkpoints without {RUN_FILE}: not a run of this workflow", "set another run_tag")
     if done:
         earlier = read_json(path)
         before, now = identity(earlier), identity(resolved)
-        differences = [f"{key}: {before.get(key)} → {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+        changed = [key for key in now if before.get(key) != now.get(key)]
+        given = [key for key in changed if key not in resolved.get("why", {})] or changed  # not what follows from them
+        per_rank = {"gpus_per_node", "nproc_per_node"}
+        differences = [
+            f"{key}: {before.get(key)} → {now.get(key)}{PER_RANK if key in per_rank else ''}" for key in given
+        ]
         if differences:
             tag = propose_tag(run_dir, resolved, before, now)
             raise RunError(
                 f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
                 f"put the old value back to go on with it, or start another run beside it: --config run_tag={tag}",
             )
-        if done > resolved["settings"]["train_iters"]:
+        if done > train_iters:
             raise RunError(
-                f"train_iters {resolved['settings']['train_iters']} is below the {done} steps that {run_dir} has done",
+                f"train_iters {train_iters} is below the {done} steps that {run_dir} has done",
                 f"train_iters: {done} or more, or another run_tag",
             )
         workers, asked = earlier["settings"]["num_workers"], resolved["settings"]["num_workers"]
         if workers != asked:
             print(f"num_workers stays {workers} in this run, not {asked}: the position in the data is kept per worker")
         resolved["settings"]["num_workers"] = workers
+        length, asked = earlier["settings"]["lr_decay_iters"], resolved["settings"]["lr_decay_iters"]
+        if length != asked and "lr_decay_iters" in resolved["why"]:
+            print(f"the learning rate keeps its schedule of {length} steps and stays at min_lr after it")
+            resolved["settings"]["lr_decay_iters"] = length
     write_json(path, resolved)
     sidecars = run_dir / SIDECARS
     if not done or not sidecars.is_dir():  # before the first checkpoint they may be those of another run
@@ -103,7 +176,7 @@ def propose_tag(run_dir: Path, resolved: dict[str, Any], before: dict[str, Any],
     tag = f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
     tag = "".join(c if c.isalnum() or c in "._-" else "-" for c in tag)
     untagged = resolved["run_name"].removesuffix(f"_{resolved['settings']['run_tag']}")
-    tags = chain([tag], (f"{tag}-{number}" for number in count(2)))
+    tags = itertools.chain([tag], (f"{tag}-{number}" for number in itertools.count(2)))
     return next(tag for tag in tags if not run_dir.with_name(f"{untagged}_{tag}").exists())
 
 

@@ -1,0 +1,204 @@
+"""Raw data to WebDataset against `tar cf` and webdataset.ShardWriter, its memory, its scaling.
+
+Every contestant is a process of its own and takes turns with the others; the wall time of the whole process counts,
+start of Python included. Files are read once before, so that all find them in the page cache. The machine's load before
+is in the result: on a busy one compare ratios only.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+from results import row, write_results
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "workflow_scripts"
+CONVERT = [sys.executable, str(SCRIPTS / "stage2_sftdata2webdataset.py")]
+SHARD_WRITER = """
+import json, sys, webdataset
+with webdataset.ShardWriter(sys.argv[2] + "/x-%05d.tar", maxcount=10**9, maxsize=1e12, verbose=0) as sink:
+    for number, line in enumerate(open(sys.argv[1], "rb")):
+        record = json.loads(line)
+        with open(sys.argv[3] + "/" + record["image"], "rb") as file:
+            sink.write({"__key__": f"{number:07d}", "jpg": file.read(), "json": line})
+"""
+MEASURE = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
+MEASURE += "print('peak_kb', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def jpeg(bytes_wanted: int, seed: int) -> bytes:
+    import numpy as np
+    from PIL import Image
+
+    side = max(32, int((bytes_wanted * 3) ** 0.5))
+    pixels = np.random.default_rng(seed).integers(0, 256, (side // 2, side // 2, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+    low, high = 5, 95
+    while high - low > 1:
+        quality = (low + high) // 2
+        buffer = BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        low, high = (quality, high) if buffer.tell() < bytes_wanted else (low, quality)
+    return buffer.getvalue()
+
+
+def record(number: int, image: str | None, text: str = "A fine answer.") -> bytes:
+    question = ("<image>\n" if image else "") + f"What about {number}?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
+    return json.dumps({"id": f"r{number}", **({"image": image} if image else {}), "conversations": turns}).encode()
+
+
+def make_images(folder: Path, count: int, size: int) -> Path:
+    images = folder / "images"
+    if not (folder / "raw.jsonl").is_file():
+        pictures = [jpeg(size, seed) for seed in range(32)]
+        names = [f"{n // 1000:03d}/{n:06d}.jpg" for n in range(count)]
+        for n, name in enumerate(names):
+            (images / name).parent.mkdir(parents=True, exist_ok=True)
+            (images / name).write_bytes(pictures[n % 32])
+        (folder / "list").write_text("\n".join(names))
+        (folder / "raw.jsonl").write_bytes(b"".join(record(n, name) + b"\n" for n, name in enumerate(names)))
+    for name in (folder / "list").read_text().split():
+        (images / name).read_bytes()
+    return images
+
+
+def timed(command: list, out: Path) -> float:
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(f"{out}.parts", ignore_errors=True)
+    out.mkdir(parents=True)
+    os.sync()
+    began = time.perf_counter()
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def against_tar(work: Path, count: int, size: int, rounds: int) -> Iterator[dict]:
+    folder = work / f"{count}x{size}"
+    images, raw, out = make_images(folder, count, size), folder / "raw.jsonl", work / "out"
+    ours = [*CONVERT, "--input", raw, "--image-root", images, "--output-dir", out]
+    whole = [*ours, "--range-bytes", 1 << 40]
+    contestants = {
+        "tar": ["tar", "cf", out / "x.tar", "-C", images, "-T", folder / "list"],
+        "ours": whole,
+        "ShardWriter": [sys.executable, "-c", SHARD_WRITER, raw, out, images],
+    }
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, command in contestants.items():
+            times[name].append(timed(command, out))
+    best = {name: min(values) for name, values in times.items()}
+    all_runs = "; ".join(f"{name} {', '.join(f'{v:.2f}' for v in values)} s" for name, values in times.items())
+    settings = {"images": count, "bytes_each": (images / "000/000000.jpg").stat().st_size}
+    note = f"best of {rounds} each: {all_runs}"
+    yield row("conversion_vs_tar", best["ours"] / best["tar"], "×", 1.1, "lower", note, **settings)
+    yield row("conversion_vs_shardwriter", best["ours"] / best["ShardWriter"], "×", None, "lower", **settings)
+    yield row("shardwriter_vs_tar", best["ShardWriter"] / best["tar"], "×", None, "lower", **settings)
+    # Two processes on two halves, against one on both: the same ranges.
+    half = raw.stat().st_size // 2 + 1
+    singles, doubles = [], []
+    for _ in range(rounds):
+        singles.append(timed([*ours, "--range-bytes", half], out))
+        jobs = [
+            [*ours, "--shard", n, "--start", n * half, "--end", min((n + 1) * half, raw.stat().st_size)]
+            for n in range(2)
+        ]
+        shutil.rmtree(out)
+        out.mkdir()
+        os.sync()
+        began = time.perf_counter()
+        processes = [subprocess.Popen(list(map(str, job)), stdout=subprocess.DEVNULL) for job in jobs]
+        assert not any([process.wait() for process in processes])
+        doubles.append(time.perf_counter() - began)
+    note = "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in t)} s" for n, t in (("one", singles), ("two", doubles)))
+    yield row("conversion_two_processes", min(singles) / min(doubles), "×", 1.8, "higher", note, **settings)
+    # Is the disk the limit? The same bytes written with no work at all.
+    tar_bytes = sum(path.stat().st_size for path in out.glob("*.tar"))
+    began = time.perf_counter()
+    with open(out / "plain", "wb") as file:
+        for _ in range(tar_bytes >> 20):
+            file.write(bytes(1 << 20))
+    plain = time.perf_counter() - began
+    yield row("plain_write_share", plain / min(doubles), "", None, "lower", "the same bytes, only written", **settings)
+    decode = timed([*whole, "--decode-images", "True"], out)
+    yield row("conversion_decode_vs_tar", decode / best["tar"], "×", None, "lower", "every image decoded", **settings)
+    shutil.rmtree(out)
+
+
+def measured(command: list) -> tuple[float, float]:
+    """Wall seconds and peak MB of a script in a process of its own."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, command[1:])], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return time.perf_counter() - began, int(done.stdout.split("peak_kb ")[1]) / 1000
+
+
+def text_only(work: Path, name: str, records: int, length: int) -> Iterator[dict]:
+    """A JSON array or JSON lines without images: plan, conversion, memory."""
+    raw, out = work / name, work / "out"
+    work.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(1)
+    if not raw.is_file():
+        words = [str(draw.random()) for _ in range(1000)]
+        with open(raw, "wb") as file:
+            array = name.endswith(".json")
+            for n in range(records):
+                text = " ".join(draw.choices(words, k=length // 19))
+                file.write(
+                    (b"[" if array and not n else b",\n" if array else b"")
+                    + record(n, None, text)
+                    + (b"" if array else b"\n")
+                )
+            file.write(b"]" if array else b"")
+    began = time.perf_counter()
+    code = "import sys; from llava_sft.data.plan import plan_ranges; print(len(plan_ranges(sys.argv[1])))"
+    jobs = int(
+        subprocess.run(
+            [sys.executable, "-c", code, raw], cwd=SCRIPTS, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+    )
+    plan = time.perf_counter() - began
+    shutil.rmtree(out, ignore_errors=True)
+    seconds, peak = measured([*CONVERT, "--input", raw, "--output-dir", out, "--parts-dir", work / "out.parts"])
+    settings = {"file": name, "records": records, "gb": round(raw.stat().st_size / 1e9, 2), "jobs": jobs}
+    yield row("conversion_peak_mb", peak, "MB", 200, "lower", "one process, all ranges", **settings)
+    yield row("conversion_seconds", seconds, "s", None, "lower", f"{records / seconds:,.0f} records/s", **settings)
+    yield row("conversion_plan_s", plan, "s", 10, "lower", "a process of its own", **settings)
+    index = [sys.executable, SCRIPTS / "index_webdataset.py", out, "--output", work / "dataset.json"]
+    for share in (0, 0.01):
+        seconds, peak = measured([*index, "--val-fraction", share])
+        yield row("index_seconds", seconds, "s", None, "lower", f"peak {peak:.0f} MB", **settings, val_fraction=share)
+    shutil.rmtree(out)
+    shutil.rmtree(work / "out.parts")
+    raw.unlink()
+
+
+SECTIONS = {
+    "photos": lambda work, rounds: against_tar(work, 20_000, 80_000, rounds),
+    "small": lambda work, rounds: against_tar(work, 200_000, 2_000, rounds),
+    "array": lambda work, rounds: text_only(work, "array.json", 500_000, 3_900),
+    "text": lambda work, rounds: text_only(work, "text.jsonl", 1_000_000, 400),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=", ".join(SECTIONS))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/llava_sft_bench"), help="scratch folder (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    for section in args.sections:
+        for each in SECTIONS[section](args.work, args.rounds):
+            write_results("conversion", [each])
+
+
+if __name__ == "__main__":
+    main()

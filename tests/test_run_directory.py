@@ -1,0 +1,343 @@
+"""The run directory between trainings: whole and damaged checkpoints, pruning, locks, records, messages. No training."""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llava_sft.config import CONFIG_DIR, STAGES, Settings, json_schema, load_settings, resolve
+from llava_sft.errors import RunError, SettingsError
+from llava_sft.files import read_json, write_json
+from llava_sft.model.config import load_model_config
+from llava_sft.model.flops import matmul_parameters, training_flops
+from llava_sft.training import checkpoints as checkpoints_module
+from llava_sft.training.arguments import part_rates
+from llava_sft.training.checkpoints import (
+    check_disk,
+    checkpoint_dir,
+    checkpoints,
+    expected_bytes,
+    iterations_done,
+    newest_whole,
+    prune,
+    seal,
+)
+from llava_sft.training.remedies import lower_lr, out_of_memory, slow_loading
+from llava_sft.training.run import give_back, is_running, lock
+from llava_sft.training.watch import Tail, Watch, append, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save(run_dir: Path, iteration: int, sealed: bool = True) -> Path:
+    """What Megatron leaves at a save, in small."""
+    folder, data = checkpoint_dir(run_dir, iteration), run_dir / f"dataloader/iter_{iteration:07d}"
+    folder.mkdir(parents=True)
+    data.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(bytes([iteration]) * 1000)
+    (folder / ".metadata").write_bytes(b"metadata")
+    (data / "train_dataloader_dprank000.pt").write_bytes(b"position")
+    (run_dir / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    if sealed:
+        seal(run_dir, iteration)
+    return folder
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[500] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda run: flip(run / "iter_0000020/__0_0.distcp"), "does not hold what was written"),
+        (lambda run: os.truncate(run / "iter_0000020/__0_0.distcp", 999), "has 999 bytes, 1,000 were written"),
+        (lambda run: (run / "iter_0000020/.metadata").unlink(), ".metadata is missing"),
+        (
+            lambda run: (run / "dataloader/iter_0000020/train_dataloader_dprank000.pt").unlink(),
+            "dprank000.pt is missing",
+        ),
+    ],
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_loudly(tmp_path, harm, said):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    harm(tmp_path)
+    lines: list[str] = []
+    assert newest_whole(tmp_path, say=lines.append) == 10
+    assert iterations_done(tmp_path) == 10  # what Megatron will load
+    assert len(lines) == 1 and "DAMAGED" in lines[0] and said in lines[0]
+    assert checkpoints(tmp_path) == [10] and (tmp_path / "damaged_iter_0000020").is_dir()
+
+
+def test_a_save_that_was_killed_is_removed_and_an_empty_tracker_does_no_harm(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20, sealed=False)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
+    assert newest_whole(tmp_path, say=lambda line: None) == 10
+    assert checkpoints(tmp_path) == [10]
+
+
+def test_a_checkpoint_that_was_finished_but_not_sealed_counts(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20, sealed=False)
+    assert newest_whole(tmp_path) == 20
+    assert (tmp_path / "iter_0000020/checksums.json").is_file()
+
+
+def test_without_any_whole_checkpoint_nothing_is_trained_from_the_start_in_silence(tmp_path):
+    flip(save(tmp_path, 10) / "__0_0.distcp")
+    with pytest.raises(RunError, match="no whole checkpoint is left"):
+        newest_whole(tmp_path)
+    with pytest.raises(RunError, match="no whole checkpoint is left"):  # and not at the second try either
+        newest_whole(tmp_path)
+    assert newest_whole(tmp_path / "new") == 0
+
+
+def test_pruning_keeps_the_newest_every_nth_and_the_best(tmp_path):
+    for iteration in range(10, 90, 10):
+        save(tmp_path, iteration, sealed=iteration != 80)
+    write_json(tmp_path / "best.json", {"iteration": 30})
+    assert prune(tmp_path, None, None) == []
+    assert prune(tmp_path, 2, 40) == [10, 20, 50]
+    assert checkpoints(tmp_path) == [30, 40, 60, 70, 80]  # 80 is being written: it neither counts nor goes
+    assert not (tmp_path / "dataloader/iter_0000010").exists()
+    prune(tmp_path, 1, None)
+    assert 70 in checkpoints(tmp_path)
+
+
+def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 20))
+    check_disk(tmp_path, 90 << 20, "a checkpoint")
+    with pytest.raises(RunError) as error:
+        check_disk(tmp_path, 300 << 20, "the checkpoint of step 40")
+    assert "step 40 needs 300 MiB" in error.value.problem and "100 MiB free" in error.value.problem
+    assert "free 204 MiB" in error.value.fix and "keep_last" in error.value.fix
+
+
+def test_the_expected_size_counts_optimizer_state_of_trained_parts_alone():
+    assert expected_bytes(1000, 1000, bf16=False) == 12_000
+    assert expected_bytes(1000, 1000, bf16=True) == 14_000
+    assert expected_bytes(1000, 10, bf16=True) == 2_120
+
+
+# --- lock ------------------------------------------------------------------------------------------------------------
+
+
+def hold(run_dir, ready, end):
+    lock(run_dir)
+    ready.set()
+    end.wait(20)
+    os._exit(1)  # dies without giving the lock back
+
+
+def test_two_trainings_in_one_run_directory_are_impossible_and_a_dead_ones_lock_is_recognised(tmp_path, capsys):
+    context = multiprocessing.get_context("fork")
+    ready, end = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, end))
+    other.start()
+    assert ready.wait(20)
+    assert is_running(tmp_path)
+    with pytest.raises(RunError, match=f"pid {other.pid} on {socket.gethostname()}"):
+        lock(tmp_path)
+    end.set()
+    other.join()
+    assert not is_running(tmp_path)
+    held = lock(tmp_path)
+    assert f"stale lock of pid {other.pid}" in capsys.readouterr().out
+    give_back(held)
+    lock(tmp_path).close()
+    assert "stale" not in capsys.readouterr().out
+
+
+def test_a_lock_of_another_host_counts_as_long_as_its_heart_beats(tmp_path, capsys):
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({"host": "node7", "pid": 4}))
+    with pytest.raises(RunError, match="pid 4 on node7"):
+        lock(tmp_path)
+    os.utime(path, (1, 1))
+    lock(tmp_path).close()
+    assert "stale lock of pid 4 on node7" in capsys.readouterr().out
+
+
+# --- watching --------------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
+    "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
+    "max_pixels": 1_000_000, "seq_length": 8192,
+}  # fmt: skip
+
+
+def test_bad_steps_are_recorded_with_their_samples_and_stop_the_run_with_the_numbers_to_change(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    watch = Watch(tmp_path, VALUES, 0, 1, 0, True, None, None)
+    tail = Tail(tmp_path)
+
+    def step(iteration, loss, grad_norm=1.0):
+        watch.batch(0.0, 10, 12, 1.0, [f"sample{iteration}"])
+        watch.step(iteration, loss, {"learning-rate": 1e-5}, grad_norm, 1.0)
+
+    for iteration in range(1, 13):
+        step(iteration, 0.5 + 0.01 * iteration)
+    step(13, 3.0)  # a single spike
+    step(14, 0.6)
+    step(15, float("nan"))
+    step(16, 9.0)
+    with pytest.raises(RunError) as error:
+        step(17, 9.5, float("inf"))
+    bad = read_jsonl(tmp_path / "bad_steps.jsonl")
+    assert [(one["iteration"], one["samples"]) for one in bad] == [(i, [f"sample{i}"]) for i in (13, 15, 16, 17)]
+    assert [line.split(":")[0] for line in tail.new()] == ["step 13", "step 15"]
+    assert "3 bad steps in a row, 15 … 17" in error.value.problem and "0.5" in error.value.problem
+    assert "lr=5e-06" in error.value.fix and f"load={tmp_path}/iter_0000010" in error.value.fix
+
+
+@pytest.mark.parametrize(("lr", "lower"), [(2e-5, 5e-6), (1e-5, 5e-6), (5e-6, 1e-6), (2e-3, 5e-4), (1e-6, 2.5e-7)])
+def test_the_remedy_for_an_exploding_loss_is_the_guides_next_lower_lr(lr, lower):
+    assert lower_lr(lr) == lower
+
+
+def test_slow_loading_names_the_workers_that_keep_up(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    assert "num_workers: 3 would keep up" in slow_loading(VALUES, 1000, 0.6)
+    assert "the model would take 2,500" in slow_loading(VALUES, 1000, 0.6)
+    assert "there are 8 cores" in slow_loading(VALUES | {"num_workers": 6}, 1000, 0.6)
+
+
+def test_out_of_memory_names_the_parts_and_the_setting():
+    memory = {"weights": 9.0, "gradients": 18.0, "optimizer": 54.0, "total": 90.0}
+    error = out_of_memory(VALUES, memory, {"rows": 4, "tokens": 1000, "patches": 200, "image": 16}, gpus=1)
+    assert "4 × 1000 tokens" in error.problem and "activations and the rest 9.00" in error.problem
+    assert "micro_batch_size: 2" in error.fix
+    alone = VALUES | {"micro_batch_size": 1}
+    assert (
+        "tensor_model_parallel_size: 2"
+        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 9, "image": 9}, 8).fix
+    )
+    assert (
+        "max_pixels: 500000"
+        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}, 1).fix
+    )
+
+
+def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
+    tail, path = Tail(tmp_path), tmp_path / "events.jsonl"
+    append(path, {"iteration": 1, "message": "first"})
+    with open(path, "a") as file:
+        file.write('{"iteration": 2, "mess')
+    assert tail.new() == ["step 1: first"]
+    with open(path, "a") as file:
+        file.write('age": "second"}\n')
+    assert tail.new() == ["step 2: second"]
+
+
+def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
+    model = load_model_config(ROOT / "config/models/4b.yaml")
+    language, vision, adapter = matmul_parameters(model)
+    parts = ("language_model", "adapter", "vision_model")
+    assert 0 <= 1 - (language + vision + adapter + 151936 * 2560) / model.parameter_count() < 1e-3
+    short = training_flops(model, parts, [1], [])
+    assert short == pytest.approx(6 * language, rel=1e-3)
+    long = training_flops(model, parts, [8192], [])
+    assert long == pytest.approx(6 * language * 8192 + 6 * 36 * 32 * 128 * 8192**2)
+    grids = [(64, 64)] * 4
+    assert training_flops(model, ("adapter",), [8192], grids) < 0.7 * training_flops(model, parts, [8192], grids)
+
+
+# --- stages and schema -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "expected"),
+    [
+        ("align", "stage1_align_chemistry", {"trainable_modules": ["adapter"], "weight_decay": 0}),
+        ("mid", "stage1.5_mid_chemistry", {"weight_decay": 0.01, "adam_beta2": 0.95}),
+        ("sft", "stage2_sft_chemistry", {"weight_decay": 0, "adam_beta2": 0.99, "lr_warmup_fraction": 0.002}),
+    ],
+)
+def test_a_stage_is_a_layer_under_the_experiment(at_root, stage, name, expected):
+    settings = load_settings("chemistry", {"stage": stage})
+    assert settings.run_name == name and stage in STAGES
+    assert {key: getattr(settings, key) for key in expected} == expected
+    assert settings.lr == 5e-6 and settings.origin["lr"].endswith("chemistry.yaml")  # the experiment's word is the last
+    assert settings.origin["weight_decay"] == f"config/stages/{stage}.yaml"
+    assert load_settings("agriculture", {"stage": "align", "lr": 3e-4}).origin["lr"] == "--config"
+
+
+def test_the_published_rates_of_the_stages(at_root):
+    rates = {stage: Settings.model_validate(stage_values(stage)).lr for stage in STAGES}
+    assert rates == {"align": 1e-4, "mid": 1e-5, "sft": 1e-5}
+
+
+def stage_values(stage):
+    import yaml
+
+    layers = (CONFIG_DIR / "config.yaml", CONFIG_DIR / f"stages/{stage}.yaml")
+    values = {key: value for path in layers for key, value in yaml.safe_load(path.read_text()).items()}
+    return values | {"experiment": "x", "stage": stage, "raw_data": "x"}
+
+
+def test_every_part_has_its_rate_and_ends_at_the_same_share_of_it(at_root):
+    settings = load_settings("agriculture", {"lr_vision": 2e-6, "trainable_modules": ["adapter", "vision_model"]})
+    values, _ = resolve(settings, 1000)
+    rates = part_rates(values)
+    assert rates.keys() == {"adapter", "vision_model"}
+    assert rates["adapter"] == pytest.approx((1e-5, 1e-6)) and rates["vision_model"] == pytest.approx((2e-6, 2e-7))
+    with pytest.raises(SettingsError, match="vision_model is not trained"):
+        load_settings("agriculture", {"lr_vision": 2e-6, "stage": "align"})
+
+
+def test_the_schema_of_the_settings_is_current_and_knows_every_setting(at_root):
+    assert read_json(CONFIG_DIR / "schema.json") == json.loads(json.dumps(json_schema())), "run `make schema`"
+    assert "# yaml-language-server: $schema=../schema.json" in (CONFIG_DIR / "experiments/TEMPLATE.yaml").read_text()
+    undescribed = [name for name, entry in json_schema()["properties"].items() if "description" not in entry]
+    assert undescribed == []
+
+
+def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):
+    import shutil
+
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+
+    def make(name):
+        command = ["make", "-s", "experiment", f"NAME={name}"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert make("leaves").returncode == 0
+    text = (tmp_path / "config/experiments/leaves.yaml").read_text()
+    assert "data/leaves/train.jsonl" in text and "NAME" not in text
+    again = make("leaves")
+    assert again.returncode != 0 and "is there already" in again.stderr
+    assert make("").returncode != 0
+
+
+def test_runs_are_listed_with_the_command_that_goes_on(tmp_path):
+    run = tmp_path / "stage2_sft_x_big"
+    save(run, 20)
+    write_json(run / "run.json", {"settings": {"experiment": "x", "train_iters": 40}})
+    append(run / "metrics.jsonl", {"iteration": 20, "lm loss": 0.25})
+    write_json(tmp_path / "stage2_sft_x_big_results/preflight.json", {"overrides": ['run_tag="big"', "lr=1e-06"]})
+    script = [sys.executable, str(ROOT / "workflow_scripts/list_runs.py"), str(tmp_path)]
+    listing = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert listing.splitlines()[1].split()[:4] == ["stage2_sft_x_big", "stopped", "20/40", "0.2500"]
+    assert "snakemake train_x --config run_tag=big lr=1e-06" in listing

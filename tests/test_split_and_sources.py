@@ -1,0 +1,273 @@
+"""A split by image, a blend of sources, and WebDatasets of another make, as stock energon reads them."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_sft.data.adopt import adopt_webdataset
+from llava_sft.data.heldout import read_split
+from llava_sft.data.index import index_webdataset
+from llava_sft.data.inspect import inspect_webdataset
+from llava_sft.data.split import choose_heldout
+from llava_sft.data.tars import is_finished
+from llava_sft.errors import DataError
+from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
+
+# ------------------------------------------------------------------------------------------------------ split
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=3), min_size=1, max_size=30),
+    st.floats(0.01, 0.9),
+    st.integers(0, 9),
+)
+def test_nothing_that_shares_a_name_is_parted_and_no_side_is_empty(samples, fraction, seed):
+    try:
+        sides, groups = choose_heldout(samples, fraction, seed)
+    except DataError:
+        names = set(samples[0])
+        for _ in samples:
+            names |= {n for sample in samples if names & set(sample) for n in sample}
+        assert all(names & set(sample) for sample in samples)  # it was one group indeed
+        return
+    assert groups > 1 and any(sides) and not all(sides)
+    train, heldout = ({n for s, side in zip(samples, sides, strict=True) if side is held for n in s} for held in (0, 1))
+    assert not train & heldout
+    assert choose_heldout(samples, fraction, seed)[0] == sides
+
+
+def test_the_share_is_about_right_and_most_samples_keep_their_side_when_data_is_added():
+    samples = [[f"image {i // 2}"] for i in range(4000)]
+    sides, _ = choose_heldout(samples, 0.1, 0)
+    assert 300 < sum(sides) < 500
+    assert choose_heldout([*samples, *([f"new {i}"] for i in range(4000))], 0.1, 0)[0][:4000] == sides
+    assert choose_heldout(samples, 0.1, 1)[0] != sides
+
+
+def distinct(folder: Path, number: int, **options: Any) -> Raw:
+    """Records that share pictures in a chain: 2k and 2k + 1 show the same one; every fifth has no picture."""
+    raw = Raw(folder, [record(i, None if i % 5 == 4 else f"{i // 2}.png", **options) for i in range(number)])
+    for i in range(number):
+        (raw.images / f"{i // 2}.png").write_bytes(picture(size=(30 + i // 2, 28)))
+    raw.convert()
+    return raw
+
+
+def test_energon_sees_each_sample_on_one_side_only_and_all_of_them(tmp_path):
+    raw = distinct(tmp_path, 60)
+    dataset = index_webdataset(raw.wds, raw.parts, val_fraction=0.2)
+    assert dataset["train"]["samples"] + dataset["heldout"]["samples"] == 60
+    assert dataset["heldout"]["shards"] == 1
+    assert dataset["split"]["samples"] == dataset["heldout"]["samples"] > 3
+    (read,) = read_with_energon(raw.wds, full=True)
+    train, val = ({sample[1][0] for sample in read[side]} for side in ("train", "val"))
+    assert not train & val and len(train | val) == 60
+    assert len(val) == len(read["val"]) == dataset["heldout"]["samples"]
+    assert {sample.messages[0]["content"] for sample in read_split(raw.wds, "val")} == val
+    assert {sample.messages[0]["content"] for sample in read_split(raw.wds, "train")} == train
+    report, _ = inspect_webdataset(raw.wds, raw.parts, dataset)
+    assert report["ok"], report["problems"]
+
+    # A new index by --fix keeps the split, which stands in the dataset file.
+    shutil.rmtree(raw.wds / ".nv-meta")
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
+    fix = [sys.executable, SCRIPTS / "inspect_webdataset.py", raw.wds, "--fix"]
+    assert subprocess.run(fix, capture_output=True).returncode == 0
+    assert {sample.messages[0]["content"] for sample in read_split(raw.wds, "val")} == val
+
+    # The same again is the same; without the fraction, the merged tars are gone.
+    before = contents(raw.wds)
+    assert index_webdataset(raw.wds, raw.parts, val_fraction=0.2) == dataset
+    assert contents(raw.wds) == before
+    assert index_webdataset(raw.wds, raw.parts)["train"]["samples"] == 60
+    assert not list(raw.wds.glob("heldout-*"))
+
+
+def test_a_heldout_file_is_preferred_and_one_group_is_an_error(tmp_path):
+    raw = distinct(tmp_path, 10)
+    heldout = Raw(tmp_path, [record(100)], "heldout.jsonl")
+    heldout.convert("heldout")
+    assert index_webdataset(raw.wds, raw.parts, val_fraction=0.5)["heldout"]["samples"] == 1
+    same = Raw(tmp_path / "same", [record(i) for i in range(5)])
+    same.convert()
+    with pytest.raises(DataError, match="share images"):
+        index_webdataset(same.wds, same.parts, val_fraction=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+
+
+def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
+    for name, number in (("small", 20), ("large", 60)):
+        raw = distinct(tmp_path / name, number, kind=name)
+        for folder in ("wds", "wds.parts"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (raw.folder / folder).rename(tmp_path / folder / name)
+    wds, parts = tmp_path / "wds", tmp_path / "wds.parts"
+    plan = [{"name": "small", "weight": 6.0}, {"name": "large", "weight": 1.0}]
+    dataset = index_webdataset(wds, parts, plan=plan, val_fraction=0.2)
+    assert dataset["train"]["samples"] + dataset["heldout"]["samples"] == 80
+    (read,) = read_with_energon(wds / "metadataset.yaml", full=True)
+    train = {sample[1][0] for sample in read["train"]}
+    val = {sample.messages[0]["content"] for sample in read_split(wds, "val")}
+    assert not train & val
+    # The samples 0 … 19 of both sources: 20 × 6 + 20 of 20 × 6 + 60 draws.
+    low = sum(int(sample[1][0].rstrip("?").split()[-1]) < 20 for sample in read["train"])
+    assert 60 < low < 95
+    report, _ = inspect_webdataset(wds, parts, dataset)
+    assert report["ok"], report["problems"]
+    adopted = adopt_webdataset(wds, tmp_path / "adopted")  # a blend of ours under another experiment: no leak
+    assert (adopted["train"]["samples"], adopted["rejected"]) == (dataset["train"]["samples"], 0)
+    assert {sample.messages[0]["content"] for sample in read_split(tmp_path / "adopted", "val")} == val
+    other = index_webdataset(wds, parts, plan=[plan[0] | {"weight": 1.0}, plan[1]], val_fraction=0.2)
+    assert other["fingerprint"] != dataset["fingerprint"]
+
+
+# --------------------------------------------------------------------------------------------------- adoption
+
+
+def tar_of(path: Path, members: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+
+
+def turns(number: int, images: int = 1) -> list[dict[str, str]]:
+    question = "<image>" * images + f"Question {number}?"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": f"Answer {number}."}]
+
+
+def mix(path: Path, numbers: range, videos: int = 0) -> None:
+    members: dict[str, Any] = {}
+    for n in numbers:
+        names = [["0_photo.JPG", "1_é b.c.png"], ["0_photo"], []][n % 3]
+        key = f"{'image' if names else 'text'}_{n}"
+        members |= {f"{key}.{name}": picture("JPEG" if "J" in name else "PNG") for name in names}
+        members[f"{key}.json"] = {"texts": turns(n, len(names)), "media": key[:5].strip("_"), "name": names}
+    for n in range(videos):
+        members |= {
+            f"video_{n}.0_v.mp4": b"v",
+            f"video_{n}.json": {"texts": turns(n), "media": "video", "name": ["0_v.mp4"]},
+        }
+    tar_of(path, members)
+
+
+def original_meta(folder: Path, shards: list[str]) -> None:
+    meta = folder / ".nv-meta"
+    meta.mkdir(parents=True)
+    (meta / ".info.yaml").write_text("shard_counts: {}\n")
+    (meta / "split.yaml").write_text(f"split_parts: {{train: {shards}, val: [], test: []}}\nexclude: []\n")
+    (meta / "dataset.yaml").write_text(
+        "sample_type:\n  __module__: aiak_training_llm.data.multimodal\n  __class__: MultiMixQASample\n"
+    )
+
+
+def test_the_originals_mix_layout_is_adopted_untouched_and_videos_are_counted(tmp_path):
+    source, ours = tmp_path / "theirs", tmp_path / "data/ours"
+    mix(source / "pretrain-0.tar", range(9))
+    mix(source / "pretrain-1.tar", range(9, 15), videos=3)
+    original_meta(source, ["pretrain-1.tar", "pretrain-0.tar"])
+    before = contents(source)
+    assert not is_finished(source)
+    with pytest.raises(DataError, match="3 × video is not supported"):
+        adopt_webdataset(source, ours)
+    dataset = adopt_webdataset(source, ours, max_reject_fraction=0.2)
+    assert (dataset["train"]["samples"], dataset["rejected"], dataset["images"]) == (15, 3, 15)
+    assert contents(source) == before
+    assert is_finished(ours)
+    (read,) = read_with_energon(ours, full=True)
+    assert {sample[1][1] for sample in read["train"]} == {f"Answer {n}." for n in range(15)}
+    assert all(sample[2] == sample[1][0].count("<image>") for sample in read["train"])
+    report, _ = inspect_webdataset(ours, dataset=dataset)
+    assert report["ok"], report["problems"]
+    assert report["splits"]["train"]["samples"] == 15
+
+
+def test_the_single_image_layout_without_any_index_is_adopted(tmp_path):
+    members: dict[str, Any] = {}
+    for n in range(6):
+        members |= {f"folder/a_{n}.jpg": picture("WEBP"), f"folder/a_{n}.json": turns(n)}
+    tar_of(tmp_path / "theirs/subtaskdata-00000.tar", members)
+    dataset = adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")
+    assert dataset["train"]["samples"] == 6
+    (read,) = read_with_energon(tmp_path / "ours", full=True)
+    assert {sample[0] for sample in read["train"]} == {f"folder/a_{n}" for n in range(6)}
+    assert [sample.images for sample in read_split(tmp_path / "ours", "train")] == [[picture("WEBP")]] * 6
+
+
+def test_packs_of_several_hosts_are_adopted_once_and_their_parent_index_adds_nothing(tmp_path):
+    source, ours = tmp_path / "theirs", tmp_path / "ours"
+    for part in range(2):
+        members: dict[str, Any] = {}
+        for n in range(5):
+            key = f"ps_{n:08d}"
+            members |= {f"{key}.img{i}.jpg": picture("JPEG", (28 + i, 28)) for i in range(11)}
+            members[f"{key}.json"] = {
+                "prompts": [f"<image>Question {i}?" for i in range(11)],
+                "captions": [f"Caption {part} {n} {i}" for i in range(11)],
+                "images": ["/somewhere/else.jpg"],
+            }
+        tar_of(source / f"part_0{part}_wds/pretrain-000000.tar", members)
+        original_meta(source / f"part_0{part}_wds", ["pretrain-000000.tar"])
+    original_meta(source, ["part_00_wds/pretrain-000000.tar", "part_01_wds/pretrain-000000.tar"])
+    dataset = adopt_webdataset(source, ours)
+    assert dataset["train"] == {"samples": 10, "shards": 2}
+    (read,) = read_with_energon(ours, full=True)
+    assert Counter(len(sample[1]) for sample in read["train"]) == {22: 100}
+    assert len({sample[1][1] for sample in read["train"]}) == 10
+    first = next(read_split(ours, "train"))
+    assert [m["content"] for m in first.messages[1::2]] == [f"Caption 0 0 {i}" for i in range(11)]
+    assert first.images[10] == picture("JPEG", (38, 28))
+
+
+def test_a_folder_of_ours_without_its_index_is_indexed_in_place_and_by_fix(tmp_path):
+    raw = distinct(tmp_path, 20)
+    before = index_webdataset(raw.wds, raw.parts)
+    tables = contents(raw.wds)
+    for path in [*raw.wds.glob("*.idx"), *(raw.wds / ".nv-meta").iterdir()]:
+        path.unlink()
+    (raw.wds / ".nv-meta").rmdir()
+    for path in raw.parts.iterdir():
+        path.unlink()
+    raw.parts.rmdir()
+    command = [sys.executable, SCRIPTS / "inspect_webdataset.py", raw.wds]
+    assert subprocess.run(command, capture_output=True).returncode == 1
+    fixed = subprocess.run([*command, "--fix"], capture_output=True, text=True)
+    assert fixed.returncode == 0, fixed.stderr
+    after = contents(raw.wds)
+    same = [name for name in tables if not name.endswith((".uuid", ".sqlite"))]
+    assert {name: after[name] for name in same} == {name: tables[name] for name in same}
+    done = subprocess.run([sys.executable, SCRIPTS / "index_webdataset.py", raw.wds], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "wds.json").read_bytes())["train"] == before["train"]
+
+
+def test_what_can_not_be_adopted_is_one_message(tmp_path):
+    tar_of(tmp_path / "odd/a.tar", {"k.json": {"caption": "?"}, "k.jpg": picture("JPEG")})
+    mix(tmp_path / "two/a.tar", range(3))
+    tar_of(tmp_path / "two/b.tar", {"k.json": turns(1), "k.jpg": picture("JPEG")})
+    tar_of(tmp_path / "cut/a.tar", {"k.json": turns(1), "k.jpg": picture("JPEG")})
+    (tmp_path / "cut/a.tar").write_bytes((tmp_path / "cut/a.tar").read_bytes()[:700])
+    (tmp_path / "none").mkdir()
+    for name, message in (
+        ("odd", "known layout"),
+        ("two", "mixes layouts"),
+        ("cut", "can not be read"),
+        ("none", "no .tar"),
+    ):
+        with pytest.raises(DataError, match=message):
+            adopt_webdataset(tmp_path / name, tmp_path / "ours")

@@ -1,0 +1,145 @@
+"""Real trainings on the CPU, interrupted and provoked: what goes on is the same run, what fails says why. (Minutes.)
+
+`benchmarks/resume.py` runs the full table of interruptions and the thirty random kills; here is one of each kind.
+"""
+
+import math
+import os
+import shutil
+import signal
+
+import pytest
+
+from llava_sft.files import read_json
+from llava_sft.training.checkpoints import checkpoint_dir, checkpoints
+from llava_sft.training.watch import read_jsonl
+from resume import Run, same
+from test_end_to_end import project, snakemake  # noqa: F401 (a fixture)
+
+STEPS = 9
+HOW = {"train_iters": STEPS, "save_interval": 3}
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def base(project):  # noqa: F811
+    """Resolved settings of the embedded experiment, its data and start checkpoint made."""
+    made = snakemake(project, "preflight_vqa")
+    assert made.returncode == 0, made.stdout
+    resolved = read_json(project / "output/stage2_sft_vqa_results/resolved.json")
+    resolved["data"]["path"] = str(project / resolved["data"]["path"])
+    resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
+    return resolved
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    run = Run(base, tmp_path_factory.mktemp("runs") / "undisturbed", **HOW)
+    assert run.finish() == 0, run.said()
+    return run
+
+
+def test_a_stopped_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_like_an_undisturbed_one(
+    base, undisturbed, tmp_path
+):
+    run = Run(base, tmp_path / "stopped", **HOW)
+    assert run.interrupt(4, signal.SIGUSR1) == 75, run.said()
+    assert "the same command goes on" in run.said()
+    newest = checkpoints(run.folder)[-1]
+    assert 4 <= newest < STEPS
+    os.truncate(checkpoint_dir(run.folder, newest) / "__0_0.distcp", 1000)
+    assert run.finish() == 0, run.said()
+    assert f"iter_{newest:07d} IS DAMAGED" in run.said() and "going on from step 3" in run.said()
+    assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+
+
+def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly(base, tmp_path):
+    how = HOW | {"bf16": True, "nproc_per_node": 2}
+    whole, run = Run(base, tmp_path / "whole", **how), Run(base, tmp_path / "killed", **how)
+    assert whole.finish() == 0, whole.said()
+    run.interrupt(5, signal.SIGKILL)
+    run.change(max_minutes=0.001)
+    assert run.finish() == 75, run.said()
+    run.change(max_minutes=None)
+    assert run.finish() == 0, run.said()
+    assert same(run, whole, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+    ranks = run.samples()
+    assert len(ranks) == 2
+    seen = [name for rank in ranks.values() for step in rank for name in step["samples"]]
+    assert len(seen) == len(set(seen)) == STEPS * 16  # no sample lost or doubled over the ranks
+
+
+def test_another_number_of_ranks_is_refused_and_another_number_of_workers_kept(base, undisturbed):
+    asked = read_json(undisturbed.resolved)
+    undisturbed.change(nproc_per_node=2)
+    assert undisturbed.finish() == 1
+    assert "nproc_per_node: 1 → 2 (the position in the data is kept per rank" in undisturbed.said()
+    undisturbed.change(nproc_per_node=1, num_workers=2)
+    assert undisturbed.finish() == 0
+    assert "num_workers stays 1 in this run, not 2" in undisturbed.said()
+    undisturbed.change(**asked["settings"])
+
+
+def test_a_longer_run_keeps_its_schedule_and_only_adds_steps(base, undisturbed, tmp_path):
+    run = Run(base, tmp_path / "longer", **HOW)
+    shutil.copytree(undisturbed.folder, run.folder, symlinks=True)
+    base_why = read_json(run.resolved)["why"] | {"lr_decay_iters": "train_iters"}
+    resolved = read_json(run.resolved) | {"why": base_why}
+    resolved["settings"] |= {"train_iters": STEPS + 3, "lr_decay_iters": STEPS + 3, "keep_last": 2}
+    run.write(resolved)
+    assert run.finish() == 0, run.said()
+    assert f"keeps its schedule of {STEPS} steps" in run.said()
+    assert run.losses()[:STEPS] == undisturbed.losses() and len(run.losses()) == STEPS + 3
+    rates = [record["learning-rate"] for record in read_jsonl(run.folder / "metrics.jsonl")]
+    assert rates[STEPS:] == [pytest.approx(resolved["settings"]["min_lr"])] * 3
+    best = read_json(run.folder / "best.json")["iteration"]
+    assert set(checkpoints(run.folder)) == {STEPS, STEPS + 3} | {best}
+
+
+def test_a_frozen_part_does_not_move_and_the_trained_ones_have_their_rates(base, undisturbed, tmp_path):
+    parts = {"trainable_modules": ["adapter", "vision_model"], "lr_vision": 1e-4}
+    run = Run(base, tmp_path / "frozen", **HOW, **parts)
+    assert run.finish() == 0, run.said()
+    early, late = run.weights(3), run.weights(STEPS)
+    moved = {name for name in early if early[name] != late[name] and not name.startswith(("optimizer", "rng"))}
+    assert moved and all(name.startswith(("adapter.", "vision_model.")) for name in moved)
+    records = read_jsonl(run.folder / "metrics.jsonl")
+    assert all(r["learning-rate-vision_model"] == pytest.approx(r["learning-rate-adapter"] / 20) for r in records)
+
+
+def test_a_learning_rate_that_explodes_stops_with_the_remedy(base, tmp_path):
+    run = Run(base, tmp_path / "exploded", train_iters=40, save_interval=5, max_bad_steps=3, lr=2e-4)
+    resolved = read_json(run.resolved)
+    resolved["settings"] |= {"lr": 1e4, "lr_vision": 1e4, "lr_adapter": 1e4, "lr_warmup_fraction": 0.9, "clip_grad": 0}
+    run.write(resolved)
+    assert run.finish() == 1
+    assert "3 bad steps in a row" in run.said() and "lr=2500" in run.said(), run.said()
+    assert "Traceback" not in run.said()
+    bad = read_jsonl(run.folder / "bad_steps.jsonl")
+    assert len(bad) >= 3 and all(len(step["samples"]) == 16 for step in bad)
+    assert not math.isfinite(bad[-1]["loss"]) or bad[-1]["loss"] > 1
+
+
+def test_too_little_memory_names_the_setting(base, tmp_path):
+    run = Run(
+        base,
+        tmp_path / "memory",
+        train_iters=4,
+        save_interval=4,
+        micro_batch_size=1024,
+        global_batch_size=1024,
+        eval_iters=0,
+    )
+    assert run.finish("prlimit", f"--as={5 << 30}") == 1
+    assert "out of memory at a micro-batch of 1024" in run.said(), run.said()
+    assert "micro_batch_size: 512 (global_batch_size stays 1024)" in run.said()
+
+
+def test_slow_loading_is_said_once_with_the_rates_and_the_workers_that_keep_up(base, tmp_path):
+    slow = "import time, PIL.Image as I; o = I.open; I.open = lambda *a, **k: (time.sleep(0.02), o(*a, **k))[1]"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    run = Run(base, tmp_path / "slow", train_iters=12, save_interval=12, eval_iters=0)
+    run.change(log_interval=3)
+    assert run.finish(PYTHONPATH=str(tmp_path)) == 0, run.said()
+    said = [line for line in run.said().splitlines() if "slow loading" in line]
+    assert len(said) == 1 and "num_workers 1 load" in said[0] and "workers" in said[0].split("model would take")[1]

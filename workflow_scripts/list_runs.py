@@ -1,0 +1,60 @@
+"""List every run below the output folder: name, state, step, loss, size, and the command that goes on with it."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+import yaml
+
+from llava_sft.files import read_json
+from llava_sft.training.checkpoints import iterations_done
+from llava_sft.training.run import RUN_FILE, is_running
+from llava_sft.training.watch import read_metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("exp_dir", type=Path, nargs="?", default=Path("output"), help="EXP_DIR (default: output)")
+    args = parser.parse_args()
+    rows = [describe(path.parent) for path in sorted(args.exp_dir.glob(f"stage*/{RUN_FILE}"))]
+    if not rows:
+        print(f"no runs in {args.exp_dir}/")
+        return
+    rows.insert(0, ("name", "state", "step", "loss", "size", "to go on"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        print("  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[5]]))
+
+
+def describe(run_dir: Path) -> tuple[str, ...]:
+    settings, done, metrics = read_json(run_dir / RUN_FILE)["settings"], iterations_done(run_dir), read_metrics(run_dir)
+    size = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+    if is_running(run_dir):
+        state, done = "running", metrics[-1]["iteration"] if metrics else done
+    elif done == settings["train_iters"]:
+        state = "done"
+    else:
+        state = "failed" if (run_dir / "failure.json").is_file() else "stopped"
+    return (
+        run_dir.name,
+        state,
+        f"{done}/{settings['train_iters']}",
+        f"{metrics[-1]['lm loss']:.4f}" if metrics else "",
+        f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB",
+        command(run_dir, settings) if state in ("stopped", "failed") else "",
+    )
+
+
+def command(run_dir: Path, settings: dict) -> str:
+    """With the same --config as before, which preflight noted beside the run."""
+    noted = run_dir.with_name(f"{run_dir.name}_results") / "preflight.json"
+    overrides = read_json(noted).get("overrides", []) if noted.is_file() else []
+    pairs = [(key, yaml.safe_load(value)) for key, _, value in (pair.partition("=") for pair in overrides)]
+    typed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
+    given = " --config " + " ".join(map(shlex.quote, typed)) if typed else ""
+    return f"snakemake train_{settings['experiment']}{given}"
+
+
+if __name__ == "__main__":
+    main()

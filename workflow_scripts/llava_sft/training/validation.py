@@ -1,0 +1,132 @@
+"""The held-out split during training: the same batches at every validation, and a few samples answered in words.
+
+Nothing here touches the training's data position or random state: a run with validation is bit for bit the run without.
+"""
+
+import math
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.energon import SkipSample
+
+from llava_sft.data.heldout import StoredSample, data_uri, read_split
+from llava_sft.data.images import decode_rgb
+from llava_sft.data.loader import Conversation, VlmBatch, VlmTaskEncoder
+from llava_sft.files import write_json
+from llava_sft.training.checkpoints import BEST, checkpoint_dir
+from llava_sft.training.watch import VALIDATION, append, read_jsonl
+
+MOST_NEW_TOKENS = 32
+
+
+class HeldOut:
+    """Endless micro-batches of this data-parallel rank's share of the first held-out samples, kept in memory."""
+
+    def __init__(
+        self, path: str, encoder: VlmTaskEncoder, rank: int, replicas: int, micro_batch_size: int, batches: int
+    ):
+        self.path, self.encoder, self.rank, self.replicas = path, encoder, rank, replicas
+        self.micro_batch_size, self.count, self.place = micro_batch_size, batches, 0
+        self.batches: list[VlmBatch] = []
+        self.stored: list[StoredSample] = []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> VlmBatch:
+        self.load()
+        self.place += 1
+        return self.batches[(self.place - 1) % self.count]
+
+    def rewind(self) -> None:
+        self.place = 0
+
+    def load(self) -> None:
+        if self.batches:
+            return
+        size = self.count * self.micro_batch_size
+        self.stored = list(islice(read_split(self.path, "val"), size * self.replicas))
+        mine = (self.stored[(self.rank + i * self.replicas) % len(self.stored)] for i in range(10 * size))
+        encoded = []
+        while len(encoded) < size:
+            try:
+                encoded.append(self.encode(next(mine)))
+            except SkipSample:
+                continue
+        starts = range(0, size, self.micro_batch_size)
+        self.batches = [self.encoder.batch(encoded[start : start + self.micro_batch_size]) for start in starts]
+
+    def encode(self, sample: StoredSample):
+        conversation = Conversation(
+            __key__=sample.id, __restore_key__=(), messages=sample.messages, images=sample.images
+        )
+        return self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
+
+    def examples(self, count: int) -> list[StoredSample]:
+        """`count` samples spread over those that are validated, always the same."""
+        self.load()
+        return self.stored[:: max(1, len(self.stored) // max(1, count))][:count]
+
+
+@torch.no_grad()
+def answer(model, held_out: HeldOut, sample: StoredSample, limit: int, device: torch.device) -> dict:
+    """The model's greedy answer to the first question of a sample: no cache, one forward per token.
+
+    Raises SkipSample when the question alone is longer than seq_length.
+    """
+    template = held_out.encoder.template
+    turn = next(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
+    asked = sample.messages[:turn]
+    shown = sample.images[: sum(message["content"].count("<image>") for message in asked if message["role"] == "user")]
+    question = StoredSample(sample.id, asked, shown, {})
+    batch = held_out.encoder.batch([held_out.encode(question)])
+    opening = torch.tensor([template.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False).ids])
+    ids = torch.cat((batch.input_ids, opening), dim=1).to(device)
+    pixels, index, grids = (
+        batch.pixels.to(device),
+        batch.image_index.to(device),
+        [tuple(grid) for grid in batch.grids.tolist()],
+    )
+    made: list[int] = []
+    while len(made) < min(limit, MOST_NEW_TOKENS):
+        token = int(model(ids, pixels, grids, index)[0, -1].argmax())
+        if token == template.end_token_id:
+            break
+        made.append(token)
+        ids = torch.cat((ids, ids.new_tensor([[token]])), dim=1)
+    return {
+        "id": sample.id,
+        "question": "\n".join(message["content"] for message in asked if message["role"] == "user"),
+        "answer": sample.messages[turn]["content"],
+        "prediction": template.tokenizer.decode(made),
+    }
+
+
+def record(
+    run_dir: Path, iteration: int, loss: float, answers: list[dict], examples: list[StoredSample], tensorboard
+) -> None:
+    """Note a validation: validation.jsonl, best.json, and TensorBoard (Megatron writes the loss there itself)."""
+    earlier = read_jsonl(run_dir / VALIDATION)
+    best = math.isfinite(loss) and all(not loss >= one["lm loss validation"] for one in earlier)
+    noted = {"iteration": iteration, "lm loss validation": loss, "best": best, "answers": answers}
+    if not earlier:  # once, for the report
+        noted["images"] = {sample.id: [data_uri(image) for image in sample.images] for sample in examples}
+    append(run_dir / VALIDATION, noted)
+    finite = [one for one in read_jsonl(run_dir / VALIDATION) if math.isfinite(one["lm loss validation"])]
+    lowest = min(
+        finite, key=lambda one: one["lm loss validation"], default={"iteration": iteration, "lm loss validation": loss}
+    )
+    checkpoint = str(checkpoint_dir(run_dir, lowest["iteration"]))  # saved right after, when the intervals are the same
+    write_json(
+        run_dir / BEST, {key: lowest[key] for key in ("iteration", "lm loss validation")} | {"checkpoint": checkpoint}
+    )
+    for given in answers if tensorboard else ():
+        text = f"{given['question']}\n\n**{given['prediction']}** (expected: {given['answer']})"
+        tensorboard.add_text(f"answers/{given['id']}", text, iteration)
+    for sample in examples if tensorboard and not earlier else ():
+        for number, data in enumerate(sample.images):
+            tensorboard.add_image(
+                f"answers/{sample.id}/{number}", np.asarray(decode_rgb(data)), iteration, dataformats="HWC"
+            )
