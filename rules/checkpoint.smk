@@ -10,6 +10,9 @@ rule convert_checkpoint_hf2mcore:
         "{exp_dir}/logs/convert_checkpoint_hf2mcore/{checkpoint}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_hf2mcore/{checkpoint}.tsv"
+    params:
+        folder="{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1",
+        job=flow.checkpoint_job,
     shell:
         "{PYTHON}convert_checkpoint.py hf2mcore {params.job} --done {output:q} -- {params.folder:q} > {log:q} 2>&1"
 
@@ -23,6 +26,11 @@ rule convert_checkpoint_mcore2hf:
         "{exp_dir}/logs/convert_checkpoint_mcore2hf/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_mcore2hf/{run_name}.tsv"
+    params:
+        folder="{exp_dir}/{run_name}_results/huggingface",
+        run_dir=flow.path("run_dir"),
+        webdatasets=flow.path("webdatasets"),
+        settings=flow.settings("model", "min_pixels", "max_pixels", "parity"),
     shell:
         "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir} {params.folder} --model {params.settings[model]}"
         " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"
