@@ -107,6 +107,8 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     # run
     bf16: bool | Auto
+    recompute_language: Literal["none", "selective", "full"]
+    recompute_vision: Literal["none", "full"]
     save_interval: Positive | Auto
     keep_last: Positive | None
     keep_every: Positive | None
