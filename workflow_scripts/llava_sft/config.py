@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from llava_sft.data.packing import count_packs
 from llava_sft.errors import SettingsError
+from llava_sft.model.config import ModelConfig
 
 CONFIG_DIR = Path("config")
 Auto = Literal["auto"]
@@ -312,6 +313,21 @@ def data_parallel_size(settings: Settings, gpus: int) -> int:
             f"{name}: {model_parallel} or a multiple of it, or smaller parallel sizes",
         )
     return max(1, count // model_parallel)
+
+
+def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
+    """Raise SettingsError when the model can not be split as asked. The vocabulary too: padding would count in the loss."""
+    tp, pp, language = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, model.language
+    for key, size, what, number in (
+        ("tensor_model_parallel_size", tp, "key/value groups", language.num_query_groups),
+        ("tensor_model_parallel_size", tp, "attention heads of the vision tower", model.vision.num_attention_heads),
+        ("tensor_model_parallel_size", tp, "embeddings", language.vocab_size),
+        ("pipeline_model_parallel_size", pp, "layers", language.num_layers),
+    ):
+        if number % size:
+            raise SettingsError(
+                f"{key}: {size} does not divide the {number} {what} of model {model.name}", f"{key}: a divisor of {number}"
+            )
 
 
 def check_global_batch_size(global_batch_size: int, micro_batch_size: int, replicas: int) -> None:

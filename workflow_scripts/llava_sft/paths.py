@@ -23,6 +23,7 @@ from llava_sft.config import (
     Settings,
     SourceSettings,
     check_global_batch_size,
+    check_parallel_sizes,
     data_parallel_size,
     gpu_count,
 )
@@ -188,7 +189,7 @@ class Paths:
                     f"image_root: {source.image_root}: no such folder", "set image_root to the folder of the images"
                 )
         _ = self.shards  # an empty raw file is found here
-        load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
+        check_parallel_sizes(settings, load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml"))
         check_load(settings.load, settings.load_parts, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
         if settings.global_batch_size != "auto":
             gpus = gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node
