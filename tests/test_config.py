@@ -257,7 +257,11 @@ def test_gpus_that_parallel_sizes_do_not_divide_are_refused(project):
         ({"image_root": "pictures"}, DataError, ["image_root", "pictures", "no such folder"]),
         ({"raw_data": "empty.jsonl"}, DataError, ["empty.jsonl", "empty"]),
         ({"raw_data": None, "image_root": None, "webdatasets": "wds"}, DataError, ["webdatasets", "wds", ".nv-meta"]),
-        ({"tensor_model_parallel_size": 16}, SettingsError, ["tensor_model_parallel_size: 16", "8 key/value groups", "4b"]),
+        (
+            {"tensor_model_parallel_size": 16},
+            SettingsError,
+            ["tensor_model_parallel_size: 16", "8 key/value groups", "4b"],
+        ),
         ({"pipeline_model_parallel_size": 5}, SettingsError, ["pipeline_model_parallel_size: 5", "36 layers"]),
         ({"load": ""}, CheckpointError, ["load", "empty", "Hugging Face"]),
         ({"load": "none"}, CheckpointError, ["load", "none", "no such folder"]),

@@ -326,7 +326,8 @@ def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
     ):
         if number % size:
             raise SettingsError(
-                f"{key}: {size} does not divide the {number} {what} of model {model.name}", f"{key}: a divisor of {number}"
+                f"{key}: {size} does not divide the {number} {what} of model {model.name}",
+                f"{key}: a divisor of {number}",
             )
 
 
