@@ -352,3 +352,10 @@ def test_the_script_converts_both_ways_and_says_when_there_is_nothing_to_do(smal
     missing = script("hf2mcore", tmp_path / "nowhere", tmp_path / "other")
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_checkpoint_can_be_read_by_the_older_torch_of_gpu_machines(small_checkpoint, small_model, tmp_path):
+    """torch 2.11 expects five properties of a tensor and refuses a sixth, which newer releases write."""
+    hf2mcore(small_checkpoint, tmp_path / "mcore", small_model)
+    metadata = TorchDistReader(tmp_path / "mcore/release").tensors()
+    assert metadata and all(stored.properties.strides is None for stored in metadata.values())

@@ -102,6 +102,13 @@ def test_auto_values_are_worked_out_and_explained(project):
     assert json.loads(json.dumps(values)) == values
 
 
+def test_packed_sequences_are_counted_not_samples(project):
+    given = {"seq_length": 1000, "global_batch_size": 10, "packing_buffer_size": 100}
+    values, why = resolve(load_settings("mine", given), train_samples=20_000, lengths=[250] * 20_000)
+    assert values["train_iters"] == 500  # four samples a sequence
+    assert "5,000 packed sequences (of 20,000 samples)" in why["train_iters"]
+
+
 def test_without_a_gpu_one_process_trains_in_float32(project):
     values, _ = resolve(load_settings("mine"), train_samples=1_000)
     assert (values["gpus_per_node"], values["global_batch_size"], values["bf16"]) == (0, 4, False)

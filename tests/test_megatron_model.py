@@ -31,6 +31,7 @@ VALUES = {
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False, "gpus_per_node": 0,
     "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "lr_decay_iters": 4, "eval_iters": 0, "eval_interval": 5,
     "trainable_modules": ["language_model", "adapter", "vision_model"],
+    "recompute_language": "none", "recompute_vision": "none",
 }  # fmt: skip
 
 

@@ -7,7 +7,9 @@ import math
 import os
 import shutil
 import signal
+import time
 
+import psutil
 import pytest
 
 from llava_sft.files import read_json
@@ -39,6 +41,12 @@ def undisturbed(base, tmp_path_factory):
     return run
 
 
+def alive(run):
+    """Processes that have to do with a run."""
+    found = psutil.process_iter(["cmdline", "status"])
+    return [p for p in found if str(run.folder) in " ".join(p.info["cmdline"] or []) and p.info["status"] != "zombie"]
+
+
 def test_a_stopped_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_like_an_undisturbed_one(
     base, undisturbed, tmp_path
 ):
@@ -58,6 +66,11 @@ def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly(base, tmp_path):
     whole, run = Run(base, tmp_path / "whole", **how), Run(base, tmp_path / "killed", **how)
     assert whole.finish() == 0, whole.said()
     run.interrupt(5, signal.SIGKILL)
+    for _ in range(50):
+        if not (left := alive(run)):
+            break
+        time.sleep(0.1)
+    assert not left  # neither training processes nor their helpers outlive torchrun
     run.change(max_minutes=0.001)
     assert run.finish() == 75, run.said()
     run.change(max_minutes=None)

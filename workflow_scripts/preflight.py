@@ -10,6 +10,7 @@ import yaml
 
 from llava_sft.checkpoint.start import open_start
 from llava_sft.config import CONFIG_DIR, load_settings, resolve, warnings
+from llava_sft.data.lengths import token_lengths
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
@@ -55,7 +56,13 @@ def main() -> None:
     dataset = read_json(paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
     start = open_start(settings.load, paths.converted, settings.tokenizer)
-    values, why = resolve(settings, dataset["train"]["samples"], dataset["heldout"]["samples"])
+    lengths, left_out = None, 0
+    if settings.packing and settings.train_iters == "auto":
+        limits = (settings.seq_length, settings.min_pixels, settings.max_pixels)
+        lengths, left_out = token_lengths(
+            paths.webdatasets, dataset, start.sidecars, limits, paths.data / "lengths.json"
+        )
+    values, why = resolve(settings, dataset["train"]["samples"], dataset["heldout"]["samples"], lengths)
 
     resolved = {
         "run_name": settings.run_name,
@@ -79,6 +86,10 @@ def main() -> None:
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained)
+    if left_out:
+        notes.append(
+            f"{left_out:,} training samples are left out: their first answer ends beyond seq_length {settings.seq_length:,}"
+        )
     write_json(paths.resolved, resolved)
     prediction = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
     write_json(paths.prediction, prediction | {"overrides": args.config})

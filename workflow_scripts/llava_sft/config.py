@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from llava_sft.data.packing import count_packs
 from llava_sft.errors import SettingsError
 from llava_sft.model.config import ModelConfig
 
@@ -108,6 +109,8 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     # run
     bf16: bool | Auto
+    recompute_language: Literal["none", "selective", "full"]
+    recompute_vision: Literal["none", "full"]
     save_interval: Positive | Auto
     keep_last: Positive | None
     keep_every: Positive | None
@@ -366,8 +369,13 @@ def auto_num_workers(cores: int, gpus: int) -> int:
     return max(1, min(cores // 2, 4 * max(1, gpus)))
 
 
-def resolve(settings: Settings, train_samples: int, heldout_samples: int = 0) -> tuple[dict[str, Any], dict[str, str]]:
-    """All values that training uses, and for each that was `auto` the sentence that says where it came from."""
+def resolve(
+    settings: Settings, train_samples: int, heldout_samples: int = 0, lengths: list[int] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """All values that training uses, and for each that was `auto` the sentence that says where it came from.
+
+    `lengths`: tokens of each training sample; with packing, steps are counted in packed sequences, not in samples.
+    """
     why: dict[str, str] = {}
     values = settings.model_dump(mode="json")
 
@@ -384,10 +392,17 @@ def resolve(settings: Settings, train_samples: int, heldout_samples: int = 0) ->
     mbs = settings.micro_batch_size
     gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
     check_global_batch_size(gbs, mbs, replicas)
+    cores = len(os.sched_getaffinity(0))
+    workers = settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")
+    sequences, what = train_samples, "samples"
+    if lengths is not None:
+        streams = replicas * workers
+        sequences = count_packs(lengths, settings.seq_length, settings.packing_buffer_size, streams, settings.seed)
+        what = f"packed sequences (of {train_samples:,} samples)"
     iters = settle(
         "train_iters",
-        auto_train_iters(train_samples, settings.epochs, gbs),
-        f"{settings.epochs:g} epochs × {train_samples:,} samples / {gbs}, raised to two digits",
+        auto_train_iters(sequences, settings.epochs, gbs),
+        f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits",
     )
     settle("min_lr", settings.lr / 10, "lr / 10")
     settle("lr_vision", settings.lr, "lr")
@@ -397,8 +412,6 @@ def resolve(settings: Settings, train_samples: int, heldout_samples: int = 0) ->
     settle("eval_interval", save, "save_interval: every checkpoint is validated")
     eval_iters = min(EVAL_ITERS, max(1, heldout_samples // gbs)) if heldout_samples else 0
     settle("eval_iters", eval_iters, f"{heldout_samples:,} held-out samples, at most {EVAL_ITERS} global batches")
-    cores = len(os.sched_getaffinity(0))
-    settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")
     settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
     return values, why
 

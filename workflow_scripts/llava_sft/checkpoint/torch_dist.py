@@ -16,10 +16,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from llava_sft.errors import CheckpointError
+
+
+def write_for_older_torch() -> None:
+    """Leave the strides out of what is written about a tensor: torch before 2.15 refuses a checkpoint that has them
+    (seen: 2.11, which GPU machines bring), and newer ones read both."""
+    full = TensorProperties.__getstate__
+    if full.__module__ == "torch.distributed.checkpoint.metadata":
+        TensorProperties.__getstate__ = lambda self: full(self)[:5]
 
 
 class _Writer(FileSystemWriter):
@@ -54,6 +62,7 @@ def write_torch_dist(
     folder: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], produce: Callable[[str], Tensor]
 ) -> None:
     """Write one checkpoint folder (`release/`); `produce(key)` makes each tensor when it is needed."""
+    write_for_older_torch()
     plan = {key: torch.empty(shape, dtype=dtypes[key], device="meta") for key, shape in shapes.items()}
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # they would take longer than the disk; nothing reads them

@@ -18,8 +18,8 @@ class StoredSample:
     meta: dict
 
 
-def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
-    """Yield the samples of `split` ("train", "val") in the order of the shards, of one source after the other."""
+def stored_samples(folder: Path | str, split: str) -> Iterator[tuple]:
+    """Yield (sample, file descriptor, place of each member) of `split` in the order of the shards, no image read."""
     for source in source_folders(Path(folder)):
         meta = read_meta(source)
         for name in meta.splits.get(split, []):
@@ -27,8 +27,14 @@ def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
                 for stored in walk_tar(source / name):
                     if f"{name}/{stored.key}" not in meta.exclude:
                         sample, members = stored.read(file.fileno(), meta.layout)
-                        images = [read_at(file.fileno(), members[image]) for image in sample.images]
-                        yield StoredSample(sample.id, sample.messages, images, sample.meta)
+                        yield sample, file.fileno(), members
+
+
+def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
+    """Yield the samples of `split` ("train", "val") in the order of the shards, of one source after the other."""
+    for sample, descriptor, members in stored_samples(folder, split):
+        images = [read_at(descriptor, members[image]) for image in sample.images]
+        yield StoredSample(sample.id, sample.messages, images, sample.meta)
 
 
 def data_uri(image: bytes) -> str:

@@ -43,6 +43,7 @@ class LlavaOneVision(MegatronModule):
         vocab_size: rows of the embedding, padded for tensor parallelism.
         max_sequence_length: longest sequence, in tokens.
         transformer_impl: "transformer_engine" or "local".
+        recompute_vision: make the vision tower's activations again in the backward pass.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class LlavaOneVision(MegatronModule):
         pg_collection,
         pre_process: bool = True,
         post_process: bool = True,
+        recompute_vision: bool = False,
     ):
         super().__init__(config=config)
         self.pg_collection = pg_collection
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         if pre_process:
-            vision_config = vision_transformer_config(config, model)
+            vision_config = vision_transformer_config(config, model, recompute_vision)
             vision_spec = layer_spec(transformer_impl, vision=True)
             self.vision_model = RiceViT(vision_config, model.vision, vision_spec, pg_collection)
             self.adapter = Adapter(vision_config, model)
@@ -171,8 +173,9 @@ def layer_spec(transformer_impl: str, vision: bool) -> ModuleSpec:
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def vision_transformer_config(language: TransformerConfig, model: ModelConfig) -> TransformerConfig:
-    """The vision tower's TransformerConfig: its own shape, the language model's parallelism and precision."""
+def vision_transformer_config(language: TransformerConfig, model: ModelConfig, recompute: bool) -> TransformerConfig:
+    """The vision tower's TransformerConfig: its own shape and recomputation, the language model's parallelism and
+    precision."""
     vision, config = model.vision, copy.copy(language)
     config.num_layers = vision.num_layers
     config.hidden_size = vision.hidden_size
@@ -186,5 +189,7 @@ def vision_transformer_config(language: TransformerConfig, model: ModelConfig) -
     config.gated_linear_unit = False
     config.activation_func = F.gelu
     config.bias_activation_fusion = False
+    config.recompute_granularity = "full" if recompute else None
+    config.recompute_method, config.recompute_num_layers = ("uniform", 1) if recompute else (None, None)
     config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
     return config

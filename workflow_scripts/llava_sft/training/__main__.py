@@ -12,6 +12,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 from llava_sft.training.launcher import die_with_parent
 
 die_with_parent()  # torchrun, where there is one; before the long imports
+os.register_at_fork(after_in_child=die_with_parent)  # helpers and loader workers, which would keep the lock
 
 from llava_sft.training.loop import main  # noqa: E402
 

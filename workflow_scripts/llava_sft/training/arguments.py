@@ -55,6 +55,10 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
         arguments.append(f"--pretrained-checkpoint={start_dir}")
     if values["bf16"]:
         arguments.append("--bf16")
+    if values["recompute_language"] == "selective":
+        arguments += ["--recompute-granularity=selective", "--recompute-modules=core_attn"]
+    elif values["recompute_language"] == "full":
+        arguments += ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
     if gpu:
         arguments += [
             "--use-distributed-optimizer",

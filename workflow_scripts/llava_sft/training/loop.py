@@ -38,6 +38,7 @@ from megatron.training.argument_utils import (  # noqa: E402
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron.training.checkpointing import get_checkpoint_name  # noqa: E402
 
+from llava_sft.checkpoint.torch_dist import write_for_older_torch  # noqa: E402
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder, train_loader, worker_config  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.errors import SftError  # noqa: E402
@@ -93,6 +94,7 @@ class Trainer:
             pg_collection=pg_collection,
             pre_process=pre_process,
             post_process=post_process,
+            recompute_vision=self.values["recompute_vision"] == "full",
         )
         if config.gradient_accumulation_fusion and post_process:
             # Transformer Engine's layers add weight gradients in place; Megatron's own output layer would need Apex.
@@ -369,6 +371,7 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
     sys.argv = [sys.argv[0], *arguments]
     # The index builder of datasets that are not used here: Megatron would compile it, but the wheel has no Makefile.
     initialize._compile_dependencies = lambda: None
+    write_for_older_torch()
     get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
     if not ON_CPU:
         tensor_parallel.layers._grad_accum_fusion_available = True  # of Transformer Engine's layers, see build_model
