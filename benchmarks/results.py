@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+COMMAND = tuple(sys.argv)  # as typed: a training in the same process changes it
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch",
@@ -45,7 +46,7 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _output("git", "rev-parse", "HEAD")
         + ("+" if _output("git", "status", "--porcelain", "-uno") else ""),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(COMMAND[0]).name}", *COMMAND[1:]]),
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "rows": kept + rows,
