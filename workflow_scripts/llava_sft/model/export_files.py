@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_sft.data.images import CLIP_MEAN, CLIP_STD
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import TOKEN_ID_KEYS, ModelConfig
@@ -36,9 +37,6 @@ _AUTO_MAP = {
     "AutoProcessor": f"processing_llavaonevision1_5.{PROCESSOR_CLASS}",
     "AutoImageProcessor": "processing_llavaonevision1_5.LLaVAOneVision1_5_ImageProcessor",
 }
-# CLIP's normalisation (Radford et al. 2021), as in Qwen2-VL.
-_IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def write_hf_sidecars(
@@ -99,8 +97,8 @@ def write_hf_sidecars(
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": _IMAGE_MEAN,
-            "image_std": _IMAGE_STD,
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
             "do_convert_rgb": True,
         },
     )
