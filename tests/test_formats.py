@@ -190,7 +190,22 @@ def test_a_text_that_is_no_utf8_costs_its_own_row(tmp_path):
     assert stats[0]["written"] == 2
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"PAR1" + d[9:], lambda d: b"PAR1"])
+def test_a_damaged_row_group_costs_its_rows_and_no_others(tmp_path):
+    raw = Raw(tmp_path, [])
+    path = write_parquet(tmp_path / "raw.parquet", [record(i, None) for i in range(12)], 4)
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    data = bytearray(path.read_bytes())
+    for column in map(group.column, range(group.num_columns)):
+        start = column.dictionary_page_offset or column.data_page_offset
+        data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(data)
+    stats = convert(raw, path)
+    assert sum(s["read"] for s in stats) == 12
+    assert [name for name, _ in samples(raw)] == [f"r{i}" for i in (0, 1, 2, 3, 8, 9, 10, 11)]
+    assert {reject["reason"] for reject in read_rejects(raw.parts, stats)} == {"damaged row group"}
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"PAR1"])
 def test_a_damaged_parquet_file_is_one_message(tmp_path, damage):
     path = write_parquet(tmp_path / "raw.parquet", [record(i, None) for i in range(9)])
     path.write_bytes(damage(path.read_bytes()))

@@ -130,15 +130,16 @@ def _read_parquet(file: BinaryIO, start: int, end: int, update: Callable[[bytes]
         if not start <= offset < end:
             continue
         batches = parquet.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group])
-        while True:
+        left = parquet.metadata.row_group(group).num_rows
+        while left:
             try:
-                batch = next(batches, None)
+                batch = next(batches)
             except OSError as error:  # pyarrow's errors of damaged pages are among them
-                raise DataError(
-                    f"{file.name}: row group {group} can not be read: {error}", "download or write the file again"
-                ) from None
-            if batch is None:
+                damage = Rejected("damaged row group", f"group {group}: {error}")
+                yield from (Line(number + n + 1, offset, damage, "row") for n in range(left))
+                number += left
                 break
+            left -= len(batch)
             for row in range(len(batch)):
                 number += 1
                 try:
