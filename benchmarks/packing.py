@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py [share] [epoch]      # writes results/packing.json
 
-share: this project's packer (best-fit-decreasing over a buffer of samples, online), against packing greedily in the order
+share: this project's packer (over a buffer of samples, online), against packing greedily in the order
 of the samples, against an offline pass with hash buckets over the whole set (each sequence takes the longest sample that
 still fits), and against one sample a sequence. Lengths are drawn from real ones, of which the percentiles stand below:
 short VQA: the answers with lectures to 4,241 ScienceQA questions, with a picture of 640 × 480; mixed: those, 240 answers
@@ -21,22 +21,20 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from llava_sft.config import load_settings  # noqa: E402
+from llava_sft.config import auto_packing_buffer  # noqa: E402
 from llava_sft.data.index import index_webdataset  # noqa: E402
-from llava_sft.data.lengths import token_lengths  # noqa: E402
-from llava_sft.data.packing import count_packs, select_packs  # noqa: E402
+from llava_sft.data.lengths import sample_sizes  # noqa: E402
+from llava_sft.data.packing import epoch_packs, select_packs  # noqa: E402
 from llava_sft.data.plan import Range  # noqa: E402
 from llava_sft.data.shards import convert_range  # noqa: E402
 from results import row, write_results  # noqa: E402
 
 SAMPLES = 100_000
-BUFFER = load_settings("vqa", {}).packing_buffer_size  # the default
 EPOCH_SAMPLES = 20_000
 TOKENIZER = ROOT / "output/demo/LLaVA-OneVision-1.5-tiny"
 GOALS = {8192: 0.995, 32768: 0.99}
@@ -69,7 +67,8 @@ def mixed(draw: random.Random) -> int:
     return draw.randint(1, 4) * MEGAPIXEL + drawn(draw, ANSWERS) if kind < 0.8 else long_documents(draw)
 
 
-def online(lengths: list[int], capacity: int, buffer: int) -> Iterator[list[int]]:
+def online(lengths: list[int], capacity: int) -> Iterator[list[int]]:
+    buffer = auto_packing_buffer(lengths, capacity)
     for start in range(0, len(lengths), buffer):
         yield from select_packs(lengths[start : start + buffer], capacity, seed=0)
 
@@ -104,7 +103,7 @@ def hash_buckets(lengths: list[int], capacity: int) -> Iterator[list[int]]:
 
 def shares() -> Iterator[dict]:
     methods: dict[str, Callable] = {
-        "online": partial(online, buffer=BUFFER),
+        "online": online,
         "greedy": greedy,
         "offline hash buckets": hash_buckets,
         "one sample a sequence": lambda lengths, capacity: ([index] for index in range(len(lengths))),
@@ -119,7 +118,9 @@ def shares() -> Iterator[dict]:
                 each = 1e6 * (time.perf_counter() - began) / SAMPLES
                 share = sum(lengths) / (packs * capacity)
                 own = method == "online"
-                note = f"{each:.2f} µs a sample" + (f", buffer of {BUFFER:,}" if own else "")
+                note = f"{each:.2f} µs a sample" + (
+                    f", buffer of {auto_packing_buffer(lengths, capacity):,}" if own else ""
+                )
                 settings = {"lengths": name, "method": method, "mean_length": round(sum(lengths) / SAMPLES)}
                 yield row(f"packing_{capacity}", share, "useful", goal if own else None, "higher", note, **settings)
 
@@ -142,11 +143,13 @@ def epoch() -> Iterator[dict]:
                     convert_range(folder / "raw.jsonl", folder, folder / "wds", folder / "parts", "subtaskdata", part)
                 )
             dataset = index_webdataset(folder / "wds", folder / "parts")
-            lengths, _ = token_lengths(folder / "wds", dataset, TOKENIZER, limits, folder / "lengths.json")
+            sizes = sample_sizes(folder / "wds", dataset, TOKENIZER, limits, folder / "sizes.json")
+            lengths = sizes.tokens
+            buffer = auto_packing_buffer(lengths, limits[0])
             for workers in (1, 2):
-                predicted = count_packs(lengths, limits[0], BUFFER, workers, seed=1)
+                predicted = sum(1 for _ in epoch_packs(lengths, limits[0], buffer, workers, seed=1))
                 encoder = VlmTaskEncoder(ChatTemplate(TOKENIZER), *limits, packing=True)
-                loader = iter(train_loader(folder / "wds", encoder, worker_config(0, 1, workers, 1), 1, BUFFER))
+                loader = iter(train_loader(folder / "wds", encoder, worker_config(0, 1, workers, 1), 1, buffer))
                 packs = samples = tokens = 0
                 while samples < len(lengths):
                     batch = next(loader)

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_sft.data.packing import best_fit_decreasing, count_packs, select_packs
+from llava_sft.data.packing import epoch_packs, fill_packs, select_packs
 
 
 @given(st.lists(st.integers(1, 100), max_size=200))
 def test_every_sample_is_in_one_pack_and_no_pack_is_too_long(lengths):
-    packs = best_fit_decreasing(lengths, 100)
+    packs = fill_packs(lengths, 100)
     assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
     assert all(sum(lengths[index] for index in pack) <= 100 for pack in packs)
 
@@ -19,7 +19,7 @@ def test_every_sample_is_in_one_pack_and_no_pack_is_too_long(lengths):
 def test_a_buffer_of_2000_mixed_samples_leaves_less_than_one_percent_unused_at_8192():
     rng = random.Random(1)
     lengths = [rng.choice((rng.randint(60, 300), rng.randint(700, 1500), rng.randint(2000, 6000))) for _ in range(2000)]
-    packs = best_fit_decreasing(lengths, 8192)
+    packs = fill_packs(lengths, 8192)
     assert sum(lengths) / (len(packs) * 8192) > 0.99
 
 
@@ -33,10 +33,12 @@ def test_order_is_shuffled_the_same_way_every_time():
 
 def test_too_long_an_item_is_refused():
     with pytest.raises(ValueError, match="101"):
-        best_fit_decreasing([5, 101], 100)
+        fill_packs([5, 101], 100)
 
 
-def test_count_covers_all_streams():
+def test_an_epoch_packs_every_sample_once_over_all_streams():
     lengths = [10] * 1000
-    assert count_packs(lengths, 100, buffer_size=50, streams=1, seed=0) == 100
-    assert count_packs(lengths, 100, buffer_size=50, streams=3, seed=0) in range(100, 108)
+    for streams, expected in ((1, {100}), (3, set(range(100, 108)))):
+        packs = list(epoch_packs(lengths, 100, buffer_size=50, streams=streams, seed=0))
+        assert len(packs) in expected
+        assert sorted(index for pack in packs for index in pack) == list(range(1000))

@@ -1,6 +1,7 @@
-"""Work out every `auto` value of an experiment, check what can be checked without its machine, and show the result.
+"""Work out every `auto` value of an experiment, check what can be checked without its machine, predict memory and time.
 
-Writes resolved.json (what training uses: the same bytes for the same settings and data) and preflight.json.
+Writes resolved.json (what training uses: the same bytes for the same settings and data) and preflight.json. For another
+machine than this one (--gpu) it only shows what would be.
 """
 
 import argparse
@@ -10,11 +11,13 @@ import yaml
 
 from llava_sft.checkpoint.start import open_start
 from llava_sft.config import CONFIG_DIR, load_settings, resolve, warnings
-from llava_sft.data.lengths import token_lengths
+from llava_sft.data.lengths import sample_sizes
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json
-from llava_sft.model.config import load_model_config
+from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
+from llava_sft.training import predict
+from llava_sft.training.checkpoints import expected_bytes
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
@@ -45,9 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", help="a file of config/experiments/, without .yaml")
     parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this run only")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"for this GPU, not this machine: {', '.join(predict.PEAK_FLOPS)}"
+    )
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="its memory, if it has another than usual")
+    parser.add_argument("--gpus-per-node", type=int, default=1, metavar="N", help="with --gpu: GPUs (%(default)s)")
     args = parser.parse_args()
 
     overrides = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.config)}
+    if args.gpu:
+        overrides["gpus_per_node"] = args.gpus_per_node
     settings = load_settings(args.experiment, overrides)
     paths = Paths(settings)
     paths.check_inputs()
@@ -56,19 +66,19 @@ def main() -> None:
     dataset = read_json(paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
     start = open_start(settings.load, paths.converted, settings.tokenizer)
-    lengths, left_out = None, 0
-    if settings.packing and settings.train_iters == "auto":
-        limits = (settings.seq_length, settings.min_pixels, settings.max_pixels)
-        lengths, left_out = token_lengths(
-            paths.webdatasets, dataset, start.sidecars, limits, paths.data / "lengths.json"
-        )
-    values, why = resolve(settings, dataset["train"]["samples"], dataset["heldout"]["samples"], lengths)
+    limits = (settings.seq_length, settings.min_pixels, settings.max_pixels)
+    sizes = sample_sizes(paths.webdatasets, dataset, start.sidecars, limits, paths.data / "sizes.json")
+    lengths = sizes.tokens if settings.packing else None
+    blend = dataset.get("epoch_samples", dataset["train"]["samples"]) / dataset["train"]["samples"]
+    values, why = resolve(settings, dataset["train"]["samples"], dataset["heldout"]["samples"], lengths, blend)
+    mean, largest = predict.loads(sizes, values)
 
     resolved = {
         "run_name": settings.run_name,
         "settings": values,
         "why": why,
         "model": model.model_dump(),
+        "batch": {"mean": mean, "largest": largest},
         "data": {
             "path": str(paths.training_data),
             "fingerprint": dataset["fingerprint"],
@@ -86,14 +96,54 @@ def main() -> None:
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained)
-    if left_out:
+    if sizes.left_out:
         notes.append(
-            f"{left_out:,} training samples are left out: their first answer ends beyond seq_length {settings.seq_length:,}"
+            f"{sizes.left_out:,} training samples are left out: their first answer ends beyond seq_length {settings.seq_length:,}"
         )
-    write_json(paths.resolved, resolved)
-    prediction = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
-    write_json(paths.prediction, prediction | {"overrides": args.config})
+    machine = predict.gpu(args.gpu, args.gpu_memory) if args.gpu else predict.this_machine(values)
+    predicted, lines = predict_run(model, values, machine, mean, largest)
+    if not args.gpu:
+        write_json(paths.resolved, resolved)
+        known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
+        write_json(paths.prediction, known | {"overrides": args.config, "prediction": predicted})
     show(resolved, model.parameter_count(), notes, settings.origin)
+    for line in lines:
+        print(f"  {line}")
+
+
+def predict_run(
+    model: ModelConfig, values: dict, machine: predict.Machine | None, mean: predict.Load, largest: predict.Load
+) -> tuple[dict | None, list[str]]:
+    """The prediction for preflight.json, and its lines for the terminal."""
+    runs = predict.of_device(machine.device, predict.recorded()) if machine else []
+    if not runs:
+        return None, ["no prediction: no recorded run of such a machine"]
+    calibration = predict.calibrate(runs)
+    prediction = predict.predict(model, values, machine, mean, largest, calibration)
+    lines = predict.table(prediction, machine, len(runs), values)
+    found = []
+    if not predict.fits(prediction, machine):
+        found = predict.proposals(model, values, machine, mean, largest, calibration)
+        lines += ["would fit: " + line for line in predict.proposal_lines(found)] or [
+            "nothing near these settings fits"
+        ]
+    trained = predict.trained_parameters(model, values["trainable_modules"])
+    size = expected_bytes(model.parameter_count(), trained, values["bf16"])
+    count = -(-values["train_iters"] // values["save_interval"])
+    kept = min(count, values["keep_last"] or count)
+    lines.append(f"disk    {kept} checkpoints of {size / predict.GIB:,.2f} GiB: {kept * size / predict.GIB:,.1f} GiB")
+    kept_facts = {
+        "machine": machine._asdict(),
+        "memory_gib": prediction.memory,
+        "fits": predict.fits(prediction, machine),
+        "step_s": prediction.step_s,
+        "tokens_per_s": prediction.tokens_per_s,
+        "would_fit": [changed for changed, _ in found],
+        "checkpoint_gib": size / predict.GIB,
+        "checkpoints_kept": kept,
+        "recorded_runs": len(runs),
+    }
+    return kept_facts, lines
 
 
 def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, str]) -> None:

@@ -10,16 +10,19 @@ import platform
 import shutil
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
+from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
 from llava_sft.training.launcher import launch
 from llava_sft.training.run import give_back, identity, lock, open_run, start_dir
 from llava_sft.training.watch import forget_after, read_metrics
 
+GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is somebody else's
 FAILURE = "failure.json"  # written by the training when it knows the cause
 
 EXIT_GO_ON = 75  # stopped in good order before the last step: the same command goes on
@@ -44,7 +47,7 @@ def main() -> None:
         give_back(held)
         return
 
-    check_machine(settings)
+    check_machine(resolved)
     prune(run_dir, settings["keep_last"], settings["keep_every"])
     check_space(run_dir, resolved)
     (run_dir / FAILURE).unlink(missing_ok=True)
@@ -95,20 +98,59 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
     )
 
 
-def check_machine(settings: dict) -> None:
-    """Raise RunError when this machine can not train as asked."""
-    from llava_sft.config import gpu_count
-
-    found = gpu_count()
-    if settings["gpus_per_node"] > found:
-        raise RunError(
-            f"gpus_per_node is {settings['gpus_per_node']}, {platform.node()} has {found}",
-            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
-        )
+def check_machine(resolved: dict) -> None:
+    """Raise RunError when this machine can not train as asked; say what differs from where preflight ran."""
+    settings = resolved["settings"]
+    if settings["gpus_per_node"]:
+        gpus = predict.gpus_of_this_machine()
+        if settings["gpus_per_node"] > len(gpus):
+            raise RunError(
+                f"gpus_per_node is {settings['gpus_per_node']}, {platform.node()} has {len(gpus)}",
+                f"gpus_per_node: {len(gpus)}" + ("" if gpus else " trains on the CPU"),
+            )
+        for number, (name, total, used) in enumerate(gpus[: settings["gpus_per_node"]]):
+            if used > GPU_IDLE_GIB:
+                complain(
+                    settings,
+                    f"GPU {number} of {platform.node()} ({name}) has {used:.1f} of {total:.1f} GiB in use already",
+                    "end the other process (nvidia-smi names it), or choose others with CUDA_VISIBLE_DEVICES",
+                )
+    check_memory(resolved)
+    for package, planned in resolved["versions"].items():
+        if (here := version(package)) != planned:
+            print(f"warning: {package} is {here} here, preflight ran with {planned}")
     if shared := Path("/dev/shm"):
         free = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize if shared.is_dir() else None
         if free is not None and free < 64 << 20:
             raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
+
+
+def check_memory(resolved: dict) -> None:
+    """Stop a run that is predicted to need more memory than a process has here."""
+    settings, model = resolved["settings"], ModelConfig(**resolved["model"])
+    machine = predict.this_machine(settings)
+    runs = predict.of_device(machine.device, predict.recorded()) if machine else []
+    if not runs:
+        return
+    calibration = predict.calibrate(runs)
+    batch = [predict.Load(*resolved["batch"][name]) for name in ("mean", "largest")]
+    prediction = predict.predict(model, settings, machine, *batch, calibration)
+    if prediction.memory_gib > machine.memory_gib:
+        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items())
+        found = predict.proposals(model, settings, machine, *batch, calibration)
+        complain(
+            settings,
+            f"a process is predicted to need {prediction.memory_gib:.1f} GiB ({parts}), and has {machine.memory_gib:.1f}",
+            " | ".join(predict.proposal_lines(found))
+            or "a smaller model, or more GPUs and a tensor_model_parallel_size",
+        )
+
+
+def complain(settings: dict, problem: str, fix: str) -> None:
+    """Stop, or warn where memory_check says so."""
+    if settings["memory_check"] == "stop":
+        raise RunError(problem, f"{fix}; memory_check: warn starts it all the same")
+    print(f"warning: {problem}")
 
 
 def check_space(run_dir: Path, resolved: dict) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from llava_sft.data.packing import count_packs
+from llava_sft.data.packing import epoch_packs
 from llava_sft.errors import SettingsError
 from llava_sft.model.config import ModelConfig
 
@@ -88,7 +88,7 @@ class Settings(BaseModel):
     # batches and length
     seq_length: Positive
     packing: bool
-    packing_buffer_size: Positive
+    packing_buffer_size: Positive | Auto
     micro_batch_size: Positive
     global_batch_size: Positive | Auto
     train_iters: Positive | Auto
@@ -111,6 +111,7 @@ class Settings(BaseModel):
     bf16: bool | Auto
     recompute_language: Literal["none", "selective", "full"]
     recompute_vision: Literal["none", "full"]
+    memory_check: Literal["stop", "warn"]
     save_interval: Positive | Auto
     keep_last: Positive | None
     keep_every: Positive | None
@@ -369,12 +370,27 @@ def auto_num_workers(cores: int, gpus: int) -> int:
     return max(1, min(cores // 2, 4 * max(1, gpus)))
 
 
+PACKS_AT_ONCE, BUFFER_LIMITS = 200, (2_000, 10_000)
+
+
+def auto_packing_buffer(lengths: list[int], seq_length: int) -> int:
+    """Samples that are packed at a time: of so many packs that the last one, which is not full, hardly counts."""
+    mean = sum(lengths) / len(lengths) if lengths else seq_length
+    low, high = BUFFER_LIMITS
+    return max(low, min(high, math.ceil(PACKS_AT_ONCE * seq_length / mean / 100) * 100))
+
+
 def resolve(
-    settings: Settings, train_samples: int, heldout_samples: int = 0, lengths: list[int] | None = None
+    settings: Settings,
+    train_samples: int,
+    heldout_samples: int = 0,
+    lengths: list[int] | None = None,
+    blend: float = 1.0,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """All values that training uses, and for each that was `auto` the sentence that says where it came from.
 
     `lengths`: tokens of each training sample; with packing, steps are counted in packed sequences, not in samples.
+    `blend`: the mean weight of a sample, where sources have weights.
     """
     why: dict[str, str] = {}
     values = settings.model_dump(mode="json")
@@ -395,10 +411,15 @@ def resolve(
     cores = len(os.sched_getaffinity(0))
     workers = settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")
     sequences, what = train_samples, "samples"
+    buffer = auto_packing_buffer(lengths or [], settings.seq_length)
+    buffer = settle(
+        "packing_buffer_size", buffer, f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"
+    )
     if lengths is not None:
-        streams = replicas * workers
-        sequences = count_packs(lengths, settings.seq_length, settings.packing_buffer_size, streams, settings.seed)
+        packs = epoch_packs(lengths, settings.seq_length, buffer, replicas * workers, settings.seed)
+        sequences = sum(1 for _ in packs)
         what = f"packed sequences (of {train_samples:,} samples)"
+    sequences = round(sequences * blend)
     iters = settle(
         "train_iters",
         auto_train_iters(sequences, settings.epochs, gbs),

@@ -129,9 +129,10 @@ def index_webdataset(
     if val_fraction and not any(source.heldout for source in sources):
         record = _hold_out(sources, val_fraction, split_seed)
     splits: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
-    contents = {}
+    contents, epoch = {}, 0.0
     for source in sources:
         contents[source.name], samples = _write_source(source, record)
+        epoch += source.weight * samples["train"]["samples"]
         for split, counts in samples.items():
             splits[split].update(counts)
     if len(sources) > 1:
@@ -143,7 +144,8 @@ def index_webdataset(
         **{key: _total(everything, key) for key in ("images", "read", "rejected")},
         **{key: dict(sum((Counter(stats[key]) for stats in everything), Counter())) for key in ("reasons", "kinds")},
         **({"split": record} if record else {}),
-        **({"weights": weights} if len(sources) > 1 else {}),
+        # One pass over the blend: a record of weight 2 is seen twice.
+        **({"weights": weights, "epoch_samples": round(epoch)} if len(sources) > 1 else {}),
     }
 
 

@@ -1,54 +1,78 @@
 """Several samples in one sequence of `seq_length` tokens, so that hardly any of it is padding.
 
-Notable: best-fit-decreasing over a buffer of samples; preflight counts steps with this very code. Packs come out of it
-longest first and are shuffled, or short samples would stand together at the buffer's end.
+Notable: each pack takes the longest samples first and ends with the pair that fills it best; best-fit-decreasing alone
+leaves two per cent where no sample is short. Preflight counts steps with this very code. Packs come out of it longest first
+and are shuffled, or short samples would stand together at the buffer's end.
 """
 
 import random
-from bisect import bisect_left, insort
+from bisect import bisect_right
+from collections.abc import Iterator
 
 
-def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Distribute items over as few packs as this greedy rule finds: longest first, each into the fullest pack it fits.
+def fill_packs(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Distribute all items over few packs of `capacity`; returns the packs as lists of indices into `lengths`.
 
-    Returns the packs as lists of indices into `lengths`. O(n log n) but for list insertions.
+    About O(packs × items) for the pairs, 10 to 30 µs a sample of a buffer of 2,000.
     Raises ValueError for an item longer than `capacity`.
     """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    left = [lengths[index] for index in order]  # ascending, as `order`
+    if left and left[-1] > capacity:
+        raise ValueError(f"an item of {left[-1]} tokens does not fit into {capacity}")
+    any_of = random.Random(0).randrange
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > capacity:
-            raise ValueError(f"an item of {length} tokens does not fit into {capacity}")
-        place = bisect_left(room, (length, 0))
-        if place < len(room):
-            left, pack = room.pop(place)
-            packs[pack].append(index)
-        else:
-            left, pack = capacity, len(packs)
-            packs.append([index])
-        if left > length:
-            insort(room, (left - length, pack))
+    while left:
+        pack, room = [], capacity
+        while left and left[0] <= room:
+            fitting = bisect_right(left, room)
+            if fitting == len(left) and (fitting < 2 or left[-1] + left[-2] <= room):
+                # Room for any two: the longest first, then any, so that what is left for later packs stays mixed.
+                places = [any_of(fitting) if pack else fitting - 1]
+            else:
+                places = _best_pair(left, room) or [fitting - 1]
+            for place in places:  # descending
+                room -= left.pop(place)
+                pack.append(order.pop(place))
+        packs.append(pack)
     return packs
+
+
+def _best_pair(ascending: list[int], room: int) -> list[int]:
+    """The places, the later first, of the two items with the greatest sum that fits; empty when no two do."""
+    low, high = 0, bisect_right(ascending, room - ascending[0]) - 1
+    best, found = 0, []
+    while low < high:
+        total = ascending[low] + ascending[high]
+        if total > room:
+            high -= 1
+            continue
+        if total > best:
+            best, found = total, [high, low]
+            if total == room:
+                break
+        low += 1
+    return found
 
 
 def select_packs(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
     """The packs of one buffer in random order, the samples within each too; the same buffer gives the same order."""
     rng = random.Random(f"{seed} {len(lengths)} {sum(lengths)} {lengths[:16]}")
-    packs = best_fit_decreasing(lengths, capacity)
+    packs = fill_packs(lengths, capacity)
     rng.shuffle(packs)
     for pack in packs:
         rng.shuffle(pack)
     return packs
 
 
-def count_packs(lengths: list[int], capacity: int, buffer_size: int, streams: int, seed: int) -> int:
-    """Packs of one epoch: the samples in random order, dealt to `streams` (ranks × loader workers), each packing its own
-    buffers. Which order it is changes the number by little; benchmarks/packing.py says by how much."""
+def epoch_packs(lengths: list[int], capacity: int, buffer_size: int, streams: int, seed: int) -> Iterator[list[int]]:
+    """The packs of one epoch as indices into `lengths`: the samples in random order, dealt to `streams` (ranks × loader
+    workers), each packing its own buffers. Which order it is changes their number by little; benchmarks/packing.py says
+    by how much."""
     order = random.Random(seed).sample(range(len(lengths)), len(lengths))
-    total = 0
     for stream in range(streams):
-        own = [lengths[i] for i in order[stream::streams]]
+        own = order[stream::streams]
         for start in range(0, len(own), buffer_size):
-            total += len(best_fit_decreasing(own[start : start + buffer_size], capacity))
-    return total
+            buffer = own[start : start + buffer_size]
+            for pack in fill_packs([lengths[i] for i in buffer], capacity):
+                yield [buffer[i] for i in pack]

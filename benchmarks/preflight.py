@@ -1,0 +1,125 @@
+"""Recorded runs that preflight predicts from, and how far each is from a prediction made of all the others.
+
+    python benchmarks/preflight.py run      # trains the tiny model at ten settings, a minute each at most: adds rows
+    python benchmarks/preflight.py errors   # of all recorded rows, whatever machine they are from
+
+`run` needs `snakemake preflight_vqa` once. The rows of results/preflight.json are what preflight.py reads: change them by
+running this, not by hand.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "workflow_scripts"))
+
+from llava_sft.config import load_settings, resolve  # noqa: E402
+from llava_sft.data.lengths import sample_sizes  # noqa: E402
+from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.training import predict, run  # noqa: E402
+from llava_sft.training.watch import read_metrics  # noqa: E402
+from results import row, write_results  # noqa: E402
+
+OUT = Path("/tmp/llava_sft_preflight")
+STEPS, WARM = 9, 3
+PACKED = {"packing": True, "packing_buffer_size": 500}
+RUNS = [
+    PACKED | {"seq_length": 1024, "micro_batch_size": 1},
+    PACKED | {"seq_length": 2048, "micro_batch_size": 1},
+    PACKED | {"seq_length": 2048, "micro_batch_size": 2},
+    PACKED | {"seq_length": 1024, "micro_batch_size": 8},
+    PACKED | {"seq_length": 2048, "micro_batch_size": 8},
+    PACKED | {"seq_length": 2048, "micro_batch_size": 4, "recompute_language": "full", "recompute_vision": "full"},
+    PACKED | {"seq_length": 2048, "micro_batch_size": 8, "recompute_vision": "full"},
+    PACKED | {"seq_length": 1024, "micro_batch_size": 16},
+    {"micro_batch_size": 64},
+    {"micro_batch_size": 128, "recompute_language": "full"},
+]
+# What the settings of a recorded run are made of: all that the formulas look at.
+KEPT = (
+    "model", "seq_length", "micro_batch_size", "global_batch_size", "packing", "bf16", "fp8", "optimizer_precision",
+    "recompute_language", "recompute_vision", "trainable_modules", "gpus_per_node", "nodes", "nproc_per_node",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size",
+)  # fmt: skip
+
+
+def record() -> None:
+    before = read_json(ROOT / "output/stage2_sft_vqa_results/resolved.json")
+    for overrides in RUNS:
+        batch = overrides["micro_batch_size"]
+        settings = load_settings("vqa", overrides | {"global_batch_size": 2 * batch, "train_iters": STEPS})
+        limits = (settings.seq_length, settings.min_pixels, settings.max_pixels)
+        data = Path(before["data"]["path"])
+        sizes = sample_sizes(
+            data, {"fingerprint": "benchmark"}, Path(before["start"]["sidecars"]), limits, OUT / f"{limits[0]}.json"
+        )
+        values, _ = resolve(settings, len(sizes.tokens), 0, sizes.tokens)
+        values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
+        mean, largest = predict.loads(sizes, values)
+        machine = predict.this_machine(values)
+        folder = OUT / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(folder / "run.json", before | {"settings": values})
+        start = run.start_dir(folder, before["start"]["folder"])
+        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+        environment |= {"MASTER_PORT": "29577", "PYTHONPATH": str(ROOT / "workflow_scripts")}
+        command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder, start]
+        with open(OUT / "log", "w") as log:
+            subprocess.run(command, env=os.environ | environment, check=True, stdout=log, stderr=log)
+        metrics = read_metrics(folder)
+        seconds = [entry["step_s"] for entry in metrics[WARM:]]
+        memory = max(entry["memory_gib"] for entry in metrics)
+        kept = {name: values[name] for name in KEPT if name in values}
+        name = ", ".join(f"{key} {value}" for key, value in overrides.items() if key != "packing_buffer_size")
+        known = {"run": f"CPU: {name}", "values": kept, "machine": machine, "mean": mean, "largest": largest}
+        spread = f"{min(seconds):.2f} … {max(seconds):.2f} s in {len(seconds)} steps"
+        peak = row("peak_memory_gib", memory, "GiB", None, "lower", "resident, libraries included", **known)
+        step = row("step_s", statistics.median(seconds), "s", None, "lower", f"median; {spread}", **known)
+        write_results("preflight", [peak, step])
+
+
+def errors() -> list[dict]:
+    """Of each recorded run: predicted from all others of its device, against what was measured."""
+    rows = []
+    runs = predict.recorded()
+    names = list(
+        dict.fromkeys(r["settings"]["run"] for r in read_json(predict.RECORDED)["rows"] if "run" in r["settings"])
+    )
+    by_device: dict[str, list[tuple[float, float]]] = {}
+    for name, each in zip(names, runs, strict=True):
+        others = predict.of_device(each.machine.device, [other for other in runs if other is not each])
+        guess = predict.predict(
+            each.model, each.values, each.machine, each.mean, each.largest, predict.calibrate(others)
+        )
+        wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
+        by_device.setdefault(each.machine.device, []).append(wrong)
+        print(
+            f"{name}: memory {guess.memory_gib:.2f} for {each.memory_gib:.2f} GiB ({wrong[0]:+.1%}), "
+            f"time {guess.step_s:.3f} for {each.step_s:.3f} s ({wrong[1]:+.1%})"
+        )
+    for device, found in by_device.items():
+        for metric, goal, column in (("preflight_memory_error", 0.05, 0), ("preflight_time_error", 0.10, 1)):
+            wrong = [abs(error[column]) for error in found]
+            note = (
+                f"worst of {len(wrong)} settings, each predicted from the others; median {statistics.median(wrong):.3f}"
+            )
+            rows.append(row(metric, max(wrong), "", goal, "lower", note, device=device))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "errors"])
+    if parser.parse_args().what == "run":
+        record()
+    write_results("preflight", errors())
+
+
+if __name__ == "__main__":
+    main()
