@@ -9,11 +9,12 @@ sys.path.insert(0, str(SCRIPTS))
 PYTHON = f"cd {workflow.basedir} && {sys.executable} workflow_scripts/"
 
 from llava_sft.data.shards import FORMAT_VERSION
-from llava_sft.workflow import STEPS, Workflow, lift_stale_lock
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers, lift_stale_lock
 
-lift_stale_lock()
-flow = Workflow(overrides=config, words=sys.argv[1:])
+if workflow.is_main_process:  # a job may run on another machine, where the kernel knows nothing of the main process
+    lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
 
+flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
 rule targets:
     localrule: True

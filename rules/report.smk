@@ -40,6 +40,7 @@ rule report:
     params:
         run_dir=flow.path("run_dir"),
         export=flow.path("export"),
+    localrule: True
     shell:
         "{PYTHON}report.py --resolved {input.resolved} --prediction {input.prediction} --dataset {input.dataset}"
         " --inspect {input.inspection} --train-done {input.train_done} --run-dir {params.run_dir}"

@@ -45,10 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", help="a file of config/experiments/, without .yaml")
     parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this run only")
+    parser.add_argument("--cluster", nargs="*", default=[], metavar="KEY=NUMBER", help="what its profile says of a node")
     args = parser.parse_args()
 
-    overrides = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.config)}
-    settings = load_settings(args.experiment, overrides)
+    overrides, cluster = (
+        {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        for pairs in (args.config, args.cluster)
+    )
+    settings = load_settings(args.experiment, overrides, cluster)
     paths = Paths(settings)
     paths.check_inputs()
     if not paths.dataset.is_file():
@@ -62,7 +66,8 @@ def main() -> None:
         lengths, left_out = token_lengths(
             paths.webdatasets, dataset, start.sidecars, limits, paths.data / "lengths.json"
         )
-    values, why = resolve(settings, dataset["train"]["samples"], dataset["heldout"]["samples"], lengths)
+    counts = dataset["train"]["samples"], dataset["heldout"]["samples"]
+    values, why = resolve(settings, *counts, lengths, cores=cluster.get("cpus_per_task"))
 
     resolved = {
         "run_name": settings.run_name,
@@ -92,7 +97,7 @@ def main() -> None:
         )
     write_json(paths.resolved, resolved)
     prediction = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
-    write_json(paths.prediction, prediction | {"overrides": args.config})
+    write_json(paths.prediction, prediction | {"overrides": args.config, "cluster": args.cluster})
     show(resolved, model.parameter_count(), notes, settings.origin)
 
 
