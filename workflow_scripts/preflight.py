@@ -45,7 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", help="a file of config/experiments/, without .yaml")
     parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this run only")
-    parser.add_argument("--cluster", nargs="*", default=[], metavar="KEY=NUMBER", help="what its profile says of a node")
+    parser.add_argument(
+        "--cluster", nargs="*", default=[], metavar="KEY=NUMBER", help="what its profile says of a node"
+    )
     args = parser.parse_args()
 
     overrides, cluster = (

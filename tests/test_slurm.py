@@ -1,0 +1,142 @@
+"""The workflow on a cluster: a real Slurm on this machine where it can be had (as root, with slurm-wlm and munge).
+
+Training runs over two nodes on CPUs. For GPU nodes the command lines are checked (test_run.py). The cases marked `long`
+(time limits, scancel, a dead node, a killed Snakemake) are for `make test-slurm`, which notes their results.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mini_slurm
+from resume import Run
+from results import row, write_results
+from test_end_to_end import losses, project, snakemake_command  # noqa: F401 (a fixture)
+
+RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
+# Two data-parallel ranks, over two nodes or on one machine.
+SMALL = ["train_iters=12", "save_interval=6", "log_interval=1", "micro_batch_size=8", "global_batch_size=16", "eval_iters=1"]
+CPUS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+# Lets torch be imported inside a Slurm job only.
+NO_TORCH = """
+import os, sys
+if "SLURM_JOB_ID" not in os.environ:
+    raise ImportError("torch is imported outside a Slurm job")
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["torch"]
+import torch
+"""
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if reason := mini_slurm.missing():
+        pytest.skip(reason)
+    with mini_slurm.MiniSlurm(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def here(project):  # noqa: F811
+    """The project with the profile edited as a user does for this cluster."""
+    edit(project, auto_nodes=2, cpus_per_task=1, cores=1, conversion=3)
+    edit(project, **{"slurm-init-seconds-before-status-checks": 1, "latency-wait": 10})
+    profile = project / "profiles/slurm/config.yaml"
+    profile.write_text(profile.read_text().replace("# slurm-status-command", "slurm-status-command"))
+    (project / "no_torch").mkdir()
+    (project / "no_torch/torch.py").write_text(NO_TORCH)
+    return project
+
+
+def edit(project, **values):  # noqa: F811
+    profile = project / "profiles/slurm/config.yaml"
+    text = profile.read_text()
+    for key, value in values.items():
+        text, count = re.subn(rf"(?m)^([^#\n]*\b{key}: )[^,}}#\n]+?(?=\s*[,}}#\n])", rf"\g<1>{value}", text)
+        assert count == 1, key
+    profile.write_text(text)
+
+
+def start(project, *arguments: str, **environment: str) -> subprocess.Popen:  # noqa: F811
+    variables = os.environ | CPUS | {"PYTHONPATH": str(project / "no_torch")} | environment
+    log = open(project / "snakemake.log", "ab")  # noqa: SIM115 (the child's)
+    return subprocess.Popen(
+        snakemake_command(*arguments), cwd=project, env=variables, stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def snakemake(project, *arguments: str, **environment: str) -> tuple[int, str]:  # noqa: F811
+    """Exit code and output."""
+    before = (project / "snakemake.log").stat().st_size if (project / "snakemake.log").is_file() else 0
+    code = start(project, *arguments, **environment).wait()
+    return code, (project / "snakemake.log").read_bytes()[before:].decode()
+
+
+def trained(tag: str = "") -> str:
+    """The target of a training alone, without export and evaluation."""
+    return f"output/stage2_sft_vqa{tag and '_' + tag}_results/train.done.json"
+
+
+# --- without Slurm ---------------------------------------------------------------------------------------------------
+
+
+def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(project, tmp_path):  # noqa: F811
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "sh", "which"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    code, output = snakemake(
+        project, "--profile", "slurm", "-n", "train_vqa", "--config", "nodes=2", "gpus_per_node=4",
+        "global_batch_size=256", PATH=f"{Path(sys.executable).parent}:{tools}",
+    )  # fmt: skip
+    assert code == 0, output
+    asked = re.search(r"rule train:.*?resources: (.*?)\n", output, re.DOTALL)[1]
+    assert "nodes=2, tasks=0, gres=gpu:4" in asked and "--signal=TERM@300" in asked
+
+
+def test_the_profile_keeps_what_differs_between_clusters_at_its_top():
+    text = (Path(__file__).parents[1] / "profiles/slurm/config.yaml").read_text()
+    mine, _, common = text.partition("# --- the same everywhere")
+    assert yaml.safe_load(mine).keys() == {"default-resources", "set-resources", "cores", "group-components"}
+    assert yaml.safe_load(common.partition("\n")[2])["executor"] == "slurm"
+
+
+# --- the short chain -------------------------------------------------------------------------------------------------
+
+
+def test_raw_data_to_a_training_on_two_nodes_equals_the_same_on_one_machine(cluster, here):
+    code, output = snakemake(here, "--profile", "slurm", trained(), "--config", *SMALL)
+    assert code == 0, output
+    assert "2 nodes × 1 processes: srun --nodes=2 --ntasks=2" in (here / "output/logs/train/stage2_sft_vqa.log").read_text()
+    where = {}
+    for job in cluster.jobs("--states=all"):
+        where.setdefault(job["comment"], set()).add(job["nodes"])
+    assert any(nodes == {"node[1-2]"} for comment, nodes in where.items() if comment.startswith("rule_train"))
+    assert not any("preflight" in comment for comment in where)  # small: on the login node, on whose terminal it prints
+    converted = set().union(*(nodes for comment, nodes in where.items() if "conversion" in comment))
+    assert converted == {"node1", "node2"}, where
+
+    local = ["--config", *SMALL, "run_tag=local", "nproc_per_node=2"]
+    code, output = snakemake(here, "--cores", "2", trained("local"), *local, PYTHONPATH="")
+    assert code == 0, output
+    assert losses(here, RUN) == losses(here, f"{RUN}_local")
+    assert weights(here, RUN, 12) == weights(here, f"{RUN}_local", 12)
+
+    code, output = snakemake(here, "--profile", "slurm", trained(), "--config", *SMALL)
+    assert code == 0 and "Nothing to be done" in output, output
+
+
+def weights(project, run: str, step: int) -> dict[str, bytes]:  # noqa: F811
+    read = object.__new__(Run)
+    read.folder = project / run
+    return read.weights(step)
