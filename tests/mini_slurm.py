@@ -6,6 +6,7 @@ Its slurm.conf is linked into /etc/slurm, because Snakemake's jobs lose SLURM_CO
 alone. Unlike a real one it has neither accounting nor cgroups, and both nodes have this machine's host name.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 LINK = Path("/etc/slurm/slurm.conf")
 CONFIG = """\
@@ -116,9 +119,20 @@ class MiniSlurm:
     def start_node(self, name: str) -> None:
         self.start(name, "slurmd", "-D", "-N", name)
 
-    def kill_node(self, name: str) -> None:
+    def kill_node(self, name: str, everything: bool = False) -> None:
+        """`kill -9` of a slurmd, whose jobs go on; or, like a power cut, of all processes of its node."""
         self.daemons[name].kill()
         self.daemons[name].wait()
+        if everything:
+            mark = f"SLURMD_NODENAME={name}"
+            tasks = [p for p in psutil.process_iter(["environ"]) if mark in self._variables(p)]
+            for process in {q for p in tasks if (q := p.parent()) and "slurmstepd" in q.name()} | set(tasks):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    @staticmethod
+    def _variables(process: psutil.Process) -> list[str]:
+        return [f"{key}={value}" for key, value in (process.info["environ"] or {}).items()]
 
     def ask(self, *command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()

@@ -4,7 +4,6 @@ Training runs over two nodes on CPUs. For GPU nodes the command lines are checke
 (time limits, scancel, a dead node, a killed Snakemake) are for `make test-slurm`, which notes their results.
 """
 
-import json
 import os
 import re
 import shutil
@@ -18,13 +17,20 @@ import pytest
 import yaml
 
 import mini_slurm
-from resume import Run
 from results import row, write_results
+from resume import Run
 from test_end_to_end import losses, project, snakemake_command  # noqa: F401 (a fixture)
 
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
 # Two data-parallel ranks, over two nodes or on one machine.
-SMALL = ["train_iters=12", "save_interval=6", "log_interval=1", "micro_batch_size=8", "global_batch_size=16", "eval_iters=1"]
+SMALL = [
+    "train_iters=12",
+    "save_interval=6",
+    "log_interval=1",
+    "micro_batch_size=8",
+    "global_batch_size=16",
+    "eval_iters=1",
+]
 CPUS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 # Lets torch be imported inside a Slurm job only.
 NO_TORCH = """
@@ -117,7 +123,10 @@ def test_the_profile_keeps_what_differs_between_clusters_at_its_top():
 def test_raw_data_to_a_training_on_two_nodes_equals_the_same_on_one_machine(cluster, here):
     code, output = snakemake(here, "--profile", "slurm", trained(), "--config", *SMALL)
     assert code == 0, output
-    assert "2 nodes × 1 processes: srun --nodes=2 --ntasks=2" in (here / "output/logs/train/stage2_sft_vqa.log").read_text()
+    assert (
+        "2 nodes × 1 processes: srun --nodes=2 --ntasks=2"
+        in (here / "output/logs/train/stage2_sft_vqa.log").read_text()
+    )
     where = {}
     for job in cluster.jobs("--states=all"):
         where.setdefault(job["comment"], set()).add(job["nodes"])
@@ -140,3 +149,153 @@ def weights(project, run: str, step: int) -> dict[str, bytes]:  # noqa: F811
     read = object.__new__(Run)
     read.folder = project / run
     return read.weights(step)
+
+
+def test_jobs_that_a_killed_snakemake_left_are_waited_for(cluster, tmp_path):
+    job = ["sbatch", "--parsable", "--comment=rule_train_wildcards_x", "--wrap=sleep 4"]
+    number = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    wait = "from llava_sft.workflow import lift_stale_lock; lift_stale_lock(); print('gone on')"
+    waiting = subprocess.run([sys.executable, "-c", wait], cwd=tmp_path, capture_output=True, text=True)
+    assert f"{number} rule_train_wildcards_x" in waiting.stderr and "gone on" in waiting.stdout
+    assert number not in [job["id"] for job in cluster.jobs()]
+
+
+# --- what happens in weeks of training: `make test-slurm` ------------------------------------------------------------
+
+LONG = ["train_iters=300", "save_interval=50", *SMALL[2:]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(here):
+    code, output = snakemake(
+        here,
+        "--cores",
+        "2",
+        trained("undisturbed"),
+        "--config",
+        *LONG,
+        "run_tag=undisturbed",
+        "nproc_per_node=2",
+        PYTHONPATH="",
+    )
+    assert code == 0, output
+    return f"{RUN}_undisturbed"
+
+
+class Disturbed:
+    """A training over two nodes that something happens to."""
+
+    def __init__(self, cluster, project, tag: str):  # noqa: F811
+        self.cluster, self.project, self.tag = cluster, project, tag
+        self.folder = project / f"{RUN}_{tag}"
+        self.command = ("--profile", "slurm", trained(tag), "--config", *LONG, f"run_tag={tag}")
+        self.main = start(project, *self.command)
+
+    def until_step(self, step: int) -> None:
+        def logged():
+            assert self.main.poll() is None, (self.project / "snakemake.log").read_text()[-3000:]
+            path = self.folder / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.is_file() else []
+            return len(lines) > step
+
+        self.cluster.wait(f"step {step}", logged, 240)
+
+    def job(self) -> dict[str, str]:
+        (job,) = [job for job in self.cluster.jobs() if job["comment"].startswith("rule_train")]
+        return job
+
+    def finish(self) -> int:
+        """Exit code. Slurm's two minutes before a job is started again are cut short."""
+        while self.main.poll() is None:
+            for job in self.cluster.jobs():
+                if job["reason"] == "BeginTime":
+                    self.cluster.ask("scontrol", "update", f"jobid={job['id']}", "starttime=now")
+            time.sleep(1)
+        return self.main.returncode
+
+    def starts(self) -> list[int]:
+        """The step that each start of the training went on from."""
+        logs = sorted(self.folder.glob("run_*.log"))
+        steps = [
+            re.findall(r"successfully loaded checkpoint from .* at iteration (\d+)", log.read_text()) for log in logs
+        ]
+        return [int(found[-1]) if found else 0 for found in steps]
+
+    def ends_like(self, undisturbed: str, interruption: str) -> None:
+        said = (self.project / "snakemake.log").read_text()[-3000:]
+        assert self.finish() == 0, said
+        equal = losses(self.project, f"{RUN}_{self.tag}") == losses(self.project, undisturbed)
+        equal &= weights(self.project, f"{RUN}_{self.tag}", 300) == weights(self.project, undisturbed, 300)
+        note = f"starts from step {', '.join(map(str, self.starts()))}; losses and weights, bit for bit"
+        what = row("slurm_recovery_is_exact", equal, "", 1, "higher", note, interruption=interruption)
+        write_results("slurm_recovery", [what], "make test-slurm")
+        assert equal
+
+
+@pytest.mark.long
+def test_time_limits_requeue_the_training_until_it_is_done(cluster, here, undisturbed):
+    profile = here / "profiles/slurm/config.yaml"
+    before = profile.read_text()
+    profile.write_text(before.replace("runtime: 1440", "runtime: 1").replace("TERM@300", "TERM@20"))
+    try:
+        run = Disturbed(cluster, here, "limits")
+        run.ends_like(undisturbed, "time limit of one minute")
+        assert len(run.starts()) >= 3, run.starts()
+    finally:
+        profile.write_text(before)
+
+
+@pytest.mark.long
+def test_a_cancelled_training_is_submitted_again(cluster, here, undisturbed):
+    run = Disturbed(cluster, here, "scancel")
+    run.until_step(120)
+    cluster.ask("scancel", run.job()["id"])
+    run.ends_like(undisturbed, "scancel")
+    assert run.starts()[1] >= 100
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dead", ["slurmd", "node"])
+def test_a_training_survives_the_death_of_a_slurmd_or_its_node(cluster, here, undisturbed, dead):
+    run = Disturbed(cluster, here, dead)
+    run.until_step(60)
+    number = run.job()["id"]
+    cluster.kill_node("node1", everything=dead == "node")
+    cluster.wait("the requeue", lambda: run.job()["state"] == "PENDING", 180)
+    cluster.start_node("node1")
+    assert run.job()["id"] == number
+    run.ends_like(undisturbed, "kill -9 of a slurmd" + (" and all processes of its node" if dead == "node" else ""))
+
+
+@pytest.mark.long
+def test_a_killed_snakemake_started_again_takes_over_its_running_training(cluster, here, undisturbed):
+    run = Disturbed(cluster, here, "main")
+    run.until_step(60)
+    job = run.job()
+    os.killpg(run.main.pid, signal.SIGKILL)
+    run.main.wait()
+    assert run.job() == job
+    run.main = start(here, *run.command)
+    run.ends_like(undisturbed, "kill -9 of snakemake")
+    assert run.starts() == [0]
+    assert f"{job['id']} rule_train" in (here / "snakemake.log").read_text()
+
+
+@pytest.mark.long
+def test_the_whole_chain_reaches_its_report_without_torch_on_the_login_node(cluster, here):
+    code, output = snakemake(
+        here, "--profile", "slurm", "train_vqa", "--config", *SMALL, "run_tag=chain", "evaluate_samples=40"
+    )
+    assert code == 0, output
+    assert "<svg" in (here / f"{RUN}_chain_results/report.html").read_text()
+    write_results(
+        "slurm_recovery", [row("slurm_chain", 1, "", 1, "higher", "raw data to report, two nodes")], "make test-slurm"
+    )
+
+
+@pytest.mark.long
+def test_a_failed_job_shows_the_end_of_its_log_and_the_path(cluster, here):
+    code, output = snakemake(here, "--profile", "slurm", trained("chain"), "--config", *SMALL, "run_tag=chain", "lr=1e-3")
+    assert code != 0
+    assert "output/logs/train/stage2_sft_vqa_chain.log" in output
+    assert "lr: 0.002 → 0.001" in output and "run_tag=lr0.001" in output
