@@ -23,14 +23,8 @@ from test_end_to_end import losses, project, snakemake_command  # noqa: F401 (a 
 
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
 # Two data-parallel ranks, over two nodes or on one machine.
-SMALL = [
-    "train_iters=12",
-    "save_interval=6",
-    "log_interval=1",
-    "micro_batch_size=8",
-    "global_batch_size=16",
-    "eval_iters=1",
-]
+BATCHES = ["log_interval=1", "micro_batch_size=8", "eval_iters=1"]
+SMALL = ["train_iters=6", "save_interval=3", "global_batch_size=16", *BATCHES]
 CPUS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
 # Lets torch be imported inside a Slurm job only.
 NO_TORCH = """
@@ -121,6 +115,10 @@ def test_the_profile_keeps_what_differs_between_clusters_at_its_top():
 
 
 def test_raw_data_to_a_training_on_two_nodes_equals_the_same_on_one_machine(cluster, here):
+    start_checkpoint = "output/checkpoints/LLaVA-OneVision-1.5-tiny_mcore_tp1_pp1.done.json"
+    code, output = snakemake(here, "--cores", "2", start_checkpoint, PYTHONPATH="")  # the demo too
+    assert code == 0, output
+
     code, output = snakemake(here, "--profile", "slurm", trained(), "--config", *SMALL)
     assert code == 0, output
     assert (
@@ -139,7 +137,7 @@ def test_raw_data_to_a_training_on_two_nodes_equals_the_same_on_one_machine(clus
     code, output = snakemake(here, "--cores", "2", trained("local"), *local, PYTHONPATH="")
     assert code == 0, output
     assert losses(here, RUN) == losses(here, f"{RUN}_local")
-    assert weights(here, RUN, 12) == weights(here, f"{RUN}_local", 12)
+    assert weights(here, RUN, 6) == weights(here, f"{RUN}_local", 6)
 
     code, output = snakemake(here, "--profile", "slurm", trained(), "--config", *SMALL)
     assert code == 0 and "Nothing to be done" in output, output
@@ -162,7 +160,8 @@ def test_jobs_that_a_killed_snakemake_left_are_waited_for(cluster, tmp_path):
 
 # --- what happens in weeks of training: `make test-slurm` ------------------------------------------------------------
 
-LONG = ["train_iters=300", "save_interval=50", *SMALL[2:]]
+STEPS = 60
+LONG = [f"train_iters={STEPS}", "save_interval=10", "global_batch_size=128", *BATCHES]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +224,7 @@ class Disturbed:
         said = (self.project / "snakemake.log").read_text()[-3000:]
         assert self.finish() == 0, said
         equal = losses(self.project, f"{RUN}_{self.tag}") == losses(self.project, undisturbed)
-        equal &= weights(self.project, f"{RUN}_{self.tag}", 300) == weights(self.project, undisturbed, 300)
+        equal &= weights(self.project, f"{RUN}_{self.tag}", STEPS) == weights(self.project, undisturbed, STEPS)
         note = f"starts from step {', '.join(map(str, self.starts()))}; losses and weights, bit for bit"
         what = row("slurm_recovery_is_exact", equal, "", 1, "higher", note, interruption=interruption)
         write_results("slurm_recovery", [what], "make test-slurm")
@@ -248,17 +247,17 @@ def test_time_limits_requeue_the_training_until_it_is_done(cluster, here, undist
 @pytest.mark.long
 def test_a_cancelled_training_is_submitted_again(cluster, here, undisturbed):
     run = Disturbed(cluster, here, "scancel")
-    run.until_step(120)
+    run.until_step(25)
     cluster.ask("scancel", run.job()["id"])
     run.ends_like(undisturbed, "scancel")
-    assert run.starts()[1] >= 100
+    assert run.starts()[1] >= 20
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dead", ["slurmd", "node"])
 def test_a_training_survives_the_death_of_a_slurmd_or_its_node(cluster, here, undisturbed, dead):
     run = Disturbed(cluster, here, dead)
-    run.until_step(60)
+    run.until_step(12)
     number = run.job()["id"]
     cluster.kill_node("node1", everything=dead == "node")
     cluster.wait("the requeue", lambda: run.job()["state"] == "PENDING", 180)
@@ -270,7 +269,7 @@ def test_a_training_survives_the_death_of_a_slurmd_or_its_node(cluster, here, un
 @pytest.mark.long
 def test_a_killed_snakemake_started_again_takes_over_its_running_training(cluster, here, undisturbed):
     run = Disturbed(cluster, here, "main")
-    run.until_step(60)
+    run.until_step(12)
     job = run.job()
     os.killpg(run.main.pid, signal.SIGKILL)
     run.main.wait()
@@ -295,7 +294,9 @@ def test_the_whole_chain_reaches_its_report_without_torch_on_the_login_node(clus
 
 @pytest.mark.long
 def test_a_failed_job_shows_the_end_of_its_log_and_the_path(cluster, here):
-    code, output = snakemake(here, "--profile", "slurm", trained("chain"), "--config", *SMALL, "run_tag=chain", "lr=1e-3")
+    code, output = snakemake(
+        here, "--profile", "slurm", trained("chain"), "--config", *SMALL, "run_tag=chain", "lr=1e-3"
+    )
     assert code != 0
     assert "output/logs/train/stage2_sft_vqa_chain.log" in output
     assert "lr: 0.002 → 0.001" in output and "run_tag=lr0.001" in output
