@@ -43,6 +43,8 @@ def write_data(project: Path, jobs: int) -> None:
     conversations = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "One."}]
     record = json.dumps({"id": "0", "conversations": conversations})
     (project / "big.jsonl").write_text((record + " " * (LINE - 1 - len(record)) + "\n") * jobs)
+    for name in ("tokenizer.json", "config.json"):
+        (project / name).write_text("{}")
     (project / "config/experiments/big.yaml").write_text(
         f"raw_data: big.jsonl\nshard_bytes: {LINE}\nmodel: tiny\nload: random\ntokenizer: .\n"
     )
@@ -104,7 +106,7 @@ def main() -> None:
             project = Path(folder) / str(jobs)
             copy_project(project)
             write_data(project, jobs)
-            seconds, output = snakemake(project, "--profile", "slurm", "-n", "--quiet", "all", "data_big")
+            seconds, output = snakemake(project, "data_big", "--profile", "slurm", "-n", "--quiet", "all")
             rows.append(row(f"plan_{jobs}_jobs_s", seconds, "s", PLAN_GOAL.get(jobs), "lower", "dry run", jobs=jobs))
             if not reason:
                 with mini_slurm.MiniSlurm(Path(folder) / f"slurm_{jobs}") as cluster:
