@@ -4,6 +4,7 @@ Training runs over two nodes on CPUs. For GPU nodes the command lines are checke
 (time limits, scancel, a dead node, a killed Snakemake) are for `make test-slurm`, which notes their results.
 """
 
+import json
 import os
 import re
 import shutil
@@ -111,6 +112,27 @@ def test_the_profile_keeps_what_differs_between_clusters_at_its_top():
     assert yaml.safe_load(common.partition("\n")[2])["executor"] == "slurm"
 
 
+@pytest.mark.parametrize(("reached", "code"), [(7, 75), (5, 1)])
+def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatch, tmp_path, capsys, reached, code):
+    import train
+    from llava_sft.training.slurm import Job
+
+    queued, job = [], Job("4711", "10.0.0.1", nodes=1, cpus_per_node=1)
+    monkeypatch.setattr(Job, "requeue", lambda self: queued.append(self.number))
+    answers = {"this_job": job, "open_run": 5, "launch": 0, "iterations_done": reached, "start_dir": None}
+    answers |= dict.fromkeys(("check_machine", "check_space", "prune", "forget_after"))
+    for name, answer in answers.items():
+        monkeypatch.setattr(train, name, lambda *args, answer=answer, **named: answer)
+    settings = {"train_iters": 9, "keep_last": None, "keep_every": None}
+    (tmp_path / "resolved.json").write_text(json.dumps({"settings": settings, "start": {"folder": None}}))
+    arguments = [str(tmp_path / "resolved.json"), "--run-dir", str(tmp_path), "--done", str(tmp_path / "done.json")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert (end.value.code, queued) == (code, ["4711"] if code == 75 else [])
+    assert ("another would do no better" in capsys.readouterr().err) == (code == 1)
+
+
 # --- the short chain -------------------------------------------------------------------------------------------------
 
 
@@ -160,8 +182,8 @@ def test_jobs_that_a_killed_snakemake_left_are_waited_for(cluster, tmp_path):
 
 # --- what happens in weeks of training: `make test-slurm` ------------------------------------------------------------
 
-STEPS = 60
-LONG = [f"train_iters={STEPS}", "save_interval=10", "global_batch_size=128", *BATCHES]
+STEPS = 24
+LONG = [f"train_iters={STEPS}", "save_interval=4", "global_batch_size=16", *BATCHES]
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +225,15 @@ class Disturbed:
         (job,) = [job for job in self.cluster.jobs() if job["comment"].startswith("rule_train")]
         return job
 
-    def finish(self) -> int:
-        """Exit code. Slurm's two minutes before a job is started again are cut short."""
+    def finish(self, rounds: int = 0) -> int:
+        """Exit code. Slurm's two minutes before a job is started again are cut short; after `rounds`, so is the wait for
+        the end: then the time limit is lifted."""
         while self.main.poll() is None:
             for job in self.cluster.jobs():
                 if job["reason"] == "BeginTime":
-                    self.cluster.ask("scontrol", "update", f"jobid={job['id']}", "starttime=now")
+                    rounds -= 1
+                    more = ["timelimit=30"] if rounds == 0 else []
+                    self.cluster.ask("scontrol", "update", f"jobid={job['id']}", "starttime=now", *more)
             time.sleep(1)
         return self.main.returncode
 
@@ -220,9 +245,9 @@ class Disturbed:
         ]
         return [int(found[-1]) if found else 0 for found in steps]
 
-    def ends_like(self, undisturbed: str, interruption: str) -> None:
-        said = (self.project / "snakemake.log").read_text()[-3000:]
-        assert self.finish() == 0, said
+    def ends_like(self, undisturbed: str, interruption: str, rounds: int = 0) -> None:
+        code = self.finish(rounds)
+        assert code == 0, (self.project / "snakemake.log").read_text()[-3000:]
         equal = losses(self.project, f"{RUN}_{self.tag}") == losses(self.project, undisturbed)
         equal &= weights(self.project, f"{RUN}_{self.tag}", STEPS) == weights(self.project, undisturbed, STEPS)
         note = f"starts from step {', '.join(map(str, self.starts()))}; losses and weights, bit for bit"
@@ -235,10 +260,10 @@ class Disturbed:
 def test_time_limits_requeue_the_training_until_it_is_done(cluster, here, undisturbed):
     profile = here / "profiles/slurm/config.yaml"
     before = profile.read_text()
-    profile.write_text(before.replace("runtime: 1440", "runtime: 1").replace("TERM@300", "TERM@20"))
+    profile.write_text(before.replace("runtime: 1440", "runtime: 1").replace("TERM@300", "TERM@55"))
     try:
         run = Disturbed(cluster, here, "limits")
-        run.ends_like(undisturbed, "time limit of one minute")
+        run.ends_like(undisturbed, "time limit of one minute, twice", rounds=2)
         assert len(run.starts()) >= 3, run.starts()
     finally:
         profile.write_text(before)
@@ -247,29 +272,29 @@ def test_time_limits_requeue_the_training_until_it_is_done(cluster, here, undist
 @pytest.mark.long
 def test_a_cancelled_training_is_submitted_again(cluster, here, undisturbed):
     run = Disturbed(cluster, here, "scancel")
-    run.until_step(25)
+    run.until_step(9)
     cluster.ask("scancel", run.job()["id"])
     run.ends_like(undisturbed, "scancel")
-    assert run.starts()[1] >= 20
+    assert run.starts()[1] >= 8
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dead", ["slurmd", "node"])
 def test_a_training_survives_the_death_of_a_slurmd_or_its_node(cluster, here, undisturbed, dead):
     run = Disturbed(cluster, here, dead)
-    run.until_step(12)
+    run.until_step(6)
     number = run.job()["id"]
     cluster.kill_node("node1", everything=dead == "node")
-    cluster.wait("the requeue", lambda: run.job()["state"] == "PENDING", 180)
+    cluster.wait("the requeue", lambda: run.main.poll() is not None or run.job()["state"] == "PENDING", 180)
     cluster.start_node("node1")
-    assert run.job()["id"] == number
+    assert run.main.poll() is not None or run.job()["id"] == number
     run.ends_like(undisturbed, "kill -9 of a slurmd" + (" and all processes of its node" if dead == "node" else ""))
 
 
 @pytest.mark.long
 def test_a_killed_snakemake_started_again_takes_over_its_running_training(cluster, here, undisturbed):
     run = Disturbed(cluster, here, "main")
-    run.until_step(12)
+    run.until_step(6)
     job = run.job()
     os.killpg(run.main.pid, signal.SIGKILL)
     run.main.wait()

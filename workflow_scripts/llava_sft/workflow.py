@@ -8,6 +8,7 @@ Notable:
 """
 
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -47,6 +48,7 @@ def _ends_cleanly(function: Callable) -> Callable:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
 
+    wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
     return wrapped
 
 
@@ -179,13 +181,11 @@ class Workflow:
     def raw_of_shard(self, wildcards) -> Path:
         return self.shard(wildcards).raw
 
-    def image_root_of_shard(self, wildcards) -> Path:
-        return self.shard(wildcards).source.image_root
-
     def job_of_shard(self, wildcards) -> str:
         shard = self.shard(wildcards)
         return (
-            f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+            f"--image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
+            f" --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
         )
 
     @_ends_cleanly
