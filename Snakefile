@@ -20,6 +20,7 @@ if workflow.is_main_process:  # a job may run on another machine, where the kern
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
+
 rule targets:
     localrule: True
     params:

@@ -37,10 +37,10 @@ rule report:
         "{exp_dir}/logs/report/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/report/{run_name}.tsv"
+    localrule: True
     params:
         run_dir=flow.path("run_dir"),
         export=flow.path("export"),
-    localrule: True
     shell:
         "{PYTHON}report.py --resolved {input.resolved} --prediction {input.prediction} --dataset {input.dataset}"
         " --inspect {input.inspection} --train-done {input.train_done} --run-dir {params.run_dir}"
