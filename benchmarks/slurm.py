@@ -102,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="slurm_plan_") as folder:
         if reason:
             print(f"nothing is submitted: {reason}")
-        for jobs in (10, 1_000, 10_000):
+        for jobs in (10_000, 1_000, 10):
             project = Path(folder) / str(jobs)
             copy_project(project)
             write_data(project, jobs)
