@@ -182,9 +182,10 @@ class Workflow:
         return self.shard(wildcards).raw
 
     def job_of_shard(self, wildcards) -> str:
-        shard = self.shard(wildcards)
+        shard, settings = self.shard(wildcards), self.of(wildcards).settings
         return (
-            f"--image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
+            f"--max-shard-bytes {settings.max_shard_bytes} --decode-images {settings.decode_images}"
+            f" --image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
             f" --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
         )
 
