@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode can not be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup test checks format figures lock clean experiment runs schema
+.PHONY: targets setup test test-slurm checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -26,6 +26,10 @@ setup: $(READY)
 
 test: checks
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Time limits, scancel, a dead node and a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
+test-slurm: $(READY)
+	$(VENV)/bin/python -m pytest -m long tests/test_slurm.py $(ARGS)
 
 checks: $(READY)
 	$(VENV)/bin/ruff check .

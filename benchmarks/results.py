@@ -35,8 +35,8 @@ def row(
     return dict(metric=metric, value=value, unit=unit, goal=goal, better=better, settings=settings, note=note)
 
 
-def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write the rows, each beside its goal on the terminal too; returns the file."""
+def write_results(name: str, rows: list[dict[str, Any]], command: str = "") -> Path:
+    """Write the rows, each beside its goal on the terminal too; returns the file. `command`: if not a script here."""
     path = RESULTS / f"{name}.json"
     measured = {(row["metric"], json.dumps(row["settings"], sort_keys=True)) for row in rows}
     before = json.loads(path.read_text())["rows"] if path.is_file() else []
@@ -46,7 +46,7 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _output("git", "rev-parse", "HEAD")
         + ("+" if _output("git", "status", "--porcelain", "-uno") else ""),
-        "command": " ".join(["python", f"benchmarks/{Path(COMMAND[0]).name}", *COMMAND[1:]]),
+        "command": command or " ".join(["python", f"benchmarks/{Path(COMMAND[0]).name}", *COMMAND[1:]]),
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
         "rows": kept + rows,

@@ -36,12 +36,9 @@ rule stage2_sftdata2webdataset:
         "{exp_dir}/benchmarks/stage2_sftdata2webdataset/{experiment}/{shard}.tsv"
     params:
         job=flow.job_of_shard,
-        image_root=flow.image_root_of_shard,
-        settings=flow.settings("max_shard_bytes", "decode_images"),
         format_version=FORMAT_VERSION,
     shell:
-        "{PYTHON}stage2_sftdata2webdataset.py --input {input:q} --image-root {params.image_root:q} {params.job}"
-        " --max-shard-bytes {params.settings[max_shard_bytes]} --decode-images {params.settings[decode_images]}"
+        "{PYTHON}stage2_sftdata2webdataset.py --input {input:q} {params.job}"
         " --output-dir $(dirname {output.tar}) --parts-dir $(dirname {output.stats}) > {log} 2>&1"
 
 

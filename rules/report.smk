@@ -37,6 +37,7 @@ rule report:
         "{exp_dir}/logs/report/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/report/{run_name}.tsv"
+    localrule: True
     params:
         run_dir=flow.path("run_dir"),
         export=flow.path("export"),

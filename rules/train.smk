@@ -12,12 +12,15 @@ rule preflight:
         "{exp_dir}/logs/preflight/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/preflight/{run_name}.tsv"
+    localrule: True
     params:
         experiment=flow.experiment_of,
         overrides=flow.override_arguments,
+        cluster=flow.cluster_arguments,
         settings=flow.settings(),
     shell:
-        "{PYTHON}preflight.py {params.experiment} --config {params.overrides:q} 2>&1 | tee -i {log}"
+        "{PYTHON}preflight.py {params.experiment} --config {params.overrides:q} --cluster {params.cluster:q}"
+        " 2>&1 | tee -i {log}"
 
 
 rule train:
@@ -30,8 +33,17 @@ rule train:
         "{exp_dir}/logs/train/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/train/{run_name}.tsv"
+    # Under Slurm, a cancelled or crashed training is tried again; out of time, the job requeues itself (train.py).
+    retries: 2 if flow.cluster else 0
     threads: workflow.cores
+    resources:
+        mpi="",  # the Slurm plugin then leaves srun to train.py
+        nodes=flow.nodes,
+        tasks=flow.tasks,
+        gres=flow.gres,
+        srun_options="",
     params:
         run_dir=flow.path("run_dir"),
     shell:
-        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output} 2>&1 | tee -i {log}"
+        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output}"
+        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log}"

@@ -102,6 +102,18 @@ def test_auto_values_are_worked_out_and_explained(project):
     assert json.loads(json.dumps(values)) == values
 
 
+def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
+    cluster = {"nodes": 2, "gpus_per_node": 8, "cpus_per_task": 96}
+    settings = load_settings("mine", {"tensor_model_parallel_size": 2}, cluster)
+    values, why = resolve(settings, train_samples=100_000, cores=96)
+    assert (values["nodes"], values["nproc_per_node"], values["global_batch_size"]) == (2, 8, 4 * 2 * 8 // 2)
+    assert values["num_workers"] == 32 and "nodes" not in why and settings.origin["nodes"] == "the profile"
+    assert load_settings("mine", {"nodes": 8, "gpus_per_node": 1}, cluster).nodes == 8  # a person comes first
+    assert resolve(load_settings("mine"), train_samples=100)[0]["nodes"] == 1
+    with pytest.raises(SettingsError, match="data-parallel size 16 = 16"):
+        load_settings("mine", {"global_batch_size": 24}, cluster)
+
+
 def test_packed_sequences_are_counted_not_samples(project):
     given = {"seq_length": 1000, "global_batch_size": 10, "packing_buffer_size": 100}
     values, why = resolve(load_settings("mine", given), train_samples=20_000, lengths=[250] * 20_000)

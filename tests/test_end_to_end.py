@@ -31,7 +31,7 @@ def project(tmp_path_factory) -> Path:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
     )
     for name in listing.stdout.splitlines():
-        if (PROJECT / name).is_file():
+        if (PROJECT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, target / name, follow_symlinks=False)
     return target

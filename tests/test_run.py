@@ -17,8 +17,10 @@ from llava_sft.files import read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.launcher import command
+from llava_sft.training.launcher import command, node_command
+from llava_sft.training.node import rendezvous
 from llava_sft.training.run import lock, open_run, start_dir
+from llava_sft.training.slurm import Job
 from llava_sft.training.watch import METRICS, Watch, forget_after, progress_line, read_metrics
 from test_model_config import ROOT
 
@@ -288,6 +290,32 @@ def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypat
     assert ("torch.distributed.run" in argv) == (count > 1)
     assert argv[-4:] == ["-m", "llava_sft.training", "a", "b"]
     assert ("WORLD_SIZE" in environment) == (count == 1)
+
+
+JOB = Job("4711", "10.0.0.1", nodes=8, cpus_per_node=96)
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "count"), [(1, 1, 1), (1, 8, 8), (8, 8, 8), (2, 0, 1)])
+def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypatch, nodes, gpus, count):
+    monkeypatch.setattr("llava_sft.training.launcher._free_port", lambda: 29500)
+    monkeypatch.setenv("OMP_NUM_THREADS", "12")
+    argv = node_command(JOB, nodes, count, gpus, ["--mpi=none"], ["run.json", "run_dir", "start"])
+    wanted = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task=96"
+    wanted += f" --gres=gpu:{gpus}" if gpus else ""
+    wanted += " --kill-on-bad-exit=1 --overlap" + (" --label" if nodes > 1 else "") + " --mpi=none"
+    wanted += f" {sys.executable} -m llava_sft.training.node 10.0.0.1:29500 {count} run.json run_dir start"
+    assert " ".join(argv) == wanted
+
+    last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}
+    argv, environment = command(count, ["run.json", "run_dir", "start"], rendezvous("10.0.0.1:29500", last))
+    one = f"{sys.executable} -m llava_sft.training run.json run_dir start"
+    place = f"--nnodes={nodes} --node-rank={nodes - 1} --master-addr=10.0.0.1 --master-port=29500"
+    torchrun = (
+        f"{sys.executable} -m torch.distributed.run {place if nodes > 1 else '--standalone'} --nproc-per-node={count} "
+        "--signals-to-handle=SIGHUP -m llava_sft.training run.json run_dir start"
+    )
+    assert " ".join(argv) == (one if (nodes, count) == (1, 1) else torchrun)
+    assert environment.get("OMP_NUM_THREADS", "12") == "12"
 
 
 # --- what a person watches -------------------------------------------------------------------------------------------

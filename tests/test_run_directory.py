@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,10 @@ def test_a_lock_of_another_host_counts_as_long_as_its_heart_beats(tmp_path, caps
     path.write_text(json.dumps({"host": "node7", "pid": 4}))
     with pytest.raises(RunError, match="pid 4 on node7"):
         lock(tmp_path)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="pid 4 on node7"):
+        lock(tmp_path, patience_s=2)  # a job that is started again waits for the last processes of the one before
+    assert time.monotonic() - began >= 2
     os.utime(path, (1, 1))
     lock(tmp_path).close()
     assert "stale lock of pid 4 on node7" in capsys.readouterr().out

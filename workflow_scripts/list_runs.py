@@ -49,11 +49,13 @@ def describe(run_dir: Path) -> tuple[str, ...]:
 def command(run_dir: Path, settings: dict) -> str:
     """With the same --config as before, which preflight noted beside the run."""
     noted = run_dir.with_name(f"{run_dir.name}_results") / "preflight.json"
-    overrides = read_json(noted).get("overrides", []) if noted.is_file() else []
+    note = read_json(noted) if noted.is_file() else {}
+    overrides = note.get("overrides", [])
     pairs = [(key, yaml.safe_load(value)) for key, _, value in (pair.partition("=") for pair in overrides)]
     typed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
     given = " --config " + " ".join(map(shlex.quote, typed)) if typed else ""
-    return f"snakemake train_{settings['experiment']}{given}"
+    profile = " --profile slurm" if note.get("cluster") else ""
+    return f"snakemake{profile} train_{settings['experiment']}{given}"
 
 
 if __name__ == "__main__":

@@ -49,16 +49,22 @@ def main() -> None:
     parser.add_argument("experiment", help="a file of config/experiments/, without .yaml")
     parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this run only")
     parser.add_argument(
+        "--cluster", nargs="*", default=[], metavar="KEY=NUMBER", help="what its profile says of a node"
+    )
+    parser.add_argument(
         "--gpu", metavar="NAME", help=f"for this GPU, not this machine: {', '.join(predict.PEAK_FLOPS)}"
     )
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="its memory, if it has another than usual")
     parser.add_argument("--gpus-per-node", type=int, default=1, metavar="N", help="with --gpu: GPUs (%(default)s)")
     args = parser.parse_args()
 
-    overrides = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.config)}
+    overrides, cluster = (
+        {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        for pairs in (args.config, args.cluster)
+    )
     if args.gpu:
         overrides["gpus_per_node"] = args.gpus_per_node
-    settings = load_settings(args.experiment, overrides)
+    settings = load_settings(args.experiment, overrides, cluster)
     paths = Paths(settings)
     paths.check_inputs()
     if not paths.dataset.is_file():
@@ -70,7 +76,8 @@ def main() -> None:
     sizes = sample_sizes(paths.webdatasets, dataset, start.sidecars, limits, paths.data / "sizes.json")
     lengths = sizes.tokens if settings.packing else None
     blend = dataset.get("epoch_samples", dataset["train"]["samples"]) / dataset["train"]["samples"]
-    values, why = resolve(settings, dataset["train"]["samples"], dataset["heldout"]["samples"], lengths, blend)
+    counts = dataset["train"]["samples"], dataset["heldout"]["samples"]
+    values, why = resolve(settings, *counts, lengths, blend, cores=cluster.get("cpus_per_task"))
     mean, largest = predict.loads(sizes, values)
 
     resolved = {
@@ -105,7 +112,9 @@ def main() -> None:
     if not args.gpu:
         write_json(paths.resolved, resolved)
         known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
-        write_json(paths.prediction, known | {"overrides": args.config, "prediction": predicted})
+        write_json(
+            paths.prediction, known | {"overrides": args.config, "cluster": args.cluster, "prediction": predicted}
+        )
     show(resolved, model.parameter_count(), notes, settings.origin)
     for line in lines:
         print(f"  {line}")

@@ -1,25 +1,29 @@
 """Train with Megatron what preflight resolved. Started again, it goes on from the newest whole checkpoint.
 
-When the run has already done all its steps with the same settings and data it says so within a second.
+When the run has already done all its steps with the same settings and data it says so within a second. In a Slurm job it
+trains on the job's nodes; before the time limit it saves, and has the job queued again as long as there is progress.
 """
 
 import argparse
 import datetime
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+from llava_sft.config import gpu_count
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
 from llava_sft.training.launcher import launch
-from llava_sft.training.run import give_back, identity, lock, open_run, start_dir
+from llava_sft.training.run import DEAD_AFTER_S, give_back, identity, lock, open_run, start_dir
+from llava_sft.training.slurm import Job, this_job
 from llava_sft.training.watch import forget_after, read_metrics
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is somebody else's
@@ -34,12 +38,15 @@ def main() -> None:
     parser.add_argument("resolved", type=Path, help="resolved.json, written by preflight.py")
     parser.add_argument("--run-dir", type=Path, required=True, help="Megatron's run directory (SAVE_CKPT_PATH)")
     parser.add_argument("--done", type=Path, required=True, help="written when all steps are done")
+    parser.add_argument("--srun-options", default="", help="of this cluster, for the srun that starts the nodes' tasks")
     args = parser.parse_args()
 
     resolved = read_json(args.resolved)
     settings, run_dir = resolved["settings"], args.run_dir
     train_iters = settings["train_iters"]
-    held = lock(run_dir)
+    job = this_job()
+    # A job that Slurm starts again may meet the last processes of its predecessor.
+    held = lock(run_dir, patience_s=2 * DEAD_AFTER_S if job else 0)
     start = open_run(run_dir, resolved)
     if start == train_iters:
         print(f"{run_dir}: all {train_iters} steps are done, with the same data and settings: nothing to train")
@@ -47,7 +54,7 @@ def main() -> None:
         give_back(held)
         return
 
-    check_machine(resolved)
+    check_machine(resolved, job)
     prune(run_dir, settings["keep_last"], settings["keep_every"])
     check_space(run_dir, resolved)
     (run_dir / FAILURE).unlink(missing_ok=True)
@@ -58,12 +65,14 @@ def main() -> None:
     began = time.monotonic()
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
     code = launch(
-        settings["nproc_per_node"],
+        settings,
         [str(run_dir / "run.json"), str(run_dir), str(start_folder or "")],
         run_dir,
         log,
         held,
         say=lambda line: print(line, flush=True),
+        job=job,
+        srun_options=shlex.split(args.srun_options),
     )
     reached = iterations_done(run_dir)
     give_back(held)
@@ -71,7 +80,14 @@ def main() -> None:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)
     elif code == 0:
-        print(f"{run_dir}: stopped at step {reached} of {train_iters}; the same command goes on from there")
+        if job and reached == start:
+            raise RunError(
+                f"{run_dir}: stopped at step {reached} of {train_iters}, where this round began: another would do no better",
+                "a longer `runtime` for train in the profile, or fewer seconds in its --signal=TERM@SECONDS",
+            )
+        print(f"{run_dir}: stopped at step {reached} of {train_iters}; the same command goes on from there", flush=True)
+        if job:
+            job.requeue()
         sys.exit(EXIT_GO_ON)
     elif (run_dir / FAILURE).is_file():
         known = read_json(run_dir / FAILURE)
@@ -98,17 +114,21 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
     )
 
 
-def check_machine(resolved: dict) -> None:
-    """Raise RunError when this machine can not train as asked; say what differs from where preflight ran."""
+def check_machine(resolved: dict, job: Job | None) -> None:
+    """Raise RunError when this machine, or this Slurm job, can not train as asked; say what differs from preflight."""
     settings = resolved["settings"]
+    nodes, there = settings["nodes"], job.nodes if job else 1
+    if nodes > there:
+        where = f"Slurm job {job.number} has {there}" if job else "outside a Slurm job there is one"
+        raise RunError(f"nodes is {nodes}, {where}", f"snakemake --profile slurm, or nodes: {there}")
+    found = gpu_count()
+    if settings["gpus_per_node"] > found:
+        raise RunError(
+            f"gpus_per_node is {settings['gpus_per_node']}, {platform.node()} has {found}",
+            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
+        )
     if settings["gpus_per_node"]:
-        gpus = predict.gpus_of_this_machine()
-        if settings["gpus_per_node"] > len(gpus):
-            raise RunError(
-                f"gpus_per_node is {settings['gpus_per_node']}, {platform.node()} has {len(gpus)}",
-                f"gpus_per_node: {len(gpus)}" + ("" if gpus else " trains on the CPU"),
-            )
-        for number, (name, total, used) in enumerate(gpus[: settings["gpus_per_node"]]):
+        for number, (name, total, used) in enumerate(predict.gpus_of_this_machine()[: settings["gpus_per_node"]]):
             if used > GPU_IDLE_GIB:
                 complain(
                     settings,

@@ -2,7 +2,7 @@
 
 Notable:
 - precedence: config/config.yaml < config/stages/<stage>.yaml < config/experiments/X.yaml < the command line
-  (`--config lr=5e-6`);
+  (`--config lr=5e-6`); what is then still `auto` and known of the cluster (profiles/slurm) is taken from there;
 - names are Megatron's; an unknown key, a wrong type or an impossible combination is one message with file, key, value,
   rule and fix;
 - this module is imported while Snakemake builds its DAG: it must stay light (no torch).
@@ -117,6 +117,7 @@ class Settings(BaseModel):
     keep_every: Positive | None
     max_minutes: Rate | None
     num_workers: Positive | Auto
+    nodes: Positive | Auto
     gpus_per_node: Annotated[int, Field(ge=0)] | Auto
     nproc_per_node: Positive | Auto
     tensor_model_parallel_size: Positive
@@ -226,8 +227,13 @@ def read_yaml(path: Path) -> dict:
     return content
 
 
-def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> Settings:
-    """Read and check the settings of one experiment; `overrides` are those of the command line."""
+def load_settings(
+    experiment: str, overrides: dict[str, Any] | None = None, cluster: dict[str, int] | None = None
+) -> Settings:
+    """Read and check the settings of one experiment; `overrides` are those of the command line.
+
+    `cluster`: `nodes` and `gpus_per_node` of the profile, used where the settings say `auto`; None on this machine.
+    """
     experiment_file = CONFIG_DIR / "experiments" / f"{experiment}.yaml"
     defaults, own = read_yaml(CONFIG_DIR / "config.yaml"), read_yaml(experiment_file)
     layers = [(str(CONFIG_DIR / "config.yaml"), defaults), (str(experiment_file), own), ("--config", overrides or {})]
@@ -240,6 +246,9 @@ def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> S
     for name, layer in layers:
         values.update(layer)
         origin.update(dict.fromkeys(layer, name))
+    of_cluster = {key: value for key, value in (cluster or {}).items() if values.get(key) == "auto"}
+    values.update(of_cluster)
+    origin.update(dict.fromkeys(of_cluster, "the profile"))
     if "experiment" in values:
         raise SettingsError(f"{origin['experiment']}: experiment is no setting", "the name of the file is the name")
     values["experiment"] = experiment
@@ -256,7 +265,7 @@ def load_settings(experiment: str, overrides: dict[str, Any] | None = None) -> S
 
 def _place(key: str, origin: dict[str, str], experiment_file: str) -> str:
     """Where to mend a combination: where the key was set, or the experiment's file where it has its default."""
-    return origin[key] if origin[key] in ("--config", experiment_file) else experiment_file
+    return origin[key] if origin[key] in ("--config", "the profile", experiment_file) else experiment_file
 
 
 def _explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
@@ -301,7 +310,8 @@ def _installed_gpus() -> int:
 
 
 def data_parallel_size(settings: Settings, gpus: int) -> int:
-    """Model replicas: processes (one a GPU, else nproc_per_node) divided by tensor × pipeline parallel size."""
+    """Model replicas: processes (one a GPU, else nproc_per_node) divided by tensor × pipeline parallel size, over all
+    nodes. A replica lies within one node."""
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
     asked = settings.nproc_per_node
     if gpus and asked not in ("auto", gpus):
@@ -313,7 +323,7 @@ def data_parallel_size(settings: Settings, gpus: int) -> int:
             f"= {model_parallel}",
             f"{name}: {model_parallel} or a multiple of it, or smaller parallel sizes",
         )
-    return max(1, count // model_parallel)
+    return max(1, count // model_parallel) * (1 if settings.nodes == "auto" else settings.nodes)
 
 
 def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
@@ -386,11 +396,13 @@ def resolve(
     heldout_samples: int = 0,
     lengths: list[int] | None = None,
     blend: float = 1.0,
+    cores: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """All values that training uses, and for each that was `auto` the sentence that says where it came from.
 
     `lengths`: tokens of each training sample; with packing, steps are counted in packed sequences, not in samples.
-    `blend`: the mean weight of a sample, where sources have weights.
+    `blend`: the mean weight of a sample, where sources have weights. `cores`: those of a node that trains, when that is
+    not this machine.
     """
     why: dict[str, str] = {}
     values = settings.model_dump(mode="json")
@@ -400,15 +412,17 @@ def resolve(
             values[name], why[name] = value, reason
         return values[name]
 
+    settle("nodes", 1, "this machine")
     found = gpu_count()
     gpus = settle("gpus_per_node", found, "GPUs of this machine" if found else "no GPU here: one process on the CPU")
     replicas = data_parallel_size(settings, gpus)
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
-    settle("nproc_per_node", replicas * model_parallel, "one a GPU" if gpus else "TP × PP on a CPU")
+    per_node = replicas * model_parallel // values["nodes"]
+    settle("nproc_per_node", per_node, "one a GPU" if gpus else "TP × PP on a CPU")
     mbs = settings.micro_batch_size
     gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
     check_global_batch_size(gbs, mbs, replicas)
-    cores = len(os.sched_getaffinity(0))
+    cores = cores or len(os.sched_getaffinity(0))
     workers = settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")
     sequences, what = train_samples, "samples"
     buffer = auto_packing_buffer(lengths or [], settings.seq_length)

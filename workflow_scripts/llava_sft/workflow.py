@@ -3,14 +3,20 @@
 Notable:
 - only the experiments that are asked for are read and checked, and the first mistake ends the program with its message
   before the DAG is there;
-- a lock that a killed run left behind is recognised by the kernel's own lock, which dies with its process.
+- a lock that a killed run left behind is recognised by the kernel's own lock, which dies with its process;
+- Slurm jobs that a killed run left behind are waited for: their results are used, and none is submitted twice.
 """
 
 import fcntl
+import inspect
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
@@ -42,20 +48,24 @@ def _ends_cleanly(function: Callable) -> Callable:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
 
+    wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
     return wrapped
 
 
 class Workflow:
-    """The experiments of `config/experiments/` under the overrides of `--config`; `words` is the whole command line."""
+    """The experiments of `config/experiments/` under the overrides of `--config`; `words` is the whole command line.
+
+    `cluster`: what the profile of a cluster says of a training (`nodes`, `gpus_per_node`, `cpus_per_task`); empty here.
+    """
 
     @_ends_cleanly
-    def __init__(self, overrides: dict[str, Any], words: list[str]):
-        self.overrides = dict(overrides)
+    def __init__(self, overrides: dict[str, Any], words: list[str], cluster: dict[str, int] | None = None):
+        self.overrides, self.cluster = dict(overrides), cluster or {}
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
             self.overrides["run_tag"] = tags[-1]  # as typed: Snakemake makes a number of 0103
         self.experiments = experiments()
         self.asked: list[str] = []
-        for word in words:
+        for word in words if "--allowed-rules" not in words else ():  # a job of Slurm names rules, not targets
             step, _, experiment = word.partition("_")
             if step in STEPS and re.fullmatch(r"\w+", experiment) and experiment not in self.experiments:
                 raise SettingsError(
@@ -72,7 +82,7 @@ class Workflow:
 
     @cache  # noqa: B019 (one object for the whole program)
     def paths(self, experiment: str) -> Paths:
-        return Paths(load_settings(experiment, self.overrides))
+        return Paths(load_settings(experiment, self.overrides, self.cluster))
 
     def target(self, step: str, experiment: str) -> Callable:
         """Input function of the target `step_experiment`."""
@@ -143,6 +153,25 @@ class Workflow:
     def override_arguments(self, wildcards) -> list[str]:
         return [f"{key}={json.dumps(value)}" for key, value in sorted(self.overrides.items())]
 
+    def cluster_arguments(self, wildcards) -> list[str]:
+        return [f"{key}={value}" for key, value in sorted(self.cluster.items())]
+
+    @_ends_cleanly
+    def nodes(self, wildcards) -> int:
+        """Nodes of a training, for Slurm."""
+        nodes = self.of(wildcards).settings.nodes
+        return 1 if nodes == "auto" else nodes
+
+    @_ends_cleanly
+    def gres(self, wildcards) -> str:
+        """GPUs of each node of a training, for Slurm."""
+        gpus = self.of(wildcards).settings.gpus_per_node
+        return f"gpu:{gpus}" if gpus not in ("auto", 0) else ""
+
+    def tasks(self, wildcards) -> int:
+        """The Slurm plugin counts tasks a GPU where there are GPUs, and wants none then; else one task a node."""
+        return 0 if self.gres(wildcards) else self.nodes(wildcards)
+
     @_ends_cleanly
     def shard(self, wildcards) -> Shard:
         if wildcards.shard not in (shards := self.of(wildcards).shards):
@@ -152,13 +181,12 @@ class Workflow:
     def raw_of_shard(self, wildcards) -> Path:
         return self.shard(wildcards).raw
 
-    def image_root_of_shard(self, wildcards) -> Path:
-        return self.shard(wildcards).source.image_root
-
     def job_of_shard(self, wildcards) -> str:
-        shard = self.shard(wildcards)
+        shard, settings = self.shard(wildcards), self.of(wildcards).settings
         return (
-            f"--prefix {shard.prefix} --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+            f"--max-shard-bytes {settings.max_shard_bytes} --decode-images {settings.decode_images}"
+            f" --image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
+            f" --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
         )
 
     @_ends_cleanly
@@ -207,28 +235,72 @@ class Workflow:
         return shlex.join(words + (["--sidecars", str(settings.tokenizer)] if settings.tokenizer else []))
 
 
+def cluster_numbers(settings: Any) -> dict[str, int]:
+    """What a cluster's profile says of a training; `settings`: Snakemake's resource settings. Empty without such a profile."""
+    train = settings._parsed_overwrite_resources.get("train", {})
+    keys = {"auto_nodes": "nodes", "auto_gpus_per_node": "gpus_per_node", "cpus_per_task": "cpus_per_task"}
+    numbers = {name: train[key].value for key, name in keys.items() if key in train}
+    return numbers if "nodes" in numbers else {}
+
+
 # ------------------------------------------------------------------------------------------------- locks
 
 _held = None  # keeps the shared lock for the life of the process
 
 
-def lift_stale_lock(directory: Path = Path(".snakemake")) -> None:
-    """Remove Snakemake's lock files when the run that made them is dead.
+def lift_stale_lock(directory: Path = Path(".snakemake"), wait: bool = True) -> None:
+    """Remove Snakemake's lock files when the run that made them is dead, after the last of its Slurm jobs.
 
-    Every Snakemake process of this folder holds a shared kernel lock as long as it lives. Whoever can have it alone
+    Every Snakemake main process of this folder holds a shared kernel lock as long as it lives. Whoever can have it alone
     knows that nobody else lives, so that lock files left by a `kill -9` or a power cut mean nothing.
+    `wait`: for the Slurm jobs; a dry run does not.
     """
     global _held
     directory.mkdir(exist_ok=True)
     _held = open(directory / "alive", "a")  # noqa: SIM115
     try:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fcntl.flock(_held, fcntl.LOCK_SH)
         return
+    except OSError:
+        return  # a file system without locks: Snakemake's own message says what to do
+    if wait:
+        wait_for_jobs()
     stale = list((directory / "locks").glob("*"))
     for path in stale:
         path.unlink(missing_ok=True)
     if stale:
         print("The last run was killed and left its lock: lifted, going on where it was.", file=sys.stderr)
     fcntl.flock(_held, fcntl.LOCK_SH)
+
+
+def jobs_left() -> list[str]:
+    """Number and rule of each Slurm job that a Snakemake of this folder submitted and that has not ended."""
+    fields = "%A|%T|%k|%Z"  # number, state, comment (the plugin puts the rule there), working directory
+    listing = subprocess.run(["squeue", "--me", "--noheader", f"--format={fields}"], capture_output=True, text=True)
+    jobs = [line.split("|") for line in listing.stdout.splitlines() if line.count("|") == 3]
+    return [
+        f"{number} {comment} ({state})"
+        for number, state, comment, folder in jobs
+        if comment.startswith("rule_") and os.path.realpath(folder) == os.path.realpath(os.curdir)
+    ]
+
+
+def wait_for_jobs() -> None:
+    """Wait until no Slurm job of an earlier run of this folder is left; a second one would do its work beside it."""
+    if not shutil.which("squeue") or not (jobs := jobs_left()):
+        return
+    shown = "".join(f"    {job}\n" for job in jobs[:5]) + (f"    … {len(jobs)} in all\n" if len(jobs) > 5 else "")
+    print(
+        f"Slurm jobs of an earlier run are still there: waiting for them, their results are used\n{shown}"
+        "  fix: to begin without them, scancel these numbers",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        while jobs_left():
+            time.sleep(5)
+    except KeyboardInterrupt:
+        print("Stopped waiting; the jobs go on.", file=sys.stderr)
+        sys.exit(130)

@@ -1,7 +1,8 @@
-"""Starts the training processes of this machine and shows their progress; light, so that it can say no in a second.
+"""Starts the training processes and shows their progress; light, so that it can say no in a second.
 
-One process is started directly, several through torchrun. What they print goes to the run's log; the terminal gets a
-line per log interval, read from the same `metrics.jsonl` that the report draws.
+On one machine, one process is started directly, several through torchrun. In a Slurm job srun starts one task a node
+(`node.py`), and each does the same for its node. What they print goes to the run's log; the terminal gets a line per log
+interval, read from the same `metrics.jsonl` that the report draws.
 """
 
 import contextlib
@@ -18,70 +19,127 @@ from typing import BinaryIO
 
 import psutil
 
+from llava_sft.training import slurm
 from llava_sft.training.watch import Tail
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def command(count: int, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts `count` processes, and the environment it needs on top of ours."""
+def command(count: int, arguments: list[str], rendezvous: list[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts the `count` processes of this machine, and the environment it needs on top of ours.
+
+    `rendezvous`: torchrun's options for a training of several nodes.
+    """
     module = ["-m", "llava_sft.training", *arguments]
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(_package_root()), os.environ.get("PYTHONPATH")]))}
-    if count == 1:
+    environment = python_path()
+    if count == 1 and not rendezvous:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         return [sys.executable, *module], environment | single | {"MASTER_PORT": str(_free_port())}
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
     torchrun = [
         "-m",
         "torch.distributed.run",
-        "--standalone",
+        *(rendezvous or ["--standalone"]),
         f"--nproc-per-node={count}",
         "--signals-to-handle=SIGHUP",
     ]
-    return [sys.executable, *torchrun, *module], environment | {"OMP_NUM_THREADS": str(threads)}
+    return [sys.executable, *torchrun, *module], environment | {"OMP_NUM_THREADS": threads}
+
+
+def node_command(
+    job: slurm.Job, nodes: int, count: int, gpus: int, options: list[str], arguments: list[str]
+) -> list[str]:
+    """The srun that starts one task on each node of a Slurm job, `count` processes a node.
+
+    One failed task ends the others. `options` are the user's, for this cluster's srun.
+    """
+    return [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={job.cpus_per_node}",
+        *([f"--gres=gpu:{gpus}"] if gpus else []),
+        "--kill-on-bad-exit=1",
+        "--overlap",  # with the step that a person may have opened in the job
+        *(["--label"] if nodes > 1 else []),
+        *options,
+        sys.executable,
+        "-m",
+        "llava_sft.training.node",
+        f"{job.first_address}:{_free_port()}",
+        str(count),
+        *arguments,
+    ]
 
 
 def launch(
-    count: int, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO, say: Callable[[str], None]
+    values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO, say: Callable[[str], None],
+    job: slurm.Job | None = None, srun_options: list[str] | None = None,
+) -> int:  # fmt: skip
+    """Run the training of the resolved settings `values` to its end; returns its exit code.
+
+    `lock` is inherited, so that the run directory stays locked as long as any of the processes of this machine lives.
+    """
+    count, tail = values["nproc_per_node"], Tail(run_dir)
+    if job:
+        argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options or [], arguments)
+        environment, ask = python_path(), lambda training: job.signal_steps()
+        say(f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …")
+    else:
+        argv, environment = command(count, arguments)
+        ask = lambda training: ask_workers(training, count)  # noqa: E731
+
+    def show() -> None:
+        for line in tail.new():
+            say(line)
+
+    with open(log, "ab") as log_file:
+        return run(argv, environment, ask, say, show, log_file, (lock.fileno(),))
+
+
+def run(
+    argv: list[str],
+    environment: dict[str, str],
+    ask: Callable[[subprocess.Popen], None],
+    say: Callable[[str], None],
+    show: Callable[[], None] = lambda: None,
+    output: BinaryIO | None = None,
+    pass_fds: tuple[int, ...] = (),
 ) -> int:
-    """Run the training to its end; returns its exit code.
+    """Run a command to its end; returns its exit code.
 
     SIGTERM, SIGINT and SIGUSR1 ask the training processes, once a second, to save and end: they ignore it until Megatron
     listens, and so do their helpers, which a batch system signals as well.
-    `lock` is inherited, so that the run directory stays locked as long as any of the processes lives.
     """
-    argv, environment = command(count, arguments)
-    tail, asked = Tail(run_dir), []
+    asked = []
 
-    def ask(number, frame):
+    def note(number, frame):
         if not asked:
             say(f"{signal.Signals(number).name}: saving a checkpoint and ending")
         asked.append(number)
 
-    with open(log, "ab") as log_file:
-        training = subprocess.Popen(
-            argv,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
-            pass_fds=[lock.fileno()],
-            preexec_fn=_before_training,
-        )
-        previous = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
-        try:
-            code, last = None, 0.0
-            while code is None:
-                time.sleep(0.2)
-                code = training.poll()
-                if asked and code is None and time.monotonic() > last + 1:
-                    last = time.monotonic()
-                    for process in _workers(training.pid, count):
-                        process.send_signal(signal.SIGTERM)
-                for line in tail.new():
-                    say(line)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    training = subprocess.Popen(
+        argv,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        env=os.environ | environment,
+        pass_fds=pass_fds,
+        preexec_fn=_before_training,
+    )
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        code, last = None, 0.0
+        while code is None:
+            time.sleep(0.2)
+            code = training.poll()
+            if asked and code is None and time.monotonic() > last + 1:
+                last = time.monotonic()
+                ask(training)
+            show()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return code
 
 
@@ -98,17 +156,21 @@ def _before_training() -> None:
     die_with_parent()
 
 
-def _workers(pid: int, count: int) -> list[psutil.Process]:
-    """The training processes themselves: torchrun would kill them half a minute after a signal of its own."""
-    try:
-        parent = psutil.Process(pid)
-        return [parent] if count == 1 else [p for p in parent.children() if "llava_sft.training" in p.cmdline()]
-    except psutil.NoSuchProcess:
-        return []
+def ask_workers(training: subprocess.Popen, count: int) -> None:
+    """Signal the training processes themselves: torchrun would kill them half a minute after a signal of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(training.pid)
+        children = parent.children()
+        # Without torchrun the process is the training itself, and its children are loader processes.
+        alone = count == 1 and "torch.distributed.run" not in parent.cmdline()
+        for process in [parent] if alone else [p for p in children if "llava_sft.training" in p.cmdline()]:
+            process.send_signal(signal.SIGTERM)
 
 
-def _package_root() -> Path:
-    return Path(__file__).resolve().parents[2]
+def python_path() -> dict[str, str]:
+    """PYTHONPATH with this package in it, for processes that do not start from its folder."""
+    root = Path(__file__).resolve().parents[2]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
 
 
 def _free_port() -> int:

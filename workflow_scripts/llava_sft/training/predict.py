@@ -290,7 +290,7 @@ def predict(
 
 def data_parallel_size_of(values: dict[str, Any]) -> int:
     split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
-    return max(1, values["nproc_per_node"] * values.get("nodes", 1) // split)
+    return max(1, values["nproc_per_node"] * values["nodes"] // split)
 
 
 # ---------------------------------------------------------------------------------------------------- machines
@@ -382,7 +382,7 @@ def table(prediction: Prediction, machine: Machine, runs: int, values: dict[str,
     """Lines for a terminal: memory by part, whether it fits, time."""
     parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
     verdict = "fits" if fits(prediction, machine) else "DOES NOT FIT"
-    steps, devices = values["train_iters"], values.get("nodes", 1) * values["nproc_per_node"]
+    steps, devices = values["train_iters"], values["nodes"] * values["nproc_per_node"]
     hours = steps * prediction.step_s / 3600
     long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
     cost = "" if machine.device == "CPU" else f", {hours * devices:,.1f} GPU-hours"

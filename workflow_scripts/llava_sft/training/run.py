@@ -42,6 +42,7 @@ def identity(resolved: dict[str, Any]) -> dict[str, Any]:
     return {
         "data": resolved["data"]["fingerprint"],
         "start": resolved["start"]["fingerprint"],
+        "nodes": 1,  # of runs that are older than this setting
         **settings,
         # Not the name alone, which `settings` holds: its file may have changed.
         "model": f"{resolved['model']['name']}-{fingerprint(resolved['model'])}",
@@ -51,33 +52,30 @@ def identity(resolved: dict[str, Any]) -> dict[str, Any]:
 BEAT_S, DEAD_AFTER_S, ENDS_WITHIN_S = 10, 60, 15
 
 
-def lock(run_dir: Path) -> BinaryIO:
-    """Hold the run directory; raise RunError when another training does.
+def lock(run_dir: Path, patience_s: float = 0) -> BinaryIO:
+    """Hold the run directory; raise RunError when another training does, and still does after `patience_s` seconds.
 
     The system frees the lock when its holders end, so a dead process leaves none on this host. File systems that do not
     share locks between hosts are covered by a heartbeat: the holder touches the file every BEAT_S seconds.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = open(run_dir / LOCK, "a+b")  # noqa: SIM115 (held until the process ends)
-    holder = lock_holder(run_dir)
-    by = f" (pid {holder['pid']} on {holder['host']})" if holder else ""
-    fix = "wait for it, stop it, or set another run_tag"
-    for attempt in itertools.count():
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    locked, began = False, time.monotonic()
+    while True:
+        holder = lock_holder(run_dir)
+        here = holder and holder["host"] == platform.node()
+        with contextlib.suppress(OSError):
+            locked = locked or fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+        if locked and (not holder or here or holder["seen_s"] >= DEAD_AFTER_S):
             break
-        except OSError:
-            # Loader processes of a killed training notice after some seconds that it is dead.
-            if (
-                attempt == ENDS_WITHIN_S
-                or not holder
-                or holder["host"] != platform.node()
-                or psutil.pid_exists(holder["pid"])
-            ):
-                raise RunError(f"{run_dir}: another training is running in it{by}", fix) from None
-            time.sleep(1)
-    if holder and holder["host"] != platform.node() and holder["seen_s"] < DEAD_AFTER_S:
-        raise RunError(f"{run_dir}: another training is running in it{by}, seen {holder['seen_s']:.0f} s ago", fix)
+        # Loader processes of a killed training notice after some seconds that it is dead.
+        dead = here and not locked and not psutil.pid_exists(holder["pid"])
+        if time.monotonic() - began >= max(patience_s, ENDS_WITHIN_S if dead else 0):
+            by = f" (pid {holder['pid']} on {holder['host']}, seen {holder['seen_s']:.0f} s ago)" if holder else ""
+            raise RunError(
+                f"{run_dir}: another training is running in it{by}", "wait for it, stop it, or set another run_tag"
+            )
+        time.sleep(1)
     if holder:
         print(f"{run_dir}: stale lock of pid {holder['pid']} on {holder['host']}: that training is dead, going on")
     file.truncate(0)
@@ -138,7 +136,7 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
         before, now = identity(earlier), identity(resolved)
         changed = [key for key in now if before.get(key) != now.get(key)]
         given = [key for key in changed if key not in resolved.get("why", {})] or changed  # not what follows from them
-        per_rank = {"gpus_per_node", "nproc_per_node"}
+        per_rank = {"nodes", "gpus_per_node", "nproc_per_node"}
         differences = [
             f"{key}: {before.get(key)} → {now.get(key)}{PER_RANK if key in per_rank else ''}" for key in given
         ]

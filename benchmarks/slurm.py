@@ -1,0 +1,125 @@
+"""Time to plan, to look through again, and to submit 10, 1,000 and 10,000 conversion jobs under `--profile slurm`.
+
+    python benchmarks/slurm.py                   # submits to a Slurm of its own where it can be had (see tests/mini_slurm.py)
+
+Works in a copy of the project, on records as large as a shard. For the second look the outputs are made by hand; for the
+submission both nodes are drained, so that no job starts.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT / "tests"))
+
+import mini_slurm  # noqa: E402
+from results import row, write_results  # noqa: E402
+
+LINE = 512  # bytes of a record, and of a job's range
+PLAN_GOAL = {10_000: 20}
+ONE_BY_ONE_S = 132  # 10,000 jobs of a toy workflow, submitted singly
+
+
+def copy_project(target: Path) -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(PROJECT / name, target / name, follow_symlinks=False)
+    profile = target / "profiles/slurm/config.yaml"
+    text = profile.read_text().replace("# slurm-status-command", "slurm-status-command")
+    profile.write_text(re.sub(r"mem_mb: \d+", "mem_mb: 100", text))
+
+
+def write_data(project: Path, jobs: int) -> None:
+    """An experiment `big` whose raw file makes `jobs` shards."""
+    conversations = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "One."}]
+    record = json.dumps({"id": "0", "conversations": conversations})
+    (project / "big.jsonl").write_text((record + " " * (LINE - 1 - len(record)) + "\n") * jobs)
+    for name in ("tokenizer.json", "config.json"):
+        (project / name).write_text("{}")
+    (project / "config/experiments/big.yaml").write_text(
+        f"raw_data: big.jsonl\nshard_bytes: {LINE}\nmodel: tiny\nload: random\ntokenizer: .\n"
+    )
+
+
+def snakemake(project: Path, *arguments: str) -> tuple[float, str]:
+    began = time.monotonic()
+    command = [str(Path(sys.executable).with_name("snakemake")), *arguments]
+    run = subprocess.run(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        raise SystemExit(run.stdout[-3000:])
+    return time.monotonic() - began, run.stdout
+
+
+def make_outputs(project: Path, jobs: int) -> None:
+    """Empty files for everything that `data_big` makes, noted by Snakemake as made."""
+    folder = project / "output/data/big"
+    for number in range(jobs):
+        for name in (".tar", ".tar.idx"):
+            (folder / "webdatasets").mkdir(parents=True, exist_ok=True)
+            (folder / f"webdatasets/subtaskdata-{number:05d}{name}").touch()
+        for name in ("samples.jsonl", "stats.json", "rejects.jsonl"):
+            (folder / "webdatasets.parts").mkdir(parents=True, exist_ok=True)
+            (folder / f"webdatasets.parts/subtaskdata-{number:05d}.{name}").touch()
+    (folder / "dataset.json").touch()
+    snakemake(project, "--cores", "1", "--touch", "data_big")
+
+
+def submit(project: Path, cluster: mini_slurm.MiniSlurm) -> tuple[float, int]:
+    """Seconds until all jobs are in the queue, and how many Slurm jobs these are. No job starts."""
+    for name in mini_slurm.NODES:
+        cluster.ask("scontrol", "update", f"nodename={name}", "state=drain", "reason=measured")
+    began = time.monotonic()
+    with open(project / "submit.log", "w") as log:
+        command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", "data_big"]
+        running = subprocess.Popen(command, cwd=project, stdout=log, stderr=log, start_new_session=True)
+    seen, last, planned = 0, began, None
+    while planned is None or time.monotonic() < last + 10:  # ten seconds without a new one: that was the last
+        time.sleep(0.5)
+        count = len(cluster.jobs())
+        if count > seen:
+            seen, last, planned = count, time.monotonic(), True
+        if running.poll() is not None:
+            raise SystemExit((project / "submit.log").read_text()[-3000:])
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    cluster.ask("scancel", "--me")
+    cluster.wait("an empty queue", lambda: not cluster.jobs(), 300)
+    shutil.rmtree(project / ".snakemake")  # of jobs that never began
+    return last - began, seen
+
+
+def main() -> None:
+    rows, reason = [], mini_slurm.missing()
+    with tempfile.TemporaryDirectory(prefix="slurm_plan_") as folder:
+        if reason:
+            print(f"nothing is submitted: {reason}")
+        for jobs in (10_000, 1_000, 10):
+            project = Path(folder) / str(jobs)
+            copy_project(project)
+            write_data(project, jobs)
+            seconds, output = snakemake(project, "data_big", "--profile", "slurm", "-n", "--quiet", "all")
+            rows.append(row(f"plan_{jobs}_jobs_s", seconds, "s", PLAN_GOAL.get(jobs), "lower", "dry run", jobs=jobs))
+            if not reason:
+                with mini_slurm.MiniSlurm(Path(folder) / f"slurm_{jobs}") as cluster:
+                    seconds, count = submit(project, cluster)
+                note = f"{count} Slurm jobs, from the command to the last in the queue"
+                goal = ONE_BY_ONE_S if jobs == 10_000 else None
+                rows.append(row(f"submit_{jobs}_jobs_s", seconds, "s", goal, "lower", note, jobs=jobs))
+            make_outputs(project, jobs)
+            seconds, output = snakemake(project, "--profile", "slurm", "data_big")
+            assert "Nothing to be done" in output, output
+            rows.append(row(f"noop_{jobs}_jobs_s", seconds, "s", PLAN_GOAL.get(jobs), "lower", "", jobs=jobs))
+            write_results("slurm", rows[-3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What a training asks Slurm, from inside its job."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+
+from llava_sft.errors import RunError
+
+REQUEUE_WITHIN_S = 600  # after which a job that asked to be queued again and still runs gives up
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that this process runs in. Snakemake passes on no variable of Slurm but its number."""
+
+    number: str
+    first_address: str  # of the first node, where rank 0 listens
+    nodes: int
+    cpus_per_node: int
+
+    @property
+    def state(self) -> str:
+        """As squeue names it: RUNNING, COMPLETING (cancelled, or out of time) …"""
+        return _output("squeue", "--noheader", "--jobs", self.number, "--format=%T")
+
+    def signal_steps(self) -> None:
+        """SIGTERM to all steps, and not to the batch script: never to srun, which would kill its tasks at once."""
+        subprocess.run(["scancel", "--signal=TERM", self.number], check=False)
+
+    def requeue(self) -> None:
+        """Have this job queued again, and wait until Slurm ends us; returns when that can not be.
+
+        A job that somebody cancelled stays cancelled.
+        """
+        if self.state == "RUNNING" and not subprocess.run(["scontrol", "requeue", self.number], check=False).returncode:
+            time.sleep(REQUEUE_WITHIN_S)
+
+
+def this_job() -> Job | None:
+    """The Slurm job that this process runs in, None outside. Raises RunError when Slurm does not answer."""
+    number = os.environ.get("SLURM_JOB_ID")
+    if not number or not shutil.which("srun"):
+        return None
+    described = _output("scontrol", "--oneliner", "show", "job", number)
+    found = {key: re.search(rf"\b{key}=(\S+)", described) for key in ("NodeList", "NumNodes", "NumCPUs")}
+    if not all(found.values()):
+        raise RunError(f"Slurm job {number}: `scontrol show job {number}` says: {described!r}", "is Slurm well?")
+    first = _output("scontrol", "show", "hostnames", found["NodeList"][1]).split("\n")[0]
+    # The address by which Slurm itself reaches the node; its name need not resolve.
+    address = re.search(r"\bNodeAddr=(\S+)", _output("scontrol", "--oneliner", "show", "node", first))
+    nodes, cpus = int(found["NumNodes"][1].split("-")[0]), int(found["NumCPUs"][1])
+    return Job(number, address[1] if address else first or platform.node(), nodes, max(1, cpus // nodes))
+
+
+def _output(*command: str) -> str:
+    """What a command of Slurm prints, tried again for a minute: a busy controller does not answer at times."""
+    for attempt in range(6):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not done.returncode:
+            return done.stdout.strip()
+        time.sleep(2 * attempt)
+    raise RunError(f"`{' '.join(command)}`: {done.stderr.strip()}", "is Slurm well?")
