@@ -246,15 +246,17 @@ def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
 
 def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     model = load_model_config(ROOT / "config/models/4b.yaml")
-    language, vision, adapter = matmul_parameters(model)
+    language, output, vision, adapter = matmul_parameters(model)
     parts = ("language_model", "adapter", "vision_model")
-    assert 0 <= 1 - (language + vision + adapter + 151936 * 2560) / model.parameter_count() < 1e-3
-    short = training_flops(model, parts, [1], [])
-    assert short == pytest.approx(6 * language, rel=1e-3)
-    long = training_flops(model, parts, [8192], [])
-    assert long == pytest.approx(6 * language * 8192 + 6 * 36 * 32 * 128 * 8192**2)
+    assert output == 151936 * 2560
+    assert 0 <= 1 - (language + output + vision + adapter + 151936 * 2560) / model.parameter_count() < 1e-3
+    short = training_flops(model, parts, [1], [], 1)
+    assert short == pytest.approx(6 * (language + output), rel=1e-3)
+    long = training_flops(model, parts, [8192], [], 100)
+    assert long == pytest.approx(6 * language * 8192 + 6 * output * 100 + 6 * 36 * 32 * 128 * 8192**2)
     grids = [(64, 64)] * 4
-    assert training_flops(model, ("adapter",), [8192], grids) < 0.7 * training_flops(model, parts, [8192], grids)
+    frozen, trained = (training_flops(model, which, [8192], grids, 100) for which in (("adapter",), parts))
+    assert frozen < 0.7 * trained
 
 
 # --- stages and schema -----------------------------------------------------------------------------------------------

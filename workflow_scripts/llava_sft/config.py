@@ -109,6 +109,9 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     # run
     bf16: bool | Auto
+    fp8: Literal["none", "tensorwise", "blockwise"]
+    optimizer_precision: Literal["bf16", "fp32"]
+    pack_chunk_tokens: Positive
     recompute_language: Literal["none", "selective", "full"]
     recompute_vision: Literal["none", "full"]
     save_interval: Positive | Auto
