@@ -10,6 +10,7 @@ two data scripts make WEBDATASETS, TOKENIZER is any folder with the model's toke
   only where memory needs it, packed; the batches are loaded and normalised before the clock runs;
 - unpacked: the same one sample at a time, everything recomputed: what users of the model run today;
 - calibration: step time and memory over settings, what preflight predicts from (results/memory_time.json);
+- checkpoint: 4B trained in no more memory than an 80 GB GPU has, saved with its optimizer and loaded, timed;
 - profile: where the time of one step goes (results/profile.json).
 MFU: `llava_sft.model.flops.training_flops` (vision tower counted, attention causal and by segment, the output layer for
 answers only, no recomputation) over step time and the GPU's dense bf16 peak, in FP8 too. Useful tokens: without padding.
@@ -17,6 +18,7 @@ answers only, no recomputation) over step time and the GPU's dense bf16 peak, in
 
 import argparse
 import collections
+import gc
 import itertools
 import json
 import os
@@ -132,6 +134,10 @@ def train(args) -> None:
     cases = [CASE | case for case in args.cases]
     about = {"model": args.model, "optimizer_precision": args.values.get("optimizer_precision", "bf16")}
     found = {**about, "gpu": torch.cuda.get_device_name(), "machine": machine(), "cases": {}, "vision": {}}
+
+    def moments(adam):
+        states = adam.state.values()
+        return [t for state in states for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
 
     class Measured(loop.Trainer):
         def start_loaders(self):
@@ -314,9 +320,38 @@ def train(args) -> None:
                 print(f"VISION {images} x {side**2}: {figure}", flush=True)
             args.result.write_text(json.dumps(found))
 
-        def save_checkpoint(self, original, *given, **named):
-            pass
+        def save_checkpoint(self, original, iteration, model, optimizer, scheduler, *given, **named):
+            """Only for a case that asks for it: saved, destroyed in memory and loaded, each timed."""
+            if not cases[-1].get("checkpoint"):
+                return
+            began = time.perf_counter()
+            original(iteration, model, optimizer, scheduler, *given, **named)
+            saved = time.perf_counter() - began
+            peak, size = torch.cuda.max_memory_allocated() / 2**30, 0
+            for path in run_dir.rglob("*.distcp"):
+                size += path.stat().st_size
+            state = [tensor for part in optimizer.chained_optimizers for tensor in moments(part.optimizer)]
+            weights = [parameter.data for parameter in self.model.parameters()]
+            before = sorted(tensor.double().sum().item() for tensor in state + weights)
+            for tensor in state + weights:
+                tensor.zero_()
+            began = time.perf_counter()
+            training.load_checkpoint(model, optimizer, scheduler)
+            loaded = time.perf_counter() - began
+            state = [tensor for part in optimizer.chained_optimizers for tensor in moments(part.optimizer)]
+            same = before == sorted(tensor.double().sum().item() for tensor in state + weights)
+            found["checkpoint"] = {
+                "save_s": saved,
+                "load_s": loaded,
+                "bytes": size,
+                "same": same,
+                "save_peak_gib": peak,
+            }
+            print(f"CASE checkpoint: {found['checkpoint']}", flush=True)
+            args.result.write_text(json.dumps(found))
 
+    if gib := cases[0].get("gpu_gib"):
+        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     values = settings_of(args.model, {"train_iters": sum(case["steps"] for case in cases)} | args.values)
     model = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
     run_dir = Path(tempfile.mkdtemp(prefix="llava_sft_training_"))
@@ -415,10 +450,6 @@ def transformers_trainer(args) -> None:
         "vision_start_token_id": template.image_token_id - 3, "vision_end_token_id": template.image_token_id - 2,
     }))  # fmt: skip
     hf_config._attn_implementation = {"text_config": case["attention"], "vision_config": "sdpa"}
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LLaVAOneVision1_5_ForConditionalGeneration(hf_config)
-    torch.set_default_dtype(torch.float32)
     mean, std = (torch.tensor(x).repeat_interleave(14 * 14) * 255 for x in (CLIP_MEAN, CLIP_STD))
     loader = iter(train_loader(args.webdatasets, encoder, worker_config(0, 1, 6, 0), 1, 1000))
     items, flops, useful = [], [], []
@@ -440,6 +471,10 @@ def transformers_trainer(args) -> None:
             training_flops(config, values["trainable_modules"], batch.lengths, grids, len(batch.answer_labels))
         )
         useful.append(batch.num_tokens)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LLaVAOneVision1_5_ForConditionalGeneration(hf_config)
+    torch.set_default_dtype(torch.float32)
     ends = []
 
     class Clock(TrainerCallback):
@@ -461,7 +496,7 @@ def transformers_trainer(args) -> None:
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=case["warm"] + case["steps"], bf16=True,
             gradient_accumulation_steps=case["accumulate"], optim="adamw_torch_fused", learning_rate=1e-5,
             save_strategy="no", logging_strategy="no", report_to="none", remove_unused_columns=False,
-            dataloader_num_workers=0, disable_tqdm=True, max_grad_norm=1.0,
+            dataloader_num_workers=0, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), max_grad_norm=1.0,
         )  # fmt: skip
         trainer = Trainer(
             model, arguments, data_collator=lambda samples: samples[0], train_dataset=items, callbacks=[Clock()]
@@ -475,6 +510,7 @@ def transformers_trainer(args) -> None:
             print(f"CASE {case['name']}: out of memory with recompute {recompute}", flush=True)
         trainer.accelerator.free_memory()
         del trainer
+        gc.collect()
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     seconds = ends[-1] - ends[case["warm"] - 1]
@@ -517,6 +553,7 @@ PEERS = {
         }
     ],
 }
+CHECKPOINT = [{"name": "80 GB", "seq_length": 4096, "steps": 4, "gpu_gib": 79, "checkpoint": True}]
 PEER = {"seq_length": 8192, "accumulate": 16, "warm": 1, "steps": 2, "recompute": ["none", "vision", "full"]}
 
 
@@ -524,7 +561,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("webdatasets", type=Path)
     parser.add_argument("tokenizer", type=Path)
-    parts = ["ours", "transformers", "unpacked", "calibration", "profile"]
+    parts = ["ours", "transformers", "unpacked", "calibration", "profile", "checkpoint"]
     parser.add_argument("--parts", nargs="+", default=parts[:3], choices=parts)
     parser.add_argument("--model", default="4b")
     parser.add_argument("--output", type=Path, help="folder for the raw figures; results/ is then left as it is")
@@ -590,6 +627,8 @@ def processes(part: str, args) -> list:
         return [("train", args.cases or cases, ["--vision", *given])]
     if part == "profile":
         return [("train", args.cases or PROFILE, ["--vision", *given])]
+    if part == "checkpoint":
+        return [("train", args.cases or CHECKPOINT, given)]
     fp32 = ["--values", json.dumps({"optimizer_precision": "fp32"})]
     return [("train", [CALIBRATION[2] | {"name": "fp32"}], fp32), ("train", CALIBRATION_8B, ["--model", "8b"])]
 

@@ -111,6 +111,7 @@ class Settings(BaseModel):
     bf16: bool | Auto
     fp8: Literal["none", "tensorwise", "blockwise"]
     optimizer_precision: Literal["bf16", "fp32"]
+    deterministic: bool
     pack_chunk_tokens: Positive
     recompute_language: Literal["none", "selective", "full"]
     recompute_vision: Literal["none", "full"]

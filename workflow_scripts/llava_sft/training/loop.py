@@ -5,6 +5,7 @@ The launcher starts it once per rank (`__main__.py`); what it prints goes to the
 
 import functools
 import math
+import os
 import resource
 import signal
 import sys
@@ -412,6 +413,9 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
     initialize._compile_dependencies = lambda: None
     write_for_older_torch()
     get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
+    if resolved["settings"]["deterministic"]:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if not ON_CPU:
         tensor_parallel.layers._grad_accum_fusion_available = True  # of Transformer Engine's layers, see build_model
     args = parse_and_validate_args(add_arguments, args_defaults={})
