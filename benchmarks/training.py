@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def train(args) -> None:
     fused = {layer: layer.forward for layer in (FusedLanguageLayer, FusedVisionLayer)}
     cases = [CASE | case for case in args.cases]
     about = {"model": args.model, "optimizer_precision": args.values.get("optimizer_precision", "bf16")}
-    found = {**about, "gpu": torch.cuda.get_device_name(), "machine": machine(), "cases": {}, "vision": {}}
+    found = {**about, "machine": machine(), "cases": {}, "vision": {}}
 
     def moments(adam):
         states = adam.state.values()
@@ -278,6 +279,11 @@ def train(args) -> None:
                 self.marks.append((name, event))
 
         def build_model(self, *given, **named):
+            # Not earlier: Megatron forks helpers, which must not find the GPU in use.
+            found["gpu"] = torch.cuda.get_device_name()
+            if gib := cases[0].get("gpu_gib"):
+                whole = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
             model = super().build_model(*given, **named)
 
             def encoded(module, inputs, features):
@@ -350,8 +356,6 @@ def train(args) -> None:
             print(f"CASE checkpoint: {found['checkpoint']}", flush=True)
             args.result.write_text(json.dumps(found))
 
-    if gib := cases[0].get("gpu_gib"):
-        torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     values = settings_of(args.model, {"train_iters": sum(case["steps"] for case in cases)} | args.values)
     model = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
     run_dir = Path(tempfile.mkdtemp(prefix="llava_sft_training_"))
@@ -587,19 +591,17 @@ def main() -> None:
             result = folder / f"{part}_{number}.json"
             command = [sys.executable, __file__, str(args.webdatasets), str(args.tokenizer), "--worker", worker]
             command += ["--cases", json.dumps(cases), "--result", str(result), "--model", args.model, *extra]
-            began, log = time.perf_counter(), open(result.with_suffix(".log"), "w")
+            began = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            try:
+            timer = threading.Timer(60 * args.minutes, process.kill)
+            timer.start()
+            with open(result.with_suffix(".log"), "w") as log:
                 for line in process.stdout:
-                    log.write(line)
-                    log.flush()
+                    print(line, end="", file=log, flush=True)
                     if re.match("CASE|VISION", line):
                         print(line, end="", flush=True)
-                    if time.perf_counter() - began > 60 * args.minutes:
-                        process.kill()
-            finally:
-                process.kill()
-                process.wait()
+            timer.cancel()
+            process.wait()
             print(f"{part} {number}: {time.perf_counter() - began:.0f} s, exit code {process.returncode}", flush=True)
             if result.is_file():
                 found.append(json.loads(result.read_text()))

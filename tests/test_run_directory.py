@@ -127,9 +127,11 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
 
 
 def test_the_expected_size_counts_optimizer_state_of_trained_parts_alone():
-    assert expected_bytes(1000, 1000, bf16=False) == 12_000
-    assert expected_bytes(1000, 1000, bf16=True) == 14_000
-    assert expected_bytes(1000, 10, bf16=True) == 2_120
+    cpu, gpu = ({"bf16": False, "gpus_per_node": 0}, {"bf16": True, "gpus_per_node": 1, "optimizer_precision": "fp32"})
+    assert expected_bytes(1000, 1000, cpu) == 12_000
+    assert expected_bytes(1000, 1000, gpu) == 14_000
+    assert expected_bytes(1000, 10, gpu) == 2_120
+    assert expected_bytes(1000, 1000, gpu | {"optimizer_precision": "bf16"}) == 8_000
 
 
 # --- lock ------------------------------------------------------------------------------------------------------------

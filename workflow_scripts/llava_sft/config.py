@@ -390,6 +390,8 @@ def resolve(
 
     found = gpu_count()
     gpus = settle("gpus_per_node", found, "GPUs of this machine" if found else "no GPU here: one process on the CPU")
+    if settings.fp8 != "none" and not gpus:
+        raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Hopper or newer)")
     replicas = data_parallel_size(settings, gpus)
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
     settle("nproc_per_node", replicas * model_parallel, "one a GPU" if gpus else "TP × PP on a CPU")

@@ -294,7 +294,7 @@ class Trainer:
         counts = [p.numel() * (1 + 1j * p.requires_grad) for p in self.model.parameters()]
         total = sum(counts, 0j)
         ranks = self.values["tensor_model_parallel_size"] * self.values["pipeline_model_parallel_size"]
-        return ranks * expected_bytes(int(total.real), int(total.imag), self.values["bf16"])
+        return ranks * expected_bytes(int(total.real), int(total.imag), self.values)
 
     def evaluate_and_print_results(
         self, original, prefix, forward_step_func, data_iterator, model, iteration, *rest, **named
@@ -338,11 +338,10 @@ class Trainer:
             return None
         sizes = [(p.numel() * p.element_size(), p.numel() * p.requires_grad) for p in self.model.parameters()]
         weights, trained = (sum(column) / 2**30 for column in zip(*sizes, strict=True))
-        memory = {
-            "weights": weights,
-            "gradients": 4 * trained,
-            "optimizer": (12 if self.values["bf16"] else 8) * trained,
-        }
+        gradients, optimizer = (4, 12) if self.values["bf16"] else (4, 8)
+        if not ON_CPU and self.values["optimizer_precision"] == "bf16":
+            gradients, optimizer = 2, 6
+        memory = {"weights": weights, "gradients": gradients * trained, "optimizer": optimizer * trained}
         return remedies.out_of_memory(
             self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
         )
