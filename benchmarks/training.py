@@ -399,7 +399,7 @@ KERNELS = {
     "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)",
     "rotary": r"rope",
     "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
-    "casts to FP8": r"cast|quantize|amax",
+    "casts to FP8": r"cast_transpose|quantize|amax",
     "optimizer": r"multi_tensor|adam|l2norm",
     "compiled element-wise": r"triton",
     "copies and fills": r"memcpy|memset|fill|copy",
@@ -609,13 +609,34 @@ def main() -> None:
         write(found)
 
 
+def profiles(found: list[dict]) -> list[dict]:
+    """Milliseconds of one step by phase and by kind of kernel, for each profiled case."""
+    result = []
+    for process in found:
+        for name, case in process["cases"].items():
+            step = case["steps"][-1]
+            if "kernels" not in step:
+                continue
+            kernels, flops = step["kernels"], sum(batch["flops"] for batch in step["batches"])
+            note = f"step of {kernels['whole_ms']:.0f} ms, {kernels['kernels']:,} kernels, {flops / 1e12:.0f} TFLOP"
+            parts = {"kernels": kernels["kinds_ms"] | {"nothing runs": kernels["idle_ms"]}, "phases": step["phases"]}
+            for by, column in parts.items():
+                for part, ms in column.items():
+                    where = {"case": name, "by": by, "part": part, "fp8": case["fp8"], "gpu": process["gpu"]}
+                    result.append(row("profile_ms", ms, "ms", None, "lower", note, **where))
+    return result
+
+
 def write(found: list[dict]) -> None:
     """The result files, of the processes of one run on one machine."""
     kinds = [(process, any(case.get("profile") for case in process.get("cases", {}).values())) for process in found]
-    on = found[0]["machine"]
+    on = {"command": "python benchmarks/training.py WEBDATASETS TOKENIZER", **found[0]["machine"]}
     if measured := [process for process, profile in kinds if not profile and "cases" in process]:
         write_results("memory_time", memory_and_time(measured), **on)
-    if speeds := speed([process for process, profile in kinds if not profile]):
+    if profiled := profiles([process for process, profile in kinds if profile]):
+        write_results("profile", profiled, **on)
+    unprofiled = [process for process, profile in kinds if not profile]
+    if unprofiled and (speeds := speed(unprofiled)):
         write_results("training", speeds, **on)
 
 
