@@ -80,6 +80,7 @@ class Trainer:
         self.sealing: threading.Thread | None = None
         self.largest = {"rows": 0, "tokens": 0, "patches": 0, "image": 0}
         self.validated = -1
+        self.padding = 1 if ON_CPU else 128  # of packed sequences, in tokens: what matrix units like, and FP8 needs
 
     def build_model(self, pre_process=True, post_process=True, config=None, pg_collection=None, vp_stage=None):
         args = get_args()
@@ -109,7 +110,6 @@ class Trainer:
         """(train, validation, test) loaders of this data-parallel rank; the training one goes on where it was."""
         args, values = get_args(), self.values
         sizes = ChatTemplate(self.sidecars), values["seq_length"], values["min_pixels"], values["max_pixels"]
-        self.padding = 1 if ON_CPU else 128  # of packed sequences, in tokens: what matrix units like, and FP8 needs
         encoder = VlmTaskEncoder(*sizes, values["packing"], self.padding, values["seed"])
         rank, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         workers = worker_config(rank, replicas, values["num_workers"], values["seed"], mpu.get_data_parallel_group())
@@ -153,18 +153,11 @@ class Trainer:
         asked = time.perf_counter()
         batch: VlmBatch = next(data_iterator)
         waited = time.perf_counter() - asked
-        rows, tokens = batch.input_ids.shape
-        grids = [tuple(grid) for grid in batch.grids.tolist()]
-        self.largest = {
-            "rows": rows,
-            "tokens": tokens,
-            "patches": len(batch.pixels),
-            "image": max((h * w for h, w in grids), default=0),
-        }
         answers = len(batch.answer_labels)
         if model.training:
+            grids = [tuple(grid) for grid in batch.grids.tolist()]
             flops = training_flops(self.model_config, self.parts, batch.lengths, grids, answers)
-            self.watch.batch(waited, batch.num_tokens, rows * tokens, flops, batch.__key__)
+            self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
         chunks = [batch]
         if model.training and mpu.get_pipeline_model_parallel_world_size() == 1:
             chunks = batch.chunks(self.values["pack_chunk_tokens"], self.padding)
@@ -187,11 +180,15 @@ class Trainer:
 
     def answer_losses(self, model, batch: VlmBatch) -> torch.Tensor:
         """Loss of each answer token of a batch, or what the next pipeline stage takes."""
+        grids = [tuple(grid) for grid in batch.grids.tolist()]
+        rows, tokens = batch.input_ids.shape
+        image = max((height * width for height, width in grids), default=0)
+        self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
         on_device = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
         output = model(
             on_device(batch.input_ids),
             on_device(batch.pixels),
-            [tuple(grid) for grid in batch.grids.tolist()],
+            grids,
             on_device(batch.image_index),
             answer_index=on_device(batch.answer_index),
             answer_labels=on_device(batch.answer_labels),
