@@ -178,7 +178,8 @@ def test_a_lock_of_another_host_counts_as_long_as_its_heart_beats(tmp_path, caps
 VALUES = {
     "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
     "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
-    "max_pixels": 1_000_000, "seq_length": 8192,
+    "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
+    "pipeline_model_parallel_size": 1,
 }  # fmt: skip
 
 
@@ -233,6 +234,9 @@ def test_out_of_memory_names_the_parts_and_the_setting():
         "max_pixels: 500000"
         in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}, 1).fix
     )
+    packed = alone | {"packing": True}
+    largest = {"rows": 1, "tokens": 8192, "patches": 9, "image": 9}
+    assert out_of_memory(packed, memory, largest, 1).fix.startswith("pack_chunk_tokens: 4096")
 
 
 def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
