@@ -627,6 +627,24 @@ def profiles(found: list[dict]) -> list[dict]:
     return result
 
 
+def picture(bars: list[tuple[str, float]], unit: str) -> str:
+    """Horizontal bars as an SVG image."""
+    longest = max(value for _, value in bars)
+    lines = []
+    for number, (name, value) in enumerate(bars):
+        y, length = 12 + 30 * number, 340 * value / longest
+        lines.append(f'<text x="250" y="{y + 15}" text-anchor="end">{name}</text>')
+        lines.append(f'<rect x="260" y="{y}" width="{length:.0f}" height="20" fill="#4878a8"/>')
+        lines.append(f'<text x="{265 + length:.0f}" y="{y + 15}">{value:,.0f}</text>')
+    height = 30 * len(bars) + 36
+    caption = f'<text x="260" y="{height - 8}">{unit}</text>'
+    style = '<g font-family="sans-serif" font-size="13" fill="#444">'
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{height}">'
+    return "\n".join(
+        [frame, '<rect width="100%" height="100%" fill="white"/>', style, *lines, caption, "</g></svg>", ""]
+    )
+
+
 def write(found: list[dict]) -> None:
     """The result files, of the processes of one run on one machine."""
     kinds = [(process, any(case.get("profile") for case in process.get("cases", {}).values())) for process in found]
@@ -638,6 +656,12 @@ def write(found: list[dict]) -> None:
     unprofiled = [process for process, profile in kinds if not profile]
     if unprofiled and (speeds := speed(unprofiled)):
         write_results("training", speeds, **on)
+        named = {"fp8_8192": "this project, FP8", "bf16_8192": "this project, bf16"}
+        named |= {peer["name"]: peer["name"] for peer in (process.get("peer") for process in found) if peer}
+        rates = {r["note"].split(":")[0]: r["value"] for r in speeds if "useful_tokens_per_s" in r["metric"]}
+        bars = [(title, rates[name]) for name, title in named.items() if name in rates]
+        unit = f"useful tokens/s, 4B, 8,192 tokens, one {found[0]['gpu']}"
+        (ROOT / "docs/performance.svg").write_text(picture(bars, unit))
 
 
 def processes(part: str, args) -> list:

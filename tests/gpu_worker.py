@@ -12,20 +12,20 @@ import torch
 
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-from megatron.training.global_vars import set_args  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.global_vars import set_args
 
-from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
-from llava_sft.model.config import load_model_config  # noqa: E402
-from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer  # noqa: E402
-from llava_sft.training import loop  # noqa: E402
-from llava_sft.training.arguments import megatron_arguments  # noqa: E402
-from test_gpu import MODELS, VALUES, samples  # noqa: E402
+from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.template import ChatTemplate
+from llava_sft.model.config import load_model_config
+from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
+from llava_sft.training import loop
+from llava_sft.training.arguments import megatron_arguments
+from test_gpu import MODELS, VALUES, samples
 
 
 def main(tokenizer: str, run_dir: str) -> None:

@@ -11,6 +11,8 @@ Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms 
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
 """
 
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,10 +21,8 @@ from torch import Tensor
 
 from llava_sft.model.attention import VisionSeqParams, rotate
 
-try:
+with suppress(ImportError):  # a machine without it has Megatron's local layers
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
-except ImportError:  # a machine without it has Megatron's local layers
-    pass
 
 
 class CudnnAttention(torch.autograd.Function):
