@@ -31,7 +31,8 @@ VALUES = {
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False, "gpus_per_node": 0,
     "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "lr_decay_iters": 4, "eval_iters": 0, "eval_interval": 5,
     "trainable_modules": ["language_model", "adapter", "vision_model"],
-    "recompute_language": "none", "recompute_vision": "none",
+    "recompute_language": "none", "recompute_vision": "none", "fp8": "none", "optimizer_precision": "bf16",
+    "deterministic": False, "pack_chunk_tokens": 8192,
 }  # fmt: skip
 
 
@@ -170,25 +171,113 @@ CASES = {
 }
 
 
-def test_packed_sequence_has_the_losses_and_gradients_of_its_samples(both, small_checkpoint):
+def losses_and_gradients(model, batches):
+    model.zero_grad()
+    losses = torch.cat([answer_losses(model, batch) for batch in batches])
+    losses.sum().backward()
+    return losses.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs):
+    assert greatest_difference(ours[0], theirs[0]) <= 1e-5
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        assert greatest_difference(ours[1][name], gradient) <= 1e-5, name
+
+
+@pytest.fixture(scope="module")
+def pack(small_checkpoint):
+    """Several samples in one sequence, and each alone."""
     conversations = [*CASES["padded batch of three"], conversation(0), conversation(5)]
     packed = loader_batch(small_checkpoint, conversations, packing=True, pad_multiple=64)
+    return packed, [loader_batch(small_checkpoint, [each]) for each in conversations]
+
+
+def test_packed_sequence_has_the_losses_and_gradients_of_its_samples(both, pack):
+    packed, alone = pack
     assert packed.input_ids.shape[0] == 1 and packed.input_ids.shape[1] % 64 == 0
     assert sum(packed.segments) == packed.input_ids.shape[1] > packed.num_tokens
     model = both.mcore.train()
-    runs = {}
-    for name, batches in {
-        "packed": [packed],
-        "alone": [loader_batch(small_checkpoint, [each]) for each in conversations],
-    }.items():
-        model.zero_grad()
-        losses = [answer_losses(model, batch) for batch in batches]
-        torch.cat(losses).sum().backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        runs[name] = torch.cat(losses).detach(), gradients
-    assert greatest_difference(runs["packed"][0], runs["alone"][0]) <= 1e-5
-    for name, gradient in runs["alone"][1].items():
-        assert greatest_difference(runs["packed"][1][name], gradient) <= 1e-5, name
+    assert_same(losses_and_gradients(model, [packed]), losses_and_gradients(model, alone))
+
+
+@pytest.mark.parametrize("size", [64, 150, 300])
+def test_a_pack_in_chunks_has_the_losses_and_gradients_of_the_pack(both, pack, size):
+    packed, chunks = pack[0], pack[0].chunks(size, 16)
+    assert len(chunks) > 1 and all(chunk.input_ids.numel() % 16 == 0 for chunk in chunks)
+    assert [length for chunk in chunks for length in chunk.lengths if length] == packed.lengths
+    assert sum(len(chunk.pixels) for chunk in chunks) == len(packed.pixels)
+    model = both.mcore.train()
+    assert_same(losses_and_gradients(model, chunks), losses_and_gradients(model, [packed]))
+    assert packed.chunks(10_000) == [packed]
+
+
+def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
+    """Not compiled, and with PyTorch's attention in the place of cuDNN's."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from llava_sft.model import fused_layers
+    from llava_sft.model.attention import SegmentAttention
+
+    def attend(query, key, value, segments, causal):
+        kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
+        return SegmentAttention(SimpleNamespace(attention_dropout=0.0), 1, kind, "self")(
+            query, key, value, packed_seq_params=segments
+        ).view_as(query)
+
+    monkeypatch.setattr(fused_layers, "CudnnAttention", SimpleNamespace(apply=attend))
+    for compiled, plain in {
+        "norm": "rms_norm", "norm_after_change": "add_and_norm", "turned": "split_and_turn", "activation": "swiglu",
+        "before": "before_attention", "after": "after_attention",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(fused_layers, compiled, getattr(fused_layers, plain))
+    model = both.mcore.train()
+    expected = losses_and_gradients(model, [pack[0]])
+    for kind, tower in (
+        (fused_layers.FusedLanguageLayer, model.language_model),
+        (fused_layers.FusedVisionLayer, model.vision_model),
+    ):
+        for layer in tower.decoder.layers:
+            monkeypatch.setattr(layer, "__class__", kind)
+            for linear, norm in (
+                (layer.self_attention.linear_qkv, layer.input_layernorm),
+                (layer.mlp.linear_fc1, layer.pre_mlp_layernorm),
+            ):  # where Transformer Engine keeps them
+                monkeypatch.setitem(vars(linear), "layer_norm_weight", norm.weight)
+                monkeypatch.setitem(vars(linear), "layer_norm_bias", getattr(norm, "bias", None))
+    assert_same(losses_and_gradients(model, [pack[0]]), expected)
+
+
+def test_weight_gradients_are_added_to_megatrons_buffer_in_place():
+    from llava_sft.model.fused_layers import AccumulatingLinear
+
+    x, weight = torch.randn(7, 5), torch.nn.Parameter(torch.randn(3, 5))
+    weight.main_grad = torch.ones(3, 5)
+    AccumulatingLinear.apply(x, weight).sum().backward()
+    assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad, 1 + x.sum(0).expand(3, 5))
+
+
+def test_moments_are_saved_in_the_precision_they_are_kept_in(megatron):
+    class Adam:  # as Transformer Engine's behaves
+        name_to_dtype_map = {"exp_avg": torch.bfloat16, "master_param": torch.float32}
+        state = {"exp_avg": torch.ones(2, dtype=torch.bfloat16), "master_param": torch.ones(2, dtype=torch.int16)}
+
+        def get_unscaled_state(self, param, name, skip_unscale=False):
+            bf16 = self.state[name].dtype == torch.bfloat16
+            return self.state[name].float() if bf16 and not skip_unscale else self.state[name]
+
+        def set_scaled_state(self, param, name, state):
+            assert state.dtype == (torch.int16 if name == "master_param" else torch.float32)
+            self.state[name].copy_(state)
+
+    adam = Adam()
+    megatron.loop.keep_precision(adam)
+    for name in adam.state:
+        state = adam.get_unscaled_state(None, name)
+        assert state.data_ptr() == adam.state[name].data_ptr()
+        adam.set_scaled_state(None, name, 2 * state)
+        assert adam.state[name].tolist() == [2, 2]
 
 
 def test_logits_in_pieces_give_the_same_losses_and_gradients(both, small_checkpoint, monkeypatch):

@@ -128,9 +128,11 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
 
 
 def test_the_expected_size_counts_optimizer_state_of_trained_parts_alone():
-    assert expected_bytes(1000, 1000, bf16=False) == 12_000
-    assert expected_bytes(1000, 1000, bf16=True) == 14_000
-    assert expected_bytes(1000, 10, bf16=True) == 2_120
+    cpu, gpu = ({"bf16": False, "gpus_per_node": 0}, {"bf16": True, "gpus_per_node": 1, "optimizer_precision": "fp32"})
+    assert expected_bytes(1000, 1000, cpu) == 12_000
+    assert expected_bytes(1000, 1000, gpu) == 14_000
+    assert expected_bytes(1000, 10, gpu) == 2_120
+    assert expected_bytes(1000, 1000, gpu | {"optimizer_precision": "bf16"}) == 8_000
 
 
 # --- lock ------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,8 @@ def test_a_lock_of_another_host_counts_as_long_as_its_heart_beats(tmp_path, caps
 VALUES = {
     "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
     "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
-    "max_pixels": 1_000_000, "seq_length": 8192,
+    "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
+    "pipeline_model_parallel_size": 1,
 }  # fmt: skip
 
 
@@ -236,6 +239,9 @@ def test_out_of_memory_names_the_parts_and_the_setting():
         "max_pixels: 500000"
         in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}, 1).fix
     )
+    packed = alone | {"packing": True}
+    largest = {"rows": 1, "tokens": 8192, "patches": 9, "image": 9}
+    assert out_of_memory(packed, memory, largest, 1).fix.startswith("pack_chunk_tokens: 4096")
 
 
 def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
@@ -251,15 +257,17 @@ def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
 
 def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     model = load_model_config(ROOT / "config/models/4b.yaml")
-    language, vision, adapter = matmul_parameters(model)
+    language, output, vision, adapter = matmul_parameters(model)
     parts = ("language_model", "adapter", "vision_model")
-    assert 0 <= 1 - (language + vision + adapter + 151936 * 2560) / model.parameter_count() < 1e-3
-    short = training_flops(model, parts, [1], [])
-    assert short == pytest.approx(6 * language, rel=1e-3)
-    long = training_flops(model, parts, [8192], [])
-    assert long == pytest.approx(6 * language * 8192 + 6 * 36 * 32 * 128 * 8192**2)
+    assert output == 151936 * 2560
+    assert 0 <= 1 - (language + output + vision + adapter + 151936 * 2560) / model.parameter_count() < 1e-3
+    short = training_flops(model, parts, [1], [], 1)
+    assert short == pytest.approx(6 * (language + output), rel=1e-3)
+    long = training_flops(model, parts, [8192], [], 100)
+    assert long == pytest.approx(6 * language * 8192 + 6 * output * 100 + 6 * 36 * 32 * 128 * 8192**2)
     grids = [(64, 64)] * 4
-    assert training_flops(model, ("adapter",), [8192], grids) < 0.7 * training_flops(model, parts, [8192], grids)
+    frozen, trained = (training_flops(model, which, [8192], grids, 100) for which in (("adapter",), parts))
+    assert frozen < 0.7 * trained
 
 
 # --- stages and schema -----------------------------------------------------------------------------------------------

@@ -109,6 +109,10 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     # run
     bf16: bool | Auto
+    fp8: Literal["none", "tensorwise", "blockwise"]
+    optimizer_precision: Literal["bf16", "fp32"]
+    deterministic: bool
+    pack_chunk_tokens: Positive
     recompute_language: Literal["none", "selective", "full"]
     recompute_vision: Literal["none", "full"]
     memory_check: Literal["stop", "warn"]
@@ -415,6 +419,8 @@ def resolve(
     settle("nodes", 1, "this machine")
     found = gpu_count()
     gpus = settle("gpus_per_node", found, "GPUs of this machine" if found else "no GPU here: one process on the CPU")
+    if settings.fp8 != "none" and not gpus:
+        raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Hopper or newer)")
     replicas = data_parallel_size(settings, gpus)
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
     per_node = replicas * model_parallel // values["nodes"]

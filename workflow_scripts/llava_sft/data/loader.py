@@ -7,6 +7,8 @@ Notable:
   sample.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
+import torch.nn.functional as F
 from megatron.energon import (
     Cooker,
     Sample,
@@ -90,6 +93,46 @@ class VlmBatch(Batch):
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    def chunks(self, size: int, pad_multiple: int = 1) -> list["VlmBatch"]:
+        """A pack cut between its samples into packs of about `size` tokens each; a longer sample stays whole.
+
+        No sample sees another, so the sums of their losses and gradients are those of the pack.
+        """
+        total = sum(self.segments)
+        if total <= size:
+            return [self]
+        ends = np.cumsum(self.segments)
+        share = total / math.ceil(total / size)
+        cuts = sorted({int(np.abs(ends - cut).argmin()) + 1 for cut in np.arange(share, total - 1, share)})
+        merge = len(self.pixels) // max(1, len(self.image_index))  # patches that make one image token
+        image_ends = self.grids.prod(1).cumsum(0)
+        found = []
+        for first, last in zip([0, *cuts], [*cuts, len(ends)], strict=True):
+            segments = self.segments[first:last]
+            stop = int(ends[last - 1])
+            span = torch.tensor((stop - sum(segments), stop))
+            answers, images = (
+                slice(*torch.searchsorted(places, span).tolist()) for places in (self.answer_index, self.image_index)
+            )
+            patches = slice(images.start * merge, images.stop * merge)
+            pictures = torch.searchsorted(image_ends, torch.tensor((patches.start, patches.stop)), right=True)
+            if padding := -sum(segments) % pad_multiple:
+                segments = [*segments, padding]
+            found.append(
+                dataclasses.replace(
+                    self,
+                    input_ids=F.pad(self.input_ids[:, slice(*span.tolist())], (0, padding)),
+                    answer_index=self.answer_index[answers] - span[0],
+                    answer_labels=self.answer_labels[answers],
+                    pixels=self.pixels[patches],
+                    grids=self.grids[slice(*pictures.tolist())],
+                    image_index=self.image_index[images] - span[0],
+                    lengths=self.lengths[first:last],
+                    segments=segments,
+                )
+            )
+        return found
 
 
 def make_cook(layout: str) -> Callable[[dict], Conversation]:

@@ -30,6 +30,11 @@ def packed_seq_params(lengths: list[int], device: torch.device, cls=PackedSeqPar
         **extra,
     )
     params.lengths = lengths  # the host's copy: reading `cu_seqlens_q` back would stall a GPU
+    if (
+        cls is PackedSeqParams
+    ):  # for the fused layers of the language model; they keep the angles' cosine and sine there
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        params.positions, params.turn = positions.to(device, non_blocking=True), None
     return params
 
 
@@ -101,13 +106,7 @@ def vision_attention(core_attention: type) -> type:
     class VisionAttention(core_attention):
         def forward(self, query, key, value, *args, packed_seq_params: VisionSeqParams, **kwargs):
             cos, sin = packed_seq_params.rotary_cos, packed_seq_params.rotary_sin
-            return super().forward(
-                rotate(query, cos, sin),
-                rotate(key, cos, sin),
-                value,
-                *args,
-                packed_seq_params=packed_seq_params,
-                **kwargs,
-            )
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     return VisionAttention

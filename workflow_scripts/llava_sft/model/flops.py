@@ -8,32 +8,34 @@ from llava_sft.model.config import ModelConfig
 
 
 @lru_cache(maxsize=4)
-def matmul_parameters(model: ModelConfig) -> tuple[int, int, int]:
-    """Weights that every token (language model), patch (vision model) and image token (adapter) is multiplied with."""
-    sizes = {"language": 0, "vision": 0, "adapter": 0}
+def matmul_parameters(model: ModelConfig) -> tuple[int, int, int, int]:
+    """Weights that every token (language model), token of an answer (output layer), patch (vision model) and image
+    token (adapter) is multiplied with."""
+    sizes = {"language": 0, "output": 0, "vision": 0, "adapter": 0}
     for name, shape in model.hf_tensor_shapes().items():
         if len(shape) > 1 and "embed_tokens" not in name and "class_pos" not in name:
             part = "adapter" if ".merger." in name else "vision" if ".visual." in name else "language"
-            sizes[part] += prod(shape)
-    return sizes["language"], sizes["vision"], sizes["adapter"]
+            sizes["output" if name.startswith("lm_head") else part] += prod(shape)
+    return tuple(sizes.values())
 
 
 def training_flops(
-    model: ModelConfig, trained: Collection[str], lengths: list[int], grids: list[tuple[int, int]]
+    model: ModelConfig, trained: Collection[str], lengths: list[int], grids: list[tuple[int, int]], answers: int
 ) -> float:
-    """FLOPs of one micro-batch of samples with `lengths` tokens (padding apart) and images of `grids` patches.
+    """FLOPs of one micro-batch of samples with `lengths` tokens (padding apart), `answers` of which are learned, and
+    images of `grids` patches.
 
-    A matrix product is 2 per weight and row. Attention is 4·n²·heads·head_dim a layer over a segment of n, half of it
+    A matrix product is 2 per weight and row. The output layer counts for answers alone: no other token has a loss, so
+    no other needs its 152k logits (a program that computes them all the same does not earn MFU by it). Attention is 4·n²·heads·head_dim a layer over a segment of n, half of it
     when causal; samples of a pack and images are segments of their own. Backward is twice the forward where weights are trained, once where
     only the gradient passes through, nothing for a frozen vision tower. Recomputation and padding do not count
     (PaLM, arXiv:2204.02311, appendix B).
     """
-    language, vision, adapter = matmul_parameters(model)
+    language, output, vision, adapter = matmul_parameters(model)
     t, v = model.language, model.vision
     patches = [height * width for height, width in grids]
-    llm = 2 * language * sum(lengths) + 2 * t.num_layers * t.num_attention_heads * t.kv_channels * sum(
-        n * n for n in lengths
-    )
+    attention = 2 * t.num_layers * t.num_attention_heads * t.kv_channels * sum(n * n for n in lengths)
+    llm = 2 * language * sum(lengths) + 2 * output * answers + attention
     vit = 2 * vision * sum(patches) + 4 * v.num_layers * v.hidden_size * sum(n * n for n in patches)
     merger = 2 * adapter * sum(patches) / v.spatial_merge_size**2
     return (

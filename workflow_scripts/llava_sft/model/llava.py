@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_sft.model.attention import SegmentAttention, vision_attention
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
 from llava_sft.model.vision import Adapter, Grid, RiceViT
 
 LOGITS_CHUNK = 4096  # tokens: 152k logits of one take 0.9 MB in bf16 and float32 together
@@ -64,12 +65,12 @@ class LlavaOneVision(MegatronModule):
         self.share_embeddings_and_output_weights = False
         if pre_process:
             vision_config = vision_transformer_config(config, model, recompute_vision)
-            vision_spec = layer_spec(transformer_impl, vision=True)
+            vision_spec = layer_spec(transformer_impl, True, config.tensor_model_parallel_size)
             self.vision_model = RiceViT(vision_config, model.vision, vision_spec, pg_collection)
             self.adapter = Adapter(vision_config, model)
         self.language_model = GPTModel(
             config=config,
-            transformer_layer_spec=layer_spec(transformer_impl, vision=False),
+            transformer_layer_spec=layer_spec(transformer_impl, False, config.tensor_model_parallel_size),
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             pre_process=pre_process,
@@ -157,12 +158,15 @@ def answer_losses(hidden_states: Tensor, output_layer, config, context, **unused
     return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
 
 
-def layer_spec(transformer_impl: str, vision: bool) -> ModuleSpec:
+def layer_spec(transformer_impl: str, vision: bool, tensor_parallel: int) -> ModuleSpec:
     """The layers of the language model or of the vision tower, on Transformer Engine or on plain PyTorch."""
     kinds = {"qk_layernorm": not vision, "normalization": "LayerNorm" if vision else "RMSNorm"}
+    module = TransformerLayer
     if transformer_impl == "transformer_engine":
         kinds.pop("normalization")
         submodules = get_gpt_layer_with_transformer_engine_submodules(**kinds)
+        if tensor_parallel == 1:
+            module = FusedVisionLayer if vision else FusedLanguageLayer
     else:
         submodules = get_gpt_layer_local_submodules(**kinds)
         submodules.self_attention.submodules.core_attention = SegmentAttention
@@ -170,7 +174,7 @@ def layer_spec(transformer_impl: str, vision: bool) -> ModuleSpec:
         attention = submodules.self_attention
         attention.params["attn_mask_type"] = AttnMaskType.no_mask
         attention.submodules.core_attention = vision_attention(attention.submodules.core_attention)
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    return ModuleSpec(module=module, submodules=submodules)
 
 
 def vision_transformer_config(language: TransformerConfig, model: ModelConfig, recompute: bool) -> TransformerConfig:
@@ -192,4 +196,5 @@ def vision_transformer_config(language: TransformerConfig, model: ModelConfig, r
     config.recompute_granularity = "full" if recompute else None
     config.recompute_method, config.recompute_num_layers = ("uniform", 1) if recompute else (None, None)
     config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
+    config.fp8 = None  # its rows are too short: casting costs more than the products gain
     return config

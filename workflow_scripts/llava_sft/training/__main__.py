@@ -8,6 +8,8 @@ import os
 import sys
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+# Packs differ in their number of patches: fixed segments would fragment.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 from llava_sft.training.launcher import die_with_parent
 

@@ -59,15 +59,15 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
         arguments += ["--recompute-granularity=selective", "--recompute-modules=core_attn"]
     elif values["recompute_language"] == "full":
         arguments += ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
+    if values["fp8"] != "none":
+        arguments += ["--fp8-format=hybrid", f"--fp8-recipe={values['fp8']}"]
     if gpu:
-        arguments += [
-            "--use-distributed-optimizer",
-            # 12 bytes a parameter instead of 18: bf16 moments and gradients, the float32 master kept as 16-bit remainders
-            "--use-precision-aware-optimizer",
-            "--main-grads-dtype=bf16",
-            "--exp-avg-dtype=bf16",
-            "--exp-avg-sq-dtype=bf16",
-        ]
+        # A collection at its own time would stop the host for tenths of a second, and the GPU with it.
+        arguments += ["--use-distributed-optimizer", "--manual-gc", "--manual-gc-interval=100"]
+        if values["optimizer_precision"] == "bf16":
+            # 10 bytes a parameter instead of 18: bf16 moments and gradients, and of the float32 master what bf16 lacks
+            precision = ("main-grads-dtype=bf16", "exp-avg-dtype=bf16", "exp-avg-sq-dtype=bf16")
+            arguments += ["--use-precision-aware-optimizer", *(f"--{setting}" for setting in precision)]
     else:
         arguments += [
             "--no-gradient-accumulation-fusion",

@@ -5,6 +5,7 @@ The launcher starts it once per rank (`__main__.py`); what it prints goes to the
 
 import functools
 import math
+import os
 import resource
 import signal
 import sys
@@ -79,6 +80,7 @@ class Trainer:
         self.sealing: threading.Thread | None = None
         self.largest = {"rows": 0, "tokens": 0, "patches": 0, "image": 0}
         self.validated = -1
+        self.padding = 1 if ON_CPU else 128  # of packed sequences, in tokens: what matrix units like, and FP8 needs
 
     def build_model(self, pre_process=True, post_process=True, config=None, pg_collection=None, vp_stage=None):
         args = get_args()
@@ -108,8 +110,7 @@ class Trainer:
         """(train, validation, test) loaders of this data-parallel rank; the training one goes on where it was."""
         args, values = get_args(), self.values
         sizes = ChatTemplate(self.sidecars), values["seq_length"], values["min_pixels"], values["max_pixels"]
-        padding = 1 if ON_CPU else 128  # of packed sequences, in tokens: what matrix units like
-        encoder = VlmTaskEncoder(*sizes, values["packing"], padding, values["seed"])
+        encoder = VlmTaskEncoder(*sizes, values["packing"], self.padding, values["seed"])
         rank, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         workers = worker_config(rank, replicas, values["num_workers"], values["seed"], mpu.get_data_parallel_group())
         loader = train_loader(self.data["path"], encoder, workers, args.micro_batch_size, values["packing_buffer_size"])
@@ -152,17 +153,37 @@ class Trainer:
         asked = time.perf_counter()
         batch: VlmBatch = next(data_iterator)
         waited = time.perf_counter() - asked
-        rows, tokens = batch.input_ids.shape
-        grids = [tuple(grid) for grid in batch.grids.tolist()]
-        self.largest = {
-            "rows": rows,
-            "tokens": tokens,
-            "patches": len(batch.pixels),
-            "image": max((h * w for h, w in grids), default=0),
-        }
+        answers = len(batch.answer_labels)
         if model.training:
-            flops = training_flops(self.model_config, self.parts, batch.lengths, grids)
-            self.watch.batch(waited, batch.num_tokens, rows * tokens, flops, batch.__key__)
+            grids = [tuple(grid) for grid in batch.grids.tolist()]
+            flops = training_flops(self.model_config, self.parts, batch.lengths, grids, answers)
+            self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
+        chunks = [batch]
+        if model.training and mpu.get_pipeline_model_parallel_world_size() == 1:
+            chunks = batch.chunks(self.values["pack_chunk_tokens"], self.padding)
+        done = torch.zeros((), device=self.device)  # loss of the chunks before the last
+        for chunk in chunks[:-1]:
+            total = self.answer_losses(model, chunk).sum()
+            total.backward()
+            done += total.detach()
+        output = self.answer_losses(model, chunks[-1])
+
+        def loss(answer_losses):
+            """Sum over the answer tokens, their number, and both for the log."""
+            total = answer_losses.sum()
+            # Filled there: a copy from the host would wait for the whole forward pass.
+            count = torch.full((), answers, dtype=torch.int, device=self.device)
+            logged = torch.stack((done + total.detach(), count.float()))
+            return total, count, {"lm loss": logged}
+
+        return output, loss
+
+    def answer_losses(self, model, batch: VlmBatch) -> torch.Tensor:
+        """Loss of each answer token of a batch, or what the next pipeline stage takes."""
+        grids = [tuple(grid) for grid in batch.grids.tolist()]
+        rows, tokens = batch.input_ids.shape
+        image = max((height * width for height, width in grids), default=0)
+        self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
         on_device = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
         output = model(
             on_device(batch.input_ids),
@@ -175,14 +196,7 @@ class Trainer:
         )
         if model.training and not output.requires_grad:  # text alone, and only parts that see images are trained
             output = output + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
-
-        def loss(answer_losses):
-            """Sum over the answer tokens, their number, and both for the log."""
-            total = answer_losses.sum()
-            count = torch.tensor(len(answer_losses), dtype=torch.int, device=self.device)
-            return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
-
-        return output, loss
+        return output
 
     # --- what Megatron calls, with ours before or after it ---------------------------------------------------------
 
@@ -195,6 +209,8 @@ class Trainer:
     def get_megatron_optimizer_config(self, original, args):
         """Parts with a learning rate of their own."""
         config, overrides = original(args)
+        # With FP8 Megatron would keep a float32 master of its own beside bf16 weights: it expects FP8 weights there.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = config.use_precision_aware_optimizer
         for part, (lr, min_lr) in part_rates(self.values).items():
             if lr != self.values["lr"]:
                 overrides[ParamKey(name=f"*{part}.*")] = {"max_lr": lr, "min_lr": min_lr}
@@ -203,6 +219,8 @@ class Trainer:
     def get_optimizer_param_scheduler(self, original, optimizer):
         """The schedule; and an update whose gradient is not a number is left out: it would destroy the weights."""
         self.scheduler = original(optimizer)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            keep_precision(part.optimizer)
         for name in ("get_grad_norm", "clip_grad_norm"):
             setattr(optimizer, name, functools.partial(self._note_norm, getattr(optimizer, name)))
         update = optimizer.step_with_ready_grads
@@ -273,7 +291,7 @@ class Trainer:
         counts = [p.numel() * (1 + 1j * p.requires_grad) for p in self.model.parameters()]
         total = sum(counts, 0j)
         ranks = self.values["tensor_model_parallel_size"] * self.values["pipeline_model_parallel_size"]
-        return ranks * expected_bytes(int(total.real), int(total.imag), self.values["bf16"])
+        return ranks * expected_bytes(int(total.real), int(total.imag), self.values)
 
     def evaluate_and_print_results(
         self, original, prefix, forward_step_func, data_iterator, model, iteration, *rest, **named
@@ -317,14 +335,32 @@ class Trainer:
             return None
         sizes = [(p.numel() * p.element_size(), p.numel() * p.requires_grad) for p in self.model.parameters()]
         weights, trained = (sum(column) / 2**30 for column in zip(*sizes, strict=True))
-        memory = {
-            "weights": weights,
-            "gradients": 4 * trained,
-            "optimizer": (12 if self.values["bf16"] else 8) * trained,
-        }
+        gradients, optimizer = (4, 12) if self.values["bf16"] else (4, 8)
+        if not ON_CPU and self.values["optimizer_precision"] == "bf16":
+            gradients, optimizer = 2, 6
+        memory = {"weights": weights, "gradients": gradients * trained, "optimizer": optimizer * trained}
         return remedies.out_of_memory(
             self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
         )
+
+
+def keep_precision(adam: torch.optim.Optimizer) -> None:
+    """Checkpoints hold the moments in the precision they are kept in.
+
+    Transformer Engine's Adam hands them out as float32 copies, all at once and on the GPU: 38 GB for bf16 moments of 4B,
+    more than an 80 GB GPU has left.
+    """
+    if not hasattr(adam, "get_unscaled_state"):
+        return
+    unscaled, set_scaled = adam.get_unscaled_state, adam.set_scaled_state
+
+    def get_state(param, name, skip_unscale=False):
+        return unscaled(param, name, skip_unscale or adam.name_to_dtype_map[name] == torch.bfloat16)
+
+    def set_state(param, name, state):
+        set_scaled(param, name, state.float() if state.dtype == torch.bfloat16 else state)
+
+    adam.get_unscaled_state, adam.set_scaled_state = get_state, set_state
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -373,6 +409,9 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
     initialize._compile_dependencies = lambda: None
     write_for_older_torch()
     get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
+    if resolved["settings"]["deterministic"]:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if not ON_CPU:
         tensor_parallel.layers._grad_accum_fusion_available = True  # of Transformer Engine's layers, see build_model
     args = parse_and_validate_args(add_arguments, args_defaults={})

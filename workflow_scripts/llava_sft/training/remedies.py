@@ -46,6 +46,11 @@ def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in {**state, "activations and the rest": rest}.items())
     mbs, parallel = values["micro_batch_size"], values["tensor_model_parallel_size"]
     ways = []
+    if values["packing"] and largest["tokens"] > 2048 and values["pipeline_model_parallel_size"] == 1:
+        # Of what was in the model, which may have been one long sample.
+        ways.append(
+            f"pack_chunk_tokens: {min(values['pack_chunk_tokens'], largest['tokens']) // 2} (the same gradients)"
+        )
     if mbs > 1:
         ways.append(f"micro_batch_size: {mbs // 2} (global_batch_size stays {values['global_batch_size']})")
     if largest["image"] * 14 * 14 > values["max_pixels"] / 2 and largest["patches"] > largest["tokens"]:

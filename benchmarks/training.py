@@ -1,0 +1,772 @@
+"""Training speed and memory on one GPU, side by side: this project, and the same model in transformers' Trainer.
+
+    python benchmarks/training.py WEBDATASETS TOKENIZER [--parts ours transformers unpacked calibration profile]
+
+One command, one process after another on the same GPU, on the same batches of real images: `make_photos.py` and the
+two data scripts make WEBDATASETS, TOKENIZER is any folder with the model's tokenizer. Weights are random, at the true shape.
+- ours: the trainer and the loader that `train_X` runs, in bf16 and FP8, at 8,192 and 32,768 tokens; then the language
+  model alone (the ceiling: same packs, no images) and the vision tower alone;
+- transformers: the project's Hugging Face file in the Trainer: bf16, SDPA or flex attention, fused AdamW, recomputation
+  only where memory needs it, packed; the batches are loaded and normalised before the clock runs;
+- unpacked: the same one sample at a time, everything recomputed: what users of the model run today;
+- calibration: step time and memory over settings, what preflight predicts from (results/memory_time.json);
+- checkpoint: 4B trained in no more memory than an 80 GB GPU has, saved with its optimizer and loaded, timed;
+- profile: where the time of one step goes (results/profile.json).
+MFU: `llava_sft.model.flops.training_flops` (vision tower counted, attention causal and by segment, the output layer for
+answers only, no recomputation) over step time and the GPU's dense bf16 peak, in FP8 too. Useful tokens: without padding.
+"""
+
+import argparse
+import collections
+import gc
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "workflow_scripts"))
+
+from llava_sft.model.config import load_model_config  # noqa: E402
+from results import machine, row, write_results  # noqa: E402
+
+PEAK = 989e12  # FLOP/s, dense bf16 of an H100 or H200
+CASE = {
+    "seq_length": 8192,
+    "micro_batch_size": 1,
+    "micro_batches": 4,
+    "steps": 6,
+    "warm": 2,  # steps that are not timed: compilation, the allocator
+    "fp8": "none",
+    "recompute_language": "none",
+    "recompute_vision": "none",
+    "pack_chunk_tokens": 8192,
+    "images": True,
+}
+BIG = {
+    "micro_batches": 16,
+    "steps": 4,
+    "warm": 1,
+}  # GBS 16: as much of a step is the optimizer as in a usual run, or more
+LONG = {"seq_length": 32768, "micro_batches": 4, "steps": 4, "warm": 1}
+OURS = [
+    {"name": "bf16_8192 gbs 4"},
+    {"name": "language_8192", "images": False, "steps": 5},
+    {"name": "bf16_32768", **LONG},
+    {"name": "bf16_8192", **BIG},
+    {"name": "fp8_8192", "fp8": "tensorwise", **BIG},
+    {"name": "fp8_blockwise_8192", "fp8": "blockwise", "steps": 4},
+]
+FULL = {"recompute_language": "full", "recompute_vision": "full"}
+WHOLE = {"pack_chunk_tokens": 1 << 20}
+CALIBRATION = [
+    {"name": "8192"},
+    {"name": "4096", "seq_length": 4096},
+    {"name": "8192 vision full", "recompute_vision": "full"},
+    {"name": "8192 language full", "recompute_language": "full"},
+    {"name": "8192 full", **FULL},
+    {"name": "4096 selective", "seq_length": 4096, "recompute_language": "selective"},
+    {"name": "4096 mbs 2", "seq_length": 4096, "micro_batch_size": 2},
+    {"name": "16384 full", "seq_length": 16384, **FULL, **WHOLE},
+    {"name": "32768 full", "seq_length": 32768, "micro_batches": 1, **FULL, **WHOLE},
+    {"name": "16384 vision full", "seq_length": 16384, "micro_batches": 1, "recompute_vision": "full", **WHOLE},
+    {"name": "32768 chunks", "seq_length": 32768, "micro_batches": 1},
+    {"name": "8192 fp8", "fp8": "tensorwise"},
+    {"name": "8192 fp8 full", "fp8": "tensorwise", **FULL},
+]
+CALIBRATION = [{"micro_batches": 2, "steps": 5, **case} for case in CALIBRATION]
+CALIBRATION_8B = [
+    {"name": "8b 8192 full", "micro_batches": 2, "steps": 4, **FULL},
+    {"name": "8b 8192 vision full, chunks of 4096", "micro_batches": 2, "steps": 4, "recompute_vision": "full",
+     "pack_chunk_tokens": 4096},
+]  # fmt: skip
+
+
+def settings_of(model: str, values: dict) -> dict:
+    """Resolved settings of a run of `model` on one GPU; no validation, no checkpoint."""
+    from llava_sft import config
+
+    config.CONFIG_DIR = ROOT / "config"
+    own = {"model": model, "load": "random", "packing": True, "gpus_per_node": 1, "num_workers": 6, "log_interval": 1}
+    far = {"save_interval": 10**6, "eval_interval": 10**6, "eval_iters": 0, "log_answers": 0, "max_bad_steps": 10**6}
+    long = {
+        "micro_batch_size": 1,
+        "weight_decay": 0,
+        "seq_length": 8192,
+        "global_batch_size": 4,
+        "packing_buffer_size": 1000,
+        "train_iters": 1000,
+        "lr": 1e-5,
+    }
+    settings = config.load_settings("vqa", own | far | long | {"lr_warmup_fraction": 0.002, "adam_eps": 1e-5} | values)
+    return config.resolve(settings, 1000)[0]
+
+
+def train(args) -> None:
+    """One process of this project's trainer through `cases`, one after another; results are written after each."""
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(29000 + os.getpid() % 9000),
+    }
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    import torch
+    from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from megatron.training import training
+
+    from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+    from llava_sft.data.template import ChatTemplate
+    from llava_sft.model.flops import matmul_parameters, training_flops
+    from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
+    from llava_sft.training import loop
+
+    fused = {layer: layer.forward for layer in (FusedLanguageLayer, FusedVisionLayer)}
+    cases = [CASE | case for case in args.cases]
+    about = {"model": args.model, "optimizer_precision": args.values.get("optimizer_precision", "bf16")}
+    found = {**about, "machine": machine(), "cases": {}, "vision": {}}
+
+    def moments(adam):
+        states = adam.state.values()
+        return [t for state in states for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
+
+    class Measured(loop.Trainer):
+        def start_loaders(self):
+            """All at once: filling the packing buffers takes each some seconds."""
+            self.loaders = {}
+            for length, rows in {(case["seq_length"], case["micro_batch_size"]) for case in cases}:
+                limits = length, self.values["min_pixels"], self.values["max_pixels"]
+                encoder = VlmTaskEncoder(ChatTemplate(self.sidecars), *limits, True, 128, 0)
+                workers = worker_config(0, 1, self.values["num_workers"], 0, None)
+                buffer = self.values["packing_buffer_size"]
+                self.loaders[length, rows] = iter(train_loader(self.data["path"], encoder, workers, rows, buffer))
+
+        def datasets(self, *given):
+            self.start_loaders()
+            return super().datasets(*given)
+
+        def begin(self):
+            self.case = cases[len(found["cases"])]
+            self.steps = []
+            language, vision = self.model.language_model, self.model.vision_model
+            for part, config in (("language", language.config), ("vision", vision.decoder.config)):
+                full = self.case[f"recompute_{part}"] == "full"
+                config.recompute_granularity = "full" if full else None
+                config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
+            for layer in language.decoder.layers:
+                layer.self_attention.checkpoint_core_attention = self.case["recompute_language"] == "selective"
+            for layer, forward in fused.items():
+                layer.forward = TransformerLayer.forward if layer.__name__ in self.case.get("megatron", "") else forward
+            language.config.fp8 = None if self.case["fp8"] == "none" else "hybrid"
+            language.config.fp8_recipe = self.case["fp8"]
+            self.values["pack_chunk_tokens"] = self.case["pack_chunk_tokens"]
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.began_step()
+
+        def began_step(self):
+            torch.cuda.synchronize()
+            self.batches, self.waited, self.marks, self.clock = [], 0.0, [], time.perf_counter()
+            if self.case.get("profile") and len(self.steps) == self.case["steps"] - 1:
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profiler.__enter__()
+                self.clock = time.perf_counter()
+
+        def batch_iterator(self):
+            key = self.case["seq_length"], self.case["micro_batch_size"]
+            while True:
+                asked = time.perf_counter()
+                batch = next(self.loaders[key])
+                self.waited += time.perf_counter() - asked
+                if not self.case["images"]:
+                    batch.pixels, batch.grids, batch.image_index = (
+                        x[:0] for x in (batch.pixels, batch.grids, batch.image_index)
+                    )
+                self.batches.append(batch)
+                yield batch
+
+        def forward_step(self, data_iterator, model):
+            if not hasattr(self, "case"):
+                self.begin()
+            if self.case.get("check") and not self.steps:
+                batch = next(self.batch_iterator())
+                with torch.no_grad():
+                    now = self.answer_losses(model, batch).float()
+                    for layer in fused:
+                        layer.forward = TransformerLayer.forward
+                    before = self.answer_losses(model, batch).float()
+                    for layer, forward in fused.items():
+                        layer.forward = forward
+                print(
+                    f"CASE check: losses {now.mean():.5f} and {before.mean():.5f} of Megatron's layers, rms of the ",
+                    end="",
+                )
+                print(
+                    f"difference {(now - before).square().mean().sqrt():.5f}, largest {(now - before).abs().max():.5f}",
+                    flush=True,
+                )
+            return super().forward_step(self.batch_iterator(), model)
+
+        def training_log(self, *given, **named):
+            flag = super().training_log(*given, **named)
+            torch.cuda.synchronize()
+            step = {"seconds": time.perf_counter() - self.clock, "waited": self.waited, "batches": []}
+            if self.case.get("profile"):
+                self.mark("end")
+                torch.cuda.synchronize()
+                step["phases"] = collections.Counter()
+                for (name, start), (_, stop) in itertools.pairwise(self.marks):
+                    step["phases"][name] += start.elapsed_time(stop)
+                if len(self.steps) == self.case["steps"] - 1:
+                    self.profiler.__exit__(None, None, None)
+                    with tempfile.TemporaryDirectory() as folder:
+                        self.profiler.export_chrome_trace(f"{folder}/trace.json")
+                        step["kernels"] = kernel_times(json.loads(Path(f"{folder}/trace.json").read_text()))
+            for batch in self.batches:
+                grids = [tuple(grid) for grid in batch.grids.tolist()]
+                answers = len(batch.answer_labels)
+                chunks = batch.chunks(self.case["pack_chunk_tokens"], 128)
+                step["batches"].append(
+                    {
+                        "chunks": [
+                            (c.input_ids.numel(), len(c.pixels), len(c.grids), len(c.answer_labels)) for c in chunks
+                        ],
+                        "segments": batch.lengths,
+                        "padded": batch.input_ids.numel(),
+                        "patches": [h * w for h, w in grids],
+                        "answers": answers,
+                        "flops": training_flops(self.model_config, self.parts, batch.lengths, grids, answers),
+                    }
+                )
+            self.steps.append(step)
+            if len(self.steps) == self.case["steps"]:
+                self.end()
+            self.began_step()
+            return flag
+
+        def end(self):
+            gib = 2**30
+            result = self.case | {
+                "steps": self.steps,
+                "peak_allocated_gib": torch.cuda.max_memory_allocated() / gib,
+                "peak_reserved_gib": torch.cuda.max_memory_reserved() / gib,
+                "between_steps_gib": torch.cuda.memory_allocated() / gib,
+            }
+            found["cases"][self.case["name"]] = result
+            seconds = statistics.median(step["seconds"] for step in self.steps[self.case["warm"] :])
+            print(f"CASE {self.case['name']}: {seconds * 1e3:.0f} ms, {figures(result)['mfu']:.3f} MFU, ", end="")
+            print(f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB", flush=True)
+            args.result.write_text(json.dumps(found))
+            if len(found["cases"]) < len(cases):
+                self.begin()
+            elif args.vision:
+                self.vision_alone()
+
+        def mark(self, name):
+            if self.case.get("profile"):
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                self.marks.append((name, event))
+
+        def build_model(self, *given, **named):
+            # Not earlier: Megatron forks helpers, which must not find the GPU in use.
+            found["gpu"] = torch.cuda.get_device_name()
+            if gib := cases[0].get("gpu_gib"):
+                whole = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
+            model = super().build_model(*given, **named)
+
+            def encoded(module, inputs, features):
+                self.mark("forward: language model")
+                if features.requires_grad:
+                    features.register_hook(lambda grad: self.mark("backward: vision tower and adapter"))
+
+            model.vision_model.register_forward_pre_hook(lambda *_: self.mark("forward: vision tower and adapter"))
+            model.adapter.register_forward_hook(encoded)
+
+            def answered(module, inputs, losses):
+                if losses.requires_grad:
+                    losses.register_hook(lambda grad: self.mark("backward: language model"))
+
+            model.register_forward_hook(answered)
+            return model
+
+        def _note_norm(self, *given):
+            self.mark("gradient norm and optimizer")
+            return super()._note_norm(*given)
+
+        def vision_alone(self):
+            tower, vision = self.model.vision_model, self.model_config.vision
+            for images, side in ((24, 32), (6, 64), (96, 16)):
+                pixels = torch.randint(256, (images * side**2, 588), dtype=torch.uint8, device="cuda")
+                times = []
+                for _ in range(12):
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    features = tower(pixels, [(side, side)] * images)
+                    host = time.perf_counter() - began
+                    features.backward(features.detach())
+                    torch.cuda.synchronize()
+                    times.append((time.perf_counter() - began, host))
+                seconds, host = (statistics.median(column) for column in zip(*times[4:], strict=True))
+                square = 4 * vision.num_layers * vision.hidden_size * images * side**4
+                flops = 3 * (2 * matmul_parameters(self.model_config)[2] * images * side**2 + square)
+                figure = {"ms": seconds * 1e3, "host_ms": host * 1e3, "mfu": flops / seconds / PEAK}
+                found["vision"][f"{images}x{side**2}"] = figure
+                print(f"VISION {images} x {side**2}: {figure}", flush=True)
+            args.result.write_text(json.dumps(found))
+
+        def save_checkpoint(self, original, iteration, model, optimizer, scheduler, *given, **named):
+            """Only for a case that asks for it: saved, destroyed in memory and loaded, each timed."""
+            if not cases[-1].get("checkpoint"):
+                return
+            began = time.perf_counter()
+            original(iteration, model, optimizer, scheduler, *given, **named)
+            saved = time.perf_counter() - began
+            peak, size = torch.cuda.max_memory_allocated() / 2**30, 0
+            for path in run_dir.rglob("*.distcp"):
+                size += path.stat().st_size
+            state = [tensor for part in optimizer.chained_optimizers for tensor in moments(part.optimizer)]
+            weights = [parameter.data for parameter in self.model.parameters()]
+            before = sorted(tensor.double().sum().item() for tensor in state + weights)
+            for tensor in state + weights:
+                tensor.zero_()
+            began = time.perf_counter()
+            training.load_checkpoint(model, optimizer, scheduler)
+            loaded = time.perf_counter() - began
+            state = [tensor for part in optimizer.chained_optimizers for tensor in moments(part.optimizer)]
+            same = before == sorted(tensor.double().sum().item() for tensor in state + weights)
+            found["checkpoint"] = {
+                "save_s": saved,
+                "load_s": loaded,
+                "bytes": size,
+                "same": same,
+                "save_peak_gib": peak,
+            }
+            print(f"CASE checkpoint: {found['checkpoint']}", flush=True)
+            args.result.write_text(json.dumps(found))
+
+    values = settings_of(args.model, {"train_iters": sum(case["steps"] for case in cases)} | args.values)
+    model = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
+    run_dir = Path(tempfile.mkdtemp(prefix="llava_sft_training_"))
+    resolved = {
+        "settings": values,
+        "model": model.model_dump(),
+        "data": {"path": str(args.webdatasets), "fingerprint": "benchmark"},
+        "start": {"sidecars": str(args.tokenizer), "folder": None, "untrained": True, "old_names": False},
+    }
+    (run_dir / "resolved.json").write_text(json.dumps(resolved))
+    loop.Trainer = Measured
+
+    def micro_batches_of_case(**named):
+        count = cases[len(found["cases"])]["micro_batches"]
+        return forward_backward_no_pipelining(**named | {"num_microbatches": count})
+
+    training.get_forward_backward_func = lambda *given, **named: micro_batches_of_case
+    loop.main(str(run_dir / "resolved.json"), str(run_dir), "")
+
+
+def figures(case: dict) -> dict:
+    """Median figures of the timed steps of one case."""
+    timed = case["steps"][case["warm"] :]
+
+    def rate(of):
+        return statistics.median(sum(of(batch) for batch in step["batches"]) / step["seconds"] for step in timed)
+
+    return {
+        "mfu": rate(lambda batch: batch["flops"]) / PEAK,
+        "useful_tokens_per_s": rate(lambda batch: sum(batch["segments"])),
+        "tokens_per_s": rate(lambda batch: batch["padded"]),
+        "data_wait": sum(step["waited"] for step in timed) / sum(step["seconds"] for step in timed),
+        "peak_gib": case["peak_allocated_gib"],
+        "step_ms": statistics.median(step["seconds"] for step in timed) * 1e3,
+    }
+
+
+KERNELS = {
+    "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
+    "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
+    "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)",
+    "rotary": r"rope",
+    "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
+    "casts to FP8": r"cast_transpose|quantize|amax",
+    "optimizer": r"multi_tensor|adam|l2norm",
+    "compiled element-wise": r"triton",
+    "copies and fills": r"memcpy|memset|fill|copy",
+    "other element-wise": r"elementwise|reduce|index|scatter|gather|cat",
+}
+
+
+def kernel_times(trace: dict) -> dict:
+    """Milliseconds on the GPU by kind of kernel, the time in which nothing runs, and the longest kernels."""
+    events = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kinds, names = collections.Counter(), collections.Counter()
+    for event in events:
+        name = event["name"]
+        kind = next((k for k, pattern in KERNELS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+        kinds[kind] += event["dur"] / 1e3
+        names[name[:110]] += event["dur"] / 1e3
+    busy, end = 0.0, 0.0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    whole = end - min(event["ts"] for event in events)
+    return {
+        "kinds_ms": dict(kinds.most_common()),
+        "idle_ms": (whole - busy) / 1e3,
+        "whole_ms": whole / 1e3,
+        "kernels": len(events),
+        "longest_ms": dict(names.most_common(45)),
+    }
+
+
+def transformers_trainer(args) -> None:
+    """The project's Hugging Face file in transformers' Trainer. `args.case`: packed, attention, recompute."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from llava_sft.data.images import CLIP_MEAN, CLIP_STD
+    from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+    from llava_sft.data.template import ChatTemplate
+    from llava_sft.model.flops import training_flops
+    from llava_sft.model.hf.configuration_llavaonevision1_5 import Llavaonevision1_5Config
+    from llava_sft.model.hf.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
+
+    case = args.cases[0]
+    values, template = settings_of(args.model, {}), ChatTemplate(args.tokenizer)
+    encoder = VlmTaskEncoder(
+        template, case["seq_length"], values["min_pixels"], values["max_pixels"], case["packed"], 1, 0
+    )
+    config = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
+    hf_config = Llavaonevision1_5Config(**config.to_hf_config({
+        "image_token_id": template.image_token_id, "video_token_id": template.image_token_id + 1,
+        "vision_start_token_id": template.image_token_id - 3, "vision_end_token_id": template.image_token_id - 2,
+    }))  # fmt: skip
+    hf_config._attn_implementation = {"text_config": case["attention"], "vision_config": "sdpa"}
+    mean, std = (torch.tensor(x).repeat_interleave(14 * 14) * 255 for x in (CLIP_MEAN, CLIP_STD))
+    loader = iter(train_loader(args.webdatasets, encoder, worker_config(0, 1, 6, 0), 1, 1000))
+    items, flops, useful = [], [], []
+    for _ in range(case["accumulate"] * (case["warm"] + case["steps"])):
+        batch = next(loader)
+        labels = torch.full((batch.input_ids.numel(),), -100)
+        labels[batch.answer_index + 1] = batch.answer_labels
+        items.append(
+            {
+                "input_ids": batch.input_ids,
+                "labels": labels[None],
+                "position_ids": torch.cat([torch.arange(n) for n in batch.segments or batch.lengths])[None],
+                "pixel_values": ((batch.pixels.float() - mean) / std).bfloat16(),
+                "image_grid_thw": torch.nn.functional.pad(batch.grids, (1, 0), value=1),
+            }
+        )
+        grids = [tuple(grid) for grid in batch.grids.tolist()]
+        flops.append(
+            training_flops(config, values["trainable_modules"], batch.lengths, grids, len(batch.answer_labels))
+        )
+        useful.append(batch.num_tokens)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LLaVAOneVision1_5_ForConditionalGeneration(hf_config)
+    torch.set_default_dtype(torch.float32)
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *given, **named):
+            torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    failed = []
+    for recompute in case["recompute"]:
+        ends.clear()
+        model.gradient_checkpointing_disable()
+        if recompute != "none":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if recompute == "vision":
+            for layer in model.model.language_model.layers:
+                layer.gradient_checkpointing = False
+        torch.cuda.reset_peak_memory_stats()
+        arguments = TrainingArguments(
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=case["warm"] + case["steps"], bf16=True,
+            gradient_accumulation_steps=case["accumulate"], optim="adamw_torch_fused", learning_rate=1e-5,
+            save_strategy="no", logging_strategy="no", report_to="none", remove_unused_columns=False,
+            dataloader_num_workers=0, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), max_grad_norm=1.0,
+        )  # fmt: skip
+        trainer = Trainer(
+            model, arguments, data_collator=lambda samples: samples[0], train_dataset=items, callbacks=[Clock()]
+        )
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(items)
+        try:
+            trainer.train()
+            break
+        except torch.OutOfMemoryError:
+            failed.append(recompute)
+            print(f"CASE {case['name']}: out of memory with recompute {recompute}", flush=True)
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    seconds = ends[-1] - ends[case["warm"] - 1]
+    timed = slice(case["accumulate"] * case["warm"], None)
+    result = case | {
+        "recompute": recompute,
+        "out_of_memory": failed,
+        "mfu": sum(flops[timed]) / seconds / PEAK,
+        "useful_tokens_per_s": sum(useful[timed]) / seconds,
+        "step_ms": seconds / case["steps"] * 1e3,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    print(f"CASE {case['name']}: {result}", flush=True)
+    about = {"model": args.model, "gpu": torch.cuda.get_device_name(), "machine": machine()}
+    args.result.write_text(json.dumps(about | {"peer": result}))
+
+
+PROFILE = [
+    {"name": "before", "megatron": "FusedLanguageLayer FusedVisionLayer", "profile": True},
+    {"name": "vision fused", "megatron": "FusedLanguageLayer"},
+    {"name": "after", "profile": True, "check": True, "steps": 7},
+    {"name": "language", "images": False, "profile": True, "steps": 5},
+    {"name": "fp8", "fp8": "tensorwise", "profile": True},
+    {"name": "fp8 blockwise", "fp8": "blockwise", "steps": 5},
+    {"name": "32768", "seq_length": 32768, "micro_batches": 1, "steps": 5},
+]
+PEERS = {
+    "transformers": [
+        {"name": "transformers sdpa", "packed": True, "attention": "sdpa"},
+        {"name": "transformers flex", "packed": True, "attention": "flex_attention"},
+    ],
+    "unpacked": [
+        {
+            "name": "transformers unpacked",
+            "packed": False,
+            "attention": "sdpa",
+            "accumulate": 144,
+            "steps": 1,
+            "recompute": ["full"],
+        }
+    ],
+}
+CHECKPOINT = [{"name": "80 GB", "seq_length": 4096, "steps": 4, "gpu_gib": 79, "checkpoint": True}]
+PEER = {"seq_length": 8192, "accumulate": 16, "warm": 1, "steps": 2, "recompute": ["none", "vision", "full"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("webdatasets", type=Path)
+    parser.add_argument("tokenizer", type=Path)
+    parts = ["ours", "transformers", "unpacked", "calibration", "profile", "checkpoint"]
+    parser.add_argument("--parts", nargs="+", default=parts[:3], choices=parts)
+    parser.add_argument("--model", default="4b")
+    parser.add_argument("--output", type=Path, help="folder for the raw figures; results/ is then left as it is")
+    parser.add_argument("--read", type=Path, help="folder of raw figures, of another machine: write results/ from them")
+    parser.add_argument("--minutes", type=float, default=8, help="longest time of one process")
+    parser.add_argument("--worker", choices=["train", "transformers_trainer"], help=argparse.SUPPRESS)
+    parser.add_argument("--cases", type=json.loads, help="JSON list of cases, in place of a part's own")
+    parser.add_argument("--values", type=json.loads, default={}, help="JSON of further settings")
+    parser.add_argument("--vision", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        globals()[args.worker](args)
+        return
+
+    if args.read:
+        write([json.loads(path.read_text()) for path in sorted(args.read.glob("*.json"))])
+        return
+    found = []
+    folder = args.output or Path(tempfile.mkdtemp())
+    for part in args.parts:
+        for number, (worker, cases, extra) in enumerate(processes(part, args)):
+            result = folder / f"{part}_{number}.json"
+            command = [sys.executable, __file__, str(args.webdatasets), str(args.tokenizer), "--worker", worker]
+            command += ["--cases", json.dumps(cases), "--result", str(result), "--model", args.model, *extra]
+            began = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            timer = threading.Timer(60 * args.minutes, process.kill)
+            timer.start()
+            with open(result.with_suffix(".log"), "w") as log:
+                for line in process.stdout:
+                    print(line, end="", file=log, flush=True)
+                    if re.match("CASE|VISION", line):
+                        print(line, end="", flush=True)
+            timer.cancel()
+            process.wait()
+            print(f"{part} {number}: {time.perf_counter() - began:.0f} s, exit code {process.returncode}", flush=True)
+            if result.is_file():
+                found.append(json.loads(result.read_text()))
+    if not args.output:
+        write(found)
+
+
+def profiles(found: list[dict]) -> list[dict]:
+    """Milliseconds of one step by phase and by kind of kernel, for each profiled case."""
+    result = []
+    for process in found:
+        for name, case in process["cases"].items():
+            step = case["steps"][-1]
+            if "kernels" not in step:
+                continue
+            kernels, flops = step["kernels"], sum(batch["flops"] for batch in step["batches"])
+            note = f"step of {kernels['whole_ms']:.0f} ms, {kernels['kernels']:,} kernels, {flops / 1e12:.0f} TFLOP"
+            parts = {"kernels": kernels["kinds_ms"] | {"nothing runs": kernels["idle_ms"]}, "phases": step["phases"]}
+            for by, column in parts.items():
+                for part, ms in column.items():
+                    where = {"case": name, "by": by, "part": part, "fp8": case["fp8"], "gpu": process["gpu"]}
+                    result.append(row("profile_ms", ms, "ms", None, "lower", note, **where))
+    return result
+
+
+def picture(bars: list[tuple[str, float]], unit: str) -> str:
+    """Horizontal bars as an SVG image."""
+    longest = max(value for _, value in bars)
+    lines = []
+    for number, (name, value) in enumerate(bars):
+        y, length = 12 + 30 * number, 340 * value / longest
+        lines.append(f'<text x="250" y="{y + 15}" text-anchor="end">{name}</text>')
+        lines.append(f'<rect x="260" y="{y}" width="{length:.0f}" height="20" fill="#4878a8"/>')
+        lines.append(f'<text x="{265 + length:.0f}" y="{y + 15}">{value:,.0f}</text>')
+    height = 30 * len(bars) + 36
+    caption = f'<text x="260" y="{height - 8}">{unit}</text>'
+    style = '<g font-family="sans-serif" font-size="13" fill="#444">'
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{height}">'
+    return "\n".join(
+        [frame, '<rect width="100%" height="100%" fill="white"/>', style, *lines, caption, "</g></svg>", ""]
+    )
+
+
+def write(found: list[dict]) -> None:
+    """The result files, of the processes of one run on one machine."""
+    kinds = [(process, any(case.get("profile") for case in process.get("cases", {}).values())) for process in found]
+    on = {"command": "python benchmarks/training.py WEBDATASETS TOKENIZER", **found[0]["machine"]}
+    if measured := [process for process, profile in kinds if not profile and "cases" in process]:
+        write_results("memory_time", memory_and_time(measured), **on)
+    if profiled := profiles([process for process, profile in kinds if profile]):
+        write_results("profile", profiled, **on)
+    unprofiled = [process for process, profile in kinds if not profile]
+    if unprofiled and (speeds := speed(unprofiled)):
+        write_results("training", speeds, **on)
+        named = {"fp8_8192": "this project, FP8", "bf16_8192": "this project, bf16"}
+        named |= {peer["name"]: peer["name"] for peer in (process.get("peer") for process in found) if peer}
+        rates = {r["note"].split(":")[0]: r["value"] for r in speeds if "useful_tokens_per_s" in r["metric"]}
+        bars = [(title, rates[name]) for name, title in named.items() if name in rates]
+        unit = f"useful tokens/s, 4B, 8,192 tokens, one {found[0]['gpu']}"
+        (ROOT / "docs/performance.svg").write_text(picture(bars, unit))
+
+
+def processes(part: str, args) -> list:
+    """(worker, cases, further arguments) of each process of a part."""
+    given = ["--values", json.dumps(args.values)]
+    if part in PEERS:
+        return [("transformers_trainer", [PEER | case], []) for case in args.cases or PEERS[part]]
+    if part == "ours":
+        cases = sorted(CALIBRATION + OURS, key=lambda case: "fp8" in case)  # FP8 copies of the weights stay
+        return [("train", args.cases or cases, ["--vision", *given])]
+    if part == "profile":
+        return [("train", args.cases or PROFILE, ["--vision", *given])]
+    if part == "checkpoint":
+        return [("train", args.cases or CHECKPOINT, given)]
+    fp32 = ["--values", json.dumps({"optimizer_precision": "fp32"})]
+    return [("train", [CALIBRATION[2] | {"name": "fp32"}], fp32), ("train", CALIBRATION_8B, ["--model", "8b"])]
+
+
+def memory_and_time(found: list[dict]) -> list[dict]:
+    """What preflight predicts from: for each setting a step's time and the peak memory, with all that decides them."""
+    parameters = {
+        name: load_model_config(ROOT / f"config/models/{name}.yaml").parameter_count() for name in ("4b", "8b")
+    }
+    result = []
+    for process in found:
+        for case in process["cases"].values():
+            if not case["images"] or case.get("megatron"):
+                continue
+            timed = sorted(case["steps"][case["warm"] :], key=lambda step: step["seconds"])
+            middle = timed[(len(timed) - 1) // 2]
+            every = [chunk for step in case["steps"] for batch in step["batches"] for chunk in batch["chunks"]]
+            chunks = [chunk for batch in middle["batches"] for chunk in batch["chunks"]]
+            settings = {
+                "model": process["model"],
+                "parameters": parameters[process["model"]],
+                "optimizer_precision": process["optimizer_precision"],
+                **{key: case[key] for key in CASE.keys() - {"steps", "warm", "images"}},
+                "largest_chunk": max(every, key=lambda chunk: (chunk[0] + chunk[1], chunk)),
+                "step_chunks": len(chunks),
+                "step_tokens": sum(sum(batch["segments"]) for batch in middle["batches"]),
+                "step_padded_tokens": sum(chunk[0] for chunk in chunks),
+                "step_patches": sum(chunk[1] for chunk in chunks),
+                "step_answers": sum(chunk[3] for chunk in chunks),
+                "step_flops": sum(batch["flops"] for batch in middle["batches"]),
+                "gpu": process["gpu"],
+            }
+            note = (
+                "largest_chunk: tokens, patches, images, answers of the largest of the run; step_…: of the timed step"
+            )
+            for metric, value, unit in (
+                ("peak_gib", case["peak_allocated_gib"], "GiB"),
+                ("peak_reserved_gib", case["peak_reserved_gib"], "GiB"),
+                ("between_steps_gib", case["between_steps_gib"], "GiB"),
+                ("step_ms", middle["seconds"] * 1e3, "ms"),
+            ):
+                result.append(row(metric, value, unit, None, "lower", note, **settings))
+    return result
+
+
+def speed(found: list[dict]) -> list[dict]:
+    """The figures that have goals, of all processes of one run."""
+    cases, vision, peers, gpu = {}, {}, {}, found[0]["gpu"]
+    for process in found:
+        cases |= {name: figures(case) | case for name, case in process.get("cases", {}).items()}
+        vision |= process.get("vision", {})
+        if "peer" in process:
+            peers[process["peer"]["name"]] = process["peer"]
+    result = []
+
+    def add(metric, value, unit, goal, better, note, case, **more):
+        kept = {
+            key: case[key] for key in ("seq_length", "micro_batches", "fp8", "accumulate", "recompute") if key in case
+        }
+        result.append(row(metric, value, unit, goal, better, note, model="4b", gpu=gpu, **kept, **more))
+
+    goals = {"bf16_8192": 0.52, "bf16_32768": 0.50}
+    for name in ("bf16_8192", "bf16_8192 gbs 4", "bf16_32768", "language_8192", "fp8_8192", "fp8_blockwise_8192"):
+        if case := cases.get(name):
+            metric = f"mfu_{name.removesuffix(' gbs 4')}_h200"
+            note = "median of the timed steps; vision tower counted, output layer for answers only, no recomputation"
+            add(metric, case["mfu"], "", goals.get(name), "higher", note, case)
+            add("useful_tokens_per_s", case["useful_tokens_per_s"], "tokens/s", None, "higher", name, case)
+            add("peak_memory_gib", case["peak_gib"], "GiB", None, "lower", name, case)
+            add("loader_wait_share", case["data_wait"], "", 0.02, "lower", name, case)
+    rate = {name: case["useful_tokens_per_s"] for name, case in (cases | peers).items()}
+    packed = max((name for name in peers if "unpacked" not in name), key=rate.get, default=None)
+    for metric, fast, slow, goal in (
+        ("fp8_speedup", "fp8_8192", "bf16_8192", 1.2),
+        ("speedup_vs_transformers", "bf16_8192", packed, 1.4),
+        ("speedup_fp8_vs_transformers", "fp8_8192", packed, 1.7),
+        ("speedup_vs_unpacked", "bf16_8192", "transformers unpacked", 4.0),
+    ):
+        if fast in rate and slow in rate:
+            note = f"useful tokens/s of {fast} over {slow}: {rate[fast]:,.0f} over {rate[slow]:,.0f}"
+            add(metric, rate[fast] / rate[slow], "×", goal, "higher", note, cases[fast])
+    for name, peer in peers.items():
+        add("peer_mfu", peer["mfu"], "", None, "higher", name, peer)
+        add("peer_useful_tokens_per_s", peer["useful_tokens_per_s"], "tokens/s", None, "higher", name, peer)
+        add("peer_peak_memory_gib", peer["peak_gib"], "GiB", None, "lower", name, peer)
+    for name, goal in (("24x1024", 0.50), ("6x4096", 0.45), ("96x256", None)):
+        if name in vision:
+            note = f"{vision[name]['ms']:.0f} ms forward and backward, the host busy for {vision[name]['host_ms']:.0f} ms of the forward"
+            add("mfu_vision_tower", vision[name]["mfu"], "", goal, "higher", note, {}, images_and_patches=name)
+    return result
+
+
+if __name__ == "__main__":
+    main()

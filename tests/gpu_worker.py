@@ -1,0 +1,73 @@
+"""Comparisons inside one process on a GPU, for test_gpu.py: prints one JSON line of relative differences.
+
+python tests/gpu_worker.py HF_FOLDER RUN_DIR
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.global_vars import set_args
+
+from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.template import ChatTemplate
+from llava_sft.model.config import load_model_config
+from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
+from llava_sft.training import loop
+from llava_sft.training.arguments import megatron_arguments
+from test_gpu import MODELS, VALUES, samples
+
+
+def main(tokenizer: str, run_dir: str) -> None:
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    model_config = load_model_config(MODELS / "tiny.yaml")
+    values = VALUES | {"gpus_per_node": 1, "bf16": True}
+    # Without Megatron's wrapper there is no gradient buffer to add to.
+    arguments = megatron_arguments(values, model_config, Path(run_dir), None)
+    sys.argv = ["train", *arguments, "--no-gradient-accumulation-fusion"]
+    set_args(parse_and_validate_args(loop.add_arguments, args_defaults={}))
+    resolved = {"settings": values, "data": {}, "start": {"sidecars": ""}, "model": model_config.model_dump()}
+    trainer = loop.Trainer(resolved, Path(run_dir))
+    model = trainer.build_model(pg_collection=ProcessGroupCollection.use_mpu_process_groups()).cuda().bfloat16()
+    trainer.device = torch.device("cuda", 0)
+
+    packing, alone = (VlmTaskEncoder(ChatTemplate(tokenizer), 2048, 3136, 50_000, packing) for packing in (True, False))
+    encoded = [packing.postencode_sample(packing.preencode_sample(sample)) for sample in samples()]
+    packed = packing.batch([packing.pack_selected_samples(encoded)])
+
+    def losses_and_gradients(batches):
+        model.zero_grad()
+        losses = torch.cat([trainer.answer_losses(model, batch) for batch in batches])
+        losses.sum().backward()
+        return losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    def differences(ours, reference):
+        return [
+            ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, reference, strict=True)
+        ]
+
+    fused = losses_and_gradients([packed])
+    found = {
+        "packed, from unpacked": differences(fused, losses_and_gradients([alone.batch([one]) for one in encoded])),
+        "chunks, from one pack": differences(losses_and_gradients(packed.chunks(packed.num_tokens // 3)), fused),
+    }
+    for layer in (FusedLanguageLayer, FusedVisionLayer):
+        layer.forward = TransformerLayer.forward
+    found["fused layers, from Megatron's"] = differences(fused, losses_and_gradients([packed]))
+    print("RESULT", json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,172 @@
+"""The GPU path: fused layers and cuDNN attention on Transformer Engine, FP8, checkpoints that move between machines, and
+exact resume. Skipped without a GPU. Bounds are of bf16: its numbers have 8 bits.
+
+Needs two minutes on one GPU; `LLAVA_SFT_GPU_LAYERS` sets the layers of the cut of 4B that resumes (12).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llava_sft.model.config import load_model_config
+from webdataset_helpers import picture
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "config/models"
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+VALUES = {
+    "seq_length": 2048, "micro_batch_size": 1, "global_batch_size": 2, "train_iters": 4, "save_interval": 10_000,
+    "log_interval": 1, "lr": 1e-3, "min_lr": 1e-4, "lr_vision": 1e-3, "lr_adapter": 1e-3, "lr_decay_style": "constant",
+    "lr_warmup_fraction": 0.01, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": 1e-8,
+    "clip_grad": 1.0, "seed": 42, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False,
+    "gpus_per_node": 0, "min_pixels": 3136, "max_pixels": 50_000, "lr_decay_iters": 1000, "eval_iters": 0,
+    "eval_interval": 10_000, "trainable_modules": ["language_model", "adapter", "vision_model"], "fp8": "none",
+    "optimizer_precision": "bf16", "deterministic": False, "pack_chunk_tokens": 8192, "recompute_language": "none",
+    "recompute_vision": "none", "packing": True, "packing_buffer_size": 64, "num_workers": 1, "keep_last": None,
+    "keep_every": None, "log_samples": False, "log_answers": 0, "max_bad_steps": 1000, "max_minutes": None,
+}  # fmt: skip
+
+
+def samples():
+    """Conversations of several lengths, with none, one or two pictures of several sizes."""
+    from llava_sft.data.loader import Conversation
+
+    for number, sizes in enumerate([[(200, 130)], [], [(56, 56), (300, 84)], [(120, 400)], [(90, 90)]]):
+        content = "".join("<image>" for _ in sizes) + f"What is shown in number {number}? " * (number + 1)
+        answer = {"role": "assistant", "content": f"It is a grey slope, darker on one side. {number} " * (number + 2)}
+        yield Conversation(
+            __key__=str(number), __restore_key__=(), __subflavors__={}, messages=[{"role": "user", "content": content}, answer],
+            images=[picture(size=size) for size in sizes],
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    """A tokenizer, and a WebDataset of digits tiled to small photographs."""
+    folder = tmp_path_factory.mktemp("data")
+    scripts = ROOT / "workflow_scripts"
+    photos, demo, tokenizer, shards = (str(folder / name) for name in ("photos", "demo", "tiny", "wds"))
+    for command in (
+        [ROOT / "benchmarks/make_photos.py", "--output-dir", photos, "--records", "64"],
+        [scripts / "make_demo_vqa.py", "--output-dir", demo, "--checkpoint-dir", tokenizer],
+        [scripts / "stage2_sftdata2webdataset.py", "--input", f"{photos}/train.jsonl", "--image-root", f"{photos}/images",
+         "--output-dir", shards],
+        [scripts / "index_webdataset.py", shards],
+    ):  # fmt: skip
+        run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+    return {"tokenizer": Path(tokenizer), "shards": Path(shards)}
+
+
+class Training:
+    """One training process in a run directory, on the GPU or on the CPU of the same machine."""
+
+    port = 29600 + os.getpid() % 5000
+
+    def __init__(self, data, run_dir: Path, gpu: bool, model=None, start: Path | None = None, **values):
+        from llava_sft.training.run import start_dir
+
+        run_dir.mkdir(exist_ok=True)
+        self.run_dir = run_dir
+        model = model or load_model_config(MODELS / "tiny.yaml")
+        resolved = {
+            "settings": VALUES | {"gpus_per_node": int(gpu), "bf16": gpu} | values,
+            "model": model.model_dump(),
+            "data": {"path": str(data["shards"]), "fingerprint": "test"},
+            "start": {"sidecars": str(data["tokenizer"]), "folder": None, "untrained": True, "old_names": False},
+        }
+        (run_dir / "resolved.json").write_text(json.dumps(resolved))
+        Training.port += 1
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(self.port),
+        }
+        begin = start_dir(run_dir, str(start) if start else None) or ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llava_sft.training", run_dir / "resolved.json", run_dir, str(begin)],
+            env=os.environ | alone | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def losses(self) -> list[float]:
+        """Of every step so far, once it has ended."""
+        output, _ = self.process.communicate()
+        assert self.process.returncode == 0, output[-6000:]
+        return [json.loads(line)["lm loss"] for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fused_layers_packs_and_chunks_agree_with_megatrons_layers(data, tmp_path):
+    worker = Path(__file__).with_name("gpu_worker.py")
+    run = subprocess.run([sys.executable, worker, data["tokenizer"], tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-6000:]
+    found = json.loads(run.stdout.split("RESULT ")[1].splitlines()[0])
+    print(found)
+    for losses, gradients in found.values():
+        assert losses < 0.01 and gradients < 0.05
+
+
+def test_a_checkpoint_moves_from_cpu_to_gpu_and_back(data, tmp_path):
+    """In float32 and plain PyTorch on one, bf16 and Transformer Engine on the other: the same first loss."""
+    Training(data, tmp_path / "cpu", gpu=False).losses()
+    start = tmp_path / "cpu/iter_0000004"
+    cpu, gpu = (Training(data, tmp_path / f"from_cpu_{on}", on, start=start) for on in (False, True))
+    cpu, gpu = cpu.losses(), gpu.losses()
+    assert gpu[0] == pytest.approx(cpu[0], rel=0.01)
+    assert gpu == pytest.approx(cpu, rel=0.05)
+    back = tmp_path / "from_cpu_True/iter_0000004"
+    cpu, gpu = (Training(data, tmp_path / f"from_gpu_{on}", on, start=back, train_iters=1) for on in (False, True))
+    assert gpu.losses() == pytest.approx(cpu.losses(), rel=0.01)
+
+
+def test_fp8_learns_as_bf16_does(data, tmp_path):
+    """200 steps; what is left at the end is compared with what was learned."""
+    runs = {
+        fp8: Training(data, tmp_path / fp8, True, fp8=fp8, train_iters=200)
+        for fp8 in ("none", "tensorwise", "blockwise")
+    }
+    losses = {fp8: np.array(run.losses()) for fp8, run in runs.items()}
+    ends = {fp8: curve[-50:].mean() for fp8, curve in losses.items()}
+    print(ends)
+    learned = losses["none"][0] - ends["none"]
+    assert learned > 1
+    for fp8 in ("tensorwise", "blockwise"):
+        assert abs(ends[fp8] - ends["none"]) < 0.05 * learned
+        assert np.abs(losses[fp8] - losses["none"]).mean() < 0.1 * learned
+
+
+def cut_of_4b():
+    """4B's widths, fewer layers, and the vocabulary of the test's tokenizer (the embeddings would be most of it)."""
+    model = load_model_config(MODELS / "4b.yaml")
+    language = model.language.model_copy(
+        update={"num_layers": int(os.environ.get("LLAVA_SFT_GPU_LAYERS", "12")), "vocab_size": 8192}
+    )
+    return model.model_copy(update={"language": language, "vision": model.vision.model_copy(update={"num_layers": 4})})
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_resume_on_a_gpu(data, tmp_path, deterministic):
+    """Bit for bit with `deterministic`; without it the sums of attention's gradients differ in order."""
+    given = {"model": cut_of_4b(), "deterministic": deterministic, "lr": 1e-5, "min_lr": 1e-6}
+    whole = Training(data, tmp_path / "whole", True, **given, train_iters=4)
+    parts = tmp_path / "parts"
+    half = Training(data, parts, True, **given, train_iters=2).losses()
+    resumed = Training(data, parts, True, **given, train_iters=4).losses()
+    whole = whole.losses()
+    print(deterministic, whole, resumed)
+    assert len(half) == 2 and len(resumed) == 4
+    if deterministic:
+        assert resumed == whole
+    else:
+        assert resumed == pytest.approx(whole, rel=1e-3)

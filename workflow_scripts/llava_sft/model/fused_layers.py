@@ -1,0 +1,216 @@
+"""The layers of both towers in few kernels, for GPUs: Megatron's parameters, another forward pass.
+
+Notable:
+- they compute with the parameters of Megatron's Transformer Engine layers: checkpoints, optimizer and names stay the same;
+- what stands between the matrix products (norms, rotation, residuals, activations) is compiled: one kernel each; the
+  same few graphs serve all layers, and any number of tokens;
+- attention is cuDNN's, over all samples or images at once, called without the layers of Transformer Engine that choose
+  it: they cost the host 0.7 ms a call, and would fall back to a slow kernel without a word;
+- products of the language model add to the gradient buffer in place; with FP8 they are Transformer Engine's modules.
+Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
+the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
+"""
+
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from llava_sft.model.attention import VisionSeqParams, rotate
+
+with suppress(ImportError):  # a machine without it has Megatron's local layers
+    from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
+
+
+class CudnnAttention(torch.autograd.Function):
+    """Scaled dot-product attention inside each segment: query [tokens, heads, head_dim], key and value with as many
+    heads or fewer → [tokens, heads, head_dim]."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> Tensor:
+        ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+        ctx.sizes = longest, longest, ends, ends
+        ctx.kinds = {
+            "cu_seqlens_q_padded": ends,
+            "cu_seqlens_kv_padded": ends,
+            "qkv_layout": "thd_thd_thd",
+            "o_format": "thd",
+            "attn_mask_type": "padding_causal" if causal else "padding",
+            "window_size": (-1, 0) if causal else (-1, -1),
+        }
+        ctx.backend = FusedAttnBackend["F16_arbitrary_seqlen"]
+        out, ctx.statistics = fused_attn_fwd(True, *ctx.sizes, query, key, value, query.dtype, ctx.backend, **ctx.kinds)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, out = ctx.saved_tensors
+        grads = fused_attn_bwd(
+            *ctx.sizes,
+            query,
+            key,
+            value,
+            out,
+            grad.contiguous(),
+            grad.dtype,
+            ctx.statistics,
+            ctx.backend,
+            do_format="thd",
+            dqkv_layout="thd_thd_thd",
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            **ctx.kinds,
+        )
+        return *grads[:3], None, None
+
+
+# --- language model ------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def add_and_norm(hidden: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    hidden = hidden + change
+    return hidden, rms_norm(hidden, weight, eps)
+
+
+def split_and_turn(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, groups: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[tokens, groups · (heads a group + 2) · head_dim] → normed, turned query and key, and value [tokens, heads, head_dim]."""
+    tokens, head_dim = qkv.size(0), q_weight.size(0)
+    parts = qkv.view(tokens, groups, -1, head_dim)  # group by group: its queries, its key, its value
+    query = rotate(rms_norm(parts[:, :, :-2], q_weight, eps).reshape(tokens, -1, head_dim), cos, sin)
+    key = rotate(rms_norm(parts[:, :, -2], k_weight, eps), cos, sin)
+    return query, key, parts[:, :, -1].contiguous()
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class AccumulatingLinear(torch.autograd.Function):
+    """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to `main_grad`, Megatron's buffer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        x_grad = grad @ weight if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return x_grad, None
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is None or buffer.dtype != grad.dtype:
+            return x_grad, grad.t() @ x
+        buffer.addmm_(grad.t(), x)
+        weight.grad_added_to_main_grad = True
+        return x_grad, torch.empty_like(weight)  # Megatron's hook waits for one, and does not look at it
+
+
+# --- vision tower --------------------------------------------------------------------------------------------------
+
+
+def before_attention(
+    hidden: Tensor, norm: tuple[Tensor, Tensor], eps: float, qkv: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual stream [tokens, hidden] → turned query and key, and value, each [tokens, heads, head_dim]."""
+    x = F.linear(F.layer_norm(hidden, hidden.shape[1:], *norm, eps), *qkv)
+    query, key, value = x.view(x.size(0), -1, 3, cos.size(-1)).unbind(2)  # head by head: its q, k, v
+    return rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
+
+
+def after_attention(
+    attended: Tensor,
+    hidden: Tensor,
+    proj: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor],
+    eps: float,
+    fc1: tuple[Tensor, Tensor],
+    fc2: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Attention's output and the residual stream, both [tokens, hidden] → the residual stream behind the MLP."""
+    hidden = hidden + F.linear(attended, *proj)
+    x = F.layer_norm(hidden, hidden.shape[1:], *norm, eps)
+    return hidden + F.linear(F.gelu(F.linear(x, *fc1)), *fc2)
+
+
+def compiled(function):
+    """`function` compiled once for any number of tokens, which is the first size of its tensors that are no weights."""
+    fast = torch.compile(function)
+
+    def call(*args):
+        for tensor in args:
+            if isinstance(tensor, Tensor) and not isinstance(tensor, torch.nn.Parameter):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return fast(*args)
+
+    return call
+
+
+norm, norm_after_change, turned, activation = (compiled(f) for f in (rms_norm, add_and_norm, split_and_turn, swiglu))
+before, after = compiled(before_attention), compiled(after_attention)
+
+
+class FusedLanguageLayer(TransformerLayer):
+    """Megatron's layer of the language model; packed samples take the way described above, without tensor parallelism."""
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None, **named):
+        """[tokens, 1, hidden] of the samples of a pack → the same, and None for cross attention's context."""
+        attention, mlp, eps = self.self_attention, self.mlp, self.config.layernorm_epsilon
+        if packed_seq_params is None or attention.checkpoint_core_attention:
+            return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)
+        if packed_seq_params.turn is None:  # the same for all layers
+            angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]
+            packed_seq_params.turn = angles.cos(), angles.sin()
+        hidden, fp8 = hidden_states.squeeze(1), self.config.fp8
+
+        def product(x, module):
+            return module(x)[0] if fp8 else AccumulatingLinear.apply(x, module.weight)
+
+        # Transformer Engine's FP8 modules hold the norm before them: its output is cast as it is written.
+        x = hidden if fp8 else norm(hidden, attention.linear_qkv.layer_norm_weight, eps)
+        qkv = product(x, attention.linear_qkv)
+        weights = attention.q_layernorm.weight, attention.k_layernorm.weight
+        query, key, value = turned(qkv, *weights, eps, self.config.num_query_groups, *packed_seq_params.turn)
+        attended = CudnnAttention.apply(query, key, value, packed_seq_params, True)
+        change = product(attended.view(hidden.size(0), -1), attention.linear_proj)
+        if fp8:
+            x = hidden = hidden + change
+        else:
+            hidden, x = norm_after_change(hidden, change, mlp.linear_fc1.layer_norm_weight, eps)
+        hidden = hidden + product(activation(product(x, mlp.linear_fc1)), mlp.linear_fc2)
+        return hidden.unsqueeze(1), None
+
+
+class FusedVisionLayer(TransformerLayer):
+    """Megatron's layer of the vision tower; parameters without tensor parallelism."""
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: VisionSeqParams, **unused) -> tuple[Tensor, None]:
+        """[tokens, 1, hidden] of all images → the same, and None for cross attention's context."""
+        attention, qkv, fc1 = self.self_attention, self.self_attention.linear_qkv, self.mlp.linear_fc1
+        hidden, eps = hidden_states.squeeze(1), self.config.layernorm_epsilon
+        cos, sin = packed_seq_params.rotary_cos, packed_seq_params.rotary_sin
+        qkv_norm = qkv.layer_norm_weight, qkv.layer_norm_bias
+        query, key, value = before(hidden, qkv_norm, eps, (qkv.weight, qkv.bias), cos, sin)
+        attended = CudnnAttention.apply(query, key, value, packed_seq_params, False)
+        hidden = after(
+            attended.view_as(hidden),
+            hidden,
+            (attention.linear_proj.weight, attention.linear_proj.bias),
+            (fc1.layer_norm_weight, fc1.layer_norm_bias),
+            eps,
+            (fc1.weight, fc1.bias),
+            (self.mlp.linear_fc2.weight, self.mlp.linear_fc2.bias),
+        )
+        return hidden.unsqueeze(1), None
