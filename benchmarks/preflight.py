@@ -1,6 +1,7 @@
 """Recorded runs that preflight predicts from, and how far each is from a prediction made of all the others.
 
     python benchmarks/preflight.py run      # trains the tiny model at ten settings, a minute each at most: adds rows
+    python benchmarks/preflight.py gpu      # takes over the runs of results/memory_time.json (benchmarks/training.py)
     python benchmarks/preflight.py errors   # of all recorded rows, whatever machine they are from
 
 `run` needs `snakemake preflight_vqa` once. The rows of results/preflight.json are what preflight.py reads: change them by
@@ -8,6 +9,7 @@ running this, not by hand.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -23,7 +25,7 @@ from llava_sft.data.lengths import sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
 from llava_sft.training.watch import read_metrics  # noqa: E402
-from results import row, write_results  # noqa: E402
+from results import RESULTS, row, write_results  # noqa: E402
 
 OUT = Path("/tmp/llava_sft_preflight")
 STEPS, WARM = 9, 3
@@ -43,7 +45,7 @@ RUNS = [
 # What the settings of a recorded run are made of: all that the formulas look at.
 KEPT = (
     "model", "seq_length", "micro_batch_size", "global_batch_size", "packing", "bf16", "fp8", "optimizer_precision",
-    "recompute_language", "recompute_vision", "trainable_modules", "gpus_per_node", "nodes", "nproc_per_node",
+    "pack_chunk_tokens", "recompute_language", "recompute_vision", "trainable_modules", "gpus_per_node", "nodes", "nproc_per_node",
     "tensor_model_parallel_size", "pipeline_model_parallel_size",
 )  # fmt: skip
 
@@ -84,6 +86,45 @@ def record() -> None:
         write_results("preflight", [peak, step])
 
 
+def take_over() -> list[dict]:
+    """Rows of the runs that benchmarks/training.py recorded on GPUs.
+
+    It notes images and not the lengths of samples: an image's patches are taken as equal in a batch, and a sample as one
+    image with its text. Selective recomputation is left out: it runs other kernels, slower, and saves nothing here.
+    """
+    runs: dict[str, dict] = {}
+    for each in read_json(RESULTS / "memory_time.json")["rows"]:
+        key = json.dumps(each["settings"], sort_keys=True)
+        runs.setdefault(key, {"settings": each["settings"]})[each["metric"]] = each["value"]
+    rows = []
+    for measured in runs.values():
+        given = measured["settings"]
+        if given["recompute_language"] == "selective":
+            continue
+        tokens, patches, images, _ = given["largest_chunk"]
+        of_image, of_sample = patches / images, tokens / images
+        step = given["step_padded_tokens"] / given["micro_batches"], given["step_patches"] / given["micro_batches"]
+        values = {name: given[name] for name in KEPT if name in given} | {
+            "global_batch_size": given["micro_batches"] * given["micro_batch_size"],
+            "packing": True, "bf16": True, "trainable_modules": ["vision_model", "language_model", "adapter"],
+            "gpus_per_node": 1, "nodes": 1, "nproc_per_node": 1,
+            "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        }  # fmt: skip
+        named = ("seq_length", "pack_chunk_tokens", "micro_batch_size", "micro_batches", "fp8", "recompute_language")
+        known = {
+            "run": f"{given['gpu']}, {given['model']}: "
+            + ", ".join(f"{name} {given[name]}" for name in (*named, "recompute_vision", "optimizer_precision")),
+            "values": values,
+            "machine": predict.gpu(given["gpu"]),
+            "mean": predict.Load(step[0], step[0] * of_sample, step[1], step[1] * of_image),
+            "largest": predict.Load(tokens, tokens * of_sample, patches, patches * of_image),
+        }
+        note = "reserved by PyTorch, fragmentation included"
+        rows.append(row("peak_memory_gib", measured["peak_reserved_gib"], "GiB", None, "lower", note, **known))
+        rows.append(row("step_s", measured["step_ms"] / 1000, "s", None, "lower", "", **known))
+    return rows
+
+
 def errors() -> list[dict]:
     """Of each recorded run: predicted from all others of its device, against what was measured."""
     rows = []
@@ -115,9 +156,13 @@ def errors() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "errors"])
-    if parser.parse_args().what == "run":
+    parser.add_argument("what", choices=["run", "gpu", "errors"])
+    what = parser.parse_args().what
+    if what == "run":
         record()
+    elif what == "gpu":
+        write_results("preflight", take_over())
+    predict.recorded.cache_clear()
     write_results("preflight", errors())
 
 

@@ -129,7 +129,7 @@ def predict_run(
         return None, ["no prediction: no recorded run of such a machine"]
     calibration = predict.calibrate(runs)
     prediction = predict.predict(model, values, machine, mean, largest, calibration)
-    lines = predict.table(prediction, machine, len(runs), values)
+    lines = predict.table(prediction, machine, runs, values)
     found = []
     if not predict.fits(prediction, machine):
         found = predict.proposals(model, values, machine, mean, largest, calibration)

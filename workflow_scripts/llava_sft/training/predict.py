@@ -27,6 +27,9 @@ from llava_sft.training.watch import PEAK_FLOPS
 
 RECORDED = CONFIG_DIR.parent / "benchmarks" / "results" / "preflight.json"
 GIB = 2**30
+FP8_COPIES = (
+    1.52  # bytes a parameter, of the weights in FP8 and their transposes beside the bf16 ones; measured on the 4B model
+)
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
 
 
@@ -83,7 +86,8 @@ def loads(sizes: SampleSizes, values: dict[str, Any]) -> tuple[Load, Load]:
         return _padded(each, mbs)
     mean = Load(*(mbs * sum(column) / len(each) for column in zip(*each, strict=True)))
     largest = Load(*(mbs * max(column) for column in zip(*each, strict=True)))
-    return mean, largest
+    share = min(1.0, chunk_tokens(values) / largest.tokens)  # a chunk may hold more pictures than its share of the pack
+    return mean, Load(*(share * part for part in largest[:2]), *(min(1.0, 1.5 * share) * part for part in largest[2:]))
 
 
 def _load(sizes: SampleSizes, row: list[int]) -> Load:
@@ -119,9 +123,10 @@ def state_bytes(model: ModelConfig, values: dict[str, Any]) -> dict[str, float]:
         parts = {"weights": size * total, "gradients": 4 * trained, "optimizer": moments * trained}
     else:
         # Precision-aware, distributed Adam (arguments.py): bf16 moments, and the lower half of float32 weights.
-        wide = values.get("optimizer_precision", "bf16") == "fp32"
+        wide = values["optimizer_precision"] == "fp32"
         optimizer = (12 if wide else 6) * trained / replicas
-        parts = {"weights": 2 * total, "gradients": (4 if wide else 2) * trained, "optimizer": optimizer}
+        weights = (2 if values["fp8"] == "none" else 2 + FP8_COPIES) * total
+        parts = {"weights": weights, "gradients": (4 if wide else 2) * trained, "optimizer": optimizer}
     return {name: size / split for name, size in parts.items()}
 
 
@@ -166,7 +171,7 @@ def _kept(layer: float, layer_input: float, layers: int, recomputed: bool) -> fl
 
 def step_flops(model: ModelConfig, values: dict[str, Any], load: Load) -> tuple[float, float]:
     """FLOPs that one micro-batch makes a process do, for the language and the vision model, recomputation included."""
-    language, vision, adapter = matmul_parameters(model)
+    language, _, vision, adapter = matmul_parameters(model)  # the output layer runs where an answer is: hardly ever
     t, v, trained = model.language, model.vision, set(values["trainable_modules"])
     llm = 2 * language * load.tokens + 2 * t.num_layers * t.num_attention_heads * t.kv_channels * load.token_squares
     vit = 2 * (vision + adapter / v.spatial_merge_size**2) * load.patches
@@ -196,13 +201,19 @@ def memory_terms(model: ModelConfig, values: dict[str, Any], load: Load) -> list
 
 
 def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: float) -> list[float]:
-    """Seconds of a step at the device's peak: each micro-batch of the language and the vision model; the update of each
-    billion parameters; and one for each micro-batch whatever it holds."""
+    """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model; then the update
+    of each billion parameters, and one for each call of the model, whatever it is called with."""
     llm, vit = step_flops(model, values, load)
     micro_batches = _micro_batches(values)
     updated = trained_parameters(model, values["trainable_modules"]) / 1e9
-    cheaper = {"none": 1.0, "tensorwise": 0.5, "blockwise": 0.5}[str(values.get("fp8") or "none")]
-    return [micro_batches * llm * cheaper / peak, micro_batches * vit / peak, updated, float(micro_batches)]
+    products = [llm, 0.0] if values["fp8"] == "none" else [0.0, llm]
+    calls = micro_batches * max(1.0, load.tokens / chunk_tokens(values))
+    return [*(micro_batches * flops / peak for flops in (*products, vit)), updated, calls]
+
+
+def chunk_tokens(values: dict[str, Any]) -> float:
+    """Tokens that go through the model at once: on GPUs long packs are cut into chunks."""
+    return values["pack_chunk_tokens"] if values["packing"] and values["gpus_per_node"] else math.inf
 
 
 def _micro_batches(values: dict[str, Any]) -> int:
@@ -348,21 +359,28 @@ def proposals(
     tp, per_node = values["tensor_model_parallel_size"], max(1, values["gpus_per_node"])
     choices: dict[str, list] = {
         "seq_length": [values["seq_length"], values["seq_length"] // 2, values["seq_length"] // 4],
+        "pack_chunk_tokens": [values["pack_chunk_tokens"]],
         "micro_batch_size": [n for n in {values["micro_batch_size"], 1}],
         "recompute_vision": [values["recompute_vision"], "full"],
         "recompute_language": [values["recompute_language"], "full"],
         "tensor_model_parallel_size": [n for n in (tp, 2 * tp, 4 * tp) if per_node % n == 0 and _divides(model, n)],
     }
-    if values.get("optimizer_precision") == "fp32":
+    piece = min(values["seq_length"], chunk_tokens(values))  # what goes through the model at once
+    if chunk_tokens(values) < math.inf:
+        choices["pack_chunk_tokens"] += [piece // 2, piece // 4]
+    if values["optimizer_precision"] == "fp32":
         choices["optimizer_precision"] = ["fp32", "bf16"]
     found = []
     for picked in itertools.product(*(dict.fromkeys(options) for options in choices.values())):
         changed = {name: value for name, value in zip(choices, picked, strict=True) if values[name] != value}
         tried = values | changed
-        scale = tried["micro_batch_size"] / values["micro_batch_size"] * tried["seq_length"] / values["seq_length"]
+        rows = tried["micro_batch_size"] / values["micro_batch_size"]
+        scales = tried["seq_length"] / values["seq_length"], min(tried["seq_length"], chunk_tokens(tried)) / piece
         if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size_of(tried)):
             continue
-        scaled = [Load(*(scale * each for each in load)) for load in (mean, largest)]
+        scaled = [
+            Load(*(rows * scale * each for each in load)) for scale, load in zip(scales, (mean, largest), strict=True)
+        ]
         prediction = predict(model, tried, machine, *scaled, calibration)
         if fits(prediction, machine):
             found.append((changed, prediction))
@@ -378,20 +396,21 @@ def _divides(model: ModelConfig, size: int) -> bool:
 # -------------------------------------------------------------------------------------------------- in words
 
 
-def table(prediction: Prediction, machine: Machine, runs: int, values: dict[str, Any]) -> list[str]:
+def table(prediction: Prediction, machine: Machine, runs: list[Recorded], values: dict[str, Any]) -> list[str]:
     """Lines for a terminal: memory by part, whether it fits, time."""
     parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
     verdict = "fits" if fits(prediction, machine) else "DOES NOT FIT"
     steps, devices = values["train_iters"], values["nodes"] * values["nproc_per_node"]
+    measured = ", ".join(sorted({run.machine.device for run in runs}))
     hours = steps * prediction.step_s / 3600
     long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
     cost = "" if machine.device == "CPU" else f", {hours * devices:,.1f} GPU-hours"
     return [
-        f"memory  {prediction.memory_gib:.1f} GiB of {machine.memory_gib:.1f} on a {machine.device}: {verdict}",
+        f"memory  {prediction.memory_gib:.1f} GiB of {machine.memory_gib:.1f} ({machine.device}): {verdict}",
         f"        {parts}",
         f"time    {prediction.step_s:.3g} s a step of {prediction.tokens_per_step:,.0f} tokens "
         f"({prediction.tokens_per_s:,.0f} tokens/s), {long} for {steps:,} steps{cost}",
-        f"        from {runs} recorded runs of a {machine.device} ({RECORDED.relative_to(CONFIG_DIR.parent)})",
+        f"        from {len(runs)} recorded runs ({measured}, {RECORDED.relative_to(CONFIG_DIR.parent)})",
     ]
 
 

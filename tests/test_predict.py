@@ -1,0 +1,100 @@
+"""Preflight's prediction: near what was recorded, in step with the settings, and loud where a run can not fit."""
+
+import random
+import sys
+
+import pytest
+
+from llava_sft.config import CONFIG_DIR, load_settings, resolve
+from llava_sft.data.lengths import SampleSizes
+from llava_sft.errors import RunError, SettingsError
+from llava_sft.model.config import load_model_config
+from llava_sft.training import predict
+
+sys.path.insert(0, str(CONFIG_DIR.parent / "workflow_scripts"))
+from train import check_memory
+
+MODEL = load_model_config(CONFIG_DIR / "models" / "4b.yaml")
+H200, H100 = predict.gpu("NVIDIA H200"), predict.gpu("NVIDIA H100 80GB HBM3")
+
+
+@pytest.fixture(scope="module")
+def sizes() -> SampleSizes:
+    draw = random.Random(1)
+    patches = [[4 * draw.randint(300, 900)] for _ in range(2000)]
+    return SampleSizes([each[0] // 4 + draw.randint(60, 300) for each in patches], patches, 0)
+
+
+def settings(sizes: SampleSizes, **changed) -> dict:
+    wanted = {"model": "4b", "packing": True, "seq_length": 8192, "micro_batch_size": 1, "gpus_per_node": 1}
+    wanted |= {"global_batch_size": "auto", "train_iters": "auto"} | changed
+    return resolve(load_settings("vqa", wanted), len(sizes.tokens), 0, sizes.tokens)[0]
+
+
+def predicted(sizes: SampleSizes, machine=H200, **changed) -> predict.Prediction:
+    values = settings(sizes, **changed)
+    calibration = predict.calibrate(predict.of_device(machine.device, predict.recorded()))
+    return predict.predict(MODEL, values, machine, *predict.loads(sizes, values), calibration)
+
+
+def test_a_recorded_run_is_predicted_from_the_others():
+    runs = predict.of_device("H200", predict.recorded())
+    assert len(runs) >= 8
+    for run in runs:
+        guess = predict.predict(
+            run.model, run.values, run.machine, run.mean, run.largest,
+            predict.calibrate([other for other in runs if other is not run]),
+        )  # fmt: skip
+        assert guess.memory_gib == pytest.approx(run.memory_gib, rel=0.1)
+        assert guess.step_s == pytest.approx(run.step_s, rel=0.2)
+
+
+def test_recomputation_saves_memory_and_costs_time(sizes):
+    plain = predicted(sizes)
+    for changed in ({"recompute_vision": "full"}, {"recompute_language": "full"}):
+        again = predicted(sizes, **changed)
+        assert again.memory_gib < plain.memory_gib
+        assert again.step_s > plain.step_s
+
+
+def test_frozen_parts_need_neither_gradients_nor_moments(sizes):
+    adapter = predicted(sizes, trainable_modules=["adapter"], lr_vision="auto")
+    assert adapter.memory["optimizer"] < 0.1 * predicted(sizes).memory["optimizer"]
+
+
+def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
+    values = settings(sizes)
+    batch = predict.loads(sizes, values)
+    calibration = predict.calibrate(predict.of_device("H100", predict.recorded()))
+    assert not predict.fits(predict.predict(MODEL, values, H100, *batch, calibration), H100)
+    found = predict.proposals(MODEL, values, H100, *batch, calibration)
+    assert found
+    for changed, prediction in found:
+        assert predict.fits(prediction, H100)
+        assert any(values[name] != value for name, value in changed.items())
+    same_length = [prediction.tokens_per_s for changed, prediction in found if "seq_length" not in changed]
+    assert same_length == sorted(same_length, reverse=True)
+    assert all(line for line in predict.proposal_lines(found))
+
+
+def test_a_run_that_can_not_fit_stops_before_it_starts_unless_told_otherwise(sizes, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "this_machine", lambda values: H100)
+    values = settings(sizes, seq_length=32768, pack_chunk_tokens=32768)
+    mean, largest = predict.loads(sizes, values)
+    resolved = {"settings": values, "model": MODEL.model_dump(), "batch": {"mean": mean, "largest": largest}}
+    with pytest.raises(RunError, match=r"predicted to need .* GiB .*has 79") as stopped:
+        check_memory(resolved)
+    assert "memory_check: warn" in stopped.value.fix
+    check_memory(resolved | {"settings": values | {"memory_check": "warn"}})
+    assert "predicted to need" in capsys.readouterr().out
+
+
+def test_padding_counts_without_packing(sizes):
+    values = settings(sizes, packing=False, micro_batch_size=8, seq_length=2048)
+    mean, largest = predict.loads(sizes, values)
+    assert 8 * sum(sizes.tokens) / len(sizes.tokens) < mean.tokens < largest.tokens == 8 * max(sizes.tokens)
+
+
+def test_a_gpu_that_nobody_measured_is_named():
+    with pytest.raises(SettingsError, match="RTX"):
+        predict.gpu("RTX 9999")
