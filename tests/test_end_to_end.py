@@ -116,6 +116,19 @@ def test_finished_target_has_nothing_to_do(project):
     assert "Nothing to be done" in again.stdout
 
 
+def test_preflight_for_another_machine_says_what_would_fit_and_writes_nothing(project):
+    before = {path: path.stat().st_mtime_ns for path in (project / RESULTS).iterdir()}
+    big = ["model=4b", "packing=true", "seq_length=8192", "micro_batch_size=1", "global_batch_size=auto"]
+    asked = subprocess.run(
+        [sys.executable, "workflow_scripts/preflight.py", "vqa", "--gpu", "H100", "--config", *big, "train_iters=auto"],
+        cwd=project, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    assert re.search(r"memory .* of 79\.1 \(H100\): DOES NOT FIT", asked.stdout)
+    assert asked.stdout.count("would fit: ") == 3
+    assert {path: path.stat().st_mtime_ns for path in (project / RESULTS).iterdir()} == before
+
+
 def test_deleted_shard_is_made_again_without_a_training_step(project):
     dataset = (project / "output/data/vqa/dataset.json").read_bytes()
     before = losses(project, RUN)

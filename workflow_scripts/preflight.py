@@ -137,10 +137,10 @@ def predict_run(
             "nothing near these settings fits"
         ]
     trained = predict.trained_parameters(model, values["trainable_modules"])
-    size = expected_bytes(model.parameter_count(), trained, values["bf16"])
+    size = expected_bytes(model.parameter_count(), trained, values)
     count = -(-values["train_iters"] // values["save_interval"])
     kept = min(count, values["keep_last"] or count)
-    lines.append(f"disk    {kept} checkpoints of {size / predict.GIB:,.2f} GiB: {kept * size / predict.GIB:,.1f} GiB")
+    lines.append(f"disk    {kept} × {size / predict.GIB:,.3g} GiB of checkpoints: {kept * size / predict.GIB:,.1f} GiB")
     kept_facts = {
         "machine": machine._asdict(),
         "memory_gib": prediction.memory,
