@@ -35,7 +35,7 @@ from llava_sft.data.shards import convert_range  # noqa: E402
 from results import row, write_results  # noqa: E402
 
 SAMPLES = 100_000
-EPOCH_SAMPLES = 20_000
+EPOCH_SAMPLES = 6_000
 TOKENIZER = ROOT / "output/demo/LLaVA-OneVision-1.5-tiny"
 GOALS = {8192: 0.995, 32768: 0.99}
 TEMPLATE, PICTURE, MEGAPIXEL = 40, 391, 1225  # tokens of the chat template, of an image of 640 × 480, of a megapixel
@@ -166,7 +166,7 @@ def write_texts(raw: Path, distribution: Callable[[random.Random], int]) -> None
     words = [str(draw.randint(0, 99999)) for _ in range(1000)]
     with open(raw, "w") as file:
         for number in range(EPOCH_SAMPLES):
-            answer = " ".join(draw.choices(words, k=max(1, distribution(draw) // 6)))
+            answer = " ".join(draw.choices(words, k=max(1, min(distribution(draw), 8000) // 6)))
             turns = [{"from": "human", "value": "Go on."}, {"from": "gpt", "value": answer}]
             file.write(json.dumps({"id": str(number), "conversations": turns}) + "\n")
 
