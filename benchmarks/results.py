@@ -105,7 +105,8 @@ def line(row: dict, name: str) -> str:
     sign = "≥" if row["better"] == "higher" else "≤"
     goal = "" if row["goal"] is None else f"{sign} {row['goal']:g}"
     verdict = "short" if not reached(row) else "ok" if goal else ""
-    settings = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+    shown = {"run": row["settings"]["run"]} if "run" in row["settings"] else row["settings"]  # a name for many settings
+    settings = ", ".join(f"{key} {value}" for key, value in shown.items())
     measured = f"{row['value']:g} {row['unit']}".strip()
     return f"{verdict:5} {row['metric']:28} {measured:>16}  {goal:9} {name}: {settings}{'; ' if row['note'] else ''}{row['note']}"
 
