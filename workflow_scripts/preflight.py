@@ -124,15 +124,12 @@ def predict_run(
     model: ModelConfig, values: dict, machine: predict.Machine | None, mean: predict.Load, largest: predict.Load
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
-    runs = predict.of_device(machine.device, predict.recorded()) if machine else []
-    if not runs:
+    forecast = predict.forecast(model, values, machine, mean, largest)
+    if forecast is None:
         return None, ["no prediction: no recorded run of such a machine"]
-    calibration = predict.calibrate(runs)
-    prediction = predict.predict(model, values, machine, mean, largest, calibration)
+    prediction, runs, found = forecast
     lines = predict.table(prediction, machine, runs, values)
-    found = []
     if not predict.fits(prediction, machine):
-        found = predict.proposals(model, values, machine, mean, largest, calibration)
         lines += ["would fit: " + line for line in predict.proposal_lines(found)] or [
             "nothing near these settings fits"
         ]

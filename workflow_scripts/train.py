@@ -149,19 +149,17 @@ def check_memory(resolved: dict) -> None:
     """Stop a run that is predicted to need more memory than a process has here."""
     settings, model = resolved["settings"], ModelConfig(**resolved["model"])
     machine = predict.this_machine(settings)
-    runs = predict.of_device(machine.device, predict.recorded()) if machine else []
-    if not runs:
-        return
-    calibration = predict.calibrate(runs)
     batch = [predict.Load(*resolved["batch"][name]) for name in ("mean", "largest")]
-    prediction = predict.predict(model, settings, machine, *batch, calibration)
+    forecast = predict.forecast(model, settings, machine, *batch)
+    if forecast is None:
+        return
+    prediction = forecast.prediction
     if prediction.memory_gib > machine.memory_gib:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items())
-        found = predict.proposals(model, settings, machine, *batch, calibration)
         complain(
             settings,
             f"a process is predicted to need {prediction.memory_gib:.1f} GiB ({parts}), and has {machine.memory_gib:.1f}",
-            " | ".join(predict.proposal_lines(found))
+            " | ".join(predict.proposal_lines(forecast.would_fit))
             or "a smaller model, or more GPUs and a tensor_model_parallel_size",
         )
 

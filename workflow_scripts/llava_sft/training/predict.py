@@ -158,7 +158,7 @@ def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> 
         vision += load.patch_squares * v.num_attention_heads
     language = _kept(language, load.tokens * t.hidden_size, t.num_layers, values["recompute_language"] == "full")
     vision = _kept(vision, load.patches * v.hidden_size, v.num_layers, values["recompute_vision"] == "full")
-    if not {"vision_model"} & set(values["trainable_modules"]):
+    if "vision_model" not in values["trainable_modules"]:
         vision = 0.0
     # Layers of a later pipeline stage run while an earlier stage holds several micro-batches: as much as without one.
     split = values["tensor_model_parallel_size"]
@@ -360,7 +360,7 @@ def proposals(
     choices: dict[str, list] = {
         "seq_length": [values["seq_length"], values["seq_length"] // 2, values["seq_length"] // 4],
         "pack_chunk_tokens": [values["pack_chunk_tokens"]],
-        "micro_batch_size": [n for n in {values["micro_batch_size"], 1}],
+        "micro_batch_size": [values["micro_batch_size"], 1],
         "recompute_vision": [values["recompute_vision"], "full"],
         "recompute_language": [values["recompute_language"], "full"],
         "tensor_model_parallel_size": [n for n in (tp, 2 * tp, 4 * tp) if per_node % n == 0 and _divides(model, n)],
@@ -391,6 +391,27 @@ def proposals(
 
 def _divides(model: ModelConfig, size: int) -> bool:
     return not (model.language.num_query_groups % size or model.vision.num_attention_heads % size)
+
+
+class Forecast(NamedTuple):
+    """A prediction, the recorded runs behind it, and the changed settings that would fit where it does not."""
+
+    prediction: Prediction
+    runs: list[Recorded]
+    would_fit: list[tuple[dict[str, Any], Prediction]]
+
+
+def forecast(
+    model: ModelConfig, values: dict[str, Any], machine: Machine | None, mean: Load, largest: Load
+) -> Forecast | None:
+    """What a run takes on a machine; None when no recorded run is of such a one."""
+    runs = of_device(machine.device, recorded()) if machine else []
+    if not runs:
+        return None
+    calibration = calibrate(runs)
+    prediction = predict(model, values, machine, mean, largest, calibration)
+    near = [] if fits(prediction, machine) else proposals(model, values, machine, mean, largest, calibration)
+    return Forecast(prediction, runs, near)
 
 
 # -------------------------------------------------------------------------------------------------- in words
