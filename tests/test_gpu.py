@@ -6,6 +6,7 @@ Needs two minutes on one GPU; `LLAVA_SFT_GPU_LAYERS` sets the layers of the cut 
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ VALUES = {
     "log_interval": 1, "lr": 1e-3, "min_lr": 1e-4, "lr_vision": 1e-3, "lr_adapter": 1e-3, "lr_decay_style": "constant",
     "lr_warmup_fraction": 0.01, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": 1e-8,
     "clip_grad": 1.0, "seed": 42, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False,
-    "gpus_per_node": 0, "min_pixels": 3136, "max_pixels": 50_000, "lr_decay_iters": 1000, "eval_iters": 0,
+    "gpus_per_node": 0, "nproc_per_node": 1, "min_pixels": 3136, "max_pixels": 50_000, "lr_decay_iters": 1000, "eval_iters": 0,
     "eval_interval": 10_000, "trainable_modules": ["language_model", "adapter", "vision_model"], "fp8": "none",
     "optimizer_precision": "bf16", "deterministic": False, "pack_chunk_tokens": 8192, "recompute_language": "none",
     "recompute_vision": "none", "packing": True, "packing_buffer_size": 64, "num_workers": 1, "keep_last": None,
@@ -70,8 +71,6 @@ def data(tmp_path_factory) -> dict[str, Path]:
 class Training:
     """One training process in a run directory, on the GPU or on the CPU of the same machine."""
 
-    port = 29600 + os.getpid() % 5000
-
     def __init__(self, data, run_dir: Path, gpu: bool, model=None, start: Path | None = None, **values):
         from llava_sft.training.run import start_dir
 
@@ -85,13 +84,15 @@ class Training:
             "start": {"sidecars": str(data["tokenizer"]), "folder": None, "untrained": True, "old_names": False},
         }
         (run_dir / "resolved.json").write_text(json.dumps(resolved))
-        Training.port += 1
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
         alone = {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(self.port),
+            "MASTER_PORT": str(port),
         }
         begin = start_dir(run_dir, str(start) if start else None) or ""
         self.process = subprocess.Popen(

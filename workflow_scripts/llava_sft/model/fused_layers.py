@@ -6,12 +6,14 @@ Notable:
   same few graphs serve all layers, and any number of tokens;
 - attention is cuDNN's, over all samples or images at once, called without the layers of Transformer Engine that choose
   it: they cost the host 0.7 ms a call, and would fall back to a slow kernel without a word;
-- products of the language model add to the gradient buffer in place; with FP8 they are Transformer Engine's modules.
+- products of the language model, in bf16 or FP8, add to the gradient buffer in place;
+- Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each.
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
 """
 
 from contextlib import suppress
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,12 @@ from torch import Tensor
 
 from llava_sft.model.attention import VisionSeqParams, rotate
 
-with suppress(ImportError):  # a machine without it has Megatron's local layers
+with suppress(ImportError):  # a machine without them has Megatron's local layers
+    import transformer_engine_torch as te
+    import triton
+    import triton.language as tl
+    from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
 
 
@@ -96,6 +103,42 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+@cache
+def swiglu_backward():
+    """The kernel; the compiler's reads all three inputs for each half of the output."""
+
+    @triton.jit
+    def one_row(gate_and_up, grad, out, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside, at = column < width, row * 2 * width + column
+        gate = tl.load(gate_and_up + at, inside).to(tl.float32)
+        up = tl.load(gate_and_up + at + width, inside).to(tl.float32)
+        change = tl.load(grad + row * width + column, inside).to(tl.float32)
+        share = tl.sigmoid(gate)
+        tl.store(out + at, change * up * share * (1 + gate * (1 - share)), inside)
+        tl.store(out + at + width, change * gate * share, inside)
+
+    return one_row
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width]."""
+
+    @staticmethod
+    def forward(ctx, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        return activation(gate_and_up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
+        grid = tokens, triton.cdiv(width, 1024)
+        swiglu_backward()[grid](gate_and_up, grad.contiguous(), out, width, BLOCK=1024)
+        return out
+
+
 class AccumulatingLinear(torch.autograd.Function):
     """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to `main_grad`, Megatron's buffer."""
 
@@ -116,6 +159,54 @@ class AccumulatingLinear(torch.autograd.Function):
         buffer.addmm_(grad.t(), x)
         weight.grad_added_to_main_grad = True
         return x_grad, torch.empty_like(weight)  # Megatron's hook waits for one, and does not look at it
+
+
+@cache
+def quantizers(recipe: str) -> tuple:
+    """What casts inputs, weights and gradients to FP8, each once in rows and once in columns."""
+
+    def quantizer(kind, block_dimensions):
+        if recipe == "tensorwise":
+            found = Float8CurrentScalingQuantizer(kind, device="cuda")
+        else:
+            found = Float8BlockQuantizer(kind, rowwise=True, columnwise=True, block_scaling_dim=block_dimensions)
+        found.internal = True
+        return found
+
+    kinds = te.DType.kFloat8E4M3, te.DType.kFloat8E5M2
+    return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
+
+
+class Float8Linear(torch.autograd.Function):
+    """AccumulatingLinear with operands in FP8. A weight is cast once a step: `is_first_microbatch` is Megatron's flag."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, module: torch.nn.Module, recipe: str) -> Tensor:
+        cast_input, cast_weight, ctx.cast_grad = quantizers(recipe)
+        if module.is_first_microbatch or not hasattr(module, "weight_in_fp8"):
+            module.weight_in_fp8 = te.quantize(weight.detach(), cast_weight)
+            module.is_first_microbatch = False
+        ctx.operands = te.quantize(x, cast_input), module.weight_in_fp8
+        ctx.weight, fast = weight, recipe == "tensorwise"
+        out = general_gemm(*ctx.operands[::-1], out_dtype=x.dtype, use_split_accumulator=not fast)[0]
+        ctx.operands[0].update_usage(rowwise_usage=False)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight_in_fp8), weight = ctx.operands, ctx.weight
+        ctx.operands = None  # or all layers' inputs would live until the whole graph goes
+        exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
+        grad = te.quantize(grad.contiguous(), ctx.cast_grad)
+        x_grad = general_gemm(weight_in_fp8, grad, layout="NN", **exact)[0] if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return x_grad, None, None, None
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is None:
+            return x_grad, general_gemm(x, grad, layout="NT", **exact)[0], None, None
+        general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
+        weight.grad_added_to_main_grad = True
+        return x_grad, torch.empty_like(weight), None, None
 
 
 # --- vision tower --------------------------------------------------------------------------------------------------
@@ -173,23 +264,20 @@ class FusedLanguageLayer(TransformerLayer):
         if packed_seq_params.turn is None:  # the same for all layers
             angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]
             packed_seq_params.turn = angles.cos(), angles.sin()
-        hidden, fp8 = hidden_states.squeeze(1), self.config.fp8
+        hidden, recipe = hidden_states.squeeze(1), self.config.fp8 and self.config.fp8_recipe
 
         def product(x, module):
-            return module(x)[0] if fp8 else AccumulatingLinear.apply(x, module.weight)
+            if recipe:
+                return Float8Linear.apply(x, module.weight, module, recipe)
+            return AccumulatingLinear.apply(x, module.weight)
 
-        # Transformer Engine's FP8 modules hold the norm before them: its output is cast as it is written.
-        x = hidden if fp8 else norm(hidden, attention.linear_qkv.layer_norm_weight, eps)
-        qkv = product(x, attention.linear_qkv)
+        qkv = product(norm(hidden, attention.linear_qkv.layer_norm_weight, eps), attention.linear_qkv)
         weights = attention.q_layernorm.weight, attention.k_layernorm.weight
         query, key, value = turned(qkv, *weights, eps, self.config.num_query_groups, *packed_seq_params.turn)
         attended = CudnnAttention.apply(query, key, value, packed_seq_params, True)
         change = product(attended.view(hidden.size(0), -1), attention.linear_proj)
-        if fp8:
-            x = hidden = hidden + change
-        else:
-            hidden, x = norm_after_change(hidden, change, mlp.linear_fc1.layer_norm_weight, eps)
-        hidden = hidden + product(activation(product(x, mlp.linear_fc1)), mlp.linear_fc2)
+        hidden, x = norm_after_change(hidden, change, mlp.linear_fc1.layer_norm_weight, eps)
+        hidden = hidden + product(SwiGLU.apply(product(x, mlp.linear_fc1)), mlp.linear_fc2)
         return hidden.unsqueeze(1), None
 
 

@@ -345,10 +345,10 @@ class Trainer:
 
 
 def keep_precision(adam: torch.optim.Optimizer) -> None:
-    """Checkpoints hold the moments in the precision they are kept in.
+    """Checkpoints hold the moments in the precision they are kept in, and are loaded into the tensors that there are.
 
-    Transformer Engine's Adam hands them out as float32 copies, all at once and on the GPU: 38 GB for bf16 moments of 4B,
-    more than an 80 GB GPU has left.
+    Transformer Engine's Adam hands them out as float32 copies, all at once and on the GPU: 38 GB for bf16 moments of 4B.
+    When it loads, it holds all state twice, and a part three times. An 80 GB GPU has room for neither.
     """
     if not hasattr(adam, "get_unscaled_state"):
         return
@@ -360,7 +360,15 @@ def keep_precision(adam: torch.optim.Optimizer) -> None:
     def set_state(param, name, state):
         set_scaled(param, name, state.float() if state.dtype == torch.bfloat16 else state)
 
-    adam.get_unscaled_state, adam.set_scaled_state = get_state, set_state
+    def take_state(state_dict):
+        # Megatron made these tensors in their precision, or got them from this Adam; it reads the checkpoint into them.
+        for group, saved in zip(adam.param_groups, state_dict["param_groups"], strict=True):
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                adam.state[param] = state_dict["state"][number]
+                adam._scales[param] = {name: torch.ones(1, device=param.device) for name in adam.state[param]}
+            group.update({key: value for key, value in saved.items() if key != "params"})
+
+    adam.get_unscaled_state, adam.set_scaled_state, adam.load_state_dict = get_state, set_state, take_state
 
 
 def peak_flops(device: torch.device) -> float | None:
