@@ -24,10 +24,10 @@ from torch import Tensor
 from llava_sft.model.attention import VisionSeqParams, rotate
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
-    import transformer_engine_torch as te
     import triton
     import triton.language as tl
     from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
+    from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.cpp_extensions import general_gemm
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
 
@@ -173,7 +173,7 @@ def quantizers(recipe: str) -> tuple:
         found.internal = True
         return found
 
-    kinds = te.DType.kFloat8E4M3, te.DType.kFloat8E5M2
+    kinds = DType.kFloat8E4M3, DType.kFloat8E5M2
     return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
 
 
@@ -184,9 +184,9 @@ class Float8Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, module: torch.nn.Module, recipe: str) -> Tensor:
         cast_input, cast_weight, ctx.cast_grad = quantizers(recipe)
         if module.is_first_microbatch or not hasattr(module, "weight_in_fp8"):
-            module.weight_in_fp8 = te.quantize(weight.detach(), cast_weight)
+            module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
             module.is_first_microbatch = False
-        ctx.operands = te.quantize(x, cast_input), module.weight_in_fp8
+        ctx.operands = cast_input.quantize_impl(x), module.weight_in_fp8
         ctx.weight, fast = weight, recipe == "tensorwise"
         out = general_gemm(*ctx.operands[::-1], out_dtype=x.dtype, use_split_accumulator=not fast)[0]
         ctx.operands[0].update_usage(rowwise_usage=False)
@@ -197,7 +197,7 @@ class Float8Linear(torch.autograd.Function):
         (x, weight_in_fp8), weight = ctx.operands, ctx.weight
         ctx.operands = None  # or all layers' inputs would live until the whole graph goes
         exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
-        grad = te.quantize(grad.contiguous(), ctx.cast_grad)
+        grad = ctx.cast_grad.quantize_impl(grad.contiguous())
         x_grad = general_gemm(weight_in_fp8, grad, layout="NN", **exact)[0] if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return x_grad, None, None, None
