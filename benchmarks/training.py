@@ -11,6 +11,7 @@ two data scripts make WEBDATASETS, TOKENIZER is any folder with the model's toke
 - unpacked: the same one sample at a time, everything recomputed: what users of the model run today;
 - calibration: step time and memory over settings, what preflight predicts from (results/memory_time.json);
 - checkpoint: 4B trained in no more memory than an 80 GB GPU has, saved with its optimizer and loaded, timed;
+- two_gpus: the same on two GPUs, data parallel, as many packs for each;
 - profile: where the time of one step goes (results/profile.json).
 MFU: `llava_sft.model.flops.training_flops` (vision tower counted, attention causal and by segment, the output layer for
 answers only, no recomputation) over step time and the GPU's dense bf16 peak, in FP8 too. Useful tokens: without padding.
@@ -111,16 +112,13 @@ def settings_of(model: str, values: dict) -> dict:
 
 def train(args) -> None:
     """One process of this project's trainer through `cases`, one after another; results are written after each."""
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(29000 + os.getpid() % 9000),
-    }
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    alone |= {"MASTER_PORT": str(29000 + os.getpid() % 9000), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    for name, value in alone.items():  # torchrun sets its own
+        os.environ.setdefault(name, value)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
+    from megatron.core import mpu
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.training import training
@@ -134,7 +132,7 @@ def train(args) -> None:
     fused = {layer: layer.forward for layer in (FusedLanguageLayer, FusedVisionLayer)}
     cases = [CASE | case for case in args.cases]
     about = {"model": args.model, "optimizer_precision": args.values.get("optimizer_precision", "bf16")}
-    found = {**about, "machine": machine(), "cases": {}, "vision": {}}
+    found = {**about, "machine": machine(), "gpus": int(os.environ["WORLD_SIZE"]), "cases": {}, "vision": {}}
 
     def moments(adam):
         states = adam.state.values()
@@ -147,7 +145,8 @@ def train(args) -> None:
             for length, rows in {(case["seq_length"], case["micro_batch_size"]) for case in cases}:
                 limits = length, self.values["min_pixels"], self.values["max_pixels"]
                 encoder = VlmTaskEncoder(ChatTemplate(self.sidecars), *limits, True, 128, 0)
-                workers = worker_config(0, 1, self.values["num_workers"], 0, None)
+                ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+                workers = worker_config(*ranks, self.values["num_workers"], 0, mpu.get_data_parallel_group())
                 buffer = self.values["packing_buffer_size"]
                 self.loaders[length, rows] = iter(train_loader(self.data["path"], encoder, workers, rows, buffer))
 
@@ -264,9 +263,10 @@ def train(args) -> None:
             }
             found["cases"][self.case["name"]] = result
             seconds = statistics.median(step["seconds"] for step in self.steps[self.case["warm"] :])
-            print(f"CASE {self.case['name']}: {seconds * 1e3:.0f} ms, {figures(result)['mfu']:.3f} MFU, ", end="")
-            print(f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB", flush=True)
-            args.result.write_text(json.dumps(found))
+            if os.environ["RANK"] == "0":
+                print(f"CASE {self.case['name']}: {seconds * 1e3:.0f} ms, {figures(result)['mfu']:.3f} MFU, ", end="")
+                print(f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB", flush=True)
+                args.result.write_text(json.dumps(found))
             if len(found["cases"]) < len(cases):
                 self.begin()
             elif args.vision:
@@ -283,7 +283,7 @@ def train(args) -> None:
             found["gpu"] = torch.cuda.get_device_name()
             if gib := cases[0].get("gpu_gib"):
                 whole = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
+                torch.cuda.set_per_process_memory_fraction(min(1, gib * 2**30 / whole))
             model = super().build_model(*given, **named)
 
             def encoded(module, inputs, features):
@@ -558,7 +558,16 @@ PEERS = {
         }
     ],
 }
-CHECKPOINT = [{"name": "80 GB", "seq_length": 4096, "steps": 4, "gpu_gib": 79, "checkpoint": True}]
+SMALL = {"pack_chunk_tokens": 4096, "gpu_gib": 79}  # what fits into 80 GB without recomputation
+CHECKPOINT = [
+    {"name": "bf16_8192 80 GB", **SMALL, **BIG, "steps": 3},
+    {"name": "bf16_8192 80 GB gbs 4", **SMALL, "steps": 5, "checkpoint": True},
+]
+TWO_GPUS = [
+    {"name": "two gpus gbs 4", **SMALL, "steps": 5},
+    {"name": "two gpus", **SMALL, **BIG, "steps": 3},
+    {"name": "two gpus fp8 gbs 4", **SMALL, "steps": 5, "fp8": "tensorwise"},
+]
 PEER = {"seq_length": 8192, "accumulate": 16, "warm": 1, "steps": 2, "recompute": ["none", "vision", "full"]}
 
 
@@ -566,7 +575,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("webdatasets", type=Path)
     parser.add_argument("tokenizer", type=Path)
-    parts = ["ours", "transformers", "unpacked", "calibration", "profile", "checkpoint"]
+    parts = ["ours", "transformers", "unpacked", "calibration", "profile", "checkpoint", "two_gpus"]
     parser.add_argument("--parts", nargs="+", default=parts[:3], choices=parts)
     parser.add_argument("--model", default="4b")
     parser.add_argument("--output", type=Path, help="folder for the raw figures; results/ is then left as it is")
@@ -590,7 +599,18 @@ def main() -> None:
     for part in args.parts:
         for number, (worker, cases, extra) in enumerate(processes(part, args)):
             result = folder / f"{part}_{number}.json"
-            command = [sys.executable, __file__, str(args.webdatasets), str(args.tokenizer), "--worker", worker]
+            launcher = (
+                ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if part == "two_gpus" else []
+            )
+            command = [
+                sys.executable,
+                *launcher,
+                __file__,
+                str(args.webdatasets),
+                str(args.tokenizer),
+                "--worker",
+                worker,
+            ]
             command += ["--cases", json.dumps(cases), "--result", str(result), "--model", args.model, *extra]
             began = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -677,6 +697,9 @@ def processes(part: str, args) -> list:
         return [("train", args.cases or PROFILE, ["--vision", *given])]
     if part == "checkpoint":
         return [("train", args.cases or CHECKPOINT, given)]
+    if part == "two_gpus":
+        two = json.dumps({"gpus_per_node": 2, "global_batch_size": 8} | args.values)
+        return [("train", args.cases or TWO_GPUS, ["--values", two])]
     fp32 = ["--values", json.dumps({"optimizer_precision": "fp32"})]
     return [("train", [CALIBRATION[2] | {"name": "fp32"}], fp32), ("train", CALIBRATION_8B, ["--model", "8b"])]
 

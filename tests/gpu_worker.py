@@ -43,7 +43,8 @@ def main(tokenizer: str, run_dir: str) -> None:
     model = trainer.build_model(pg_collection=ProcessGroupCollection.use_mpu_process_groups()).cuda().bfloat16()
     trainer.device = torch.device("cuda", 0)
 
-    packing, alone = (VlmTaskEncoder(ChatTemplate(tokenizer), 2048, 3136, 50_000, packing) for packing in (True, False))
+    limits = ChatTemplate(tokenizer), 2048, 3136, 50_000
+    packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)  # 128: FP8 wants 16
     encoded = [packing.postencode_sample(packing.preencode_sample(sample)) for sample in samples()]
     packed = packing.batch([packing.pack_selected_samples(encoded)])
 
@@ -63,9 +64,21 @@ def main(tokenizer: str, run_dir: str) -> None:
         "packed, from unpacked": differences(fused, losses_and_gradients([alone.batch([one]) for one in encoded])),
         "chunks, from one pack": differences(losses_and_gradients(packed.chunks(packed.num_tokens // 3)), fused),
     }
+
+    def in_fp8():
+        config = model.language_model.config
+        config.fp8, config.fp8_recipe = "hybrid", "tensorwise"
+        result = losses_and_gradients([packed])
+        config.fp8 = None
+        return result
+
+    fused_fp8 = in_fp8()
     for layer in (FusedLanguageLayer, FusedVisionLayer):
         layer.forward = TransformerLayer.forward
-    found["fused layers, from Megatron's"] = differences(fused, losses_and_gradients([packed]))
+    megatron = losses_and_gradients([packed])
+    found["fused layers, from Megatron's"] = differences(fused, megatron)
+    found["FP8, from bf16"] = differences(fused_fp8, fused)
+    found["FP8 of Megatron's layers, from bf16"] = differences(in_fp8(), megatron)
     print("RESULT", json.dumps(found), flush=True)
 
 
