@@ -1,10 +1,14 @@
 """Samples of one split, read in order straight from the tars, for evaluation and parity. No energon, no decoding."""
 
 import base64
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
+from llava_sft.data.records import Sample
 from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
 
 
@@ -18,22 +22,42 @@ class StoredSample:
     meta: dict
 
 
-def stored_samples(folder: Path | str, split: str) -> Iterator[tuple]:
-    """Yield (sample, file descriptor, place of each member) of `split` in the order of the shards, no image read."""
+class StoredShard(NamedTuple):
+    """A tar of a split: the folder of its source, its name there, its layout, and the keys in it that are not in the split."""
+
+    folder: Path
+    name: str
+    layout: str
+    excluded: frozenset[str]
+
+    def samples(self) -> Iterator[tuple[str, Sample, int, dict[str, tuple[int, int]]]]:
+        """Yield (energon's key, sample, file descriptor, place of each member) in order, no image read."""
+        with open(self.folder / self.name, "rb") as file:
+            for stored in walk_tar(self.folder / self.name):
+                if stored.key not in self.excluded:
+                    sample, members = stored.read(file.fileno(), self.layout)
+                    yield f"{self.name}/{stored.key}", sample, file.fileno(), members
+
+
+def stored_shards(folder: Path | str, split: str) -> Iterator[StoredShard]:
+    """The tars of `split` ("train", "val"), of one source after the other."""
     for source in source_folders(Path(folder)):
-        meta = read_meta(source)
+        meta, excluded = read_meta(source), defaultdict(set)
+        for name in meta.exclude:
+            tar, _, key = name.rpartition(".tar/")
+            excluded[f"{tar}.tar"].add(key)
         for name in meta.splits.get(split, []):
-            with open(source / name, "rb") as file:
-                for stored in walk_tar(source / name):
-                    if f"{name}/{stored.key}" not in meta.exclude:
-                        sample, members = stored.read(file.fileno(), meta.layout)
-                        yield sample, file.fileno(), members
+            yield StoredShard(source, name, meta.layout, frozenset(excluded[name]))
 
 
 def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
-    """Yield the samples of `split` ("train", "val") in the order of the shards, of one source after the other."""
-    for sample, descriptor, members in stored_samples(folder, split):
-        images = [read_at(descriptor, members[image]) for image in sample.images]
+    """Yield the samples of `split` in the order of the shards."""
+    return chain.from_iterable(map(read_shard, stored_shards(folder, split)))
+
+
+def read_shard(shard: StoredShard) -> Iterator[StoredSample]:
+    for _, sample, file, members in shard.samples():
+        images = [read_at(file, members[image]) for image in sample.images]
         yield StoredSample(sample.id, sample.messages, images, sample.meta)
 
 
