@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     limits = Limits(*(getattr(args, name) for name in Limits._fields))
     found = measure(args.wds_dir, read_json(args.dataset), args.tokenizer, limits, args.kept, args.processes)
-    write_json(args.output, found)
+    write_json(args.output, found, indent=None)
     print(
         f"{len(found['tokens']):,} samples of {sum(found['tokens']):,} tokens, {len(found['left_out']):,} left out"
         f" → {args.output}\na loader process prepares {found['prepared_tokens_per_s']:,.0f} tokens/s here"

@@ -1,6 +1,8 @@
 """Samples of one split, read in order straight from the tars, for evaluation and parity. No energon, no decoding."""
 
 import base64
+import contextlib
+import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,31 +25,52 @@ class StoredSample:
 
 
 class StoredShard(NamedTuple):
-    """A tar of a split: the folder of its source, its name there, its layout, and the keys in it that are not in the split."""
+    """A tar of a split: the folder it lies in and its name there, what its samples' ids begin with (`source/` where there are
+    several), its layout, and the keys in it that are not in the split."""
 
     folder: Path
     name: str
+    source: str
     layout: str
     excluded: frozenset[str]
 
     def samples(self) -> Iterator[tuple[str, Sample, int, dict[str, tuple[int, int]]]]:
-        """Yield (energon's key, sample, file descriptor, place of each member) in order, no image read."""
-        with open(self.folder / self.name, "rb") as file:
-            for stored in walk_tar(self.folder / self.name):
+        """Yield (id as the loader names it, sample, file descriptor, place of each member) in order, no image read."""
+        tar = self.folder / self.name
+        with open(tar, "rb") as file:
+            for stored in walk_tar(tar):
                 if stored.key not in self.excluded:
                     sample, members = stored.read(file.fileno(), self.layout)
-                    yield f"{self.name}/{stored.key}", sample, file.fileno(), members
+                    yield self.source + stored.key, sample, file.fileno(), members
 
 
-def stored_shards(folder: Path | str, split: str) -> Iterator[StoredShard]:
+def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
     """The tars of `split` ("train", "val"), of one source after the other."""
-    for source in source_folders(Path(folder)):
-        meta, excluded = read_meta(source), defaultdict(set)
+    for path, source in _sources(folder):
+        meta, excluded = read_meta(path), defaultdict(set)
         for name in meta.exclude:
             tar, _, key = name.rpartition(".tar/")
             excluded[f"{tar}.tar"].add(key)
         for name in meta.splits.get(split, []):
-            yield StoredShard(source, name, meta.layout, frozenset(excluded[name]))
+            yield StoredShard(path, name, source, meta.layout, frozenset(excluded[name]))
+
+
+def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
+    """The ids of all samples of `split`, by source, from the index alone."""
+    found = {}
+    for path, source in _sources(folder):
+        meta = read_meta(path)
+        names, tars = list(meta.counts), set(meta.splits.get(split, []))
+        with contextlib.closing(sqlite3.connect(f"file:{path}/.nv-meta/index.sqlite?mode=ro", uri=True)) as index:
+            rows = index.execute("SELECT tar_file_id, sample_key FROM samples")
+            here = ((names[number], key) for number, key in rows if names[number] in tars)
+            found[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
+    return found
+
+
+def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in source_folders(Path(folder)):
+        yield path, "" if path == Path(folder) else f"{path.name}/"
 
 
 def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:

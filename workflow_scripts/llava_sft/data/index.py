@@ -354,7 +354,7 @@ def _write_blend(wds_dir: Path, sources: list[Source]) -> None:
     splits = {
         split: {
             "blend": [
-                {"path": source.name, "weight": source.weight * samples}
+                {"path": source.name, "weight": source.weight * samples, "subflavors": {"source": source.name}}
                 for source in sources
                 if (samples := metas[source.name].samples(split))
             ]

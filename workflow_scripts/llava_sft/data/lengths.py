@@ -28,7 +28,7 @@ class SampleSizes(NamedTuple):
 
     tokens: list[int]
     patches: list[list[int]]
-    left_out: list[str]  # keys of samples whose first answer ends beyond seq_length
+    left_out: list[str]  # ids of samples whose first answer ends beyond seq_length
 
 
 class Limits(NamedTuple):
@@ -77,7 +77,7 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
     tar = shard.folder / shard.name
     content = [tar.stat().st_size, file_fingerprint(f"{tar}.idx"), shard.layout, sorted(shard.excluded)]
     depends = fingerprint([content, file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION])
-    place = kept and kept / shard.folder.name / f"{shard.name}.json"
+    place = kept and kept / f"{shard.source}{shard.name}.json"
     if place and place.is_file() and (known := read_json(place)).pop("depends") == depends:
         return SampleSizes(**known)
     template, sizes = _template(tokenizer), SampleSizes([], [], [])
@@ -93,7 +93,7 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
     if place:
-        write_json(place, {"depends": depends, **sizes._asdict()})
+        write_json(place, {"depends": depends, **sizes._asdict()}, indent=None)
     return sizes
 
 

@@ -140,9 +140,10 @@ def make_cook(layout: str) -> Callable[[dict], Conversation]:
     def cook(sample: dict) -> Conversation:
         members = {name for name in sample if not name.startswith("__")}
         stored = LAYOUTS[layout](sample["__key__"], orjson.loads(sample["json"]), members)
-        return Conversation(
-            **basic_sample_keys(sample), messages=stored.messages, images=[sample[name] for name in stored.images]
-        )
+        keys = basic_sample_keys(sample)
+        if source := sample["__subflavors__"].get("source"):  # several may have tars of one name
+            keys["__key__"] = f"{source}/{keys['__key__']}"
+        return Conversation(**keys, messages=stored.messages, images=[sample[name] for name in stored.images])
 
     return cook
 
