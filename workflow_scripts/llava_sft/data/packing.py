@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
-CANDIDATES = 200  # samples that a pack is filled from at a time; more would be slower and fill no better
+CANDIDATES = 150  # samples that a pack is filled from at a time; more would be slower and fill no better
 
 
 def fill_packs(lengths: list[int], capacity: int) -> list[list[int]]:
