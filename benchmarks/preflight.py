@@ -124,13 +124,14 @@ def take_over() -> list[dict]:
 
 
 def errors() -> list[dict]:
-    """Of each recorded run: predicted from all others of its device, against what was measured."""
+    """Of each recorded run: predicted from all others of its device, against what was measured. Prints the README's table."""
     rows = []
     runs = predict.recorded()
     names = list(
         dict.fromkeys(r["settings"]["run"] for r in read_json(predict.RECORDED)["rows"] if "run" in r["settings"])
     )
     by_device: dict[str, list[tuple[float, float]]] = {}
+    print("| run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|")
     for name, each in zip(names, runs, strict=True):
         others = predict.of_device(each.machine.device, [other for other in runs if other is not each])
         guess = predict.predict(
@@ -138,10 +139,8 @@ def errors() -> list[dict]:
         )
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
         by_device.setdefault(each.machine.device, []).append(wrong)
-        print(
-            f"{name}: memory {guess.memory_gib:.2f} for {each.memory_gib:.2f} GiB ({wrong[0]:+.1%}), "
-            f"time {guess.step_s:.3f} for {each.step_s:.3f} s ({wrong[1]:+.1%})"
-        )
+        memory = f"{guess.memory_gib:.3g}, {each.memory_gib:.3g} ({wrong[0]:+.1%})"
+        print(f"| {name} | {memory} | {guess.step_s:.3g}, {each.step_s:.3g} ({wrong[1]:+.1%}) |")
     for device, found in by_device.items():
         for metric, goal, column in (("preflight_memory_error", 0.05, 0), ("preflight_time_error", 0.10, 1)):
             wrong = [abs(error[column]) for error in found]

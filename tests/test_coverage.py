@@ -36,7 +36,7 @@ def test_left_over_and_repeated_samples_are_named(wds, tmp_path):
     assert (counts["samples"], counts["epochs"]) == (6, 6 / 5)
     assert counts["seen"] == {"0": 1, "1": 3, "3": 1}
     assert (counts["left_over"], counts["repeated"], counts["left_out"]) == ([e], [a], [f])
-    assert "1 never, 3 once, 1 3 times; 1 can not be trained on" in told(counts)
+    assert "1 not seen, 3 seen once, 1 seen 3 times; 1 can not be trained on" in told(counts)
 
 
 def test_nothing_is_said_of_a_run_whose_steps_were_not_all_noted(wds, tmp_path):

@@ -55,10 +55,9 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
 
 def told(counts: dict[str, Any]) -> str:
     """A line for the run's log."""
-    often = ", ".join(f"{number:,} {_times(int(times))}" for times, number in counts["seen"].items())
+    words = {"0": "not seen", "1": "seen once", "2": "seen twice"}
+    often = ", ".join(
+        f"{number:,} {words.get(times, f'seen {times} times')}" for times, number in counts["seen"].items()
+    )
     left_out = f"; {len(counts['left_out']):,} can not be trained on" if counts["left_out"] else ""
-    return f"samples: {counts['epochs']:.2f} epochs of {counts['samples']:,}: seen {often}{left_out}"
-
-
-def _times(number: int) -> str:
-    return {0: "never", 1: "once", 2: "twice"}.get(number, f"{number} times")
+    return f"{counts['epochs']:.2f} epochs of {counts['samples']:,} samples: {often}{left_out}"
