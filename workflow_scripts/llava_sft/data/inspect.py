@@ -24,6 +24,7 @@ from llava_sft.data.records import Rejected, Sample
 from llava_sft.data.tars import Meta, TarSample, find_layout, read_at, read_meta, source_folders, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import read_json
+from llava_sft.report.html import render
 
 NO_PIXEL_LIMIT = 1 << 40  # the limit is the conversion's; what is in a shard counts, whatever its size
 DECODED_IMAGES = 500  # about so many are decoded in full
@@ -400,13 +401,7 @@ def _report(wds_dir: Path, noted: list[tuple[Path, list[dict[str, Any]]]], found
 
 def render_html(report: dict[str, Any], gallery: list[dict[str, Any]]) -> str:
     """The report as one HTML page without external resources."""
-    import jinja2
-
-    folder = Path(__file__).parent.parent / "report"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("inspect.html.j2").render(report=report, gallery=gallery)
+    return render("inspect.html.j2", report=report, gallery=gallery)
 
 
 def distribution(values: Counter[int]) -> dict[str, Any]:
