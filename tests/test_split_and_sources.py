@@ -19,7 +19,7 @@ from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import inspect_webdataset
 from llava_sft.data.split import choose_heldout
-from llava_sft.data.tars import is_finished
+from llava_sft.data.tars import is_finished, read_meta
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
@@ -131,6 +131,22 @@ def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
     assert {sample.messages[0]["content"] for sample in read_split(tmp_path / "adopted", "val")} == val
     other = index_webdataset(wds, parts, plan=[plan[0] | {"weight": 1.0}, plan[1]], val_fraction=0.2)
     assert other["fingerprint"] != dataset["fingerprint"]
+
+
+def test_a_source_that_is_held_out_whole_is_evaluated_and_inspected(tmp_path):
+    for name, number in (("one", 1), ("many", 40)):
+        raw = distinct(tmp_path / name, number, kind=name)
+        for folder in ("wds", "wds.parts"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (raw.folder / folder).rename(tmp_path / folder / name)
+    wds, parts = tmp_path / "wds", tmp_path / "wds.parts"
+    plan = [{"name": "one", "weight": 1.0}, {"name": "many", "weight": 1.0}]
+    datasets = (index_webdataset(wds, parts, plan=plan, val_fraction=0.5, split_seed=seed) for seed in range(100))
+    dataset = next(each for each in datasets if read_meta(wds / "one").samples("val"))
+    assert {sample.meta["kind"] for sample in read_split(wds, "val")} == {"one", "many"}
+    assert len(list(read_split(wds, "val"))) == dataset["heldout"]["samples"]
+    report, _ = inspect_webdataset(wds, parts, dataset)
+    assert report["ok"], report["problems"]
 
 
 # --------------------------------------------------------------------------------------------------- adoption

@@ -32,9 +32,6 @@ def main() -> None:
         help="link this folder's tars into WDS_DIR; WDS_DIR itself, when it has its index: only count",
     )
     parser.add_argument(
-        "--raw", nargs="+", default=[], metavar="FILE", help="where the raw files lie now, if they have moved since"
-    )
-    parser.add_argument(
         "--max-reject-fraction",
         type=float,
         default=0.0,
@@ -62,7 +59,6 @@ def main() -> None:
         dataset = index_webdataset(
             args.wds_dir,
             parts_dir,
-            args.raw,
             args.max_reject_fraction,
             args.plan,
             args.val_fraction,
