@@ -68,3 +68,14 @@ def fingerprint(value: Any) -> str:
 def file_fingerprint(path: Path | str) -> str:
     """A short content hash of a small file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def file_hash(path: Path | str) -> str:
+    """The xxh3_128 of a file of any size, in hexadecimal."""
+    import xxhash  # the planning of a conversion gets along with the standard library
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -39,5 +39,6 @@ def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
 
 def data_uri(image: bytes) -> str:
     """An encoded image as it is embedded in a page."""
-    kind = "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+    kinds = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif"}
+    kind = kinds.get(image[:4], "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
