@@ -96,16 +96,12 @@ def answer(args: argparse.Namespace, questions: list[tuple]) -> list[str]:
     """Greedy answers, in order; batches hold questions of like length, so that little is padded."""
     import torch
     from tqdm import tqdm
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
 
+    from llava_sft.checkpoint.parity import load_export
     from llava_sft.data.images import decode_rgb
 
-    logging.disable_progress_bar()  # of the weights; ours counts batches
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(args.model_dir, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(args.model_dir, trust_remote_code=True, dtype="auto")
-    model = model.to(device).eval()
+    processor, model = load_export(args.model_dir, "auto", device)
     texts = [
         processor.apply_chat_template(sample.messages[:turn], add_generation_prompt=True, tokenize=False)
         for sample, turn in questions
