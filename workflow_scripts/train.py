@@ -22,12 +22,11 @@ from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
 from llava_sft.training.launcher import launch
-from llava_sft.training.run import DEAD_AFTER_S, give_back, identity, lock, open_run, start_dir
+from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
 from llava_sft.training.slurm import Job, this_job
-from llava_sft.training.watch import forget_after, read_metrics
+from llava_sft.training.watch import FAILURE, forget_after, read_metrics
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is somebody else's
-FAILURE = "failure.json"  # written by the training when it knows the cause
 
 EXIT_GO_ON = 75  # stopped in good order before the last step: the same command goes on
 
@@ -66,7 +65,7 @@ def main() -> None:
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
     code = launch(
         settings,
-        [str(run_dir / "run.json"), str(run_dir), str(start_folder or "")],
+        [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")],
         run_dir,
         log,
         held,

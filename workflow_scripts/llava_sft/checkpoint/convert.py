@@ -7,7 +7,6 @@ A converted folder looks like one that Megatron wrote: `latest_checkpointed_iter
 is the marker that stands only when all is there.
 """
 
-import shutil
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -25,6 +24,7 @@ from llava_sft.checkpoint.start import (  # fmt: skip
     RANDOM,
     SIDECARS,
     TRACKER,
+    copy_sidecars,
     is_legacy,
     newest_checkpoint,
     old_names,
@@ -37,7 +37,6 @@ from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
 
 VOCABULARY = {"language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"}  # may be padded
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 class HfSource:
@@ -222,14 +221,6 @@ def mcore2hf(
         gate(folder)
         write_json(folder / MARKER, marker)
     return marker
-
-
-def copy_sidecars(source: Path, target: Path) -> None:
-    """All files of a Hugging Face folder but its weights."""
-    target.mkdir()
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
 
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from llava_sft.training.remedies import exploded, slow_loading
 
 METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
+FAILURE = "failure.json"  # written by the training when it knows the cause
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
 # Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is counted against it.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
