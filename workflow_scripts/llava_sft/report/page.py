@@ -15,45 +15,33 @@ from llava_sft.files import read_json
 from llava_sft.report.charts import charts
 from llava_sft.report.html import render
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.watch import VALIDATION, read_jsonl
+from llava_sft.training.watch import VALIDATION, read_jsonl, read_metrics
 
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12
 DISTRIBUTIONS = ("images per sample", "question length", "answer length", "image width", "image height")
 
 
-def render_report(
-    resolved: dict,
-    run_dir: Path,
-    metrics: list[dict],
-    prediction: dict | None = None,
-    dataset: dict | None = None,
-    inspection: dict | None = None,
-    done: dict | None = None,
-    evaluation: dict | None = None,
-    export: Path | None = None,
-) -> str:
-    """The page. The dictionaries are the JSON files of the chain; `metrics` the records of `metrics.jsonl`."""
+def render_report(resolved: dict, run_dir: Path, export: Path | None, **known: dict | None) -> str:
+    """The page. `known`: what the chain's JSON files hold, None where one is missing: prediction, dataset, inspection,
+    done (the marker of the training), evaluation."""
+    metrics, evaluation = read_metrics(run_dir), known["evaluation"] or {}
     settings, why = resolved.get("settings", {}), resolved.get("why", {})
-    last = {**(metrics[-1] if metrics else {}), **(done or {})}
+    last = {**(metrics[-1] if metrics else {}), **(known["done"] or {})}
     speeds = [record["tokens_per_s"] for record in metrics if "tokens_per_s" in record]
-    examples = (evaluation or {}).get("examples", [])
-    groups = (evaluation or {}).get("groups", {})
+    examples = evaluation.get("examples", [])
+    groups = evaluation.get("groups", {})
     return render(
         "report.html.j2",
         resolved=resolved,
         derived={name: settings.get(name) for name in why},
         given={name: value for name, value in settings.items() if name not in why},
-        prediction=prediction,
-        memory={part: b for part, b in (prediction or {}).get("memory", {}).items() if part != "total"},
-        dataset=dataset,
-        inspection=inspection,
+        memory={part: b for part, b in (known["prediction"] or {}).get("memory", {}).items() if part != "total"},
+        **known,
         distributions=DISTRIBUTIONS,
-        done=done,
         last=last,
         speed=median(speeds) if speeds else None,
         peak_gib=max((record.get("memory_gib", 0) for record in metrics), default=0),
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
-        evaluation=evaluation,
         validations=read_jsonl(run_dir / VALIDATION),
         interval=wilson_interval,
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
