@@ -87,7 +87,7 @@ def convert_all(ranges: list[tuple[str, Range]], convert: Callable[..., dict[str
 
     all_stats: list[dict[str, Any]] = []
     total = sum(part.end - part.start for _, part in ranges)
-    with tqdm(desc="converting", total=total, unit="B", unit_scale=True) as bar:
+    with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
         for raw, part in ranges:
 
             def show(raw_bytes: int, records: int, begun: int = bar.n) -> None:

@@ -6,7 +6,6 @@ trains on the job's nodes; before the time limit it saves, and has the job queue
 
 import argparse
 import datetime
-import os
 import platform
 import shlex
 import shutil
@@ -69,7 +68,6 @@ def main() -> None:
         run_dir,
         log,
         held,
-        say=lambda line: print(line, flush=True),
         job=job,
         srun_options=shlex.split(args.srun_options),
     )
@@ -138,10 +136,8 @@ def check_machine(resolved: dict, job: Job | None) -> None:
     for package, planned in resolved["versions"].items():
         if (here := version(package)) != planned:
             print(f"warning: {package} is {here} here, preflight ran with {planned}")
-    if shared := Path("/dev/shm"):
-        free = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize if shared.is_dir() else None
-        if free is not None and free < 64 << 20:
-            raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
+    if Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free) < 64 << 20:
+        raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
 
 
 def check_memory(resolved: dict) -> None:

@@ -2,9 +2,10 @@
 
 import base64
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava_sft.data.records import IMAGE
 from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
 
 
@@ -16,6 +17,20 @@ class StoredSample:
     messages: list[dict]
     images: list[bytes]
     meta: dict
+
+    @property
+    def questions(self) -> str:
+        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
+
+    def answers(self) -> list[int]:
+        """Places of the messages that a model has to give."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def before(self, place: int) -> "StoredSample":
+        """What a model sees that is asked for the message at `place`: those before it, and their images."""
+        messages = self.messages[:place]
+        shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
+        return replace(self, messages=messages, images=self.images[:shown])
 
 
 def stored_samples(folder: Path | str, split: str) -> Iterator[tuple]:

@@ -74,7 +74,7 @@ def node_command(
 
 
 def launch(
-    values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO, say: Callable[[str], None],
+    values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO,
     job: slurm.Job | None = None, srun_options: list[str] | None = None,
 ) -> int:  # fmt: skip
     """Run the training of the resolved settings `values` to its end; returns its exit code.
@@ -85,24 +85,25 @@ def launch(
     if job:
         argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options or [], arguments)
         environment, ask = python_path(), lambda training: job.signal_steps()
-        say(f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …")
+        print(
+            f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …", flush=True
+        )
     else:
         argv, environment = command(count, arguments)
         ask = lambda training: ask_workers(training, count)  # noqa: E731
 
     def show() -> None:
         for line in tail.new():
-            say(line)
+            print(line, flush=True)
 
     with open(log, "ab") as log_file:
-        return run(argv, environment, ask, say, show, log_file, (lock.fileno(),))
+        return run(argv, environment, ask, show, log_file, (lock.fileno(),))
 
 
 def run(
     argv: list[str],
     environment: dict[str, str],
     ask: Callable[[subprocess.Popen], None],
-    say: Callable[[str], None],
     show: Callable[[], None] = lambda: None,
     output: BinaryIO | None = None,
     pass_fds: tuple[int, ...] = (),
@@ -116,7 +117,7 @@ def run(
 
     def note(number, frame):
         if not asked:
-            say(f"{signal.Signals(number).name}: saving a checkpoint and ending")
+            print(f"{signal.Signals(number).name}: saving a checkpoint and ending", flush=True)
         asked.append(number)
 
     training = subprocess.Popen(

@@ -21,9 +21,7 @@ def rendezvous(place: str, environment: dict[str, str]) -> list[str]:
 
 def main(place: str, count: str, *arguments: str) -> int:
     argv, environment = command(int(count), list(arguments), rendezvous(place, os.environ))
-    return run(
-        argv, environment, lambda training: ask_workers(training, int(count)), lambda line: print(line, flush=True)
-    )
+    return run(argv, environment, lambda training: ask_workers(training, int(count)))
 
 
 if __name__ == "__main__":

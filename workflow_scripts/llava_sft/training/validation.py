@@ -77,18 +77,13 @@ def answer(model, held_out: HeldOut, sample: StoredSample, limit: int, device: t
     Raises SkipSample when the question alone is longer than seq_length.
     """
     template = held_out.encoder.template
-    turn = next(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
-    asked = sample.messages[:turn]
-    shown = sample.images[: sum(message["content"].count("<image>") for message in asked if message["role"] == "user")]
-    question = StoredSample(sample.id, asked, shown, {})
+    turn = sample.answers()[0]
+    question = sample.before(turn)
     batch = held_out.encoder.batch([held_out.encode(question)])
     opening = torch.tensor([template.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False).ids])
     ids = torch.cat((batch.input_ids, opening), dim=1).to(device)
-    pixels, index, grids = (
-        batch.pixels.to(device),
-        batch.image_index.to(device),
-        [tuple(grid) for grid in batch.grids.tolist()],
-    )
+    pixels, index = batch.pixels.to(device), batch.image_index.to(device)
+    grids = [tuple(grid) for grid in batch.grids.tolist()]
     made: list[int] = []
     while len(made) < min(limit, MOST_NEW_TOKENS):
         token = int(model(ids, pixels, grids, index)[0, -1].argmax())
@@ -98,7 +93,7 @@ def answer(model, held_out: HeldOut, sample: StoredSample, limit: int, device: t
         ids = torch.cat((ids, ids.new_tensor([[token]])), dim=1)
     return {
         "id": sample.id,
-        "question": "\n".join(message["content"] for message in asked if message["role"] == "user"),
+        "question": question.questions,
         "answer": sample.messages[turn]["content"],
         "prediction": template.tokenizer.decode(made),
     }

@@ -61,14 +61,8 @@ class Watch:
         self.reset()
 
     def reset(self) -> None:
-        self.started, self.waited, self.tokens, self.padded, self.flops, self.losses = (
-            time.perf_counter(),
-            0.0,
-            0,
-            0,
-            0.0,
-            [],
-        )
+        self.started, self.losses = time.perf_counter(), []
+        self.waited, self.tokens, self.padded, self.flops = 0.0, 0, 0, 0.0
 
     def batch(self, waited: float, tokens: int, padded: int, flops: float, ids: list[str]) -> None:
         """Note one micro-batch: seconds waited for it, its tokens, and with padding, its FLOPs, its samples' ids."""
