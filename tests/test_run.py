@@ -13,7 +13,7 @@ from conftest import MODELS
 from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
-from llava_sft.files import read_json
+from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
@@ -21,7 +21,7 @@ from llava_sft.training.launcher import command, node_command
 from llava_sft.training.node import rendezvous
 from llava_sft.training.run import lock, open_run, start_dir
 from llava_sft.training.slurm import Job
-from llava_sft.training.watch import METRICS, Watch, forget_after, progress_line, read_metrics
+from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
 from test_model_config import ROOT
 
 
@@ -368,3 +368,23 @@ def test_a_record_sums_up_the_steps_since_the_last_one(run_dir):
         assert r["step_s"] >= 0.001
         assert r["tokens_per_s"] == pytest.approx(2 * 80 / r["step_s"])
         assert 0 < r["data_wait_share"] < 0.1
+
+
+def test_a_record_that_a_kill_cut_behind_an_inner_brace_is_no_record(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    whole = json.dumps({"iteration": 10, "answers": [{"id": "a"}]}) + "\n"
+    (run_dir / VALIDATION).write_text(whole + whole[: whole.index("}") + 1])
+    assert [each["iteration"] for each in read_jsonl(run_dir / VALIDATION)] == [10]
+    forget_after(run_dir, 10)
+    assert (run_dir / VALIDATION).read_text() == whole
+
+
+def test_a_folder_that_a_killed_process_left_half_written_goes_with_the_next_try(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".made.{dead.pid}.tmp").mkdir()
+    (tmp_path / f".made.{os.getppid()}.tmp").mkdir()  # of another that is still at work
+    with atomic_dir(tmp_path / "made") as folder:
+        (folder / "x").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"made", f".made.{os.getppid()}.tmp"}

@@ -1,6 +1,7 @@
 """Whole files or none: everything is written beside its place and renamed, so a kill leaves no half-written file."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -36,7 +37,12 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in path.parent.glob(
+        f".{glob.escape(path.name)}.*.tmp"
+    ):  # of a killed process: as large as a checkpoint
+        pid = leftover.name.split(".")[-2]
+        if leftover == temporary or not os.path.exists(f"/proc/{pid}"):
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llava_sft.files import write_text
 from llava_sft.training.remedies import exploded, slow_loading
 
 METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
@@ -148,7 +149,7 @@ def append(path: Path, record: dict) -> None:
 def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # after a kill the last may be half-written
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -159,7 +160,7 @@ def forget_after_in(path: Path, iteration: int) -> None:
     """Drop the records of steps that a resume from `iteration` takes again."""
     if path.is_file():
         kept = [json.dumps(record) + "\n" for record in read_jsonl(path) if record["iteration"] <= iteration]
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
 
 
 def forget_after(run_dir: Path, iteration: int) -> None:
