@@ -2,7 +2,7 @@
 
     python benchmarks/slurm.py                   # submits to a Slurm of its own where it can be had (see tests/mini_slurm.py)
 
-Works in a copy of the project, on records as large as a shard. For the second look the outputs are made by hand; for the
+Works in a clone of the project, on records as large as a shard. For the second look the outputs are made by hand; for the
 submission both nodes are drained, so that no job starts.
 """
 
@@ -31,10 +31,7 @@ ONE_BY_ONE_S = 132  # 10,000 jobs of a toy workflow, submitted singly
 
 
 def copy_project(target: Path) -> None:
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in files.splitlines():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
+    said("git", "clone", "--quiet", ROOT, target)
     profile = target / "profiles/slurm/config.yaml"
     text = profile.read_text().replace("# slurm-status-command", "slurm-status-command")
     profile.write_text(re.sub(r"mem_mb: \d+", "mem_mb: 100", text))

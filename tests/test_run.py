@@ -17,8 +17,7 @@ from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.launcher import command, node_command
-from llava_sft.training.node import rendezvous
+from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.run import lock, open_run, start_dir
 from llava_sft.training.slurm import Job
 from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
@@ -303,7 +302,7 @@ def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypa
     wanted = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task=96"
     wanted += f" --gres=gpu:{gpus}" if gpus else ""
     wanted += " --kill-on-bad-exit=1 --overlap" + (" --label" if nodes > 1 else "") + " --mpi=none"
-    wanted += f" {sys.executable} -m llava_sft.training.node 10.0.0.1:29500 {count} run.json run_dir start"
+    wanted += f" {sys.executable} -m llava_sft.training.launcher 10.0.0.1:29500 {count} run.json run_dir start"
     assert " ".join(argv) == wanted
 
     last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}

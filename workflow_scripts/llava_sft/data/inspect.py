@@ -7,10 +7,10 @@ in memory at a time (its offsets, not its bytes). Folders of another make are re
 
 import heapq
 import itertools
-import re
 import sqlite3
 import struct
 import tarfile
+import unicodedata
 from bisect import bisect_left
 from collections import Counter
 from io import BytesIO
@@ -49,20 +49,8 @@ SHOWN_BY_BROWSERS = {"jpg", "png", "webp", "gif"}
 
 META, SHARDS, INDEX, SAMPLES, IMAGES = ".nv-meta", "shards", "index against tars", "samples", "images"
 VALUES = ("tokens", "turns", "images per sample", "image width", "image height", "question length", "answer length")
-# The script that most letters of a conversation are of: a hint at its language, no more than that.
-SCRIPTS = {
-    "Latin": r"a-zA-Z\u00c0-\u024f",
-    "Chinese": r"\u4e00-\u9fff",
-    "Japanese": r"\u3040-\u30ff",  # kana: also where Chinese characters are more
-    "Korean": r"\uac00-\ud7af",
-    "Cyrillic": r"\u0400-\u04ff",
-    "Arabic": r"\u0600-\u06ff",
-    "Devanagari": r"\u0900-\u097f",
-    "Thai": r"\u0e00-\u0e7f",
-    "Greek": r"\u0370-\u03ff",
-    "Hebrew": r"\u0590-\u05ff",
-}
-LETTERS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
+SCRIPT_LETTERS = 500  # of a conversation, that its script is known by
+EAST_ASIAN = {"Cjk": "Chinese", "Hiragana": "Japanese", "Katakana": "Japanese", "Hangul": "Korean"}
 
 
 class Findings:
@@ -317,13 +305,13 @@ def _check_sample(file: int, name: str, split: str, stored: TarSample, layout: s
 
 
 def script_of(text: str) -> str:
-    """The script of most letters, `other` without any."""
-    text = text[:2000].replace("<image>", "")
-    counts = {name: len(letters.findall(text)) for name, letters in LETTERS.items()}
-    if counts["Japanese"] > counts["Chinese"] / 10:
+    """The script that most letters are of, as Unicode names it, `other` without any: a hint at the language, no more."""
+    letters = filter(str.isalpha, text.replace("<image>", "")[:SCRIPT_LETTERS])
+    scripts = (unicodedata.name(letter, "other").split(" ")[0].capitalize() for letter in letters)
+    counts = Counter(EAST_ASIAN.get(script, script) for script in scripts)
+    if counts["Japanese"] > counts["Chinese"] / 10:  # kana tell, also where Chinese characters are more
         counts["Japanese"] += counts["Chinese"]
-    best = max(counts, key=counts.__getitem__)
-    return best if counts[best] else "other"
+    return max(counts, key=counts.__getitem__) if counts.total() else "other"
 
 
 def _offer_to_gallery(
