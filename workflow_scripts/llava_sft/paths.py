@@ -34,7 +34,6 @@ from llava_sft.model.config import load_model_config
 
 # The demo's files exist only once a rule has made them, but the conversion is planned before: their sizes are fixed.
 DEMO_BYTES = {"train.jsonl": 4165660, "heldout.jsonl": 127362}
-DEMO_CHECKPOINT = "LLaVA-OneVision-1.5-tiny"
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from llava_sft.config import Settings, experiments, load_settings
 from llava_sft.errors import SettingsError, SftError, exits_cleanly
 from llava_sft.paths import Paths, Shard
 
-STEPS = {
-    "data": "convert the raw data to a WebDataset and index it",
-    "inspect": "look at the data: JSON and HTML",
-    "preflight": "work out all settings, check data and checkpoint",
-    "train": "the whole chain, to the report",
-    "export": "train and convert to Hugging Face format",
-    "evaluate": "export and answer the held-out split",
-    "report": "evaluate and write report.html",
+STEPS = {  # what is made at last, of Paths, and what for
+    "data": ("dataset", "convert the raw data to a WebDataset and index it"),
+    "inspect": ("inspection", "look at the data: JSON and HTML"),
+    "preflight": ("resolved", "work out all settings, check data and checkpoint"),
+    "train": ("report", "the whole chain, to the report"),
+    "export": ("export_done", "train and convert to Hugging Face format"),
+    "evaluate": ("evaluation", "export and answer the held-out split"),
+    "report": ("report", "evaluate and write report.html"),
 }
 
 
@@ -60,7 +60,7 @@ class Workflow:
     def overview(self) -> str:
         width = max(map(len, STEPS)) + 2
         lines = ["", "Targets: STEP_EXPERIMENT, as in `snakemake --cores 8 train_vqa`; `-n` shows what would run", ""]
-        lines += [f"  {step:{width}} {text}" for step, text in STEPS.items()]
+        lines += [f"  {step:{width}} {text}" for step, (_, text) in STEPS.items()]
         lines += ["", "Experiments (config/experiments/): " + ", ".join(self.experiments), ""]
         return "\n".join(lines) + "\n"
 
@@ -72,24 +72,13 @@ class Workflow:
         """Input function of the target `step_experiment`."""
 
         @exits_cleanly
-        def files(wildcards) -> list[str]:
+        def files(wildcards) -> list[Path]:
             paths = self.paths(experiment)
             paths.check_inputs()
             self.asked.append(experiment)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
             shards = [paths.webdatasets / f"{name}.tar" for name in paths.shards]
-            return (
-                shards
-                + {
-                    "data": [paths.dataset],
-                    "inspect": [paths.inspection],
-                    "preflight": [paths.resolved],
-                    "train": [paths.report],
-                    "export": [paths.export_done],
-                    "evaluate": [paths.evaluation],
-                    "report": [paths.report],
-                }[step]
-            )
+            return [*shards, getattr(paths, STEPS[step][0])]
 
         return files
 
