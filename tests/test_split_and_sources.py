@@ -248,6 +248,8 @@ def test_packs_of_several_hosts_are_adopted_once_and_their_parent_index_adds_not
     first = next(read_split(ours, "train"))
     assert [m["content"] for m in first.messages[1::2]] == [f"Caption 0 0 {i}" for i in range(11)]
     assert first.images[10] == picture("JPEG", (38, 28))
+    report, _ = inspect_webdataset(ours, dataset=dataset)  # both parts have the same keys
+    assert report["ok"], report["problems"]
 
 
 def test_a_folder_of_ours_without_its_index_is_indexed_in_place_and_by_fix(tmp_path):
