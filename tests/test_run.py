@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -387,3 +388,15 @@ def test_a_folder_that_a_killed_process_left_half_written_goes_with_the_next_try
     with atomic_dir(tmp_path / "made") as folder:
         (folder / "x").touch()
     assert {path.name for path in tmp_path.iterdir()} == {"made", f".made.{os.getppid()}.tmp"}
+
+
+def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monkeypatch):
+    import train
+
+    run_dir.mkdir(exist_ok=True)
+    weights = 4 * load_model_config(MODELS / "tiny.yaml").parameter_count()  # bytes; with moments, three times as many
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
+    with pytest.raises(RunError, match="a checkpoint needs"):
+        train.check_space(run_dir, resolved)
+    resolved["settings"]["trainable_modules"] = ["adapter"]
+    train.check_space(run_dir, resolved)

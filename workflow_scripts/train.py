@@ -168,8 +168,9 @@ def complain(settings: dict, problem: str, fix: str) -> None:
 
 def check_space(run_dir: Path, resolved: dict) -> None:
     """Raise RunError when not one checkpoint fits on the disk; warn when not all of them do."""
-    settings, parameters = resolved["settings"], ModelConfig(**resolved["model"]).parameter_count()
-    size = expected_bytes(parameters, parameters, settings)
+    settings, model = resolved["settings"], ModelConfig(**resolved["model"])
+    trained = predict.trained_parameters(model, settings["trainable_modules"])
+    size = expected_bytes(model.parameter_count(), trained, settings)
     check_disk(run_dir, size, "a checkpoint")
     kept = min(-(-settings["train_iters"] // settings["save_interval"]), settings["keep_last"] or 10**9)
     free = shutil.disk_usage(run_dir).free
