@@ -124,6 +124,8 @@ def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
     # The samples 0 … 19 of both sources: 20 × 6 + 20 of 20 × 6 + 60 draws.
     low = sum(int(sample[1][0].rstrip("?").split()[-1]) < 20 for sample in read["train"])
     assert 60 < low < 95
+    # The blend's own file is what training reads, its validation too.
+    assert {sample.messages[0]["content"] for sample in read_split(wds / "metadataset.yaml", "val")} == val
     report, _ = inspect_webdataset(wds, parts, dataset)
     assert report["ok"], report["problems"]
     adopted = adopt_webdataset(wds, tmp_path / "adopted")  # a blend of ours under another experiment: no leak

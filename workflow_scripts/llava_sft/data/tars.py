@@ -161,7 +161,9 @@ def _yaml(path: Path) -> Any:
 
 
 def source_folders(wds_dir: Path) -> list[Path]:
-    """The folders of several sources, or the folder itself."""
+    """The folders of several sources, or the folder itself; `wds_dir` may also be the blend's own file."""
+    if wds_dir.name == METADATASET:
+        wds_dir = wds_dir.parent
     if not (wds_dir / METADATASET).is_file():
         return [wds_dir]
     splits = _yaml(wds_dir / METADATASET)["splits"].values()
