@@ -45,13 +45,7 @@ def main() -> None:
     tokens = None
     if args.tokenizer:
         tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
-    report, gallery = inspect_webdataset(
-        args.wds_dir,
-        parts_dir,
-        dataset,
-        args.seed,
-        tokens,
-    )
+    report, gallery = inspect_webdataset(args.wds_dir, parts_dir, dataset, args.seed, tokens)
     if args.json:
         write_json(args.json, report)
     if args.html:

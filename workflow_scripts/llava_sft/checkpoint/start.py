@@ -163,14 +163,11 @@ def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Sta
     sidecars = tokenizer or _sidecars(top / SIDECARS, load)
     if folder.name == "release" and (top / MARKER).is_file():
         marker = read_json(top / MARKER)
-        return Start(folder, sidecars, marker["fingerprint"], marker["untrained"], old_names(top))
-    digest = fingerprint(
-        [
-            file_fingerprint(folder / ".metadata"),
-            sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json"),
-        ]
-    )
-    return Start(folder, sidecars, digest, False, old_names(top))
+        content, untrained = marker["fingerprint"], marker["untrained"]
+    else:
+        sizes = sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json")
+        content, untrained = fingerprint([file_fingerprint(folder / ".metadata"), sizes]), False
+    return Start(folder, sidecars, content, untrained, old_names(top))
 
 
 def old_names(top: Path) -> bool:

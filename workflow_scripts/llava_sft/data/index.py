@@ -304,7 +304,8 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
     splits = {split: [f"{name}.tar" for name, _ in named] for split, named in content.items()}
     tar_names = [f"{name}.tar" for name, _, _ in merged]
     own = fingerprint([content, exclude] if exclude else content)
-    stale = _held_out_before(source.wds_dir) - set(tar_names) - set(splits["heldout"])
+    before = source.wds_dir / ".nv-meta" / HELDOUT_RECORD
+    stale = set(read_json(before)["tars"] if before.is_file() else ()) - set(splits["heldout"])
     with write_meta(source.wds_dir, tars, splits["train"], splits["heldout"], exclude, own) as meta:
         if merged and record:
             write_json(meta / HELDOUT_RECORD, record | {"tars": tar_names})
@@ -316,11 +317,6 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
         for path in (source.wds_dir / name, source.wds_dir / f"{name}.idx"):
             path.unlink(missing_ok=True)
     return own
-
-
-def _held_out_before(wds_dir: Path) -> set[str]:
-    path = wds_dir / ".nv-meta" / HELDOUT_RECORD
-    return set(read_json(path)["tars"]) if path.is_file() else set()
 
 
 def _write_blend(wds_dir: Path, weights: dict[str, float], metas: dict[str, Meta]) -> None:
