@@ -135,6 +135,19 @@ def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
     assert other["fingerprint"] != dataset["fingerprint"]
 
 
+def test_several_sources_made_one_again_leave_no_blend_to_be_read(tmp_path):
+    raw = distinct(tmp_path, 20)
+    for folder in ("wds", "wds.parts"):
+        for name in ("one", "two"):
+            shutil.copytree(raw.folder / folder, tmp_path / "copy" / folder / name)
+        shutil.copytree(raw.folder / folder, tmp_path / "copy" / folder, dirs_exist_ok=True)
+    wds, parts = tmp_path / "copy/wds", tmp_path / "copy/wds.parts"
+    index_webdataset(wds, parts, plan=[{"name": name, "weight": 1.0} for name in ("one", "two")])
+    assert len(list(read_split(wds, "train"))) == 40
+    index_webdataset(wds, parts, plan=[{"name": "", "weight": 1.0}])
+    assert len(list(read_split(wds, "train"))) == 20
+
+
 def test_a_source_that_is_held_out_whole_is_evaluated_and_inspected(tmp_path):
     for name, number in (("one", 1), ("many", 40)):
         raw = distinct(tmp_path / name, number, kind=name)

@@ -132,6 +132,8 @@ def index_webdataset(
     weights = {source.name: source.weight for source in sources}
     if len(sources) > 1:
         _write_blend(wds_dir, weights, metas)
+    else:
+        (wds_dir / METADATASET).unlink(missing_ok=True)  # of an earlier plan: readers would follow it
     epoch = sum(weight * metas[name].samples("train") for name, weight in weights.items())
     return {
         "fingerprint": contents[""] if len(sources) == 1 else fingerprint([contents, weights]),
