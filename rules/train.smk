@@ -19,8 +19,8 @@ rule preflight:
         cluster=flow.cluster_arguments,
         settings=flow.settings(),
     shell:
-        "{PYTHON}preflight.py {params.experiment} --config {params.overrides:q} --cluster {params.cluster:q}"
-        " 2>&1 | tee -i {log}"
+        "{PYTHON}preflight.py {params.experiment:q} --config {params.overrides:q} --cluster {params.cluster:q}"
+        " 2>&1 | tee -i {log:q}"
 
 
 rule train:
@@ -45,5 +45,5 @@ rule train:
     params:
         run_dir=flow.path("run_dir"),
     shell:
-        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output}"
-        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log}"
+        "{PYTHON}train.py {input:q} --run-dir {params.run_dir:q} --done {output:q}"
+        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log:q}"
