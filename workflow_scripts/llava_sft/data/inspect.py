@@ -336,7 +336,7 @@ def _pick_gallery(found: Findings) -> list[dict[str, Any]]:
 def _thumbnail(data: bytes) -> str:
     """A picture as it is where it is small and browsers know its format, else a JPEG of it; "" for a damaged one."""
     try:
-        extension = check_image(data, NO_PIXEL_LIMIT).extension
+        extension = decode_image(data, NO_PIXEL_LIMIT).extension
     except Rejected:
         return ""
     if extension not in SHOWN_BY_BROWSERS or len(data) > INLINE_BYTES:
