@@ -135,7 +135,7 @@ def test_a_picture_damaged_within_is_told_and_not_shown(tmp_path):
     raw.convert()
     index_webdataset(raw.wds, raw.parts)
     report, gallery = inspect_webdataset(raw.wds, raw.parts)
-    assert ["images"] == [problem["check"] for problem in report["problems"]]
+    assert [problem["check"] for problem in report["problems"]] == ["images"]
     assert gallery[0]["images"] == [""]
 
 

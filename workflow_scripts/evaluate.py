@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_sft.checkpoint.start import MARKER
 from llava_sft.data.heldout import StoredSample, data_uri, read_split
-from llava_sft.errors import exits_cleanly
+from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 
 EXAMPLES = 12  # of right answers, and of wrong ones, kept with their pictures for the report
@@ -31,6 +31,11 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     args = parser.parse_args()
 
+    for path in (args.model_dir / MARKER, args.dataset):
+        if not path.is_file():
+            raise RunError(
+                f"{path}: no such file", "an export of convert_checkpoint.py, and the file of index_webdataset.py"
+            )
     depends = fingerprint(
         [
             read_json(args.model_dir / MARKER)["depends"],
