@@ -7,6 +7,7 @@ Uses the embedded data set (`snakemake preflight_vqa` once). Writes benchmarks/r
 """
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -110,33 +111,32 @@ def same(run: Run, undisturbed: Run, steps: int) -> dict[str, bool]:
 
 def table(base: dict, out: Path, cases: list[str], steps: int = 20) -> Iterator[dict]:
     """One row per interruption; `cases`: fp32_dp1 …"""
-    for bf16 in (False, True):
-        for ranks in (1, 2):
-            name = f"{'bf16' if bf16 else 'fp32'}_dp{ranks}"
-            if name not in cases:
-                continue
-            how = {"bf16": bf16, "nproc_per_node": ranks, "train_iters": steps, "save_interval": 8}
-            undisturbed = Run(base, out / name, **how)
-            assert undisturbed.finish() == 0, undisturbed.folder
-            for what in ("SIGTERM", "SIGUSR1", "SIGKILL", "exit at a step", "time limit"):
-                run = Run(base, out / f"{name}_{what.replace(' ', '_')}", **how)
-                if what.startswith("SIG"):
-                    code = run.interrupt(11, signal.Signals[what])
-                elif what == "time limit":
-                    run.change(max_minutes=0.001)
-                    code = run.finish()
-                    run.change(max_minutes=None)
-                else:  # trained to step 12, then made longer
-                    run.change(train_iters=12)
-                    code = run.finish()
-                    run.change(train_iters=steps)
-                reached = iterations_done(run.folder)
-                assert run.finish() == 0, run.folder
-                equal = same(run, undisturbed, steps)
-                note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
-                note = f"exit code {code}, resumed at step {reached}: {note}"
-                where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
-                yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where)
+    for bf16, ranks in itertools.product((False, True), (1, 2)):
+        name = f"{'bf16' if bf16 else 'fp32'}_dp{ranks}"
+        if name not in cases:
+            continue
+        how = {"bf16": bf16, "nproc_per_node": ranks, "train_iters": steps, "save_interval": 8}
+        undisturbed = Run(base, out / name, **how)
+        assert undisturbed.finish() == 0, undisturbed.folder
+        for what in ("SIGTERM", "SIGUSR1", "SIGKILL", "exit at a step", "time limit"):
+            run = Run(base, out / f"{name}_{what.replace(' ', '_')}", **how)
+            if what.startswith("SIG"):
+                code = run.interrupt(11, signal.Signals[what])
+            elif what == "time limit":
+                run.change(max_minutes=0.001)
+                code = run.finish()
+                run.change(max_minutes=None)
+            else:  # trained to step 12, then made longer
+                run.change(train_iters=12)
+                code = run.finish()
+                run.change(train_iters=steps)
+            reached = iterations_done(run.folder)
+            assert run.finish() == 0, run.folder
+            equal = same(run, undisturbed, steps)
+            note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
+            note = f"exit code {code}, resumed at step {reached}: {note}"
+            where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
+            yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where)
 
 
 def kills(base: dict, out: Path, count: int, steps: int = 120) -> Iterator[dict]:
