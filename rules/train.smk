@@ -14,13 +14,10 @@ rule preflight:
         "{exp_dir}/benchmarks/preflight/{run_name}.tsv"
     localrule: True
     params:
-        experiment=flow.experiment_of,
-        overrides=flow.override_arguments,
-        cluster=flow.cluster_arguments,
+        job=flow.preflight_job,
         settings=flow.settings(),
     shell:
-        "{PYTHON}preflight.py {params.experiment:q} --config {params.overrides:q} --cluster {params.cluster:q}"
-        " 2>&1 | tee -i {log:q}"
+        "{PYTHON}preflight.py {params.job} 2>&1 | tee -i {log:q}"
 
 
 rule train:

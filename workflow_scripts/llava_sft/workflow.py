@@ -120,14 +120,10 @@ class Workflow:
         return of_wildcards
 
     @exits_cleanly
-    def experiment_of(self, wildcards) -> str:
-        return self.of(wildcards).settings.experiment
-
-    def override_arguments(self, wildcards) -> list[str]:
-        return [f"{key}={json.dumps(value)}" for key, value in sorted(self.overrides.items())]
-
-    def cluster_arguments(self, wildcards) -> list[str]:
-        return [f"{key}={value}" for key, value in sorted(self.cluster.items())]
+    def preflight_job(self, wildcards) -> str:
+        overrides = (f"{key}={json.dumps(value)}" for key, value in sorted(self.overrides.items()))
+        cluster = (f"{key}={value}" for key, value in sorted(self.cluster.items()))
+        return shlex.join([self.of(wildcards).settings.experiment, "--config", *overrides, "--cluster", *cluster])
 
     @exits_cleanly
     def nodes(self, wildcards) -> int:
