@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from llava_sft.config import load_settings, resolve  # noqa: E402
-from llava_sft.data.lengths import sample_sizes  # noqa: E402
+from llava_sft.config import load_settings, pack_epoch, resolve  # noqa: E402
+from llava_sft.data.lengths import Limits, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
 from llava_sft.training.watch import read_metrics  # noqa: E402
@@ -55,14 +55,12 @@ def record() -> None:
     for overrides in RUNS:
         batch = overrides["micro_batch_size"]
         settings = load_settings("vqa", overrides | {"global_batch_size": 2 * batch, "train_iters": STEPS})
-        limits = (settings.seq_length, settings.min_pixels, settings.max_pixels)
-        data = Path(before["data"]["path"])
-        sizes = sample_sizes(
-            data, {"fingerprint": "benchmark"}, Path(before["start"]["sidecars"]), limits, OUT / f"{limits[0]}.json"
-        )
-        values, _ = resolve(settings, len(sizes.tokens), 0, sizes.tokens)
+        limits = Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
+        sizes = sample_sizes(Path(before["data"]["path"]), Path(before["start"]["sidecars"]), limits, OUT / "sizes")
+        epoch = pack_epoch(settings, sizes.tokens) if settings.packing else None
+        values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
         values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
-        mean, largest = predict.loads(sizes, values)
+        mean, largest = predict.loads(sizes, values, epoch and epoch.packs)
         machine = predict.this_machine(values)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)

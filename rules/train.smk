@@ -1,10 +1,34 @@
-"""Preflight and training."""
+"""Token counts, preflight and training."""
+
+
+rule measure_webdataset:
+    input:
+        flow.path("dataset"),
+        flow.path("converted_done"),
+    output:
+        "{exp_dir}/{run_name}_results/sizes.json",
+    log:
+        "{exp_dir}/logs/measure_webdataset/{run_name}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/measure_webdataset/{run_name}.tsv"
+    threads: workflow.cores
+    params:
+        folder=flow.path("webdatasets"),
+        sidecars=flow.path("sidecars"),
+        kept=flow.path("kept_sizes"),
+        settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
+    shell:
+        "{PYTHON}measure_webdataset.py {params.folder:q} --dataset {input[0]:q} --tokenizer {params.sidecars:q}"
+        " --seq-length {params.settings[seq_length]} --min-pixels {params.settings[min_pixels]}"
+        " --max-pixels {params.settings[max_pixels]} --processes {threads} --kept {params.kept:q} --output {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule preflight:
     input:
         flow.path("dataset"),
         flow.path("converted_done"),
+        flow.path("sizes"),
     output:
         resolved="{exp_dir}/{run_name}_results/resolved.json",
         prediction="{exp_dir}/{run_name}_results/preflight.json",

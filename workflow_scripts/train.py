@@ -20,6 +20,7 @@ from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
+from llava_sft.training.coverage import SAMPLE_COUNTS, sample_counts, told
 from llava_sft.training.launcher import launch
 from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
 from llava_sft.training.slurm import Job, this_job
@@ -75,6 +76,7 @@ def main() -> None:
     give_back(held)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
+        count_samples(run_dir, resolved, args.resolved.with_name("sizes.json"))
         finish(args.done, run_dir, resolved)
     elif code == 0:
         if job and reached == start:
@@ -109,6 +111,14 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
             "fingerprint": fingerprint([identity(resolved), train_iters]),
         },
     )
+
+
+def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
+    """Say how often the training's samples were seen, and name those that an epoch left over or repeated."""
+    left_out = read_json(sizes)["left_out"] if sizes.is_file() else []
+    if counts := sample_counts(run_dir, Path(resolved["data"]["path"]), resolved["settings"]["train_iters"], left_out):
+        write_json(run_dir / SAMPLE_COUNTS, counts)
+        print(f"{told(counts)} ({run_dir / SAMPLE_COUNTS})")
 
 
 def check_machine(resolved: dict, job: Job | None) -> None:

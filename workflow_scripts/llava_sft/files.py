@@ -57,9 +57,9 @@ def write_text(path: Path | str, text: str) -> None:
         file.write(text.encode())
 
 
-def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` with sorted keys: the same value gives the same bytes."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
+    """Write `value` with sorted keys: the same value gives the same bytes. `indent` None: in one line, for long lists."""
+    write_text(path, json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:

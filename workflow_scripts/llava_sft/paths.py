@@ -5,10 +5,11 @@
 <exp_dir>/data/<experiment>/webdatasets/<source>/   the same for each of several sources, and metadataset.yaml
 <exp_dir>/data/<experiment>/webdatasets.parts/      statistics, rejects and index rows of each shard
 <exp_dir>/data/<experiment>/{dataset,inspect}.json  what later steps depend on; what a person reads
+<exp_dir>/data/<experiment>/sizes/                  tokens and patches of each shard's samples, kept for other runs
 <exp_dir>/checkpoints/<name>_mcore_tp1_pp1/         a Hugging Face checkpoint, converted
 <exp_dir>/stage2_sft_<experiment>/                  run directory in Megatron's layout: never an output of a rule
                                                     (stage1_align_…, stage1.5_mid_… for the other stages)
-<exp_dir>/stage2_sft_<experiment>_results/          resolved.json … train.done.json, huggingface/, report.html
+<exp_dir>/stage2_sft_<experiment>_results/          sizes.json, resolved.json … train.done.json, huggingface/, report.html
 """
 
 import glob
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion
+from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion, sidecars_of
 from llava_sft.config import (
     CONFIG_DIR,
     Settings,
@@ -79,6 +80,8 @@ class Paths:
         self.inspection = self.data / "inspect.json"
         self.run_dir = exp_dir / settings.run_name
         self.results = exp_dir / f"{settings.run_name}_results"
+        self.kept_sizes = self.data / "sizes"
+        self.sizes = self.results / "sizes.json"
         self.resolved = self.results / "resolved.json"
         self.prediction = self.results / "preflight.json"
         self.train_done = self.results / "train.done.json"
@@ -113,6 +116,11 @@ class Paths:
         """A folder with tokenizer.json for counting tokens; None when it is known only once the checkpoint is converted."""
         folder = self.settings.tokenizer or Path(self.settings.load)
         return folder if self.is_demo(folder) or (folder / "tokenizer.json").is_file() else None
+
+    @property
+    def sidecars(self) -> Path:
+        """The folder with the start checkpoint's tokenizer, there once the checkpoint is converted."""
+        return sidecars_of(self.settings.load, self.converted, self.settings.tokenizer)
 
     @cached_property
     def sources(self) -> list[Source]:

@@ -154,13 +154,19 @@ def check_load(load: str, parts: dict[str, str], tokenizer: Path | None, made_he
             _sidecars(folder, load)
 
 
+def sidecars_of(load: str, converted: Path | None, tokenizer: Path | None) -> Path:
+    """The folder with the start checkpoint's tokenizer, once it is converted."""
+    top = converted or (Path(load).parent if is_iteration(load) else Path(load))
+    return tokenizer or top / SIDECARS
+
+
 def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Start:
     """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of `load`, if it did."""
     if load == RANDOM:
         return Start(None, tokenizer, "random", True)
     folder = converted / "release" if converted else newest_checkpoint(Path(load))
     top = folder.parent
-    sidecars = tokenizer or _sidecars(top / SIDECARS, load)
+    sidecars = tokenizer or _sidecars(sidecars_of(load, converted, None), load)
     if folder.name == "release" and (top / MARKER).is_file():
         marker = read_json(top / MARKER)
         content, untrained = marker["fingerprint"], marker["untrained"]

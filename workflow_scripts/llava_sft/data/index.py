@@ -326,7 +326,7 @@ def _write_blend(wds_dir: Path, weights: dict[str, float], metas: dict[str, Meta
     splits = {
         split: {
             "blend": [
-                {"path": name, "weight": weight * samples}
+                {"path": name, "weight": weight * samples, "subflavors": {"source": name}}
                 for name, weight in weights.items()
                 if (samples := metas[name].samples(split))
             ]
