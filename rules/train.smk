@@ -18,10 +18,10 @@ rule measure_webdataset:
         kept=flow.path("kept_sizes"),
         settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
     shell:
-        "{PYTHON}measure_webdataset.py {params.folder} --dataset {input[0]} --tokenizer {params.sidecars}"
+        "{PYTHON}measure_webdataset.py {params.folder:q} --dataset {input[0]:q} --tokenizer {params.sidecars:q}"
         " --seq-length {params.settings[seq_length]} --min-pixels {params.settings[min_pixels]}"
-        " --max-pixels {params.settings[max_pixels]} --processes {threads} --kept {params.kept} --output {output}"
-        " > {log} 2>&1"
+        " --max-pixels {params.settings[max_pixels]} --processes {threads} --kept {params.kept:q} --output {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule preflight:
@@ -38,13 +38,10 @@ rule preflight:
         "{exp_dir}/benchmarks/preflight/{run_name}.tsv"
     localrule: True
     params:
-        experiment=flow.experiment_of,
-        overrides=flow.override_arguments,
-        cluster=flow.cluster_arguments,
+        job=flow.preflight_job,
         settings=flow.settings(),
     shell:
-        "{PYTHON}preflight.py {params.experiment} --config {params.overrides:q} --cluster {params.cluster:q}"
-        " 2>&1 | tee -i {log}"
+        "{PYTHON}preflight.py {params.job} 2>&1 | tee -i {log:q}"
 
 
 rule train:
@@ -69,5 +66,5 @@ rule train:
     params:
         run_dir=flow.path("run_dir"),
     shell:
-        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output}"
-        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log}"
+        "{PYTHON}train.py {input:q} --run-dir {params.run_dir:q} --done {output:q}"
+        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log:q}"

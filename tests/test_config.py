@@ -358,3 +358,14 @@ def test_the_start_checkpoint_is_converted_for_the_model_of_the_experiment_that_
     flow = Workflow({}, [])
     flow.target("train", "mine")(None)
     assert flow.checkpoint_job(SimpleNamespace(checkpoint="hf")) == "hf --model 4b"
+
+
+def test_sources_are_named_by_their_files_and_the_name_that_stands_twice_is_told(project):
+    names = ("first.jsonl", "my data (2).jsonl", "more/my data (2).jsonl")
+    for name in names:
+        (project / name).parent.mkdir(exist_ok=True)
+        shutil.copy(project / "raw.jsonl", project / name)
+    write_experiment("mine", raw_data=None, image_root=None, sources=[{"path": name} for name in names[:2]])
+    assert [source.name for source in Paths(load_settings("mine", {})).sources] == ["first", "my_data_2_"]
+    write_experiment("mine", raw_data=None, image_root=None, sources=[{"path": name} for name in names])
+    assert "2 would be named 'my_data_2_'" in mistake().problem

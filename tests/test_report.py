@@ -108,3 +108,14 @@ def test_missing_inputs_are_said(run):
 
 def test_same_input_gives_same_bytes(run):
     assert run(*EVERYTHING) == run(*EVERYTHING)
+
+
+def test_an_evaluation_of_what_is_no_export_is_one_message(tmp_path):
+    script = SCRIPT.with_name("evaluate.py")
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, tmp_path, "--dataset", tmp_path / "d.json", "--output", tmp_path / "e.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, "Traceback" in run.stderr) == (1, False)
+    assert f"error: {tmp_path}/converted.json: no such file" in run.stderr

@@ -6,7 +6,6 @@ trains on the job's nodes; before the time limit it saves, and has the job queue
 
 import argparse
 import datetime
-import os
 import platform
 import shlex
 import shutil
@@ -23,12 +22,11 @@ from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
 from llava_sft.training.coverage import SAMPLE_COUNTS, sample_counts, told
 from llava_sft.training.launcher import launch
-from llava_sft.training.run import DEAD_AFTER_S, give_back, identity, lock, open_run, start_dir
+from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
 from llava_sft.training.slurm import Job, this_job
-from llava_sft.training.watch import forget_after, read_metrics
+from llava_sft.training.watch import FAILURE, forget_after, read_metrics
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is somebody else's
-FAILURE = "failure.json"  # written by the training when it knows the cause
 
 EXIT_GO_ON = 75  # stopped in good order before the last step: the same command goes on
 
@@ -67,11 +65,10 @@ def main() -> None:
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
     code = launch(
         settings,
-        [str(run_dir / "run.json"), str(run_dir), str(start_folder or "")],
+        [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")],
         run_dir,
         log,
         held,
-        say=lambda line: print(line, flush=True),
         job=job,
         srun_options=shlex.split(args.srun_options),
     )
@@ -149,10 +146,8 @@ def check_machine(resolved: dict, job: Job | None) -> None:
     for package, planned in resolved["versions"].items():
         if (here := version(package)) != planned:
             print(f"warning: {package} is {here} here, preflight ran with {planned}")
-    if shared := Path("/dev/shm"):
-        free = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize if shared.is_dir() else None
-        if free is not None and free < 64 << 20:
-            raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
+    if Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free) < 64 << 20:
+        raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
 
 
 def check_memory(resolved: dict) -> None:
@@ -183,8 +178,9 @@ def complain(settings: dict, problem: str, fix: str) -> None:
 
 def check_space(run_dir: Path, resolved: dict) -> None:
     """Raise RunError when not one checkpoint fits on the disk; warn when not all of them do."""
-    settings, parameters = resolved["settings"], ModelConfig(**resolved["model"]).parameter_count()
-    size = expected_bytes(parameters, parameters, settings)
+    settings, model = resolved["settings"], ModelConfig(**resolved["model"])
+    trained = predict.trained_parameters(model, settings["trainable_modules"])
+    size = expected_bytes(model.parameter_count(), trained, settings)
     check_disk(run_dir, size, "a checkpoint")
     kept = min(-(-settings["train_iters"] // settings["save_interval"]), settings["keep_last"] or 10**9)
     free = shutil.disk_usage(run_dir).free

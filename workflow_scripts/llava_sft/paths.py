@@ -13,6 +13,7 @@
 """
 
 import glob
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,6 @@ from llava_sft.model.config import load_model_config
 
 # The demo's files exist only once a rule has made them, but the conversion is planned before: their sizes are fixed.
 DEMO_BYTES = {"train.jsonl": 4165660, "heldout.jsonl": 127362}
-DEMO_CHECKPOINT = "LLaVA-OneVision-1.5-tiny"
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,13 @@ class Paths:
             if entry.heldout:
                 files[HELDOUT_PREFIX] = self._expand("sources" if settings.sources else "heldout_data", entry.heldout)
             path = Path(entry.path)
-            name = entry.name or (path.parent.name if glob.has_magic(path.name) else path.stem)
+            name = path.parent.name if glob.has_magic(path.name) else path.stem
+            name = entry.name or re.sub(r"[^\w.-]+", "_", name)  # what the rules' wildcard takes
             root = entry.image_root or files[TRAIN_PREFIX][0].parent
             sources.append(Source(name if len(entries) > 1 else "", files, root, entry.weight))
-        if len({source.name for source in sources}) < len(sources):
-            raise DataError(f"sources: two would be named {sources[0].name!r}", "give each entry a `name` of its own")
+        (name, count), *_ = Counter(source.name for source in sources).most_common(1) or [("", 0)]
+        if count > 1:
+            raise DataError(f"sources: {count} would be named {name!r}", "give each entry a `name` of its own")
         return sources
 
     def _expand(self, key: str, pattern: str) -> list[Path]:

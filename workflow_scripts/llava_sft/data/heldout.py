@@ -5,12 +5,12 @@ import contextlib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_sft.data.records import Sample
+from llava_sft.data.records import IMAGE, Sample
 from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
 
 
@@ -22,6 +22,20 @@ class StoredSample:
     messages: list[dict]
     images: list[bytes]
     meta: dict
+
+    @property
+    def questions(self) -> str:
+        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
+
+    def answers(self) -> list[int]:
+        """Places of the messages that a model has to give."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def before(self, place: int) -> "StoredSample":
+        """What a model sees that is asked for the message at `place`: those before it, and their images."""
+        messages = self.messages[:place]
+        shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
+        return replace(self, messages=messages, images=self.images[:shown])
 
 
 class StoredShard(NamedTuple):
@@ -86,5 +100,6 @@ def read_shard(shard: StoredShard) -> Iterator[StoredSample]:
 
 def data_uri(image: bytes) -> str:
     """An encoded image as it is embedded in a page."""
-    kind = "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+    kinds = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif"}
+    kind = kinds.get(image[:4], "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
