@@ -15,6 +15,7 @@ from llava_sft.files import read_json
 from llava_sft.report.charts import charts
 from llava_sft.report.html import render
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
+from llava_sft.training.coverage import SAMPLE_COUNTS
 from llava_sft.training.watch import VALIDATION, read_jsonl, read_metrics
 
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12
@@ -35,11 +36,12 @@ def render_report(resolved: dict, run_dir: Path, export: Path | None, **known: d
         resolved=resolved,
         derived={name: settings.get(name) for name in why},
         given={name: value for name, value in settings.items() if name not in why},
-        memory={part: b for part, b in (known["prediction"] or {}).get("memory", {}).items() if part != "total"},
         **known,
         distributions=DISTRIBUTIONS,
         last=last,
         speed=median(speeds) if speeds else None,
+        step_s=median(record["step_s"] for record in metrics) if metrics else None,
+        counts=read_json(run_dir / SAMPLE_COUNTS) if (run_dir / SAMPLE_COUNTS).is_file() else None,
         peak_gib=max((record.get("memory_gib", 0) for record in metrics), default=0),
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
         validations=read_jsonl(run_dir / VALIDATION),
