@@ -1,6 +1,7 @@
 """Fine-tune LLaVA-OneVision-1.5 with Megatron, end to end. `snakemake` alone lists the targets; see README.md."""
 
 import gc
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ gc.set_threshold(200_000, 20, 100)
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 # Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything.
-PYTHON = f"cd {workflow.basedir} && {sys.executable} workflow_scripts/"
+PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
 
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.workflow import STEPS, Workflow, cluster_numbers, lift_stale_lock

@@ -9,9 +9,7 @@ not in the page cache, and are those of whole commands, imports included.
 import argparse
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,9 +19,7 @@ from llava_sft.files import read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.export_files import write_hf_sidecars
 from llava_sft.model.tiny import train_tokenizer
-from results import row, write_results
-
-ROOT = Path(__file__).parents[1]
+from results import ROOT, row, timed, write_results
 
 
 def main() -> None:
@@ -60,20 +56,12 @@ def measure(work: Path, size: str, old_names: bool) -> list[dict]:
     settings = {"model": size, "dtype": "bfloat16", "gigabytes": round(gigabytes, 1), "old_names": old_names}
     for direction, source, target in (("hf2mcore", hf, mcore), ("mcore2hf", mcore, back)):
         forget(source)
-        copied, _ = timed(["bash", "-c", f"cp -r {source} {work}/copy && sync -f {work}/copy && sync {work}/copy/* "])
+        copied, _ = timed("bash", "-c", f"cp -r {source} {work}/copy && sync -f {work}/copy && sync {work}/copy/*")
         shutil.rmtree(work / "copy")
         forget(source)
-        seconds, peak = timed(
-            [
-                sys.executable,
-                str(ROOT / "workflow_scripts/convert_checkpoint.py"),
-                direction,
-                str(source),
-                str(target),
-                "--model",
-                str(ROOT / f"config/models/{size}.yaml"),
-            ]
-        )
+        script, model_file = ROOT / "workflow_scripts/convert_checkpoint.py", ROOT / f"config/models/{size}.yaml"
+        seconds, peak = timed(sys.executable, script, direction, source, target, "--model", model_file)
+        peak /= 1000
         note = f"{seconds:.1f} s against {copied:.1f} s, {gigabytes / seconds:.2f} GB/s"
         print(direction, note, f"peak {peak:.2f} GB", flush=True)
         rows.append(row("checkpoint_vs_cp", seconds / copied, "x", 1.3, "lower", note, direction=direction, **settings))
@@ -96,18 +84,6 @@ def forget(folder: Path) -> None:
         os.fsync(file)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
-
-
-def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak memory (resident, GB) of a command."""
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"failed: {command}")
-    return time.monotonic() - began, usage.ru_maxrss * 1024 / 1e9
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-from results import row, write_results
+from results import ROOT, row, said, timed, write_results
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "workflow_scripts"
+SCRIPTS = ROOT / "workflow_scripts"
 CONVERT = [sys.executable, str(SCRIPTS / "stage2_sftdata2webdataset.py")]
 SHARD_WRITER = """
 import json, sys, webdataset
@@ -29,8 +29,6 @@ with webdataset.ShardWriter(sys.argv[2] + "/x-%05d.tar", maxcount=10**9, maxsize
         with open(sys.argv[3] + "/" + record["image"], "rb") as file:
             sink.write({"__key__": f"{number:07d}", "jpg": file.read(), "json": line})
 """
-MEASURE = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
-MEASURE += "print('peak_kb', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
 
 def jpeg(bytes_wanted: int, seed: int) -> bytes:
@@ -70,13 +68,15 @@ def make_images(folder: Path, count: int, size: int) -> Path:
     return images
 
 
-def timed(command: list, out: Path) -> float:
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.rmtree(f"{out}.parts", ignore_errors=True)
+def side_by_side(out: Path, *commands: list) -> float:
+    """Wall seconds of commands that run at the same time, into an empty folder."""
+    for folder in (out, f"{out}.parts"):
+        shutil.rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True)
     os.sync()
     began = time.perf_counter()
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    processes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) for command in commands]
+    assert not any([process.wait() for process in processes]), commands
     return time.perf_counter() - began
 
 
@@ -85,15 +85,19 @@ def against_tar(work: Path, count: int, size: int, rounds: int) -> Iterator[dict
     images, raw, out = make_images(folder, count, size), folder / "raw.jsonl", work / "out"
     ours = [*CONVERT, "--input", raw, "--image-root", images, "--output-dir", out]
     whole = [*ours, "--range-bytes", 1 << 40]
+    half = raw.stat().st_size // 2 + 1  # two processes on two halves, against one on both: the same ranges
+    halves = ((0, 0, half), (1, half, raw.stat().st_size))
     contestants = {
-        "tar": ["tar", "cf", out / "x.tar", "-C", images, "-T", folder / "list"],
-        "ours": whole,
-        "ShardWriter": [sys.executable, "-c", SHARD_WRITER, raw, out, images],
+        "tar": [["tar", "cf", out / "x.tar", "-C", images, "-T", folder / "list"]],
+        "ours": [whole],
+        "ShardWriter": [[sys.executable, "-c", SHARD_WRITER, raw, out, images]],
+        "one": [[*ours, "--range-bytes", half]],
+        "two": [[*ours, "--shard", n, "--start", start, "--end", end] for n, start, end in halves],
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        for name, command in contestants.items():
-            times[name].append(timed(command, out))
+        for name, commands in contestants.items():
+            times[name].append(side_by_side(out, *commands))
     best = {name: min(values) for name, values in times.items()}
     all_runs = "; ".join(f"{name} {', '.join(f'{v:.2f}' for v in values)} s" for name, values in times.items())
     settings = {"images": count, "bytes_each": (images / "000/000000.jpg").stat().st_size}
@@ -101,24 +105,7 @@ def against_tar(work: Path, count: int, size: int, rounds: int) -> Iterator[dict
     yield row("conversion_vs_tar", best["ours"] / best["tar"], "×", 1.1, "lower", note, **settings)
     yield row("conversion_vs_shardwriter", best["ours"] / best["ShardWriter"], "×", None, "lower", **settings)
     yield row("shardwriter_vs_tar", best["ShardWriter"] / best["tar"], "×", None, "lower", **settings)
-    # Two processes on two halves, against one on both: the same ranges.
-    half = raw.stat().st_size // 2 + 1
-    singles, doubles = [], []
-    for _ in range(rounds):
-        singles.append(timed([*ours, "--range-bytes", half], out))
-        jobs = [
-            [*ours, "--shard", n, "--start", n * half, "--end", min((n + 1) * half, raw.stat().st_size)]
-            for n in range(2)
-        ]
-        shutil.rmtree(out)
-        out.mkdir()
-        os.sync()
-        began = time.perf_counter()
-        processes = [subprocess.Popen(list(map(str, job)), stdout=subprocess.DEVNULL) for job in jobs]
-        assert not any([process.wait() for process in processes])
-        doubles.append(time.perf_counter() - began)
-    note = "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in t)} s" for n, t in (("one", singles), ("two", doubles)))
-    yield row("conversion_two_processes", min(singles) / min(doubles), "×", 1.8, "higher", note, **settings)
+    yield row("conversion_two_processes", best["one"] / best["two"], "×", 1.8, "higher", note, **settings)
     # Is the disk the limit? The same bytes written with no work at all.
     tar_bytes = sum(path.stat().st_size for path in out.glob("*.tar"))
     began = time.perf_counter()
@@ -126,19 +113,10 @@ def against_tar(work: Path, count: int, size: int, rounds: int) -> Iterator[dict
         for _ in range(tar_bytes >> 20):
             file.write(bytes(1 << 20))
     plain = time.perf_counter() - began
-    yield row("plain_write_share", plain / min(doubles), "", None, "lower", "the same bytes, only written", **settings)
-    decode = timed([*whole, "--decode-images", "True"], out)
+    yield row("plain_write_share", plain / best["two"], "", None, "lower", "the same bytes, only written", **settings)
+    decode = side_by_side(out, [*whole, "--decode-images", "True"])
     yield row("conversion_decode_vs_tar", decode / best["tar"], "×", None, "lower", "every image decoded", **settings)
     shutil.rmtree(out)
-
-
-def measured(command: list) -> tuple[float, float]:
-    """Wall seconds and peak MB of a script in a process of its own."""
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, command[1:])], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return time.perf_counter() - began, int(done.stdout.split("peak_kb ")[1]) / 1000
 
 
 def text_only(work: Path, name: str, records: int, length: int) -> Iterator[dict]:
@@ -148,33 +126,23 @@ def text_only(work: Path, name: str, records: int, length: int) -> Iterator[dict
     draw = random.Random(1)
     if not raw.is_file():
         words = [str(draw.random()) for _ in range(1000)]
+        start, between, end = (b"[", b",\n", b"]") if name.endswith(".json") else (b"", b"\n", b"\n")
         with open(raw, "wb") as file:
-            array = name.endswith(".json")
             for n in range(records):
                 text = " ".join(draw.choices(words, k=length // 19))
-                file.write(
-                    (b"[" if array and not n else b",\n" if array else b"")
-                    + record(n, None, text)
-                    + (b"" if array else b"\n")
-                )
-            file.write(b"]" if array else b"")
-    began = time.perf_counter()
+                file.write((between if n else start) + record(n, None, text))
+            file.write(end)
     code = "import sys; from llava_sft.data.plan import plan_ranges; print(len(plan_ranges(sys.argv[1])))"
-    jobs = int(
-        subprocess.run(
-            [sys.executable, "-c", code, raw], cwd=SCRIPTS, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-    )
-    plan = time.perf_counter() - began
+    plan, jobs = said(sys.executable, "-c", code, raw, cwd=SCRIPTS)
     shutil.rmtree(out, ignore_errors=True)
-    seconds, peak = measured([*CONVERT, "--input", raw, "--output-dir", out, "--parts-dir", work / "out.parts"])
-    settings = {"file": name, "records": records, "gb": round(raw.stat().st_size / 1e9, 2), "jobs": jobs}
+    seconds, peak = timed(*CONVERT, "--input", raw, "--output-dir", out, "--parts-dir", work / "out.parts")
+    settings = {"file": name, "records": records, "gb": round(raw.stat().st_size / 1e9, 2), "jobs": int(jobs)}
     yield row("conversion_peak_mb", peak, "MB", 200, "lower", "one process, all ranges", **settings)
     yield row("conversion_seconds", seconds, "s", None, "lower", f"{records / seconds:,.0f} records/s", **settings)
     yield row("conversion_plan_s", plan, "s", 10, "lower", "a process of its own", **settings)
     index = [sys.executable, SCRIPTS / "index_webdataset.py", out, "--output", work / "dataset.json"]
     for share in (0, 0.01):
-        seconds, peak = measured([*index, "--val-fraction", share])
+        seconds, peak = timed(*index, "--val-fraction", share)
         yield row("index_seconds", seconds, "s", None, "lower", f"peak {peak:.0f} MB", **settings, val_fraction=share)
     shutil.rmtree(out)
     shutil.rmtree(work / "out.parts")

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from llava_sft.config import auto_packing_buffer  # noqa: E402
 from llava_sft.data.index import index_webdataset  # noqa: E402
-from llava_sft.data.lengths import sample_sizes  # noqa: E402
+from llava_sft.data.lengths import Limits, sample_sizes  # noqa: E402
 from llava_sft.data.packing import epoch_packs, select_packs  # noqa: E402
 from llava_sft.data.plan import Range  # noqa: E402
 from llava_sft.data.shards import convert_range  # noqa: E402
@@ -130,7 +130,7 @@ def epoch() -> Iterator[dict]:
     from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
     from llava_sft.data.template import ChatTemplate
 
-    limits = (8192, 3136, 1_000_000)
+    limits = Limits(8192, 3136, 1_000_000)
     for name, distribution in (("short VQA", short_vqa), ("mixed", mixed)):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -142,12 +142,11 @@ def epoch() -> Iterator[dict]:
                 stats.append(
                     convert_range(folder / "raw.jsonl", folder, folder / "wds", folder / "parts", "subtaskdata", part)
                 )
-            dataset = index_webdataset(folder / "wds", folder / "parts")
-            sizes = sample_sizes(folder / "wds", dataset, TOKENIZER, limits, folder / "sizes.json")
-            lengths = sizes.tokens
+            index_webdataset(folder / "wds", folder / "parts")
+            lengths = sample_sizes(folder / "wds", TOKENIZER, limits).tokens
             buffer = auto_packing_buffer(lengths, limits[0])
+            predicted = sum(1 for _ in epoch_packs(lengths, limits[0], buffer, seed=1))
             for workers in (1, 2):
-                predicted = sum(1 for _ in epoch_packs(lengths, limits[0], buffer, workers, seed=1))
                 encoder = VlmTaskEncoder(ChatTemplate(TOKENIZER), *limits, packing=True)
                 loader = iter(train_loader(folder / "wds", encoder, worker_config(0, 1, workers, 1), 1, buffer))
                 packs = samples = tokens = 0

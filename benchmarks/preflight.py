@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from llava_sft.config import load_settings, resolve  # noqa: E402
-from llava_sft.data.lengths import sample_sizes  # noqa: E402
+from llava_sft.config import load_settings, pack_epoch, resolve  # noqa: E402
+from llava_sft.data.lengths import Limits, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
 from llava_sft.training.watch import read_metrics  # noqa: E402
@@ -55,14 +55,12 @@ def record() -> None:
     for overrides in RUNS:
         batch = overrides["micro_batch_size"]
         settings = load_settings("vqa", overrides | {"global_batch_size": 2 * batch, "train_iters": STEPS})
-        limits = (settings.seq_length, settings.min_pixels, settings.max_pixels)
-        data = Path(before["data"]["path"])
-        sizes = sample_sizes(
-            data, {"fingerprint": "benchmark"}, Path(before["start"]["sidecars"]), limits, OUT / f"{limits[0]}.json"
-        )
-        values, _ = resolve(settings, len(sizes.tokens), 0, sizes.tokens)
+        limits = Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
+        sizes = sample_sizes(Path(before["data"]["path"]), Path(before["start"]["sidecars"]), limits, OUT / "sizes")
+        epoch = pack_epoch(settings, sizes.tokens) if settings.packing else None
+        values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
         values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
-        mean, largest = predict.loads(sizes, values)
+        mean, largest = predict.loads(sizes, values, epoch and epoch.packs)
         machine = predict.this_machine(values)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,13 +124,14 @@ def take_over() -> list[dict]:
 
 
 def errors() -> list[dict]:
-    """Of each recorded run: predicted from all others of its device, against what was measured."""
+    """Of each recorded run: predicted from all others of its device, against what was measured. Prints the README's table."""
     rows = []
     runs = predict.recorded()
     names = list(
         dict.fromkeys(r["settings"]["run"] for r in read_json(predict.RECORDED)["rows"] if "run" in r["settings"])
     )
     by_device: dict[str, list[tuple[float, float]]] = {}
+    print("| run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|")
     for name, each in zip(names, runs, strict=True):
         others = predict.of_device(each.machine.device, [other for other in runs if other is not each])
         guess = predict.predict(
@@ -140,10 +139,8 @@ def errors() -> list[dict]:
         )
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
         by_device.setdefault(each.machine.device, []).append(wrong)
-        print(
-            f"{name}: memory {guess.memory_gib:.2f} for {each.memory_gib:.2f} GiB ({wrong[0]:+.1%}), "
-            f"time {guess.step_s:.3f} for {each.step_s:.3f} s ({wrong[1]:+.1%})"
-        )
+        memory = f"{guess.memory_gib:.3g}, {each.memory_gib:.3g} ({wrong[0]:+.1%})"
+        print(f"| {name} | {memory} | {guess.step_s:.3g}, {each.step_s:.3g} ({wrong[1]:+.1%}) |")
     for device, found in by_device.items():
         for metric, goal, column in (("preflight_memory_error", 0.05, 0), ("preflight_time_error", 0.10, 1)):
             wrong = [abs(error[column]) for error in found]

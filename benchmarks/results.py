@@ -1,4 +1,4 @@
-"""What every benchmark shares: a result file with where it comes from, and the table of all of them (`make figures`).
+"""What every benchmark shares: commands that are timed, a result file with where it comes from, and the table of all of them (`make figures`).
 
 A result is benchmarks/results/<name>.json: name, date, commit, command, hardware, versions, rows; a row is
 {metric, value, unit, goal, better: "higher" | "lower", settings, note}. Rows of metrics that were not measured again stay.
@@ -10,12 +10,14 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 COMMAND = tuple(sys.argv)  # as typed: a training in the same process changes it
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -33,6 +35,25 @@ def row(
     """One figure. `better`: "higher" or "lower"; `settings`: what it was measured at."""
     value = float(f"{value:.4g}")
     return dict(metric=metric, value=value, unit=unit, goal=goal, better=better, settings=settings, note=note)
+
+
+def timed(*command: Any, cwd: Path = ROOT) -> tuple[float, float]:
+    """Wall seconds and peak memory (resident, MB; not less than ours, which the kernel counts in) of a command."""
+    began = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {command}")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e6
+
+
+def said(*command: Any, cwd: Path = ROOT) -> tuple[float, str]:
+    """Wall seconds of a command, and what it printed; ends with that when it fails."""
+    began = time.perf_counter()
+    run = subprocess.run(list(map(str, command)), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        raise SystemExit(run.stdout[-3000:])
+    return time.perf_counter() - began, run.stdout
 
 
 def machine() -> dict[str, Any]:
@@ -67,13 +88,11 @@ def write_results(name: str, rows: list[dict[str, Any]], command: str = "", **el
 
 
 def hardware() -> dict[str, Any]:
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
+    models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     return {
-        "cpu": cpu or platform.machine(),
+        "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory, 1),
         "gpus": gpus,
@@ -83,7 +102,7 @@ def hardware() -> dict[str, Any]:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=30).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

@@ -7,6 +7,7 @@ Uses the embedded data set (`snakemake preflight_vqa` once). Writes benchmarks/r
 """
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -18,13 +19,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
-
-from llava_sft.files import read_json, write_json  # noqa: E402
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done  # noqa: E402
-from llava_sft.training.watch import read_jsonl  # noqa: E402
-from results import row, write_results  # noqa: E402
+from llava_sft.files import read_json, write_json
+from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
+from llava_sft.training.watch import read_jsonl
+from results import ROOT, row, write_results
 
 SMALL = {"micro_batch_size": 8, "global_batch_size": 16, "log_interval": 1, "log_samples": True, "log_answers": 1}
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}
@@ -90,17 +88,11 @@ class Run:
 
     def weights(self, iteration: int) -> dict[str, bytes]:
         """Every tensor of a checkpoint, weights and optimizer, as bytes."""
-        import torch
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+        from llava_sft.checkpoint.safetensors_io import tensor_bytes
+        from llava_sft.checkpoint.torch_dist import TorchDistReader
 
-        reader = dcp.FileSystemReader(checkpoint_dir(self.folder, iteration))
-        stored = reader.read_metadata().state_dict_metadata.items()
-        found = {
-            k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in stored if isinstance(v, TensorStorageMetadata)
-        }
-        dcp.load(found, storage_reader=reader, no_dist=True)
-        return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
+        reader = TorchDistReader(checkpoint_dir(self.folder, iteration))
+        return {name: bytes(tensor_bytes(reader.read(name))) for name in reader.tensors()}
 
 
 def kill(process: subprocess.Popen, number: int) -> None:
@@ -119,33 +111,32 @@ def same(run: Run, undisturbed: Run, steps: int) -> dict[str, bool]:
 
 def table(base: dict, out: Path, cases: list[str], steps: int = 20) -> Iterator[dict]:
     """One row per interruption; `cases`: fp32_dp1 …"""
-    for bf16 in (False, True):
-        for ranks in (1, 2):
-            if f"{'bf16' if bf16 else 'fp32'}_dp{ranks}" not in cases:
-                continue
-            how = {"bf16": bf16, "nproc_per_node": ranks, "train_iters": steps, "save_interval": 8}
-            name = f"{'bf16' if bf16 else 'fp32'}_dp{ranks}"
-            undisturbed = Run(base, out / name, **how)
-            assert undisturbed.finish() == 0, undisturbed.folder
-            for what in ("SIGTERM", "SIGUSR1", "SIGKILL", "exit at a step", "time limit"):
-                run = Run(base, out / f"{name}_{what.replace(' ', '_')}", **how)
-                if what.startswith("SIG"):
-                    code = run.interrupt(11, signal.Signals[what])
-                elif what == "time limit":
-                    run.change(max_minutes=0.001)
-                    code = run.finish()
-                    run.change(max_minutes=None)
-                else:  # trained to step 12, then made longer
-                    run.change(train_iters=12)
-                    code = run.finish()
-                    run.change(train_iters=steps)
-                reached = iterations_done(run.folder)
-                assert run.finish() == 0, run.folder
-                equal = same(run, undisturbed, steps)
-                note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
-                note = f"exit code {code}, resumed at step {reached}: {note}"
-                where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
-                yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where)
+    for bf16, ranks in itertools.product((False, True), (1, 2)):
+        name = f"{'bf16' if bf16 else 'fp32'}_dp{ranks}"
+        if name not in cases:
+            continue
+        how = {"bf16": bf16, "nproc_per_node": ranks, "train_iters": steps, "save_interval": 8}
+        undisturbed = Run(base, out / name, **how)
+        assert undisturbed.finish() == 0, undisturbed.folder
+        for what in ("SIGTERM", "SIGUSR1", "SIGKILL", "exit at a step", "time limit"):
+            run = Run(base, out / f"{name}_{what.replace(' ', '_')}", **how)
+            if what.startswith("SIG"):
+                code = run.interrupt(11, signal.Signals[what])
+            elif what == "time limit":
+                run.change(max_minutes=0.001)
+                code = run.finish()
+                run.change(max_minutes=None)
+            else:  # trained to step 12, then made longer
+                run.change(train_iters=12)
+                code = run.finish()
+                run.change(train_iters=steps)
+            reached = iterations_done(run.folder)
+            assert run.finish() == 0, run.folder
+            equal = same(run, undisturbed, steps)
+            note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
+            note = f"exit code {code}, resumed at step {reached}: {note}"
+            where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
+            yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where)
 
 
 def kills(base: dict, out: Path, count: int, steps: int = 120) -> Iterator[dict]:

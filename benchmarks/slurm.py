@@ -2,10 +2,11 @@
 
     python benchmarks/slurm.py                   # submits to a Slurm of its own where it can be had (see tests/mini_slurm.py)
 
-Works in a copy of the project, on records as large as a shard. For the second look the outputs are made by hand; for the
+Works in a clone of the project, on records as large as a shard. For the second look the outputs are made by hand; for the
 submission both nodes are drained, so that no job starts.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,22 +18,20 @@ import tempfile
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT / "tests"))
+from results import ROOT, row, said, write_results
 
-import mini_slurm  # noqa: E402
-from results import row, write_results  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
 
+import mini_slurm
+
+SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 LINE = 512  # bytes of a record, and of a job's range
 PLAN_GOAL = {10_000: 20}
 ONE_BY_ONE_S = 132  # 10,000 jobs of a toy workflow, submitted singly
 
 
 def copy_project(target: Path) -> None:
-    files = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    for name in files.splitlines():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(PROJECT / name, target / name, follow_symlinks=False)
+    said("git", "clone", "--quiet", ROOT, target)
     profile = target / "profiles/slurm/config.yaml"
     text = profile.read_text().replace("# slurm-status-command", "slurm-status-command")
     profile.write_text(re.sub(r"mem_mb: \d+", "mem_mb: 100", text))
@@ -50,27 +49,16 @@ def write_data(project: Path, jobs: int) -> None:
     )
 
 
-def snakemake(project: Path, *arguments: str) -> tuple[float, str]:
-    began = time.monotonic()
-    command = [str(Path(sys.executable).with_name("snakemake")), *arguments]
-    run = subprocess.run(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if run.returncode:
-        raise SystemExit(run.stdout[-3000:])
-    return time.monotonic() - began, run.stdout
-
-
 def make_outputs(project: Path, jobs: int) -> None:
     """Empty files for everything that `data_big` makes, noted by Snakemake as made."""
     folder = project / "output/data/big"
-    for number in range(jobs):
-        for name in (".tar", ".tar.idx"):
-            (folder / "webdatasets").mkdir(parents=True, exist_ok=True)
-            (folder / f"webdatasets/subtaskdata-{number:05d}{name}").touch()
-        for name in ("samples.jsonl", "stats.json", "rejects.jsonl"):
-            (folder / "webdatasets.parts").mkdir(parents=True, exist_ok=True)
-            (folder / f"webdatasets.parts/subtaskdata-{number:05d}.{name}").touch()
+    kinds = {"webdatasets": ("tar", "tar.idx"), "webdatasets.parts": ("samples.jsonl", "stats.json", "rejects.jsonl")}
+    for place, names in kinds.items():
+        (folder / place).mkdir(parents=True)
+        for number, name in itertools.product(range(jobs), names):
+            (folder / place / f"subtaskdata-{number:05d}.{name}").touch()
     (folder / "dataset.json").touch()
-    snakemake(project, "--cores", "1", "--touch", "data_big")
+    said(SNAKEMAKE, "--cores", "1", "--touch", "data_big", cwd=project)
 
 
 def submit(project: Path, cluster: mini_slurm.MiniSlurm) -> tuple[float, int]:
@@ -79,7 +67,7 @@ def submit(project: Path, cluster: mini_slurm.MiniSlurm) -> tuple[float, int]:
         cluster.ask("scontrol", "update", f"nodename={name}", "state=drain", "reason=measured")
     began = time.monotonic()
     with open(project / "submit.log", "w") as log:
-        command = [str(Path(sys.executable).with_name("snakemake")), "--profile", "slurm", "data_big"]
+        command = [SNAKEMAKE, "--profile", "slurm", "data_big"]
         running = subprocess.Popen(command, cwd=project, stdout=log, stderr=log, start_new_session=True)
     seen, last, planned = 0, began, None
     while planned is None or time.monotonic() < last + 10:  # ten seconds without a new one: that was the last
@@ -106,7 +94,7 @@ def main() -> None:
             project = Path(folder) / str(jobs)
             copy_project(project)
             write_data(project, jobs)
-            seconds, output = snakemake(project, "data_big", "--profile", "slurm", "-n", "--quiet", "all")
+            seconds, _ = said(SNAKEMAKE, "data_big", "--profile", "slurm", "-n", "--quiet", "all", cwd=project)
             rows.append(row(f"plan_{jobs}_jobs_s", seconds, "s", PLAN_GOAL.get(jobs), "lower", "dry run", jobs=jobs))
             if not reason:
                 with mini_slurm.MiniSlurm(Path(folder) / f"slurm_{jobs}") as cluster:
@@ -115,7 +103,7 @@ def main() -> None:
                 goal = ONE_BY_ONE_S if jobs == 10_000 else None
                 rows.append(row(f"submit_{jobs}_jobs_s", seconds, "s", goal, "lower", note, jobs=jobs))
             make_outputs(project, jobs)
-            seconds, output = snakemake(project, "--profile", "slurm", "data_big")
+            seconds, output = said(SNAKEMAKE, "--profile", "slurm", "data_big", cwd=project)
             assert "Nothing to be done" in output, output
             rows.append(row(f"noop_{jobs}_jobs_s", seconds, "s", PLAN_GOAL.get(jobs), "lower", "", jobs=jobs))
             write_results("slurm", rows[-3:])

@@ -10,15 +10,11 @@ processor is given beside the time of the clock, for machines that do something 
 import os
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
-
-from llava_sft.files import read_json, write_json  # noqa: E402
-from results import row, write_results  # noqa: E402
+from llava_sft.files import read_json, write_json
+from results import ROOT, row, write_results
 
 BLOCK, PAIRS, WARM = 10, 40, 20
 OUT = Path("/tmp/llava_sft_watching")
@@ -37,13 +33,8 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     write_json(OUT / "resolved.json", resolved)
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29577",
-    }
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
+    os.environ |= place
     write_results("watching", measure(resolved))
 
 
@@ -75,10 +66,7 @@ def measure(resolved: dict) -> list[dict]:
         off = statistics.median(without for _, without in pairs)
         shares = sorted((with_it - without) / off for with_it, without in pairs)
         middle = statistics.median(shares)
-        low, high = (
-            shares[len(shares) // 2 - 6],
-            shares[len(shares) // 2 + 6],
-        )  # order statistics, about 95 % for 40 pairs
+        low, high = (shares[len(shares) // 2 + place] for place in (-6, 6))  # order statistics, about 95 % for 40 pairs
         note = f"median of {len(pairs)} pairs of blocks of {BLOCK} steps, 95 % interval {low:.4f} … {high:.4f}; a step without is {1000 * off / BLOCK:.1f} ms"
         rows.append(row("watching_overhead", middle, "of the step", 0.01, "lower", note, clock=name, experiment="vqa"))
     return rows

@@ -32,6 +32,6 @@ rule convert_checkpoint_mcore2hf:
         webdatasets=flow.path("webdatasets"),
         settings=flow.settings("model", "min_pixels", "max_pixels", "parity"),
     shell:
-        "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir} {params.folder} --model {params.settings[model]}"
+        "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir:q} {params.folder:q} --model {params.settings[model]}"
         " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"
-        " --samples {params.webdatasets} --parity {params.settings[parity]} --done {output} > {log} 2>&1"
+        " --samples {params.webdatasets:q} --parity {params.settings[parity]} --done {output:q} > {log:q} 2>&1"

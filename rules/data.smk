@@ -17,7 +17,7 @@ rule make_demo_vqa:
     benchmark:
         "{exp_dir}/benchmarks/make_demo_vqa.tsv"
     shell:
-        "{PYTHON}make_demo_vqa.py --output-dir {wildcards.exp_dir}/demo --checkpoint-dir {output[3]} > {log} 2>&1"
+        "{PYTHON}make_demo_vqa.py --output-dir {wildcards.exp_dir:q}/demo --checkpoint-dir {output[3]:q} > {log:q} 2>&1"
 
 
 rule stage2_sftdata2webdataset:
@@ -39,7 +39,7 @@ rule stage2_sftdata2webdataset:
         format_version=FORMAT_VERSION,
     shell:
         "{PYTHON}stage2_sftdata2webdataset.py --input {input:q} {params.job}"
-        " --output-dir $(dirname {output.tar}) --parts-dir $(dirname {output.stats}) > {log} 2>&1"
+        ' --output-dir "$(dirname {output.tar:q})" --parts-dir "$(dirname {output.stats:q})" > {log:q} 2>&1'
 
 
 rule index_webdataset:
@@ -57,9 +57,9 @@ rule index_webdataset:
         job=flow.index_job,
         settings=flow.settings("max_reject_fraction", "val_fraction", "split_seed"),
     shell:
-        "{PYTHON}index_webdataset.py {params.folder} {params.job} --output {output}"
+        "{PYTHON}index_webdataset.py {params.folder:q} {params.job} --output {output:q}"
         " --max-reject-fraction {params.settings[max_reject_fraction]} --val-fraction {params.settings[val_fraction]}"
-        " --split-seed {params.settings[split_seed]} > {log} 2>&1"
+        " --split-seed {params.settings[split_seed]} > {log:q} 2>&1"
 
 
 rule inspect_webdataset:
@@ -77,7 +77,7 @@ rule inspect_webdataset:
         tokenizer=flow.path("tokenizer"),
         settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
     shell:
-        "{PYTHON}inspect_webdataset.py {params.folder} --dataset {input}"
-        " --json {output.json} --html {output.html} --tokenizer {params.tokenizer} > {log} 2>&1"
+        "{PYTHON}inspect_webdataset.py {params.folder:q} --dataset {input:q}"
+        " --json {output.json:q} --html {output.html:q} --tokenizer {params.tokenizer:q} > {log:q} 2>&1"
         " --seq-length {params.settings[seq_length]}"
         " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"

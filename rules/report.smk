@@ -17,10 +17,10 @@ rule evaluate:
         webdatasets=flow.path("webdatasets"),
         settings=flow.settings("evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens"),
     shell:
-        "{PYTHON}evaluate.py {params.folder} {params.webdatasets} --dataset {input.dataset}"
-        " --by {params.settings[evaluate_by]} --samples {params.settings[evaluate_samples]}"
+        "{PYTHON}evaluate.py {params.folder:q} {params.webdatasets:q} --dataset {input.dataset:q}"
+        " --by {params.settings[evaluate_by]:q} --samples {params.settings[evaluate_samples]}"
         " --batch-size {params.settings[evaluate_batch_size]} --max-new-tokens {params.settings[max_new_tokens]}"
-        " --output {output} 2>&1 | tee -i {log}"
+        " --output {output:q} 2>&1 | tee -i {log:q}"
 
 
 rule report:
@@ -42,6 +42,6 @@ rule report:
         run_dir=flow.path("run_dir"),
         export=flow.path("export"),
     shell:
-        "{PYTHON}report.py --resolved {input.resolved} --prediction {input.prediction} --dataset {input.dataset}"
-        " --inspect {input.inspection} --train-done {input.train_done} --run-dir {params.run_dir}"
-        " --evaluation {input.evaluation} --export {params.export} --output {output} 2>&1 | tee -i {log}"
+        "{PYTHON}report.py --resolved {input.resolved:q} --prediction {input.prediction:q} --dataset {input.dataset:q}"
+        " --inspect {input.inspection:q} --train-done {input.train_done:q} --run-dir {params.run_dir:q}"
+        " --evaluation {input.evaluation:q} --export {params.export:q} --output {output:q} 2>&1 | tee -i {log:q}"

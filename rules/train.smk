@@ -1,10 +1,34 @@
-"""Preflight and training."""
+"""Token counts, preflight and training."""
+
+
+rule measure_webdataset:
+    input:
+        flow.path("dataset"),
+        flow.path("converted_done"),
+    output:
+        "{exp_dir}/{run_name}_results/sizes.json",
+    log:
+        "{exp_dir}/logs/measure_webdataset/{run_name}.log",
+    benchmark:
+        "{exp_dir}/benchmarks/measure_webdataset/{run_name}.tsv"
+    threads: workflow.cores
+    params:
+        folder=flow.path("webdatasets"),
+        sidecars=flow.path("sidecars"),
+        kept=flow.path("kept_sizes"),
+        settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
+    shell:
+        "{PYTHON}measure_webdataset.py {params.folder:q} --dataset {input[0]:q} --tokenizer {params.sidecars:q}"
+        " --seq-length {params.settings[seq_length]} --min-pixels {params.settings[min_pixels]}"
+        " --max-pixels {params.settings[max_pixels]} --processes {threads} --kept {params.kept:q} --output {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule preflight:
     input:
         flow.path("dataset"),
         flow.path("converted_done"),
+        flow.path("sizes"),
     output:
         resolved="{exp_dir}/{run_name}_results/resolved.json",
         prediction="{exp_dir}/{run_name}_results/preflight.json",
@@ -14,13 +38,10 @@ rule preflight:
         "{exp_dir}/benchmarks/preflight/{run_name}.tsv"
     localrule: True
     params:
-        experiment=flow.experiment_of,
-        overrides=flow.override_arguments,
-        cluster=flow.cluster_arguments,
+        job=flow.preflight_job,
         settings=flow.settings(),
     shell:
-        "{PYTHON}preflight.py {params.experiment} --config {params.overrides:q} --cluster {params.cluster:q}"
-        " 2>&1 | tee -i {log}"
+        "{PYTHON}preflight.py {params.job} 2>&1 | tee -i {log:q}"
 
 
 rule train:
@@ -45,5 +66,5 @@ rule train:
     params:
         run_dir=flow.path("run_dir"),
     shell:
-        "{PYTHON}train.py {input} --run-dir {params.run_dir} --done {output}"
-        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log}"
+        "{PYTHON}train.py {input:q} --run-dir {params.run_dir:q} --done {output:q}"
+        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log:q}"

@@ -334,8 +334,17 @@ def test_the_script_converts_both_ways_and_says_when_there_is_nothing_to_do(smal
 
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_model.model_dump()))
 
-    def script(direction, source, target):
-        arguments = [direction, source, target, "--model", tmp_path / "small.yaml", "--done", tmp_path / "done.json"]
+    def script(direction, source, target, *more):
+        arguments = [
+            *more,
+            direction,
+            source,
+            target,
+            "--model",
+            tmp_path / "small.yaml",
+            "--done",
+            tmp_path / "done.json",
+        ]
         return subprocess.run(
             [sys.executable, ROOT / "workflow_scripts/convert_checkpoint.py", *arguments],
             capture_output=True,
@@ -351,6 +360,9 @@ def test_the_script_converts_both_ways_and_says_when_there_is_nothing_to_do(smal
     assert all(torch.equal(weights(tmp_path / "hf")[k], v) for k, v in weights(small_checkpoint).items())
     missing = script("hf2mcore", tmp_path / "nowhere", tmp_path / "other")
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
+    for part in ("adapter", "eyes=nowhere"):
+        wrong = script("hf2mcore", small_checkpoint, tmp_path / "other", "--part", part)
+        assert wrong.returncode == 1 and wrong.stderr.startswith(f"error: --part {part}"), wrong.stderr
     assert not (tmp_path / "other").exists()
 
 

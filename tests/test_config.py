@@ -16,6 +16,7 @@ from llava_sft.config import (
     auto_train_iters,
     gpu_count,
     load_settings,
+    pack_epoch,
     resolve,
     warnings,
 )
@@ -84,9 +85,22 @@ def test_save_interval_gives_at_most_16_checkpoints(steps, interval):
     assert -(-steps // interval) <= 16
 
 
-@pytest.mark.parametrize(("cores", "gpus", "workers"), [(2, 0, 1), (1, 0, 1), (64, 0, 4), (64, 8, 32), (16, 8, 8)])
-def test_num_workers_is_half_the_cores_or_four_per_gpu(cores, gpus, workers):
-    assert auto_num_workers(cores, gpus) == workers
+@pytest.mark.parametrize(
+    ("cores", "processes", "wanted", "workers"),
+    [
+        (2, 1, None, 1),
+        (1, 1, None, 1),
+        (64, 1, None, 4),
+        (64, 8, None, 4),  # of each process: half of the cores together
+        (16, 8, None, 1),
+        (64, 1, 900, 2),  # a worker prepares 1,000 tokens/s
+        (64, 1, 1500, 4),
+        (64, 1, 100, 1),
+        (64, 8, 9000, 4),  # more than the cores allow
+    ],
+)
+def test_num_workers_keep_up_on_at_most_half_of_the_cores(cores, processes, wanted, workers):
+    assert auto_num_workers(cores, processes, wanted, 1000) == workers
 
 
 def test_auto_values_are_worked_out_and_explained(project):
@@ -107,7 +121,7 @@ def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
     settings = load_settings("mine", {"tensor_model_parallel_size": 2}, cluster)
     values, why = resolve(settings, train_samples=100_000, cores=96)
     assert (values["nodes"], values["nproc_per_node"], values["global_batch_size"]) == (2, 8, 4 * 2 * 8 // 2)
-    assert values["num_workers"] == 32 and "nodes" not in why and settings.origin["nodes"] == "the profile"
+    assert values["num_workers"] == 4 and "nodes" not in why and settings.origin["nodes"] == "the profile"
     assert load_settings("mine", {"nodes": 8, "gpus_per_node": 1}, cluster).nodes == 8  # a person comes first
     assert resolve(load_settings("mine"), train_samples=100)[0]["nodes"] == 1
     with pytest.raises(SettingsError, match="data-parallel size 16 = 16"):
@@ -116,7 +130,8 @@ def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
 
 def test_packed_sequences_are_counted_not_samples(project):
     given = {"seq_length": 1000, "global_batch_size": 10, "packing_buffer_size": 100}
-    values, why = resolve(load_settings("mine", given), train_samples=20_000, lengths=[250] * 20_000)
+    settings = load_settings("mine", given)
+    values, why = resolve(settings, 20_000, epoch=pack_epoch(settings, [250] * 20_000))
     assert values["train_iters"] == 500  # four samples a sequence
     assert "5,000 packed sequences (of 20,000 samples)" in why["train_iters"]
 
@@ -343,3 +358,14 @@ def test_the_start_checkpoint_is_converted_for_the_model_of_the_experiment_that_
     flow = Workflow({}, [])
     flow.target("train", "mine")(None)
     assert flow.checkpoint_job(SimpleNamespace(checkpoint="hf")) == "hf --model 4b"
+
+
+def test_sources_are_named_by_their_files_and_the_name_that_stands_twice_is_told(project):
+    names = ("first.jsonl", "my data (2).jsonl", "more/my data (2).jsonl")
+    for name in names:
+        (project / name).parent.mkdir(exist_ok=True)
+        shutil.copy(project / "raw.jsonl", project / name)
+    write_experiment("mine", raw_data=None, image_root=None, sources=[{"path": name} for name in names[:2]])
+    assert [source.name for source in Paths(load_settings("mine", {})).sources] == ["first", "my_data_2_"]
+    write_experiment("mine", raw_data=None, image_root=None, sources=[{"path": name} for name in names])
+    assert "2 would be named 'my_data_2_'" in mistake().problem

@@ -34,19 +34,21 @@ def test_sources_of_several_formats_are_converted_blended_and_only_what_grew_aga
     (experiments / "blend.yaml").write_text(
         yaml.safe_dump({"sources": sources, "shard_bytes": 3000, "val_fraction": 0.2, "load": "x"})
     )
-    (experiments / "foreign.yaml").write_text(yaml.safe_dump({"webdatasets": "theirs", "load": "x"}))
-    made = snakemake(project, "output/data/blend/inspect.json", "output/data/foreign/inspect.json")
+    (experiments / "foreign.yaml").write_text(
+        yaml.safe_dump({"webdatasets": "theirs", "load": "x", "exp_dir": "out put"})
+    )
+    made = snakemake(project, "output/data/blend/inspect.json", "out put/data/foreign/inspect.json")
     assert made.returncode == 0, made.stdout
     jobs = planned(made.stdout)["stage2_sftdata2webdataset"]
-    data = project / "output/data"
-    dataset, foreign = (json.loads((data / name / "dataset.json").read_bytes()) for name in ("blend", "foreign"))
+    data = {"blend": project / "output/data/blend", "foreign": project / "out put/data/foreign"}
+    dataset, foreign = (json.loads((folder / "dataset.json").read_bytes()) for folder in data.values())
     assert dataset["train"]["samples"] + dataset["heldout"]["samples"] == 58
     assert dataset["heldout"]["samples"] > 0
     assert dataset["weights"] == {"array": 2.0, "hub": 1.0}
     assert foreign["train"] == {"samples": 6, "shards": 1}
-    assert sorted(path.name for path in (data / "blend/webdatasets/hub").glob("sub*.tar"))[-1] > "subtaskdata-100000"
-    for name, path in (("blend", "blend/webdatasets/metadataset.yaml"), ("foreign", "foreign/webdatasets")):
-        assert len(set(read_with_energon(data / path)[0]["train"])) > 5, name
+    assert sorted(path.name for path in (data["blend"] / "webdatasets/hub").glob("sub*.tar"))[-1] > "subtaskdata-100000"
+    for name, path in (("blend", "webdatasets/metadataset.yaml"), ("foreign", "webdatasets")):
+        assert len(set(read_with_energon(data[name] / path)[0]["train"])) > 5, name
     assert not (project / "theirs/pretrain-0.tar.idx").exists()
 
     (project / "data/array.json").write_text(json.dumps([record(i, f"{i % 40}.png") for i in range(41)]))

@@ -11,7 +11,9 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb, image_tokens, to_patches
@@ -121,6 +123,20 @@ DAMAGE = {
         "subtaskdata-00000.tar",
     ),
 }
+
+
+def test_a_picture_damaged_within_is_told_and_not_shown(tmp_path):
+    raw = Raw(tmp_path, [record(0, "noise.png")])
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    Image.fromarray(pixels).save(raw.images / "noise.png")
+    data = bytearray((raw.images / "noise.png").read_bytes())
+    data[len(data) // 2] ^= 255
+    (raw.images / "noise.png").write_bytes(data)
+    raw.convert()
+    index_webdataset(raw.wds, raw.parts)
+    report, gallery = inspect_webdataset(raw.wds, raw.parts)
+    assert [problem["check"] for problem in report["problems"]] == ["images"]
+    assert gallery[0]["images"] == [""]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -1,34 +1,57 @@
-"""Token counts for packing: what the loader will make of the samples, from image headers alone, and kept."""
+"""Token counts: what the loader will make of the samples, from image headers alone, and counted again only where they must."""
 
 import json
+import os
 
 from conftest import MAX_PIXELS, MIN_PIXELS
+from llava_sft.data.heldout import sample_ids
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.lengths import sample_sizes
+from llava_sft.data.lengths import Limits, prepared_tokens_per_s, sample_sizes
 from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
 from llava_sft.data.template import ChatTemplate
 from webdataset_helpers import Raw, record
 
+LIMITS = Limits(120, MIN_PIXELS, MAX_PIXELS)
 
-def test_lengths_equal_those_of_the_loader_and_are_counted_once(tmp_path, small_checkpoint):
+
+def test_sizes_equal_those_of_the_loader(tmp_path, small_checkpoint):
     long = record(7, None)
     long["conversations"][1]["value"] = "word " * 400
     raw = Raw(tmp_path, [record(i, [None, "a.png", ["b.jpg", "a.png"]][i % 3]) for i in range(6)] + [long])
     raw.convert()
-    dataset = index_webdataset(raw.wds, raw.parts)
-    limits, cache = (120, MIN_PIXELS, MAX_PIXELS), tmp_path / "lengths.json"
-    sizes = sample_sizes(raw.wds, dataset, small_checkpoint, limits, cache)
-    assert (len(sizes.tokens), sizes.left_out) == (6, 1)
+    index_webdataset(raw.wds, raw.parts)
+    sizes = sample_sizes(raw.wds, small_checkpoint, LIMITS, processes=2)
+    assert len(sizes.tokens) == 6
 
-    encoder = VlmTaskEncoder(ChatTemplate(small_checkpoint), *limits)
+    encoder = VlmTaskEncoder(ChatTemplate(small_checkpoint), *LIMITS)
     batches = iter(train_loader(raw.wds, encoder, worker_config(0, 1, 0, 1), micro_batch_size=1))
     seen = {}
     while len(seen) < 6:
         batch = next(batches)
         seen[batch.__key__[0]] = batch.num_tokens, [height * width for height, width in batch.grids.tolist()]
     assert sorted(seen.values()) == sorted(zip(sizes.tokens, sizes.patches, strict=True))
+    assert len(sizes.left_out) == 1 and not set(sizes.left_out) & seen.keys()
+    assert {*sizes.left_out} | seen.keys() == sample_ids(raw.wds, "train")[""]
+    assert prepared_tokens_per_s(raw.wds, small_checkpoint, LIMITS) > 0
 
-    kept = json.loads(cache.read_text())
-    cache.write_text(json.dumps(kept | {"tokens": [1, 2, 3]}))
-    assert sample_sizes(raw.wds, dataset, small_checkpoint, limits, cache).tokens == [1, 2, 3]
-    assert sample_sizes(raw.wds, dataset, small_checkpoint, (130, *limits[1:]), cache).tokens == sizes.tokens
+
+def test_only_what_changed_is_counted_again(tmp_path, small_checkpoint):
+    raw = Raw(tmp_path, [record(i, "a.png") for i in range(12)])
+    raw.convert()
+    index_webdataset(raw.wds, raw.parts)
+    kept = tmp_path / "sizes"
+    first = sample_sizes(raw.wds, small_checkpoint, LIMITS, kept)
+    files = sorted(kept.rglob("*.json"))
+    assert len(files) == len(list(raw.wds.glob("*.tar"))) > 2
+    for path in files:  # whatever is read from now on shows
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": [1]}))
+    assert sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens == [1] * len(files)
+
+    (raw.images / "a.png").write_bytes((raw.images / "b.jpg").read_bytes())
+    os.unlink(next(iter(sorted(raw.wds.glob("*.tar")))))
+    raw.convert(only={0})
+    index_webdataset(raw.wds, raw.parts)
+    again = sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens
+    assert again.count(1) == len(files) - 1 and len(again) > len(files)
+    assert sample_sizes(raw.wds, small_checkpoint, LIMITS._replace(seq_length=130), kept).tokens != again
+    assert sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens[-1] == first.tokens[-1]

@@ -1,16 +1,20 @@
 """The loader: every sample comes, the very next one after a resume, and none is left out in silence."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from megatron.energon import SkipSample
 
 from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.data.heldout import read_split
+from llava_sft.data.heldout import StoredSample, read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
 from llava_sft.data.template import ChatTemplate
+from llava_sft.errors import RunError
+from llava_sft.training import validation
 from webdataset_helpers import Raw, picture, record
 
 RECORDS = 24
@@ -146,3 +150,15 @@ def test_held_out_samples_are_read_in_order_with_their_images_in_the_order_of_th
     assert [m["role"] for m in pair.messages] == ["user", "assistant"]
     assert list(read_split(wds.wds, "test")) == []
     assert np.unique([s.id for s in read_split(wds.wds, "train")]).size == RECORDS
+
+
+@pytest.mark.parametrize("stored", [[], [StoredSample("a", [], [], {})]])
+def test_a_validation_that_no_held_out_sample_fits_into_is_one_message(monkeypatch, stored):
+    def too_long(self, sample):
+        raise SkipSample
+
+    monkeypatch.setattr(validation, "read_split", lambda path, split: iter(stored))
+    monkeypatch.setattr(validation.HeldOut, "encode", too_long)
+    held_out = validation.HeldOut("wds", SimpleNamespace(seq_length=64), 0, 1, micro_batch_size=2, batches=1)
+    with pytest.raises(RunError, match="too few fit into seq_length 64"):
+        next(held_out)

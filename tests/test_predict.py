@@ -7,6 +7,7 @@ import pytest
 
 from llava_sft.config import CONFIG_DIR, load_settings, resolve
 from llava_sft.data.lengths import SampleSizes
+from llava_sft.data.packing import epoch_packs
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.model.config import load_model_config
 from llava_sft.training import predict
@@ -22,19 +23,24 @@ H200, H100 = predict.gpu("NVIDIA H200"), predict.gpu("NVIDIA H100 80GB HBM3")
 def sizes() -> SampleSizes:
     draw = random.Random(1)
     patches = [[4 * draw.randint(300, 900)] for _ in range(2000)]
-    return SampleSizes([each[0] // 4 + draw.randint(60, 300) for each in patches], patches, 0)
+    return SampleSizes([each[0] // 4 + draw.randint(60, 300) for each in patches], patches, [])
 
 
 def settings(sizes: SampleSizes, **changed) -> dict:
     wanted = {"model": "4b", "packing": True, "seq_length": 8192, "micro_batch_size": 1, "gpus_per_node": 1}
     wanted |= {"global_batch_size": "auto", "train_iters": "auto"} | changed
-    return resolve(load_settings("vqa", wanted), len(sizes.tokens), 0, sizes.tokens)[0]
+    return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0]
+
+
+def batches(sizes: SampleSizes, values: dict) -> tuple[predict.Load, predict.Load]:
+    packs = list(epoch_packs(sizes.tokens, values["seq_length"], 2000, seed=1)) if values["packing"] else None
+    return predict.loads(sizes, values, packs)
 
 
 def predicted(sizes: SampleSizes, machine=H200, **changed) -> predict.Prediction:
     values = settings(sizes, **changed)
     calibration = predict.calibrate(predict.of_device(machine.device, predict.recorded()))
-    return predict.predict(MODEL, values, machine, *predict.loads(sizes, values), calibration)
+    return predict.predict(MODEL, values, machine, *batches(sizes, values), calibration)
 
 
 def test_a_recorded_run_is_predicted_from_the_others():
@@ -64,7 +70,7 @@ def test_frozen_parts_need_neither_gradients_nor_moments(sizes):
 
 def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
     values = settings(sizes)
-    batch = predict.loads(sizes, values)
+    batch = batches(sizes, values)
     calibration = predict.calibrate(predict.of_device("H100", predict.recorded()))
     assert not predict.fits(predict.predict(MODEL, values, H100, *batch, calibration), H100)
     found = predict.proposals(MODEL, values, H100, *batch, calibration)
@@ -80,7 +86,7 @@ def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
 def test_a_run_that_can_not_fit_stops_before_it_starts_unless_told_otherwise(sizes, monkeypatch, capsys):
     monkeypatch.setattr(predict, "this_machine", lambda values: H100)
     values = settings(sizes, seq_length=32768, pack_chunk_tokens=32768)
-    mean, largest = predict.loads(sizes, values)
+    mean, largest = batches(sizes, values)
     resolved = {"settings": values, "model": MODEL.model_dump(), "batch": {"mean": mean, "largest": largest}}
     with pytest.raises(RunError, match=r"predicted to need .* GiB .*has 79") as stopped:
         check_memory(resolved)
@@ -91,8 +97,18 @@ def test_a_run_that_can_not_fit_stops_before_it_starts_unless_told_otherwise(siz
 
 def test_padding_counts_without_packing(sizes):
     values = settings(sizes, packing=False, micro_batch_size=8, seq_length=2048)
-    mean, largest = predict.loads(sizes, values)
+    mean, largest = batches(sizes, values)
     assert 8 * sum(sizes.tokens) / len(sizes.tokens) < mean.tokens < largest.tokens == 8 * max(sizes.tokens)
+
+
+def test_the_largest_batch_is_what_goes_through_the_model_at_once(sizes):
+    whole = batches(sizes, settings(sizes, seq_length=32768, pack_chunk_tokens=32768))
+    mean, chunk = batches(sizes, settings(sizes, seq_length=32768, pack_chunk_tokens=8192))
+    assert mean == whole[0]
+    assert 7800 < chunk.tokens < 9600  # cut between samples: not all alike
+    assert chunk.patches < 1.5 * whole[1].patches / 4
+    one, two = (batches(sizes, settings(sizes, micro_batch_size=mbs))[0] for mbs in (1, 2))
+    assert two.tokens == pytest.approx(2 * one.tokens)
 
 
 def test_a_gpu_that_nobody_measured_is_named():

@@ -31,12 +31,14 @@ def run(tmp_path):
     """Write what the chain would have left; return a function that makes the report of some of it."""
     records = [
         {"iteration": i, "train_iters": 40, "lm loss": 5 / i, "learning-rate": 1e-5, "grad-norm": None,
-         "tokens_per_s": 9000.0 + i, "data_wait_share": 0.01, "memory_gib": 1.5}
+         "step_s": 0.25, "tokens_per_s": 9000.0 + i, "data_wait_share": 0.01, "memory_gib": 1.5}
         for i in (10, 20, 30, 40)
     ]  # fmt: skip
     run_dir = tmp_path / "stage2_sft_vqa"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    counts = {"epochs": 1.25, "seen": {"0": 3, "1": 5}, "left_out": []}
+    (run_dir / "sample_counts.json").write_text(json.dumps(counts))
     inputs = {
         "resolved": {
             "settings": {"experiment": "vqa", "train_iters": 40, "lr": 1e-5, "gpus_per_node": 0},
@@ -44,7 +46,9 @@ def run(tmp_path):
             "start": {"load": "a/folder", "untrained": True},
             "run_name": "stage2_sft_vqa",
         },
-        "prediction": {"parameters": 1234567, "memory": {"weights": 2**30}, "warnings": []},
+        "prediction": {"parameters": 1234567, "warnings": [],
+                       "prediction": {"memory_gib": {"weights": 1.0, "libraries and the rest": 0.4}, "step_s": 0.5,
+                                      "tokens_per_s": 4321.0, "recorded_runs": 10}},
         "dataset": {"read": 11, "rejected": 1, "reasons": {"missing image": 1}, "images": 10, "kinds": {},
                     "train": {"samples": 8, "shards": 1}, "heldout": {"samples": 2, "shards": 1}},
         "train-done": {"iteration": 40, "train_iters": 40, "lm loss": 0.125},
@@ -92,6 +96,7 @@ def test_page_tells_what_a_reader_came_for(run):
     for expected in (
         "75.0 %", "3 of 4", "✗ wrong", "✓ right", "missing image", "0.125", "1,234,567",
         "started from untrained (random) weights", "1 epochs × 160 samples / 4", "tokens/s", "learning rate",
+        "step 0.5 s 0.25 s", "4,321", "never 3",
     ):  # fmt: skip
         assert expected in text, expected
     assert page.count('<svg role="img"') == 5  # a run without gradient norms has no curve of them
@@ -108,3 +113,14 @@ def test_missing_inputs_are_said(run):
 
 def test_same_input_gives_same_bytes(run):
     assert run(*EVERYTHING) == run(*EVERYTHING)
+
+
+def test_an_evaluation_of_what_is_no_export_is_one_message(tmp_path):
+    script = SCRIPT.with_name("evaluate.py")
+    run = subprocess.run(
+        [sys.executable, script, tmp_path, tmp_path, "--dataset", tmp_path / "d.json", "--output", tmp_path / "e.json"],
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, "Traceback" in run.stderr) == (1, False)
+    assert f"error: {tmp_path}/converted.json: no such file" in run.stderr

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,15 +14,14 @@ from conftest import MODELS
 from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
-from llava_sft.files import read_json
+from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.launcher import command, node_command
-from llava_sft.training.node import rendezvous
+from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.run import lock, open_run, start_dir
 from llava_sft.training.slurm import Job
-from llava_sft.training.watch import METRICS, Watch, forget_after, progress_line, read_metrics
+from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
 from test_model_config import ROOT
 
 
@@ -303,7 +303,7 @@ def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypa
     wanted = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task=96"
     wanted += f" --gres=gpu:{gpus}" if gpus else ""
     wanted += " --kill-on-bad-exit=1 --overlap" + (" --label" if nodes > 1 else "") + " --mpi=none"
-    wanted += f" {sys.executable} -m llava_sft.training.node 10.0.0.1:29500 {count} run.json run_dir start"
+    wanted += f" {sys.executable} -m llava_sft.training.launcher 10.0.0.1:29500 {count} run.json run_dir start"
     assert " ".join(argv) == wanted
 
     last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}
@@ -368,3 +368,35 @@ def test_a_record_sums_up_the_steps_since_the_last_one(run_dir):
         assert r["step_s"] >= 0.001
         assert r["tokens_per_s"] == pytest.approx(2 * 80 / r["step_s"])
         assert 0 < r["data_wait_share"] < 0.1
+
+
+def test_a_record_that_a_kill_cut_behind_an_inner_brace_is_no_record(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    whole = json.dumps({"iteration": 10, "answers": [{"id": "a"}]}) + "\n"
+    (run_dir / VALIDATION).write_text(whole + whole[: whole.index("}") + 1])
+    assert [each["iteration"] for each in read_jsonl(run_dir / VALIDATION)] == [10]
+    forget_after(run_dir, 10)
+    assert (run_dir / VALIDATION).read_text() == whole
+
+
+def test_a_folder_that_a_killed_process_left_half_written_goes_with_the_next_try(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".made.{dead.pid}.tmp").mkdir()
+    (tmp_path / f".made.{os.getppid()}.tmp").mkdir()  # of another that is still at work
+    with atomic_dir(tmp_path / "made") as folder:
+        (folder / "x").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"made", f".made.{os.getppid()}.tmp"}
+
+
+def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monkeypatch):
+    import train
+
+    run_dir.mkdir(exist_ok=True)
+    weights = 4 * load_model_config(MODELS / "tiny.yaml").parameter_count()  # bytes; with moments, three times as many
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
+    with pytest.raises(RunError, match="a checkpoint needs"):
+        train.check_space(run_dir, resolved)
+    resolved["settings"]["trainable_modules"] = ["adapter"]
+    train.check_space(run_dir, resolved)

@@ -19,7 +19,7 @@ from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import inspect_webdataset
 from llava_sft.data.split import choose_heldout
-from llava_sft.data.tars import is_finished
+from llava_sft.data.tars import is_finished, read_meta
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
@@ -124,6 +124,8 @@ def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
     # The samples 0 … 19 of both sources: 20 × 6 + 20 of 20 × 6 + 60 draws.
     low = sum(int(sample[1][0].rstrip("?").split()[-1]) < 20 for sample in read["train"])
     assert 60 < low < 95
+    # The blend's own file is what training reads, its validation too.
+    assert {sample.messages[0]["content"] for sample in read_split(wds / "metadataset.yaml", "val")} == val
     report, _ = inspect_webdataset(wds, parts, dataset)
     assert report["ok"], report["problems"]
     adopted = adopt_webdataset(wds, tmp_path / "adopted")  # a blend of ours under another experiment: no leak
@@ -131,6 +133,35 @@ def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
     assert {sample.messages[0]["content"] for sample in read_split(tmp_path / "adopted", "val")} == val
     other = index_webdataset(wds, parts, plan=[plan[0] | {"weight": 1.0}, plan[1]], val_fraction=0.2)
     assert other["fingerprint"] != dataset["fingerprint"]
+
+
+def test_several_sources_made_one_again_leave_no_blend_to_be_read(tmp_path):
+    raw = distinct(tmp_path, 20)
+    for folder in ("wds", "wds.parts"):
+        for name in ("one", "two"):
+            shutil.copytree(raw.folder / folder, tmp_path / "copy" / folder / name)
+        shutil.copytree(raw.folder / folder, tmp_path / "copy" / folder, dirs_exist_ok=True)
+    wds, parts = tmp_path / "copy/wds", tmp_path / "copy/wds.parts"
+    index_webdataset(wds, parts, plan=[{"name": name, "weight": 1.0} for name in ("one", "two")])
+    assert len(list(read_split(wds, "train"))) == 40
+    index_webdataset(wds, parts, plan=[{"name": "", "weight": 1.0}])
+    assert len(list(read_split(wds, "train"))) == 20
+
+
+def test_a_source_that_is_held_out_whole_is_evaluated_and_inspected(tmp_path):
+    for name, number in (("one", 1), ("many", 40)):
+        raw = distinct(tmp_path / name, number, kind=name)
+        for folder in ("wds", "wds.parts"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (raw.folder / folder).rename(tmp_path / folder / name)
+    wds, parts = tmp_path / "wds", tmp_path / "wds.parts"
+    plan = [{"name": "one", "weight": 1.0}, {"name": "many", "weight": 1.0}]
+    datasets = (index_webdataset(wds, parts, plan=plan, val_fraction=0.5, split_seed=seed) for seed in range(100))
+    dataset = next(each for each in datasets if read_meta(wds / "one").samples("val"))
+    assert {sample.meta["kind"] for sample in read_split(wds, "val")} == {"one", "many"}
+    assert len(list(read_split(wds, "val"))) == dataset["heldout"]["samples"]
+    report, _ = inspect_webdataset(wds, parts, dataset)
+    assert report["ok"], report["problems"]
 
 
 # --------------------------------------------------------------------------------------------------- adoption
@@ -232,6 +263,8 @@ def test_packs_of_several_hosts_are_adopted_once_and_their_parent_index_adds_not
     first = next(read_split(ours, "train"))
     assert [m["content"] for m in first.messages[1::2]] == [f"Caption 0 0 {i}" for i in range(11)]
     assert first.images[10] == picture("JPEG", (38, 28))
+    report, _ = inspect_webdataset(ours, dataset=dataset)  # both parts have the same keys
+    assert report["ok"], report["problems"]
 
 
 def test_a_folder_of_ours_without_its_index_is_indexed_in_place_and_by_fix(tmp_path):

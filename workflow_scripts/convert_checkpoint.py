@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.hub import download
-from llava_sft.checkpoint.start import MARKER, SIDECARS, is_hub, is_legacy, newest_checkpoint
-from llava_sft.errors import exits_cleanly
+from llava_sft.checkpoint.start import MARKER, PARTS, SIDECARS, is_hub, is_legacy, newest_checkpoint
+from llava_sft.errors import SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.model.config import load_model_config
 
@@ -52,7 +52,12 @@ def main() -> None:
     path = Path(args.model)
     model = load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
 
-    parts = dict(part.split("=", 1) for part in args.part)
+    parts = {}
+    for given in args.part:
+        part, _, folder = given.partition("=")
+        if part not in PARTS or not folder:
+            raise SettingsError(f"--part {given}", f"--part PART=FOLDER, PART one of {', '.join(PARTS)}")
+        parts[part] = folder
     source = args.source if is_hub(args.source) else newest_checkpoint(Path(args.source))
     if args.direction == "mcore2hf":
         args.sidecars = args.sidecars or source.parent / SIDECARS

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from llava_sft.checkpoint.start import MARKER
-from llava_sft.errors import exits_cleanly
+from llava_sft.data.heldout import StoredSample, data_uri, read_split
+from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 
 EXAMPLES = 12  # of right answers, and of wrong ones, kept with their pictures for the report
@@ -30,6 +31,11 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     args = parser.parse_args()
 
+    for path in (args.model_dir / MARKER, args.dataset):
+        if not path.is_file():
+            raise RunError(
+                f"{path}: no such file", "an export of convert_checkpoint.py, and the file of index_webdataset.py"
+            )
     depends = fingerprint(
         [
             read_json(args.model_dir / MARKER)["depends"],
@@ -53,8 +59,6 @@ def main() -> None:
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    from llava_sft.data.heldout import read_split
-
     limit = None if args.samples == "all" else int(args.samples)
     samples = list(islice(read_split(args.webdatasets, "val"), limit))
     empty = {"split": "val", "samples": 0, "correct": 0, "accuracy": None, "by": args.by, "groups": {}, "examples": []}
@@ -63,18 +67,11 @@ def evaluate(args: argparse.Namespace) -> dict:
         return empty
 
     began = time.monotonic()
-    questions = [
-        (sample, turn) for sample in samples for turn, m in enumerate(sample.messages) if m["role"] == "assistant"
-    ]
-    answers = answer(args, questions)
-    predictions: dict[int, list[tuple[str, str]]] = {}
-    for (sample, turn), prediction in zip(questions, answers, strict=True):
-        predictions.setdefault(id(sample), []).append((sample.messages[turn]["content"].strip(), prediction.strip()))
-
+    answers = iter(answer(args, [sample.before(turn) for sample in samples for turn in sample.answers()]))
     groups: dict[str, dict[str, int]] = {}
     examples: dict[bool, list[dict]] = {True: [], False: []}
     for sample in samples:
-        pairs = predictions[id(sample)]
+        pairs = [(sample.messages[turn]["content"].strip(), next(answers).strip()) for turn in sample.answers()]
         right = all(truth == prediction for truth, prediction in pairs)
         group = groups.setdefault(str(sample.meta.get(args.by, "all")), {"samples": 0, "correct": 0})
         group["samples"] += 1
@@ -92,31 +89,25 @@ def evaluate(args: argparse.Namespace) -> dict:
     }
 
 
-def answer(args: argparse.Namespace, questions: list[tuple]) -> list[str]:
+def answer(args: argparse.Namespace, questions: list[StoredSample]) -> list[str]:
     """Greedy answers, in order; batches hold questions of like length, so that little is padded."""
     import torch
     from tqdm import tqdm
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
 
+    from llava_sft.checkpoint.parity import load_export
     from llava_sft.data.images import decode_rgb
 
-    logging.disable_progress_bar()  # of the weights; ours counts batches
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(args.model_dir, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(args.model_dir, trust_remote_code=True, dtype="auto")
-    model = model.to(device).eval()
+    processor, model = load_export(args.model_dir, "auto", device)
     texts = [
-        processor.apply_chat_template(sample.messages[:turn], add_generation_prompt=True, tokenize=False)
-        for sample, turn in questions
+        processor.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
+        for question in questions
     ]
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i][0].images), len(texts[i])))
+    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(texts[i])))
     answers: dict[int, str] = {}
-    for start in tqdm(
-        range(0, len(order), args.batch_size), "evaluating", unit="batch", disable=not sys.stderr.isatty()
-    ):
+    for start in tqdm(range(0, len(order), args.batch_size), "evaluating", unit="batch", disable=None):
         rows = order[start : start + args.batch_size]
-        images = [decode_rgb(data) for i in rows for data in questions[i][0].images[: count_images(questions[i])]]
+        images = [decode_rgb(data) for i in rows for data in questions[i].images]
         inputs = processor(
             text=[texts[i] for i in rows], images=images or None, padding=True, padding_side="left", return_tensors="pt"
         ).to(device)
@@ -127,19 +118,11 @@ def answer(args: argparse.Namespace, questions: list[tuple]) -> list[str]:
     return [answers[i] for i in range(len(questions))]
 
 
-def count_images(question: tuple) -> int:
-    """Images shown before the turn that is asked for."""
-    sample, turn = question
-    return sum(m["content"].count("<image>") for m in sample.messages[:turn] if m["role"] == "user")
-
-
-def example(sample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
-    from llava_sft.data.heldout import data_uri
-
+def example(sample: StoredSample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
     return {
         "id": sample.id,
         "group": str(sample.meta.get(by, "all")),
-        "question": "\n".join(m["content"] for m in sample.messages if m["role"] == "user"),
+        "question": sample.questions,
         "answer": "\n".join(truth for truth, _ in pairs),
         "prediction": "\n".join(prediction for _, prediction in pairs),
         "correct": right,

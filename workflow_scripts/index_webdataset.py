@@ -32,9 +32,6 @@ def main() -> None:
         help="link this folder's tars into WDS_DIR; WDS_DIR itself, when it has its index: only count",
     )
     parser.add_argument(
-        "--raw", nargs="+", default=[], metavar="FILE", help="where the raw files lie now, if they have moved since"
-    )
-    parser.add_argument(
         "--max-reject-fraction",
         type=float,
         default=0.0,
@@ -59,30 +56,20 @@ def main() -> None:
 
     source = args.adopt or args.wds_dir
     if args.plan or (parts_dir.is_dir() and not args.adopt):
-        dataset = index_webdataset(
-            args.wds_dir,
-            parts_dir,
-            args.raw,
-            args.max_reject_fraction,
-            args.plan,
-            args.val_fraction,
-            args.split_seed,
-        )
+        options = args.max_reject_fraction, args.plan, args.val_fraction, args.split_seed
+        dataset = index_webdataset(args.wds_dir, parts_dir, *options)
     elif source == args.wds_dir and is_finished(source):
         dataset = read_finished(source)
     else:
         dataset = adopt_webdataset(source, args.wds_dir, args.max_reject_fraction)
     write_json(output, dataset)
     train, heldout = dataset["train"], dataset["heldout"]
+    told = (
+        "" if dataset["read"] is None else f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
+    )
     print(
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
-        f" {heldout['samples']:,} in {heldout['shards']} held out"
-        + (
-            ""
-            if dataset["read"] is None
-            else f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
-        )
-        + f" → {output}"
+        f" {heldout['samples']:,} in {heldout['shards']} held out{told} → {output}"
     )
     print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
 

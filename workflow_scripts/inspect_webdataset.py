@@ -45,13 +45,7 @@ def main() -> None:
     tokens = None
     if args.tokenizer:
         tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
-    report, gallery = inspect_webdataset(
-        args.wds_dir,
-        parts_dir,
-        dataset,
-        args.seed,
-        tokens,
-    )
+    report, gallery = inspect_webdataset(args.wds_dir, parts_dir, dataset, args.seed, tokens)
     if args.json:
         write_json(args.json, report)
     if args.html:
@@ -96,7 +90,7 @@ def rebuild(wds_dir: Path, parts_dir: Path, dataset: dict[str, Any] | None) -> N
     known = dataset or (read_json(beside[0]) if beside else {})
     plan = [{"name": name, "weight": weight} for name, weight in known.get("weights", {}).items()]
     split = known.get("split", {"val_fraction": 0.0, "split_seed": 0})
-    index_webdataset(wds_dir, parts_dir, (), 1, plan, split["val_fraction"], split["split_seed"])
+    index_webdataset(wds_dir, parts_dir, 1, plan, split["val_fraction"], split["split_seed"])
 
 
 if __name__ == "__main__":

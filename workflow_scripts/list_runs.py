@@ -10,7 +10,7 @@ import yaml
 from llava_sft.files import read_json
 from llava_sft.training.checkpoints import iterations_done
 from llava_sft.training.run import RUN_FILE, is_running
-from llava_sft.training.watch import read_metrics
+from llava_sft.training.watch import FAILURE, read_metrics
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def describe(run_dir: Path) -> tuple[str, ...]:
     elif done == settings["train_iters"]:
         state = "done"
     else:
-        state = "failed" if (run_dir / "failure.json").is_file() else "stopped"
+        state = "failed" if (run_dir / FAILURE).is_file() else "stopped"
     return (
         run_dir.name,
         state,

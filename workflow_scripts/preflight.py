@@ -5,13 +5,15 @@ machine than this one (--gpu) it only shows what would be.
 """
 
 import argparse
+import os
 from importlib.metadata import version
+from pathlib import Path
 
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.config import CONFIG_DIR, load_settings, resolve, warnings
-from llava_sft.data.lengths import sample_sizes
+from llava_sft.config import CONFIG_DIR, auto_num_workers, load_settings, pack_epoch, resolve, warnings
+from llava_sft.data.lengths import Limits, SampleSizes, depends_on, measure
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
@@ -72,13 +74,19 @@ def main() -> None:
     dataset = read_json(paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
     start = open_start(settings.load, paths.converted, settings.tokenizer)
-    limits = (settings.seq_length, settings.min_pixels, settings.max_pixels)
-    sizes = sample_sizes(paths.webdatasets, dataset, start.sidecars, limits, paths.data / "sizes.json")
-    lengths = sizes.tokens if settings.packing else None
+    sizes, prepared = sizes_of(paths, dataset, start.sidecars)
+    epoch = pack_epoch(settings, sizes.tokens) if settings.packing else None
     blend = dataset.get("epoch_samples", dataset["train"]["samples"]) / dataset["train"]["samples"]
     counts = dataset["train"]["samples"], dataset["heldout"]["samples"]
-    values, why = resolve(settings, *counts, lengths, blend, cores=cluster.get("cpus_per_task"))
-    mean, largest = predict.loads(sizes, values)
+    cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
+    values, why = resolve(settings, *counts, epoch, blend, cores)
+    mean, largest = predict.loads(sizes, values, epoch and epoch.packs)
+    machine = predict.gpu(args.gpu, args.gpu_memory) if args.gpu else predict.this_machine(values)
+    forecast = predict.forecast(model, values, machine, mean, largest)
+    if forecast and "num_workers" in why:
+        wanted = forecast.prediction.tokens_per_s / predict.data_parallel_size_of(values)
+        values["num_workers"] = auto_num_workers(cores, values["nproc_per_node"], wanted, prepared)
+        why["num_workers"] = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
 
     resolved = {
         "run_name": settings.run_name,
@@ -105,10 +113,10 @@ def main() -> None:
     notes = warnings(settings, start.untrained)
     if sizes.left_out:
         notes.append(
-            f"{sizes.left_out:,} training samples are left out: their first answer ends beyond seq_length {settings.seq_length:,}"
+            f"{len(sizes.left_out):,} training samples are left out: their first answer ends beyond seq_length "
+            f"{settings.seq_length:,}; the first is {sizes.left_out[0]}, all are in {paths.sizes}"
         )
-    machine = predict.gpu(args.gpu, args.gpu_memory) if args.gpu else predict.this_machine(values)
-    predicted, lines = predict_run(model, values, machine, mean, largest)
+    predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
         write_json(paths.resolved, resolved)
         known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
@@ -120,11 +128,21 @@ def main() -> None:
         print(f"  {line}")
 
 
-def predict_run(
-    model: ModelConfig, values: dict, machine: predict.Machine | None, mean: predict.Load, largest: predict.Load
+def sizes_of(paths: Paths, dataset: dict, tokenizer: Path) -> tuple[SampleSizes, float]:
+    """The training samples' sizes, and what a loader process prepares, tokens/s: of sizes.json, or counted here for
+    settings that it is not of."""
+    settings = paths.settings
+    limits = Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
+    known = read_json(paths.sizes) if paths.sizes.is_file() else {}
+    if known.get("depends") != depends_on(dataset, tokenizer, limits):
+        known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
+    return SampleSizes(*(known[name] for name in SampleSizes._fields)), known["prepared_tokens_per_s"]
+
+
+def told(
+    model: ModelConfig, values: dict, machine: predict.Machine | None, forecast: predict.Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
-    forecast = predict.forecast(model, values, machine, mean, largest)
     if forecast is None:
         return None, ["no prediction: no recorded run of such a machine"]
     prediction, runs, found = forecast

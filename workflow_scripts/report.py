@@ -6,14 +6,13 @@ from pathlib import Path
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import read_json, write_text
 from llava_sft.report.page import render_report
-from llava_sft.training.watch import read_metrics
 
 OPTIONAL = {  # the page says what is missing
-    "prediction": "what preflight predicted",
-    "dataset": "dataset file (index_webdataset)",
-    "inspect": "what inspect_webdataset found",
-    "train-done": "marker of the finished training",
-    "evaluation": "answers on held-out data (evaluate)",
+    "prediction": ("prediction", "what preflight predicted"),
+    "dataset": ("dataset", "dataset file (index_webdataset)"),
+    "inspect": ("inspection", "what inspect_webdataset found"),
+    "train-done": ("done", "marker of the finished training"),
+    "evaluation": ("evaluation", "answers on held-out data (evaluate)"),
 }
 
 
@@ -24,26 +23,16 @@ def main() -> None:
         "--resolved", type=json_file, required=True, metavar="JSON", help="resolved settings (preflight)"
     )
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="run directory, with metrics.jsonl")
-    for name, meaning in OPTIONAL.items():
-        parser.add_argument(f"--{name}", type=json_file, metavar="JSON", help=meaning)
+    for name, (dest, meaning) in OPTIONAL.items():
+        parser.add_argument(f"--{name}", dest=dest, type=json_file, metavar="JSON", help=meaning)
     parser.add_argument("--export", type=Path, metavar="DIR", help="Hugging Face folder, to be named on the page")
     parser.add_argument("--output", type=Path, required=True, metavar="HTML")
     args = parser.parse_args()
     if not args.run_dir.is_dir():
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
 
-    page = render_report(
-        resolved=args.resolved,
-        run_dir=args.run_dir,
-        metrics=read_metrics(args.run_dir),
-        prediction=args.prediction,
-        dataset=args.dataset,
-        inspection=args.inspect,
-        done=args.train_done,
-        evaluation=args.evaluation,
-        export=args.export,
-    )
-    write_text(args.output, page)
+    known = {dest: getattr(args, dest) for dest, _ in OPTIONAL.values()}
+    write_text(args.output, render_report(args.resolved, args.run_dir, args.export, **known))
     print(f"report: {args.output}")
 
 

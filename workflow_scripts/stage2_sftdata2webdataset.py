@@ -82,25 +82,20 @@ def main() -> None:
 
 
 def convert_all(ranges: list[tuple[str, Range]], convert: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert one range after the other, under a progress bar with records/s, MB/s of shards and the time left."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    """Convert one range after the other, under a progress bar: raw data and records read, MB/s, the time left."""
+    from tqdm import tqdm  # not for one job of many
 
-    columns = TextColumn("converting"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}")
     all_stats: list[dict[str, Any]] = []
-    done = 0
-    with Progress(*columns, TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=sum(part.end - part.start for _, part in ranges))
-
-        def show(raw_bytes: int, records: int, tar_bytes: int) -> None:
-            records += sum(stats["read"] for stats in all_stats)
-            tar_bytes += sum(stats["tar"]["bytes"] for stats in all_stats)
-            seconds = bar.tasks[0].elapsed or 1e-3
-            rate = f"{records / seconds:,.0f} records/s, {tar_bytes / seconds / 1e6:,.0f} MB/s"
-            bar.update(task, description=rate, completed=done + raw_bytes)
-
+    total = sum(part.end - part.start for _, part in ranges)
+    with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
         for raw, part in ranges:
+
+            def show(raw_bytes: int, records: int, begun: int = bar.n) -> None:
+                records += sum(stats["read"] for stats in all_stats)
+                bar.set_postfix_str(f"{records:,} records", refresh=False)
+                bar.update(begun + raw_bytes - bar.n)
+
             all_stats.append(convert(raw, part, show))
-            done += part.end - part.start
     return all_stats
 
 

@@ -6,7 +6,6 @@ trains on the job's nodes; before the time limit it saves, and has the job queue
 
 import argparse
 import datetime
-import os
 import platform
 import shlex
 import shutil
@@ -21,13 +20,13 @@ from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
+from llava_sft.training.coverage import SAMPLE_COUNTS, sample_counts, told
 from llava_sft.training.launcher import launch
-from llava_sft.training.run import DEAD_AFTER_S, give_back, identity, lock, open_run, start_dir
+from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
 from llava_sft.training.slurm import Job, this_job
-from llava_sft.training.watch import forget_after, read_metrics
+from llava_sft.training.watch import FAILURE, forget_after, read_metrics
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is somebody else's
-FAILURE = "failure.json"  # written by the training when it knows the cause
 
 EXIT_GO_ON = 75  # stopped in good order before the last step: the same command goes on
 
@@ -66,11 +65,10 @@ def main() -> None:
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
     code = launch(
         settings,
-        [str(run_dir / "run.json"), str(run_dir), str(start_folder or "")],
+        [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")],
         run_dir,
         log,
         held,
-        say=lambda line: print(line, flush=True),
         job=job,
         srun_options=shlex.split(args.srun_options),
     )
@@ -78,6 +76,7 @@ def main() -> None:
     give_back(held)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
+        count_samples(run_dir, resolved, args.resolved.with_name("sizes.json"))
         finish(args.done, run_dir, resolved)
     elif code == 0:
         if job and reached == start:
@@ -114,6 +113,14 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
     )
 
 
+def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
+    """Say how often the training's samples were seen, and name those that an epoch left over or repeated."""
+    left_out = read_json(sizes)["left_out"] if sizes.is_file() else []
+    if counts := sample_counts(run_dir, Path(resolved["data"]["path"]), resolved["settings"]["train_iters"], left_out):
+        write_json(run_dir / SAMPLE_COUNTS, counts)
+        print(f"{told(counts)} ({run_dir / SAMPLE_COUNTS})")
+
+
 def check_machine(resolved: dict, job: Job | None) -> None:
     """Raise RunError when this machine, or this Slurm job, can not train as asked; say what differs from preflight."""
     settings = resolved["settings"]
@@ -139,10 +146,8 @@ def check_machine(resolved: dict, job: Job | None) -> None:
     for package, planned in resolved["versions"].items():
         if (here := version(package)) != planned:
             print(f"warning: {package} is {here} here, preflight ran with {planned}")
-    if shared := Path("/dev/shm"):
-        free = os.statvfs(shared).f_bavail * os.statvfs(shared).f_frsize if shared.is_dir() else None
-        if free is not None and free < 64 << 20:
-            raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
+    if Path("/dev/shm").is_dir() and (free := shutil.disk_usage("/dev/shm").free) < 64 << 20:
+        raise RunError(f"/dev/shm has {free >> 20} MiB free, the loader needs 64", "free it, or mount it larger")
 
 
 def check_memory(resolved: dict) -> None:
@@ -173,8 +178,9 @@ def complain(settings: dict, problem: str, fix: str) -> None:
 
 def check_space(run_dir: Path, resolved: dict) -> None:
     """Raise RunError when not one checkpoint fits on the disk; warn when not all of them do."""
-    settings, parameters = resolved["settings"], ModelConfig(**resolved["model"]).parameter_count()
-    size = expected_bytes(parameters, parameters, settings)
+    settings, model = resolved["settings"], ModelConfig(**resolved["model"])
+    trained = predict.trained_parameters(model, settings["trainable_modules"])
+    size = expected_bytes(model.parameter_count(), trained, settings)
     check_disk(run_dir, size, "a checkpoint")
     kept = min(-(-settings["train_iters"] // settings["save_interval"]), settings["keep_last"] or 10**9)
     free = shutil.disk_usage(run_dir).free

@@ -15,7 +15,7 @@ import re
 import subprocess
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -379,9 +379,16 @@ def auto_save_interval(train_iters: int) -> int:
 EVAL_ITERS = 10
 
 
-def auto_num_workers(cores: int, gpus: int) -> int:
-    """Loader processes per rank: half the cores, at most four per GPU, at least one."""
-    return max(1, min(cores // 2, 4 * max(1, gpus)))
+def auto_num_workers(cores: int, processes: int, wanted: float | None = None, prepared: float | None = None) -> int:
+    """Loader processes of each of a node's training `processes`, which may take half of its cores.
+
+    `wanted`: tokens a second that a process trains on; `prepared`: that one loader process delivers. Half as many again as
+    these ask for, raised to a power of two, so that another measurement says the same; four when they are not known.
+    """
+    most = max(1, cores // 2 // processes)
+    if not (wanted and prepared):
+        return min(most, 4)
+    return min(most, 2 ** math.ceil(math.log2(max(1.0, 1.5 * wanted / prepared))))
 
 
 PACKS_AT_ONCE, BUFFER_LIMITS = 200, (2_000, 10_000)
@@ -394,19 +401,33 @@ def auto_packing_buffer(lengths: list[int], seq_length: int) -> int:
     return max(low, min(high, math.ceil(PACKS_AT_ONCE * seq_length / mean / 100) * 100))
 
 
+class Epoch(NamedTuple):
+    """One pass over the training samples: their packs as indices, each buffer of `buffer_size` samples packed at a time."""
+
+    buffer_size: int
+    packs: list[list[int]]
+
+
+def pack_epoch(settings: Settings, lengths: list[int]) -> Epoch:
+    """The packs of an epoch of samples with these `lengths` in tokens."""
+    buffer_size = settings.packing_buffer_size
+    if buffer_size == "auto":
+        buffer_size = auto_packing_buffer(lengths, settings.seq_length)
+    return Epoch(buffer_size, list(epoch_packs(lengths, settings.seq_length, buffer_size, settings.seed)))
+
+
 def resolve(
     settings: Settings,
     train_samples: int,
     heldout_samples: int = 0,
-    lengths: list[int] | None = None,
+    epoch: Epoch | None = None,
     blend: float = 1.0,
     cores: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """All values that training uses, and for each that was `auto` the sentence that says where it came from.
 
-    `lengths`: tokens of each training sample; with packing, steps are counted in packed sequences, not in samples.
-    `blend`: the mean weight of a sample, where sources have weights. `cores`: those of a node that trains, when that is
-    not this machine.
+    `epoch`: with packing, steps are counted in its packs, not in samples. `blend`: the mean weight of a sample, where
+    sources have weights. `cores`: those of a node that trains, when that is not this machine.
     """
     why: dict[str, str] = {}
     values = settings.model_dump(mode="json")
@@ -429,16 +450,14 @@ def resolve(
     gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
     check_global_batch_size(gbs, mbs, replicas)
     cores = cores or len(os.sched_getaffinity(0))
-    workers = settle("num_workers", auto_num_workers(cores, gpus), f"min(half of {cores} cores, 4 × GPUs)")
+    processes = values["nproc_per_node"]
+    settle("num_workers", auto_num_workers(cores, processes), f"of {cores} cores, at most half")
     sequences, what = train_samples, "samples"
-    buffer = auto_packing_buffer(lengths or [], settings.seq_length)
-    buffer = settle(
-        "packing_buffer_size", buffer, f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"
-    )
-    if lengths is not None:
-        packs = epoch_packs(lengths, settings.seq_length, buffer, replicas * workers, settings.seed)
-        sequences = sum(1 for _ in packs)
-        what = f"packed sequences (of {train_samples:,} samples)"
+    buffer_size = epoch.buffer_size if epoch else auto_packing_buffer([], settings.seq_length)
+    of_packs = f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"
+    settle("packing_buffer_size", buffer_size, of_packs)
+    if epoch:
+        sequences, what = len(epoch.packs), f"packed sequences (of {train_samples:,} samples)"
     sequences = round(sequences * blend)
     iters = settle(
         "train_iters",

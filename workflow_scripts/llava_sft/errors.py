@@ -4,6 +4,7 @@ Everything else (a bug, a full disk, a signal) keeps its traceback: hiding those
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 
@@ -34,15 +35,16 @@ class RunError(SftError):
     """A training run can not start or go on as asked."""
 
 
-def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a script's `main`: an `SftError` becomes one message on stderr and exit code 1."""
+def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a script's `main`, or what Snakemake calls: an `SftError` becomes one message on stderr and exit code 1."""
 
-    @functools.wraps(main)
+    @functools.wraps(function)
     def wrapped(*args, **kwargs):
         try:
-            main(*args, **kwargs)
+            return function(*args, **kwargs)
         except SftError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
 
+    wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
     return wrapped

@@ -1,6 +1,7 @@
 """Whole files or none: everything is written beside its place and renamed, so a kill leaves no half-written file."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -36,7 +37,12 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in path.parent.glob(
+        f".{glob.escape(path.name)}.*.tmp"
+    ):  # of a killed process: as large as a checkpoint
+        pid = leftover.name.split(".")[-2]
+        if leftover == temporary or not os.path.exists(f"/proc/{pid}"):
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -51,9 +57,9 @@ def write_text(path: Path | str, text: str) -> None:
         file.write(text.encode())
 
 
-def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` with sorted keys: the same value gives the same bytes."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
+    """Write `value` with sorted keys: the same value gives the same bytes. `indent` None: in one line, for long lists."""
+    write_text(path, json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
@@ -68,3 +74,14 @@ def fingerprint(value: Any) -> str:
 def file_fingerprint(path: Path | str) -> str:
     """A short content hash of a small file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def file_hash(path: Path | str) -> str:
+    """The xxh3_128 of a file of any size, in hexadecimal."""
+    import xxhash  # the planning of a conversion gets along with the standard library
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

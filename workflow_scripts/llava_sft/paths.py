@@ -5,19 +5,21 @@
 <exp_dir>/data/<experiment>/webdatasets/<source>/   the same for each of several sources, and metadataset.yaml
 <exp_dir>/data/<experiment>/webdatasets.parts/      statistics, rejects and index rows of each shard
 <exp_dir>/data/<experiment>/{dataset,inspect}.json  what later steps depend on; what a person reads
+<exp_dir>/data/<experiment>/sizes/                  tokens and patches of each shard's samples, kept for other runs
 <exp_dir>/checkpoints/<name>_mcore_tp1_pp1/         a Hugging Face checkpoint, converted
 <exp_dir>/stage2_sft_<experiment>/                  run directory in Megatron's layout: never an output of a rule
                                                     (stage1_align_…, stage1.5_mid_… for the other stages)
-<exp_dir>/stage2_sft_<experiment>_results/          resolved.json … train.done.json, huggingface/, report.html
+<exp_dir>/stage2_sft_<experiment>_results/          sizes.json, resolved.json … train.done.json, huggingface/, report.html
 """
 
 import glob
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion
+from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion, sidecars_of
 from llava_sft.config import (
     CONFIG_DIR,
     Settings,
@@ -34,7 +36,6 @@ from llava_sft.model.config import load_model_config
 
 # The demo's files exist only once a rule has made them, but the conversion is planned before: their sizes are fixed.
 DEMO_BYTES = {"train.jsonl": 4165660, "heldout.jsonl": 127362}
-DEMO_CHECKPOINT = "LLaVA-OneVision-1.5-tiny"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Paths:
         self.inspection = self.data / "inspect.json"
         self.run_dir = exp_dir / settings.run_name
         self.results = exp_dir / f"{settings.run_name}_results"
+        self.kept_sizes = self.data / "sizes"
+        self.sizes = self.results / "sizes.json"
         self.resolved = self.results / "resolved.json"
         self.prediction = self.results / "preflight.json"
         self.train_done = self.results / "train.done.json"
@@ -114,6 +117,11 @@ class Paths:
         folder = self.settings.tokenizer or Path(self.settings.load)
         return folder if self.is_demo(folder) or (folder / "tokenizer.json").is_file() else None
 
+    @property
+    def sidecars(self) -> Path:
+        """The folder with the start checkpoint's tokenizer, there once the checkpoint is converted."""
+        return sidecars_of(self.settings.load, self.converted, self.settings.tokenizer)
+
     @cached_property
     def sources(self) -> list[Source]:
         """The raw data; empty for a finished webdatasets folder. Raises DataError for files that are missing."""
@@ -127,11 +135,13 @@ class Paths:
             if entry.heldout:
                 files[HELDOUT_PREFIX] = self._expand("sources" if settings.sources else "heldout_data", entry.heldout)
             path = Path(entry.path)
-            name = entry.name or (path.parent.name if glob.has_magic(path.name) else path.stem)
+            name = path.parent.name if glob.has_magic(path.name) else path.stem
+            name = entry.name or re.sub(r"[^\w.-]+", "_", name)  # what the rules' wildcard takes
             root = entry.image_root or files[TRAIN_PREFIX][0].parent
             sources.append(Source(name if len(entries) > 1 else "", files, root, entry.weight))
-        if len({source.name for source in sources}) < len(sources):
-            raise DataError(f"sources: two would be named {sources[0].name!r}", "give each entry a `name` of its own")
+        (name, count), *_ = Counter(source.name for source in sources).most_common(1) or [("", 0)]
+        if count > 1:
+            raise DataError(f"sources: {count} would be named {name!r}", "give each entry a `name` of its own")
         return sources
 
     def _expand(self, key: str, pattern: str) -> list[Path]:

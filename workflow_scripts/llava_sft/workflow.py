@@ -8,7 +8,6 @@ Notable:
 """
 
 import fcntl
-import inspect
 import json
 import os
 import re
@@ -18,38 +17,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llava_sft.config import Settings, experiments, load_settings
-from llava_sft.errors import EXIT_USER_ERROR, SettingsError, SftError
+from llava_sft.errors import SettingsError, SftError, exits_cleanly
 from llava_sft.paths import Paths, Shard
 
-STEPS = {
-    "data": "convert the raw data to a WebDataset and index it",
-    "inspect": "look at the data: JSON and HTML",
-    "preflight": "work out all settings, check data and checkpoint",
-    "train": "the whole chain, to the report",
-    "export": "train and convert to Hugging Face format",
-    "evaluate": "export and answer the held-out split",
-    "report": "evaluate and write report.html",
+STEPS = {  # what is made at last, of Paths, and what for
+    "data": ("dataset", "convert the raw data to a WebDataset and index it"),
+    "inspect": ("inspection", "look at the data: JSON and HTML"),
+    "preflight": ("resolved", "work out all settings, check data and checkpoint"),
+    "train": ("report", "the whole chain, to the report"),
+    "export": ("export_done", "train and convert to Hugging Face format"),
+    "evaluate": ("evaluation", "export and answer the held-out split"),
+    "report": ("report", "evaluate and write report.html"),
 }
-
-
-def _ends_cleanly(function: Callable) -> Callable:
-    """A user's mistake ends the program with its message: raised into Snakemake it would come with a traceback."""
-
-    @wraps(function)
-    def wrapped(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except SftError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_USER_ERROR)
-
-    wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
-    return wrapped
 
 
 class Workflow:
@@ -58,7 +42,7 @@ class Workflow:
     `cluster`: what the profile of a cluster says of a training (`nodes`, `gpus_per_node`, `cpus_per_task`); empty here.
     """
 
-    @_ends_cleanly
+    @exits_cleanly
     def __init__(self, overrides: dict[str, Any], words: list[str], cluster: dict[str, int] | None = None):
         self.overrides, self.cluster = dict(overrides), cluster or {}
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
@@ -76,7 +60,7 @@ class Workflow:
     def overview(self) -> str:
         width = max(map(len, STEPS)) + 2
         lines = ["", "Targets: STEP_EXPERIMENT, as in `snakemake --cores 8 train_vqa`; `-n` shows what would run", ""]
-        lines += [f"  {step:{width}} {text}" for step, text in STEPS.items()]
+        lines += [f"  {step:{width}} {text}" for step, (_, text) in STEPS.items()]
         lines += ["", "Experiments (config/experiments/): " + ", ".join(self.experiments), ""]
         return "\n".join(lines) + "\n"
 
@@ -87,25 +71,14 @@ class Workflow:
     def target(self, step: str, experiment: str) -> Callable:
         """Input function of the target `step_experiment`."""
 
-        @_ends_cleanly
-        def files(wildcards) -> list[str]:
+        @exits_cleanly
+        def files(wildcards) -> list[Path]:
             paths = self.paths(experiment)
             paths.check_inputs()
             self.asked.append(experiment)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
             shards = [paths.webdatasets / f"{name}.tar" for name in paths.shards]
-            return (
-                shards
-                + {
-                    "data": [paths.dataset],
-                    "inspect": [paths.inspection],
-                    "preflight": [paths.resolved],
-                    "train": [paths.report],
-                    "export": [paths.export_done],
-                    "evaluate": [paths.evaluation],
-                    "report": [paths.report],
-                }[step]
-            )
+            return [*shards, getattr(paths, STEPS[step][0])]
 
         return files
 
@@ -130,7 +103,7 @@ class Workflow:
     def path(self, name: str) -> Callable:
         """Input or params function: one of the paths of the experiment that the wildcards name."""
 
-        @_ends_cleanly
+        @exits_cleanly
         def of_wildcards(wildcards):
             return getattr(self.of(wildcards), name) or []
 
@@ -139,30 +112,26 @@ class Workflow:
     def settings(self, *names: str) -> Callable:
         """Params function: these settings, so that a change of one of them, and of no other, reruns the rule."""
 
-        @_ends_cleanly
+        @exits_cleanly
         def of_wildcards(wildcards) -> dict[str, str]:
             values: Settings = self.of(wildcards).settings
             return {name: str(getattr(values, name)) for name in names or sorted(Settings.model_fields)}
 
         return of_wildcards
 
-    @_ends_cleanly
-    def experiment_of(self, wildcards) -> str:
-        return self.of(wildcards).settings.experiment
+    @exits_cleanly
+    def preflight_job(self, wildcards) -> str:
+        overrides = (f"{key}={json.dumps(value)}" for key, value in sorted(self.overrides.items()))
+        cluster = (f"{key}={value}" for key, value in sorted(self.cluster.items()))
+        return shlex.join([self.of(wildcards).settings.experiment, "--config", *overrides, "--cluster", *cluster])
 
-    def override_arguments(self, wildcards) -> list[str]:
-        return [f"{key}={json.dumps(value)}" for key, value in sorted(self.overrides.items())]
-
-    def cluster_arguments(self, wildcards) -> list[str]:
-        return [f"{key}={value}" for key, value in sorted(self.cluster.items())]
-
-    @_ends_cleanly
+    @exits_cleanly
     def nodes(self, wildcards) -> int:
         """Nodes of a training, for Slurm."""
         nodes = self.of(wildcards).settings.nodes
         return 1 if nodes == "auto" else nodes
 
-    @_ends_cleanly
+    @exits_cleanly
     def gres(self, wildcards) -> str:
         """GPUs of each node of a training, for Slurm."""
         gpus = self.of(wildcards).settings.gpus_per_node
@@ -172,7 +141,7 @@ class Workflow:
         """The Slurm plugin counts tasks a GPU where there are GPUs, and wants none then; else one task a node."""
         return 0 if self.gres(wildcards) else self.nodes(wildcards)
 
-    @_ends_cleanly
+    @exits_cleanly
     def shard(self, wildcards) -> Shard:
         if wildcards.shard not in (shards := self.of(wildcards).shards):
             raise SettingsError(f"{wildcards.shard} is not part of the plan", "ask for data_EXPERIMENT")
@@ -189,7 +158,7 @@ class Workflow:
             f" --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
         )
 
-    @_ends_cleanly
+    @exits_cleanly
     def shard_files(self, wildcards) -> list[Path]:
         """What the index is made from: the shards of the plan, or what a finished folder brings."""
         paths = self.of(wildcards)
@@ -199,19 +168,19 @@ class Workflow:
             return [paths.webdatasets / ".nv-meta" / "split.yaml"]
         return [paths.webdatasets / f"{name}.tar" for name in paths.shards]
 
-    @_ends_cleanly
+    @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:
         sources = self.of(wildcards).sources
         return [path for source in sources for files in source.files.values() for path in files]
 
-    @_ends_cleanly
+    @exits_cleanly
     def index_job(self, wildcards) -> str:
         paths = self.of(wildcards)
         if paths.settings.webdatasets:
             return f"--adopt {shlex.quote(str(paths.settings.webdatasets))}"
         return f"--plan {shlex.quote(json.dumps(paths.plan()))}"
 
-    @_ends_cleanly
+    @exits_cleanly
     def conversion(self, wildcards) -> Paths:
         """The experiment whose start checkpoint is converted to `{checkpoint}_mcore_tp1_pp1`."""
         for paths in self._asked_first():
@@ -219,7 +188,7 @@ class Workflow:
                 return paths
         raise SettingsError(f"{wildcards.checkpoint}: no experiment loads this checkpoint", "see `load`")
 
-    @_ends_cleanly
+    @exits_cleanly
     def checkpoint_folders(self, wildcards) -> list[str]:
         """The folders that the start checkpoint is converted from; a hub id is none."""
         paths = self.conversion(wildcards)

@@ -7,11 +7,9 @@ A converted folder looks like one that Megatron wrote: `latest_checkpointed_iter
 is the marker that stands only when all is there.
 """
 
-import shutil
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import xxhash
@@ -25,6 +23,7 @@ from llava_sft.checkpoint.start import (  # fmt: skip
     RANDOM,
     SIDECARS,
     TRACKER,
+    copy_sidecars,
     is_legacy,
     newest_checkpoint,
     old_names,
@@ -37,7 +36,6 @@ from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
 
 VOCABULARY = {"language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"}  # may be padded
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 class HfSource:
@@ -47,6 +45,7 @@ class HfSource:
         self.folder, self.model = folder, model
         self.reader = SafetensorsReader(folder)
         self.config = read_hf_config(folder) if (folder / "config.json").is_file() else {}
+        self.old_names = self.reader.old_names
         names, head = self.reader.names(), "lm_head.weight"
         # A tied language model (Qwen3-4B) does not store its output layer: here it becomes a tensor of its own.
         tied = self.config.get("model_type") == "qwen3" and self.config.get("tie_word_embeddings") and head not in names
@@ -76,7 +75,7 @@ class HfSource:
 class LegacySource(LegacyCheckpoint):
     """A checkpoint folder of the original project, the same way."""
 
-    config: ClassVar[dict] = {}
+    config, old_names = {}, False
 
     def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
         wanted = {row.mcore: row.shape for row in rows}
@@ -87,8 +86,7 @@ class LegacySource(LegacyCheckpoint):
 class RandomAdapter:
     """`load_parts: {adapter: random}`, for stage 1: norms one, biases zero, the rest as Megatron starts a linear layer."""
 
-    folder: ClassVar[str] = RANDOM
-    config: ClassVar[dict] = {}
+    folder, config, old_names = RANDOM, {}, False
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(42)
@@ -130,8 +128,9 @@ def hf2mcore(
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than `model` has.
     """
-    sources = {folder: open_source(folder, model) for folder in {source, *(parts or {}).values()}}
-    source_of = {part: sources[(parts or {}).get(part, source)] for part in PARTS}
+    parts = parts or {}
+    sources = {folder: open_source(folder, model) for folder in dict.fromkeys((source, *parts.values()))}
+    source_of = {part: sources[parts.get(part, source)] for part in PARTS}
     rows = {row.mcore: row for row in mapping(model)}
     dtypes, origin = [], []
     for each in sources.values():
@@ -145,8 +144,6 @@ def hf2mcore(
         origin.append(f"{' and '.join(taken)} ({len(its_rows)} Megatron tensors) from {each.folder}")
     print("\n".join(origin), flush=True)
     dtype = reduce(torch.promote_types, dtypes)
-    config = sources[source].config
-
     digest = xxhash.xxh3_128()
 
     def produce(key: str) -> torch.Tensor:
@@ -167,8 +164,8 @@ def hf2mcore(
             "parameters": model.parameter_count(),
             "dtype": str(dtype).removeprefix("torch."),
             "fingerprint": digest.hexdigest(),
-            "untrained": bool(config.get("untrained")),
-            "old_names": isinstance(sources[source], HfSource) and sources[source].reader.old_names,
+            "untrained": bool(sources[source].config.get("untrained")),
+            "old_names": sources[source].old_names,
             "origin": origin,
         }
         write_json(folder / MARKER, marker)
@@ -222,14 +219,6 @@ def mcore2hf(
         gate(folder)
         write_json(folder / MARKER, marker)
     return marker
-
-
-def copy_sidecars(source: Path, target: Path) -> None:
-    """All files of a Hugging Face folder but its weights."""
-    target.mkdir()
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
 
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:

@@ -125,16 +125,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_SafePickle)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.problem}", error.fix) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # unpickling damaged bytes raises almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: damaged or cut off ({reason})", "copy the file again") from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):

@@ -3,8 +3,8 @@
 Notable:
 - real samples with 0, 1 and 3 images of different sizes; where the data has none, one is made of its images;
 - training's own template and patches on Megatron's side, the exported processor on the other: ids are compared too;
-- one model in memory at a time: Megatron runs in a process of its own, which imports while the export is loaded and
-  starts when that is gone; what passes between them are files;
+- one model in memory at a time: Megatron runs in a process of its own (parity_megatron.py), which imports while the
+  export is loaded and starts when that is gone; what passes between them are files;
 - one Megatron pass checks the greedy answer: if each token is Megatron's best after those before it, so is the whole.
 
 Bounds are shares of the greatest logit. Two right implementations differ by rounding alone, measured 1e-6 in float32 and
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,6 +33,7 @@ from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig
+from llava_sft.training.launcher import python_path
 
 FILE = "parity.json"
 BOUNDS = {
@@ -152,16 +154,21 @@ def with_images(sample: StoredSample, count: int, pool: list[StoredSample]) -> S
 # ------------------------------------------------------------------------------------------------- the two models
 
 
-@torch.inference_mode()
-def run_export(folder: Path, cases: list[dict], device: str, dtype: str) -> list[dict]:
-    """What the exported folder makes of each case: its own `hf_ids`, `logits` at `positions`, and the greedy `reply`."""
+def load_export(folder: Path, dtype: str, device: str) -> tuple[Any, torch.nn.Module]:
+    """Processor and model of an exported folder, as a user would load them."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # of the weights
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype))
-    model = model.to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+    return processor, model.to(device).eval()
+
+
+@torch.inference_mode()
+def run_export(folder: Path, cases: list[dict], device: str, dtype: str) -> list[dict]:
+    """What the exported folder makes of each case: its own `hf_ids`, `logits` at `positions`, and the greedy `reply`."""
+    processor, model = load_export(folder, dtype, device)
     done = []
     for case in cases:
         images, messages = case["images"], case["messages"]
@@ -177,60 +184,25 @@ def run_export(folder: Path, cases: list[dict], device: str, dtype: str) -> list
         logits = model(**inputs, logits_to_keep=positions.to(device)).logits[0]
         prompt = encode(messages[:-1], add_generation_prompt=True)
         output = model.generate(**prompt, do_sample=False, max_new_tokens=NEW_TOKENS)[0]
-        kept = {key: case[key] for key in ("sample", "ids", "answer", "pixels", "grids")}
-        reply = {
-            "prompt": prompt["input_ids"].shape[1],
+        length = prompt["input_ids"].shape[1]
+        made = {
+            "prompt": length,
             "reply": output.cpu(),
-            "text": processor.decode(output[prompt["input_ids"].shape[1] :]),
+            "text": processor.decode(output[length:]),
+            "hf_ids": inputs["input_ids"][0].cpu(),
+            "positions": positions,
+            "logits": logits.float().cpu(),
         }
-        done.append(
-            {
-                **kept,
-                **reply,
-                "hf_ids": inputs["input_ids"][0].cpu(),
-                "positions": positions,
-                "logits": logits.float().cpu(),
-            }
-        )
+        done.append({key: case[key] for key in ("sample", "ids", "answer", "pixels", "grids")} | made)
     return done
 
 
 def start_megatron(work: Path, device: str) -> subprocess.Popen:
-    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "llava_sft.checkpoint.parity", str(work)]
+    environment = os.environ | python_path() | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    command = [sys.executable, "-m", "llava_sft.checkpoint.parity_megatron", str(work)]
     return subprocess.Popen(
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-
-
-@torch.inference_mode()
-def run_megatron(work: Path) -> None:
-    """The other process: waits for `cases.pt`, builds the model from the checkpoint, writes `megatron.pt`."""
-    from llava_sft.training.single import load_model
-
-    if not sys.stdin.readline():
-        return  # the other side has failed
-    job = read_json(work / "job.json")
-    bf16 = job["dtype"] == "bfloat16"
-    model = load_model(ModelConfig(**job["model"]), Path(job["checkpoint"]), bf16=bf16).eval()
-    device = torch.device(job["device"])
-
-    def forward(ids: torch.Tensor, case: dict) -> torch.Tensor:
-        """Logits [tokens, vocabulary]. An image token that the answer brings up is text: only the prompt's are images."""
-        places = (ids == image_token).nonzero().flatten()[: sum(map(image_tokens, case["grids"]))]
-        pixels = case["pixels"].to(device) if case["grids"] else None
-        return model(ids[None].to(device), pixels, case["grids"], places.to(device))[0]
-
-    results = []
-    image_token = ChatTemplate(work / "export").image_token_id
-    for case in torch.load(work / "cases.pt"):
-        logits = forward(case["ids"], case)[case["positions"].to(device)].float().cpu()
-        answer = forward(case["reply"], case)[case["prompt"] - 1 : -1].float().cpu()
-        results.append((logits, answer))
-    torch.save(results, work / "megatron.pt")
 
 
 def compare(case: dict, logits: torch.Tensor, answer: torch.Tensor) -> dict:
@@ -255,7 +227,3 @@ def compare(case: dict, logits: torch.Tensor, answer: torch.Tensor) -> dict:
         "answer": case["text"],
         "greedy": float(gap),
     }
-
-
-if __name__ == "__main__":
-    run_megatron(Path(sys.argv[1]))

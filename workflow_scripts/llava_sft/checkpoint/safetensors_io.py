@@ -118,12 +118,10 @@ def write_safetensors(
         if shards[-1] and sum(shards[-1].values()) + length > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = length
-    single = len(shards) == 1
-    file_names = (
-        ["model.safetensors"]
-        if single
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
+    count = len(shards)
+    file_names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if count == 1:
+        file_names = ["model.safetensors"]
     stream = iter(tensors)
     for file_name, shard in zip(file_names, shards, strict=True):
         header: dict = {"__metadata__": {"format": "pt"}}
@@ -144,7 +142,7 @@ def write_safetensors(
                 if name != expected:
                     raise RuntimeError(f"tensor {name} came where {expected} was due")
                 file.write(tensor_bytes(tensor.to(dtype)))
-    if not single:
+    if count > 1:
         weight_map = {name: file_name for file_name, shard in zip(file_names, shards, strict=True) for name in shard}
         total = sum(sum(shard.values()) for shard in shards)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

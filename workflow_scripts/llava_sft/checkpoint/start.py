@@ -5,6 +5,7 @@ Imported while Snakemake builds its DAG: no torch.
 """
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ SIDECARS = "huggingface"
 MARKER = "converted.json"
 RUN_FILE = "run.json"
 RANDOM = "random"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 PARTS = ("language", "vision", "adapter")
 CHOICES = (
     "a Hugging Face folder, a hub id with its revision (org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 "
@@ -152,23 +154,26 @@ def check_load(load: str, parts: dict[str, str], tokenizer: Path | None, made_he
             _sidecars(folder, load)
 
 
+def sidecars_of(load: str, converted: Path | None, tokenizer: Path | None) -> Path:
+    """The folder with the start checkpoint's tokenizer, once it is converted."""
+    top = converted or (Path(load).parent if is_iteration(load) else Path(load))
+    return tokenizer or top / SIDECARS
+
+
 def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Start:
     """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of `load`, if it did."""
     if load == RANDOM:
         return Start(None, tokenizer, "random", True)
     folder = converted / "release" if converted else newest_checkpoint(Path(load))
     top = folder.parent
-    sidecars = tokenizer or _sidecars(top / SIDECARS, load)
+    sidecars = tokenizer or _sidecars(sidecars_of(load, converted, None), load)
     if folder.name == "release" and (top / MARKER).is_file():
         marker = read_json(top / MARKER)
-        return Start(folder, sidecars, marker["fingerprint"], marker["untrained"], old_names(top))
-    digest = fingerprint(
-        [
-            file_fingerprint(folder / ".metadata"),
-            sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json"),
-        ]
-    )
-    return Start(folder, sidecars, digest, False, old_names(top))
+        content, untrained = marker["fingerprint"], marker["untrained"]
+    else:
+        sizes = sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json")
+        content, untrained = fingerprint([file_fingerprint(folder / ".metadata"), sizes]), False
+    return Start(folder, sidecars, content, untrained, old_names(top))
 
 
 def old_names(top: Path) -> bool:
@@ -184,3 +189,11 @@ def _sidecars(folder: Path, load: str) -> Path:
             f"load: {load}: no tokenizer beside it ({folder})", "tokenizer: the Hugging Face folder of the same model"
         )
     return folder
+
+
+def copy_sidecars(source: Path, target: Path) -> None:
+    """All files of a Hugging Face folder but its weights."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(path, target / path.name)

@@ -37,13 +37,12 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
         if is_finished(path.parent.parent)
     }
     tars: list[Tar] = []
-    heldout: list[str] = []
+    splits: dict[str, list[str]] = {"train": [], "heldout": []}
     exclude: list[str] = []
     first: list[str] = []
-    earlier = 0  # samples that a folder of ours excludes already
+    earlier = images = 0  # earlier: samples that a folder of ours excludes already
     reasons: Counter[str] = Counter()
     layouts: dict[str, str] = {}
-    images = 0
     for real, name in names.items():
         try:
             samples = walk_tar(real)
@@ -60,8 +59,7 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
         own = next((folder for folder in (source / name).parents if folder in known), None)
         inner = (source / name).relative_to(own).as_posix() if own else ""
         meta = known[own] if own else None
-        if inner in meta.splits.get("val", []) if meta else Path(name).name.startswith(HELDOUT_PREFIX):
-            heldout.append(name)
+        heldout = inner in meta.splits.get("val", []) if meta else Path(name).name.startswith(HELDOUT_PREFIX)
         with open(real, "rb") as file:
             for sample in samples:
                 if meta and f"{inner}/{sample.key}" in meta.exclude:
@@ -73,7 +71,8 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
                 except Rejected as rejected:
                     exclude.append(f"{name}/{sample.key}")
                     reasons[rejected.reason] += 1
-                    first.append(f"  {name}, {sample.key}: {rejected}")
+                    if len(first) < FIRST_REASONS:
+                        first.append(f"  {name}, {sample.key}: {rejected}")
         link = wds_dir / name
         if wds_dir.resolve() != source.resolve():
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -84,18 +83,15 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
             write_idx(idx, [sample.offset for sample in samples], end)
         if samples:
             tars.append(Tar(name.removesuffix(".tar"), len(samples), _rows(real)))
+            splits["heldout" if heldout else "train"].append(name)
     if len(layouts) > 1:
         raise DataError(f"{source} mixes layouts: {layouts}", "name a folder of one layout")
     read, rejected = sum(tar.count for tar in tars) - earlier, len(exclude) - earlier
     if rejected > max_reject_fraction * read:
         counts = ", ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
-        raise too_many_rejects(rejected, read, max_reject_fraction, first[:FIRST_REASONS], counts)
-    named = [f"{tar.name}.tar" for tar in tars]
-    heldout = [name for name in heldout if name in named]
-    train = [name for name in named if name not in heldout]
+        raise too_many_rejects(rejected, read, max_reject_fraction, first, counts)
     content = fingerprint([[tar.name, tar.count] for tar in tars])
-    layout = next(iter(layouts), "own")
-    with write_meta(wds_dir, tars, train, heldout, exclude, content, layout):
+    with write_meta(wds_dir, tars, *splits.values(), exclude, content, next(iter(layouts), "own")):
         pass
     return read_finished(wds_dir) | {"images": images, "read": read, "rejected": rejected, "reasons": dict(reasons)}
 

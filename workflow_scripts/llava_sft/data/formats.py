@@ -156,10 +156,6 @@ def _read_parquet(file: BinaryIO, start: int, end: int, update: Callable[[bytes]
 # --------------------------------------------------------------------------------------------------- table
 
 
-def _line_starts(file: BinaryIO, size: int, range_bytes: int) -> list[int]:
-    return list(range(0, size, range_bytes))
-
-
 class Format(NamedTuple):
     word: str  # what a record is called in messages
     starts: Callable[[BinaryIO, int, int], list[int]]  # (file, size, range_bytes) → where ranges begin
@@ -168,7 +164,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "jsonl": Format("line", _line_starts, read_lines, 8 << 20),
+    "jsonl": Format("line", lambda file, size, step: list(range(0, size, step)), read_lines, 8 << 20),
     "json": Format("record", _array_starts, _read_array, 8 << 20),
     "parquet": Format("row", _parquet_starts, _read_parquet, 256 << 20),  # holds its images
 }

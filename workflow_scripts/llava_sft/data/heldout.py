@@ -1,10 +1,16 @@
 """Samples of one split, read in order straight from the tars, for evaluation and parity. No energon, no decoding."""
 
 import base64
+import contextlib
+import sqlite3
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
+from llava_sft.data.records import IMAGE, Sample
 from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
 
 
@@ -17,27 +23,83 @@ class StoredSample:
     images: list[bytes]
     meta: dict
 
+    @property
+    def questions(self) -> str:
+        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
 
-def stored_samples(folder: Path | str, split: str) -> Iterator[tuple]:
-    """Yield (sample, file descriptor, place of each member) of `split` in the order of the shards, no image read."""
-    for source in source_folders(Path(folder)):
-        meta = read_meta(source)
+    def answers(self) -> list[int]:
+        """Places of the messages that a model has to give."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def before(self, place: int) -> "StoredSample":
+        """What a model sees that is asked for the message at `place`: those before it, and their images."""
+        messages = self.messages[:place]
+        shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
+        return replace(self, messages=messages, images=self.images[:shown])
+
+
+class StoredShard(NamedTuple):
+    """A tar of a split: the folder it lies in and its name there, what its samples' ids begin with (`source/` where there are
+    several), its layout, and the keys in it that are not in the split."""
+
+    folder: Path
+    name: str
+    source: str
+    layout: str
+    excluded: frozenset[str]
+
+    def samples(self) -> Iterator[tuple[str, Sample, int, dict[str, tuple[int, int]]]]:
+        """Yield (id as the loader names it, sample, file descriptor, place of each member) in order, no image read."""
+        tar = self.folder / self.name
+        with open(tar, "rb") as file:
+            for stored in walk_tar(tar):
+                if stored.key not in self.excluded:
+                    sample, members = stored.read(file.fileno(), self.layout)
+                    yield self.source + stored.key, sample, file.fileno(), members
+
+
+def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
+    """The tars of `split` ("train", "val"), of one source after the other."""
+    for path, source in _sources(folder):
+        meta, excluded = read_meta(path), defaultdict(set)
+        for name in meta.exclude:
+            tar, _, key = name.rpartition(".tar/")
+            excluded[f"{tar}.tar"].add(key)
         for name in meta.splits.get(split, []):
-            with open(source / name, "rb") as file:
-                for stored in walk_tar(source / name):
-                    if f"{name}/{stored.key}" not in meta.exclude:
-                        sample, members = stored.read(file.fileno(), meta.layout)
-                        yield sample, file.fileno(), members
+            yield StoredShard(path, name, source, meta.layout, frozenset(excluded[name]))
+
+
+def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
+    """The ids of all samples of `split`, by source, from the index alone."""
+    found = {}
+    for path, source in _sources(folder):
+        meta = read_meta(path)
+        names, tars = list(meta.counts), set(meta.splits.get(split, []))
+        with contextlib.closing(sqlite3.connect(f"file:{path}/.nv-meta/index.sqlite?mode=ro", uri=True)) as index:
+            rows = index.execute("SELECT tar_file_id, sample_key FROM samples")
+            here = ((names[number], key) for number, key in rows if names[number] in tars)
+            found[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
+    return found
+
+
+def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in source_folders(Path(folder)):
+        yield path, "" if path == Path(folder) else f"{path.name}/"
 
 
 def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
-    """Yield the samples of `split` ("train", "val") in the order of the shards, of one source after the other."""
-    for sample, descriptor, members in stored_samples(folder, split):
-        images = [read_at(descriptor, members[image]) for image in sample.images]
+    """Yield the samples of `split` in the order of the shards."""
+    return chain.from_iterable(map(read_shard, stored_shards(folder, split)))
+
+
+def read_shard(shard: StoredShard) -> Iterator[StoredSample]:
+    for _, sample, file, members in shard.samples():
+        images = [read_at(file, members[image]) for image in sample.images]
         yield StoredSample(sample.id, sample.messages, images, sample.meta)
 
 
 def data_uri(image: bytes) -> str:
     """An encoded image as it is embedded in a page."""
-    kind = "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+    kinds = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif"}
+    kind = kinds.get(image[:4], "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

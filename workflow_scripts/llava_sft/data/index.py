@@ -6,6 +6,7 @@ of the present plan enter. Several sources are a folder each, and a blend of the
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, shard_n
 from llava_sft.data.records import read_lines
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.data.split import bound_by, choose_heldout, merge_heldout
-from llava_sft.data.tars import METADATASET, read_meta
+from llava_sft.data.tars import ENERGON_SPLITS, METADATASET, Meta, read_meta, split_counts
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json, write_text
 
@@ -93,7 +94,6 @@ class Source:
 def index_webdataset(
     wds_dir: Path,
     parts_dir: Path,
-    raw_files: Iterable[str] = (),
     max_reject_fraction: float = 0.0,
     plan: list[dict[str, Any]] | None = None,
     val_fraction: float = 0.0,
@@ -102,20 +102,19 @@ def index_webdataset(
     """Check the parts, write `.nv-meta` (of each source, and their blend), return what the dataset file holds.
 
     `plan` names the sources with their weights and numbers of shards (None: all that are there). `max_reject_fraction`
-    is the share of records, 0 to 1, that may be rejected. `raw_files` tell where raw files lie now, when not where the
-    conversion read them. `val_fraction` holds out a share of the training records when there are no others.
+    is the share of records, 0 to 1, that may be rejected. `val_fraction` holds out a share of the training
+    records when there are no others.
     Errors: DataError for missing or foreign parts, a changed raw file, too many rejects, no samples.
     """
     sources = [Source(wds_dir, parts_dir, entry) for entry in plan or _plan_of(parts_dir)]
     everything = [stats for source in sources for stats in source.parts]
-    moved = {Path(path).name: path for path in raw_files}
     for source in sources:
         if not source.train:
             raise DataError(
                 f"{source.parts_dir} knows of no {TRAIN_PREFIX} shard", "run stage2_sftdata2webdataset.py first"
             )
-        for parts in _by_raw_file(source.parts):
-            _check_raw(parts, moved)
+        for _, parts in itertools.groupby(source.parts, lambda stats: stats["raw"]["path"]):
+            _check_raw(list(parts))
     _check_rejects(sources, parts_dir, max_reject_fraction)
     for source in sources:
         for split in ("train", "heldout"):
@@ -128,19 +127,17 @@ def index_webdataset(
     record = None
     if val_fraction and not any(source.heldout for source in sources):
         record = _hold_out(sources, val_fraction, split_seed)
-    splits: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
-    contents, epoch = {}, 0.0
-    for source in sources:
-        contents[source.name], samples = _write_source(source, record)
-        epoch += source.weight * samples["train"]["samples"]
-        for split, counts in samples.items():
-            splits[split].update(counts)
-    if len(sources) > 1:
-        _write_blend(wds_dir, sources)
+    contents = {source.name: _write_source(source, record) for source in sources}
+    metas = {source.name: read_meta(source.wds_dir) for source in sources}
     weights = {source.name: source.weight for source in sources}
+    if len(sources) > 1:
+        _write_blend(wds_dir, weights, metas)
+    else:
+        (wds_dir / METADATASET).unlink(missing_ok=True)  # of an earlier plan: readers would follow it
+    epoch = sum(weight * metas[name].samples("train") for name, weight in weights.items())
     return {
         "fingerprint": contents[""] if len(sources) == 1 else fingerprint([contents, weights]),
-        **{split: {key: counts[key] for key in ("samples", "shards")} for split, counts in splits.items()},
+        **split_counts(metas.values()),
         **{key: _total(everything, key) for key in ("images", "read", "rejected")},
         **{key: dict(sum((Counter(stats[key]) for stats in everything), Counter())) for key in ("reasons", "kinds")},
         **({"split": record} if record else {}),
@@ -172,9 +169,8 @@ def read_finished(wds_dir: Path) -> dict[str, Any]:
     Errors: DataError when `.nv-meta` is not whole, a shard it names is missing, or nothing is there to train on.
     """
     meta = read_meta(wds_dir)
-    splits = {"train": meta.splits.get("train", []), "heldout": meta.splits.get("val", [])}
     content: list[Any] = sorted(meta.exclude)
-    for name in splits["train"] + splits["heldout"]:
+    for name in meta.splits.get("train", []) + meta.splits.get("val", []):
         tar, idx = wds_dir / name, wds_dir / f"{name}.idx"
         if not (tar.is_file() and idx.is_file() and name in meta.counts):
             raise DataError(
@@ -185,8 +181,7 @@ def read_finished(wds_dir: Path) -> dict[str, Any]:
         raise DataError(f"{wds_dir}: the training split holds no samples", "name another folder")
     return {
         "fingerprint": fingerprint(content),
-        "train": {"samples": meta.samples("train"), "shards": len(splits["train"])},
-        "heldout": {"samples": meta.samples("val"), "shards": len(splits["heldout"])},
+        **split_counts([meta]),
         "reasons": {},
         "kinds": {},
         **dict.fromkeys(("images", "read", "rejected")),
@@ -221,42 +216,29 @@ def _is_whole(wds_dir: Path, stats: dict[str, Any]) -> bool:
     )
 
 
-def _by_raw_file(parts: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    files: dict[str, list[dict[str, Any]]] = {}
+def _check_raw(parts: list[dict[str, Any]]) -> None:
+    """The parts must be made from all of one raw file, once, as it is now."""
+    path, due = parts[0]["raw"]["path"], 0
     for stats in parts:
-        files.setdefault(stats["raw"]["path"], []).append(stats)
-    yield from files.values()
-
-
-def _check_raw(parts: list[dict[str, Any]], moved: dict[str, str]) -> None:
-    """The parts must be made from all of the raw file, once, as it is now."""
-    for before, stats in zip([None, *parts], parts, strict=False):
-        due = before["raw"]["end"] if before else 0
         if stats["raw"]["start"] != due:
             raise DataError(
-                f"{stats['shard']} begins at byte {stats['raw']['start']} of {stats['raw']['path']}, byte {due} was due:"
+                f"{stats['shard']} begins at byte {stats['raw']['start']} of {path}, byte {due} was due:"
                 " shards of several plans lie in one folder",
                 "delete the shards and their statistics, and convert again",
             )
-    changed = []
-    for stats in parts:
-        raw = stats["raw"]
-        path = moved.get(Path(raw["path"]).name, raw["path"])
-        if not os.path.exists(path):
-            if path != raw["path"]:
-                raise DataError(f"raw file {path} does not exist", "correct the path")
-            continue  # the raw data may be gone once it is converted
-        status = os.stat(path)
-        if stats is parts[-1] and status.st_size != raw["end"]:
-            raise DataError(
-                f"{path} has {status.st_size} bytes now, the shards were made from its first {raw['end']}",
-                "convert the last range and the new ones again; where the file has shrunk, delete the shards beyond its end",
-            )
-        if status.st_mtime_ns != raw["mtime_ns"] and _hash_range(path, raw) != raw["hash"]:
-            changed.append(stats["shard"])
-    if changed:
+        due = stats["raw"]["end"]
+    if not os.path.exists(path):
+        return  # the raw data may be gone once it is converted
+    status = os.stat(path)
+    if status.st_size != due:
         raise DataError(
-            f"{parts[0]['raw']['path']} has changed within the ranges of {len(changed)} shards: {_some(changed)}",
+            f"{path} has {status.st_size} bytes now, the shards were made from its first {due}",
+            "convert the last range and the new ones again; where the file has shrunk, delete the shards beyond its end",
+        )
+    touched = [stats for stats in parts if stats["raw"]["mtime_ns"] != status.st_mtime_ns]
+    if changed := [stats["shard"] for stats in touched if _hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
+        raise DataError(
+            f"{path} has changed within the ranges of {len(changed)} shards: {_some(changed)}",
             f"delete these shards' .tar (first: {changed[0]}.tar) and convert them again",
         )
 
@@ -282,14 +264,13 @@ def _check_rejects(sources: list[Source], parts_dir: Path, allowed: float) -> No
     if rejected <= allowed * read:
         return
     first = []
-    for source in sources:
-        for reject in read_rejects(source.parts_dir, source.parts):
-            name = f", id {reject['id']}" if reject["id"] is not None else ""
-            detail = f" ({reject['detail']})" if reject["detail"] else ""
-            first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
-            if len(first) == FIRST_REASONS:
-                break
-    raise too_many_rejects(rejected, read, allowed, first[:FIRST_REASONS], f"{parts_dir}/*.rejects.jsonl")
+    for reject in itertools.chain(*(read_rejects(source.parts_dir, source.parts) for source in sources)):
+        name = f", id {reject['id']}" if reject["id"] is not None else ""
+        detail = f" ({reject['detail']})" if reject["detail"] else ""
+        first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
+        if len(first) == FIRST_REASONS:
+            break
+    raise too_many_rejects(rejected, read, allowed, first, f"{parts_dir}/*.rejects.jsonl")
 
 
 def too_many_rejects(rejected: int, read: int, allowed: float, first: list[str], where: str) -> DataError:
@@ -310,8 +291,8 @@ class Tar(NamedTuple):
     rows: Iterable[dict[str, Any]]
 
 
-def _write_source(source: Source, record: dict[str, Any] | None) -> tuple[str, dict[str, dict[str, int]]]:
-    """Write a source's `.nv-meta` and its merged held-out tars; return the fingerprint and what each split holds."""
+def _write_source(source: Source, record: dict[str, Any] | None) -> str:
+    """Write a source's `.nv-meta` and its merged held-out tars; return the fingerprint."""
     filled = {split: source.filled(split) for split in ("train", "heldout")}
     with atomic_dir(source.wds_dir / ".heldout.new") as staged:
         merged = merge_heldout(source.wds_dir, staged, source.chosen)
@@ -325,7 +306,8 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> tuple[str, d
     splits = {split: [f"{name}.tar" for name, _ in named] for split, named in content.items()}
     tar_names = [f"{name}.tar" for name, _, _ in merged]
     own = fingerprint([content, exclude] if exclude else content)
-    stale = _held_out_before(source.wds_dir) - set(tar_names) - set(splits["heldout"])
+    before = source.wds_dir / ".nv-meta" / HELDOUT_RECORD
+    stale = set(read_json(before)["tars"] if before.is_file() else ()) - set(splits["heldout"])
     with write_meta(source.wds_dir, tars, splits["train"], splits["heldout"], exclude, own) as meta:
         if merged and record:
             write_json(meta / HELDOUT_RECORD, record | {"tars": tar_names})
@@ -336,30 +318,20 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> tuple[str, d
     for name in stale:
         for path in (source.wds_dir / name, source.wds_dir / f"{name}.idx"):
             path.unlink(missing_ok=True)
-    held = len(exclude)
-    return own, {
-        "train": {"samples": _total(filled["train"], "written") - held, "shards": len(filled["train"])},
-        "heldout": {"samples": _total(filled["heldout"], "written") + held, "shards": len(splits["heldout"])},
-    }
+    return own
 
 
-def _held_out_before(wds_dir: Path) -> set[str]:
-    path = wds_dir / ".nv-meta" / HELDOUT_RECORD
-    return set(read_json(path)["tars"]) if path.is_file() else set()
-
-
-def _write_blend(wds_dir: Path, sources: list[Source]) -> None:
+def _write_blend(wds_dir: Path, weights: dict[str, float], metas: dict[str, Meta]) -> None:
     """Energon's metadataset: `weight` is how often a record is drawn, so a source is drawn by weight × samples."""
-    metas = {source.name: read_meta(source.wds_dir) for source in sources}
     splits = {
         split: {
             "blend": [
-                {"path": source.name, "weight": source.weight * samples}
-                for source in sources
-                if (samples := metas[source.name].samples(split))
+                {"path": name, "weight": weight * samples, "subflavors": {"source": name}}
+                for name, weight in weights.items()
+                if (samples := metas[name].samples(split))
             ]
         }
-        for split in ("train", "val")
+        for split in ENERGON_SPLITS.values()
     }
     config = {
         "__module__": "megatron.energon",

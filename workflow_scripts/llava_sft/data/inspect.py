@@ -5,12 +5,13 @@ rules as raw records, every image's header and end checked, and a seeded part of
 in memory at a time (its offsets, not its bytes). Folders of another make are read by their layout (layouts.py).
 """
 
-import base64
 import heapq
-import re
+import itertools
 import sqlite3
 import struct
 import tarfile
+import unicodedata
+from bisect import bisect_left
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -18,12 +19,25 @@ from typing import Any
 
 import xxhash
 
+from llava_sft.data.heldout import data_uri
 from llava_sft.data.image_checks import check_image, decode_image
+from llava_sft.data.images import PATCH_SIZE, decode_rgb, image_tokens, smart_resize
 from llava_sft.data.index import read_rejects
 from llava_sft.data.records import Rejected, Sample
-from llava_sft.data.tars import Meta, TarSample, find_layout, read_at, read_meta, source_folders, walk_tar
+from llava_sft.data.tars import (
+    ENERGON_SPLITS,
+    Meta,
+    TarSample,
+    find_layout,
+    read_at,
+    read_meta,
+    source_folders,
+    walk_tar,
+)
+from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.errors import DataError
-from llava_sft.files import read_json
+from llava_sft.files import file_hash, read_json
+from llava_sft.report.html import render
 
 NO_PIXEL_LIMIT = 1 << 40  # the limit is the conversion's; what is in a shard counts, whatever its size
 DECODED_IMAGES = 500  # about so many are decoded in full
@@ -31,24 +45,12 @@ PROBLEMS_KEPT, REJECTS_KEPT, GALLERY_SAMPLES = 50, 20, 12
 MOST_BARS = 12
 THUMBNAIL = 320  # pixels, longer side
 INLINE_BYTES = 32 << 10  # a larger picture is shown as a thumbnail
-MIME = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp", "gif": "image/gif"}
+SHOWN_BY_BROWSERS = {"jpg", "png", "webp", "gif"}
 
 META, SHARDS, INDEX, SAMPLES, IMAGES = ".nv-meta", "shards", "index against tars", "samples", "images"
 VALUES = ("tokens", "turns", "images per sample", "image width", "image height", "question length", "answer length")
-# The script that most letters of a conversation are of: a hint at its language, no more than that.
-SCRIPTS = {
-    "Latin": r"a-zA-Z\u00c0-\u024f",
-    "Chinese": r"\u4e00-\u9fff",
-    "Japanese": r"\u3040-\u30ff",  # kana: also where Chinese characters are more
-    "Korean": r"\uac00-\ud7af",
-    "Cyrillic": r"\u0400-\u04ff",
-    "Arabic": r"\u0600-\u06ff",
-    "Devanagari": r"\u0900-\u097f",
-    "Thai": r"\u0e00-\u0e7f",
-    "Greek": r"\u0370-\u03ff",
-    "Hebrew": r"\u0590-\u05ff",
-}
-LETTERS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
+SCRIPT_LETTERS = 500  # of a conversation, that its script is known by
+EAST_ASIAN = {"Cjk": "Chinese", "Hiragana": "Japanese", "Katakana": "Japanese", "Hangul": "Korean"}
 
 
 class Findings:
@@ -93,26 +95,18 @@ class TokenCounter:
     """Tokens of a sample as training would make them, before anything is cut."""
 
     def __init__(self, tokenizer: Path, seq_length: int, min_pixels: int, max_pixels: int):
-        from llava_sft.data.images import image_tokens, smart_resize
-        from llava_sft.data.template import ChatTemplate, UnusableSample
-
-        self.template, self.unusable, self.seq_length = ChatTemplate(tokenizer), UnusableSample, seq_length
+        self.template, self.seq_length, self.limits = ChatTemplate(tokenizer), seq_length, (min_pixels, max_pixels)
         self.cut = self.left_out = 0
 
-        def tokens_of_image(width: int, height: int) -> int:
-            rows, columns = smart_resize(height, width, min_pixels, max_pixels)
-            return image_tokens((rows // 14, columns // 14))
-
-        self.tokens_of_image = tokens_of_image
-
     def count(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> int:
-        images = [self.tokens_of_image(*size) for size in sizes]
+        resized = (smart_resize(height, width, *self.limits) for width, height in sizes)
+        images = [image_tokens((height // PATCH_SIZE, width // PATCH_SIZE)) for height, width in resized]
         length = len(self.template.encode(messages, images, 1 << 40).input_ids)
         if length > self.seq_length:
             try:
                 self.template.encode(messages, images, self.seq_length)
                 self.cut += 1
-            except self.unusable:
+            except UnusableSample:
                 self.left_out += 1
         return length
 
@@ -145,7 +139,7 @@ def inspect_webdataset(
         if parts and notes:
             rejects.append((notes, parts))
     if dataset:
-        for split, energon_split in (("train", "train"), ("heldout", "val")):
+        for split, energon_split in ENERGON_SPLITS.items():
             there = found.splits.get(energon_split, Counter())["samples"]
             if there != dataset[split]["samples"]:
                 found.problem(META, split, f"holds {there} samples, the dataset file says {dataset[split]['samples']}")
@@ -180,10 +174,8 @@ def _inspect_folder(folder: Path, tars: list[str], parts: list[dict[str, Any]], 
             with open(folder / name, "rb") as file:
                 for sample in kept:
                     _check_sample(file.fileno(), name, split or "all", sample, layout, found)
-                if name in hashes:
-                    file.seek(0)
-                    if _hash(file) != hashes[name]:
-                        found.problem(SHARDS, name, "its bytes are not those that the conversion wrote")
+            if name in hashes and file_hash(folder / name) != hashes[name]:
+                found.problem(SHARDS, name, "its bytes are not those that the conversion wrote")
         except (OSError, tarfile.TarError) as error:
             found.problem(SHARDS, name, f"can not be read: {error}")
             continue
@@ -257,20 +249,19 @@ def _check_index(
     if counted is not None and counted != len(samples):
         found.problem(INDEX, name, f".info.json says {counted} samples, the tar has {len(samples)}")
     if database and number is not None:
+        columns = "sample_key, sample_index, byte_offset, byte_size"
+        query = f"SELECT {columns} FROM samples WHERE tar_file_id = ? ORDER BY sample_index"
+        indexed = database.execute(query, (number,)).fetchall()
         rows = [(s.key, n, s.offset, s.size) for n, s in enumerate(samples)]
-        members = [(n, *part) for n, sample in enumerate(samples) for part in sample.parts]
-        for table, columns, order, expected in (
-            ("samples", "sample_key, sample_index, byte_offset, byte_size", "sample_index", rows),
-            (
-                "sample_parts",
-                "sample_index, part_name, content_byte_offset, content_byte_size",
-                "sample_index, content_byte_offset",
-                members,
-            ),
-        ):
-            query = f"SELECT {columns} FROM {table} WHERE tar_file_id = ? ORDER BY {order}"
-            if database.execute(query, (number,)).fetchall() != expected:
-                found.problem(INDEX, name, f"the table {table} of index.sqlite differs from the tar")
+        if len(indexed) < len(rows):  # packs of several hosts bear the same keys: the table has the first of each
+            earlier = "SELECT 1 FROM samples WHERE sample_key = ? AND tar_file_id < ?"
+            rows = [row for row in rows if not database.execute(earlier, (row[0], number)).fetchone()]
+        if indexed != rows:
+            found.problem(INDEX, name, "the table samples of index.sqlite differs from the tar")
+        columns = "sample_index, part_name, content_byte_offset, content_byte_size"
+        query = f"SELECT {columns} FROM sample_parts WHERE tar_file_id = ? ORDER BY sample_index, content_byte_offset"
+        if database.execute(query, (number,)).fetchall() != [(n, *p) for n, s in enumerate(samples) for p in s.parts]:
+            found.problem(INDEX, name, "the table sample_parts of index.sqlite differs from the tar")
 
 
 def _check_sample(file: int, name: str, split: str, stored: TarSample, layout: str, found: Findings) -> None:
@@ -313,20 +304,13 @@ def _check_sample(file: int, name: str, split: str, stored: TarSample, layout: s
 
 
 def script_of(text: str) -> str:
-    """The script of most letters, `other` without any."""
-    text = text[:2000].replace("<image>", "")
-    counts = {name: len(letters.findall(text)) for name, letters in LETTERS.items()}
-    if counts["Japanese"] > counts["Chinese"] / 10:
+    """The script that most letters are of, as Unicode names it, `other` without any: a hint at the language, no more."""
+    letters = filter(str.isalpha, text.replace("<image>", "")[:SCRIPT_LETTERS])
+    scripts = (unicodedata.name(letter, "other").split(" ")[0].capitalize() for letter in letters)
+    counts = Counter(EAST_ASIAN.get(script, script) for script in scripts)
+    if counts["Japanese"] > counts["Chinese"] / 10:  # kana tell, also where Chinese characters are more
         counts["Japanese"] += counts["Chinese"]
-    best = max(counts, key=counts.__getitem__)
-    return best if counts[best] else "other"
-
-
-def _hash(file: Any) -> str:
-    digest = xxhash.xxh3_128()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    return max(counts, key=counts.__getitem__) if counts.total() else "other"
 
 
 def _offer_to_gallery(
@@ -346,24 +330,22 @@ def _pick_gallery(found: Findings) -> list[dict[str, Any]]:
     """Some samples of every kind, in turn; their images become data URIs."""
     heaps = [sorted(heap, key=lambda entry: -entry[0]) for _, heap in sorted(found.gallery.items())]
     picked = [heap[turn][2] for turn in range(GALLERY_SAMPLES) for heap in heaps if turn < len(heap)]
-    return [sample | {"images": [_data_uri(i) for i in sample["images"]]} for sample in picked[:GALLERY_SAMPLES]]
+    return [sample | {"images": [_thumbnail(i) for i in sample["images"]]} for sample in picked[:GALLERY_SAMPLES]]
 
 
-def _data_uri(data: bytes) -> str:
+def _thumbnail(data: bytes) -> str:
+    """A picture as it is where it is small and browsers know its format, else a JPEG of it; "" for a damaged one."""
     try:
-        extension = check_image(data, NO_PIXEL_LIMIT).extension
+        extension = decode_image(data, NO_PIXEL_LIMIT).extension
     except Rejected:
         return ""
-    mime = MIME.get(extension)
-    if mime is None or len(data) > INLINE_BYTES:
-        from PIL import Image, ImageOps
-
-        image = ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
+    if extension not in SHOWN_BY_BROWSERS or len(data) > INLINE_BYTES:
+        image = decode_rgb(data)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = BytesIO()
         image.save(buffer, "JPEG", quality=80)
-        data, mime = buffer.getvalue(), "image/jpeg"
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+        data = buffer.getvalue()
+    return data_uri(data)
 
 
 def _report(wds_dir: Path, noted: list[tuple[Path, list[dict[str, Any]]]], found: Findings) -> dict[str, Any]:
@@ -400,13 +382,7 @@ def _report(wds_dir: Path, noted: list[tuple[Path, list[dict[str, Any]]]], found
 
 def render_html(report: dict[str, Any], gallery: list[dict[str, Any]]) -> str:
     """The report as one HTML page without external resources."""
-    import jinja2
-
-    folder = Path(__file__).parent.parent / "report"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("inspect.html.j2").render(report=report, gallery=gallery)
+    return render("inspect.html.j2", report=report, gallery=gallery)
 
 
 def distribution(values: Counter[int]) -> dict[str, Any]:
@@ -415,17 +391,10 @@ def distribution(values: Counter[int]) -> dict[str, Any]:
     Bars are {from, to (inclusive), count}: one a value while there are few values, else of equal width, or, when the
     largest value is over twenty times the median, growing geometrically.
     """
-    total, ordered = values.total(), sorted(values)
-
-    def quantile(share: float) -> int:
-        seen = 0
-        for value in ordered:
-            seen += values[value]
-            if seen >= share * total:
-                return value
-        return ordered[-1]
-
-    low, high, median = ordered[0], ordered[-1], quantile(0.5)
+    ordered = sorted(values)
+    seen = list(itertools.accumulate(values[value] for value in ordered))
+    total = seen[-1]
+    low, median, p95, high = (ordered[bisect_left(seen, share * total)] for share in (0, 0.5, 0.95, 1))
     if len(ordered) <= MOST_BARS:
         starts = ordered
     elif high > 20 * max(median, 1):
@@ -433,14 +402,12 @@ def distribution(values: Counter[int]) -> dict[str, Any]:
         starts = sorted({low, *(int(base * (high / base) ** (bar / MOST_BARS)) for bar in range(MOST_BARS))})
     else:
         starts = sorted({low + (high + 1 - low) * bar // MOST_BARS for bar in range(MOST_BARS)})
-    ends = [following - 1 for following in starts[1:]] + [high]
-    if len(ordered) <= MOST_BARS:
-        ends = starts
+    ends = starts if starts is ordered else [following - 1 for following in starts[1:]] + [high]
     return {
         "count": total,
         "min": low,
         "median": median,
-        "p95": quantile(0.95),
+        "p95": p95,
         "max": high,
         "mean": round(sum(value * count for value, count in values.items()) / total, 2),
         "histogram": [

@@ -1,17 +1,26 @@
 """How many tokens and image patches each training sample has: what packing turns into steps, and preflight into memory
-and time. Kept beside the data, made again only when the data, the tokenizer, `seq_length` or the image limits change. Of an
-image only the header is read."""
+and time. And how fast a loader process prepares them.
 
+Notable: counted shard by shard and kept, so that new records, or another tokenizer, `seq_length` or image limits, cost what
+they change and no conversion. Of an image only the header is read.
+"""
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.data.heldout import stored_samples
-from llava_sft.data.images import MERGE_SIZE, image_grid, image_tokens
+from llava_sft.data.heldout import StoredShard, read_shard, stored_shards
+from llava_sft.data.images import MERGE_SIZE, decode_rgb, image_grid, image_tokens, to_patches
 from llava_sft.data.tars import read_at
-from llava_sft.data.template import ChatTemplate, UnusableSample
+from llava_sft.data.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 
 HEADER_BYTES = 256 << 10  # an image's size stands before that, behind its EXIF and its thumbnail
+TIMED_S, TIMED_SHARDS = 2.0, 4  # for so long samples of so many shards are prepared, for the speed of a loader process
 
 
 class SampleSizes(NamedTuple):
@@ -19,29 +28,96 @@ class SampleSizes(NamedTuple):
 
     tokens: list[int]
     patches: list[list[int]]
-    left_out: int  # samples whose first answer ends beyond seq_length
+    left_out: list[str]  # ids of samples whose first answer ends beyond seq_length
+
+
+class Limits(NamedTuple):
+    """Settings that decide how many tokens a sample has."""
+
+    seq_length: int
+    min_pixels: int
+    max_pixels: int
+
+
+def measure(
+    folder: Path, dataset: dict[str, Any], tokenizer: Path, limits: Limits, kept: Path, processes: int
+) -> dict[str, Any]:
+    """What sizes.json holds: the sizes of the training samples, and the speed of a loader process on this machine."""
+    sizes = sample_sizes(folder, tokenizer, limits, kept, processes)
+    speed = prepared_tokens_per_s(folder, tokenizer, limits)
+    return {"depends": depends_on(dataset, tokenizer, limits), **sizes._asdict(), "prepared_tokens_per_s": speed}
+
+
+def depends_on(dataset: dict[str, Any], tokenizer: Path, limits: Limits) -> str:
+    """What sizes.json was made from; `dataset`: the content of dataset.json."""
+    return fingerprint(
+        [dataset["fingerprint"], file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION]
+    )
 
 
 def sample_sizes(
-    folder: Path, dataset: dict[str, Any], tokenizer: Path, limits: tuple[int, int, int], cache: Path
+    folder: Path, tokenizer: Path, limits: Limits, kept: Path | None = None, processes: int = 1
 ) -> SampleSizes:
-    """The sizes of the training samples in the order of the shards. `limits`: seq_length, min_pixels, max_pixels."""
-    depends = fingerprint([dataset["fingerprint"], file_fingerprint(tokenizer / "tokenizer.json"), limits])
-    if cache.is_file() and (kept := read_json(cache))["depends"] == depends:
-        return SampleSizes(kept["tokens"], kept["patches"], kept["left_out"])
-    template, (seq_length, *pixels) = ChatTemplate(tokenizer), limits
-    sizes = SampleSizes([], [], 0)
-    left_out = 0
-    for sample, descriptor, members in stored_samples(folder, "train"):
-        headers = (members[image] for image in sample.images)
-        heads = [read_at(descriptor, (offset, min(size, HEADER_BYTES))) for offset, size in headers]
+    """The sizes of the training samples in the order of the shards.
+
+    `tokenizer`: folder with tokenizer.json. `kept`: folder for the counts of each shard; those that still hold are not
+    counted again. `processes` count shards side by side.
+    """
+    shards = list(stored_shards(folder, "train"))
+    count = partial(_shard_sizes, tokenizer, limits, kept)
+    if processes > 1 and len(shards) > 1:
+        with ProcessPoolExecutor(min(processes, len(shards))) as pool:
+            found = list(pool.map(count, shards))
+    else:
+        found = [count(shard) for shard in shards]
+    return SampleSizes(*(list(chain.from_iterable(columns)) for columns in zip(*found, strict=True)))
+
+
+def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: StoredShard) -> SampleSizes:
+    tar = shard.folder / shard.name
+    content = [tar.stat().st_size, file_fingerprint(f"{tar}.idx"), shard.layout, sorted(shard.excluded)]
+    depends = fingerprint([content, file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION])
+    place = kept and kept / f"{shard.source}{shard.name}.json"
+    if place and place.is_file() and (known := read_json(place)).pop("depends") == depends:
+        return SampleSizes(**known)
+    template, sizes = _template(tokenizer), SampleSizes([], [], [])
+    for key, sample, file, members in shard.samples():
+        places = (members[image] for image in sample.images)
+        heads = [read_at(file, (offset, min(size, HEADER_BYTES))) for offset, size in places]
         try:
-            tokens = [image_tokens(image_grid(head, *pixels)) for head in heads]
-            encoded = template.encode(sample.messages, tokens, seq_length)
+            tokens = [image_tokens(image_grid(head, limits.min_pixels, limits.max_pixels)) for head in heads]
+            encoded = template.encode(sample.messages, tokens, limits.seq_length)
         except UnusableSample:
-            left_out += 1
+            sizes.left_out.append(key)
             continue
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
-    write_json(cache, {"depends": depends, **sizes._asdict(), "left_out": left_out})
-    return sizes._replace(left_out=left_out)
+    if place:
+        write_json(place, {"depends": depends, **sizes._asdict()}, indent=None)
+    return sizes
+
+
+@cache
+def _template(tokenizer: Path) -> ChatTemplate:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # shards are counted side by side already
+    return ChatTemplate(tokenizer)
+
+
+def prepared_tokens_per_s(folder: Path, tokenizer: Path, limits: Limits) -> float:
+    """Tokens a second that one loader process prepares on this machine, of samples from over the whole training split."""
+    template, tokens, began = _template(tokenizer), 0, 0.0
+    shards = list(stored_shards(folder, "train"))
+    spread = zip_longest(*map(read_shard, shards[:: len(shards) // TIMED_SHARDS + 1]))
+    for sample in filter(None, chain.from_iterable(spread)):
+        began = began or time.perf_counter()  # not the time to find the first one
+        try:
+            grids = [image_grid(image, limits.min_pixels, limits.max_pixels) for image in sample.images]
+            encoded = template.encode(sample.messages, [image_tokens(grid) for grid in grids], limits.seq_length)
+        except UnusableSample:
+            continue
+        for image in sample.images[: encoded.num_images]:
+            to_patches(decode_rgb(image), limits.min_pixels, limits.max_pixels)
+        tokens += len(encoded.input_ids)
+        if time.perf_counter() - began > TIMED_S:
+            break
+    return tokens / (time.perf_counter() - began) if tokens else 0.0

@@ -8,7 +8,6 @@ Notable:
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_grid, image_tokens, to_patches
 from llava_sft.data.layouts import LAYOUTS
-from llava_sft.data.packing import select_packs
+from llava_sft.data.packing import cut_between, select_packs
 from llava_sft.data.template import ChatTemplate, UnusableSample
 
 
@@ -99,16 +98,15 @@ class VlmBatch(Batch):
 
         No sample sees another, so the sums of their losses and gradients are those of the pack.
         """
-        total = sum(self.segments)
-        if total <= size:
+        parts = cut_between(self.segments, size)
+        if len(parts) == 1:
             return [self]
         ends = np.cumsum(self.segments)
-        share = total / math.ceil(total / size)
-        cuts = sorted({int(np.abs(ends - cut).argmin()) + 1 for cut in np.arange(share, total - 1, share)})
         merge = len(self.pixels) // max(1, len(self.image_index))  # patches that make one image token
         image_ends = self.grids.prod(1).cumsum(0)
         found = []
-        for first, last in zip([0, *cuts], [*cuts, len(ends)], strict=True):
+        for part in parts:
+            first, last = part[0], part[-1] + 1
             segments = self.segments[first:last]
             stop = int(ends[last - 1])
             span = torch.tensor((stop - sum(segments), stop))
@@ -142,9 +140,10 @@ def make_cook(layout: str) -> Callable[[dict], Conversation]:
     def cook(sample: dict) -> Conversation:
         members = {name for name in sample if not name.startswith("__")}
         stored = LAYOUTS[layout](sample["__key__"], orjson.loads(sample["json"]), members)
-        return Conversation(
-            **basic_sample_keys(sample), messages=stored.messages, images=[sample[name] for name in stored.images]
-        )
+        keys = basic_sample_keys(sample)
+        if source := sample["__subflavors__"].get("source"):  # several may have tars of one name
+            keys["__key__"] = f"{source}/{keys['__key__']}"
+        return Conversation(**keys, messages=stored.messages, images=[sample[name] for name in stored.images])
 
     return cook
 

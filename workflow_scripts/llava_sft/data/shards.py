@@ -92,14 +92,14 @@ def convert_range(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     max_shard_bytes: int | None = None,
     decode_images: bool = False,
-    progress: Callable[[int, int, int], Any] = lambda raw_bytes, records, tar_bytes: None,
+    progress: Callable[[int, int], Any] = lambda raw_bytes, records: None,
 ) -> dict[str, Any]:
     """Convert one range of a raw file (any of FORMATS); return its statistics.
 
     Writes `PREFIX-NNNNN.tar` and `.tar.idx` in `wds_dir`; `.samples.jsonl`, `.rejects.jsonl` and `.stats.json` in
     `parts_dir`. A bad record goes to the rejects and its neighbours are kept. `decode_images` decodes every image in
     full, not only those whose header or end marker is odd. `progress` gets what has been done so far in this range:
-    bytes read, records read, bytes of tar.
+    bytes read, records read.
     Errors: DataError when the raw file or the image root is missing, the range lies beyond the file's end, the file
     changes meanwhile, or the tar grows beyond `max_shard_bytes`.
     """
@@ -162,7 +162,7 @@ def convert_range(
                 if max_shard_bytes and tar.offset > max_shard_bytes:
                     raise _too_large(name, line.offset - part.start, part.end - part.start, tar.offset, max_shard_bytes)
             if not lines % PROGRESS_RECORDS:
-                progress(line.offset - part.start, read, tar.offset)
+                progress(line.offset - part.start, read)
         write_idx(idx_file, starts, tar.offset)
         tar_hash = tar.finish()
         after = os.fstat(file.fileno())
@@ -192,7 +192,7 @@ def convert_range(
     if read != stats["written"] + stats["rejected"]:
         raise AssertionError(f"records were lost: {stats}")
     write_json(stats_path, stats)
-    progress(part.end - part.start, read, stats["tar"]["bytes"])
+    progress(part.end - part.start, read)
     return stats
 
 

@@ -5,9 +5,11 @@ most records stay on their side when data is added. The chosen samples, few in e
 `heldout-` tars; in their old place energon leaves them out by the `exclude` list of split.yaml.
 """
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +76,28 @@ def merge_heldout(
 ) -> list[tuple[str, list[dict[str, Any]], str]]:
     """Copy samples, given as (shard, row of `.samples.jsonl`), into new tars in `folder`: [name, rows, hash of the tar]."""
     merged: list[tuple[str, list[dict[str, Any]], str]] = []
-    source, opened = None, ""
-    pending = iter(rows)
-    following = next(pending, None)
-    while following:
-        name = shard_name(HELDOUT_PREFIX, len(merged))
-        written: list[dict[str, Any]] = []
-        with open(folder / f"{name}.tar", "wb") as file:
+    samples = _stored(wds_dir, rows)
+    for first in samples:
+        name, written = shard_name(HELDOUT_PREFIX, len(merged)), []
+        with open(folder / f"{name}.tar", "wb") as file, open(folder / f"{name}.tar.idx", "wb") as idx:
             tar = TarWriter(file)
-            while following and tar.offset < HELDOUT_BYTES:
-                shard, row = following[0], orjson.loads(following[1])
-                if shard != opened:
-                    if source:
-                        source.close()
-                    source, opened = open(wds_dir / f"{shard}.tar", "rb"), shard  # noqa: SIM115
+            for source, row in itertools.chain([first], samples):
                 key, offset = f"{HELDOUT_PREFIX[0]}{len(merged):05d}_{len(written):06d}", tar.offset
-                parts = []
-                for part, at, size in row["parts"]:
-                    parts.append((part, tar.add(f"{key}.{part}", os.pread(source.fileno(), size, at)), size))
+                parts = [
+                    (part, tar.add(f"{key}.{part}", os.pread(source, size, at)), size)
+                    for part, at, size in row["parts"]
+                ]
                 written.append({"key": key, "offset": offset, "size": tar.offset - offset, "parts": parts})
-                following = next(pending, None)
-            with open(folder / f"{name}.tar.idx", "wb") as idx:
-                write_idx(idx, [row["offset"] for row in written], tar.offset)
+                if tar.offset >= HELDOUT_BYTES:
+                    break
+            write_idx(idx, [row["offset"] for row in written], tar.offset)
             merged.append((name, written, tar.finish()))
-    if source:
-        source.close()
     return merged
+
+
+def _stored(wds_dir: Path, rows: Iterable[tuple[str, bytes]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row with the open tar that its sample lies in."""
+    for shard, samples in itertools.groupby(rows, itemgetter(0)):
+        with open(wds_dir / f"{shard}.tar", "rb") as file:
+            for _, row in samples:
+                yield file.fileno(), orjson.loads(row)

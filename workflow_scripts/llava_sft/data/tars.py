@@ -3,7 +3,7 @@
 import os
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from llava_sft.errors import DataError
 from llava_sft.files import read_json
 
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # energon's: the key ends at the first dot of the file's name
+ENERGON_SPLITS = {"train": "train", "heldout": "val"}  # by our names
 METADATASET = "metadataset.yaml"  # beside the folders of several sources: energon's blend of them
 
 
@@ -119,6 +120,17 @@ class Meta(NamedTuple):
         )
 
 
+def split_counts(metas: Collection[Meta]) -> dict[str, dict[str, int]]:
+    """Samples and shards of "train" and "heldout", of several sources together."""
+    return {
+        split: {
+            "samples": sum(meta.samples(name) for meta in metas),
+            "shards": sum(len(meta.splits.get(name, [])) for meta in metas),
+        }
+        for split, name in ENERGON_SPLITS.items()
+    }
+
+
 def read_meta(folder: Path) -> Meta:
     """Errors: DataError when a file of `.nv-meta` is missing or can not be understood."""
     meta = folder / ".nv-meta"
@@ -149,7 +161,11 @@ def _yaml(path: Path) -> Any:
 
 
 def source_folders(wds_dir: Path) -> list[Path]:
-    """The folders of several sources, or the folder itself."""
+    """The folders of several sources, or the folder itself; `wds_dir` may also be the blend's own file."""
+    if wds_dir.name == METADATASET:
+        wds_dir = wds_dir.parent
     if not (wds_dir / METADATASET).is_file():
         return [wds_dir]
-    return [wds_dir / entry["path"] for entry in _yaml(wds_dir / METADATASET)["splits"]["train"]["blend"]]
+    splits = _yaml(wds_dir / METADATASET)["splits"].values()
+    # In order, each once: all records of a small source may be held out.
+    return [wds_dir / path for path in dict.fromkeys(entry["path"] for split in splits for entry in split["blend"])]

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from llava_sft.errors import DataError
 
 IMAGE_PLACEHOLDER = "<image>"
+TEMPLATE_VERSION = 1  # of what a conversation is rendered to: raised with a change, so that tokens are counted again
 SYSTEM_PROMPT = "You are a helpful assistant."
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 

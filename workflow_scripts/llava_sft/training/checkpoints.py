@@ -12,11 +12,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import xxhash
-
 from llava_sft.checkpoint.start import TRACKER
 from llava_sft.errors import RunError
-from llava_sft.files import read_json, write_json, write_text
+from llava_sft.files import file_hash, read_json, write_json, write_text
 
 CHECKSUMS = "checksums.json"
 BEST = "best.json"
@@ -47,17 +45,9 @@ def checkpoint_bytes(run_dir: Path, iteration: int) -> int:
     return sum(path.stat().st_size for path in files_of(run_dir, iteration))
 
 
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(16 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def seal(run_dir: Path, iteration: int) -> None:
     """Note size and checksum of each file of a checkpoint that has just been written."""
-    seals = {str(p.relative_to(run_dir)): [p.stat().st_size, _checksum(p)] for p in files_of(run_dir, iteration)}
+    seals = {str(p.relative_to(run_dir)): [p.stat().st_size, file_hash(p)] for p in files_of(run_dir, iteration)}
     write_json(checkpoint_dir(run_dir, iteration) / CHECKSUMS, seals)
 
 
@@ -69,7 +59,7 @@ def damage(run_dir: Path, iteration: int, deep: bool = True) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes, {size:,} were written"
-        if deep and _checksum(path) != checksum:
+        if deep and file_hash(path) != checksum:
             return f"{name} does not hold what was written"
     return None
 

@@ -1,7 +1,8 @@
 """Starts the training processes and shows their progress; light, so that it can say no in a second.
 
-On one machine, one process is started directly, several through torchrun. In a Slurm job srun starts one task a node
-(`node.py`), and each does the same for its node. What they print goes to the run's log; the terminal gets a line per log
+On one machine, one process is started directly, several through torchrun. In a Slurm job srun starts one task a node,
+`python -m llava_sft.training.launcher ADDRESS:PORT NPROC RUN_JSON RUN_DIR START_DIR`, and each does the same for its
+node. What they print goes to the run's log; the terminal gets a line per log
 interval, read from the same `metrics.jsonl` that the report draws.
 """
 
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,7 +67,7 @@ def node_command(
         *options,
         sys.executable,
         "-m",
-        "llava_sft.training.node",
+        "llava_sft.training.launcher",
         f"{job.first_address}:{_free_port()}",
         str(count),
         *arguments,
@@ -74,7 +75,7 @@ def node_command(
 
 
 def launch(
-    values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO, say: Callable[[str], None],
+    values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO,
     job: slurm.Job | None = None, srun_options: list[str] | None = None,
 ) -> int:  # fmt: skip
     """Run the training of the resolved settings `values` to its end; returns its exit code.
@@ -85,24 +86,25 @@ def launch(
     if job:
         argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options or [], arguments)
         environment, ask = python_path(), lambda training: job.signal_steps()
-        say(f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …")
+        print(
+            f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …", flush=True
+        )
     else:
         argv, environment = command(count, arguments)
         ask = lambda training: ask_workers(training, count)  # noqa: E731
 
     def show() -> None:
         for line in tail.new():
-            say(line)
+            print(line, flush=True)
 
     with open(log, "ab") as log_file:
-        return run(argv, environment, ask, say, show, log_file, (lock.fileno(),))
+        return run(argv, environment, ask, show, log_file, (lock.fileno(),))
 
 
 def run(
     argv: list[str],
     environment: dict[str, str],
     ask: Callable[[subprocess.Popen], None],
-    say: Callable[[str], None],
     show: Callable[[], None] = lambda: None,
     output: BinaryIO | None = None,
     pass_fds: tuple[int, ...] = (),
@@ -116,7 +118,7 @@ def run(
 
     def note(number, frame):
         if not asked:
-            say(f"{signal.Signals(number).name}: saving a checkpoint and ending")
+            print(f"{signal.Signals(number).name}: saving a checkpoint and ending", flush=True)
         asked.append(number)
 
     training = subprocess.Popen(
@@ -177,3 +179,23 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def rendezvous(place: str, environment: Mapping[str, str]) -> list[str]:
+    """torchrun's options, from the address of the first node and what Slurm tells its tasks; none for a single node."""
+    nodes, rank = environment["SLURM_NNODES"], environment["SLURM_NODEID"]
+    address, _, port = place.rpartition(":")
+    if nodes == "1":
+        return []
+    return [f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port}"]
+
+
+def main(place: str, count: str, *arguments: str) -> int:
+    """One node of a training, under srun. Slurm signals every process of the step, but only once, and a training process
+    ignores it until Megatron listens: so the signal is taken here and handed on as on one machine."""
+    argv, environment = command(int(count), list(arguments), rendezvous(place, os.environ))
+    return run(argv, environment, lambda training: ask_workers(training, int(count)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

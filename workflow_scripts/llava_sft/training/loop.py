@@ -58,9 +58,8 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     prune,
     seal,
 )
-from llava_sft.training.watch import PEAK_FLOPS, Watch  # noqa: E402
+from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
 
-FAILURE = "failure.json"
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 

@@ -7,18 +7,19 @@ Notable:
 No torch: preflight runs where there is no GPU.
 """
 
-import itertools
 import math
 import os
+import random
 import subprocess
 from collections.abc import Iterable
 from functools import cache
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_sft.config import CONFIG_DIR
 from llava_sft.data.lengths import SampleSizes
-from llava_sft.data.packing import epoch_packs
+from llava_sft.data.packing import cut_between
 from llava_sft.errors import SettingsError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
@@ -35,12 +36,13 @@ RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own er
 
 class Load(NamedTuple):
     """What one micro-batch holds: tokens (with padding), the sum of squares of its segments' tokens, patches, the same of
-    its images."""
+    its images; and packed segments."""
 
     tokens: float
     token_squares: float
     patches: float
     patch_squares: float
+    segments: float = 0.0
 
 
 class Machine(NamedTuple):
@@ -70,30 +72,34 @@ class Prediction(NamedTuple):
 # ------------------------------------------------------------------------------------------- batches of an epoch
 
 
-def loads(sizes: SampleSizes, values: dict[str, Any]) -> tuple[Load, Load]:
-    """The mean and the largest micro-batch of an epoch.
+def loads(sizes: SampleSizes, values: dict[str, Any], packs: list[list[int]] | None) -> tuple[Load, Load]:
+    """The mean micro-batch of an epoch, and the largest that goes through the model at once.
 
-    The largest has the most of each, tokens and patches, as no single batch need have: memory must hold any order.
+    The largest has the most of each, tokens and patches, as no single one need have. `packs`: of indices into `sizes`,
+    with packing; they are put together and cut as the loader and the trainer do it, in one random order.
     """
-    mbs, length = values["micro_batch_size"], values["seq_length"]
-    if values["packing"]:
-        streams = data_parallel_size_of(values) * values["num_workers"]
-        rows = list(epoch_packs(sizes.tokens, length, values["packing_buffer_size"], streams, values["seed"]))
-    else:
-        rows = [[index] for index in range(len(sizes.tokens))]
-    each = [_load(sizes, row) for row in rows]
-    if not values["packing"]:
-        return _padded(each, mbs)
-    mean = Load(*(mbs * sum(column) / len(each) for column in zip(*each, strict=True)))
-    largest = Load(*(mbs * max(column) for column in zip(*each, strict=True)))
-    share = min(1.0, chunk_tokens(values) / largest.tokens)  # a chunk may hold more pictures than its share of the pack
-    return mean, Load(*(share * part for part in largest[:2]), *(min(1.0, 1.5 * share) * part for part in largest[2:]))
+    mbs = values["micro_batch_size"]
+    if packs is None:
+        return _padded([_load(sizes, [index]) for index in range(len(sizes.tokens))], mbs)
+    draw = random.Random(values["seed"])
+    packs = [draw.sample(pack, len(pack)) for pack in draw.sample(packs, len(packs))]
+    batches = [list(chain.from_iterable(packs[first : first + mbs])) for first in range(0, len(packs), mbs)]
+    chunks = [
+        [batch[place] for place in places]
+        for batch in batches
+        for places in cut_between([sizes.tokens[index] for index in batch], chunk_tokens(values))
+    ]
+    whole, part = ([_load(sizes, rows) for rows in each] for each in (batches, chunks))
+    share = mbs / len(packs)  # of what an epoch holds; its last batch may not be full
+    mean = Load(*(share * sum(column) for column in zip(*whole, strict=True)))
+    return mean, Load(*(max(column) for column in zip(*part, strict=True)))
 
 
 def _load(sizes: SampleSizes, row: list[int]) -> Load:
     tokens = [sizes.tokens[index] for index in row]
     patches = [count for index in row for count in sizes.patches[index]]
-    return Load(sum(tokens), sum(n * n for n in tokens), sum(patches), sum(n * n for n in patches))
+    squares = sum(n * n for n in tokens), sum(n * n for n in patches)
+    return Load(sum(tokens), squares[0], sum(patches), squares[1], len(tokens))
 
 
 def _padded(each: list[Load], mbs: int) -> tuple[Load, Load]:
@@ -101,11 +107,13 @@ def _padded(each: list[Load], mbs: int) -> tuple[Load, Load]:
     lengths = sorted(load.tokens for load in each)
     count = len(lengths)
     width = sum(length * ((i + 1) ** mbs - i**mbs) for i, length in enumerate(lengths)) / count**mbs
-    patches, squares = (
-        mbs * sum(getattr(load, name) for load in each) / count for name in ("patches", "patch_squares")
-    )
-    most = [mbs * max(getattr(load, name) for load in each) for name in ("patches", "patch_squares")]
-    return Load(mbs * width, mbs * width**2, patches, squares), Load(mbs * lengths[-1], mbs * lengths[-1] ** 2, *most)
+    mean = (mbs * sum(column) / count for column in zip(*each, strict=True))
+    most = (mbs * max(column) for column in zip(*each, strict=True))
+
+    def padded(load: Load, width: float) -> Load:  # all rows in one call of attention
+        return load._replace(tokens=mbs * width, token_squares=mbs * width**2, segments=0.0)
+
+    return padded(Load(*mean), width), padded(Load(*most), lengths[-1])
 
 
 # --------------------------------------------------------------------------------------------- memory and FLOPs
@@ -201,14 +209,16 @@ def memory_terms(model: ModelConfig, values: dict[str, Any], load: Load) -> list
 
 
 def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: float) -> list[float]:
-    """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model; then the update
-    of each billion parameters, and one for each call of the model, whatever it is called with."""
+    """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then counts of
+    what costs time whatever it holds: billions of parameters updated, calls of the model, and of attention."""
     llm, vit = step_flops(model, values, load)
     micro_batches = _micro_batches(values)
     updated = trained_parameters(model, values["trainable_modules"]) / 1e9
     products = [llm, 0.0] if values["fp8"] == "none" else [0.0, llm]
     calls = micro_batches * max(1.0, load.tokens / chunk_tokens(values))
-    return [*(micro_batches * flops / peak for flops in (*products, vit)), updated, calls]
+    # Plain PyTorch calls it for each segment; on a GPU one call takes them all.
+    attentions = 0.0 if values["gpus_per_node"] else micro_batches * load.segments * model.language.num_layers
+    return [*(micro_batches * flops / peak for flops in (*products, vit)), updated, calls, attentions]
 
 
 def chunk_tokens(values: dict[str, Any]) -> float:
@@ -371,7 +381,7 @@ def proposals(
     if values["optimizer_precision"] == "fp32":
         choices["optimizer_precision"] = ["fp32", "bf16"]
     found = []
-    for picked in itertools.product(*(dict.fromkeys(options) for options in choices.values())):
+    for picked in product(*(dict.fromkeys(options) for options in choices.values())):
         changed = {name: value for name, value in zip(choices, picked, strict=True) if values[name] != value}
         tried = values | changed
         rows = tried["micro_batch_size"] / values["micro_batch_size"]

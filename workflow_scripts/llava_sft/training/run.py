@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from llava_sft.checkpoint.start import SIDECARS, TRACKER
+from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
 from llava_sft.training.checkpoints import iterations_done, newest_whole
 
-RUN_FILE, LOCK = "run.json", ".lock"
+LOCK = ".lock"
 PER_RANK = " (the position in the data is kept per rank: samples would be lost or seen twice)"
 # Settings that may change while a run goes on: they change neither what is learned at a step nor its order.
 FREE_SETTINGS = {
@@ -163,8 +163,7 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
     sidecars = run_dir / SIDECARS
     if not done or not sidecars.is_dir():  # before the first checkpoint they may be those of another run
         with atomic_dir(sidecars) as folder:
-            weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth")
-            shutil.copytree(resolved["start"]["sidecars"], folder, ignore=weights, dirs_exist_ok=True)
+            copy_sidecars(Path(resolved["start"]["sidecars"]), folder)
     return done
 
 

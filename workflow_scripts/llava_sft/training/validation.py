@@ -3,6 +3,7 @@
 Nothing here touches the training's data position or random state: a run with validation is bit for bit the run without.
 """
 
+import contextlib
 import math
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron.energon import SkipSample
 from llava_sft.data.heldout import StoredSample, data_uri, read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import Conversation, VlmBatch, VlmTaskEncoder
+from llava_sft.errors import RunError
 from llava_sft.files import write_json
 from llava_sft.training.checkpoints import BEST, checkpoint_dir
 from llava_sft.training.watch import VALIDATION, append, read_jsonl
@@ -48,13 +50,17 @@ class HeldOut:
             return
         size = self.count * self.micro_batch_size
         self.stored = list(islice(read_split(self.path, "val"), size * self.replicas))
-        mine = (self.stored[(self.rank + i * self.replicas) % len(self.stored)] for i in range(10 * size))
         encoded = []
-        while len(encoded) < size:
-            try:
-                encoded.append(self.encode(next(mine)))
-            except SkipSample:
-                continue
+        for i in range(10 * size if self.stored else 0):
+            with contextlib.suppress(SkipSample):
+                encoded.append(self.encode(self.stored[(self.rank + i * self.replicas) % len(self.stored)]))
+            if len(encoded) == size:
+                break
+        else:
+            raise RunError(
+                f"{self.path}: of {len(self.stored)} held-out samples too few fit into seq_length {self.encoder.seq_length}",
+                "a larger seq_length, other held-out data, or eval_iters: 0",
+            )
         starts = range(0, size, self.micro_batch_size)
         self.batches = [self.encoder.batch(encoded[start : start + self.micro_batch_size]) for start in starts]
 
@@ -77,18 +83,13 @@ def answer(model, held_out: HeldOut, sample: StoredSample, limit: int, device: t
     Raises SkipSample when the question alone is longer than seq_length.
     """
     template = held_out.encoder.template
-    turn = next(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
-    asked = sample.messages[:turn]
-    shown = sample.images[: sum(message["content"].count("<image>") for message in asked if message["role"] == "user")]
-    question = StoredSample(sample.id, asked, shown, {})
+    turn = sample.answers()[0]
+    question = sample.before(turn)
     batch = held_out.encoder.batch([held_out.encode(question)])
     opening = torch.tensor([template.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False).ids])
     ids = torch.cat((batch.input_ids, opening), dim=1).to(device)
-    pixels, index, grids = (
-        batch.pixels.to(device),
-        batch.image_index.to(device),
-        [tuple(grid) for grid in batch.grids.tolist()],
-    )
+    pixels, index = batch.pixels.to(device), batch.image_index.to(device)
+    grids = [tuple(grid) for grid in batch.grids.tolist()]
     made: list[int] = []
     while len(made) < min(limit, MOST_NEW_TOKENS):
         token = int(model(ids, pixels, grids, index)[0, -1].argmax())
@@ -98,7 +99,7 @@ def answer(model, held_out: HeldOut, sample: StoredSample, limit: int, device: t
         ids = torch.cat((ids, ids.new_tensor([[token]])), dim=1)
     return {
         "id": sample.id,
-        "question": "\n".join(message["content"] for message in asked if message["role"] == "user"),
+        "question": question.questions,
         "answer": sample.messages[turn]["content"],
         "prediction": template.tokenizer.decode(made),
     }

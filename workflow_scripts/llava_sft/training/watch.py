@@ -14,9 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llava_sft.files import write_text
 from llava_sft.training.remedies import exploded, slow_loading
 
 METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
+FAILURE = "failure.json"  # written by the training when it knows the cause
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
 # Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is counted against it.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
@@ -60,14 +62,8 @@ class Watch:
         self.reset()
 
     def reset(self) -> None:
-        self.started, self.waited, self.tokens, self.padded, self.flops, self.losses = (
-            time.perf_counter(),
-            0.0,
-            0,
-            0,
-            0.0,
-            [],
-        )
+        self.started, self.losses = time.perf_counter(), []
+        self.waited, self.tokens, self.padded, self.flops = 0.0, 0, 0, 0.0
 
     def batch(self, waited: float, tokens: int, padded: int, flops: float, ids: list[str]) -> None:
         """Note one micro-batch: seconds waited for it, its tokens, and with padding, its FLOPs, its samples' ids."""
@@ -153,7 +149,7 @@ def append(path: Path, record: dict) -> None:
 def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # after a kill the last may be half-written
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -164,7 +160,7 @@ def forget_after_in(path: Path, iteration: int) -> None:
     """Drop the records of steps that a resume from `iteration` takes again."""
     if path.is_file():
         kept = [json.dumps(record) + "\n" for record in read_jsonl(path) if record["iteration"] <= iteration]
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
 
 
 def forget_after(run_dir: Path, iteration: int) -> None:

@@ -1,0 +1,60 @@
+"""How often a run saw each sample: counted over ranks and sources, and only when every step is there."""
+
+import json
+
+import pytest
+
+from conftest import MAX_PIXELS, MIN_PIXELS
+from llava_sft.data.heldout import sample_ids
+from llava_sft.data.index import index_webdataset
+from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+from llava_sft.data.tars import METADATASET
+from llava_sft.data.template import ChatTemplate
+from llava_sft.training.coverage import sample_counts, told
+from webdataset_helpers import Raw, record
+
+
+def note(run_dir, *ranks):
+    (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    for number, steps in enumerate(ranks):
+        lines = [json.dumps({"iteration": step + 1, "samples": ids}) + "\n" for step, ids in enumerate(steps)]
+        (run_dir / "samples" / f"rank{number:03d}.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def wds(tmp_path):
+    raw = Raw(tmp_path, [record(i, None) for i in range(6)])
+    raw.convert(range_bytes=300)
+    index_webdataset(raw.wds, raw.parts)
+    return raw.wds
+
+
+def test_left_over_and_repeated_samples_are_named(wds, tmp_path):
+    a, b, c, d, e, f = sorted(sample_ids(wds, "train")[""])
+    note(tmp_path, [[f"{a},{b}"], [a, c]], [[a], [d]])  # a pack; two data-parallel ranks
+    counts = sample_counts(tmp_path, wds, 2, left_out=[f])
+    assert (counts["samples"], counts["epochs"]) == (6, 6 / 5)
+    assert counts["seen"] == {"0": 1, "1": 3, "3": 1}
+    assert (counts["left_over"], counts["repeated"], counts["left_out"]) == ([e], [a], [f])
+    assert "1 not seen, 3 seen once, 1 seen 3 times; 1 can not be trained on" in told(counts)
+
+
+def test_nothing_is_said_of_a_run_whose_steps_were_not_all_noted(wds, tmp_path):
+    assert sample_counts(tmp_path, wds, 2) is None
+    note(tmp_path, [["a"]])
+    assert sample_counts(tmp_path, wds, 2) is None
+
+
+def test_the_loader_names_samples_of_a_blend_by_their_source(tmp_path, small_checkpoint):
+    for name in ("one", "two"):  # each with a tar of the same name
+        raw = Raw(tmp_path / name, [record(i, None) for i in range(4)])
+        raw.wds, raw.parts = tmp_path / "wds" / name, tmp_path / "parts" / name
+        raw.convert(range_bytes=10_000)
+    index_webdataset(tmp_path / "wds", tmp_path / "parts")
+    encoder = VlmTaskEncoder(ChatTemplate(small_checkpoint), 200, MIN_PIXELS, MAX_PIXELS)
+    batches = iter(train_loader(tmp_path / "wds" / METADATASET, encoder, worker_config(0, 1, 0, 1), 1))
+    steps = [next(batches).__key__ for _ in range(40)]
+    note(tmp_path / "run", steps)
+    counts = sample_counts(tmp_path / "run", tmp_path / "wds" / METADATASET, 40)
+    assert counts["samples"] == 8 and "0" not in counts["seen"]
+    assert {name.split("/")[0] for ids in steps for name in ids} == {"one", "two"}

@@ -1,0 +1,79 @@
+"""The other process of parity.py: the Megatron model alone, on a CPU or one GPU, to be asked and not trained."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from llava_sft.training import cpu
+
+ON_CPU = cpu.apply()
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+
+from llava_sft.data.images import image_tokens  # noqa: E402
+from llava_sft.data.template import ChatTemplate  # noqa: E402
+from llava_sft.files import read_json  # noqa: E402
+from llava_sft.model.config import ModelConfig  # noqa: E402
+from llava_sft.model.llava import LlavaOneVision  # noqa: E402
+from llava_sft.training.arguments import language_arguments  # noqa: E402
+
+
+def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVision:
+    """The model with the weights of one checkpoint folder, whatever parallel sizes wrote it; layers of plain PyTorch."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    length = model.language.max_position_embeddings
+    fixed = "--micro-batch-size=1 --transformer-impl=local --no-initialization --no-gradient-accumulation-fusion"
+    unfused = "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
+    sizes = [f"--seq-length={length}", f"--max-position-embeddings={length}"]
+    precision = ["--bf16"] if bf16 else []
+    sys.argv = [sys.argv[0], *language_arguments(model), *sizes, *fixed.split(), *unfused.split(), *precision]
+    args = parse_args()
+    validate_args(args)
+    config = core_transformer_config_from_args(args)
+    config.hetereogenous_dist_checkpoint = True
+    built = LlavaOneVision(
+        config,
+        model,
+        vocab_size=model.language.vocab_size,
+        max_sequence_length=length,
+        transformer_impl="local",
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    built = built.to(torch.bfloat16 if bf16 else torch.float32).to("cpu" if ON_CPU else "cuda")
+    built.load_state_dict(dist_checkpointing.load({"model": built.sharded_state_dict()}, str(checkpoint))["model"])
+    return built.eval()
+
+
+@torch.inference_mode()
+def main(work: Path) -> None:
+    """Wait for `cases.pt`, build the model from the checkpoint, write `megatron.pt`."""
+    if not sys.stdin.readline():
+        return  # the other side has failed
+    job = read_json(work / "job.json")
+    model = load_model(ModelConfig(**job["model"]), Path(job["checkpoint"]), bf16=job["dtype"] == "bfloat16")
+    device = torch.device(job["device"])
+    image_token = ChatTemplate(work / "export").image_token_id
+
+    def forward(ids: torch.Tensor, case: dict) -> torch.Tensor:
+        """Logits [tokens, vocabulary]. An image token that the answer brings up is text: only the prompt's are images."""
+        places = (ids == image_token).nonzero().flatten()[: sum(map(image_tokens, case["grids"]))]
+        pixels = case["pixels"].to(device) if case["grids"] else None
+        return model(ids[None].to(device), pixels, case["grids"], places.to(device))[0]
+
+    results = []
+    for case in torch.load(work / "cases.pt"):
+        logits = forward(case["ids"], case)[case["positions"].to(device)].float().cpu()
+        answer = forward(case["reply"], case)[case["prompt"] - 1 : -1].float().cpu()
+        results.append((logits, answer))
+    torch.save(results, work / "megatron.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

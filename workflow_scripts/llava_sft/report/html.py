@@ -1,0 +1,74 @@
+"""The HTML pages: one file each, with nothing outside it, and data as text only; figures as people read them."""
+
+import base64
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+ENLARGE_BELOW, ENLARGED = 100, 112  # pixels: a smaller picture is shown at a multiple of its size, at least this large
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of this folder's templates. What is not in `values`, at any depth, is shown as missing."""
+    loader, missing = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.ChainableUndefined
+    environment = jinja2.Environment(
+        loader=loader, undefined=missing, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {f.__name__: f for f in (number, percent, size, duration, picture)}
+    return environment.get_template(template).render(values)
+
+
+def picture(uri: Any, alt: str) -> Markup:
+    """An `<img>` of an embedded bitmap, enlarged when tiny; anything else would make the page reach outside."""
+    match = re.fullmatch(r"data:image/(?:png|jpeg|gif|webp);base64,([A-Za-z0-9+/=]+)", str(uri))
+    if not match:
+        return Markup('<span class="soft">(picture not embedded)</span>')
+    from PIL import Image
+
+    try:
+        width, height = Image.open(io.BytesIO(base64.b64decode(match[1]))).size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return Markup('<span class="soft">(picture not readable)</span>')
+    tiny = Markup("")
+    if max(width, height) < ENLARGE_BELOW:
+        tiny = Markup(' class="tiny" width="{}"').format(width * math.ceil(ENLARGED / max(width, height)))
+    return Markup('<img{} src="{}" alt="{}">').format(tiny, uri, alt)
+
+
+def number(value: Any) -> str:
+    """1234567 → `1,234,567`, 0.0012345 → `0.00123`; None and what is missing → `–`; other values as YAML spells them."""
+    if value is None or isinstance(value, jinja2.Undefined):
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+    return str(value)
+
+
+def percent(value: Any) -> str:
+    return f"{100 * value:.1f} %" if isinstance(value, int | float) else "–"
+
+
+def size(value: Any) -> str:
+    """Bytes as GiB or MiB."""
+    if not isinstance(value, int | float):
+        return number(value)
+    return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+
+
+def duration(seconds: Any) -> str:
+    """12.3 → `12 s`, 83 → `1 min 23 s`, 7384 → `2 h 3 min`."""
+    if not isinstance(seconds, int | float):
+        return "–"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {left} s" if minutes else f"{left} s"
