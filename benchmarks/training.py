@@ -747,48 +747,74 @@ def memory_and_time(found: list[dict]) -> list[dict]:
 
 def speed(found: list[dict]) -> list[dict]:
     """The figures that have goals, of all processes of one run."""
-    cases, vision, peers, gpu = {}, {}, {}, found[0]["gpu"]
+    cases, peers, result = {}, {}, []
     for process in found:
-        cases |= {name: figures(case) | case for name, case in process.get("cases", {}).items()}
-        vision |= process.get("vision", {})
+        known = {"model": process["model"], "gpu": process["gpu"], "gpus": process.get("gpus", 1)}
+        known |= {"optimizer_precision": process.get("optimizer_precision")}
+        for name, case in process.get("cases", {}).items():
+            cases[name] = figures(case) | case | {"of": known}
         if "peer" in process:
-            peers[process["peer"]["name"]] = process["peer"]
-    result = []
+            peers[process["peer"]["name"]] = process["peer"] | {"of": known}
 
     def add(metric, value, unit, goal, better, note, case, **more):
-        kept = {
-            key: case[key] for key in ("seq_length", "micro_batches", "fp8", "accumulate", "recompute") if key in case
+        kept = ("seq_length", "micro_batches", "fp8", "accumulate", "recompute", "pack_chunk_tokens")
+        where = {key: case[key] for key in kept if key in case and case[key] != CASE.get("pack_chunk_tokens")}
+        known = {
+            key: value
+            for key, value in case["of"].items()
+            if value not in (None, "bf16") and (key, value) != ("gpus", 1)
         }
-        result.append(row(metric, value, unit, goal, better, note, model="4b", gpu=gpu, **kept, **more))
+        recomputed = {key: "full" for key in ("recompute_language", "recompute_vision") if case.get(key) == "full"}
+        result.append(row(metric, value, unit, goal, better, note, **known, **where, **recomputed, **more))
 
     goals = {"bf16_8192": 0.52, "bf16_32768": 0.50}
-    for name in ("bf16_8192", "bf16_8192 gbs 4", "bf16_32768", "language_8192", "fp8_8192", "fp8_blockwise_8192"):
-        if case := cases.get(name):
-            metric = f"mfu_{name.removesuffix(' gbs 4')}_h200"
-            note = "median of the timed steps; vision tower counted, output layer for answers only, no recomputation"
-            add(metric, case["mfu"], "", goals.get(name), "higher", note, case)
-            add("useful_tokens_per_s", case["useful_tokens_per_s"], "tokens/s", None, "higher", name, case)
-            add("peak_memory_gib", case["peak_gib"], "GiB", None, "lower", name, case)
-            add("loader_wait_share", case["data_wait"], "", 0.02, "lower", name, case)
+    for name, case in cases.items():
+        chip = "h100" if "H100" in case["of"]["gpu"] else "h200"
+        fp8 = {"none": "", "tensorwise": "fp8_", "blockwise": "fp8_blockwise_"}[case["fp8"]]
+        kind = fp8 or ("bf16_" if case["images"] else "language_")
+        note = "median of the timed steps; vision tower counted, output layer for answers only, no recomputation"
+        add(f"mfu_{kind}{case['seq_length']}_{chip}", case["mfu"], "", goals.get(name), "higher", note, case)
+        add("useful_tokens_per_s", case["useful_tokens_per_s"], "tokens/s", None, "higher", name, case)
+        add("peak_memory_gib", case["peak_gib"], "GiB", None, "lower", name, case)
+        add("loader_wait_share", case["data_wait"], "", 0.02, "lower", name, case)
     rate = {name: case["useful_tokens_per_s"] for name, case in (cases | peers).items()}
     packed = max((name for name in peers if "unpacked" not in name), key=rate.get, default=None)
-    for metric, fast, slow, goal in (
-        ("fp8_speedup", "fp8_8192", "bf16_8192", 1.2),
-        ("speedup_vs_transformers", "bf16_8192", packed, 1.4),
-        ("speedup_fp8_vs_transformers", "fp8_8192", packed, 1.7),
-        ("speedup_vs_unpacked", "bf16_8192", "transformers unpacked", 4.0),
+    small, fast = "bf16_8192 80 GB", "bf16_8192"
+    for metric, first, second, unit, goal in (
+        ("fp8_speedup", "fp8_8192", fast, "×", 1.2),
+        ("speedup_vs_transformers", fast, packed, "×", 1.4),
+        ("speedup_fp8_vs_transformers", "fp8_8192", packed, "×", 1.7),
+        ("speedup_vs_unpacked", fast, "transformers unpacked", "×", 4.0),
+        ("dp2_efficiency", "two gpus gbs 4", f"{small} gbs 4", "", 0.97),
+        ("dp2_efficiency", "two gpus", small, "", 0.97),
     ):
-        if fast in rate and slow in rate:
-            note = f"useful tokens/s of {fast} over {slow}: {rate[fast]:,.0f} over {rate[slow]:,.0f}"
-            add(metric, rate[fast] / rate[slow], "×", goal, "higher", note, cases[fast])
+        if first in rate and second in rate:
+            note = f"useful tokens/s of {first} over {second}: {rate[first]:,.0f} over {rate[second]:,.0f}"
+            note += ", of one GPU" if "two" in first else ""
+            add(metric, rate[first] / rate[second], unit, goal, "higher", note, cases[first])
     for name, peer in peers.items():
         add("peer_mfu", peer["mfu"], "", None, "higher", name, peer)
         add("peer_useful_tokens_per_s", peer["useful_tokens_per_s"], "tokens/s", None, "higher", name, peer)
         add("peer_peak_memory_gib", peer["peak_gib"], "GiB", None, "lower", name, peer)
-    for name, goal in (("24x1024", 0.50), ("6x4096", 0.45), ("96x256", None)):
-        if name in vision:
-            note = f"{vision[name]['ms']:.0f} ms forward and backward, the host busy for {vision[name]['host_ms']:.0f} ms of the forward"
-            add("mfu_vision_tower", vision[name]["mfu"], "", goal, "higher", note, {}, images_and_patches=name)
+    for process in found:
+        where = {"of": {"model": process["model"], "gpu": process["gpu"]}}
+        for name, figure in process.get("vision", {}).items():
+            goal = {"24x1024": 0.50, "6x4096": 0.45}.get(name)
+            note = f"{figure['ms']:.0f} ms forward and backward, the host busy for {figure['host_ms']:.0f} ms of the forward"
+            add("mfu_vision_tower", figure["mfu"], "", goal, "higher", note, where, images_and_patches=name)
+        if saved := process.get("checkpoint"):
+            note = f"{saved['bytes'] / 1e9:.1f} GB with the optimizer, training waits"
+            add("save_stall_s", saved["save_s"], "s", 2, "lower", note, where)
+            note = f"into the optimizer that there is, peak {saved['load_peak_gib']:.1f} GiB; all values the same"
+            add(
+                "checkpoint_load_s",
+                saved["load_s"],
+                "s",
+                None,
+                "lower",
+                note if saved["same"] else "NOT the same",
+                where,
+            )
     return result
 
 
