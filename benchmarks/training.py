@@ -757,8 +757,10 @@ def speed(found: list[dict]) -> list[dict]:
             peers[process["peer"]["name"]] = process["peer"] | {"of": known}
 
     def add(metric, value, unit, goal, better, note, case, **more):
-        kept = ("seq_length", "micro_batches", "fp8", "accumulate", "recompute", "pack_chunk_tokens")
-        where = {key: case[key] for key in kept if key in case and case[key] != CASE.get("pack_chunk_tokens")}
+        kept = ["seq_length", "micro_batches", "fp8", "accumulate", "recompute"]
+        kept += ["pack_chunk_tokens"] if case.get("pack_chunk_tokens") != CASE["pack_chunk_tokens"] else []
+        kept += [] if case.get("images", True) else ["images"]
+        where = {key: case[key] for key in kept if key in case}
         known = {
             key: value
             for key, value in case["of"].items()
