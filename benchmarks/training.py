@@ -19,7 +19,6 @@ answers only, no recomputation) over step time and the GPU's dense bf16 peak, in
 
 import argparse
 import collections
-import gc
 import itertools
 import json
 import os
@@ -32,11 +31,10 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
-
-from llava_sft.model.config import load_model_config  # noqa: E402
-from results import machine, row, write_results  # noqa: E402
+from kernels import kernel_times, profiles
+from llava_sft.model.config import load_model_config
+from peers import PEER, PEERS, transformers_trainer
+from results import ROOT, machine, row, write_results
 
 PEAK = 989e12  # FLOP/s, dense bf16 of an H100 or H200
 CASE = {
@@ -394,145 +392,6 @@ def figures(case: dict) -> dict:
     }
 
 
-KERNELS = {
-    "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
-    "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
-    "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)",
-    "rotary": r"rope",
-    "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
-    "casts to FP8": r"cast_transpose|quantize|amax",
-    "optimizer": r"multi_tensor|adam|l2norm",
-    "compiled element-wise": r"triton",
-    "copies and fills": r"memcpy|memset|fill|copy",
-    "other element-wise": r"elementwise|reduce|index|scatter|gather|cat",
-}
-
-
-def kernel_times(trace: dict) -> dict:
-    """Milliseconds on the GPU by kind of kernel, the time in which nothing runs, and the longest kernels."""
-    events = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    kinds, names = collections.Counter(), collections.Counter()
-    for event in events:
-        name = event["name"]
-        kind = next((k for k, pattern in KERNELS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
-        kinds[kind] += event["dur"] / 1e3
-        names[name[:110]] += event["dur"] / 1e3
-    busy, end = 0.0, 0.0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        start, stop = event["ts"], event["ts"] + event["dur"]
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    whole = end - min(event["ts"] for event in events)
-    return {
-        "kinds_ms": dict(kinds.most_common()),
-        "idle_ms": (whole - busy) / 1e3,
-        "whole_ms": whole / 1e3,
-        "kernels": len(events),
-        "longest_ms": dict(names.most_common(45)),
-    }
-
-
-def transformers_trainer(args) -> None:
-    """The project's Hugging Face file in transformers' Trainer. `args.case`: packed, attention, recompute."""
-    import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from llava_sft.data.images import CLIP_MEAN, CLIP_STD
-    from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
-    from llava_sft.data.template import ChatTemplate
-    from llava_sft.model.flops import training_flops
-    from llava_sft.model.hf.configuration_llavaonevision1_5 import Llavaonevision1_5Config
-    from llava_sft.model.hf.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
-
-    case = args.cases[0]
-    values, template = settings_of(args.model, {}), ChatTemplate(args.tokenizer)
-    encoder = VlmTaskEncoder(
-        template, case["seq_length"], values["min_pixels"], values["max_pixels"], case["packed"], 1, 0
-    )
-    config = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
-    hf_config = Llavaonevision1_5Config(**config.to_hf_config({
-        "image_token_id": template.image_token_id, "video_token_id": template.image_token_id + 1,
-        "vision_start_token_id": template.image_token_id - 3, "vision_end_token_id": template.image_token_id - 2,
-    }))  # fmt: skip
-    hf_config._attn_implementation = {"text_config": case["attention"], "vision_config": "sdpa"}
-    mean, std = (torch.tensor(x).repeat_interleave(14 * 14) * 255 for x in (CLIP_MEAN, CLIP_STD))
-    loader = iter(train_loader(args.webdatasets, encoder, worker_config(0, 1, 6, 0), 1, 1000))
-    items, flops, useful = [], [], []
-    for _ in range(case["accumulate"] * (case["warm"] + case["steps"])):
-        batch = next(loader)
-        labels = torch.full((batch.input_ids.numel(),), -100)
-        labels[batch.answer_index + 1] = batch.answer_labels
-        items.append(
-            {
-                "input_ids": batch.input_ids,
-                "labels": labels[None],
-                "position_ids": torch.cat([torch.arange(n) for n in batch.segments or batch.lengths])[None],
-                "pixel_values": ((batch.pixels.float() - mean) / std).bfloat16(),
-                "image_grid_thw": torch.nn.functional.pad(batch.grids, (1, 0), value=1),
-            }
-        )
-        grids = [tuple(grid) for grid in batch.grids.tolist()]
-        flops.append(
-            training_flops(config, values["trainable_modules"], batch.lengths, grids, len(batch.answer_labels))
-        )
-        useful.append(batch.num_tokens)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LLaVAOneVision1_5_ForConditionalGeneration(hf_config)
-    torch.set_default_dtype(torch.float32)
-    ends = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *given, **named):
-            torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-    failed = []
-    for recompute in case["recompute"]:
-        ends.clear()
-        model.gradient_checkpointing_disable()
-        if recompute != "none":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if recompute == "vision":
-            for layer in model.model.language_model.layers:
-                layer.gradient_checkpointing = False
-        torch.cuda.reset_peak_memory_stats()
-        arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, max_steps=case["warm"] + case["steps"], bf16=True,
-            gradient_accumulation_steps=case["accumulate"], optim="adamw_torch_fused", learning_rate=1e-5,
-            save_strategy="no", logging_strategy="no", report_to="none", remove_unused_columns=False,
-            dataloader_num_workers=0, disable_tqdm=True, use_cpu=not torch.cuda.is_available(), max_grad_norm=1.0,
-        )  # fmt: skip
-        trainer = Trainer(
-            model, arguments, data_collator=lambda samples: samples[0], train_dataset=items, callbacks=[Clock()]
-        )
-        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(items)
-        try:
-            trainer.train()
-            break
-        except torch.OutOfMemoryError:
-            failed.append(recompute)
-            print(f"CASE {case['name']}: out of memory with recompute {recompute}", flush=True)
-        trainer.accelerator.free_memory()
-        del trainer
-        gc.collect()
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    seconds = ends[-1] - ends[case["warm"] - 1]
-    timed = slice(case["accumulate"] * case["warm"], None)
-    result = case | {
-        "recompute": recompute,
-        "out_of_memory": failed,
-        "mfu": sum(flops[timed]) / seconds / PEAK,
-        "useful_tokens_per_s": sum(useful[timed]) / seconds,
-        "step_ms": seconds / case["steps"] * 1e3,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
-    print(f"CASE {case['name']}: {result}", flush=True)
-    about = {"model": args.model, "gpu": torch.cuda.get_device_name(), "machine": machine()}
-    args.result.write_text(json.dumps(about | {"peer": result}))
-
-
 PROFILE = [
     {"name": "before", "megatron": "FusedLanguageLayer FusedVisionLayer", "profile": True},
     {"name": "vision fused", "megatron": "FusedLanguageLayer"},
@@ -542,22 +401,6 @@ PROFILE = [
     {"name": "fp8 blockwise", "fp8": "blockwise", "steps": 5},
     {"name": "32768", "seq_length": 32768, "micro_batches": 1, "steps": 5},
 ]
-PEERS = {
-    "transformers": [
-        {"name": "transformers sdpa", "packed": True, "attention": "sdpa"},
-        {"name": "transformers flex", "packed": True, "attention": "flex_attention"},
-    ],
-    "unpacked": [
-        {
-            "name": "transformers unpacked",
-            "packed": False,
-            "attention": "sdpa",
-            "accumulate": 144,
-            "steps": 1,
-            "recompute": ["full"],
-        }
-    ],
-}
 SMALL = {"pack_chunk_tokens": 4096, "gpu_gib": 79}  # what fits into 80 GB without recomputation
 CHECKPOINT = [
     {"name": "bf16_8192 80 GB", **SMALL, **BIG, "steps": 3},
@@ -568,7 +411,6 @@ TWO_GPUS = [
     {"name": "two gpus", **SMALL, **BIG, "steps": 3},
     {"name": "two gpus fp8 gbs 4", **SMALL, "steps": 5, "fp8": "tensorwise"},
 ]
-PEER = {"seq_length": 8192, "accumulate": 16, "warm": 1, "steps": 2, "recompute": ["none", "vision", "full"]}
 
 
 def main() -> None:
@@ -588,7 +430,10 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        globals()[args.worker](args)
+        if args.worker == "train":
+            train(args)
+        else:
+            transformers_trainer(args, settings_of(args.model, {}), PEAK)
         return
 
     if args.read:
@@ -628,24 +473,6 @@ def main() -> None:
                 found.append(json.loads(result.read_text()))
     if not args.output:
         write(found)
-
-
-def profiles(found: list[dict]) -> list[dict]:
-    """Milliseconds of one step by phase and by kind of kernel, for each profiled case."""
-    result = []
-    for process in found:
-        for name, case in process["cases"].items():
-            step = case["steps"][-1]
-            if "kernels" not in step:
-                continue
-            kernels, flops = step["kernels"], sum(batch["flops"] for batch in step["batches"])
-            note = f"step of {kernels['whole_ms']:.0f} ms, {kernels['kernels']:,} kernels, {flops / 1e12:.0f} TFLOP"
-            parts = {"kernels": kernels["kinds_ms"] | {"nothing runs": kernels["idle_ms"]}, "phases": step["phases"]}
-            for by, column in parts.items():
-                for part, ms in column.items():
-                    where = {"case": name, "by": by, "part": part, "fp8": case["fp8"], "gpu": process["gpu"]}
-                    result.append(row("profile_ms", ms, "ms", None, "lower", note, **where))
-    return result
 
 
 def picture(bars: list[tuple[str, float]], unit: str) -> str:

@@ -108,7 +108,7 @@ def swiglu_backward():
     """The kernel; the compiler's reads all three inputs for each half of the output."""
 
     @triton.jit
-    def one_row(gate_and_up, grad, out, width, BLOCK: tl.constexpr):
+    def swiglu_backward_row(gate_and_up, grad, out, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside, at = column < width, row * 2 * width + column
@@ -119,7 +119,7 @@ def swiglu_backward():
         tl.store(out + at, change * up * share * (1 + gate * (1 - share)), inside)
         tl.store(out + at + width, change * gate * share, inside)
 
-    return one_row
+    return swiglu_backward_row
 
 
 class SwiGLU(torch.autograd.Function):
