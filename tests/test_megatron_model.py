@@ -213,7 +213,7 @@ def test_a_pack_in_chunks_has_the_losses_and_gradients_of_the_pack(both, pack, s
 
 
 def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
-    """Not compiled, and with PyTorch's attention in the place of cuDNN's."""
+    """Not compiled, and with PyTorch's attention in the place of cuDNN's, its gradient of SwiGLU in that of the kernel."""
     from megatron.core.transformer.enums import AttnMaskType
 
     from llava_sft.model import fused_layers
@@ -226,8 +226,9 @@ def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
         ).view_as(query)
 
     monkeypatch.setattr(fused_layers, "CudnnAttention", SimpleNamespace(apply=attend))
+    monkeypatch.setattr(fused_layers, "SwiGLU", SimpleNamespace(apply=fused_layers.swiglu))
     for compiled, plain in {
-        "norm": "rms_norm", "norm_after_change": "add_and_norm", "turned": "split_and_turn", "activation": "swiglu",
+        "norm": "rms_norm", "norm_after_change": "add_and_norm", "turned": "split_and_turn",
         "before": "before_attention", "after": "after_attention",
     }.items():  # fmt: skip
         monkeypatch.setattr(fused_layers, compiled, getattr(fused_layers, plain))
@@ -278,6 +279,24 @@ def test_moments_are_saved_in_the_precision_they_are_kept_in(megatron):
         assert state.data_ptr() == adam.state[name].data_ptr()
         adam.set_scaled_state(None, name, 2 * state)
         assert adam.state[name].tolist() == [2, 2]
+
+
+def test_a_checkpoint_is_read_into_tensors_that_the_optimizer_takes_without_a_copy(megatron):
+    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    adam = SimpleNamespace(
+        get_unscaled_state=None, set_scaled_state=None, state={}, _scales={},
+        param_groups=[{"params": [first], "lr": 1.0}, {"params": [second], "lr": 2.0}],
+    )  # fmt: skip
+    megatron.loop.keep_precision(adam)
+    tensors = [torch.zeros(2), torch.zeros(3)]
+    adam.load_state_dict({
+        "state": {number: {"exp_avg": tensor} for number, tensor in enumerate(tensors)},
+        "param_groups": [{"params": [0], "lr": 3.0, "step": 7}, {"params": [1], "lr": 4.0, "step": 7}],
+    })  # fmt: skip
+    for group, parameter, tensor, lr in zip(adam.param_groups, (first, second), tensors, (3.0, 4.0), strict=True):
+        assert adam.state[parameter]["exp_avg"] is tensor
+        assert group == {"params": [parameter], "lr": lr, "step": 7}
+        assert adam._scales[parameter]["exp_avg"].tolist() == [1]
 
 
 def test_logits_in_pieces_give_the_same_losses_and_gradients(both, small_checkpoint, monkeypatch):
