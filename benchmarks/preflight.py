@@ -123,16 +123,31 @@ def take_over() -> list[dict]:
     return rows
 
 
+USUAL = {
+    "model": "4b", "seq_length": 8192, "micro_batch_size": 1, "fp8": "none", "optimizer_precision": "bf16", "pack_chunk_tokens": 8192,
+    "recompute_language": "none", "recompute_vision": "none",
+}  # fmt: skip
+
+
+def short(run: predict.Recorded) -> str:
+    """What is unusual about a recorded run of a GPU, and its packs a step; of a CPU, its batch."""
+    if run.machine.device == "CPU":
+        what = "packs" if run.values["packing"] else "samples"
+        unusual = {name: run.values[name] for name in ("recompute_language", "recompute_vision")}
+        given = [f"{run.values['micro_batch_size']} {what} of {run.values['seq_length']:,} at once"]
+    else:
+        unusual = {name: run.values[name] for name in USUAL}
+        given = [f"{run.values['global_batch_size']} packs"]
+    return "; ".join(given + [f"{name}: {value}" for name, value in unusual.items() if value != USUAL[name]])
+
+
 def errors() -> list[dict]:
     """Of each recorded run: predicted from all others of its device, against what was measured. Prints the README's table."""
     rows = []
     runs = predict.recorded()
-    names = list(
-        dict.fromkeys(r["settings"]["run"] for r in read_json(predict.RECORDED)["rows"] if "run" in r["settings"])
-    )
     by_device: dict[str, list[tuple[float, float]]] = {}
-    print("| run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|")
-    for name, each in zip(names, runs, strict=True):
+    print("| device | run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|---|")
+    for each in sorted(runs, key=lambda run: run.machine.device, reverse=True):
         others = predict.of_device(each.machine.device, [other for other in runs if other is not each])
         guess = predict.predict(
             each.model, each.values, each.machine, each.mean, each.largest, predict.calibrate(others)
@@ -140,7 +155,9 @@ def errors() -> list[dict]:
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
         by_device.setdefault(each.machine.device, []).append(wrong)
         memory = f"{guess.memory_gib:.3g}, {each.memory_gib:.3g} ({wrong[0]:+.1%})"
-        print(f"| {name} | {memory} | {guess.step_s:.3g}, {each.step_s:.3g} ({wrong[1]:+.1%}) |")
+        print(
+            f"| {each.machine.device} | {short(each)} | {memory} | {guess.step_s:.3g}, {each.step_s:.3g} ({wrong[1]:+.1%}) |"
+        )
     for device, found in by_device.items():
         for metric, goal, column in (("preflight_memory_error", 0.05, 0), ("preflight_time_error", 0.10, 1)):
             wrong = [abs(error[column]) for error in found]

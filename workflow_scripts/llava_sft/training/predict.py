@@ -216,8 +216,10 @@ def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: flo
     updated = trained_parameters(model, values["trainable_modules"]) / 1e9
     products = [llm, 0.0] if values["fp8"] == "none" else [0.0, llm]
     calls = micro_batches * max(1.0, load.tokens / chunk_tokens(values))
-    # Plain PyTorch calls it for each segment; on a GPU one call takes them all.
-    attentions = 0.0 if values["gpus_per_node"] else micro_batches * load.segments * model.language.num_layers
+    attentions = 0.0
+    if not values["gpus_per_node"]:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
+        passes = 1 + (values["recompute_language"] == "full") / 3  # forward and backward, which takes twice as long
+        attentions = micro_batches * load.segments * model.language.num_layers * passes
     return [*(micro_batches * flops / peak for flops in (*products, vit)), updated, calls, attentions]
 
 
@@ -288,10 +290,15 @@ def _fit(rows: list[tuple[list[float], float]]) -> tuple[float, ...]:
     return tuple(map(float, nnls(matrix / scale, target)[0] / scale))
 
 
+ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
+
+
 def of_device(device: str, runs: Iterable[Recorded]) -> list[Recorded]:
-    """The runs of this device; else of any GPU, scaled by the peaks; a CPU stands for no GPU and no GPU for a CPU."""
+    """The runs of this device where they are enough, else those of all GPUs, scaled by the peaks; a CPU stands for no GPU and
+    no GPU for a CPU."""
     kind = [run for run in runs if (run.machine.device == "CPU") == (device == "CPU")]
-    return [run for run in kind if run.machine.device == device] or kind
+    own = [run for run in kind if run.machine.device == device]
+    return own if len(own) >= ENOUGH_RUNS else kind
 
 
 def predict(
