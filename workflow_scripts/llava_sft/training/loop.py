@@ -4,6 +4,7 @@ The launcher starts it once per rank (`__main__.py`); what it prints goes to the
 """
 
 import functools
+import inspect
 import math
 import os
 import resource
@@ -237,34 +238,12 @@ class Trainer:
         parts = {f"learning-rate-{part}": rate for part, rate in now.items()} if len(set(now.values())) > 1 else {}
         return {"learning-rate": next(iter(now.values())), **parts}
 
-    def training_log(
-        self,
-        original,
-        loss_dict,
-        total_loss_dict,
-        learning_rate,
-        iteration,
-        loss_scale,
-        report_memory_flag,
-        skipped_iter,
-        grad_norm,
-        *rest,
-        **named,
-    ):
-        flag = original(
-            loss_dict,
-            total_loss_dict,
-            learning_rate,
-            iteration,
-            loss_scale,
-            report_memory_flag,
-            skipped_iter,
-            grad_norm,
-            *rest,
-            **named,
-        )
-        if loss_dict and mpu.get_tensor_model_parallel_rank() == mpu.get_tensor_model_parallel_world_size() - 1:
-            self.watch.step(iteration, float(loss_dict["lm loss"]), self.rates(), grad_norm, memory_gib())
+    def training_log(self, original, *args, **named):
+        flag = original(*args, **named)
+        given = inspect.signature(original).bind(*args, **named).arguments
+        losses, iteration, grad_norm = (given[name] for name in ("loss_dict", "iteration", "grad_norm"))
+        if losses and mpu.get_tensor_model_parallel_rank() == mpu.get_tensor_model_parallel_world_size() - 1:
+            self.watch.step(iteration, float(losses["lm loss"]), self.rates(), grad_norm, memory_gib())
         return flag
 
     def save_checkpoint(self, original, iteration, *args, **kwargs):

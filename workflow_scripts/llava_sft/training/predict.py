@@ -224,8 +224,10 @@ def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: flo
 
 
 def chunk_tokens(values: dict[str, Any]) -> float:
-    """Tokens that go through the model at once: on GPUs long packs are cut into chunks."""
-    return values["pack_chunk_tokens"] if values["packing"] and values["gpus_per_node"] else math.inf
+    """Tokens that go through the model at once: long packs are cut into chunks, but not with pipeline parallelism."""
+    return (
+        values["pack_chunk_tokens"] if values["packing"] and values["pipeline_model_parallel_size"] == 1 else math.inf
+    )
 
 
 def _micro_batches(values: dict[str, Any]) -> int:
