@@ -1,6 +1,7 @@
 """How often a run saw each sample: counted over ranks and sources, and only when every step is there."""
 
 import json
+import sqlite3
 
 import pytest
 
@@ -8,9 +9,12 @@ from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.tars import METADATASET
 from llava_sft.data.template import ChatTemplate
+from llava_sft.errors import DataError
 from llava_sft.training.coverage import sample_counts, told
+from llava_sft.training.watch import Watch
 from webdataset_helpers import Raw, record
 
 
@@ -31,11 +35,13 @@ def wds(tmp_path):
 
 def test_left_over_and_repeated_samples_are_named(wds, tmp_path):
     a, b, c, d, e, f = sorted(sample_ids(wds, "train")[""])
-    note(tmp_path, [[f"{a},{b}"], [a, c]], [[a], [d]])  # a pack; two data-parallel ranks
+    note(tmp_path, [[a, b], [a, c]], [[a], [d]])  # two data-parallel ranks
     counts = sample_counts(tmp_path, wds, 2, left_out=[f])
     assert (counts["samples"], counts["epochs"]) == (6, 6 / 5)
     assert counts["seen"] == {"0": 1, "1": 3, "3": 1}
     assert (counts["left_over"], counts["repeated"], counts["left_out"]) == ([e], [a], [f])
+    stale = sample_counts(tmp_path, wds, 2, left_out=["of other data"])
+    assert (stale["left_out"], stale["epochs"]) == ([], 1) and stale["left_over"] == [e, f]
     assert "1 not seen, 3 seen once, 1 seen 3 times; 1 can not be trained on" in told(counts)
 
 
@@ -58,3 +64,23 @@ def test_the_loader_names_samples_of_a_blend_by_their_source(tmp_path, small_che
     counts = sample_counts(tmp_path / "run", tmp_path / "wds" / METADATASET, 40)
     assert counts["samples"] == 8 and "0" not in counts["seen"]
     assert {name.split("/")[0] for ids in steps for name in ids} == {"one", "two"}
+
+
+def test_of_the_ranks_that_share_samples_the_one_that_logs_keeps_its_lines(wds, tmp_path):
+    values = {"log_samples": True, "log_interval": 10, "train_iters": 2, "max_bad_steps": 9}
+    logging, silent = (Watch(tmp_path, values, 0, 1, 0, writes, None, None) for writes in (True, False))
+    ids = sorted(sample_ids(wds, "train")[""])
+    for step in (1, 2):
+        logging.batch(0.0, 8, 8, 0.0, [PACKED_IDS.join(ids)])
+        silent.batch(0.0, 8, 8, 0.0, [PACKED_IDS.join(ids)])
+        logging.step(step, 1.0, {"learning-rate": 0.1}, 1.0, 1.0)
+    counts = sample_counts(tmp_path, wds, 2)
+    assert (counts["epochs"], counts["seen"]) == (2, {"2": 6})
+
+
+def test_samples_that_the_index_can_not_tell_apart_are_an_error(wds, tmp_path):
+    note(tmp_path, [["a"]])
+    with sqlite3.connect(wds / ".nv-meta/index.sqlite") as index:
+        index.execute("DELETE FROM samples WHERE sample_index = 0")
+    with pytest.raises(DataError, match="repeat"):
+        sample_counts(tmp_path, wds, 1)

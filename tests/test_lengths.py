@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.heldout import sample_ids
@@ -9,7 +10,7 @@ from llava_sft.data.index import index_webdataset
 from llava_sft.data.lengths import Limits, prepared_tokens_per_s, sample_sizes
 from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
 from llava_sft.data.template import ChatTemplate
-from webdataset_helpers import Raw, record
+from webdataset_helpers import Raw, picture, record
 
 LIMITS = Limits(120, MIN_PIXELS, MAX_PIXELS)
 
@@ -40,7 +41,7 @@ def test_only_what_changed_is_counted_again(tmp_path, small_checkpoint):
     raw.convert()
     index_webdataset(raw.wds, raw.parts)
     kept = tmp_path / "sizes"
-    first = sample_sizes(raw.wds, small_checkpoint, LIMITS, kept)
+    sample_sizes(raw.wds, small_checkpoint, LIMITS, kept)
     files = sorted(kept.rglob("*.json"))
     assert len(files) == len(list(raw.wds.glob("*.tar"))) > 2
     for path in files:  # whatever is read from now on shows
@@ -54,4 +55,28 @@ def test_only_what_changed_is_counted_again(tmp_path, small_checkpoint):
     again = sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens
     assert again.count(1) == len(files) - 1 and len(again) > len(files)
     assert sample_sizes(raw.wds, small_checkpoint, LIMITS._replace(seq_length=130), kept).tokens != again
-    assert sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens[-1] == first.tokens[-1]
+    assert sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens == again  # both are kept
+
+
+def test_a_shard_that_was_made_again_in_the_same_size_is_counted_again(tmp_path, small_checkpoint):
+    raw = Raw(tmp_path, [record(0, None)])
+    kept, found = tmp_path / "sizes", []
+    for answer in ("no", "one two three four five six"):  # tars are padded: both are of one size
+        given = record(0, None)
+        given["conversations"][1]["value"] = answer
+        raw.path.write_text(json.dumps(given) + "\n")
+        for folder in (raw.wds, raw.parts):
+            shutil.rmtree(folder, ignore_errors=True)
+        raw.convert()
+        index_webdataset(raw.wds, raw.parts)
+        found.append(sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens)
+    assert found[0] < found[1]
+
+
+def test_an_image_with_a_profile_longer_than_what_is_read_of_it_first(tmp_path, small_checkpoint):
+    raw = Raw(tmp_path, [record(0, "a.png"), record(1, "c.jpg")])
+    (raw.images / "c.jpg").write_bytes(picture("JPEG", (32, 28), icc_profile=b"\0" * 300_000))
+    raw.convert()
+    index_webdataset(raw.wds, raw.parts)
+    sizes = sample_sizes(raw.wds, small_checkpoint, LIMITS)
+    assert sizes.patches[0] == sizes.patches[1]

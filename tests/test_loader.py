@@ -12,6 +12,7 @@ from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.heldout import StoredSample, read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import RunError
 from llava_sft.training import validation
@@ -44,7 +45,7 @@ def take(batches, count):
 
 
 def keys(batches):
-    return [key for batch in batches for keys in batch.__key__ for key in keys.split(",")]
+    return [key for batch in batches for keys in batch.__key__ for key in keys.split(PACKED_IDS)]
 
 
 def test_every_sample_comes_in_an_order_that_the_seed_decides(wds, small_checkpoint):
@@ -80,7 +81,7 @@ def test_packed_sequences_hold_whole_samples_and_no_more_than_fits(wds, small_ch
         starts = [0, *np.cumsum(batch.segments)[:-1].tolist()]
         begin = batch.input_ids[0, 0]  # <|im_start|> of the system prompt
         assert all(batch.input_ids[0, start] == begin for start in starts)
-        assert len(starts) == len(batch.__key__[0].split(","))
+        assert len(starts) == len(batch.__key__[0].split(PACKED_IDS))
 
 
 def test_a_batch_is_padded_to_its_own_longest_and_says_where_its_images_stand(wds, small_checkpoint):

@@ -111,6 +111,12 @@ def test_the_largest_batch_is_what_goes_through_the_model_at_once(sizes):
     assert two.tokens == pytest.approx(2 * one.tokens)
 
 
+def test_a_batch_may_hold_more_packs_than_the_data_makes(sizes):
+    few = SampleSizes(sizes.tokens[:1], sizes.patches[:1], [])
+    mean, largest = batches(few, settings(few, micro_batch_size=4, pack_chunk_tokens=100_000))
+    assert mean == largest and mean.tokens == 4 * few.tokens[0]
+
+
 def test_a_gpu_that_nobody_measured_is_named():
     with pytest.raises(SettingsError, match="RTX"):
         predict.gpu("RTX 9999")

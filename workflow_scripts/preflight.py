@@ -1,6 +1,6 @@
 """Work out every `auto` value of an experiment, check what can be checked without its machine, predict memory and time.
 
-Writes resolved.json (what training uses: the same bytes for the same settings and data) and preflight.json. For another
+Writes resolved.json (what training uses: the same bytes for the same settings, data and sizes.json) and preflight.json. For another
 machine than this one (--gpu) it only shows what would be.
 """
 
@@ -74,7 +74,12 @@ def main() -> None:
     dataset = read_json(paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
     start = open_start(settings.load, paths.converted, settings.tokenizer)
-    sizes, prepared = sizes_of(paths, dataset, start.sidecars)
+    sizes, prepared = sizes_of(paths, dataset, start.sidecars, keep=not args.gpu)
+    if not sizes.tokens:
+        raise DataError(
+            f"none of the {len(sizes.left_out):,} training samples can be trained on with seq_length {settings.seq_length:,}",
+            "a larger seq_length, or a smaller max_pixels",
+        )
     epoch = pack_epoch(settings, sizes.tokens) if settings.packing else None
     blend = dataset.get("epoch_samples", dataset["train"]["samples"]) / dataset["train"]["samples"]
     counts = dataset["train"]["samples"], dataset["heldout"]["samples"]
@@ -87,6 +92,8 @@ def main() -> None:
         wanted = forecast.prediction.tokens_per_s / predict.data_parallel_size_of(values)
         values["num_workers"] = auto_num_workers(cores, values["nproc_per_node"], wanted, prepared)
         why["num_workers"] = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
+        if prepared * values["num_workers"] < wanted:
+            why["num_workers"] += f"; half of {cores} cores allow no more: steps will wait for data"
 
     resolved = {
         "run_name": settings.run_name,
@@ -114,7 +121,8 @@ def main() -> None:
     if sizes.left_out:
         notes.append(
             f"{len(sizes.left_out):,} training samples are left out: their first answer ends beyond seq_length "
-            f"{settings.seq_length:,}; the first is {sizes.left_out[0]}, all are in {paths.sizes}"
+            f"{settings.seq_length:,}, or control tokens stand in their text; the first is {sizes.left_out[0]}, "
+            f"all are in {paths.sizes}, and the training's log says why"
         )
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
@@ -128,14 +136,16 @@ def main() -> None:
         print(f"  {line}")
 
 
-def sizes_of(paths: Paths, dataset: dict, tokenizer: Path) -> tuple[SampleSizes, float]:
+def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[SampleSizes, float]:
     """The training samples' sizes, and what a loader process prepares, tokens/s: of sizes.json, or counted here for
-    settings that it is not of."""
+    settings that it is not of; then written there if it is to be kept."""
     settings = paths.settings
     limits = Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
     known = read_json(paths.sizes) if paths.sizes.is_file() else {}
     if known.get("depends") != depends_on(dataset, tokenizer, limits):
         known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
+        if keep:
+            write_json(paths.sizes, known, indent=None)
     return SampleSizes(*(known[name] for name in SampleSizes._fields)), known["prepared_tokens_per_s"]
 
 

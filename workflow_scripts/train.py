@@ -9,13 +9,14 @@ import datetime
 import platform
 import shlex
 import shutil
+import sqlite3
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 from llava_sft.config import gpu_count
-from llava_sft.errors import RunError, exits_cleanly
+from llava_sft.errors import RunError, SftError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
@@ -76,8 +77,8 @@ def main() -> None:
     give_back(held)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
-        count_samples(run_dir, resolved, args.resolved.with_name("sizes.json"))
         finish(args.done, run_dir, resolved)
+        count_samples(run_dir, resolved, args.resolved.with_name("sizes.json"))
     elif code == 0:
         if job and reached == start:
             raise RunError(
@@ -115,8 +116,15 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
 
 def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
     """Say how often the training's samples were seen, and name those that an epoch left over or repeated."""
+    (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
     left_out = read_json(sizes)["left_out"] if sizes.is_file() else []
-    if counts := sample_counts(run_dir, Path(resolved["data"]["path"]), resolved["settings"]["train_iters"], left_out):
+    train_iters = resolved["settings"]["train_iters"]
+    try:
+        counts = sample_counts(run_dir, Path(resolved["data"]["path"]), train_iters, left_out)
+    except (SftError, OSError, sqlite3.Error) as error:  # the training itself is done
+        print(f"how often samples were seen is not known: {error}")
+        return
+    if counts:
         write_json(run_dir / SAMPLE_COUNTS, counts)
         print(f"{told(counts)} ({run_dir / SAMPLE_COUNTS})")
 

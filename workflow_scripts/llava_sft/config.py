@@ -383,7 +383,7 @@ def auto_num_workers(cores: int, processes: int, wanted: float | None = None, pr
     """Loader processes of each of a node's training `processes`, which may take half of its cores.
 
     `wanted`: tokens a second that a process trains on; `prepared`: that one loader process delivers. Half as many again as
-    these ask for, raised to a power of two, so that another measurement says the same; four when they are not known.
+    these ask for, raised to a power of two, so that another measurement seldom says something else; four when they are not known.
     """
     most = max(1, cores // 2 // processes)
     if not (wanted and prepared):
@@ -451,7 +451,7 @@ def resolve(
     check_global_batch_size(gbs, mbs, replicas)
     cores = cores or len(os.sched_getaffinity(0))
     processes = values["nproc_per_node"]
-    settle("num_workers", auto_num_workers(cores, processes), f"of {cores} cores, at most half")
+    settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {cores} cores")
     sequences, what = train_samples, "samples"
     buffer_size = epoch.buffer_size if epoch else auto_packing_buffer([], settings.seq_length)
     of_packs = f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"

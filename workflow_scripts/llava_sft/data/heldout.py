@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from llava_sft.data.records import IMAGE, Sample
 from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
+from llava_sft.errors import DataError
 
 
 @dataclass
@@ -70,15 +71,18 @@ def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
 
 
 def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
-    """The ids of all samples of `split`, by source, from the index alone."""
+    """The ids of all samples of `split`, by source, from the index alone. Errors: DataError when two samples share one."""
     found = {}
     for path, source in _sources(folder):
         meta = read_meta(path)
         names, tars = list(meta.counts), set(meta.splits.get(split, []))
-        with contextlib.closing(sqlite3.connect(f"file:{path}/.nv-meta/index.sqlite?mode=ro", uri=True)) as index:
+        database = (path / ".nv-meta" / "index.sqlite").resolve()
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as index:
             rows = index.execute("SELECT tar_file_id, sample_key FROM samples")
             here = ((names[number], key) for number, key in rows if names[number] in tars)
             found[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
+        if len(found[source]) != meta.samples(split):
+            raise DataError(f"{path}: keys repeat from tar to tar", "nothing, if training is what it is for")
     return found
 
 

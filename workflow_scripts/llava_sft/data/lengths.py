@@ -17,6 +17,7 @@ from llava_sft.data.heldout import StoredShard, read_shard, stored_shards
 from llava_sft.data.images import MERGE_SIZE, decode_rgb, image_grid, image_tokens, to_patches
 from llava_sft.data.tars import read_at
 from llava_sft.data.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
+from llava_sft.errors import DataError
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 
 HEADER_BYTES = 256 << 10  # an image's size stands before that, behind its EXIF and its thumbnail
@@ -28,7 +29,9 @@ class SampleSizes(NamedTuple):
 
     tokens: list[int]
     patches: list[list[int]]
-    left_out: list[str]  # ids of samples whose first answer ends beyond seq_length
+    left_out: list[
+        str
+    ]  # ids of those that can not be trained on: too long to their first answer, or control tokens in the text
 
 
 class Limits(NamedTuple):
@@ -64,7 +67,8 @@ def sample_sizes(
     counted again. `processes` count shards side by side.
     """
     shards = list(stored_shards(folder, "train"))
-    count = partial(_shard_sizes, tokenizer, limits, kept)
+    of_these = fingerprint([file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION])
+    count = partial(_shard_sizes, tokenizer, limits, kept and kept / of_these)
     if processes > 1 and len(shards) > 1:
         with ProcessPoolExecutor(min(processes, len(shards))) as pool:
             found = list(pool.map(count, shards))
@@ -75,26 +79,37 @@ def sample_sizes(
 
 def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: StoredShard) -> SampleSizes:
     tar = shard.folder / shard.name
-    content = [tar.stat().st_size, file_fingerprint(f"{tar}.idx"), shard.layout, sorted(shard.excluded)]
-    depends = fingerprint([content, file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION])
+    status = tar.stat()
+    content = [status.st_size, status.st_mtime_ns, file_fingerprint(f"{tar}.idx"), shard.layout, sorted(shard.excluded)]
+    depends = fingerprint(content)
     place = kept and kept / f"{shard.source}{shard.name}.json"
     if place and place.is_file() and (known := read_json(place)).pop("depends") == depends:
         return SampleSizes(**known)
     template, sizes = _template(tokenizer), SampleSizes([], [], [])
     for key, sample, file, members in shard.samples():
-        places = (members[image] for image in sample.images)
-        heads = [read_at(file, (offset, min(size, HEADER_BYTES))) for offset, size in places]
         try:
-            tokens = [image_tokens(image_grid(head, limits.min_pixels, limits.max_pixels)) for head in heads]
+            tokens = [image_tokens(_grid(file, members[image], limits)) for image in sample.images]
             encoded = template.encode(sample.messages, tokens, limits.seq_length)
         except UnusableSample:
             sizes.left_out.append(key)
             continue
+        except OSError as error:  # Pillow's
+            raise DataError(
+                f"{tar}: sample {key}: an image can not be read: {error}", "convert its shard again"
+            ) from None
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
     if place:
         write_json(place, {"depends": depends, **sizes._asdict()}, indent=None)
     return sizes
+
+
+def _grid(file: int, place: tuple[int, int], limits: Limits) -> tuple[int, int]:
+    offset, size = place
+    try:
+        return image_grid(read_at(file, (offset, min(size, HEADER_BYTES))), limits.min_pixels, limits.max_pixels)
+    except OSError:  # a profile or a comment longer than that
+        return image_grid(read_at(file, place), limits.min_pixels, limits.max_pixels)
 
 
 @cache
@@ -104,10 +119,10 @@ def _template(tokenizer: Path) -> ChatTemplate:
 
 
 def prepared_tokens_per_s(folder: Path, tokenizer: Path, limits: Limits) -> float:
-    """Tokens a second that one loader process prepares on this machine, of samples from over the whole training split."""
+    """Tokens a second that one loader process prepares on this machine, of samples from a few shards."""
     template, tokens, began = _template(tokenizer), 0, 0.0
     shards = list(stored_shards(folder, "train"))
-    spread = zip_longest(*map(read_shard, shards[:: len(shards) // TIMED_SHARDS + 1]))
+    spread = zip_longest(*map(read_shard, shards[:: len(shards) // TIMED_SHARDS or 1][:TIMED_SHARDS]))
     for sample in filter(None, chain.from_iterable(spread)):
         began = began or time.perf_counter()  # not the time to find the first one
         try:

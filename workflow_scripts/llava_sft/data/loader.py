@@ -34,7 +34,7 @@ from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_grid, image_tokens, to_patches
 from llava_sft.data.layouts import LAYOUTS
-from llava_sft.data.packing import cut_between, select_packs
+from llava_sft.data.packing import PACKED_IDS, cut_between, select_packs
 from llava_sft.data.template import ChatTemplate, UnusableSample
 
 
@@ -217,7 +217,7 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
     def pack_selected_samples(self, samples: list[EncodedSample]) -> EncodedSample:
         return EncodedSample.derive_from(
             samples[0],
-            __key__=",".join(sample.__key__ for sample in samples),
+            __key__=PACKED_IDS.join(sample.__key__ for sample in samples),
             input_ids=np.concatenate([sample.input_ids for sample in samples]),
             answer_mask=np.concatenate([sample.answer_mask for sample in samples]),
             patches=[patches for sample in samples for patches in sample.patches],

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
+PACKED_IDS = "\n"  # between the ids of a pack's samples; no file's name has it
 CANDIDATES = 150  # samples that a pack is filled from at a time; more would be slower and fill no better
 
 

@@ -4,52 +4,53 @@ The loader deals out shuffled pieces of an endless stream, so an epoch's end is 
 early, and some wait. `log_samples` notes the ids; here they are counted when all steps are done.
 """
 
+import json
 from collections import Counter
 from collections.abc import Collection
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.tars import METADATASET
-from llava_sft.training.watch import read_jsonl
 
 SAMPLE_COUNTS = "sample_counts.json"
+NAMED = 1000  # ids at most, of each kind
 
 
 def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collection[str] = ()) -> dict[str, Any] | None:
     """How often each training sample of `data` (what energon opened) was seen; None when not every step noted it.
 
-    `left_out`: ids of samples that can not be trained on. The result names them, and the samples that were seen less often
-    than the whole epochs of their source (once at least), or more often than those and a begun one.
+    `left_out`: ids of samples that can not be trained on. Named are those, and after a whole epoch of their source the
+    samples that were seen less often than its whole epochs, or more often than those and a begun one. Errors: DataError,
+    sqlite3.Error when the index does not tell the samples apart.
     """
     seen: Counter[str] = Counter()
     for path in (run_dir / "samples").glob("rank*.jsonl"):
-        records = read_jsonl(path)
-        if len(records) != train_iters:
+        steps = 0
+        with open(path) as file:
+            for steps, line in enumerate(file, 1):  # noqa: B007 (their number is used)
+                seen.update(json.loads(line)["samples"])
+        if steps != train_iters:
             return None
-        for names in chain.from_iterable(record["samples"] for record in records):
-            seen.update(names.split(","))  # of a packed sequence
     if not seen:
         return None
     all_ids = sample_ids(data.parent if data.name == METADATASET else data, "train")
-    left_over, repeated = [], []
+    named: dict[str, list[str]] = {"left_out": [], "left_over": [], "repeated": []}
+    times: Counter[int] = Counter()
     for ids in all_ids.values():  # one after the other: a source's weight makes epochs of its own
+        named["left_out"] += sorted(ids.intersection(left_out))
         usable = ids.difference(left_out)
-        times = {name: seen[name] for name in usable}
-        epochs = sum(times.values()) / max(1, len(usable))
-        left_over += [name for name, count in times.items() if count < max(1, int(epochs))]
-        repeated += [name for name, count in times.items() if count > int(epochs) + 1]
-    total = sum(map(len, all_ids.values()))
-    unseen = total - len(left_out) - len(seen)
-    counts = Counter(seen.values()) + Counter({0: unseen})
+        times.update(seen[name] for name in usable)
+        epochs = sum(seen[name] for name in usable) / max(1, len(usable))
+        if epochs >= 1:
+            named["left_over"] += sorted(name for name in usable if seen[name] < int(epochs))
+            named["repeated"] += sorted(name for name in usable if seen[name] > int(epochs) + 1)
     return {
-        "samples": total,
-        "epochs": seen.total() / (total - len(left_out)),
-        "seen": {str(times): counts[times] for times in sorted(counts)},
-        "left_out": sorted(left_out),
-        "left_over": sorted(left_over),
-        "repeated": sorted(repeated),
+        "samples": sum(map(len, all_ids.values())),
+        "epochs": sum(count * number for count, number in times.items()) / max(1, times.total()),
+        "seen": {str(count): times[count] for count in sorted(times)},
+        **{f"{what}_samples": len(ids) for what, ids in named.items()},
+        **{what: ids[:NAMED] for what, ids in named.items()},
     }
 
 
@@ -59,5 +60,5 @@ def told(counts: dict[str, Any]) -> str:
     often = ", ".join(
         f"{number:,} {words.get(times, f'seen {times} times')}" for times, number in counts["seen"].items()
     )
-    left_out = f"; {len(counts['left_out']):,} can not be trained on" if counts["left_out"] else ""
+    left_out = f"; {counts['left_out_samples']:,} can not be trained on" if counts["left_out"] else ""
     return f"{counts['epochs']:.2f} epochs of {counts['samples']:,} samples: {often}{left_out}"

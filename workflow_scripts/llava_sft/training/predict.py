@@ -83,15 +83,16 @@ def loads(sizes: SampleSizes, values: dict[str, Any], packs: list[list[int]] | N
         return _padded([_load(sizes, [index]) for index in range(len(sizes.tokens))], mbs)
     draw = random.Random(values["seed"])
     packs = [draw.sample(pack, len(pack)) for pack in draw.sample(packs, len(packs))]
-    batches = [list(chain.from_iterable(packs[first : first + mbs])) for first in range(0, len(packs), mbs)]
+    packs *= math.ceil(mbs / len(packs))  # at least one batch, as of an endless stream
+    starts = range(0, len(packs) - mbs + 1, mbs)
+    batches = [list(chain.from_iterable(packs[first : first + mbs])) for first in starts]
     chunks = [
         [batch[place] for place in places]
         for batch in batches
         for places in cut_between([sizes.tokens[index] for index in batch], chunk_tokens(values))
     ]
     whole, part = ([_load(sizes, rows) for rows in each] for each in (batches, chunks))
-    share = mbs / len(packs)  # of what an epoch holds; its last batch may not be full
-    mean = Load(*(share * sum(column) for column in zip(*whole, strict=True)))
+    mean = Load(*(sum(column) / len(whole) for column in zip(*whole, strict=True)))
     return mean, Load(*(max(column) for column in zip(*part, strict=True)))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llava_sft.data.packing import PACKED_IDS
 from llava_sft.files import write_text
 from llava_sft.training.remedies import exploded, slow_loading
 
@@ -53,12 +54,7 @@ class Watch:
         self.bad: list[dict] = []
         self.trouble, self.last_bad = 0, -math.inf  # first step of the present bad time, and its last so far
         self.ids: list[str] = []
-        self.samples = None
-        if values["log_samples"]:
-            (run_dir / "samples").mkdir(exist_ok=True)
-            path = run_dir / "samples" / f"rank{data_rank:03d}.jsonl"
-            forget_after_in(path, first)
-            self.samples = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the training)
+        self.samples_path, self.first, self.samples = run_dir / "samples" / f"rank{data_rank:03d}.jsonl", first, None
         self.reset()
 
     def reset(self) -> None:
@@ -71,7 +67,7 @@ class Watch:
         self.tokens += tokens
         self.padded += padded
         self.flops += flops
-        self.ids += ids
+        self.ids += [one for packed in ids for one in packed.split(PACKED_IDS)]
 
     def pause(self, seconds: float) -> None:
         """Time that is no part of the steps (a validation)."""
@@ -85,8 +81,8 @@ class Watch:
         Raises RunError, with the remedies, after max_bad_steps bad steps in a row.
         """
         ids, self.ids = self.ids, []
-        if self.samples:
-            self.samples.write(json.dumps({"iteration": iteration, "samples": ids}) + "\n")
+        if self.values["log_samples"]:
+            self._note_samples(iteration, ids)
         self._judge(iteration, loss, grad_norm, ids)
         self.losses.append(loss)
         if iteration % self.values["log_interval"] and iteration != self.values["train_iters"]:
@@ -116,6 +112,13 @@ class Watch:
                 self.say(iteration, slow_loading(self.values, record["tokens_per_s"], record["data_wait_share"]))
         self.warm = True
         self.reset()
+
+    def _note_samples(self, iteration: int, ids: list[str]) -> None:
+        if self.samples is None:  # not before: of the ranks that share these samples only one gets here
+            self.samples_path.parent.mkdir(exist_ok=True)
+            forget_after_in(self.samples_path, self.first)
+            self.samples = open(self.samples_path, "a", buffering=1)  # noqa: SIM115 (open as long as the training)
+        self.samples.write(json.dumps({"iteration": iteration, "samples": ids}) + "\n")
 
     def _judge(self, iteration: int, loss: float, grad_norm: float | None, ids: list[str]) -> None:
         usual = median(self.good) if len(self.good) > 1 else None
