@@ -263,8 +263,9 @@ def test_time_limits_requeue_the_training_until_it_is_done(cluster, here, undist
     profile.write_text(before.replace("runtime: 1440", "runtime: 1").replace("TERM@300", "TERM@55"))
     try:
         run = Disturbed(cluster, here, "limits")
-        run.ends_like(undisturbed, "time limit of one minute, twice", rounds=2)
-        assert len(run.starts()) >= 3, run.starts()
+        run.ends_like(undisturbed, "time limits of one minute", rounds=2)
+        # Slurm may be half a minute late with the signal: a quick machine gets to the end in two rounds.
+        assert len(run.starts()) >= 2, run.starts()
     finally:
         profile.write_text(before)
 
