@@ -63,6 +63,16 @@ def distinct(folder: Path, number: int, **options: Any) -> Raw:
     return raw
 
 
+def sources(folder: Path, **numbers: int) -> tuple[Path, Path]:
+    """The shards and the parts of several sources, each with so many records of a kind of its own name."""
+    for name, number in numbers.items():
+        raw = distinct(folder / name, number, kind=name)
+        for part in ("wds", "wds.parts"):
+            (folder / part).mkdir(exist_ok=True)
+            (raw.folder / part).rename(folder / part / name)
+    return folder / "wds", folder / "wds.parts"
+
+
 def test_energon_sees_each_sample_on_one_side_only_and_all_of_them(tmp_path):
     raw = distinct(tmp_path, 60)
     dataset = index_webdataset(raw.wds, raw.parts, val_fraction=0.2)
@@ -108,12 +118,7 @@ def test_a_heldout_file_is_preferred_and_one_group_is_an_error(tmp_path):
 
 
 def test_several_sources_are_blended_by_weight_and_split_together(tmp_path):
-    for name, number in (("small", 20), ("large", 60)):
-        raw = distinct(tmp_path / name, number, kind=name)
-        for folder in ("wds", "wds.parts"):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            (raw.folder / folder).rename(tmp_path / folder / name)
-    wds, parts = tmp_path / "wds", tmp_path / "wds.parts"
+    wds, parts = sources(tmp_path, small=20, large=60)
     plan = [{"name": "small", "weight": 6.0}, {"name": "large", "weight": 1.0}]
     dataset = index_webdataset(wds, parts, plan=plan, val_fraction=0.2)
     assert dataset["train"]["samples"] + dataset["heldout"]["samples"] == 80
@@ -149,12 +154,7 @@ def test_several_sources_made_one_again_leave_no_blend_to_be_read(tmp_path):
 
 
 def test_a_source_that_is_held_out_whole_is_evaluated_and_inspected(tmp_path):
-    for name, number in (("one", 1), ("many", 40)):
-        raw = distinct(tmp_path / name, number, kind=name)
-        for folder in ("wds", "wds.parts"):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            (raw.folder / folder).rename(tmp_path / folder / name)
-    wds, parts = tmp_path / "wds", tmp_path / "wds.parts"
+    wds, parts = sources(tmp_path, one=1, many=40)
     plan = [{"name": "one", "weight": 1.0}, {"name": "many", "weight": 1.0}]
     datasets = (index_webdataset(wds, parts, plan=plan, val_fraction=0.5, split_seed=seed) for seed in range(100))
     dataset = next(each for each in datasets if read_meta(wds / "one").samples("val"))

@@ -19,7 +19,6 @@ from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
-from llava_sft.training.checkpoints import expected_bytes
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
@@ -161,8 +160,7 @@ def told(
         lines += ["would fit: " + line for line in predict.proposal_lines(found)] or [
             "nothing near these settings fits"
         ]
-    trained = predict.trained_parameters(model, values["trainable_modules"])
-    size = expected_bytes(model.parameter_count(), trained, values)
+    size = predict.checkpoint_size(model, values)
     count = -(-values["train_iters"] // values["save_interval"])
     kept = min(count, values["keep_last"] or count)
     lines.append(f"disk    {kept} × {size / predict.GIB:,.3g} GiB of checkpoints: {kept * size / predict.GIB:,.1f} GiB")

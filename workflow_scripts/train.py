@@ -20,7 +20,7 @@ from llava_sft.errors import RunError, SftError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
-from llava_sft.training.checkpoints import check_disk, checkpoint_dir, expected_bytes, iterations_done, prune
+from llava_sft.training.checkpoints import check_disk, checkpoint_dir, iterations_done, prune
 from llava_sft.training.coverage import SAMPLE_COUNTS, sample_counts, told
 from llava_sft.training.launcher import launch
 from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
@@ -186,9 +186,8 @@ def complain(settings: dict, problem: str, fix: str) -> None:
 
 def check_space(run_dir: Path, resolved: dict) -> None:
     """Raise RunError when not one checkpoint fits on the disk; warn when not all of them do."""
-    settings, model = resolved["settings"], ModelConfig(**resolved["model"])
-    trained = predict.trained_parameters(model, settings["trainable_modules"])
-    size = expected_bytes(model.parameter_count(), trained, settings)
+    settings = resolved["settings"]
+    size = predict.checkpoint_size(ModelConfig(**resolved["model"]), settings)
     check_disk(run_dir, size, "a checkpoint")
     kept = min(-(-settings["train_iters"] // settings["save_interval"]), settings["keep_last"] or 10**9)
     free = shutil.disk_usage(run_dir).free

@@ -25,13 +25,12 @@ TIMED_S, TIMED_SHARDS = 2.0, 4  # for so long samples of so many shards are prep
 
 
 class SampleSizes(NamedTuple):
-    """Of each training sample that fits: its tokens, and the patches of each of its images."""
+    """Of each training sample that fits: its tokens, and the patches of each of its images. `left_out`: ids of those that can
+    not be trained on, too long to their first answer, or with control tokens in the text."""
 
     tokens: list[int]
     patches: list[list[int]]
-    left_out: list[
-        str
-    ]  # ids of those that can not be trained on: too long to their first answer, or control tokens in the text
+    left_out: list[str]
 
 
 class Limits(NamedTuple):

@@ -55,10 +55,10 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     check_disk,
     checkpoint_bytes,
     checkpoints,
-    expected_bytes,
     prune,
     seal,
 )
+from llava_sft.training.predict import checkpoint_size  # noqa: E402
 from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
@@ -253,7 +253,8 @@ class Trainer:
             self.sealing.join()
         if first:
             earlier = checkpoints(self.run_dir)
-            needed = checkpoint_bytes(self.run_dir, earlier[-1]) if earlier else self.expected_bytes()
+            expected = checkpoint_size(self.model_config, self.values)
+            needed = checkpoint_bytes(self.run_dir, earlier[-1]) if earlier else expected
             check_disk(self.run_dir, needed, f"the checkpoint of step {iteration}")
         original(iteration, *args, **kwargs)
         if first:
@@ -264,12 +265,6 @@ class Trainer:
 
             self.sealing = threading.Thread(target=finish)
             self.sealing.start()
-
-    def expected_bytes(self) -> int:
-        counts = [p.numel() * (1 + 1j * p.requires_grad) for p in self.model.parameters()]
-        total = sum(counts, 0j)
-        ranks = self.values["tensor_model_parallel_size"] * self.values["pipeline_model_parallel_size"]
-        return ranks * expected_bytes(int(total.real), int(total.imag), self.values)
 
     def evaluate_and_print_results(
         self, original, prefix, forward_step_func, data_iterator, model, iteration, *rest, **named

@@ -24,6 +24,7 @@ from llava_sft.errors import SettingsError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.flops import matmul_parameters
+from llava_sft.training.checkpoints import expected_bytes
 from llava_sft.training.watch import PEAK_FLOPS
 
 RECORDED = CONFIG_DIR.parent / "benchmarks" / "results" / "preflight.json"
@@ -147,6 +148,11 @@ def trained_parameters(model: ModelConfig, modules: Iterable[str]) -> int:
         part = next((part for part, mark in marks.items() if mark in name), "language_model")
         count[part] += math.prod(shape)
     return sum(count[part] for part in modules)
+
+
+def checkpoint_size(model: ModelConfig, values: dict[str, Any]) -> int:
+    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained."""
+    return expected_bytes(model.parameter_count(), trained_parameters(model, values["trainable_modules"]), values)
 
 
 def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> dict[str, float]:
