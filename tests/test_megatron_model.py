@@ -213,25 +213,28 @@ def test_a_pack_in_chunks_has_the_losses_and_gradients_of_the_pack(both, pack, s
 
 
 def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
-    """Not compiled, and with PyTorch's attention in the place of cuDNN's, its gradient of SwiGLU in that of the kernel."""
+    """With PyTorch's attention in the place of cuDNN's, and the kernels run by Triton's interpreter."""
     from megatron.core.transformer.enums import AttnMaskType
 
     from llava_sft.model import fused_layers
     from llava_sft.model.attention import SegmentAttention
 
-    def attend(query, key, value, segments, causal):
-        kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
-        return SegmentAttention(SimpleNamespace(attention_dropout=0.0), 1, kind, "self")(
-            query, key, value, packed_seq_params=segments
-        ).view_as(query)
+    seen = set()
 
-    monkeypatch.setattr(fused_layers, "CudnnAttention", SimpleNamespace(apply=attend))
-    monkeypatch.setattr(fused_layers, "SwiGLU", SimpleNamespace(apply=fused_layers.swiglu))
-    for compiled, plain in {
-        "norm": "rms_norm", "norm_after_change": "add_and_norm", "turned": "split_and_turn",
-        "before": "before_attention", "after": "after_attention",
-    }.items():  # fmt: skip
-        monkeypatch.setattr(fused_layers, compiled, getattr(fused_layers, plain))
+    def attend(query, key, value, segments, causal):
+        seen.add(causal)
+        kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
+        attention = SegmentAttention(SimpleNamespace(attention_dropout=0.0), 1, kind, "self")
+        return attention(query, key, value, packed_seq_params=segments).view_as(query), None
+
+    def attend_backward(grad, inputs, out, statistics, segments, causal):
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        with torch.enable_grad():
+            out = attend(*inputs, segments, causal)[0]
+        return torch.autograd.grad(out, inputs, grad.view_as(out))
+
+    monkeypatch.setattr(fused_layers, "attend", attend)
+    monkeypatch.setattr(fused_layers, "attend_backward", attend_backward)
     model = both.mcore.train()
     expected = losses_and_gradients(model, [pack[0]])
     for kind, tower in (
@@ -247,6 +250,7 @@ def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
                 monkeypatch.setitem(vars(linear), "layer_norm_weight", norm.weight)
                 monkeypatch.setitem(vars(linear), "layer_norm_bias", getattr(norm, "bias", None))
     assert_same(losses_and_gradients(model, [pack[0]]), expected)
+    assert seen == {True, False}  # both towers
 
 
 def test_weight_gradients_are_added_to_megatrons_buffer_in_place():

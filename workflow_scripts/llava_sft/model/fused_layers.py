@@ -1,12 +1,12 @@
-"""The layers of both towers in few kernels, for GPUs: Megatron's parameters, another forward pass.
+"""The layers of both towers for GPUs: Megatron's parameters, forward and backward written out.
 
 Notable:
 - they compute with the parameters of Megatron's Transformer Engine layers: checkpoints, optimizer and names stay the same;
-- what stands between the matrix products (norms, rotation, residuals, activations) is compiled: one kernel each; the
-  same few graphs serve all layers, and any number of tokens;
-- attention is cuDNN's, over all samples or images at once, called without the layers of Transformer Engine that choose
-  it: they cost the host 0.7 ms a call, and would fall back to a slow kernel without a word;
-- products of the language model, in bf16 or FP8, add to the gradient buffer in place;
+- a layer is one autograd function: matrix products of cuBLAS, in bf16 or FP8, attention of cuDNN, and one kernel for all
+  that stands between two of them (kernels.py), with which residuals and the gradients of biases and norms go along;
+- products add weights' gradients to Megatron's gradient buffer in place;
+- attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
+  cost the host 0.7 ms a call, and would fall back to a slow kernel without a word;
 - Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each.
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
@@ -21,126 +21,77 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from llava_sft.model.attention import VisionSeqParams, rotate
+from llava_sft.model.attention import VisionSeqParams
+from llava_sft.model.kernels import (
+    Sums,
+    gelu,
+    gelu_backward,
+    norm,
+    norm_backward,
+    swiglu,
+    swiglu_backward,
+    turn,
+    turn_backward,
+)
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
-    import triton
-    import triton.language as tl
     from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.cpp_extensions import general_gemm
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
 
 
-class CudnnAttention(torch.autograd.Function):
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def _kind(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
+    ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    return (longest, longest, ends, ends), {
+        "cu_seqlens_q_padded": ends,
+        "cu_seqlens_kv_padded": ends,
+        "qkv_layout": "thd_thd_thd",
+        "o_format": "thd",
+        "attn_mask_type": "padding_causal" if causal else "padding",
+        "window_size": (-1, 0) if causal else (-1, -1),
+    }
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> tuple[Tensor, list]:
     """Scaled dot-product attention inside each segment: query [tokens, heads, head_dim], key and value with as many
-    heads or fewer → [tokens, heads, head_dim]."""
-
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> Tensor:
-        ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
-        ctx.sizes = longest, longest, ends, ends
-        ctx.kinds = {
-            "cu_seqlens_q_padded": ends,
-            "cu_seqlens_kv_padded": ends,
-            "qkv_layout": "thd_thd_thd",
-            "o_format": "thd",
-            "attn_mask_type": "padding_causal" if causal else "padding",
-            "window_size": (-1, 0) if causal else (-1, -1),
-        }
-        ctx.backend = FusedAttnBackend["F16_arbitrary_seqlen"]
-        out, ctx.statistics = fused_attn_fwd(True, *ctx.sizes, query, key, value, query.dtype, ctx.backend, **ctx.kinds)
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        query, key, value, out = ctx.saved_tensors
-        grads = fused_attn_bwd(
-            *ctx.sizes,
-            query,
-            key,
-            value,
-            out,
-            grad.contiguous(),
-            grad.dtype,
-            ctx.statistics,
-            ctx.backend,
-            do_format="thd",
-            dqkv_layout="thd_thd_thd",
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **ctx.kinds,
-        )
-        return *grads[:3], None, None
+    heads or fewer → [tokens, heads, head_dim], and statistics for the gradient."""
+    sizes, kind = _kind(segments, causal)
+    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
+    return fused_attn_fwd(True, *sizes, query, key, value, query.dtype, backend, **kind)
 
 
-# --- language model ------------------------------------------------------------------------------------------------
+def attend_backward(
+    grad: Tensor, inputs: tuple, out: Tensor, statistics: list, segments: PackedSeqParams, causal: bool
+):
+    """Gradients of query, key and value."""
+    sizes, kind = _kind(segments, causal)
+    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
+    exact = torch.are_deterministic_algorithms_enabled()
+    given = *sizes, *inputs, out, grad.view_as(out), grad.dtype, statistics, backend
+    return fused_attn_bwd(*given, do_format="thd", dqkv_layout="thd_thd_thd", deterministic=exact, **kind)[:3]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+# --- matrix products -----------------------------------------------------------------------------------------------
 
 
-def add_and_norm(hidden: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    hidden = hidden + change
-    return hidden, rms_norm(hidden, weight, eps)
-
-
-def split_and_turn(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, groups: int, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[tokens, groups · (heads a group + 2) · head_dim] → normed, turned query and key, and value [tokens, heads, head_dim]."""
-    tokens, head_dim = qkv.size(0), q_weight.size(0)
-    parts = qkv.view(tokens, groups, -1, head_dim)  # group by group: its queries, its key, its value
-    query = rotate(rms_norm(parts[:, :, :-2], q_weight, eps).reshape(tokens, -1, head_dim), cos, sin)
-    key = rotate(rms_norm(parts[:, :, -2], k_weight, eps), cos, sin)
-    return query, key, parts[:, :, -1].contiguous()
-
-
-def swiglu(gate_and_up: Tensor) -> Tensor:
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-@cache
-def swiglu_backward():
-    """The kernel; the compiler's reads all three inputs for each half of the output."""
-
-    @triton.jit
-    def swiglu_backward_row(gate_and_up, grad, out, width, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside, at = column < width, row * 2 * width + column
-        gate = tl.load(gate_and_up + at, inside).to(tl.float32)
-        up = tl.load(gate_and_up + at + width, inside).to(tl.float32)
-        change = tl.load(grad + row * width + column, inside).to(tl.float32)
-        share = tl.sigmoid(gate)
-        tl.store(out + at, change * up * share * (1 + gate * (1 - share)), inside)
-        tl.store(out + at + width, change * gate * share, inside)
-
-    return swiglu_backward_row
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width]."""
-
-    @staticmethod
-    def forward(ctx, gate_and_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_and_up)
-        return activation(gate_and_up)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (gate_and_up,) = ctx.saved_tensors
-        out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
-        grid = tokens, triton.cdiv(width, 1024)
-        swiglu_backward()[grid](gate_and_up, grad.contiguous(), out, width, BLOCK=1024)
-        return out
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+    """gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision."""
+    if not weight.requires_grad:
+        return None
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None or buffer.dtype != grad.dtype:
+        return grad.t() @ x
+    buffer.addmm_(grad.t(), x)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)  # Megatron's hook waits for one, and does not look at it
 
 
 class AccumulatingLinear(torch.autograd.Function):
-    """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to `main_grad`, Megatron's buffer."""
+    """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to Megatron's buffer."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -150,15 +101,7 @@ class AccumulatingLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        x_grad = grad @ weight if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return x_grad, None
-        buffer = getattr(weight, "main_grad", None)
-        if buffer is None or buffer.dtype != grad.dtype:
-            return x_grad, grad.t() @ x
-        buffer.addmm_(grad.t(), x)
-        weight.grad_added_to_main_grad = True
-        return x_grad, torch.empty_like(weight)  # Megatron's hook waits for one, and does not look at it
+        return grad @ weight if ctx.needs_input_grad[0] else None, weight_gradient(weight, grad, x)
 
 
 @cache
@@ -177,80 +120,87 @@ def quantizers(recipe: str) -> tuple:
     return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
 
 
-class Float8Linear(torch.autograd.Function):
-    """AccumulatingLinear with operands in FP8. A weight is cast once a step: `is_first_microbatch` is Megatron's flag."""
+def product(x: Tensor, module: torch.nn.Module, recipe: str | None) -> tuple[Tensor, tuple]:
+    """x [tokens, in] · weightᵀ, in FP8 where there is a recipe; and both operands, for the gradients. A weight is cast
+    once a step: `is_first_microbatch` is Megatron's flag."""
+    weight = module.weight
+    if not recipe:
+        return F.linear(x, weight), (x, weight)
+    cast_input, cast_weight, _ = quantizers(recipe)
+    if module.is_first_microbatch or not hasattr(module, "weight_in_fp8"):
+        module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
+        module.is_first_microbatch = False
+    x_in_fp8, fast = cast_input.quantize_impl(x), recipe == "tensorwise"
+    out = general_gemm(module.weight_in_fp8, x_in_fp8, out_dtype=x.dtype, use_split_accumulator=not fast)[0]
+    x_in_fp8.update_usage(rowwise_usage=False)
+    return out, (x_in_fp8, module.weight_in_fp8)
+
+
+def product_backward(
+    grad: Tensor, operands: tuple, module: torch.nn.Module, recipe: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the weight."""
+    (x, weight_operand), weight = operands, module.weight
+    if not recipe:
+        return grad @ weight, weight_gradient(weight, grad, x)
+    exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
+    grad = quantizers(recipe)[2].quantize_impl(grad)
+    x_grad = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
+    if not weight.requires_grad:
+        return x_grad, None
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        return x_grad, general_gemm(x, grad, layout="NT", **exact)[0]
+    general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
+    weight.grad_added_to_main_grad = True
+    return x_grad, torch.empty_like(weight)
+
+
+# --- language model ------------------------------------------------------------------------------------------------
+
+
+class LanguageLayer(torch.autograd.Function):
+    """Residual stream [tokens, hidden] → the same. Megatron's layer has the parameters; autograd wants to see them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, module: torch.nn.Module, recipe: str) -> Tensor:
-        cast_input, cast_weight, ctx.cast_grad = quantizers(recipe)
-        if module.is_first_microbatch or not hasattr(module, "weight_in_fp8"):
-            module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
-            module.is_first_microbatch = False
-        ctx.operands = cast_input.quantize_impl(x), module.weight_in_fp8
-        ctx.weight, fast = weight, recipe == "tensorwise"
-        out = general_gemm(*ctx.operands[::-1], out_dtype=x.dtype, use_split_accumulator=not fast)[0]
-        ctx.operands[0].update_usage(rowwise_usage=False)
-        return out
+    def forward(ctx, hidden: Tensor, layer: TransformerLayer, segments: PackedSeqParams, *parameters: Tensor) -> Tensor:
+        attention, mlp, config = layer.self_attention, layer.mlp, layer.config
+        recipe, eps = config.fp8 and config.fp8_recipe, config.layernorm_epsilon
+        head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
+        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps)
+        qkv, for_qkv = product(x, attention.linear_qkv, recipe)
+        inputs = turn(qkv, config.num_query_groups, *segments.turn, head_norms, eps)
+        attended, statistics = attend(*inputs, segments, True)
+        change, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
+        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, change)
+        gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
+        change, for_fc2 = product(swiglu(gate_and_up), mlp.linear_fc2, recipe)
+        ctx.given = layer, segments, recipe, eps, head_norms
+        ctx.kept = hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up
+        ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
+        return middle + change
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight_in_fp8), weight = ctx.operands, ctx.weight
-        ctx.operands = None  # or all layers' inputs would live until the whole graph goes
-        exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
-        grad = ctx.cast_grad.quantize_impl(grad.contiguous())
-        x_grad = general_gemm(weight_in_fp8, grad, layout="NN", **exact)[0] if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return x_grad, None, None, None
-        buffer = getattr(weight, "main_grad", None)
-        if buffer is None:
-            return x_grad, general_gemm(x, grad, layout="NT", **exact)[0], None, None
-        general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
-        weight.grad_added_to_main_grad = True
-        return x_grad, torch.empty_like(weight), None, None
-
-
-# --- vision tower --------------------------------------------------------------------------------------------------
-
-
-def before_attention(
-    hidden: Tensor, norm: tuple[Tensor, Tensor], eps: float, qkv: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Residual stream [tokens, hidden] → turned query and key, and value, each [tokens, heads, head_dim]."""
-    x = F.linear(F.layer_norm(hidden, hidden.shape[1:], *norm, eps), *qkv)
-    query, key, value = x.view(x.size(0), -1, 3, cos.size(-1)).unbind(2)  # head by head: its q, k, v
-    return rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()
-
-
-def after_attention(
-    attended: Tensor,
-    hidden: Tensor,
-    proj: tuple[Tensor, Tensor],
-    norm: tuple[Tensor, Tensor],
-    eps: float,
-    fc1: tuple[Tensor, Tensor],
-    fc2: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Attention's output and the residual stream, both [tokens, hidden] → the residual stream behind the MLP."""
-    hidden = hidden + F.linear(attended, *proj)
-    x = F.layer_norm(hidden, hidden.shape[1:], *norm, eps)
-    return hidden + F.linear(F.gelu(F.linear(x, *fc1)), *fc2)
-
-
-def compiled(function):
-    """`function` compiled once for any number of tokens, which is the first size of its tensors that are no weights."""
-    fast = torch.compile(function)
-
-    def call(*args):
-        for tensor in args:
-            if isinstance(tensor, Tensor) and not isinstance(tensor, torch.nn.Parameter):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return fast(*args)
-
-    return call
-
-
-norm, norm_after_change, turned, activation = (compiled(f) for f in (rms_norm, add_and_norm, split_and_turn, swiglu))
-before, after = compiled(before_attention), compiled(after_attention)
+        layer, segments, recipe, eps, head_norms = ctx.given
+        hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up = ctx.kept
+        for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
+        ctx.kept = ctx.operands = None  # or the inputs of all layers would live until the whole graph goes
+        attention, mlp, grad = layer.self_attention, layer.mlp, grad.contiguous()
+        width, head_dim = hidden.size(1), head_norms[0].numel()
+        sums = Sums(2 * (width + head_dim), hidden.device)
+        change, of_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, recipe)
+        change, of_fc1 = product_backward(swiglu_backward(gate_and_up, change), for_fc1, mlp.linear_fc1, recipe)
+        weight = mlp.linear_fc1.layer_norm_weight
+        grad = norm_backward(change, middle, weight, None, second_scale, grad, sums)
+        change, of_proj = product_backward(grad, for_proj, attention.linear_proj, recipe)
+        changes = attend_backward(change, inputs, attended, statistics, segments, True)
+        change = turn_backward(changes, qkv, *segments.turn, sums, head_norms, eps)
+        change, of_qkv = product_backward(change, for_qkv, attention.linear_qkv, recipe)
+        weight = attention.linear_qkv.layer_norm_weight
+        grad = norm_backward(change, hidden, weight, None, first_scale, grad, sums)
+        of_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
+        return grad, None, None, *of_norms, of_qkv, of_proj, of_fc1, of_fc2
 
 
 class FusedLanguageLayer(TransformerLayer):
@@ -258,27 +208,68 @@ class FusedLanguageLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None, **named):
         """[tokens, 1, hidden] of the samples of a pack → the same, and None for cross attention's context."""
-        attention, mlp, eps = self.self_attention, self.mlp, self.config.layernorm_epsilon
+        attention, mlp = self.self_attention, self.mlp
         if packed_seq_params is None or attention.checkpoint_core_attention:
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)
         if packed_seq_params.turn is None:  # the same for all layers
             angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]
             packed_seq_params.turn = angles.cos(), angles.sin()
-        hidden, recipe = hidden_states.squeeze(1), self.config.fp8 and self.config.fp8_recipe
-
-        def product(x, module):
-            if recipe:
-                return Float8Linear.apply(x, module.weight, module, recipe)
-            return AccumulatingLinear.apply(x, module.weight)
-
-        qkv = product(norm(hidden, attention.linear_qkv.layer_norm_weight, eps), attention.linear_qkv)
-        weights = attention.q_layernorm.weight, attention.k_layernorm.weight
-        query, key, value = turned(qkv, *weights, eps, self.config.num_query_groups, *packed_seq_params.turn)
-        attended = CudnnAttention.apply(query, key, value, packed_seq_params, True)
-        change = product(attended.view(hidden.size(0), -1), attention.linear_proj)
-        hidden, x = norm_after_change(hidden, change, mlp.linear_fc1.layer_norm_weight, eps)
-        hidden = hidden + product(SwiGLU.apply(product(x, mlp.linear_fc1)), mlp.linear_fc2)
+        parameters = (
+            mlp.linear_fc1.layer_norm_weight,
+            attention.q_layernorm.weight,
+            attention.k_layernorm.weight,
+            attention.linear_qkv.layer_norm_weight,
+            attention.linear_qkv.weight,
+            attention.linear_proj.weight,
+            mlp.linear_fc1.weight,
+            mlp.linear_fc2.weight,
+        )
+        hidden = LanguageLayer.apply(hidden_states.squeeze(1), self, packed_seq_params, *parameters)
         return hidden.unsqueeze(1), None
+
+
+# --- vision tower --------------------------------------------------------------------------------------------------
+
+
+class VisionLayer(torch.autograd.Function):
+    """Residual stream of all images [tokens, hidden] → the same."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, layer: TransformerLayer, segments: VisionSeqParams, *parameters: Tensor) -> Tensor:
+        attention, fc1, fc2 = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2
+        linear_qkv, proj, eps = attention.linear_qkv, attention.linear_proj, layer.config.layernorm_epsilon
+        angles = segments.rotary_cos, segments.rotary_sin
+        _, first, *first_norm = norm(hidden, linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias, eps)
+        inputs = turn(F.linear(first, linear_qkv.weight, linear_qkv.bias), layer.config.num_query_groups, *angles)
+        attended, statistics = attend(*inputs, segments, False)
+        change = F.linear(attended.flatten(1), proj.weight, proj.bias)
+        middle, second, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, change)
+        before = F.linear(second, fc1.weight, fc1.bias)
+        active = gelu(before)
+        ctx.given = layer, segments, angles
+        ctx.kept = hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active
+        return middle + F.linear(active, fc2.weight, fc2.bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layer, segments, angles = ctx.given
+        hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active = ctx.kept
+        ctx.kept, grad = None, grad.contiguous()
+        attention, fc1, fc2 = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2
+        linear_qkv, proj = attention.linear_qkv, attention.linear_proj
+        width, inner = hidden.size(1), before.size(1)
+        sums = Sums(9 * width + inner, hidden.device)
+        of_fc2 = weight_gradient(fc2.weight, grad, active)
+        change = gelu_backward(grad @ fc2.weight, before, sums)
+        of_fc1 = weight_gradient(fc1.weight, change, second)
+        grad = norm_backward(change @ fc1.weight, middle, fc1.layer_norm_weight, *second_norm, grad, sums, biases=True)
+        of_proj = weight_gradient(proj.weight, grad, attended.flatten(1))
+        changes = attend_backward(grad @ proj.weight, inputs, attended, statistics, segments, False)
+        change = turn_backward(changes, None, *angles, sums)
+        of_qkv = weight_gradient(linear_qkv.weight, change, first)
+        grad = norm_backward(change @ linear_qkv.weight, hidden, linear_qkv.layer_norm_weight, *first_norm, grad, sums)
+        totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
+        return grad, None, None, *totals, of_qkv, of_proj, of_fc1, of_fc2
 
 
 class FusedVisionLayer(TransformerLayer):
@@ -286,19 +277,18 @@ class FusedVisionLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, packed_seq_params: VisionSeqParams, **unused) -> tuple[Tensor, None]:
         """[tokens, 1, hidden] of all images → the same, and None for cross attention's context."""
-        attention, qkv, fc1 = self.self_attention, self.self_attention.linear_qkv, self.mlp.linear_fc1
-        hidden, eps = hidden_states.squeeze(1), self.config.layernorm_epsilon
-        cos, sin = packed_seq_params.rotary_cos, packed_seq_params.rotary_sin
-        qkv_norm = qkv.layer_norm_weight, qkv.layer_norm_bias
-        query, key, value = before(hidden, qkv_norm, eps, (qkv.weight, qkv.bias), cos, sin)
-        attended = CudnnAttention.apply(query, key, value, packed_seq_params, False)
-        hidden = after(
-            attended.view_as(hidden),
-            hidden,
-            (attention.linear_proj.weight, attention.linear_proj.bias),
-            (fc1.layer_norm_weight, fc1.layer_norm_bias),
-            eps,
-            (fc1.weight, fc1.bias),
-            (self.mlp.linear_fc2.weight, self.mlp.linear_fc2.bias),
+        qkv, proj = self.self_attention.linear_qkv, self.self_attention.linear_proj
+        fc1, fc2 = self.mlp.linear_fc1, self.mlp.linear_fc2
+        small = (
+            fc1.bias,
+            fc1.layer_norm_weight,
+            fc1.layer_norm_bias,
+            fc2.bias,
+            proj.bias,
+            qkv.bias,
+            qkv.layer_norm_weight,
+            qkv.layer_norm_bias,
         )
+        weights = qkv.weight, proj.weight, fc1.weight, fc2.weight
+        hidden = VisionLayer.apply(hidden_states.squeeze(1), self, packed_seq_params, *small, *weights)
         return hidden.unsqueeze(1), None

@@ -9,6 +9,7 @@ Notable:
 """
 
 import copy
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_sft.model.attention import SegmentAttention, vision_attention
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
+from llava_sft.model.fused_layers import AccumulatingLinear, FusedLanguageLayer, FusedVisionLayer
 from llava_sft.model.vision import Adapter, Grid, RiceViT
+
+with suppress(ImportError):  # a machine without it has no GPU
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
 LOGITS_CHUNK = 4096  # tokens: 152k logits of one take 0.9 MB in bf16 and float32 together
 
@@ -149,8 +153,17 @@ def answer_losses(hidden_states: Tensor, output_layer, config, context, **unused
     hidden = hidden_states.flatten(0, 1).index_select(0, index).unsqueeze(1)  # [answer tokens, 1, hidden]
 
     def losses(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits, _ = output_layer(hidden)
-        return vocab_parallel_cross_entropy(logits.float(), labels.unsqueeze(1), tp_group=group).squeeze(1)
+        if not (hidden.is_cuda and len(labels)):  # the kernel wants one answer token at least
+            logits, _ = output_layer(hidden)
+            return vocab_parallel_cross_entropy(logits.float(), labels.unsqueeze(1), tp_group=group).squeeze(1)
+        if group.size() > 1:
+            logits, _ = output_layer(hidden)
+        else:
+            logits = AccumulatingLinear.apply(hidden.squeeze(1), output_layer.weight).unsqueeze(1)
+        # In float32 inside, but nothing of that size is written; the gradient takes the place of the logits.
+        return parallel_cross_entropy(
+            logits, labels.unsqueeze(1), dist_process_group=group, overwrite_input=True
+        ).squeeze(1)
 
     if len(index) <= LOGITS_CHUNK:
         return losses(hidden, labels)

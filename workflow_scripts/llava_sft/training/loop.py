@@ -22,6 +22,7 @@ ON_CPU = cpu.apply()
 
 from megatron.core import mpu, tensor_parallel  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # noqa: E402
+from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.optimizer.optimizer_config import ParamKey  # noqa: E402
 from megatron.energon import SkipSample  # noqa: E402
@@ -48,6 +49,7 @@ from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.model.attention import packed_seq_params  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.flops import training_flops  # noqa: E402
+from llava_sft.model.kernels import scale_  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.training import remedies, validation  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
@@ -344,6 +346,12 @@ def keep_precision(adam: torch.optim.Optimizer) -> None:
     adam.get_unscaled_state, adam.set_scaled_state, adam.load_state_dict = get_state, set_state, take_state
 
 
+def scale_gradients(buffer, factor: torch.Tensor) -> None:
+    """In Megatron's place, whose way takes 19 ms for 4B: the sums over all answer tokens become means."""
+    for gradients in (buffer.grad_data, *buffer.extra_main_grads):
+        scale_(gradients, factor)
+
+
 def peak_flops(device: torch.device) -> float | None:
     name = "" if ON_CPU else torch.cuda.get_device_name(device)
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
@@ -395,6 +403,7 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     if not ON_CPU:
         tensor_parallel.layers._grad_accum_fusion_available = True  # of Transformer Engine's layers, see build_model
+        param_and_grad_buffer._ParamAndGradBuffer.scale_gradients = scale_gradients
     args = parse_and_validate_args(add_arguments, args_defaults={})
     args.exit_duration_in_mins = resolved["settings"]["max_minutes"]  # Megatron's argument takes whole minutes only
     trainer.hook()

@@ -1,0 +1,425 @@
+"""Triton kernels for what stands between the matrix products of a layer: each reads its inputs once and writes once.
+
+Notable:
+- a backward kernel goes over many tokens and keeps the sums over them, the gradients of norms' weights and of biases, in
+  registers: rows of `Sums`, added up once a layer, in the same order in every run;
+- everything is computed in float32 and stored in the tensors' own precision;
+- compilers' kernels for the same took 1.5 to 4 times as long (docs/performance.md).
+With `TRITON_INTERPRET=1` they run on a CPU, for tests.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+from triton import next_power_of_2 as power_of_2
+
+WARPS = 4
+TILE = 4096  # values of a tensor that a program of a backward kernel holds at a time
+PROGRAMS = 4  # of a backward kernel, for each multiprocessor
+# All three as measured on an H200, for the shapes of 4B.
+
+
+class Sums:
+    """Sums over tokens, of several kernels: [programs, columns] float32, of which each kernel fills its columns."""
+
+    def __init__(self, columns: int, device: torch.device):
+        of_gpu = device.type == "cuda" and torch.cuda.get_device_properties(device).multi_processor_count
+        self.rows = torch.empty(PROGRAMS * of_gpu or 3, columns, dtype=torch.float32, device=device)
+        self.columns, self.taken = columns, 0
+
+    def take(self, columns: int) -> Tensor:
+        self.taken += columns
+        return self.rows[:, self.taken - columns :]
+
+    def totals(self, sizes: list[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The sums in the order in which they were taken."""
+        out = torch.empty(self.columns, dtype=dtype, device=self.rows.device)
+        _totals[cdiv(self.columns, 64),](self.rows, out, len(self.rows), self.columns, ROWS=64, BLOCK=64)
+        return out.split(sizes)
+
+
+@triton.jit
+def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    column, total = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        here = (row < programs)[:, None] & (column < columns)[None, :]
+        total += tl.load(rows + row[:, None] * columns + column[None, :], here, 0.0)
+    tl.store(out + column, tl.sum(total, 0), column < columns)
+
+
+# --- norms ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm(
+    x, change, weight, bias, total, out, mean, scale, eps,
+    width: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, at = column < width, row * width + column
+    value = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if ADD:
+        stored = (value + tl.load(change + at, inside, 0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, stored, inside)
+        value = stored.to(tl.float32)
+    if CENTER:
+        middle = tl.sum(value, 0) / width
+        tl.store(mean + row, middle)
+        value = tl.where(inside, value - middle, 0.0)
+    factor = 1 / tl.sqrt(tl.sum(value * value, 0) / width + eps)
+    tl.store(scale + row, factor)
+    value = value * factor * tl.load(weight + column, inside, 0.0).to(tl.float32)
+    if CENTER:
+        value += tl.load(bias + column, inside, 0.0).to(tl.float32)
+    tl.store(out + at, value, inside)
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, change: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """RMSNorm, or LayerNorm where there is a bias, of x + change, both [tokens, width] → x + change, the normed [tokens,
+    width], and what the gradient needs: mean (None without bias) and reciprocal deviation, [tokens] float32."""
+    (tokens, width), center = x.shape, bias is not None
+    total, out = x if change is None else torch.empty_like(x), torch.empty_like(x)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(scale) if center else None
+    switches = {"ADD": change is not None, "CENTER": center, "BLOCK": power_of_2(width)}
+    _norm[tokens,](x, change, weight, bias, total, out, mean, scale, eps, width, **switches, num_warps=WARPS)
+    return total, out, mean, scale
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _norm_backward(
+    grad, x, weight, mean, scale, residual, out, sums, tokens, columns,
+    width: tl.constexpr, CENTER: tl.constexpr, BIASES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program, step = tl.program_id(0), tl.num_programs(0) * ROWS
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    gain = tl.load(weight + column, inside, 0.0).to(tl.float32)[None, :]
+    of_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    of_bias, of_residual, of_out = of_weight, of_weight, of_weight
+    for start in range(program * ROWS, tokens, step):
+        row = start + tl.arange(0, ROWS)
+        here = (row < tokens)[:, None] & inside[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        change = tl.load(grad + at, here, 0.0).to(tl.float32)
+        value = tl.load(x + at, here, 0.0).to(tl.float32)
+        before = tl.load(residual + at, here, 0.0).to(tl.float32)
+        factor = tl.load(scale + row, row < tokens, 0.0)[:, None]
+        if CENTER:
+            value -= tl.load(mean + row, row < tokens, 0.0)[:, None]
+            of_bias += change
+        value *= factor
+        of_weight += change * value
+        change *= gain
+        along = tl.sum(change * value, 1)[:, None] / width
+        if CENTER:
+            change -= tl.sum(change, 1)[:, None] / width
+        change = (change - value * along) * factor + before
+        if BIASES:
+            of_residual += before
+            of_out += tl.where(here, change, 0.0)
+        tl.store(out + at, change, here)
+    sums += program.to(tl.int64) * columns + column
+    tl.store(sums, tl.sum(of_weight, 0), inside)
+    if CENTER:
+        tl.store(sums + width, tl.sum(of_bias, 0), inside)
+    if BIASES:
+        tl.store(sums + 2 * width, tl.sum(of_residual, 0), inside)
+        tl.store(sums + 3 * width, tl.sum(of_out, 0), inside)
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, scale: Tensor, residual: Tensor, sums: Sums,
+    biases: bool = False,
+) -> Tensor:  # fmt: skip
+    """Gradient of x [tokens, width], `residual` (its gradient along the other way) added. Sums taken: weight; bias, with
+    a mean; `residual` and the result itself, with `biases`: the gradients of the biases of the products around."""
+    tokens, width = x.shape
+    out, block = torch.empty_like(x), power_of_2(width)
+    here = sums.take(width * (1 + (mean is not None) + 2 * biases))
+    switches = {"CENTER": mean is not None, "BIASES": biases, "ROWS": max(1, TILE // block), "BLOCK": block}
+    _norm_backward[len(here),](
+        grad, x, weight, mean, scale, residual, out, here, tokens, sums.columns, width, **switches, num_warps=WARPS
+    )  # fmt: skip
+    return out
+
+
+# --- queries, keys and values --------------------------------------------------------------------------------------
+# The product lays them out group by group: the queries of a group, its key, its value; in the vision tower, where each
+# head has a key of its own, head by head. A head is two halves, which form the pairs that are turned.
+
+
+@triton.jit
+def _halves(at, half, inside):
+    return tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + half, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_halves(at, half, inside, first, second):
+    tl.store(at, first, inside)
+    tl.store(at + half, second, inside)
+
+
+@triton.jit
+def _norm_factor(first, second, half, eps):
+    return 1 / tl.sqrt(tl.sum(first * first + second * second, 2) / (2 * half) + eps)[:, :, None]
+
+
+@triton.jit
+def _places(
+    start, tokens, heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the first halves, [tokens, heads or groups, half]: of the angles, queries and keys as laid out by the
+    product and alone; and which of them there are."""
+    token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]
+    channel, head = tl.arange(0, HALF)[None, None, :], tl.arange(0, HEADS)[None, :, None]
+    group, each, head_dim = tl.arange(0, GROUPS)[None, :, None], heads // groups, 2 * half
+    there, row = (token < tokens) & (channel < half), token * (heads + 2 * groups)
+    q = (row + head // each * (each + 2) + head % each) * head_dim + channel
+    k = (row + group * (each + 2) + each) * head_dim + channel
+    q_alone, k_alone = (token * heads + head) * head_dim + channel, (token * groups + group) * head_dim + channel
+    return token * head_dim + channel, q, k, q_alone, k_alone, there, there & (head < heads), there & (group < groups)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _turn(
+    qkv, q_out, k_out, v_out, q_weight, k_weight, cos, sin, tokens, eps, NORM: tl.constexpr,
+    heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    angle, q, k, q_alone, k_alone, there, is_q, is_k = _places(
+        tl.program_id(0) * TOKENS, tokens, heads, groups, half, TOKENS, HEADS, GROUPS, HALF
+    )
+    c, s = tl.load(cos + angle, there, 0.0), tl.load(sin + angle, there, 0.0)
+    q1, q2 = _halves(qkv + q, half, is_q)
+    k1, k2 = _halves(qkv + k, half, is_k)
+    v1, v2 = _halves(qkv + k + 2 * half, half, is_k)
+    if NORM:  # what it gives is rounded to the tensors' precision, as where one is done after the other
+        channel = tl.arange(0, HALF)[None, None, :]
+        kind: tl.constexpr = q_out.dtype.element_ty
+        w1, w2 = _halves(q_weight + channel, half, channel < half)
+        factor = _norm_factor(q1, q2, half, eps)
+        q1, q2 = (q1 * factor * w1).to(kind).to(tl.float32), (q2 * factor * w2).to(kind).to(tl.float32)
+        w1, w2 = _halves(k_weight + channel, half, channel < half)
+        factor = _norm_factor(k1, k2, half, eps)
+        k1, k2 = (k1 * factor * w1).to(kind).to(tl.float32), (k2 * factor * w2).to(kind).to(tl.float32)
+    _store_halves(q_out + q_alone, half, is_q, q1 * c - q2 * s, q2 * c + q1 * s)
+    _store_halves(k_out + k_alone, half, is_k, k1 * c - k2 * s, k2 * c + k1 * s)
+    _store_halves(v_out + k_alone, half, is_k, v1, v2)
+
+
+@triton.jit
+def _norm_gradient(g1, g2, x1, x2, weight, half, eps, HALF: tl.constexpr):
+    """Gradients of both halves of normed heads, and what each value adds to the weight's."""
+    channel = tl.arange(0, HALF)[None, None, :]
+    w1, w2 = _halves(weight + channel, half, channel < half)
+    factor = _norm_factor(x1, x2, half, eps)
+    x1 *= factor
+    x2 *= factor
+    of_w1, of_w2 = g1 * x1, g2 * x2
+    along = tl.sum(of_w1 * w1 + of_w2 * w2, 2)[:, :, None] / (2 * half)
+    return (g1 * w1 - x1 * along) * factor, (g2 * w2 - x2 * along) * factor, of_w1, of_w2
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _turn_backward(
+    q_grad, k_grad, v_grad, qkv, out, q_weight, k_weight, cos, sin, sums, tokens, columns, eps, NORM: tl.constexpr,
+    heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    program, step = tl.program_id(0), tl.num_programs(0) * TOKENS
+    of_q1, of_k1 = tl.zeros([TOKENS, HEADS, HALF], tl.float32), tl.zeros([TOKENS, GROUPS, HALF], tl.float32)
+    of_q2, of_k2, of_v1, of_v2 = of_q1, of_k1, of_k1, of_k1
+    for start in range(program * TOKENS, tokens, step):
+        angle, q, k, q_alone, k_alone, there, is_q, is_k = _places(
+            start, tokens, heads, groups, half, TOKENS, HEADS, GROUPS, HALF
+        )
+        c, s = tl.load(cos + angle, there, 0.0), tl.load(sin + angle, there, 0.0)
+        a1, a2 = _halves(q_grad + q_alone, half, is_q)
+        b1, b2 = _halves(k_grad + k_alone, half, is_k)
+        v1, v2 = _halves(v_grad + k_alone, half, is_k)
+        if NORM:
+            x1, x2 = _halves(qkv + q, half, is_q)
+            y1, y2 = _halves(qkv + k, half, is_k)
+        q1, q2 = a1 * c + a2 * s, a2 * c - a1 * s
+        k1, k2 = b1 * c + b2 * s, b2 * c - b1 * s
+        if NORM:
+            q1, q2, w1, w2 = _norm_gradient(q1, q2, x1, x2, q_weight, half, eps, HALF)
+            of_q1 += w1
+            of_q2 += w2
+            k1, k2, w1, w2 = _norm_gradient(k1, k2, y1, y2, k_weight, half, eps, HALF)
+            of_k1 += w1
+            of_k2 += w2
+        else:
+            of_q1 += q1
+            of_q2 += q2
+            of_k1 += k1
+            of_k2 += k2
+            of_v1 += v1
+            of_v2 += v2
+        _store_halves(out + q, half, is_q, q1, q2)
+        _store_halves(out + k, half, is_k, k1, k2)
+        _store_halves(out + k + 2 * half, half, is_k, v1, v2)
+    sums += program.to(tl.int64) * columns
+    channel = tl.arange(0, HALF)
+    if NORM:  # one weight for all heads
+        of_q1, of_q2, of_k1, of_k2 = tl.sum(of_q1, 0), tl.sum(of_q2, 0), tl.sum(of_k1, 0), tl.sum(of_k2, 0)
+        _store_halves(sums + channel, half, channel < half, tl.sum(of_q1, 0), tl.sum(of_q2, 0))
+        _store_halves(sums + 2 * half + channel, half, channel < half, tl.sum(of_k1, 0), tl.sum(of_k2, 0))
+    else:  # a bias for every column, in the product's layout; there are as many heads as groups
+        head = tl.arange(0, HEADS)[:, None]
+        at, inside = sums + head * 6 * half + channel[None, :], (head < heads) & (channel < half)[None, :]
+        _store_halves(at, half, inside, tl.sum(of_q1, 0), tl.sum(of_q2, 0))
+        _store_halves(at + 2 * half, half, inside, tl.sum(of_k1, 0), tl.sum(of_k2, 0))
+        _store_halves(at + 4 * half, half, inside, tl.sum(of_v1, 0), tl.sum(of_v2, 0))
+
+
+def _shape(heads: int, groups: int, head_dim: int, most: int) -> dict:
+    """Sizes that the kernels are compiled for; `most` values of queries, keys and values at a time, or one token's."""
+    values = power_of_2(heads + 2 * groups) * power_of_2(head_dim)
+    return {
+        "heads": heads, "groups": groups, "half": head_dim // 2, "TOKENS": max(1, most // values),
+        "HEADS": power_of_2(heads), "GROUPS": power_of_2(groups), "HALF": power_of_2(head_dim // 2),
+    }  # fmt: skip
+
+
+def turn(
+    qkv: Tensor, groups: int, cos: Tensor, sin: Tensor, weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a product [tokens, groups · (heads a group + 2) · head_dim]: the first two normed, where
+    there are weights (RMSNorm of each head), and turned by the angles of `cos` and `sin` [tokens, 1, head_dim] float32.
+    Returns [tokens, heads, head_dim], and [tokens, groups, head_dim] twice."""
+    tokens, head_dim = qkv.size(0), cos.size(-1)
+    heads = qkv.size(1) // head_dim - 2 * groups
+    shape = _shape(heads, groups, head_dim, 2 * TILE)
+    q, k, v = (qkv.new_empty(tokens, number, head_dim) for number in (heads, groups, groups))
+    q_weight, k_weight = weights or (None, None)
+    grid = (cdiv(tokens, shape["TOKENS"]),)
+    _turn[grid](qkv, q, k, v, q_weight, k_weight, cos, sin, tokens, eps, weights is not None, **shape, num_warps=WARPS)
+    return q, k, v
+
+
+def turn_backward(
+    grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor | None, cos: Tensor, sin: Tensor, sums: Sums,
+    weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Gradient of `qkv`, which the norms need. Sums taken: both norms' weights; without norms, the product's bias."""
+    (tokens, heads, head_dim), groups = grads[0].shape, grads[1].size(1)
+    shape = _shape(heads, groups, head_dim, 4 * TILE)
+    width = (heads + 2 * groups) * head_dim
+    out, q_weight, k_weight = grads[0].new_empty(tokens, width), *(weights or (None, None))
+    here = sums.take(2 * head_dim if weights else width)
+    _turn_backward[len(here),](
+        *grads, qkv, out, q_weight, k_weight, cos, sin, here, tokens, sums.columns, eps, weights is not None, **shape,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return out
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _swiglu(gate_and_up, out, width: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = column < width, row * 2 * width + column
+    gate, up = _halves(gate_and_up + at, width, inside)
+    # Two steps, as in Megatron: the first is rounded too.
+    opened = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + column, opened * up, inside)
+
+
+@triton.jit
+def _swiglu_backward(gate_and_up, grad, out, width: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = column < width, row * 2 * width + column
+    gate, up = _halves(gate_and_up + at, width, inside)
+    change = tl.load(grad + row * width + column, inside, 0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    _store_halves(out + at, width, inside, change * up * share * (1 + gate * (1 - share)), change * gate * share)
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width]."""
+    tokens, width = gate_and_up.size(0), gate_and_up.size(1) // 2
+    out = gate_and_up.new_empty(tokens, width)
+    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, width, BLOCK=1024)
+    return out
+
+
+def swiglu_backward(gate_and_up: Tensor, grad: Tensor) -> Tensor:
+    out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
+    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, BLOCK=1024)
+    return out
+
+
+@triton.jit
+def _normal(x):
+    """Cumulative distribution and density of the normal distribution: erf by Abramowitz and Stegun, Handbook of
+    Mathematical Functions, 7.1.26 (within 1.5e-7), which shares its exponential with the density."""
+    bell = tl.exp(-0.5 * x * x)
+    t = 1 / (1 + 0.2316418882 * tl.abs(x))
+    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
+    return tl.where(x > 0, 1 - tail, tail), bell * 0.3989422804
+
+
+@triton.jit
+def _gelu(x, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, at < size, 0.0).to(tl.float32)
+    below, _ = _normal(value)
+    tl.store(out + at, value * below, at < size)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _gelu_backward(grad, x, out, sums, tokens, columns, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, total = column < width, tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        here = (row < tokens)[:, None] & inside[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        value = tl.load(x + at, here, 0.0).to(tl.float32)
+        change = tl.load(grad + at, here, 0.0).to(tl.float32)
+        below, density = _normal(value)
+        change *= below + value * density
+        total += change
+        tl.store(out + at, change, here)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, tl.sum(total, 0), inside)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact GELU, of any shape."""
+    out = torch.empty_like(x)
+    _gelu[cdiv(x.numel(), 2048),](x, out, x.numel(), BLOCK=2048, num_warps=WARPS)
+    return out
+
+
+def gelu_backward(grad: Tensor, x: Tensor, sums: Sums) -> Tensor:
+    """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it."""
+    (tokens, width), out = x.shape, torch.empty_like(x)
+    here, block = sums.take(width), min(1024, power_of_2(width))
+    grid = (len(here), cdiv(width, block))
+    _gelu_backward[grid](
+        grad, x, out, here, tokens, sums.columns, width, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
+    )
+    return out
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scale(x, factor, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + at, tl.load(x + at, at < size, 0.0).to(tl.float32) * tl.load(factor), at < size)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x · factor in place: [1] float32, on the same device. PyTorch's runs at a quarter of the memory's speed, and rounds
+    the factor to x's precision."""
+    _scale[cdiv(x.numel(), 4096),](x, factor, x.numel(), BLOCK=4096, num_warps=WARPS)
