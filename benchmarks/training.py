@@ -1,18 +1,18 @@
 """Training speed and memory on one GPU, side by side: this project, and the same model in transformers' Trainer.
 
-    python benchmarks/training.py WEBDATASETS TOKENIZER [--parts ours transformers unpacked calibration profile]
+    python benchmarks/training.py WEBDATASETS TOKENIZER [--parts ours transformers unpacked calibration]
 
 One command, one process after another on the same GPU, on the same batches of real images: `make_photos.py` and the
 two data scripts make WEBDATASETS, TOKENIZER is any folder with the model's tokenizer. Weights are random, at the true shape.
-- ours: the trainer and the loader that `train_X` runs, in bf16 and FP8, at 8,192 and 32,768 tokens; then the language
-  model alone (the ceiling: same packs, no images) and the vision tower alone;
+- ours: the trainer and the loader that `train_X` runs, in bf16 and FP8, at 8,192 and 32,768 tokens, the language model
+  alone (the ceiling: same packs, no images) and the vision tower alone; step time and memory over settings, which
+  preflight predicts from (results/memory_time.json); where the time of a step goes (results/profile.json);
 - transformers: the project's Hugging Face file in the Trainer: bf16, SDPA or flex attention, fused AdamW, recomputation
   only where memory needs it, packed; the batches are loaded and normalised before the clock runs;
 - unpacked: the same one sample at a time, everything recomputed: what users of the model run today;
-- calibration: step time and memory over settings, what preflight predicts from (results/memory_time.json);
+- calibration: more for preflight: float32 moments, and 8B;
 - checkpoint: 4B trained in no more memory than an 80 GB GPU has, saved with its optimizer and loaded, timed;
-- two_gpus: the same on two GPUs, data parallel, as many packs for each;
-- profile: where the time of one step goes (results/profile.json).
+- two_gpus: the same on two GPUs, data parallel, as many packs for each.
 MFU: `llava_sft.model.flops.training_flops` (vision tower counted, attention causal and by segment, the output layer for
 answers only, no recomputation) over step time and the GPU's dense bf16 peak, in FP8 too. Useful tokens: without padding.
 """
@@ -49,11 +49,8 @@ CASE = {
     "pack_chunk_tokens": 8192,
     "images": True,
 }
-BIG = {
-    "micro_batches": 16,
-    "steps": 4,
-    "warm": 1,
-}  # GBS 16: as much of a step is the optimizer as in a usual run, or more
+# GBS 16: as much of a step is the optimizer as in a usual run, or more.
+BIG = {"micro_batches": 16, "steps": 4, "warm": 1}
 LONG = {"seq_length": 32768, "micro_batches": 4, "steps": 4, "warm": 1}
 OURS = [
     {"name": "bf16_8192 gbs 4"},
@@ -63,6 +60,11 @@ OURS = [
     {"name": "fp8_8192", "fp8": "tensorwise", **BIG},
     {"name": "fp8_blockwise_8192", "fp8": "blockwise", "steps": 4},
 ]
+PROFILE = [
+    {"name": "bf16 profile", "profile": True},
+    {"name": "language profile", "images": False, "profile": True, "steps": 5},
+    {"name": "fp8 profile", "fp8": "tensorwise", "profile": True, "steps": 5},
+]
 FULL = {"recompute_language": "full", "recompute_vision": "full"}
 WHOLE = {"pack_chunk_tokens": 1 << 20}
 CALIBRATION = [
@@ -71,7 +73,6 @@ CALIBRATION = [
     {"name": "8192 vision full", "recompute_vision": "full"},
     {"name": "8192 language full", "recompute_language": "full"},
     {"name": "8192 full", **FULL},
-    {"name": "4096 selective", "seq_length": 4096, "recompute_language": "selective"},
     {"name": "4096 mbs 2", "seq_length": 4096, "micro_batch_size": 2},
     {"name": "16384 full", "seq_length": 16384, **FULL, **WHOLE},
     {"name": "32768 full", "seq_length": 32768, "micro_batches": 1, **FULL, **WHOLE},
@@ -79,6 +80,8 @@ CALIBRATION = [
     {"name": "32768 chunks", "seq_length": 32768, "micro_batches": 1},
     {"name": "8192 fp8", "fp8": "tensorwise"},
     {"name": "8192 fp8 full", "fp8": "tensorwise", **FULL},
+    {"name": "8192 fp8 vision full", "fp8": "tensorwise", "recompute_vision": "full"},
+    {"name": "4096 fp8", "seq_length": 4096, "fp8": "tensorwise"},
 ]
 CALIBRATION = [{"micro_batches": 2, "steps": 5, **case} for case in CALIBRATION]
 CALIBRATION_8B = [
@@ -118,16 +121,13 @@ def train(args) -> None:
     import torch
     from megatron.core import mpu
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
-    from megatron.core.transformer.transformer_layer import TransformerLayer
     from megatron.training import training
 
     from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
     from llava_sft.data.template import ChatTemplate
     from llava_sft.model.flops import matmul_parameters, training_flops
-    from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
     from llava_sft.training import loop
 
-    fused = {layer: layer.forward for layer in (FusedLanguageLayer, FusedVisionLayer)}
     cases = [CASE | case for case in args.cases]
     about = {"model": args.model, "optimizer_precision": args.values.get("optimizer_precision", "bf16")}
     found = {**about, "machine": machine(), "gpus": int(os.environ["WORLD_SIZE"]), "cases": {}, "vision": {}}
@@ -160,10 +160,6 @@ def train(args) -> None:
                 full = self.case[f"recompute_{part}"] == "full"
                 config.recompute_granularity = "full" if full else None
                 config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
-            for layer in language.decoder.layers:
-                layer.self_attention.checkpoint_core_attention = self.case["recompute_language"] == "selective"
-            for layer, forward in fused.items():
-                layer.forward = TransformerLayer.forward if layer.__name__ in self.case.get("megatron", "") else forward
             language.config.fp8 = None if self.case["fp8"] == "none" else "hybrid"
             language.config.fp8_recipe = self.case["fp8"]
             self.values["pack_chunk_tokens"] = self.case["pack_chunk_tokens"]
@@ -195,23 +191,6 @@ def train(args) -> None:
         def forward_step(self, data_iterator, model):
             if not hasattr(self, "case"):
                 self.begin()
-            if self.case.get("check") and not self.steps:
-                batch = next(self.batch_iterator())
-                with torch.no_grad():
-                    now = self.answer_losses(model, batch).float()
-                    for layer in fused:
-                        layer.forward = TransformerLayer.forward
-                    before = self.answer_losses(model, batch).float()
-                    for layer, forward in fused.items():
-                        layer.forward = forward
-                print(
-                    f"CASE check: losses {now.mean():.5f} and {before.mean():.5f} of Megatron's layers, rms of the ",
-                    end="",
-                )
-                print(
-                    f"difference {(now - before).square().mean().sqrt():.5f}, largest {(now - before).abs().max():.5f}",
-                    flush=True,
-                )
             return super().forward_step(self.batch_iterator(), model)
 
         def training_log(self, *given, **named):
@@ -392,15 +371,6 @@ def figures(case: dict) -> dict:
     }
 
 
-PROFILE = [
-    {"name": "before", "megatron": "FusedLanguageLayer FusedVisionLayer", "profile": True},
-    {"name": "vision fused", "megatron": "FusedLanguageLayer"},
-    {"name": "after", "profile": True, "check": True, "steps": 7},
-    {"name": "language", "images": False, "profile": True, "steps": 5},
-    {"name": "fp8", "fp8": "tensorwise", "profile": True},
-    {"name": "fp8 blockwise", "fp8": "blockwise", "steps": 5},
-    {"name": "32768", "seq_length": 32768, "micro_batches": 1, "steps": 5},
-]
 SMALL = {"pack_chunk_tokens": 4096, "gpu_gib": 79}  # what fits into 80 GB without recomputation
 CHECKPOINT = [
     {"name": "bf16_8192 80 GB", **SMALL, **BIG, "steps": 3},
@@ -417,7 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("webdatasets", type=Path)
     parser.add_argument("tokenizer", type=Path)
-    parts = ["ours", "transformers", "unpacked", "calibration", "profile", "checkpoint", "two_gpus"]
+    parts = ["ours", "transformers", "unpacked", "calibration", "checkpoint", "two_gpus"]
     parser.add_argument("--parts", nargs="+", default=parts[:3], choices=parts)
     parser.add_argument("--model", default="4b")
     parser.add_argument("--output", type=Path, help="folder for the raw figures; results/ is then left as it is")
@@ -495,17 +465,16 @@ def picture(bars: list[tuple[str, float]], unit: str) -> str:
 
 def write(found: list[dict]) -> None:
     """The result files, of the processes of one run on one machine."""
-    kinds = [(process, any(case.get("profile") for case in process.get("cases", {}).values())) for process in found]
     on = {"command": "python benchmarks/training.py WEBDATASETS TOKENIZER", **found[0]["machine"]}
-    if measured := [process for process, profile in kinds if not profile and "cases" in process]:
-        write_results("memory_time", memory_and_time(measured), **on)
-    if profiled := profiles([process for process, profile in kinds if profile]):
+    if measured := memory_and_time([process for process in found if "cases" in process]):
+        write_results("memory_time", measured, **on)
+    if profiled := profiles([process for process in found if "cases" in process]):
         write_results("profile", profiled, **on)
-    unprofiled = [process for process, profile in kinds if not profile]
-    if unprofiled and (speeds := speed(unprofiled)):
+    if speeds := speed(found):
         write_results("training", speeds, **on)
         named = {"fp8_8192": "this project, FP8", "bf16_8192": "this project, bf16"}
-        named |= {peer["name"]: peer["name"] for peer in (process.get("peer") for process in found) if peer}
+        peers = [process["peer"] for process in found if "peer" in process]
+        named |= {peer["name"]: peer["name"] for peer in peers if peer["seq_length"] == 8192}
         rates = {r["note"].split(":")[0]: r["value"] for r in speeds if "useful_tokens_per_s" in r["metric"]}
         bars = [(title, rates[name]) for name, title in named.items() if name in rates]
         unit = f"useful tokens/s, 4B, 8,192 tokens, one {found[0]['gpu']}"
@@ -518,10 +487,8 @@ def processes(part: str, args) -> list:
     if part in PEERS:
         return [("transformers_trainer", [PEER | case], []) for case in args.cases or PEERS[part]]
     if part == "ours":
-        cases = sorted(CALIBRATION + OURS, key=lambda case: "fp8" in case)  # FP8 copies of the weights stay
+        cases = sorted(CALIBRATION + OURS + PROFILE, key=lambda case: "fp8" in case)  # FP8 copies of the weights stay
         return [("train", args.cases or cases, ["--vision", *given])]
-    if part == "profile":
-        return [("train", args.cases or PROFILE, ["--vision", *given])]
     if part == "checkpoint":
         return [("train", args.cases or CHECKPOINT, given)]
     if part == "two_gpus":
@@ -539,7 +506,7 @@ def memory_and_time(found: list[dict]) -> list[dict]:
     result = []
     for process in found:
         for case in process["cases"].values():
-            if not case["images"] or case.get("megatron"):
+            if not case["images"] or case.get("profile"):
                 continue
             timed = sorted(case["steps"][case["warm"] :], key=lambda step: step["seconds"])
             middle = timed[(len(timed) - 1) // 2]
@@ -579,6 +546,8 @@ def speed(found: list[dict]) -> list[dict]:
         known = {"model": process["model"], "gpu": process["gpu"], "gpus": process.get("gpus", 1)}
         known |= {"optimizer_precision": process.get("optimizer_precision")}
         for name, case in process.get("cases", {}).items():
+            if case.get("profile"):
+                continue
             cases[name] = figures(case) | case | {"of": known}
         if "peer" in process:
             peers[process["peer"]["name"]] = process["peer"] | {"of": known}
@@ -607,12 +576,16 @@ def speed(found: list[dict]) -> list[dict]:
         add("peak_memory_gib", case["peak_gib"], "GiB", None, "lower", name, case)
         add("loader_wait_share", case["data_wait"], "", 0.02, "lower", name, case)
     rate = {name: case["useful_tokens_per_s"] for name, case in (cases | peers).items()}
-    packed = max((name for name in peers if "unpacked" not in name), key=rate.get, default=None)
+    best = {}  # sequence length → the fastest packed peer
+    for name, peer in sorted(peers.items(), key=lambda item: item[1]["useful_tokens_per_s"]):
+        if peer["packed"]:
+            best[peer["seq_length"]] = name
     small, fast = "bf16_8192 80 GB", "bf16_8192"
     for metric, first, second, unit, goal in (
         ("fp8_speedup", "fp8_8192", fast, "×", 1.2),
-        ("speedup_vs_transformers", fast, packed, "×", 1.4),
-        ("speedup_fp8_vs_transformers", "fp8_8192", packed, "×", 1.7),
+        ("speedup_vs_transformers", fast, best.get(8192), "×", 1.4),
+        ("speedup_vs_transformers", "bf16_32768", best.get(32768), "×", 1.4),
+        ("speedup_fp8_vs_transformers", "fp8_8192", best.get(8192), "×", 1.7),
         ("speedup_vs_unpacked", fast, "transformers unpacked", "×", 4.0),
         ("dp2_efficiency", "two gpus gbs 4", f"{small} gbs 4", "", 0.97),
         ("dp2_efficiency", "two gpus", small, "", 0.97),
