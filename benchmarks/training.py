@@ -546,7 +546,7 @@ def speed(found: list[dict]) -> list[dict]:
         known = {"model": process["model"], "gpu": process["gpu"], "gpus": process.get("gpus", 1)}
         known |= {"optimizer_precision": process.get("optimizer_precision")}
         for name, case in process.get("cases", {}).items():
-            if case.get("profile"):
+            if case.get("profile") or name in {case["name"] for case in CALIBRATION}:
                 continue
             cases[name] = figures(case) | case | {"of": known}
         if "peer" in process:
