@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -75,6 +76,8 @@ class Trainer:
         self.parts = set(self.values["trainable_modules"])
         self.watch: Watch | None = None
         self.model: torch.nn.Module | None = None
+        self.text_only: torch.nn.Module | None = None  # the wrapped model, while it sees no image
+        self.image_parameters: list[torch.nn.Parameter] = []  # that are trained, where reduction overlaps
         self.scheduler = None
         self.grad_norm: float | None = None
         self.sealing: threading.Thread | None = None
@@ -104,6 +107,10 @@ class Trainer:
         for name, part in self.model.named_children():
             if name not in self.parts:
                 part.requires_grad_(False)
+        if pre_process and args.overlap_grad_reduce:
+            parts = (self.model.vision_model, self.model.adapter)
+            self.image_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+            self.model.language_model.embedding.register_forward_hook(self.after_embedding)
         return self.model
 
     def datasets(self, train_val_test_num_samples):
@@ -164,7 +171,10 @@ class Trainer:
         done = torch.zeros((), device=self.device)  # loss of the chunks before the last
         for chunk in chunks[:-1]:
             total = self.answer_losses(model, chunk).sum()
-            total.backward()
+            # In a step's last micro-batch Megatron takes every gradient for the final one, and would reduce it.
+            last = model.bucket_groups[0].is_last_microbatch
+            with model.no_sync() if last else nullcontext():
+                total.backward()
             done += total.detach()
         output = self.answer_losses(model, chunks[-1])
 
@@ -183,6 +193,7 @@ class Trainer:
         grids = [tuple(grid) for grid in batch.grids.tolist()]
         rows, tokens = batch.input_ids.shape
         image = max((height * width for height, width in grids), default=0)
+        self.text_only = model if model.training and not grids else None
         self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
         on_device = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
         output = model(
@@ -195,8 +206,23 @@ class Trainer:
             packed_seq_params=packed_seq_params(batch.segments, self.device) if batch.segments else None,
         )
         if model.training and not output.requires_grad:  # text alone, and only parts that see images are trained
-            output = output + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+            output = output + torch.zeros((), device=output.device, requires_grad=True)
+            output.register_hook(functools.partial(self.no_image_gradients, model))
         return output
+
+    def after_embedding(self, embedding, inputs, output) -> None:
+        if self.text_only is not None and output.requires_grad:
+            output.register_hook(functools.partial(self.no_image_gradients, self.text_only))
+
+    def no_image_gradients(self, model, gradient) -> None:
+        """Report the image parts' gradients as complete, in the backward pass of a text without images.
+
+        Where the reduction overlaps with it, Megatron reduces a bucket once all its parameters have reported, and every
+        rank must reduce the buckets in the same order. So this is done where images report theirs: after the language
+        layers and before the embedding, the last parameter first.
+        """
+        for param in reversed(self.image_parameters):
+            model.param_to_bucket_group[param].register_grad_ready(param)
 
     # --- what Megatron calls, with ours before or after it ---------------------------------------------------------
 
