@@ -1,9 +1,11 @@
 """One rank of test_parallel.py: loads a checkpoint, takes a forward and backward pass, saves weights and gradients, for
-one parallel layout after the other in the same process (importing Megatron takes longer than all of it).
+one parallel layout after the other in the same process (importing Megatron takes longer than all of it); then some steps
+of packs in chunks, with and without reduction of the gradients during the backward pass.
 
     torchrun --nproc-per-node=4 tests/parallel_worker.py JOB_DIR
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -37,26 +39,18 @@ from llava_sft.training.arguments import megatron_arguments  # noqa: E402
 from test_megatron_model import VALUES, conversation, loader_batch  # noqa: E402
 
 
-def run(job: dict, tp: int, pp: int, micro_batch_size: int, bf16: bool, extra: list[str], save: Path | None) -> float:
-    """Load, forward, backward; returns the mean loss per answer token on the ranks of the last stage, else NaN.
-
-    The four samples are shared out to the data-parallel ranks; with a micro-batch size of 4 each rank takes them all."""
+def build(job: dict, tp: int, pp: int, values: dict, extra: list[str]) -> tuple[loop.Trainer, DistributedDataParallel]:
+    """The trainer, and its model as Megatron wraps it, with the weights of the job's checkpoint."""
     parallel_state.initialize_model_parallel(tp, pp)
     model_parallel_cuda_manual_seed(1)
-    model = ModelConfig(**job["model"])
-    values = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "bf16": bf16,
-        "global_batch_size": 16,
-    }
-    sys.argv = ["train", *megatron_arguments(VALUES | values, model, Path(job["folder"]), None), *extra]
+    values = VALUES | values | {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    arguments = megatron_arguments(values, ModelConfig(**job["model"]), Path(job["folder"]), None)
+    sys.argv = ["train", *arguments, *extra]
     unset_global_variables()
     args = parse_and_validate_args(loop.add_arguments, args_defaults={})
     set_args(args)
-    trainer = loop.Trainer(
-        {"settings": VALUES, "data": {}, "start": {"sidecars": ""}, "model": job["model"]}, Path(job["folder"])
-    )
+    resolved = {"settings": values, "data": {}, "start": {"sidecars": ""}, "model": job["model"]}
+    trainer = loop.Trainer(resolved, Path(job["folder"]))
     trainer.watch, trainer.device = SimpleNamespace(batch=lambda *counted: None), torch.device("cpu")
     config = core_transformer_config_from_args(args)
     built = trainer.build_model(
@@ -66,31 +60,52 @@ def run(job: dict, tp: int, pp: int, micro_batch_size: int, bf16: bool, extra: l
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     built.model_type = ModelType.encoder_or_decoder
-    wrapped = Float16Module(config, built) if bf16 else built
+    wrapped = Float16Module(config, built) if values["bf16"] else built
     state = dist_checkpointing.load({"model": built.sharded_state_dict()}, job["release"])
     built.load_state_dict(state["model"])
-    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped)
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=args.overlap_grad_reduce, bucket_size=args.ddp_bucket_size
+    )
+    ddp = DistributedDataParallel(config, reduction, wrapped)
     config.finalize_model_grads_func = finalize_model_grads
-    samples = [conversation(1, 1), conversation(0, 1), conversation(3, 2), conversation(2, 4)]
-    rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = samples if micro_batch_size == 4 else samples[rank::replicas]
-    batches = [
-        loader_batch(job["source"], mine[i : i + micro_batch_size]) for i in range(0, len(mine), micro_batch_size)
-    ]
+    if args.overlap_grad_reduce:
+        config.no_sync_func = ddp.no_sync
+    return trainer, ddp
+
+
+def forward_backward(trainer: loop.Trainer, ddp: DistributedDataParallel, batches: list) -> float:
+    """One step's gradients; returns the mean loss per answer token on the ranks of the last stage, else NaN."""
     reports = get_forward_backward_func()(
         forward_step_func=trainer.forward_step,
         data_iterator=iter(batches),
         model=[ddp],
         num_microbatches=len(batches),
         seq_length=512,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=len(batches[0].input_ids),
         forward_only=False,
     )
+    total = sum(report["lm loss"] for report in reports) if reports else torch.full((2,), float("nan"))
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return float(total[0] / total[1])
+
+
+def run(job: dict, tp: int, pp: int, micro_batch_size: int, bf16: bool, extra: list[str], save: Path | None) -> float:
+    """Load, forward, backward; returns the mean loss.
+
+    The four samples are shared out to the data-parallel ranks; with a micro-batch size of 4 each rank takes them all."""
+    trainer, ddp = build(job, tp, pp, {"bf16": bf16, "global_batch_size": 16}, extra)
+    samples = [conversation(1, 1), conversation(0, 1), conversation(3, 2), conversation(2, 4)]
+    rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = samples if micro_batch_size == 4 else samples[rank::replicas]
+    batches = [
+        loader_batch(job["source"], mine[i : i + micro_batch_size]) for i in range(0, len(mine), micro_batch_size)
+    ]
+    loss = forward_backward(trainer, ddp, batches)
     if save:
         save.mkdir(exist_ok=True)
         for name in ("weights", "gradients"):
             (save / name).mkdir(exist_ok=True)
-            sharded = built.sharded_state_dict()
+            sharded = trainer.model.sharded_state_dict()
             if name == "gradients":
                 for key, value in list(sharded.items()):
                     value.data = getattr(value.data, "main_grad", None)
@@ -99,10 +114,39 @@ def run(job: dict, tp: int, pp: int, micro_batch_size: int, bf16: bool, extra: l
                     elif hasattr(value, "dtype"):
                         value.dtype = value.data.dtype
             dist_checkpointing.save(sharded, str(save / name))
-    total = sum(report["lm loss"] for report in reports) if reports else torch.full((2,), float("nan"))
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     parallel_state.destroy_model_parallel()
-    return float(total[0] / total[1])
+    return loss
+
+
+# Numbers of images of the samples of each pack, for (step, rank): two micro-batches. Steps 1 to 3 end without an image
+# on the one rank, on the other, and on both.
+PACKS = [
+    [[[1, 2, 0], [0, 1, 1]], [[2, 1], [0, 2]]],
+    [[[1, 0], [2, 1, 0]], [[1, 1, 0], [0, 3]]],
+    [[[0, 1], [1, 1]], [[2, 0], [0, 0, 0]]],
+    [[[1, 0], [0, 0]], [[1, 0], [2, 0]]],
+]
+
+
+def steps(job: dict, tp: int, pp: int, parts: list[str], extra: list[str]) -> dict:
+    """Number of buckets that gradients are reduced in, and of each step the loss and a checksum of the gradients."""
+    values = {"trainable_modules": parts, "pack_chunk_tokens": 32, "packing": True, "global_batch_size": 4}
+    trainer, ddp = build(job, tp, pp, values, extra)
+    found = []
+    for ranks in PACKS:
+        packs = ranks[parallel_state.get_data_parallel_rank() % 2]
+        batches = [
+            loader_batch(job["source"], [conversation(n, i) for i, n in enumerate(images)], packing=True)
+            for images in packs
+        ]
+        assert bool(len(batches[-1].chunks(values["pack_chunk_tokens"])[-1].grids)) == bool(packs[-1][-1])
+        ddp.zero_grad_buffer()
+        loss = forward_backward(trainer, ddp, batches)
+        gradients = b"".join(buffer.grad_data.numpy().tobytes() for buffer in ddp.buffers)
+        found.append([str(loss), hashlib.sha256(gradients).hexdigest()])
+    buckets = len(ddp.bucket_groups)
+    parallel_state.destroy_model_parallel()
+    return {"buckets": buckets, "steps": found}
 
 
 def main(folder: Path) -> None:
@@ -110,7 +154,10 @@ def main(folder: Path) -> None:
     job, losses = read_json(folder / "job.json"), {}
     for name, *settings, save in job["runs"]:
         losses[name] = run(job, *settings, Path(job["folder"]) / name if save else None)
+    ranks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, {name: steps(job, *settings) for name, *settings in job["steps"]})
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        (folder / "steps.json").write_text(json.dumps(ranks))
         (folder / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

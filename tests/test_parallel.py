@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism on CPU processes: one checkpoint for all layouts, the same losses and gradients.
+"""Tensor, pipeline and data parallelism on CPU processes: one checkpoint for all layouts, the same losses and gradients.
 
 The layouts are run one after the other in four processes (parallel_worker.py).
 """
@@ -27,6 +27,14 @@ LAYOUTS = {
 }
 ONE, PADDED = "one process", "TP2 PP1 padded"  # where TP × PP < 4 the rest of the four ranks is data parallel
 
+ALL, IMAGE_PARTS = ["language_model", "adapter", "vision_model"], ["adapter", "vision_model"]
+TWO_REPLICAS = {  # the sums of two ranks' gradients do not depend on how they are cut into buckets: equal bit for bit
+    "tensor parallel": (RANKS // 2, 1, ALL),
+    "pipeline parallel": (1, RANKS // 2, ALL),
+    "language model frozen": (RANKS // 2, 1, IMAGE_PARTS),
+}
+OVERLAP = ["--overlap-grad-reduce", "--ddp-bucket-size=20000"]
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -50,7 +58,9 @@ def results(tmp_path_factory):
     runs = [(ONE, 1, 1, 4, False, [], True), (PADDED, 2, 1, 1, False, padding, True)]
     runs += [(name, tp, pp, 1, False, [], True) for name, (tp, pp) in LAYOUTS.items()]
     runs += [(f"{name} bf16", tp, pp, 1, True, [], False) for name, (tp, pp) in LAYOUTS.items()]
-    job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs}  # fmt: skip
+    steps = [(name, *how, []) for name, how in TWO_REPLICAS.items()]
+    steps += [(f"{name}, overlap", *how, OVERLAP) for name, how in TWO_REPLICAS.items()]
+    job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs, "steps": steps}  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
     worker = Path(__file__).with_name("parallel_worker.py")
     paths = [str(worker.parent), str(worker.parents[1] / "workflow_scripts")]
@@ -68,7 +78,8 @@ def results(tmp_path_factory):
         text=True,
     )
     assert run.returncode == 0, run.stdout[-6000:]
-    return SimpleNamespace(folder=folder, losses=json.loads((folder / "losses.json").read_text()))
+    losses, steps = (json.loads((folder / f"{name}.json").read_text()) for name in ("losses", "steps"))
+    return SimpleNamespace(folder=folder, losses=losses, steps=steps)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -102,3 +113,13 @@ def test_loss_and_every_gradient_equal_those_of_one_process(results, layout):
 def test_bf16_loss_differs_by_its_rounding_only(results, layout):
     """bf16 keeps 8 bits (relative rounding 4e-3); over the layers and the mean of the tokens 1e-2 is generous."""
     assert results.losses[f"{layout} bf16"] == pytest.approx(results.losses[ONE], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", TWO_REPLICAS)
+def test_gradients_reduced_during_the_backward_pass_are_the_same_also_of_texts_and_of_packs_in_chunks(results, name):
+    """A replica whose last chunk has no image must reduce the same buckets in the same order as one that has."""
+    for rank in results.steps:
+        after, during = rank[name], rank[f"{name}, overlap"]
+        assert during["steps"] == after["steps"] and len({gradients for _, gradients in after["steps"]}) > 1
+        assert after["buckets"] == 1
+    assert results.steps[0][f"{name}, overlap"]["buckets"] >= 4

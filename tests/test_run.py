@@ -247,7 +247,7 @@ def names(arguments):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("start", [None, "start"])
 def test_no_argument_is_given_twice_and_each_only_when_it_is_meant(resolved, tmp_path, size, gpus, bf16, start):
-    values = resolved["settings"] | {"gpus_per_node": gpus, "bf16": bf16}
+    values = resolved["settings"] | {"gpus_per_node": gpus, "nproc_per_node": gpus or 2, "bf16": bf16}
     folder = tmp_path / start if start else None
     arguments = megatron_arguments(values, load_model_config(MODELS / f"{size}.yaml"), tmp_path, folder)
     given = names(arguments)
@@ -260,7 +260,7 @@ def test_no_argument_is_given_twice_and_each_only_when_it_is_meant(resolved, tmp
     )
     assert ("--bf16" in given) == bf16
     assert ("--pretrained-checkpoint" in given) == (start is not None)
-    assert ("--use-distributed-optimizer" in given) == (gpus > 0)
+    assert ("--use-distributed-optimizer" in given) == ("--overlap-grad-reduce" in given) == (gpus > 0)
     assert f"--distributed-backend={'nccl' if gpus else 'gloo'}" in arguments
     assert f"--save={tmp_path}" in arguments and f"--load={tmp_path}" in arguments  # the same: a rerun goes on
 

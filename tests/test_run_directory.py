@@ -29,7 +29,7 @@ from llava_sft.training.checkpoints import (
     prune,
     seal,
 )
-from llava_sft.training.remedies import lower_lr, out_of_memory, slow_loading
+from llava_sft.training.remedies import exploded, lower_lr, out_of_memory, slow_loading
 from llava_sft.training.run import give_back, is_running, lock
 from llava_sft.training.watch import Tail, Watch, append, read_jsonl
 
@@ -211,6 +211,14 @@ def test_bad_steps_are_recorded_with_their_samples_and_stop_the_run_with_the_num
     assert [line.split(":")[0] for line in tail.new()] == ["step 13", "step 15"]
     assert "3 bad steps in a row, 15 … 17" in error.value.problem and "0.5" in error.value.problem
     assert "lr=5e-06" in error.value.fix and f"load={tmp_path}/iter_0000010" in error.value.fix
+
+
+def test_the_remedy_for_an_exploding_loss_names_no_checkpoint_that_is_still_being_written(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20, sealed=False)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    step = {"iteration": 21, "loss": 9.0, "grad_norm": 1.0, "samples": []}
+    assert f"load={tmp_path}/iter_0000010" in exploded(VALUES | {"lr": 1e-5}, tmp_path, [step], 0.5, 21).fix
 
 
 @pytest.mark.parametrize(("lr", "lower"), [(2e-5, 5e-6), (1e-5, 5e-6), (5e-6, 1e-6), (2e-3, 5e-4), (1e-6, 2.5e-7)])

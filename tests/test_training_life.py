@@ -13,13 +13,13 @@ import psutil
 import pytest
 
 from llava_sft.files import read_json
-from llava_sft.training.checkpoints import checkpoint_dir, checkpoints
+from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, damage, iterations_done
 from llava_sft.training.watch import read_jsonl
-from resume import Run, same
+from resume import Run, kill, same
 from test_end_to_end import project, snakemake  # noqa: F401 (a fixture)
 
 STEPS = 9
-HOW = {"train_iters": STEPS, "save_interval": 3}
+HOW = {"train_iters": STEPS, "save_interval": 3, "async_save": True}
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -59,6 +59,58 @@ def test_a_stopped_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_like_
     assert run.finish() == 0, run.said()
     assert f"iter_{newest:07d} IS DAMAGED" in run.said() and "going on from step 3" in run.said()
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+
+
+SLOW_WRITES = """
+import os, time
+flush = os.fsync
+def fsync(file):
+    if os.readlink(f"/proc/self/fd/{file}").endswith(".distcp"):
+        time.sleep(4)
+    flush(file)
+os.fsync = fsync
+"""
+
+
+def interrupt_a_save(run, tmp_path, step, number):
+    """Signal a run that writes the checkpoint of a step in the background, and is at the next step already."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_WRITES)
+    process = run.start(PYTHONPATH=str(tmp_path))
+    while process.poll() is None and not run.logged(step + 1):
+        time.sleep(0.02)
+    assert iterations_done(run.folder) == step - 3 and checkpoint_dir(run.folder, step).is_dir()
+    kill(process, number)
+    return process.wait()
+
+
+def test_a_training_goes_on_while_a_checkpoint_is_written_and_one_that_is_killed_meanwhile_has_the_one_before(
+    base, undisturbed, tmp_path
+):
+    run = Run(base, tmp_path / "saving", **HOW)
+    interrupt_a_save(run, tmp_path, 6, signal.SIGKILL)
+    assert run.finish() == 0, run.said()
+    assert "iter_0000006: not finished when the training was killed; deleted" in run.said()
+    assert "going on from step 3" in run.said()
+    assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+    assert run.weights(6) == undisturbed.weights(6)
+
+
+def test_a_training_stopped_while_a_checkpoint_is_written_ends_with_whole_ones(base, undisturbed, tmp_path):
+    run = Run(base, tmp_path / "stopping", **HOW)
+    assert interrupt_a_save(run, tmp_path, 3, signal.SIGTERM) == 75, run.said()
+    found = checkpoints(run.folder)
+    assert found[0] == 3 < found[-1] == iterations_done(run.folder) < STEPS
+    assert [damage(run.folder, iteration) for iteration in found] == [None] * len(found)
+    assert run.weights(3) == undisturbed.weights(3)
+    assert run.finish() == 0, run.said()
+    assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+
+
+def test_a_checkpoint_that_can_not_be_written_ends_the_training_with_one_message(base, tmp_path):
+    run = Run(base, tmp_path / "unwritten", **HOW)
+    assert run.finish("prlimit", f"--fsize={1 << 20}") == 1  # a file system that takes no more
+    assert "the checkpoint of step 3 could not be written" in run.said(), run.said()
+    assert "the same command goes on from step 0" in run.said() and "Traceback" not in run.said()
 
 
 def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly(base, tmp_path):

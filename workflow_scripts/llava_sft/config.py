@@ -117,6 +117,7 @@ class Settings(BaseModel):
     recompute_vision: Literal["none", "full"]
     memory_check: Literal["stop", "warn"]
     save_interval: Positive | Auto
+    async_save: bool
     keep_last: Positive | None
     keep_every: Positive | None
     max_minutes: Rate | None

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sft.model.config import ModelConfig
+from llava_sft.training.predict import data_parallel_size_of
 
 
 def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path, start_dir: Path | None) -> list[str]:
@@ -64,6 +65,9 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
     if gpu:
         # A collection at its own time would stop the host for tenths of a second, and the GPU with it.
         arguments += ["--use-distributed-optimizer", "--manual-gc", "--manual-gc-interval=100"]
+        if data_parallel_size_of(values) > 1:
+            # Not --overlap-param-gather: it waits for weights in a module's forward, which fused layers do not call.
+            arguments.append("--overlap-grad-reduce")
         if values["optimizer_precision"] == "bf16":
             # 10 bytes a parameter instead of 18: bf16 moments and gradients, and of the float32 master what bf16 lacks
             precision = ("main-grads-dtype=bf16", "exp-avg-dtype=bf16", "exp-avg-sq-dtype=bf16")

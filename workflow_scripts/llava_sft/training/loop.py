@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.optimizer.optimizer_config import ParamKey  # noqa: E402
 from megatron.energon import SkipSample  # noqa: E402
 from megatron.training import (  # noqa: E402
+    checkpointing,
     get_args,
     get_tensorboard_writer,
     initialize,
@@ -39,7 +41,9 @@ from megatron.training.argument_utils import (  # noqa: E402
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.async_utils import maybe_finalize_async_save  # noqa: E402
 from megatron.training.checkpointing import get_checkpoint_name  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from llava_sft.checkpoint.torch_dist import write_for_older_torch  # noqa: E402
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder, train_loader, worker_config  # noqa: E402
@@ -60,6 +64,7 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     prune,
     seal,
 )
+from llava_sft.training.launcher import die_with_parent  # noqa: E402
 from llava_sft.training.predict import checkpoint_size  # noqa: E402
 from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
 
@@ -77,8 +82,11 @@ class Trainer:
         self.parts = set(self.values["trainable_modules"])
         self.watch: Watch | None = None
         self.model: torch.nn.Module | None = None
+        self.text_only: torch.nn.Module | None = None  # the wrapped model, while it sees no image
+        self.image_parameters: list[torch.nn.Parameter] = []  # that are trained, where reduction overlaps
         self.scheduler = None
         self.grad_norm: float | None = None
+        self.saving = 0  # the step whose checkpoint was begun last
         self.sealing: threading.Thread | None = None
         self.largest = {"rows": 0, "tokens": 0, "patches": 0, "image": 0}
         self.validated = -1
@@ -106,6 +114,10 @@ class Trainer:
         for name, part in self.model.named_children():
             if name not in self.parts:
                 part.requires_grad_(False)
+        if pre_process and args.overlap_grad_reduce:
+            parts = (self.model.vision_model, self.model.adapter)
+            self.image_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+            self.model.language_model.embedding.register_forward_hook(self.after_embedding)
         return self.model
 
     def datasets(self, train_val_test_num_samples):
@@ -166,7 +178,10 @@ class Trainer:
         done = torch.zeros((), device=self.device)  # loss of the chunks before the last
         for chunk in chunks[:-1]:
             total = self.answer_losses(model, chunk).sum()
-            total.backward()
+            # In a step's last micro-batch Megatron takes every gradient for the final one, and would reduce it.
+            last = model.bucket_groups[0].is_last_microbatch
+            with model.no_sync() if last else nullcontext():
+                total.backward()
             done += total.detach()
         output = self.answer_losses(model, chunks[-1])
 
@@ -185,6 +200,7 @@ class Trainer:
         grids = [tuple(grid) for grid in batch.grids.tolist()]
         rows, tokens = batch.input_ids.shape
         image = max((height * width for height, width in grids), default=0)
+        self.text_only = model if model.training and not grids else None
         self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
         on_device = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
         output = model(
@@ -197,8 +213,23 @@ class Trainer:
             packed_seq_params=packed_seq_params(batch.segments, self.device) if batch.segments else None,
         )
         if model.training and not output.requires_grad:  # text alone, and only parts that see images are trained
-            output = output + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+            output = output + torch.zeros((), device=output.device, requires_grad=True)
+            output.register_hook(functools.partial(self.no_image_gradients, model))
         return output
+
+    def after_embedding(self, embedding, inputs, output) -> None:
+        if self.text_only is not None and output.requires_grad:
+            output.register_hook(functools.partial(self.no_image_gradients, self.text_only))
+
+    def no_image_gradients(self, model, gradient) -> None:
+        """Report the image parts' gradients as complete, in the backward pass of a text without images.
+
+        Where the reduction overlaps with it, Megatron reduces a bucket once all its parameters have reported, and every
+        rank must reduce the buckets in the same order. So this is done where images report theirs: after the language
+        layers and before the embedding, the last parameter first.
+        """
+        for param in reversed(self.image_parameters):
+            model.param_to_bucket_group[param].register_grad_ready(param)
 
     # --- what Megatron calls, with ours before or after it ---------------------------------------------------------
 
@@ -207,6 +238,8 @@ class Trainer:
             setattr(training, name, functools.partial(getattr(self, name), getattr(training, name)))
         for name in ("get_megatron_optimizer_config", "get_optimizer_param_scheduler"):
             setattr(training, name, functools.partial(getattr(self, name), getattr(training, name)))
+        schedule = checkpointing.schedule_async_save
+        checkpointing.schedule_async_save = functools.partial(self.schedule_async_save, schedule)
 
     def get_megatron_optimizer_config(self, original, args):
         """Parts with a learning rate of their own."""
@@ -249,17 +282,33 @@ class Trainer:
         return flag
 
     def save_checkpoint(self, original, iteration, *args, **kwargs):
-        """Stop before a full disk does; after the save note checksums and delete old checkpoints, beside the training."""
-        first = torch.distributed.get_rank() == 0
+        """Stop before a full disk does, and when the save before could not be written."""
+        maybe_finalize_async_save(blocking=True)
         if self.sealing:
             self.sealing.join()
-        if first:
+        if torch.distributed.get_rank() == 0:
             earlier = checkpoints(self.run_dir)
             expected = checkpoint_size(self.model_config, self.values)
             needed = checkpoint_bytes(self.run_dir, earlier[-1]) if earlier else expected
             check_disk(self.run_dir, needed, f"the checkpoint of step {iteration}")
+        self.saving = iteration
         original(iteration, *args, **kwargs)
-        if first:
+        if not self.values["async_save"]:
+            self.saved(iteration)
+
+    def schedule_async_save(self, original, request):
+        """Have a forked process write the checkpoint: it has the tensors as they are now. Megatron finishes it between
+        two steps, when all ranks have written, before the next save, and at the end."""
+        request.add_finalize_fn(functools.partial(self.saved, self.saving))
+        if request.async_fn:
+            write = functools.partial(write_apart, os.getpid(), request.async_fn)
+            stage = functools.partial(staged, request.preload_fn, request.async_fn_args[1])
+            request = request._replace(async_fn=write, preload_fn=stage)
+        original(request)
+
+    def saved(self, iteration: int) -> None:
+        """Note checksums and delete old checkpoints, beside the training."""
+        if torch.distributed.get_rank() == 0:
 
             def finish():
                 seal(self.run_dir, iteration)
@@ -300,10 +349,12 @@ class Trainer:
                     continue
         return found
 
-    def failure(self, error: Exception) -> SftError | None:
+    def failure(self, error: BaseException) -> SftError | None:
         """The error as a person can use it; None when it is none of those that are known."""
         if isinstance(error, SftError):
             return error
+        if isinstance(error, CheckpointException) and error.failures:  # one rank has them, the others end with it
+            return remedies.not_written(self.run_dir, self.saving)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
             text in str(error) for text in NO_MEMORY
         ):
@@ -357,6 +408,23 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
 
 
+def staged(stage, buckets: list) -> list:
+    """The tensors of a checkpoint in host memory. Megatron holds on to `buckets` until all is written; on the GPU some of
+    their tensors were made for the save alone."""
+    copies = stage()
+    for (*_, (_, tensors)), (*_, (_, copied)) in zip(buckets, copies, strict=True):
+        tensors[:] = copied
+    return copies
+
+
+def write_apart(parent: int, write, *args) -> None:
+    """What the forked process does; its parent may die at any time, and the next training must not meet it."""
+    die_with_parent()
+    if os.getppid() == parent:
+        os.nice(10)
+        write(*args)
+
+
 class SavedWithCheckpoint:
     """The loader as Megatron wants it: an iterator with `save_state`."""
 
@@ -406,6 +474,10 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
         param_and_grad_buffer._ParamAndGradBuffer.scale_gradients = scale_gradients
     args = parse_and_validate_args(add_arguments, args_defaults={})
     args.exit_duration_in_mins = resolved["settings"]["max_minutes"]  # Megatron's argument takes whole minutes only
+    if resolved["settings"]["async_save"]:
+        # The command line takes Megatron's persistent writer alone. It shares the tensors of a CPU with the training, which
+        # goes on changing them, and those of a GPU through a CUDA context of its own.
+        args.async_save, args.async_strategy, args.use_persistent_ckpt_worker = True, "mcore", False
     trainer.hook()
     trainer.datasets.__func__.is_distributed = True
     try:
@@ -417,7 +489,7 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
             trainer.build_model,
             non_loss_data_func=trainer.answers,
         )
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
         if failure := trainer.failure(error):
             write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
         raise

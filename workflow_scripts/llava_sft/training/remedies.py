@@ -5,10 +5,20 @@ Light: no torch, no Megatron.
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 from llava_sft.errors import RunError
-from llava_sft.training.checkpoints import checkpoint_dir, checkpoints
+from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, iterations_done
+
+
+def not_written(run_dir: Path, iteration: int) -> RunError:
+    """Torch does not hand on why; the system's words, if any, are in the run's log."""
+    free = shutil.disk_usage(run_dir).free >> 20
+    return RunError(
+        f"{run_dir}: the checkpoint of step {iteration} could not be written; the disk has {free:,} MiB free",
+        f"free space there, or see the newest {run_dir}/run_*.log; the same command goes on from step {iterations_done(run_dir)}",
+    )
 
 
 def lower_lr(lr: float) -> float:
@@ -21,7 +31,8 @@ def exploded(values: dict, run_dir: Path, bad: list[dict], usual_loss: float | N
     is older than `trouble`, the first bad step of this time."""
     first, last = bad[0], bad[-1]
     before = f", where the good steps before had {usual_loss:.3g}" if usual_loss is not None else ""
-    whole = [iteration for iteration in checkpoints(run_dir) if iteration < trouble]
+    done = iterations_done(run_dir)  # a newer one is still being written, and ends with the training
+    whole = [iteration for iteration in checkpoints(run_dir) if iteration < trouble and iteration <= done]
     lr = lower_lr(values["lr"])
     load = f" load={checkpoint_dir(run_dir, whole[-1])}" if whole else ""
     origin = (

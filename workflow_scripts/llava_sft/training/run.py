@@ -32,7 +32,7 @@ FREE_SETTINGS = {
     "tokenizer", "stage", "train_iters", "epochs", "lr_decay_iters", "save_interval", "keep_last", "keep_every",
     "max_minutes", "log_interval", "eval_interval", "eval_iters", "log_answers", "log_samples", "max_bad_steps",
     "num_workers", "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", "parity",
-    "recompute_language", "recompute_vision", "memory_check", "pack_chunk_tokens",
+    "recompute_language", "recompute_vision", "memory_check", "pack_chunk_tokens", "async_save",
 }  # fmt: skip
 
 
