@@ -88,7 +88,7 @@ def take_over() -> list[dict]:
     """Rows of the runs that benchmarks/training.py recorded on GPUs.
 
     It notes images and not the lengths of samples: an image's patches are taken as equal in a batch, and a sample as one
-    image with its text. Selective recomputation is left out: it runs other kernels, slower, and saves nothing here.
+    image with its text.
     """
     runs: dict[str, dict] = {}
     for each in read_json(RESULTS / "memory_time.json")["rows"]:
@@ -97,20 +97,19 @@ def take_over() -> list[dict]:
     rows = []
     for measured in runs.values():
         given = measured["settings"]
-        if given["recompute_language"] == "selective":
-            continue
         tokens, patches, images, _ = given["largest_chunk"]
         of_image, of_sample = patches / images, tokens / images
         step = given["step_padded_tokens"] / given["micro_batches"], given["step_patches"] / given["micro_batches"]
+        gpus = given.get("gpus", 1)
         values = {name: given[name] for name in KEPT if name in given} | {
-            "global_batch_size": given["micro_batches"] * given["micro_batch_size"],
+            "global_batch_size": given["micro_batches"] * given["micro_batch_size"] * gpus,
             "packing": True, "bf16": True, "trainable_modules": ["vision_model", "language_model", "adapter"],
-            "gpus_per_node": 1, "nodes": 1, "nproc_per_node": 1,
+            "gpus_per_node": gpus, "nodes": 1, "nproc_per_node": gpus,
             "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         }  # fmt: skip
         named = ("seq_length", "pack_chunk_tokens", "micro_batch_size", "micro_batches", "fp8", "recompute_language")
         known = {
-            "run": f"{given['gpu']}, {given['model']}: "
+            "run": f"{gpus} × {given['gpu']}, {given['model']}: "
             + ", ".join(f"{name} {given[name]}" for name in (*named, "recompute_vision", "optimizer_precision")),
             "values": values,
             "machine": predict.gpu(given["gpu"]),
@@ -137,7 +136,8 @@ def short(run: predict.Recorded) -> str:
         given = [f"{run.values['micro_batch_size']} {what} of {run.values['seq_length']:,} at once"]
     else:
         unusual = {name: run.values[name] for name in USUAL}
-        given = [f"{run.values['global_batch_size']} packs"]
+        gpus = run.values["nproc_per_node"]
+        given = [f"{run.values['global_batch_size']} packs" + (f" on {gpus} GPUs" if gpus > 1 else "")]
     return "; ".join(given + [f"{name}: {value}" for name, value in unusual.items() if value != USUAL[name]])
 
 

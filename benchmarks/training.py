@@ -533,6 +533,7 @@ def memory_and_time(found: list[dict]) -> list[dict]:
                 "model": process["model"],
                 "parameters": parameters[process["model"]],
                 "optimizer_precision": process["optimizer_precision"],
+                "gpus": process.get("gpus", 1),
                 **{key: case[key] for key in CASE.keys() - {"steps", "warm", "images"}},
                 "largest_chunk": max(every, key=lambda chunk: (chunk[0] + chunk[1], chunk)),
                 "step_chunks": len(chunks),

@@ -216,18 +216,19 @@ def memory_terms(model: ModelConfig, values: dict[str, Any], load: Load) -> list
 
 
 def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: float) -> list[float]:
-    """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then counts of
-    what costs time whatever it holds: billions of parameters updated, calls of the model, and of attention."""
+    """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then what
+    costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
+    to do), and of attention."""
     llm, vit = step_flops(model, values, load)
     micro_batches = _micro_batches(values)
-    updated = trained_parameters(model, values["trainable_modules"]) / 1e9
-    products = [llm, 0.0] if values["fp8"] == "none" else [0.0, llm]
+    state = state_bytes(model, values)
     calls = micro_batches * max(1.0, load.tokens / chunk_tokens(values))
+    products, of_model = ([llm, 0.0], [calls, 0.0]) if values["fp8"] == "none" else ([0.0, llm], [0.0, calls])
     attentions = 0.0
     if not values["gpus_per_node"]:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
         passes = 1 + (values["recompute_language"] == "full") / 3  # forward and backward, which takes twice as long
         attentions = micro_batches * load.segments * model.language.num_layers * passes
-    return [*(micro_batches * flops / peak for flops in (*products, vit)), updated, calls, attentions]
+    return [*(micro_batches * flops / peak for flops in (*products, vit)), (state["gradients"] + state["optimizer"]) / GIB, *of_model, attentions]
 
 
 def chunk_tokens(values: dict[str, Any]) -> float:
