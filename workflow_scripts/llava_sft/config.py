@@ -117,7 +117,7 @@ class Settings(BaseModel):
     recompute_vision: Literal["none", "full"]
     memory_check: Literal["stop", "warn"]
     save_interval: Positive | Auto
-    async_save: bool
+    async_save: bool | Auto
     keep_last: Positive | None
     keep_every: Positive | None
     max_minutes: Rate | None
@@ -474,6 +474,7 @@ def resolve(
     eval_iters = min(EVAL_ITERS, max(1, heldout_samples // gbs)) if heldout_samples else 0
     settle("eval_iters", eval_iters, f"{heldout_samples:,} held-out samples, at most {EVAL_ITERS} global batches")
     settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
+    settle("async_save", gpus > 0, "on GPUs, whose memory is copied in a second and written in a minute")
     return values, why
 
 
