@@ -8,12 +8,11 @@ from results import row
 KERNELS = {
     "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
     "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
-    "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)",
-    "rotary": r"rope",
+    "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",
+    "rotary": r"rope|^_turn",
     "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
     "casts to FP8": r"cast_transpose|quantize|amax",
-    "optimizer": r"multi_tensor|adam|l2norm",
-    "compiled element-wise": r"triton",
+    "optimizer": r"multi_tensor|adam|l2norm|^_scale",
     "copies and fills": r"memcpy|memset|fill|copy",
     "other element-wise": r"elementwise|reduce|index|scatter|gather|cat",
 }
