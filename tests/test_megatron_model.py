@@ -263,6 +263,15 @@ def test_weight_gradients_are_added_to_megatrons_buffer_in_place():
     torch.testing.assert_close(weight.main_grad, 1 + x.sum(0).expand(3, 5))
 
 
+def test_gradients_are_scaled_in_place():
+    from llava_sft.model.kernels import scale_
+
+    gradients = torch.randn(5000)
+    expected = gradients / 4633
+    scale_(gradients, torch.tensor(1 / 4633))
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_moments_are_saved_in_the_precision_they_are_kept_in(megatron):
     class Adam:  # as Transformer Engine's behaves
         name_to_dtype_map = {"exp_avg": torch.bfloat16, "master_param": torch.float32}
