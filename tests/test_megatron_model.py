@@ -251,16 +251,28 @@ def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
                 monkeypatch.setitem(vars(linear), "layer_norm_bias", getattr(norm, "bias", None))
     assert_same(losses_and_gradients(model, [pack[0]]), expected)
     assert seen == {True, False}  # both towers
+    for tower in (model.language_model, model.vision_model):
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        for name, value in recompute.items():
+            monkeypatch.setattr(tower.decoder.config, name, value)
+    assert_same(losses_and_gradients(model, [pack[0]]), expected)
 
 
-def test_weight_gradients_are_added_to_megatrons_buffer_in_place():
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
+    from torch.utils.checkpoint import checkpoint
+
     from llava_sft.model.fused_layers import AccumulatingLinear
 
-    x, weight = torch.randn(7, 5), torch.nn.Parameter(torch.randn(3, 5))
+    x, weight = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5))
     weight.main_grad = torch.ones(3, 5)
-    AccumulatingLinear.apply(x, weight).sum().backward()
+    if recomputed:
+        out = checkpoint(AccumulatingLinear.apply, x, weight, use_reentrant=False)
+    else:
+        out = AccumulatingLinear.apply(x, weight)
+    out.sum().backward()
     assert weight.grad_added_to_main_grad
-    torch.testing.assert_close(weight.main_grad, 1 + x.sum(0).expand(3, 5))
+    torch.testing.assert_close(weight.main_grad, 1 + x.detach().sum(0).expand(3, 5))
 
 
 def test_gradients_are_scaled_in_place():

@@ -95,12 +95,13 @@ class AccumulatingLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # itself: recomputation hands back a copy without the buffer
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         return grad @ weight if ctx.needs_input_grad[0] else None, weight_gradient(weight, grad, x)
 
 
