@@ -65,7 +65,7 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     seal,
 )
 from llava_sft.training.launcher import die_with_parent  # noqa: E402
-from llava_sft.training.predict import checkpoint_size  # noqa: E402
+from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
@@ -359,12 +359,7 @@ class Trainer:
             text in str(error) for text in NO_MEMORY
         ):
             return None
-        sizes = [(p.numel() * p.element_size(), p.numel() * p.requires_grad) for p in self.model.parameters()]
-        weights, trained = (sum(column) / 2**30 for column in zip(*sizes, strict=True))
-        gradients, optimizer = (4, 12) if self.values["bf16"] else (4, 8)
-        if not ON_CPU and self.values["optimizer_precision"] == "bf16":
-            gradients, optimizer = 2, 6
-        memory = {"weights": weights, "gradients": gradients * trained, "optimizer": optimizer * trained}
+        memory = {name: size / 2**30 for name, size in state_bytes(self.model_config, self.values).items()}
         return remedies.out_of_memory(
             self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
         )

@@ -228,7 +228,12 @@ def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: flo
     if not values["gpus_per_node"]:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
         passes = 1 + (values["recompute_language"] == "full") / 3  # forward and backward, which takes twice as long
         attentions = micro_batches * load.segments * model.language.num_layers * passes
-    return [*(micro_batches * flops / peak for flops in (*products, vit)), (state["gradients"] + state["optimizer"]) / GIB, *of_model, attentions]
+    return [
+        *(micro_batches * flops / peak for flops in (*products, vit)),
+        (state["gradients"] + state["optimizer"]) / GIB,
+        *of_model,
+        attentions,
+    ]
 
 
 def chunk_tokens(values: dict[str, Any]) -> float:
