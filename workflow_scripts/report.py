@@ -19,14 +19,13 @@ OPTIONAL = {  # the page says what is missing
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--resolved", type=json_file, required=True, metavar="JSON", help="resolved settings (preflight)"
-    )
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="run directory, with metrics.jsonl")
+    add = parser.add_argument
+    add("--resolved", type=json_file, required=True, metavar="JSON", help="resolved settings (preflight)")
+    add("--run-dir", type=Path, required=True, metavar="DIR", help="run directory, with metrics.jsonl")
     for name, (dest, meaning) in OPTIONAL.items():
-        parser.add_argument(f"--{name}", dest=dest, type=json_file, metavar="JSON", help=meaning)
-    parser.add_argument("--export", type=Path, metavar="DIR", help="Hugging Face folder, to be named on the page")
-    parser.add_argument("--output", type=Path, required=True, metavar="HTML")
+        add(f"--{name}", dest=dest, type=json_file, metavar="JSON", help=meaning)
+    add("--export", type=Path, metavar="DIR", help="Hugging Face folder, to be named on the page")
+    add("--output", type=Path, required=True, metavar="HTML")
     args = parser.parse_args()
     if not args.run_dir.is_dir():
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")

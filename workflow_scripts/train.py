@@ -64,15 +64,8 @@ def main() -> None:
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
-    code = launch(
-        settings,
-        [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")],
-        run_dir,
-        log,
-        held,
-        job=job,
-        srun_options=shlex.split(args.srun_options),
-    )
+    arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
+    code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
     give_back(held)
     if reached == train_iters:
@@ -89,8 +82,7 @@ def main() -> None:
         if job:
             job.requeue()
         sys.exit(EXIT_GO_ON)
-    elif (run_dir / FAILURE).is_file():
-        known = read_json(run_dir / FAILURE)
+    elif known := read_json(run_dir / FAILURE, None):
         raise RunError(f"training stopped at step {reached} of {train_iters}: {known['problem']}", known["fix"])
     else:
         raise RunError(
@@ -117,7 +109,7 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
 def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
     """Say how often the training's samples were seen, and name those that an epoch left over or repeated."""
     (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
-    left_out = read_json(sizes)["left_out"] if sizes.is_file() else []
+    left_out = read_json(sizes, {"left_out": []})["left_out"]
     train_iters = resolved["settings"]["train_iters"]
     try:
         counts = sample_counts(run_dir, Path(resolved["data"]["path"]), train_iters, left_out)
@@ -189,7 +181,7 @@ def check_space(run_dir: Path, resolved: dict) -> None:
     settings = resolved["settings"]
     size = predict.checkpoint_size(ModelConfig(**resolved["model"]), settings)
     check_disk(run_dir, size, "a checkpoint")
-    kept = min(-(-settings["train_iters"] // settings["save_interval"]), settings["keep_last"] or 10**9)
+    kept = predict.checkpoints_kept(settings)
     free = shutil.disk_usage(run_dir).free
     if free < kept * size:
         print(

@@ -62,8 +62,9 @@ def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
-    return json.loads(Path(path).read_bytes())
+def read_json(path: Path | str, *default: Any) -> Any:
+    """What a JSON file holds; where there is none, the `default` if one is given."""
+    return default[0] if default and not os.path.isfile(path) else json.loads(Path(path).read_bytes())
 
 
 def fingerprint(value: Any) -> str:

@@ -306,8 +306,8 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
     splits = {split: [f"{name}.tar" for name, _ in named] for split, named in content.items()}
     tar_names = [f"{name}.tar" for name, _, _ in merged]
     own = fingerprint([content, exclude] if exclude else content)
-    before = source.wds_dir / ".nv-meta" / HELDOUT_RECORD
-    stale = set(read_json(before)["tars"] if before.is_file() else ()) - set(splits["heldout"])
+    before = read_json(source.wds_dir / ".nv-meta" / HELDOUT_RECORD, {"tars": []})
+    stale = set(before["tars"]) - set(splits["heldout"])
     with write_meta(source.wds_dir, tars, splits["train"], splits["heldout"], exclude, own) as meta:
         if merged and record:
             write_json(meta / HELDOUT_RECORD, record | {"tars": tar_names})

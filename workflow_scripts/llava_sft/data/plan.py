@@ -47,7 +47,7 @@ def plan_ranges(
     kept = (
         cache / f"{sha256(os.path.abspath(path).encode()).hexdigest()[:16]}.json" if cache and name == "json" else None
     )
-    if kept and kept.is_file() and (plan := read_json(kept))["key"] == key:
+    if kept and (plan := read_json(kept, {"key": None}))["key"] == key:
         starts = plan["starts"]
     else:
         with open(path, "rb") as file:

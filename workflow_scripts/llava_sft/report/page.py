@@ -41,7 +41,7 @@ def render_report(resolved: dict, run_dir: Path, export: Path | None, **known: d
         last=last,
         speed=median(speeds) if speeds else None,
         step_s=median(record["step_s"] for record in metrics) if metrics else None,
-        counts=read_json(run_dir / SAMPLE_COUNTS) if (run_dir / SAMPLE_COUNTS).is_file() else None,
+        counts=read_json(run_dir / SAMPLE_COUNTS, None),
         peak_gib=max((record.get("memory_gib", 0) for record in metrics), default=0),
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
         validations=read_jsonl(run_dir / VALIDATION),
@@ -49,7 +49,7 @@ def render_report(resolved: dict, run_dir: Path, export: Path | None, **known: d
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example.get("correct")][:WRONG_SHOWN],
         right=[example for example in examples if example.get("correct")][:RIGHT_SHOWN],
-        parity=read_json(export / "parity.json") if export and (export / "parity.json").is_file() else None,
+        parity=export and read_json(export / "parity.json", None),
         paths=_paths(run_dir, export),
     )
 

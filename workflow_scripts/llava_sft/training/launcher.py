@@ -37,14 +37,9 @@ def command(count: int, arguments: list[str], rendezvous: list[str] | None = Non
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         return [sys.executable, *module], environment | single | {"MASTER_PORT": str(_free_port())}
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        *(rendezvous or ["--standalone"]),
-        f"--nproc-per-node={count}",
-        "--signals-to-handle=SIGHUP",
-    ]
-    return [sys.executable, *torchrun, *module], environment | {"OMP_NUM_THREADS": threads}
+    options = [*(rendezvous or ["--standalone"]), f"--nproc-per-node={count}", "--signals-to-handle=SIGHUP"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
+    return [*torchrun, *module], environment | {"OMP_NUM_THREADS": threads}
 
 
 def node_command(
@@ -54,6 +49,7 @@ def node_command(
 
     One failed task ends the others. `options` are the user's, for this cluster's srun.
     """
+    task = [sys.executable, "-m", "llava_sft.training.launcher", f"{job.first_address}:{_free_port()}", str(count)]
     return [
         "srun",
         f"--nodes={nodes}",
@@ -65,18 +61,14 @@ def node_command(
         "--overlap",  # with the step that a person may have opened in the job
         *(["--label"] if nodes > 1 else []),
         *options,
-        sys.executable,
-        "-m",
-        "llava_sft.training.launcher",
-        f"{job.first_address}:{_free_port()}",
-        str(count),
+        *task,
         *arguments,
     ]
 
 
 def launch(
     values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO,
-    job: slurm.Job | None = None, srun_options: list[str] | None = None,
+    job: slurm.Job | None, srun_options: list[str],
 ) -> int:  # fmt: skip
     """Run the training of the resolved settings `values` to its end; returns its exit code.
 
@@ -84,7 +76,7 @@ def launch(
     """
     count, tail = values["nproc_per_node"], Tail(run_dir)
     if job:
-        argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options or [], arguments)
+        argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options, arguments)
         environment, ask = python_path(), lambda training: job.signal_steps()
         print(
             f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …", flush=True

@@ -155,6 +155,12 @@ def checkpoint_size(model: ModelConfig, values: dict[str, Any]) -> int:
     return expected_bytes(model.parameter_count(), trained_parameters(model, values["trainable_modules"]), values)
 
 
+def checkpoints_kept(values: dict[str, Any]) -> int:
+    """How many checkpoints lie on the disk when all steps are done."""
+    count = -(-values["train_iters"] // values["save_interval"])
+    return min(count, values["keep_last"] or count)
+
+
 def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> dict[str, float]:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass, counted in the tensors of a layer.
 
@@ -256,9 +262,8 @@ class Recorded(NamedTuple):
 @cache
 def recorded(path: Path = RECORDED) -> tuple[Recorded, ...]:
     """The recorded runs; none when the file is not there."""
-    rows = read_json(path)["rows"] if path.is_file() else []
     by_settings: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in read_json(path, {"rows": []})["rows"]:
         if row["metric"] in ("peak_memory_gib", "step_s"):
             by_settings.setdefault(row["settings"]["run"], {"settings": row["settings"]})[row["metric"]] = row["value"]
     return tuple(
