@@ -9,6 +9,7 @@ Notable:
 """
 
 import difflib
+import itertools
 import math
 import os
 import re
@@ -28,7 +29,7 @@ CONFIG_DIR = Path("config")
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]  # `1e-5` too, which is text to YAML
 Part = Literal["language_model", "adapter", "vision_model"]  # as the model's modules are named
 
 # Names of run directories begin like this; the values of a stage are in config/stages/.
@@ -154,12 +155,6 @@ class Settings(BaseModel):
         """`run_tag: 1220` is a number to YAML, and a date to people."""
         return str(value) if isinstance(value, int) else value
 
-    @field_validator("lr", "lr_vision", "lr_adapter", "min_lr", "adam_eps", "weight_decay", mode="before")
-    @classmethod
-    def _plain_exponent(cls, value: Any) -> Any:
-        """YAML reads `1e-5` as text and only `1.0e-5` as a number; people write both."""
-        return float(value) if isinstance(value, str) and _is_number(value) else value
-
     @model_validator(mode="after")
     def _combinations(self) -> "Settings":
         given = [key for key in ("raw_data", "sources", "webdatasets") if getattr(self, key)]
@@ -201,14 +196,6 @@ class Settings(BaseModel):
     def run_name(self) -> str:
         """`stage2_sft_vqa`, or `stage2_sft_vqa_<run_tag>`."""
         return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -368,12 +355,8 @@ def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int
 
 def auto_save_interval(train_iters: int) -> int:
     """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100)."""
-    power = 1
-    while True:
-        for step in (1, 2, 5):
-            if math.ceil(train_iters / (step * power)) <= 16:
-                return step * power
-        power *= 10
+    intervals = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return next(interval for interval in intervals if math.ceil(train_iters / interval) <= 16)
 
 
 EVAL_ITERS = 10

@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Iterable
 from functools import cache
 from itertools import chain, product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_sft.config import CONFIG_DIR
@@ -29,9 +28,8 @@ from llava_sft.training.watch import PEAK_FLOPS
 
 RECORDED = CONFIG_DIR.parent / "benchmarks" / "results" / "preflight.json"
 GIB = 2**30
-FP8_COPIES = (
-    1.52  # bytes a parameter, of the weights in FP8 and their transposes beside the bf16 ones; measured on the 4B model
-)
+# Bytes a parameter, of the weights in FP8 and their transposes beside the bf16 ones; measured on the 4B model.
+FP8_COPIES = 1.52
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
 
 
@@ -123,20 +121,15 @@ def _padded(each: list[Load], mbs: int) -> tuple[Load, Load]:
 
 def state_bytes(model: ModelConfig, values: dict[str, Any]) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state of the fullest process."""
-    total = model.parameter_count()
-    trained = trained_parameters(model, values["trainable_modules"])
+    total, trained = model.parameter_count(), trained_parameters(model, values["trainable_modules"])
+    weights, optimizer = expected_bytes(total, 0, values), expected_bytes(0, trained, values)  # as in a checkpoint
+    gradients = 4 * trained
+    if values["gpus_per_node"]:
+        optimizer /= data_parallel_size_of(values)
+        weights += 0 if values["fp8"] == "none" else FP8_COPIES * total
+        gradients = (4 if values["optimizer_precision"] == "fp32" else 2) * trained
     split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
-    replicas = data_parallel_size_of(values)
-    if not values["gpus_per_node"]:
-        size = 2 if values["bf16"] else 4
-        moments = 12 if values["bf16"] else 8  # and a float32 copy of bf16 weights
-        parts = {"weights": size * total, "gradients": 4 * trained, "optimizer": moments * trained}
-    else:
-        # Precision-aware, distributed Adam (arguments.py): bf16 moments, and the lower half of float32 weights.
-        wide = values["optimizer_precision"] == "fp32"
-        optimizer = (12 if wide else 6) * trained / replicas
-        weights = (2 if values["fp8"] == "none" else 2 + FP8_COPIES) * total
-        parts = {"weights": weights, "gradients": (4 if wide else 2) * trained, "optimizer": optimizer}
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     return {name: size / split for name, size in parts.items()}
 
 
@@ -169,11 +162,9 @@ def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> 
     """
     size, t, v = 2 if values["bf16"] else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
-    layer = (
-        3 * t.hidden_size + 2 * heads * t.kv_channels + t.num_attention_heads * t.kv_channels + 3 * t.ffn_hidden_size
-    )
-    language = load.tokens * layer
-    vision = load.patches * (3 * v.hidden_size + 7 * v.hidden_size + 2 * v.ffn_hidden_size)
+    attention = (2 * heads + t.num_attention_heads) * t.kv_channels
+    language = load.tokens * (3 * t.hidden_size + attention + 3 * t.ffn_hidden_size)
+    vision = load.patches * (10 * v.hidden_size + 2 * v.ffn_hidden_size)
     if not values["gpus_per_node"]:
         language += load.token_squares * t.num_attention_heads * (values["recompute_language"] == "none")
         vision += load.patch_squares * v.num_attention_heads
@@ -198,9 +189,7 @@ def step_flops(model: ModelConfig, values: dict[str, Any], load: Load) -> tuple[
     vit = 2 * (vision + adapter / v.spatial_merge_size**2) * load.patches
     vit += 4 * v.num_layers * v.hidden_size * load.patch_squares
     llm *= (3 if "language_model" in trained else 2) + (values["recompute_language"] == "full")
-    vit *= (3 if "vision_model" in trained else 1) + (
-        "vision_model" in trained and values["recompute_vision"] == "full"
-    )
+    vit *= 3 + (values["recompute_vision"] == "full") if "vision_model" in trained else 1
     split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
     return llm / split, vit / split
 
@@ -213,7 +202,6 @@ class Calibration(NamedTuple):
 
     memory: tuple[float, ...]
     time: tuple[float, ...]
-    runs: int
 
 
 def memory_terms(model: ModelConfig, values: dict[str, Any], load: Load) -> list[float]:
@@ -238,9 +226,8 @@ def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: flo
 
 def chunk_tokens(values: dict[str, Any]) -> float:
     """Tokens that go through the model at once: long packs are cut into chunks, but not with pipeline parallelism."""
-    return (
-        values["pack_chunk_tokens"] if values["packing"] and values["pipeline_model_parallel_size"] == 1 else math.inf
-    )
+    cut = values["packing"] and values["pipeline_model_parallel_size"] == 1
+    return values["pack_chunk_tokens"] if cut else math.inf
 
 
 def _micro_batches(values: dict[str, Any]) -> int:
@@ -260,39 +247,32 @@ class Recorded(NamedTuple):
 
 
 @cache
-def recorded(path: Path = RECORDED) -> tuple[Recorded, ...]:
+def recorded() -> tuple[Recorded, ...]:
     """The recorded runs; none when the file is not there."""
     by_settings: dict[str, dict[str, Any]] = {}
-    for row in read_json(path, {"rows": []})["rows"]:
+    for row in read_json(RECORDED, {"rows": []})["rows"]:
         if row["metric"] in ("peak_memory_gib", "step_s"):
             by_settings.setdefault(row["settings"]["run"], {"settings": row["settings"]})[row["metric"]] = row["value"]
-    return tuple(
-        Recorded(
-            load_model_config(CONFIG_DIR / "models" / f"{run['settings']['values']['model']}.yaml"),
-            run["settings"]["values"],
-            Machine(*run["settings"]["machine"]),
-            Load(*run["settings"]["mean"]),
-            Load(*run["settings"]["largest"]),
-            run["peak_memory_gib"],
-            run["step_s"],
-        )
-        for run in by_settings.values()
-    )
+    return tuple(_recorded(**run) for run in by_settings.values())
+
+
+def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
+    model = load_model_config(CONFIG_DIR / "models" / f"{settings['values']['model']}.yaml")
+    mean, largest, machine = Load(*settings["mean"]), Load(*settings["largest"]), Machine(*settings["machine"])
+    return Recorded(model, settings["values"], machine, mean, largest, peak_memory_gib, step_s)
 
 
 def calibrate(runs: Iterable[Recorded]) -> Calibration:
     """Non-negative factors with the least relative errors over `runs`."""
     memory, time = [], []
-    runs = list(runs)
     for run in runs:
         state = sum(state_bytes(run.model, run.values).values()) / GIB
         rest = max(run.memory_gib - state, 0.0)
-        memory.append(
-            ([x / run.memory_gib for x in memory_terms(run.model, run.values, run.largest)], rest / run.memory_gib)
-        )
+        terms = memory_terms(run.model, run.values, run.largest)
+        memory.append(([term / run.memory_gib for term in terms], rest / run.memory_gib))
         terms = time_terms(run.model, run.values, run.mean, run.machine.peak)
-        time.append(([x / run.step_s for x in terms], 1.0))
-    return Calibration(_fit(memory), _fit(time), len(runs))
+        time.append(([term / run.step_s for term in terms], 1.0))
+    return Calibration(_fit(memory), _fit(time))
 
 
 def _fit(rows: list[tuple[list[float], float]]) -> tuple[float, ...]:
@@ -466,10 +446,10 @@ def table(prediction: Prediction, machine: Machine, runs: list[Recorded], values
     ]
 
 
-def proposal_lines(found: list[tuple[dict[str, Any], Prediction]], most: int = 3) -> list[str]:
-    """The fastest settings that would fit, a line each."""
+def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
+    """The three fastest settings that would fit, a line each."""
     return [
         ", ".join(f"{name}: {value}" for name, value in changed.items())
         + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
-        for changed, prediction in found[:most]
+        for changed, prediction in found[:3]
     ]
