@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 from llava_sft.checkpoint.start import MARKER
-from llava_sft.data.heldout import StoredSample, data_uri, read_split
+from llava_sft.data.heldout import data_uri, read_split
+from llava_sft.data.records import Sample
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 
@@ -85,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     }
 
 
-def answer(args: argparse.Namespace, questions: list[StoredSample]) -> list[str]:
+def answer(args: argparse.Namespace, questions: list[Sample]) -> list[str]:
     """Greedy answers, in order; batches hold questions of like length, so that little is padded."""
     import torch
     from tqdm import tqdm
@@ -112,7 +113,7 @@ def answer(args: argparse.Namespace, questions: list[StoredSample]) -> list[str]
     return [answers[i] for i in range(len(questions))]
 
 
-def example(sample: StoredSample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
+def example(sample: Sample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
     return {
         "id": sample.id,
         "group": str(sample.meta.get(by, "all")),

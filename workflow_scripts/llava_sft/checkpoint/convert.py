@@ -17,7 +17,7 @@ import xxhash
 from llava_sft.checkpoint.legacy import LegacyCheckpoint
 from llava_sft.checkpoint.names import Row, mapping
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
-from llava_sft.checkpoint.start import (  # fmt: skip
+from llava_sft.checkpoint.start import (
     MARKER,
     PARTS,
     RANDOM,
@@ -158,11 +158,7 @@ def hf2mcore(
         write_torch_dist(folder / "release", shapes, dict.fromkeys(shapes, dtype), produce)
         (folder / TRACKER).write_text("release\n")
         copy_sidecars(sidecars or source, folder / SIDECARS)
-        marker = {
-            "source": str(source),
-            "tensors": len(model.hf_tensor_shapes()),
-            "parameters": model.parameter_count(),
-            "dtype": str(dtype).removeprefix("torch."),
+        marker = _marker(source, model, dtype) | {
             "fingerprint": digest.hexdigest(),
             "untrained": bool(sources[source].config.get("untrained")),
             "old_names": sources[source].old_names,
@@ -191,12 +187,8 @@ def mcore2hf(
     reader = TorchDistReader(source)
     rows = list(mapping(model))
     stored = reader.tensors()
-    check_tensors(
-        {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored},
-        {row.mcore: row.shape for row in rows},
-        source,
-        padded=VOCABULARY,
-    )
+    found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}
+    check_tensors(found, {row.mcore: row.shape for row in rows}, source, padded=VOCABULARY)
     shapes = model.hf_tensor_shapes()
     spell = old_name if old_names(source.parent) else str
     order = {spell(name): shapes[name] for row in rows for name in row.hf}
@@ -207,18 +199,18 @@ def mcore2hf(
             yield from zip(map(spell, row.hf), row.split(tensor), strict=True)
 
     dtype = stored[rows[0].mcore].properties.dtype
-    marker = {
-        "source": str(source),
-        "tensors": len(shapes),
-        "parameters": model.parameter_count(),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    marker = _marker(source, model, dtype)
     with atomic_dir(target) as folder:
         write_hf_sidecars(folder, sidecars, model, min_pixels, max_pixels, marker["dtype"])
         write_safetensors(folder, order, dtype, tensors())
         gate(folder)
         write_json(folder / MARKER, marker)
     return marker
+
+
+def _marker(source: Path, model: ModelConfig, dtype: torch.dtype) -> dict:
+    tensors, parameters = len(model.hf_tensor_shapes()), model.parameter_count()
+    return {"source": str(source), "tensors": tensors, "parameters": parameters, "dtype": str(dtype)[len("torch.") :]}
 
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:

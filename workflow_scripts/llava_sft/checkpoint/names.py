@@ -6,6 +6,7 @@ Megatron's names are those of `LlavaOneVision.sharded_state_dict()`: the Transfo
 LayerNorm belongs to the linear layer behind it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -50,12 +51,8 @@ def mapping(model: ModelConfig) -> Iterator[Row]:
         layer, hf = f"{llm}.decoder.layers.{i}", f"{hf_llm}.layers.{i}"
         attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
         yield same(f"{attention}.linear_qkv.layer_norm_weight", f"{hf}.input_layernorm.weight")
-        yield grouped_qkv(
-            f"{attention}.linear_qkv.weight",
-            tuple(f"{hf}.self_attn.{x}_proj.weight" for x in "qkv"),
-            hf_shapes,
-            language.num_query_groups,
-        )
+        qkv = tuple(f"{hf}.self_attn.{x}_proj.weight" for x in "qkv")
+        yield grouped_qkv(f"{attention}.linear_qkv.weight", qkv, hf_shapes, language.num_query_groups)
         yield same(f"{attention}.q_layernorm.weight", f"{hf}.self_attn.q_norm.weight")
         yield same(f"{attention}.k_layernorm.weight", f"{hf}.self_attn.k_norm.weight")
         yield same(f"{attention}.linear_proj.weight", f"{hf}.self_attn.o_proj.weight")
@@ -72,15 +69,11 @@ def mapping(model: ModelConfig) -> Iterator[Row]:
     yield from affine(f"{vit}.pre_layernorm", f"{hf_vit}.pre_layernorm")
     for i in range(vision.num_layers):
         layer, hf = f"{vit}.decoder.layers.{i}", f"{hf_vit}.blocks.{i}"
-        yield from affine(f"{layer}.self_attention.linear_qkv.layer_norm", f"{hf}.norm1", "_")
+        attention, heads = f"{layer}.self_attention", vision.num_attention_heads
+        yield from affine(f"{attention}.linear_qkv.layer_norm", f"{hf}.norm1", "_")
         for part in ("weight", "bias"):
-            yield interleaved_qkv(
-                f"{layer}.self_attention.linear_qkv.{part}",
-                f"{hf}.attn.qkv.{part}",
-                hf_shapes,
-                vision.num_attention_heads,
-            )
-        yield from affine(f"{layer}.self_attention.linear_proj", f"{hf}.attn.proj")
+            yield interleaved_qkv(f"{attention}.linear_qkv.{part}", f"{hf}.attn.qkv.{part}", hf_shapes, heads)
+        yield from affine(f"{attention}.linear_proj", f"{hf}.attn.proj")
         yield from affine(f"{layer}.mlp.linear_fc1.layer_norm", f"{hf}.norm2", "_")
         yield from affine(f"{layer}.mlp.linear_fc1", f"{hf}.mlp.fc1")
         yield from affine(f"{layer}.mlp.linear_fc2", f"{hf}.mlp.fc2")
@@ -126,10 +119,5 @@ def interleaved_qkv(mcore: str, hf: str, shapes: dict[str, tuple[int, ...]], hea
 def flattened(mcore: str, hf: str, shapes: dict[str, tuple[int, ...]]) -> Row:
     """A convolution whose stride is its size → the linear layer over flattened patches."""
     shape = shapes[hf]
-    return Row(
-        mcore,
-        (hf,),
-        (shape[0], shape[1] * shape[2] * shape[3]),
-        lambda tensors: tensors[0].flatten(1),
-        lambda tensor: [tensor.view(shape)],
-    )
+    flat = (shape[0], math.prod(shape[1:]))
+    return Row(mcore, (hf,), flat, lambda tensors: tensors[0].flatten(1), lambda tensor: [tensor.view(shape)])

@@ -127,11 +127,8 @@ def write_safetensors(
         header: dict = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, length in shard.items():
-            header[name] = {
-                "dtype": DTYPES[dtype],
-                "shape": list(shapes[name]),
-                "data_offsets": [offset, offset + length],
-            }
+            place = [offset, offset + length]
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": place}
             offset += length
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

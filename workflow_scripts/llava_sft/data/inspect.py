@@ -21,7 +21,7 @@ import xxhash
 
 from llava_sft.data.heldout import data_uri
 from llava_sft.data.image_checks import check_image, decode_image
-from llava_sft.data.images import PATCH_SIZE, decode_rgb, image_tokens, smart_resize
+from llava_sft.data.images import decode_rgb, image_tokens, patch_grid
 from llava_sft.data.index import read_rejects
 from llava_sft.data.records import Rejected, Sample
 from llava_sft.data.tars import (
@@ -99,8 +99,7 @@ class TokenCounter:
         self.cut = self.left_out = 0
 
     def count(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> int:
-        resized = (smart_resize(height, width, *self.limits) for width, height in sizes)
-        images = [image_tokens((height // PATCH_SIZE, width // PATCH_SIZE)) for height, width in resized]
+        images = [image_tokens(patch_grid(height, width, *self.limits)) for width, height in sizes]
         length = len(self.template.encode(messages, images, 1 << 40).input_ids)
         if length > self.seq_length:
             try:
