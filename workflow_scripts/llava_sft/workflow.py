@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llava_sft.config import Settings, experiments, load_settings
+from llava_sft.config import experiments, load_settings
 from llava_sft.errors import SettingsError, SftError, exits_cleanly
 from llava_sft.paths import Paths, Shard
 
@@ -109,15 +109,22 @@ class Workflow:
 
         return of_wildcards
 
-    def settings(self, *names: str) -> Callable:
-        """Params function: these settings, so that a change of one of them, and of no other, reruns the rule."""
+    def options(self, *names: str) -> Callable:
+        """Params function: these settings as options of the rule's script. A change of one of them, and of no other, reruns
+        the rule."""
 
         @exits_cleanly
-        def of_wildcards(wildcards) -> dict[str, str]:
-            values: Settings = self.of(wildcards).settings
-            return {name: str(getattr(values, name)) for name in names or sorted(Settings.model_fields)}
+        def of_wildcards(wildcards) -> str:
+            values = self.of(wildcards).settings
+            spelled = {name: name.removeprefix("evaluate_").replace("_", "-") for name in names}
+            return " ".join(f"--{option}={shlex.quote(str(getattr(values, name)))}" for name, option in spelled.items())
 
         return of_wildcards
+
+    @exits_cleanly
+    def settings(self, wildcards) -> dict[str, str]:
+        """All of them: a change of any reruns the rule."""
+        return {name: str(value) for name, value in sorted(self.of(wildcards).settings)}
 
     @exits_cleanly
     def preflight_job(self, wildcards) -> str:
