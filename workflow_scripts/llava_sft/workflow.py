@@ -224,7 +224,7 @@ def cluster_numbers(settings: Any) -> dict[str, int]:
 _held = None  # keeps the shared lock for the life of the process
 
 
-def lift_stale_lock(directory: Path = Path(".snakemake"), wait: bool = True) -> None:
+def lift_stale_lock(wait: bool = True) -> None:
     """Remove Snakemake's lock files when the run that made them is dead, after the last of its Slurm jobs.
 
     Every Snakemake main process of this folder holds a shared kernel lock as long as it lives. Whoever can have it alone
@@ -232,6 +232,7 @@ def lift_stale_lock(directory: Path = Path(".snakemake"), wait: bool = True) -> 
     `wait`: for the Slurm jobs; a dry run does not.
     """
     global _held
+    directory = Path(".snakemake")
     directory.mkdir(exist_ok=True)
     _held = open(directory / "alive", "a")  # noqa: SIM115
     try:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from llava_sft.checkpoint.legacy import LegacyCheckpoint
-from llava_sft.checkpoint.names import Row, mapping
+from llava_sft.checkpoint.legacy import LegacySource
+from llava_sft.checkpoint.names import Row, check_tensors, mapping
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
 from llava_sft.checkpoint.start import (
     MARKER,
@@ -34,8 +34,6 @@ from llava_sft.errors import CheckpointError
 from llava_sft.files import atomic_dir, write_json
 from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
-
-VOCABULARY = {"language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"}  # may be padded
 
 
 class HfSource:
@@ -72,17 +70,6 @@ class HfSource:
         return row.join([self.reader.read(self.stand_ins.get(name, name)) for name in row.hf])
 
 
-class LegacySource(LegacyCheckpoint):
-    """A checkpoint folder of the original project, the same way."""
-
-    config, old_names = {}, False
-
-    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
-        wanted = {row.mcore: row.shape for row in rows}
-        found = {key: shape for key, shape in self.shapes().items() if alone or key in wanted}
-        check_tensors(found, wanted, self.folder, padded=VOCABULARY)
-
-
 class RandomAdapter:
     """`load_parts: {adapter: random}`, for stage 1: norms one, biases zero, the rest as Megatron starts a linear layer."""
 
@@ -103,10 +90,7 @@ class RandomAdapter:
         return torch.ones(row.shape) if "norm" in row.mcore else 0.02 * torch.randn(row.shape, generator=self.generator)
 
 
-Source = HfSource | LegacySource | RandomAdapter
-
-
-def open_source(folder: Path | str, model: ModelConfig) -> Source:
+def open_source(folder: Path | str, model: ModelConfig) -> HfSource | LegacySource | RandomAdapter:
     if folder == RANDOM:
         return RandomAdapter()
     folder = Path(folder)
@@ -188,7 +172,7 @@ def mcore2hf(
     rows = list(mapping(model))
     stored = reader.tensors()
     found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}
-    check_tensors(found, {row.mcore: row.shape for row in rows}, source, padded=VOCABULARY)
+    check_tensors(found, {row.mcore: row.shape for row in rows}, source)
     shapes = model.hf_tensor_shapes()
     spell = old_name if old_names(source.parent) else str
     order = {spell(name): shapes[name] for row in rows for name in row.hf}
@@ -223,25 +207,3 @@ def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Pat
                     f"{source}: {part} {key} is {theirs[key]}, config/models/{wanted.name}.yaml has {value}",
                     "choose the `model` that fits this checkpoint, or another checkpoint",
                 )
-
-
-def check_tensors(
-    found: dict[str, tuple[int, ...]],
-    wanted: dict[str, tuple[int, ...]],
-    source: Path,
-    padded: frozenset[str] | set[str] = frozenset(),
-) -> None:
-    """Raise CheckpointError for the first tensor that is missing, left over or misshapen. `padded` may have more rows."""
-    fix = "use a checkpoint of this model, or copy it again if it is damaged"
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(
-            f"{source}: {len(missing)} tensors are missing, the first is {missing[0]} {wanted[missing[0]]}", fix
-        )
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(
-            f"{source}: {len(extra)} tensors are not part of the model, the first is {extra[0]} {found[extra[0]]}", fix
-        )
-    for name, shape in wanted.items():
-        same = found[name] == shape or (name in padded and found[name][0] >= shape[0] and found[name][1:] == shape[1:])
-        if not same:
-            raise CheckpointError(f"{source}: {name} has shape {found[name]}, the model has {shape}", fix)
