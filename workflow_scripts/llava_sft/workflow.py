@@ -205,10 +205,8 @@ class Workflow:
     def checkpoint_job(self, wildcards) -> str:
         settings = self.conversion(wildcards).settings
         words = [settings.load, "--model", settings.model]
-        words += [
-            word for part, source in sorted(settings.load_parts.items()) for word in ("--part", f"{part}={source}")
-        ]
-        return shlex.join(words + (["--sidecars", str(settings.tokenizer)] if settings.tokenizer else []))
+        words += [f"--part={part}={source}" for part, source in sorted(settings.load_parts.items())]
+        return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
 
 
 def cluster_numbers(settings: Any) -> dict[str, int]:
@@ -269,12 +267,8 @@ def wait_for_jobs() -> None:
     if not shutil.which("squeue") or not (jobs := jobs_left()):
         return
     shown = "".join(f"    {job}\n" for job in jobs[:5]) + (f"    … {len(jobs)} in all\n" if len(jobs) > 5 else "")
-    print(
-        f"Slurm jobs of an earlier run are still there: waiting for them, their results are used\n{shown}"
-        "  fix: to begin without them, scancel these numbers",
-        file=sys.stderr,
-        flush=True,
-    )
+    print("Slurm jobs of an earlier run are still there: waiting for them, their results are used", file=sys.stderr)
+    print(f"{shown}  fix: to begin without them, scancel these numbers", file=sys.stderr, flush=True)
     try:
         while jobs_left():
             time.sleep(5)

@@ -323,21 +323,13 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
 
 def _write_blend(wds_dir: Path, weights: dict[str, float], metas: dict[str, Meta]) -> None:
     """Energon's metadataset: `weight` is how often a record is drawn, so a source is drawn by weight × samples."""
-    splits = {
-        split: {
-            "blend": [
-                {"path": name, "weight": weight * samples, "subflavors": {"source": name}}
-                for name, weight in weights.items()
-                if (samples := metas[name].samples(split))
-            ]
-        }
-        for split in ENERGON_SPLITS.values()
-    }
-    config = {
-        "__module__": "megatron.energon",
-        "__class__": "MetadatasetV2",
-        "splits": {k: v for k, v in splits.items() if v["blend"]},
-    }
+    splits = {}
+    for split in ENERGON_SPLITS.values():
+        draws = {name: weight * metas[name].samples(split) for name, weight in weights.items()}
+        blend = [{"path": name, "weight": n, "subflavors": {"source": name}} for name, n in draws.items() if n]
+        if blend:
+            splits[split] = {"blend": blend}
+    config = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
     write_text(wds_dir / METADATASET, yaml.safe_dump(config, sort_keys=False))
 
 
@@ -357,19 +349,13 @@ def write_meta(
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     if layout != "own":
         dataset["subflavors"] = {"layout": layout}
-    info = {
-        "energon_version": version("megatron-energon"),
-        "shard_counts": {f"{tar.name}.tar": tar.count for tar in tars},
-    }
+    counts = {f"{tar.name}.tar": tar.count for tar in tars}
+    info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
+    parts = {"train": train, "val": heldout, "test": []}
+    splits = {"split_parts": parts, "exclude": [_literal(name) for name in exclude]}
     with atomic_dir(wds_dir / ".nv-meta") as meta:
-        splits = {
-            "split_parts": {"train": train, "val": heldout, "test": []},
-            "exclude": [_literal(e) for e in exclude],
-        }
-        write_text(
-            meta / "split.yaml",
-            yaml.dump(splits, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False),
-        )
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        write_text(meta / "split.yaml", yaml.dump(splits, Dumper=dumper, sort_keys=False))
         write_text(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False))
         write_text(meta / ".info.json", orjson.dumps(info, option=orjson.OPT_INDENT_2).decode())
         write_text(meta / "index.uuid", str(uuid.uuid5(uuid.NAMESPACE_OID, content)))
@@ -409,5 +395,5 @@ def _write_sqlite(path: Path, tars: list[Tar]) -> None:
     database.close()
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

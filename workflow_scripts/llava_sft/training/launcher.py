@@ -78,9 +78,8 @@ def launch(
     if job:
         argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options, arguments)
         environment, ask = python_path(), lambda training: job.signal_steps()
-        print(
-            f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …", flush=True
-        )
+        srun = " ".join(argv[: argv.index(sys.executable)])
+        print(f"{values['nodes']} nodes × {count} processes: {srun} …", flush=True)
     else:
         argv, environment = command(count, arguments)
         ask = lambda training: ask_workers(training, count)  # noqa: E731
@@ -113,14 +112,9 @@ def run(
             print(f"{signal.Signals(number).name}: saving a checkpoint and ending", flush=True)
         asked.append(number)
 
-    training = subprocess.Popen(
-        argv,
-        stdout=output,
-        stderr=subprocess.STDOUT if output else None,
-        env=os.environ | environment,
-        pass_fds=pass_fds,
-        preexec_fn=_before_training,
-    )
+    streams = {"stdout": output, "stderr": subprocess.STDOUT} if output else {}
+    environment = os.environ | environment
+    training = subprocess.Popen(argv, env=environment, pass_fds=pass_fds, preexec_fn=_before_training, **streams)
     previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         code, last = None, 0.0
