@@ -79,24 +79,22 @@ def main() -> None:
 
     if args.direction == "hf2mcore":
         local = lambda name: download(name) if is_hub(str(name)) else name  # noqa: E731
-        done = hf2mcore(
-            local(source), args.target, model, args.sidecars, {part: local(name) for part, name in parts.items()}
-        )
+        parts = {part: local(name) for part, name in parts.items()}
+        done = hf2mcore(local(source), args.target, model, args.sidecars, parts)
         done["source"] = args.source
     else:
-        gate = {}
+        gate = None
         if args.samples:
             from llava_sft.checkpoint.parity import check_parity
 
-            gate = {"gate": partial(check_parity, source, model, args.samples, args.parity)}
-        done = mcore2hf(source, args.target, args.sidecars, model, args.min_pixels, args.max_pixels, **gate)
+            gate = partial(check_parity, source, model, args.samples, args.parity)
+        done = mcore2hf(source, args.target, args.sidecars, model, args.min_pixels, args.max_pixels, gate)
     done["depends"] = depends
     write_json(marker, done)
     if args.done:
         write_json(args.done, done)
-    print(
-        f"{args.source} → {args.target}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
-    )
+    facts = f"{done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
+    print(f"{args.source} → {args.target}: {facts}")
 
 
 def source_fingerprint(source: Path | str) -> str:

@@ -61,9 +61,9 @@ def main() -> None:
         dataset = adopt_webdataset(source, args.wds_dir, args.max_reject_fraction)
     write_json(output, dataset)
     train, heldout = dataset["train"], dataset["heldout"]
-    told = (
-        "" if dataset["read"] is None else f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
-    )
+    told = ""
+    if dataset["read"] is not None:
+        told = f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
     print(
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{told} → {output}"

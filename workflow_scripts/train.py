@@ -94,16 +94,14 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
     """Write the marker: the same bytes for the same run, whenever and however often it was interrupted."""
     train_iters = resolved["settings"]["train_iters"]
     metrics = read_metrics(run_dir)
-    write_json(
-        done,
-        {
-            "run_dir": str(run_dir),
-            "checkpoint": str(checkpoint_dir(run_dir, train_iters)),
-            "iteration": train_iters,
-            "lm loss": metrics[-1]["lm loss"] if metrics else None,
-            "fingerprint": fingerprint([identity(resolved), train_iters]),
-        },
-    )
+    marker = {
+        "run_dir": str(run_dir),
+        "checkpoint": str(checkpoint_dir(run_dir, train_iters)),
+        "iteration": train_iters,
+        "lm loss": metrics[-1]["lm loss"] if metrics else None,
+        "fingerprint": fingerprint([identity(resolved), train_iters]),
+    }
+    write_json(done, marker)
 
 
 def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
@@ -134,14 +132,14 @@ def check_machine(resolved: dict, job: Job | None) -> None:
             f"gpus_per_node is {settings['gpus_per_node']}, {platform.node()} has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
-    if settings["gpus_per_node"]:
-        for number, (name, total, used) in enumerate(predict.gpus_of_this_machine()[: settings["gpus_per_node"]]):
-            if used > GPU_IDLE_GIB:
-                complain(
-                    settings,
-                    f"GPU {number} of {platform.node()} ({name}) has {used:.1f} of {total:.1f} GiB in use already",
-                    "end the other process (nvidia-smi names it), or choose others with CUDA_VISIBLE_DEVICES",
-                )
+    gpus = predict.gpus_of_this_machine()[: settings["gpus_per_node"]] if settings["gpus_per_node"] else []
+    for number, (name, total, used) in enumerate(gpus):
+        if used > GPU_IDLE_GIB:
+            complain(
+                settings,
+                f"GPU {number} of {platform.node()} ({name}) has {used:.1f} of {total:.1f} GiB in use already",
+                "end the other process (nvidia-smi names it), or choose others with CUDA_VISIBLE_DEVICES",
+            )
     check_memory(resolved)
     for package, planned in resolved["versions"].items():
         if (here := version(package)) != planned:
@@ -184,9 +182,8 @@ def check_space(run_dir: Path, resolved: dict) -> None:
     kept = predict.checkpoints_kept(settings)
     free = shutil.disk_usage(run_dir).free
     if free < kept * size:
-        print(
-            f"warning: {kept} checkpoints may take {kept * size / 2**30:,.1f} GiB, the disk has {free / 2**30:,.1f} GiB free: set keep_last"
-        )
+        need, have = (f"{number / 2**30:,.1f} GiB" for number in (kept * size, free))
+        print(f"warning: {kept} checkpoints may take {need}, the disk has {have} free: set keep_last")
 
 
 def last_lines(log: Path, count: int = 12) -> str:

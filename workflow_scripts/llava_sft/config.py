@@ -164,11 +164,8 @@ class Settings(BaseModel):
                 "(a finished folder) is needed | set the one you have and leave the others out"
             )
         if not self.raw_data and self.heldout_data is not None:
-            rule = (
-                "sources have their own `heldout`"
-                if self.sources
-                else "a finished folder brings its own validation split"
-            )
+            finished = "a finished folder brings its own validation split"
+            rule = "sources have their own `heldout`" if self.sources else finished
             raise ValueError(f"heldout_data | goes with raw_data only: {rule} | remove heldout_data")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels | {self.min_pixels} is above max_pixels {self.max_pixels} | lower min_pixels")
@@ -400,13 +397,9 @@ def pack_epoch(settings: Settings, lengths: list[int]) -> Epoch:
 
 
 def resolve(
-    settings: Settings,
-    train_samples: int,
-    heldout_samples: int = 0,
-    epoch: Epoch | None = None,
-    blend: float = 1.0,
+    settings: Settings, train_samples: int, heldout_samples: int = 0, epoch: Epoch | None = None, blend: float = 1.0,
     cores: int | None = None,
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """All values that training uses, and for each that was `auto` the sentence that says where it came from.
 
     `epoch`: with packing, steps are counted in its packs, not in samples. `blend`: the mean weight of a sample, where
@@ -442,11 +435,8 @@ def resolve(
     if epoch:
         sequences, what = len(epoch.packs), f"packed sequences (of {train_samples:,} samples)"
     sequences = round(sequences * blend)
-    iters = settle(
-        "train_iters",
-        auto_train_iters(sequences, settings.epochs, gbs),
-        f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits",
-    )
+    counted = f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits"
+    iters = settle("train_iters", auto_train_iters(sequences, settings.epochs, gbs), counted)
     settle("min_lr", settings.lr / 10, "lr / 10")
     settle("lr_vision", settings.lr, "lr")
     settle("lr_adapter", settings.lr, "lr")

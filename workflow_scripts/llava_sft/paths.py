@@ -71,11 +71,9 @@ class Paths:
         self.demo = exp_dir / "demo"
         self.data = exp_dir / "data" / settings.experiment
         # A finished folder that is not ours is adopted: our folder of links to its tars, with an index of our own.
-        self.adopted = settings.webdatasets if settings.webdatasets and not is_finished(settings.webdatasets) else None
-        self.webdatasets = (
-            self.data / "webdatasets" if self.adopted else settings.webdatasets or self.data / "webdatasets"
-        )
-        self.parts = self.data / "webdatasets.parts"
+        given = settings.webdatasets
+        self.adopted = given if given and not is_finished(given) else None
+        self.webdatasets = given if given and not self.adopted else self.data / "webdatasets"
         self.dataset = self.data / "dataset.json"
         self.inspection = self.data / "inspect.json"
         self.run_dir = exp_dir / settings.run_name

@@ -98,12 +98,9 @@ def open_source(folder: Path | str, model: ModelConfig) -> HfSource | LegacySour
 
 
 def hf2mcore(
-    source: Path,
-    target: Path,
-    model: ModelConfig,
-    sidecars: Path | None = None,
+    source: Path, target: Path, model: ModelConfig, sidecars: Path | None = None,
     parts: dict[str, Path | str] | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Convert a Hugging Face folder, or one of the original project, into a Megatron folder; returns its marker.
 
     Args:
@@ -153,14 +150,9 @@ def hf2mcore(
 
 
 def mcore2hf(
-    source: Path,
-    target: Path,
-    sidecars: Path,
-    model: ModelConfig,
-    min_pixels: int,
-    max_pixels: int,
-    gate: Callable[[Path], None] = lambda folder: None,
-) -> dict:
+    source: Path, target: Path, sidecars: Path, model: ModelConfig, min_pixels: int, max_pixels: int,
+    gate: Callable[[Path], None] | None = None,
+) -> dict:  # fmt: skip
     """Write the weights of one checkpoint folder (`iter_0000400/`, `release/`) as a Hugging Face folder.
 
     Args:
@@ -187,7 +179,8 @@ def mcore2hf(
     with atomic_dir(target) as folder:
         write_hf_sidecars(folder, sidecars, model, min_pixels, max_pixels, marker["dtype"])
         write_safetensors(folder, order, dtype, tensors())
-        gate(folder)
+        if gate:
+            gate(folder)
         write_json(folder / MARKER, marker)
     return marker
 

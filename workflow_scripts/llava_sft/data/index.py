@@ -92,13 +92,9 @@ class Source:
 
 
 def index_webdataset(
-    wds_dir: Path,
-    parts_dir: Path,
-    max_reject_fraction: float = 0.0,
-    plan: list[dict[str, Any]] | None = None,
-    val_fraction: float = 0.0,
-    split_seed: int = 0,
-) -> dict[str, Any]:
+    wds_dir: Path, parts_dir: Path, max_reject_fraction: float = 0.0, plan: list[dict[str, Any]] | None = None,
+    val_fraction: float = 0.0, split_seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """Check the parts, write `.nv-meta` (of each source, and their blend), return what the dataset file holds.
 
     `plan` names the sources with their weights and numbers of shards (None: all that are there). `max_reject_fraction`
@@ -335,14 +331,9 @@ def _write_blend(wds_dir: Path, weights: dict[str, float], metas: dict[str, Meta
 
 @contextlib.contextmanager
 def write_meta(
-    wds_dir: Path,
-    tars: Iterable[Tar],
-    train: list[str],
-    heldout: list[str],
-    exclude: list[str],
-    content: str,
+    wds_dir: Path, tars: Iterable[Tar], train: list[str], heldout: list[str], exclude: list[str], content: str,
     layout: str = "own",
-) -> Iterator[Path]:
+) -> Iterator[Path]:  # fmt: skip
     """Write `.nv-meta` beside its place, yield it there, then put it in its place. `content` names what is in the set."""
     # tar_file_id is the place in .info.json; energon numbers tars in the order of their names.
     tars = sorted(tars, key=lambda tar: tar.name)

@@ -229,14 +229,9 @@ def _idx_samples(tar: Path) -> int | None:
 
 
 def _check_index(
-    tar: Path,
-    name: str,
-    samples: list[TarSample],
-    counted: int | None,
-    number: int | None,
-    database: sqlite3.Connection | None,
-    found: Findings,
-) -> None:
+    tar: Path, name: str, samples: list[TarSample], counted: int | None, number: int | None,
+    database: sqlite3.Connection | None, found: Findings,
+) -> None:  # fmt: skip
     found.looked_at[INDEX] += 1
     offsets = [sample.offset for sample in samples]
     offsets.append(samples[-1].offset + samples[-1].size if samples else 0)

@@ -167,15 +167,9 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
     )
 
     def __init__(
-        self,
-        template: ChatTemplate,
-        seq_length: int,
-        min_pixels: int,
-        max_pixels: int,
-        packing: bool = False,
-        pad_multiple: int = 1,
-        seed: int = 0,
-    ):
+        self, template: ChatTemplate, seq_length: int, min_pixels: int, max_pixels: int,
+        packing: bool = False, pad_multiple: int = 1, seed: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.template, self.seq_length = template, seq_length
         self.min_pixels, self.max_pixels = min_pixels, max_pixels

@@ -93,13 +93,9 @@ def launch(
 
 
 def run(
-    argv: list[str],
-    environment: dict[str, str],
-    ask: Callable[[subprocess.Popen], None],
-    show: Callable[[], None] = lambda: None,
-    output: BinaryIO | None = None,
-    pass_fds: tuple[int, ...] = (),
-) -> int:
+    argv: list[str], environment: dict[str, str], ask: Callable[[subprocess.Popen], None],
+    show: Callable[[], None] = lambda: None, output: BinaryIO | None = None, pass_fds: tuple[int, ...] = (),
+) -> int:  # fmt: skip
     """Run a command to its end; returns its exit code.
 
     SIGTERM, SIGINT and SIGUSR1 ask the training processes, once a second, to save and end: they ignore it until Megatron

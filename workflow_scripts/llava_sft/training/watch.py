@@ -37,16 +37,9 @@ class Watch:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        values: dict,
-        data_rank: int,
-        replicas: int,
-        first: int,
-        writes: bool,
-        peak: float | None,
-        tensorboard: Any,
-    ):
+        self, run_dir: Path, values: dict, data_rank: int, replicas: int, first: int, writes: bool,
+        peak: float | None, tensorboard: Any,
+    ):  # fmt: skip
         self.run_dir, self.values, self.replicas, self.writes = run_dir, values, replicas, writes
         self.peak, self.tensorboard = peak, tensorboard
         self.said_slow, self.warm = False, False  # the first interval has the start of the loader in it
