@@ -71,7 +71,7 @@ def main() -> None:
     machine = predict.gpu(args.gpu, args.gpu_memory) if args.gpu else predict.this_machine(values)
     forecast = predict.forecast(model, values, machine, mean, largest)
     if forecast and "num_workers" in why:
-        wanted = forecast.prediction.tokens_per_s / predict.data_parallel_size_of(values)
+        wanted = forecast.prediction.tokens_per_s / predict.data_parallel_size(values)
         values["num_workers"] = auto_num_workers(cores, values["nproc_per_node"], wanted, prepared)
         why["num_workers"] = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
         if prepared * values["num_workers"] < wanted:

@@ -178,10 +178,7 @@ class Settings(BaseModel):
                 raise ValueError(f"{key} | {part} is not trained | add {part} to trainable_modules, or leave {key} out")
         if self.run_tag.endswith("results"):
             raise ValueError(f"run_tag | {self.run_tag!r} would name the results folder of a run | choose another tag")
-        gpus = 0 if self.gpus_per_node == "auto" else self.gpus_per_node
-        replicas = data_parallel_size(self, gpus)  # on a machine still unknown: one at least
-        if self.global_batch_size != "auto":
-            check_global_batch_size(self.global_batch_size, self.micro_batch_size, replicas)
+        check_batch(self, gpus=0 if self.gpus_per_node == "auto" else self.gpus_per_node)  # of a machine still unknown
         return self
 
     @property
@@ -297,9 +294,11 @@ def _installed_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
-def data_parallel_size(settings: Settings, gpus: int) -> int:
-    """Model replicas: processes (one a GPU, else nproc_per_node) divided by tensor × pipeline parallel size, over all
-    nodes. A replica lies within one node."""
+def processes_per_node(settings: Settings, gpus: int) -> int:
+    """One a GPU, else nproc_per_node, else those of one model replica, which lies within one node.
+
+    Raises SettingsError when replicas can not be made of them.
+    """
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
     asked = settings.nproc_per_node
     if gpus and asked not in ("auto", gpus):
@@ -311,7 +310,13 @@ def data_parallel_size(settings: Settings, gpus: int) -> int:
             f"= {model_parallel}",
             f"{name}: {model_parallel} or a multiple of it, or smaller parallel sizes",
         )
-    return max(1, count // model_parallel) * (1 if settings.nodes == "auto" else settings.nodes)
+    return count or model_parallel
+
+
+def data_parallel_size(values: dict[str, Any]) -> int:
+    """Model replicas over all nodes, of resolved settings."""
+    model_parallel = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
+    return max(1, values["nproc_per_node"] * values["nodes"] // model_parallel)
 
 
 def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
@@ -328,6 +333,15 @@ def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
                 f"{key}: {size} does not divide the {number} {what} of model {model.name}",
                 f"{key}: a divisor of {number}",
             )
+
+
+def check_batch(settings: Settings, gpus: int) -> None:
+    """Raise SettingsError unless processes and global batch size go together on nodes of so many GPUs."""
+    nodes = 1 if settings.nodes == "auto" else settings.nodes
+    known = {"nodes": nodes, "nproc_per_node": processes_per_node(settings, gpus)}
+    if settings.global_batch_size != "auto":
+        replicas = data_parallel_size(settings.model_dump() | known)
+        check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)
 
 
 def check_global_batch_size(global_batch_size: int, micro_batch_size: int, replicas: int) -> None:
@@ -418,11 +432,8 @@ def resolve(
     gpus = settle("gpus_per_node", found, "GPUs of this machine" if found else "no GPU here: one process on the CPU")
     if settings.fp8 != "none" and not gpus:
         raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Hopper or newer)")
-    replicas = data_parallel_size(settings, gpus)
-    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
-    per_node = replicas * model_parallel // values["nodes"]
-    settle("nproc_per_node", per_node, "one a GPU" if gpus else "TP × PP on a CPU")
-    mbs = settings.micro_batch_size
+    settle("nproc_per_node", processes_per_node(settings, gpus), "one a GPU" if gpus else "TP × PP on a CPU")
+    replicas, mbs = data_parallel_size(values), settings.micro_batch_size
     gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
     check_global_batch_size(gbs, mbs, replicas)
     cores = cores or len(os.sched_getaffinity(0))

@@ -20,15 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion, sidecars_of
-from llava_sft.config import (
-    CONFIG_DIR,
-    Settings,
-    SourceSettings,
-    check_global_batch_size,
-    check_parallel_sizes,
-    data_parallel_size,
-    gpu_count,
-)
+from llava_sft.config import CONFIG_DIR, Settings, SourceSettings, check_batch, check_parallel_sizes, gpu_count
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
 from llava_sft.data.tars import METADATASET, is_finished
 from llava_sft.errors import DataError
@@ -200,6 +192,4 @@ class Paths:
         check_parallel_sizes(settings, load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml"))
         check_load(settings.load, settings.load_parts, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
         if settings.global_batch_size != "auto":
-            gpus = gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node
-            replicas = data_parallel_size(settings, gpus)
-            check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)
+            check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

@@ -16,7 +16,7 @@ from functools import cache
 from itertools import chain, product
 from typing import Any, NamedTuple
 
-from llava_sft.config import CONFIG_DIR
+from llava_sft.config import CONFIG_DIR, data_parallel_size
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.packing import cut_between
 from llava_sft.errors import SettingsError
@@ -125,7 +125,7 @@ def state_bytes(model: ModelConfig, values: dict[str, Any]) -> dict[str, float]:
     weights, optimizer = expected_bytes(total, 0, values), expected_bytes(0, trained, values)  # as in a checkpoint
     gradients = 4 * trained
     if values["gpus_per_node"]:
-        optimizer /= data_parallel_size_of(values)
+        optimizer /= data_parallel_size(values)
         weights += 0 if values["fp8"] == "none" else FP8_COPIES * total
         gradients = (4 if values["optimizer_precision"] == "fp32" else 2) * trained
     split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
@@ -231,7 +231,7 @@ def chunk_tokens(values: dict[str, Any]) -> float:
 
 
 def _micro_batches(values: dict[str, Any]) -> int:
-    return values["global_batch_size"] // (values["micro_batch_size"] * data_parallel_size_of(values))
+    return values["global_batch_size"] // (values["micro_batch_size"] * data_parallel_size(values))
 
 
 class Recorded(NamedTuple):
@@ -306,13 +306,8 @@ def predict(
     memory = state | {"language activations": language, "vision activations": vision, "libraries and the rest": fixed}
     terms = time_terms(model, values, mean, machine.peak)
     seconds = sum(factor * term for factor, term in zip(calibration.time, terms, strict=True))
-    replicas = data_parallel_size_of(values)
+    replicas = data_parallel_size(values)
     return Prediction(memory, seconds, mean.tokens * _micro_batches(values) * replicas)
-
-
-def data_parallel_size_of(values: dict[str, Any]) -> int:
-    split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
-    return max(1, values["nproc_per_node"] * values["nodes"] // split)
 
 
 # ---------------------------------------------------------------------------------------------------- machines
@@ -387,7 +382,7 @@ def proposals(
         tried = values | changed
         rows = tried["micro_batch_size"] / values["micro_batch_size"]
         scales = tried["seq_length"] / values["seq_length"], min(tried["seq_length"], chunk_tokens(tried)) / piece
-        if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size_of(tried)):
+        if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size(tried)):
             continue
         scaled = [
             Load(*(rows * scale * each for each in load)) for scale, load in zip(scales, (mean, largest), strict=True)
