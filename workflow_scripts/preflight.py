@@ -6,6 +6,7 @@ machine than this one (--gpu) it only shows what would be.
 
 import argparse
 import os
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def main() -> None:
         if prepared * values["num_workers"] < wanted:
             why["num_workers"] += f"; half of {cores} cores allow no more: steps will wait for data"
 
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(start).items()}
     resolved = {
         "run_name": settings.run_name,
         "settings": values,
@@ -89,14 +91,7 @@ def main() -> None:
             "train_samples": dataset["train"]["samples"],
             "heldout_samples": dataset["heldout"]["samples"],
         },
-        "start": {
-            "load": settings.load,
-            "folder": str(start.folder) if start.folder else None,
-            "sidecars": str(start.sidecars),
-            "fingerprint": start.fingerprint,
-            "untrained": start.untrained,
-            "old_names": start.old_names,
-        },
+        "start": {"load": settings.load, **plain},
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained)
@@ -144,7 +139,7 @@ def told(
     size = predict.checkpoint_size(model, values)
     kept = predict.checkpoints_kept(values)
     lines.append(f"disk    {kept} × {size / predict.GIB:,.3g} GiB of checkpoints: {kept * size / predict.GIB:,.1f} GiB")
-    kept_facts = {
+    facts = {
         "machine": machine._asdict(),
         "memory_gib": prediction.memory,
         "fits": predict.fits(prediction, machine),
@@ -155,7 +150,7 @@ def told(
         "checkpoints_kept": kept,
         "recorded_runs": len(runs),
     }
-    return kept_facts, lines
+    return facts, lines
 
 
 def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, str]) -> None:
