@@ -158,7 +158,8 @@ def _inspect_folder(folder: Path, tars: list[str], parts: list[dict[str, Any]], 
     for name in tars:
         split = split_of.get(name)
         if split is None and split_of:
-            if _idx_samples(folder / name) != 0:  # an empty shard is rightly in no split
+            idx = folder / f"{name}.idx"
+            if not idx.is_file() or idx.stat().st_size != 8:  # an empty shard is rightly in no split
                 found.notes.append(f"{name} is in no split: training does not see it")
             continue
         try:
@@ -221,11 +222,6 @@ def _open_index(wds_dir: Path, found: Findings) -> sqlite3.Connection | None:
         found.problem(INDEX, "index.sqlite", f"can not be read: {error}")
         return None
     return database
-
-
-def _idx_samples(tar: Path) -> int | None:
-    idx = tar.with_suffix(".tar.idx")
-    return idx.stat().st_size // 8 - 1 if idx.is_file() else None
 
 
 def _check_index(
