@@ -27,20 +27,12 @@ def main() -> None:
     add("target", type=Path, help="folder to write; it appears only when it is whole")
     add("--model", required=True, help="config/models/<model>.yaml, or a path")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
-    add(
-        "--part",
-        action="append",
-        default=[],
-        metavar="PART=FOLDER",
-        help="hf2mcore: take language, vision or adapter from there; adapter=random",
-    )
+    add("--part", action="append", default=[], metavar="PART=FOLDER",
+        help="hf2mcore: take language, vision or adapter from there; adapter=random")  # fmt: skip
     add("--min-pixels", type=int, default=3136, help="mcore2hf: written for inference")
     add("--max-pixels", type=int, default=1_000_000, help="mcore2hf: written for inference")
-    add(
-        "--samples",
-        type=Path,
-        help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model",
-    )
+    add("--samples", type=Path,
+        help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model")  # fmt: skip
     add("--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare")
     add("--done", type=Path, help="also write the marker here")
     args = parser.parse_args()

@@ -24,26 +24,12 @@ def main() -> None:
     add = parser.add_argument
     add("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards (*.tar, *.tar.idx)")
     add("--parts-dir", type=Path, help="statistics, rejects and index rows of the shards (WDS_DIR.parts)")
-    add(
-        "--adopt",
-        type=Path,
-        metavar="FOLDER",
-        help="link this folder's tars into WDS_DIR; WDS_DIR itself, when it has its index: only count",
-    )
-    add(
-        "--max-reject-fraction",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the records, 0 to 1, that may be rejected (%(default)s)",
-    )
-    add(
-        "--val-fraction",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share to hold out when no shard is (%(default)s)",
-    )
+    add("--adopt", type=Path, metavar="FOLDER",
+        help="link this folder's tars into WDS_DIR; WDS_DIR itself, when it has its index: only count")  # fmt: skip
+    add("--max-reject-fraction", type=float, default=0.0, metavar="SHARE",
+        help="share of the records, 0 to 1, that may be rejected (%(default)s)")  # fmt: skip
+    add("--val-fraction", type=float, default=0.0, metavar="SHARE",
+        help="share to hold out when no shard is (%(default)s)")  # fmt: skip
     add("--split-seed", type=int, default=0, help="of --val-fraction (%(default)s)")
     add("--plan", type=json.loads, metavar="JSON", help="sources, weights, shards (all that are there)")
     add("--output", type=Path, metavar="DATASET.json", help="fingerprint and counts of the data set (WDS_DIR.json)")

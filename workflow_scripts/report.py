@@ -1,5 +1,7 @@
-"""Write the report of a run, one self-contained HTML page: all that the steps before it left behind, for a person to judge
-the model by. Every input but the resolved settings may be missing, and so may their keys: the page says so."""
+"""Write the report of a run, one self-contained HTML page, from what the steps before it left behind.
+
+Every input but the resolved settings may be missing, and so may their keys: the page says so.
+"""
 
 import argparse
 import math

@@ -25,23 +25,14 @@ def main() -> None:
     add("--image-root", help="the folder that the records' image paths start from (beside the file)")
     add("--output-dir", type=Path, required=True, metavar="WDS_DIR", help="gets the shards")
     add("--parts-dir", type=Path, help="gets statistics, rejects and index rows (WDS_DIR.parts)")
-    add(
-        "--prefix",
-        choices=[TRAIN_PREFIX, HELDOUT_PREFIX],
-        default=TRAIN_PREFIX,
-        help=f"name of the shards: {TRAIN_PREFIX} for training (default), {HELDOUT_PREFIX} for validation",
-    )
-    add(
-        "--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N", help="reject larger images (%(default)s)"
-    )
+    add("--prefix", choices=[TRAIN_PREFIX, HELDOUT_PREFIX], default=TRAIN_PREFIX,
+        help=f"name of the shards: {TRAIN_PREFIX} for training (default), {HELDOUT_PREFIX} for validation")  # fmt: skip
+    add("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N",
+        help="reject larger images (%(default)s)")  # fmt: skip
     add("--max-shard-bytes", type=int, metavar="N", help="a tar that grows beyond is an error")
     add("--decode-images", choices=["True", "False"], default="False", help="decode every image (%(default)s)")
-    add(
-        "--range-bytes",
-        type=int,
-        metavar="N",
-        help="whole files: bytes of raw data a shard is made from (8 MiB of text, 256 MiB of Parquet)",
-    )
+    add("--range-bytes", type=int, metavar="N",
+        help="whole files: bytes of raw data a shard is made from (8 MiB of text, 256 MiB of Parquet)")  # fmt: skip
     add("--shard", type=int, metavar="N", help="one job: number of the shard")
     add("--start", type=int, metavar="BYTE", help="one job: records that start here …")
     add("--end", type=int, metavar="BYTE", help="one job: … and before here")

@@ -111,12 +111,9 @@ class TokenCounter:
 
 
 def inspect_webdataset(
-    wds_dir: Path,
-    parts_dir: Path | None = None,
-    dataset: dict[str, Any] | None = None,
-    seed: int = 0,
+    wds_dir: Path, parts_dir: Path | None = None, dataset: dict[str, Any] | None = None, seed: int = 0,
     tokens: TokenCounter | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Return the report (plain JSON; lengths in characters, image sizes in pixels) and a gallery of samples.
 
     `parts_dir` adds the rejects and the check of the tars' hashes; `dataset`, the dataset file's content, the check of

@@ -99,9 +99,8 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     if isinstance(data, Rejected):
         raise data
     if data is None:
-        raise Rejected(
-            f"{line.word} too long", f"more than {MAX_LINE_BYTES >> 20} MiB: is this the file of the records?"
-        )
+        limit = f"more than {MAX_LINE_BYTES >> 20} MiB"
+        raise Rejected(f"{line.word} too long", f"{limit}: is this the file of the records?")
     if line.offset == 0:
         data = data.removeprefix(BOM)
     try:
