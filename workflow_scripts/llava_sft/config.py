@@ -14,7 +14,7 @@ import math
 import os
 import re
 import subprocess
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -285,7 +285,7 @@ def gpu_count() -> int:
     return _installed_gpus()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _installed_gpus() -> int:
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)

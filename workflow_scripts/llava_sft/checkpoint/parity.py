@@ -23,6 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 
@@ -90,10 +91,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
 
 def computing_dtype(model: ModelConfig, stored: str, device: str) -> str:
     """float32, whose rounding hides no fault, where the model fits into memory with a fifth to spare; else as stored."""
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     return "float32" if 4 * model.parameter_count() * 1.2 < free else stored
 
 

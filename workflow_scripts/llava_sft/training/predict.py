@@ -16,6 +16,8 @@ from functools import cache
 from itertools import chain, product
 from typing import Any, NamedTuple
 
+import psutil
+
 from llava_sft.config import CONFIG_DIR, data_parallel_size
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.packing import cut_between
@@ -334,7 +336,7 @@ def this_machine(values: dict[str, Any]) -> Machine | None:
                 return None
         return None
     processes = values["nproc_per_node"]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    memory = psutil.virtual_memory().total / GIB
     return Machine("CPU", memory / processes, CPU_FLOPS * max(1, len(os.sched_getaffinity(0)) // processes))
 
 
