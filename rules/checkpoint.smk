@@ -30,8 +30,7 @@ rule convert_checkpoint_mcore2hf:
         folder="{exp_dir}/{run_name}_results/huggingface",
         run_dir=flow.path("run_dir"),
         webdatasets=flow.path("webdatasets"),
-        settings=flow.settings("model", "min_pixels", "max_pixels", "parity"),
+        options=flow.options("model", "min_pixels", "max_pixels", "parity"),
     shell:
-        "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir:q} {params.folder:q} --model {params.settings[model]}"
-        " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"
-        " --samples {params.webdatasets:q} --parity {params.settings[parity]} --done {output:q} > {log:q} 2>&1"
+        "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir:q} {params.folder:q} {params.options}"
+        " --samples {params.webdatasets:q} --done {output:q} > {log:q} 2>&1"

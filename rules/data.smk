@@ -55,11 +55,9 @@ rule index_webdataset:
     params:
         folder=flow.path("webdatasets"),
         job=flow.index_job,
-        settings=flow.settings("max_reject_fraction", "val_fraction", "split_seed"),
+        options=flow.options("max_reject_fraction", "val_fraction", "split_seed"),
     shell:
-        "{PYTHON}index_webdataset.py {params.folder:q} {params.job} --output {output:q}"
-        " --max-reject-fraction {params.settings[max_reject_fraction]} --val-fraction {params.settings[val_fraction]}"
-        " --split-seed {params.settings[split_seed]} > {log:q} 2>&1"
+        "{PYTHON}index_webdataset.py {params.folder:q} {params.job} {params.options} --output {output:q} > {log:q} 2>&1"
 
 
 rule inspect_webdataset:
@@ -75,9 +73,7 @@ rule inspect_webdataset:
     params:
         folder=flow.path("webdatasets"),
         tokenizer=flow.path("tokenizer"),
-        settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
+        options=flow.options("seq_length", "min_pixels", "max_pixels"),
     shell:
-        "{PYTHON}inspect_webdataset.py {params.folder:q} --dataset {input:q}"
+        "{PYTHON}inspect_webdataset.py {params.folder:q} --dataset {input:q} {params.options}"
         " --json {output.json:q} --html {output.html:q} --tokenizer {params.tokenizer:q} > {log:q} 2>&1"
-        " --seq-length {params.settings[seq_length]}"
-        " --min-pixels {params.settings[min_pixels]} --max-pixels {params.settings[max_pixels]}"

@@ -15,11 +15,9 @@ rule evaluate:
     params:
         folder="{exp_dir}/{run_name}_results/huggingface",
         webdatasets=flow.path("webdatasets"),
-        settings=flow.settings("evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens"),
+        options=flow.options("evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens"),
     shell:
-        "{PYTHON}evaluate.py {params.folder:q} {params.webdatasets:q} --dataset {input.dataset:q}"
-        " --by {params.settings[evaluate_by]:q} --samples {params.settings[evaluate_samples]}"
-        " --batch-size {params.settings[evaluate_batch_size]} --max-new-tokens {params.settings[max_new_tokens]}"
+        "{PYTHON}evaluate.py {params.folder:q} {params.webdatasets:q} --dataset {input.dataset:q} {params.options}"
         " --output {output:q} 2>&1 | tee -i {log:q}"
 
 

@@ -16,12 +16,10 @@ rule measure_webdataset:
         folder=flow.path("webdatasets"),
         sidecars=flow.path("sidecars"),
         kept=flow.path("kept_sizes"),
-        settings=flow.settings("seq_length", "min_pixels", "max_pixels"),
+        options=flow.options("seq_length", "min_pixels", "max_pixels"),
     shell:
         "{PYTHON}measure_webdataset.py {params.folder:q} --dataset {input[0]:q} --tokenizer {params.sidecars:q}"
-        " --seq-length {params.settings[seq_length]} --min-pixels {params.settings[min_pixels]}"
-        " --max-pixels {params.settings[max_pixels]} --processes {threads} --kept {params.kept:q} --output {output:q}"
-        " > {log:q} 2>&1"
+        " {params.options} --processes {threads} --kept {params.kept:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule preflight:
@@ -39,7 +37,7 @@ rule preflight:
     localrule: True
     params:
         job=flow.preflight_job,
-        settings=flow.settings(),
+        settings=flow.settings,
     shell:
         "{PYTHON}preflight.py {params.job} 2>&1 | tee -i {log:q}"
 

@@ -9,10 +9,11 @@ import torch
 from megatron.energon import SkipSample
 
 from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.data.heldout import StoredSample, read_split
+from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
 from llava_sft.data.packing import PACKED_IDS
+from llava_sft.data.records import Sample
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import RunError
 from llava_sft.training import validation
@@ -153,7 +154,7 @@ def test_held_out_samples_are_read_in_order_with_their_images_in_the_order_of_th
     assert np.unique([s.id for s in read_split(wds.wds, "train")]).size == RECORDS
 
 
-@pytest.mark.parametrize("stored", [[], [StoredSample("a", [], [], {})]])
+@pytest.mark.parametrize("stored", [[], [Sample("a", [], [], {})]])
 def test_a_validation_that_no_held_out_sample_fits_into_is_one_message(monkeypatch, stored):
     def too_long(self, sample):
         raise SkipSample

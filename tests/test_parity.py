@@ -12,7 +12,7 @@ from llava_sft.checkpoint import parity
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.parity import check_parity
 from llava_sft.checkpoint.start import SIDECARS
-from llava_sft.data.heldout import StoredSample
+from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
 from webdataset_helpers import picture
 
@@ -31,7 +31,7 @@ def data(monkeypatch):
         {"role": "user", "content": "<image>\nWhich digit is this?"},
         {"role": "assistant", "content": "It is 7."},
     ]
-    samples = [StoredSample(f"s{i}", messages, [picture(size=(60 + 30 * i, 90))], {}) for i in range(3)]
+    samples = [Sample(f"s{i}", messages, [picture(size=(60 + 30 * i, 90))], {}) for i in range(3)]
     monkeypatch.setattr(parity, "read_split", lambda folder, split: samples if split == "val" else [])
 
 
@@ -97,7 +97,7 @@ def test_float32_is_used_where_it_fits(small_model):
 
 def test_data_without_any_image_still_gives_three_cases(small_checkpoint, tmp_path, monkeypatch):
     messages = [{"role": "user", "content": "Which digit is this?"}, {"role": "assistant", "content": "It is 7."}]
-    monkeypatch.setattr(parity, "read_split", lambda folder, split: [StoredSample("s", messages, [], {})])
+    monkeypatch.setattr(parity, "read_split", lambda folder, split: [Sample("s", messages, [], {})])
     cases = list(parity.make_cases(small_checkpoint, tmp_path))
     assert [len(case["grids"]) for case in cases] == [0, 1, 3]
     assert all(isinstance(case["ids"], torch.Tensor) for case in cases)

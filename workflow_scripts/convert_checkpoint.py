@@ -21,33 +21,20 @@ from llava_sft.model.config import load_model_config
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("direction", choices=["hf2mcore", "mcore2hf"])
-    parser.add_argument(
-        "source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder"
-    )
-    parser.add_argument("target", type=Path, help="folder to write; it appears only when it is whole")
-    parser.add_argument("--model", required=True, help="config/models/<model>.yaml, or a path")
-    parser.add_argument(
-        "--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)"
-    )
-    parser.add_argument(
-        "--part",
-        action="append",
-        default=[],
-        metavar="PART=FOLDER",
-        help="hf2mcore: take language, vision or adapter from there; adapter=random",
-    )
-    parser.add_argument("--min-pixels", type=int, default=3136, help="mcore2hf: written for inference")
-    parser.add_argument("--max-pixels", type=int, default=1_000_000, help="mcore2hf: written for inference")
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model",
-    )
-    parser.add_argument(
-        "--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare"
-    )
-    parser.add_argument("--done", type=Path, help="also write the marker here")
+    add = parser.add_argument
+    add("direction", choices=["hf2mcore", "mcore2hf"])
+    add("source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder")
+    add("target", type=Path, help="folder to write; it appears only when it is whole")
+    add("--model", required=True, help="config/models/<model>.yaml, or a path")
+    add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
+    add("--part", action="append", default=[], metavar="PART=FOLDER",
+        help="hf2mcore: take language, vision or adapter from there; adapter=random")  # fmt: skip
+    add("--min-pixels", type=int, default=3136, help="mcore2hf: written for inference")
+    add("--max-pixels", type=int, default=1_000_000, help="mcore2hf: written for inference")
+    add("--samples", type=Path,
+        help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model")  # fmt: skip
+    add("--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare")
+    add("--done", type=Path, help="also write the marker here")
     args = parser.parse_args()
     path = Path(args.model)
     model = load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
@@ -63,44 +50,43 @@ def main() -> None:
         args.sidecars = args.sidecars or source.parent / SIDECARS
 
     # What the result depends on. When it is the same as last time there is nothing to do, and torch is not imported.
-    depends = {
-        "direction": args.direction,
-        "source": [source_fingerprint(each) for each in (source, *parts.values())],
-        "parts": list(parts),
-        "model": model.model_dump(),
-        "export": [args.min_pixels, args.max_pixels, args.parity, bool(args.samples)]
-        if args.direction == "mcore2hf"
-        else None,
-    }
+    export = [args.min_pixels, args.max_pixels, args.parity, bool(args.samples)]
+    depends = fingerprint(
+        {
+            "direction": args.direction,
+            "source": [source_fingerprint(each) for each in (source, *parts.values())],
+            "parts": list(parts),
+            "model": model.model_dump(),
+            "export": export if args.direction == "mcore2hf" else None,
+        }
+    )
     marker = args.target / MARKER
-    if marker.is_file() and read_json(marker).get("depends") == fingerprint(depends):
+    if (made := read_json(marker, {})).get("depends") == depends:
         print(f"{args.target}: made from the same source, nothing to convert")
         if args.done:
-            write_json(args.done, read_json(marker))
+            write_json(args.done, made)
         return
 
     from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 
     if args.direction == "hf2mcore":
         local = lambda name: download(name) if is_hub(str(name)) else name  # noqa: E731
-        done = hf2mcore(
-            local(source), args.target, model, args.sidecars, {part: local(name) for part, name in parts.items()}
-        )
+        parts = {part: local(name) for part, name in parts.items()}
+        done = hf2mcore(local(source), args.target, model, args.sidecars, parts)
         done["source"] = args.source
     else:
-        gate = {}
+        gate = None
         if args.samples:
             from llava_sft.checkpoint.parity import check_parity
 
-            gate = {"gate": partial(check_parity, source, model, args.samples, args.parity)}
-        done = mcore2hf(source, args.target, args.sidecars, model, args.min_pixels, args.max_pixels, **gate)
-    done["depends"] = fingerprint(depends)
+            gate = partial(check_parity, source, model, args.samples, args.parity)
+        done = mcore2hf(source, args.target, args.sidecars, model, args.min_pixels, args.max_pixels, gate)
+    done["depends"] = depends
     write_json(marker, done)
     if args.done:
         write_json(args.done, done)
-    print(
-        f"{args.source} → {args.target}: {done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
-    )
+    facts = f"{done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
+    print(f"{args.source} → {args.target}: {facts}")
 
 
 def source_fingerprint(source: Path | str) -> str:
@@ -111,12 +97,8 @@ def source_fingerprint(source: Path | str) -> str:
     files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
     small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
     weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]
-    return fingerprint(
-        [
-            [file_fingerprint(path) for path in small],
-            [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weights],
-        ]
-    )
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    return fingerprint([[file_fingerprint(path) for path in small], stats])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ answers equals the true one, surrounding space aside.
 import argparse
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from llava_sft.checkpoint.start import MARKER
-from llava_sft.data.heldout import StoredSample, data_uri, read_split
+from llava_sft.data.heldout import data_uri, read_split
+from llava_sft.data.records import Sample
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 
@@ -36,15 +38,10 @@ def main() -> None:
             raise RunError(
                 f"{path}: no such file", "an export of convert_checkpoint.py, and the file of index_webdataset.py"
             )
-    depends = fingerprint(
-        [
-            read_json(args.model_dir / MARKER)["depends"],
-            read_json(args.dataset)["fingerprint"],
-            [args.by, args.samples, args.batch_size, args.max_new_tokens],
-        ]
-    )
+    model, data = read_json(args.model_dir / MARKER)["depends"], read_json(args.dataset)["fingerprint"]
+    depends = fingerprint([model, data, [args.by, args.samples, args.batch_size, args.max_new_tokens]])
     kept = args.output.with_name(f".{args.output.name}.kept")  # Snakemake deletes the output itself before a rerun
-    if kept.is_file() and read_json(kept)["depends"] == depends:
+    if read_json(kept, {}).get("depends") == depends:
         write_json(args.output, read_json(kept))
         print(f"{args.output}: the same model and data, nothing to evaluate")
         return
@@ -89,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     }
 
 
-def answer(args: argparse.Namespace, questions: list[StoredSample]) -> list[str]:
+def answer(args: argparse.Namespace, questions: list[Sample]) -> list[str]:
     """Greedy answers, in order; batches hold questions of like length, so that little is padded."""
     import torch
     from tqdm import tqdm
@@ -99,10 +96,8 @@ def answer(args: argparse.Namespace, questions: list[StoredSample]) -> list[str]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor, model = load_export(args.model_dir, "auto", device)
-    texts = [
-        processor.apply_chat_template(question.messages, add_generation_prompt=True, tokenize=False)
-        for question in questions
-    ]
+    render = partial(processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
+    texts = [render(question.messages) for question in questions]
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(texts[i])))
     answers: dict[int, str] = {}
     for start in tqdm(range(0, len(order), args.batch_size), "evaluating", unit="batch", disable=None):
@@ -118,7 +113,7 @@ def answer(args: argparse.Namespace, questions: list[StoredSample]) -> list[str]
     return [answers[i] for i in range(len(questions))]
 
 
-def example(sample: StoredSample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
+def example(sample: Sample, pairs: list[tuple[str, str]], right: bool, by: str) -> dict:
     return {
         "id": sample.id,
         "group": str(sample.meta.get(by, "all")),

@@ -21,35 +21,18 @@ from llava_sft.files import write_json
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards (*.tar, *.tar.idx)")
-    parser.add_argument(
-        "--parts-dir", type=Path, help="statistics, rejects and index rows of the shards (WDS_DIR.parts)"
-    )
-    parser.add_argument(
-        "--adopt",
-        type=Path,
-        metavar="FOLDER",
-        help="link this folder's tars into WDS_DIR; WDS_DIR itself, when it has its index: only count",
-    )
-    parser.add_argument(
-        "--max-reject-fraction",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the records, 0 to 1, that may be rejected (%(default)s)",
-    )
-    parser.add_argument(
-        "--val-fraction",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="share to hold out when no shard is (%(default)s)",
-    )
-    parser.add_argument("--split-seed", type=int, default=0, help="of --val-fraction (%(default)s)")
-    parser.add_argument("--plan", type=json.loads, metavar="JSON", help="sources, weights, shards (all that are there)")
-    parser.add_argument(
-        "--output", type=Path, metavar="DATASET.json", help="fingerprint and counts of the data set (WDS_DIR.json)"
-    )
+    add = parser.add_argument
+    add("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards (*.tar, *.tar.idx)")
+    add("--parts-dir", type=Path, help="statistics, rejects and index rows of the shards (WDS_DIR.parts)")
+    add("--adopt", type=Path, metavar="FOLDER",
+        help="link this folder's tars into WDS_DIR; WDS_DIR itself, when it has its index: only count")  # fmt: skip
+    add("--max-reject-fraction", type=float, default=0.0, metavar="SHARE",
+        help="share of the records, 0 to 1, that may be rejected (%(default)s)")  # fmt: skip
+    add("--val-fraction", type=float, default=0.0, metavar="SHARE",
+        help="share to hold out when no shard is (%(default)s)")  # fmt: skip
+    add("--split-seed", type=int, default=0, help="of --val-fraction (%(default)s)")
+    add("--plan", type=json.loads, metavar="JSON", help="sources, weights, shards (all that are there)")
+    add("--output", type=Path, metavar="DATASET.json", help="fingerprint and counts of the data set (WDS_DIR.json)")
     args = parser.parse_args()
     output = args.output or args.wds_dir.with_name(args.wds_dir.name + ".json")
     parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
@@ -64,9 +47,9 @@ def main() -> None:
         dataset = adopt_webdataset(source, args.wds_dir, args.max_reject_fraction)
     write_json(output, dataset)
     train, heldout = dataset["train"], dataset["heldout"]
-    told = (
-        "" if dataset["read"] is None else f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
-    )
+    told = ""
+    if dataset["read"] is not None:
+        told = f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
     print(
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{told} → {output}"

@@ -17,21 +17,18 @@ PROBLEMS_PRINTED = 10
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards and .nv-meta")
-    parser.add_argument("--parts-dir", type=Path, help="what the conversion noted (WDS_DIR.parts, if there)")
-    parser.add_argument(
-        "--dataset", type=Path, metavar="DATASET.json", help="check the counts of this dataset file too"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
-    parser.add_argument("--seed", type=int, default=0, help="of the gallery and of the images decoded (%(default)s)")
-    parser.add_argument("--fix", action="store_true", help="write .nv-meta and .tar.idx anew first; no tar is touched")
-    parser.add_argument(
-        "--tokenizer", type=Path, nargs="?", metavar="FOLDER", help="count tokens with this tokenizer.json"
-    )
-    parser.add_argument("--seq-length", type=int, default=32768, help="… and what this length would cut (%(default)s)")
-    parser.add_argument("--min-pixels", type=int, default=3136, help="… with images of at least (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=1_000_000, help="… and at most (%(default)s)")
+    add = parser.add_argument
+    add("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards and .nv-meta")
+    add("--parts-dir", type=Path, help="what the conversion noted (WDS_DIR.parts, if there)")
+    add("--dataset", type=Path, metavar="DATASET.json", help="check the counts of this dataset file too")
+    add("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    add("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
+    add("--seed", type=int, default=0, help="of the gallery and of the images decoded (%(default)s)")
+    add("--fix", action="store_true", help="write .nv-meta and .tar.idx anew first; no tar is touched")
+    add("--tokenizer", type=Path, nargs="?", metavar="FOLDER", help="count tokens with this tokenizer.json")
+    add("--seq-length", type=int, default=32768, help="… and what this length would cut (%(default)s)")
+    add("--min-pixels", type=int, default=3136, help="… with images of at least (%(default)s)")
+    add("--max-pixels", type=int, default=1_000_000, help="… and at most (%(default)s)")
     args = parser.parse_args()
     parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
     if args.dataset and not args.dataset.is_file():
@@ -39,7 +36,7 @@ def main() -> None:
             f"dataset file {args.dataset} does not exist", "run index_webdataset.py, or leave --dataset out"
         )
 
-    dataset = read_json(args.dataset) if args.dataset else None
+    dataset = args.dataset and read_json(args.dataset)
     if args.fix:
         rebuild(args.wds_dir, parts_dir, dataset)
     tokens = None
@@ -82,12 +79,8 @@ def rebuild(wds_dir: Path, parts_dir: Path, dataset: dict[str, Any] | None) -> N
     if not parts_dir.is_dir():
         adopt_webdataset(wds_dir, wds_dir, max_reject_fraction=1)
         return
-    beside = [
-        path
-        for path in (wds_dir.with_name(f"{wds_dir.name}.json"), wds_dir.with_name("dataset.json"))
-        if path.is_file()
-    ]
-    known = dataset or (read_json(beside[0]) if beside else {})
+    beside = (read_json(wds_dir.with_name(name), {}) for name in (f"{wds_dir.name}.json", "dataset.json"))
+    known = dataset or next(filter(None, beside), {})
     plan = [{"name": name, "weight": weight} for name, weight in known.get("weights", {}).items()]
     split = known.get("split", {"val_fraction": 0.0, "split_seed": 0})
     index_webdataset(wds_dir, parts_dir, 1, plan, split["val_fraction"], split["split_seed"])

@@ -48,10 +48,8 @@ def describe(run_dir: Path) -> tuple[str, ...]:
 
 def command(run_dir: Path, settings: dict) -> str:
     """With the same --config as before, which preflight noted beside the run."""
-    noted = run_dir.with_name(f"{run_dir.name}_results") / "preflight.json"
-    note = read_json(noted) if noted.is_file() else {}
-    overrides = note.get("overrides", [])
-    pairs = [(key, yaml.safe_load(value)) for key, _, value in (pair.partition("=") for pair in overrides)]
+    note = read_json(run_dir.with_name(f"{run_dir.name}_results") / "preflight.json", {})
+    pairs = [(key, yaml.safe_load(value)) for key, _, value in (o.partition("=") for o in note.get("overrides", []))]
     typed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
     given = " --config " + " ".join(map(shlex.quote, typed)) if typed else ""
     profile = " --profile slurm" if note.get("cluster") else ""

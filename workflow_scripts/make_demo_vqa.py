@@ -12,12 +12,11 @@ from llava_sft.model.config import load_model_config
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--output-dir", type=Path, required=True, help="gets train.jsonl, heldout.jsonl and images/ (the image root)"
-    )
-    parser.add_argument("--checkpoint-dir", type=Path, help="gets the start checkpoint, in Hugging Face format")
-    parser.add_argument("--model", type=Path, default="config/models/tiny.yaml", help="sizes of the start checkpoint")
-    parser.add_argument("--seed", type=int, default=1, help="of the random weights")
+    add = parser.add_argument
+    add("--output-dir", type=Path, required=True, help="gets train.jsonl, heldout.jsonl and images/ (the image root)")
+    add("--checkpoint-dir", type=Path, help="gets the start checkpoint, in Hugging Face format")
+    add("--model", type=Path, default="config/models/tiny.yaml", help="sizes of the start checkpoint")
+    add("--seed", type=int, default=1, help="of the random weights")
     args = parser.parse_args()
 
     counts = write_demo(args.output_dir)

@@ -14,16 +14,15 @@ from llava_sft.files import read_json, write_json
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("wds_dir", type=Path, metavar="WDS_DIR", help="indexed folder")
-    parser.add_argument("--dataset", type=Path, required=True, help="what index_webdataset.py wrote of it")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--kept", type=Path, required=True, help="folder for the counts of each shard")
-    parser.add_argument("--output", type=Path, required=True, metavar="SIZES.json")
-    parser.add_argument("--processes", type=int, default=1, help="shards counted side by side (%(default)s)")
+    add = parser.add_argument
+    add("wds_dir", type=Path, metavar="WDS_DIR", help="indexed folder")
+    add("--dataset", type=Path, required=True, help="what index_webdataset.py wrote of it")
+    add("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    add("--kept", type=Path, required=True, help="folder for the counts of each shard")
+    add("--output", type=Path, required=True, metavar="SIZES.json")
+    add("--processes", type=int, default=1, help="shards counted side by side (%(default)s)")
     for name in Limits._fields:
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, required=True, metavar="N", help="as in the settings"
-        )
+        add(f"--{name.replace('_', '-')}", type=int, required=True, metavar="N", help="as in the settings")
     args = parser.parse_args()
     limits = Limits(*(getattr(args, name) for name in Limits._fields))
     found = measure(args.wds_dir, read_json(args.dataset), args.tokenizer, limits, args.kept, args.processes)

@@ -6,6 +6,7 @@ machine than this one (--gpu) it only shows what would be.
 
 import argparse
 import os
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,41 +23,24 @@ from llava_sft.training import predict
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
-NOT_SHOWN = (
-    "experiment",
-    "model",
-    "load",
-    "tokenizer",
-    "exp_dir",
-    "raw_data",
-    "heldout_data",
-    "image_root",
-    "webdatasets",
-)
-ALWAYS_SHOWN = (
-    "stage",
-    "trainable_modules",
-    "seq_length",
-    "micro_batch_size",
-    "global_batch_size",
-    "train_iters",
-    "lr",
-)
+NOT_SHOWN = {
+    "experiment", "model", "load", "tokenizer", "exp_dir", "raw_data", "heldout_data", "image_root", "webdatasets",
+}  # fmt: skip
+ALWAYS_SHOWN = {
+    "stage", "trainable_modules", "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "lr",
+}  # fmt: skip
 
 
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment", help="a file of config/experiments/, without .yaml")
-    parser.add_argument("--config", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this run only")
-    parser.add_argument(
-        "--cluster", nargs="*", default=[], metavar="KEY=NUMBER", help="what its profile says of a node"
-    )
-    parser.add_argument(
-        "--gpu", metavar="NAME", help=f"for this GPU, not this machine: {', '.join(predict.PEAK_FLOPS)}"
-    )
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="its memory, if it has another than usual")
-    parser.add_argument("--gpus-per-node", type=int, default=1, metavar="N", help="with --gpu: GPUs (%(default)s)")
+    add = parser.add_argument
+    add("experiment", help="a file of config/experiments/, without .yaml")
+    add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this run only")
+    add("--cluster", nargs="*", default=[], metavar="KEY=NUMBER", help="what its profile says of a node")
+    add("--gpu", metavar="NAME", help=f"for this GPU, not this machine: {', '.join(predict.PEAK_FLOPS)}")
+    add("--gpu-memory", type=float, metavar="GIB", help="its memory, if it has another than usual")
+    add("--gpus-per-node", type=int, default=1, metavar="N", help="with --gpu: GPUs (%(default)s)")
     args = parser.parse_args()
 
     overrides, cluster = (
@@ -88,12 +72,13 @@ def main() -> None:
     machine = predict.gpu(args.gpu, args.gpu_memory) if args.gpu else predict.this_machine(values)
     forecast = predict.forecast(model, values, machine, mean, largest)
     if forecast and "num_workers" in why:
-        wanted = forecast.prediction.tokens_per_s / predict.data_parallel_size_of(values)
+        wanted = forecast.prediction.tokens_per_s / predict.data_parallel_size(values)
         values["num_workers"] = auto_num_workers(cores, values["nproc_per_node"], wanted, prepared)
         why["num_workers"] = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
         if prepared * values["num_workers"] < wanted:
             why["num_workers"] += f"; half of {cores} cores allow no more: steps will wait for data"
 
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(start).items()}
     resolved = {
         "run_name": settings.run_name,
         "settings": values,
@@ -106,14 +91,7 @@ def main() -> None:
             "train_samples": dataset["train"]["samples"],
             "heldout_samples": dataset["heldout"]["samples"],
         },
-        "start": {
-            "load": settings.load,
-            "folder": str(start.folder) if start.folder else None,
-            "sidecars": str(start.sidecars),
-            "fingerprint": start.fingerprint,
-            "untrained": start.untrained,
-            "old_names": start.old_names,
-        },
+        "start": {"load": settings.load, **plain},
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained)
@@ -127,9 +105,8 @@ def main() -> None:
     if not args.gpu:
         write_json(paths.resolved, resolved)
         known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
-        write_json(
-            paths.prediction, known | {"overrides": args.config, "cluster": args.cluster, "prediction": predicted}
-        )
+        given = {"overrides": args.config, "cluster": args.cluster}
+        write_json(paths.prediction, known | given | {"prediction": predicted})
     show(resolved, model.parameter_count(), notes, settings.origin)
     for line in lines:
         print(f"  {line}")
@@ -140,7 +117,7 @@ def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[
     settings that it is not of; then written there if it is to be kept."""
     settings = paths.settings
     limits = Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
-    known = read_json(paths.sizes) if paths.sizes.is_file() else {}
+    known = read_json(paths.sizes, {})
     if known.get("depends") != depends_on(dataset, tokenizer, limits):
         known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
         if keep:
@@ -157,14 +134,12 @@ def told(
     prediction, runs, found = forecast
     lines = predict.table(prediction, machine, runs, values)
     if not predict.fits(prediction, machine):
-        lines += ["would fit: " + line for line in predict.proposal_lines(found)] or [
-            "nothing near these settings fits"
-        ]
+        would_fit = [f"would fit: {line}" for line in predict.proposal_lines(found)]
+        lines += would_fit or ["nothing near these settings fits"]
     size = predict.checkpoint_size(model, values)
-    count = -(-values["train_iters"] // values["save_interval"])
-    kept = min(count, values["keep_last"] or count)
+    kept = predict.checkpoints_kept(values)
     lines.append(f"disk    {kept} × {size / predict.GIB:,.3g} GiB of checkpoints: {kept * size / predict.GIB:,.1f} GiB")
-    kept_facts = {
+    facts = {
         "machine": machine._asdict(),
         "memory_gib": prediction.memory,
         "fits": predict.fits(prediction, machine),
@@ -175,7 +150,7 @@ def told(
         "checkpoints_kept": kept,
         "recorded_runs": len(runs),
     }
-    return kept_facts, lines
+    return facts, lines
 
 
 def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, str]) -> None:
@@ -190,10 +165,12 @@ def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, st
         f"  {data['train_samples']:,} samples for training ({epochs:.2f} epochs), {data['heldout_samples']:,} held out"
     )
     defaults = str(CONFIG_DIR / "config.yaml")
-    shown = [name for name in values if name in ALWAYS_SHOWN or name in why or origin.get(name, defaults) != defaults]
-    for name in (name for name in shown if name not in NOT_SHOWN):
-        value = ", ".join(values[name]) if isinstance(values[name], list) else values[name]
-        print(f"  {name:26} {value!s:14} {f'auto: {why[name]}' if name in why else origin[name]}")
+    given = {name for name in values if origin.get(name, defaults) != defaults}
+    shown = (ALWAYS_SHOWN | why.keys() | given) - NOT_SHOWN
+    for name, value in values.items():
+        if name in shown:
+            value = ", ".join(value) if isinstance(value, list) else value
+            print(f"  {name:26} {value!s:14} {f'auto: {why[name]}' if name in why else origin[name]}")
     for note in notes:
         print(f"  warning: {note}")
 

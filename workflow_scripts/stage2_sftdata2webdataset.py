@@ -20,32 +20,22 @@ from llava_sft.errors import SettingsError, exits_cleanly
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, nargs="+", metavar="RAW", help="LLaVA or ShareGPT/OpenAI records")
-    parser.add_argument("--image-root", help="the folder that the records' image paths start from (beside the file)")
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="WDS_DIR", help="gets the shards")
-    parser.add_argument("--parts-dir", type=Path, help="gets statistics, rejects and index rows (WDS_DIR.parts)")
-    parser.add_argument(
-        "--prefix",
-        choices=[TRAIN_PREFIX, HELDOUT_PREFIX],
-        default=TRAIN_PREFIX,
-        help=f"name of the shards: {TRAIN_PREFIX} for training (default), {HELDOUT_PREFIX} for validation",
-    )
-    parser.add_argument(
-        "--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N", help="reject larger images (%(default)s)"
-    )
-    parser.add_argument("--max-shard-bytes", type=int, metavar="N", help="a tar that grows beyond is an error")
-    parser.add_argument(
-        "--decode-images", choices=["True", "False"], default="False", help="decode every image (%(default)s)"
-    )
-    parser.add_argument(
-        "--range-bytes",
-        type=int,
-        metavar="N",
-        help="whole files: bytes of raw data a shard is made from (8 MiB of text, 256 MiB of Parquet)",
-    )
-    parser.add_argument("--shard", type=int, metavar="N", help="one job: number of the shard")
-    parser.add_argument("--start", type=int, metavar="BYTE", help="one job: records that start here …")
-    parser.add_argument("--end", type=int, metavar="BYTE", help="one job: … and before here")
+    add = parser.add_argument
+    add("--input", required=True, nargs="+", metavar="RAW", help="LLaVA or ShareGPT/OpenAI records")
+    add("--image-root", help="the folder that the records' image paths start from (beside the file)")
+    add("--output-dir", type=Path, required=True, metavar="WDS_DIR", help="gets the shards")
+    add("--parts-dir", type=Path, help="gets statistics, rejects and index rows (WDS_DIR.parts)")
+    add("--prefix", choices=[TRAIN_PREFIX, HELDOUT_PREFIX], default=TRAIN_PREFIX,
+        help=f"name of the shards: {TRAIN_PREFIX} for training (default), {HELDOUT_PREFIX} for validation")  # fmt: skip
+    add("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N",
+        help="reject larger images (%(default)s)")  # fmt: skip
+    add("--max-shard-bytes", type=int, metavar="N", help="a tar that grows beyond is an error")
+    add("--decode-images", choices=["True", "False"], default="False", help="decode every image (%(default)s)")
+    add("--range-bytes", type=int, metavar="N",
+        help="whole files: bytes of raw data a shard is made from (8 MiB of text, 256 MiB of Parquet)")  # fmt: skip
+    add("--shard", type=int, metavar="N", help="one job: number of the shard")
+    add("--start", type=int, metavar="BYTE", help="one job: records that start here …")
+    add("--end", type=int, metavar="BYTE", help="one job: … and before here")
     args = parser.parse_args()
     parts_dir = args.parts_dir or default_parts_dir(args.output_dir)
     job = (args.shard, args.start, args.end)
@@ -53,18 +43,9 @@ def main() -> None:
         raise SettingsError(f"--shard, --start, --end are {job}; they go together", "give all three or none")
 
     def convert(raw: str, part: Range, *progress: Callable[..., Any]) -> dict[str, Any]:
-        return convert_range(
-            raw,
-            args.image_root or os.path.dirname(raw) or ".",
-            args.output_dir,
-            parts_dir,
-            args.prefix,
-            part,
-            args.max_image_pixels,
-            args.max_shard_bytes,
-            args.decode_images == "True",
-            *progress,
-        )
+        image_root = args.image_root or os.path.dirname(raw) or "."
+        limits = args.max_image_pixels, args.max_shard_bytes, args.decode_images == "True"
+        return convert_range(raw, image_root, args.output_dir, parts_dir, args.prefix, part, *limits, *progress)
 
     if args.shard is not None:
         all_stats = [convert(args.input[0], Range(*job))]

@@ -64,15 +64,8 @@ def main() -> None:
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
-    code = launch(
-        settings,
-        [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")],
-        run_dir,
-        log,
-        held,
-        job=job,
-        srun_options=shlex.split(args.srun_options),
-    )
+    arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
+    code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
     give_back(held)
     if reached == train_iters:
@@ -89,8 +82,7 @@ def main() -> None:
         if job:
             job.requeue()
         sys.exit(EXIT_GO_ON)
-    elif (run_dir / FAILURE).is_file():
-        known = read_json(run_dir / FAILURE)
+    elif known := read_json(run_dir / FAILURE, None):
         raise RunError(f"training stopped at step {reached} of {train_iters}: {known['problem']}", known["fix"])
     else:
         raise RunError(
@@ -102,22 +94,20 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
     """Write the marker: the same bytes for the same run, whenever and however often it was interrupted."""
     train_iters = resolved["settings"]["train_iters"]
     metrics = read_metrics(run_dir)
-    write_json(
-        done,
-        {
-            "run_dir": str(run_dir),
-            "checkpoint": str(checkpoint_dir(run_dir, train_iters)),
-            "iteration": train_iters,
-            "lm loss": metrics[-1]["lm loss"] if metrics else None,
-            "fingerprint": fingerprint([identity(resolved), train_iters]),
-        },
-    )
+    marker = {
+        "run_dir": str(run_dir),
+        "checkpoint": str(checkpoint_dir(run_dir, train_iters)),
+        "iteration": train_iters,
+        "lm loss": metrics[-1]["lm loss"] if metrics else None,
+        "fingerprint": fingerprint([identity(resolved), train_iters]),
+    }
+    write_json(done, marker)
 
 
 def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
     """Say how often the training's samples were seen, and name those that an epoch left over or repeated."""
     (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
-    left_out = read_json(sizes)["left_out"] if sizes.is_file() else []
+    left_out = read_json(sizes, {"left_out": []})["left_out"]
     train_iters = resolved["settings"]["train_iters"]
     try:
         counts = sample_counts(run_dir, Path(resolved["data"]["path"]), train_iters, left_out)
@@ -142,14 +132,14 @@ def check_machine(resolved: dict, job: Job | None) -> None:
             f"gpus_per_node is {settings['gpus_per_node']}, {platform.node()} has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
-    if settings["gpus_per_node"]:
-        for number, (name, total, used) in enumerate(predict.gpus_of_this_machine()[: settings["gpus_per_node"]]):
-            if used > GPU_IDLE_GIB:
-                complain(
-                    settings,
-                    f"GPU {number} of {platform.node()} ({name}) has {used:.1f} of {total:.1f} GiB in use already",
-                    "end the other process (nvidia-smi names it), or choose others with CUDA_VISIBLE_DEVICES",
-                )
+    gpus = predict.gpus_of_this_machine()[: settings["gpus_per_node"]] if settings["gpus_per_node"] else []
+    for number, (name, total, used) in enumerate(gpus):
+        if used > GPU_IDLE_GIB:
+            complain(
+                settings,
+                f"GPU {number} of {platform.node()} ({name}) has {used:.1f} of {total:.1f} GiB in use already",
+                "end the other process (nvidia-smi names it), or choose others with CUDA_VISIBLE_DEVICES",
+            )
     check_memory(resolved)
     for package, planned in resolved["versions"].items():
         if (here := version(package)) != planned:
@@ -189,12 +179,11 @@ def check_space(run_dir: Path, resolved: dict) -> None:
     settings = resolved["settings"]
     size = predict.checkpoint_size(ModelConfig(**resolved["model"]), settings)
     check_disk(run_dir, size, "a checkpoint")
-    kept = min(-(-settings["train_iters"] // settings["save_interval"]), settings["keep_last"] or 10**9)
+    kept = predict.checkpoints_kept(settings)
     free = shutil.disk_usage(run_dir).free
     if free < kept * size:
-        print(
-            f"warning: {kept} checkpoints may take {kept * size / 2**30:,.1f} GiB, the disk has {free / 2**30:,.1f} GiB free: set keep_last"
-        )
+        need, have = (f"{number / 2**30:,.1f} GiB" for number in (kept * size, free))
+        print(f"warning: {kept} checkpoints may take {need}, the disk has {have} free: set keep_last")
 
 
 def last_lines(log: Path, count: int = 12) -> str:

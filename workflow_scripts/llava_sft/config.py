@@ -9,11 +9,12 @@ Notable:
 """
 
 import difflib
+import itertools
 import math
 import os
 import re
 import subprocess
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ CONFIG_DIR = Path("config")
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]  # `1e-5` too, which is text to YAML
 Part = Literal["language_model", "adapter", "vision_model"]  # as the model's modules are named
 
 # Names of run directories begin like this; the values of a stage are in config/stages/.
@@ -155,12 +156,6 @@ class Settings(BaseModel):
         """`run_tag: 1220` is a number to YAML, and a date to people."""
         return str(value) if isinstance(value, int) else value
 
-    @field_validator("lr", "lr_vision", "lr_adapter", "min_lr", "adam_eps", "weight_decay", mode="before")
-    @classmethod
-    def _plain_exponent(cls, value: Any) -> Any:
-        """YAML reads `1e-5` as text and only `1.0e-5` as a number; people write both."""
-        return float(value) if isinstance(value, str) and _is_number(value) else value
-
     @model_validator(mode="after")
     def _combinations(self) -> "Settings":
         given = [key for key in ("raw_data", "sources", "webdatasets") if getattr(self, key)]
@@ -170,11 +165,8 @@ class Settings(BaseModel):
                 "(a finished folder) is needed | set the one you have and leave the others out"
             )
         if not self.raw_data and self.heldout_data is not None:
-            rule = (
-                "sources have their own `heldout`"
-                if self.sources
-                else "a finished folder brings its own validation split"
-            )
+            finished = "a finished folder brings its own validation split"
+            rule = "sources have their own `heldout`" if self.sources else finished
             raise ValueError(f"heldout_data | goes with raw_data only: {rule} | remove heldout_data")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels | {self.min_pixels} is above max_pixels {self.max_pixels} | lower min_pixels")
@@ -187,10 +179,7 @@ class Settings(BaseModel):
                 raise ValueError(f"{key} | {part} is not trained | add {part} to trainable_modules, or leave {key} out")
         if self.run_tag.endswith("results"):
             raise ValueError(f"run_tag | {self.run_tag!r} would name the results folder of a run | choose another tag")
-        gpus = 0 if self.gpus_per_node == "auto" else self.gpus_per_node
-        replicas = data_parallel_size(self, gpus)  # on a machine still unknown: one at least
-        if self.global_batch_size != "auto":
-            check_global_batch_size(self.global_batch_size, self.micro_batch_size, replicas)
+        check_batch(self, gpus=0 if self.gpus_per_node == "auto" else self.gpus_per_node)  # of a machine still unknown
         return self
 
     @property
@@ -202,14 +191,6 @@ class Settings(BaseModel):
     def run_name(self) -> str:
         """`stage2_sft_vqa`, or `stage2_sft_vqa_<run_tag>`."""
         return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -305,7 +286,7 @@ def gpu_count() -> int:
     return _installed_gpus()
 
 
-@lru_cache(maxsize=1)
+@cache
 def _installed_gpus() -> int:
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
@@ -314,9 +295,11 @@ def _installed_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
-def data_parallel_size(settings: Settings, gpus: int) -> int:
-    """Model replicas: processes (one a GPU, else nproc_per_node) divided by tensor × pipeline parallel size, over all
-    nodes. A replica lies within one node."""
+def processes_per_node(settings: Settings, gpus: int) -> int:
+    """One a GPU, else nproc_per_node, else those of one model replica, which lies within one node.
+
+    Raises SettingsError when replicas can not be made of them.
+    """
     model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
     asked = settings.nproc_per_node
     if gpus and asked not in ("auto", gpus):
@@ -328,7 +311,13 @@ def data_parallel_size(settings: Settings, gpus: int) -> int:
             f"= {model_parallel}",
             f"{name}: {model_parallel} or a multiple of it, or smaller parallel sizes",
         )
-    return max(1, count // model_parallel) * (1 if settings.nodes == "auto" else settings.nodes)
+    return count or model_parallel
+
+
+def data_parallel_size(values: dict[str, Any]) -> int:
+    """Model replicas over all nodes, of resolved settings."""
+    model_parallel = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
+    return max(1, values["nproc_per_node"] * values["nodes"] // model_parallel)
 
 
 def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
@@ -345,6 +334,15 @@ def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
                 f"{key}: {size} does not divide the {number} {what} of model {model.name}",
                 f"{key}: a divisor of {number}",
             )
+
+
+def check_batch(settings: Settings, gpus: int) -> None:
+    """Raise SettingsError unless processes and global batch size go together on nodes of so many GPUs."""
+    nodes = 1 if settings.nodes == "auto" else settings.nodes
+    known = {"nodes": nodes, "nproc_per_node": processes_per_node(settings, gpus)}
+    if settings.global_batch_size != "auto":
+        replicas = data_parallel_size(settings.model_dump() | known)
+        check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)
 
 
 def check_global_batch_size(global_batch_size: int, micro_batch_size: int, replicas: int) -> None:
@@ -369,12 +367,8 @@ def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int
 
 def auto_save_interval(train_iters: int) -> int:
     """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100)."""
-    power = 1
-    while True:
-        for step in (1, 2, 5):
-            if math.ceil(train_iters / (step * power)) <= 16:
-                return step * power
-        power *= 10
+    intervals = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return next(interval for interval in intervals if math.ceil(train_iters / interval) <= 16)
 
 
 EVAL_ITERS = 10
@@ -418,13 +412,9 @@ def pack_epoch(settings: Settings, lengths: list[int]) -> Epoch:
 
 
 def resolve(
-    settings: Settings,
-    train_samples: int,
-    heldout_samples: int = 0,
-    epoch: Epoch | None = None,
-    blend: float = 1.0,
+    settings: Settings, train_samples: int, heldout_samples: int = 0, epoch: Epoch | None = None, blend: float = 1.0,
     cores: int | None = None,
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """All values that training uses, and for each that was `auto` the sentence that says where it came from.
 
     `epoch`: with packing, steps are counted in its packs, not in samples. `blend`: the mean weight of a sample, where
@@ -443,11 +433,8 @@ def resolve(
     gpus = settle("gpus_per_node", found, "GPUs of this machine" if found else "no GPU here: one process on the CPU")
     if settings.fp8 != "none" and not gpus:
         raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Hopper or newer)")
-    replicas = data_parallel_size(settings, gpus)
-    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
-    per_node = replicas * model_parallel // values["nodes"]
-    settle("nproc_per_node", per_node, "one a GPU" if gpus else "TP × PP on a CPU")
-    mbs = settings.micro_batch_size
+    settle("nproc_per_node", processes_per_node(settings, gpus), "one a GPU" if gpus else "TP × PP on a CPU")
+    replicas, mbs = data_parallel_size(values), settings.micro_batch_size
     gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
     check_global_batch_size(gbs, mbs, replicas)
     cores = cores or len(os.sched_getaffinity(0))
@@ -460,11 +447,8 @@ def resolve(
     if epoch:
         sequences, what = len(epoch.packs), f"packed sequences (of {train_samples:,} samples)"
     sequences = round(sequences * blend)
-    iters = settle(
-        "train_iters",
-        auto_train_iters(sequences, settings.epochs, gbs),
-        f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits",
-    )
+    counted = f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits"
+    iters = settle("train_iters", auto_train_iters(sequences, settings.epochs, gbs), counted)
     settle("min_lr", settings.lr / 10, "lr / 10")
     settle("lr_vision", settings.lr, "lr")
     settle("lr_adapter", settings.lr, "lr")

@@ -8,8 +8,6 @@ import inspect
 import sys
 from collections.abc import Callable
 
-EXIT_USER_ERROR = 1
-
 
 class SftError(Exception):
     """A mistake that the user can mend. `problem` quotes the value and the rule, `fix` says what to write instead."""
@@ -44,7 +42,7 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except SftError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_USER_ERROR)
+            sys.exit(1)
 
     wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
     return wrapped

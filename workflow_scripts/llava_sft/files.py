@@ -37,10 +37,8 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for leftover in path.parent.glob(
-        f".{glob.escape(path.name)}.*.tmp"
-    ):  # of a killed process: as large as a checkpoint
-        pid = leftover.name.split(".")[-2]
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = leftover.name.split(".")[-2]  # of a killed process they go: each may be as large as a checkpoint
         if leftover == temporary or not os.path.exists(f"/proc/{pid}"):
             shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
@@ -62,8 +60,9 @@ def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path | str) -> Any:
-    return json.loads(Path(path).read_bytes())
+def read_json(path: Path | str, *default: Any) -> Any:
+    """What a JSON file holds; where there is none, the `default` if one is given."""
+    return default[0] if default and not os.path.isfile(path) else json.loads(Path(path).read_bytes())
 
 
 def fingerprint(value: Any) -> str:

@@ -20,15 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion, sidecars_of
-from llava_sft.config import (
-    CONFIG_DIR,
-    Settings,
-    SourceSettings,
-    check_global_batch_size,
-    check_parallel_sizes,
-    data_parallel_size,
-    gpu_count,
-)
+from llava_sft.config import CONFIG_DIR, Settings, SourceSettings, check_batch, check_parallel_sizes, gpu_count
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
 from llava_sft.data.tars import METADATASET, is_finished
 from llava_sft.errors import DataError
@@ -71,11 +63,9 @@ class Paths:
         self.demo = exp_dir / "demo"
         self.data = exp_dir / "data" / settings.experiment
         # A finished folder that is not ours is adopted: our folder of links to its tars, with an index of our own.
-        self.adopted = settings.webdatasets if settings.webdatasets and not is_finished(settings.webdatasets) else None
-        self.webdatasets = (
-            self.data / "webdatasets" if self.adopted else settings.webdatasets or self.data / "webdatasets"
-        )
-        self.parts = self.data / "webdatasets.parts"
+        given = settings.webdatasets
+        self.adopted = given if given and not is_finished(given) else None
+        self.webdatasets = given if given and not self.adopted else self.data / "webdatasets"
         self.dataset = self.data / "dataset.json"
         self.inspection = self.data / "inspect.json"
         self.run_dir = exp_dir / settings.run_name
@@ -202,6 +192,4 @@ class Paths:
         check_parallel_sizes(settings, load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml"))
         check_load(settings.load, settings.load_parts, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
         if settings.global_batch_size != "auto":
-            gpus = gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node
-            replicas = data_parallel_size(settings, gpus)
-            check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)
+            check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llava_sft.config import Settings, experiments, load_settings
+from llava_sft.config import experiments, load_settings
 from llava_sft.errors import SettingsError, SftError, exits_cleanly
 from llava_sft.paths import Paths, Shard
 
@@ -109,15 +109,22 @@ class Workflow:
 
         return of_wildcards
 
-    def settings(self, *names: str) -> Callable:
-        """Params function: these settings, so that a change of one of them, and of no other, reruns the rule."""
+    def options(self, *names: str) -> Callable:
+        """Params function: these settings as options of the rule's script. A change of one of them, and of no other, reruns
+        the rule."""
 
         @exits_cleanly
-        def of_wildcards(wildcards) -> dict[str, str]:
-            values: Settings = self.of(wildcards).settings
-            return {name: str(getattr(values, name)) for name in names or sorted(Settings.model_fields)}
+        def of_wildcards(wildcards) -> str:
+            values = self.of(wildcards).settings
+            spelled = {name: name.removeprefix("evaluate_").replace("_", "-") for name in names}
+            return " ".join(f"--{option}={shlex.quote(str(getattr(values, name)))}" for name, option in spelled.items())
 
         return of_wildcards
+
+    @exits_cleanly
+    def settings(self, wildcards) -> dict[str, str]:
+        """All of them: a change of any reruns the rule."""
+        return {name: str(value) for name, value in sorted(self.of(wildcards).settings)}
 
     @exits_cleanly
     def preflight_job(self, wildcards) -> str:
@@ -198,10 +205,8 @@ class Workflow:
     def checkpoint_job(self, wildcards) -> str:
         settings = self.conversion(wildcards).settings
         words = [settings.load, "--model", settings.model]
-        words += [
-            word for part, source in sorted(settings.load_parts.items()) for word in ("--part", f"{part}={source}")
-        ]
-        return shlex.join(words + (["--sidecars", str(settings.tokenizer)] if settings.tokenizer else []))
+        words += [f"--part={part}={source}" for part, source in sorted(settings.load_parts.items())]
+        return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
 
 
 def cluster_numbers(settings: Any) -> dict[str, int]:
@@ -217,7 +222,7 @@ def cluster_numbers(settings: Any) -> dict[str, int]:
 _held = None  # keeps the shared lock for the life of the process
 
 
-def lift_stale_lock(directory: Path = Path(".snakemake"), wait: bool = True) -> None:
+def lift_stale_lock(wait: bool = True) -> None:
     """Remove Snakemake's lock files when the run that made them is dead, after the last of its Slurm jobs.
 
     Every Snakemake main process of this folder holds a shared kernel lock as long as it lives. Whoever can have it alone
@@ -225,6 +230,7 @@ def lift_stale_lock(directory: Path = Path(".snakemake"), wait: bool = True) -> 
     `wait`: for the Slurm jobs; a dry run does not.
     """
     global _held
+    directory = Path(".snakemake")
     directory.mkdir(exist_ok=True)
     _held = open(directory / "alive", "a")  # noqa: SIM115
     try:
@@ -261,12 +267,8 @@ def wait_for_jobs() -> None:
     if not shutil.which("squeue") or not (jobs := jobs_left()):
         return
     shown = "".join(f"    {job}\n" for job in jobs[:5]) + (f"    … {len(jobs)} in all\n" if len(jobs) > 5 else "")
-    print(
-        f"Slurm jobs of an earlier run are still there: waiting for them, their results are used\n{shown}"
-        "  fix: to begin without them, scancel these numbers",
-        file=sys.stderr,
-        flush=True,
-    )
+    print("Slurm jobs of an earlier run are still there: waiting for them, their results are used", file=sys.stderr)
+    print(f"{shown}  fix: to begin without them, scancel these numbers", file=sys.stderr, flush=True)
     try:
         while jobs_left():
             time.sleep(5)

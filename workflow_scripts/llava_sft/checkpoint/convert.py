@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import xxhash
 
-from llava_sft.checkpoint.legacy import LegacyCheckpoint
-from llava_sft.checkpoint.names import Row, mapping
+from llava_sft.checkpoint.legacy import LegacySource
+from llava_sft.checkpoint.names import Row, check_tensors, mapping
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
-from llava_sft.checkpoint.start import (  # fmt: skip
+from llava_sft.checkpoint.start import (
     MARKER,
     PARTS,
     RANDOM,
@@ -34,8 +34,6 @@ from llava_sft.errors import CheckpointError
 from llava_sft.files import atomic_dir, write_json
 from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
-
-VOCABULARY = {"language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"}  # may be padded
 
 
 class HfSource:
@@ -72,17 +70,6 @@ class HfSource:
         return row.join([self.reader.read(self.stand_ins.get(name, name)) for name in row.hf])
 
 
-class LegacySource(LegacyCheckpoint):
-    """A checkpoint folder of the original project, the same way."""
-
-    config, old_names = {}, False
-
-    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
-        wanted = {row.mcore: row.shape for row in rows}
-        found = {key: shape for key, shape in self.shapes().items() if alone or key in wanted}
-        check_tensors(found, wanted, self.folder, padded=VOCABULARY)
-
-
 class RandomAdapter:
     """`load_parts: {adapter: random}`, for stage 1: norms one, biases zero, the rest as Megatron starts a linear layer."""
 
@@ -103,10 +90,7 @@ class RandomAdapter:
         return torch.ones(row.shape) if "norm" in row.mcore else 0.02 * torch.randn(row.shape, generator=self.generator)
 
 
-Source = HfSource | LegacySource | RandomAdapter
-
-
-def open_source(folder: Path | str, model: ModelConfig) -> Source:
+def open_source(folder: Path | str, model: ModelConfig) -> HfSource | LegacySource | RandomAdapter:
     if folder == RANDOM:
         return RandomAdapter()
     folder = Path(folder)
@@ -114,12 +98,9 @@ def open_source(folder: Path | str, model: ModelConfig) -> Source:
 
 
 def hf2mcore(
-    source: Path,
-    target: Path,
-    model: ModelConfig,
-    sidecars: Path | None = None,
+    source: Path, target: Path, model: ModelConfig, sidecars: Path | None = None,
     parts: dict[str, Path | str] | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Convert a Hugging Face folder, or one of the original project, into a Megatron folder; returns its marker.
 
     Args:
@@ -158,11 +139,7 @@ def hf2mcore(
         write_torch_dist(folder / "release", shapes, dict.fromkeys(shapes, dtype), produce)
         (folder / TRACKER).write_text("release\n")
         copy_sidecars(sidecars or source, folder / SIDECARS)
-        marker = {
-            "source": str(source),
-            "tensors": len(model.hf_tensor_shapes()),
-            "parameters": model.parameter_count(),
-            "dtype": str(dtype).removeprefix("torch."),
+        marker = _marker(source, model, dtype) | {
             "fingerprint": digest.hexdigest(),
             "untrained": bool(sources[source].config.get("untrained")),
             "old_names": sources[source].old_names,
@@ -173,14 +150,9 @@ def hf2mcore(
 
 
 def mcore2hf(
-    source: Path,
-    target: Path,
-    sidecars: Path,
-    model: ModelConfig,
-    min_pixels: int,
-    max_pixels: int,
-    gate: Callable[[Path], None] = lambda folder: None,
-) -> dict:
+    source: Path, target: Path, sidecars: Path, model: ModelConfig, min_pixels: int, max_pixels: int,
+    gate: Callable[[Path], None] | None = None,
+) -> dict:  # fmt: skip
     """Write the weights of one checkpoint folder (`iter_0000400/`, `release/`) as a Hugging Face folder.
 
     Args:
@@ -191,12 +163,8 @@ def mcore2hf(
     reader = TorchDistReader(source)
     rows = list(mapping(model))
     stored = reader.tensors()
-    check_tensors(
-        {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored},
-        {row.mcore: row.shape for row in rows},
-        source,
-        padded=VOCABULARY,
-    )
+    found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}
+    check_tensors(found, {row.mcore: row.shape for row in rows}, source)
     shapes = model.hf_tensor_shapes()
     spell = old_name if old_names(source.parent) else str
     order = {spell(name): shapes[name] for row in rows for name in row.hf}
@@ -207,18 +175,19 @@ def mcore2hf(
             yield from zip(map(spell, row.hf), row.split(tensor), strict=True)
 
     dtype = stored[rows[0].mcore].properties.dtype
-    marker = {
-        "source": str(source),
-        "tensors": len(shapes),
-        "parameters": model.parameter_count(),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    marker = _marker(source, model, dtype)
     with atomic_dir(target) as folder:
         write_hf_sidecars(folder, sidecars, model, min_pixels, max_pixels, marker["dtype"])
         write_safetensors(folder, order, dtype, tensors())
-        gate(folder)
+        if gate:
+            gate(folder)
         write_json(folder / MARKER, marker)
     return marker
+
+
+def _marker(source: Path, model: ModelConfig, dtype: torch.dtype) -> dict:
+    tensors, parameters = len(model.hf_tensor_shapes()), model.parameter_count()
+    return {"source": str(source), "tensors": tensors, "parameters": parameters, "dtype": str(dtype)[len("torch.") :]}
 
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:
@@ -231,25 +200,3 @@ def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Pat
                     f"{source}: {part} {key} is {theirs[key]}, config/models/{wanted.name}.yaml has {value}",
                     "choose the `model` that fits this checkpoint, or another checkpoint",
                 )
-
-
-def check_tensors(
-    found: dict[str, tuple[int, ...]],
-    wanted: dict[str, tuple[int, ...]],
-    source: Path,
-    padded: frozenset[str] | set[str] = frozenset(),
-) -> None:
-    """Raise CheckpointError for the first tensor that is missing, left over or misshapen. `padded` may have more rows."""
-    fix = "use a checkpoint of this model, or copy it again if it is damaged"
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise CheckpointError(
-            f"{source}: {len(missing)} tensors are missing, the first is {missing[0]} {wanted[missing[0]]}", fix
-        )
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(
-            f"{source}: {len(extra)} tensors are not part of the model, the first is {extra[0]} {found[extra[0]]}", fix
-        )
-    for name, shape in wanted.items():
-        same = found[name] == shape or (name in padded and found[name][0] >= shape[0] and found[name][1:] == shape[1:])
-        if not same:
-            raise CheckpointError(f"{source}: {name} has shape {found[name]}, the model has {shape}", fix)

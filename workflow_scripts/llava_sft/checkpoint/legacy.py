@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_sft.checkpoint.names import Row
+from llava_sft.checkpoint.names import Row, check_tensors
 from llava_sft.errors import CheckpointError
 
 FILE = "model_optim_rng.pt"
@@ -63,8 +63,10 @@ class _SafePickle:
             raise CheckpointError(f"it asks for {module}.{name}, which no checkpoint needs", "do not use this file")
 
 
-class LegacyCheckpoint:
-    """One checkpoint folder, its ranks merged, under our Megatron names. Raises CheckpointError, naming the file."""
+class LegacySource:
+    """One checkpoint folder, its ranks merged, as a source of Megatron tensors. Raises CheckpointError, naming the file."""
+
+    config, old_names = {}, False
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -93,10 +95,11 @@ class LegacyCheckpoint:
                 self._parts[whole] = [state[key] for state in states]
             layers += max(numbers)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            key: tuple(_merge(key, [part.to("meta") for part in parts]).shape) for key, parts in self._parts.items()
-        }
+    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
+        wanted = {row.mcore: row.shape for row in rows}
+        kept = {key: each for key, each in self._parts.items() if alone or key in wanted}
+        found = {key: tuple(_merge(key, [part.to("meta") for part in each]).shape) for key, each in kept.items()}
+        check_tensors(found, wanted, self.folder)
 
     def dtype(self, rows: Iterable[Row]) -> torch.dtype:
         return reduce(torch.promote_types, {self._parts[row.mcore][0].dtype for row in rows})

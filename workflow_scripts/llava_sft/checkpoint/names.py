@@ -6,14 +6,20 @@ Megatron's names are those of `LlavaOneVision.sharded_state_dict()`: the Transfo
 LayerNorm belongs to the linear layer behind it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llava_sft.errors import CheckpointError
 from llava_sft.model.config import ModelConfig
 
+PADDED = {"language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"}  # may have more rows
+
+Shapes = dict[str, tuple[int, ...]]
 Join = Callable[[list[Tensor]], Tensor]
 Split = Callable[[Tensor], list[Tensor]]
 
@@ -50,12 +56,8 @@ def mapping(model: ModelConfig) -> Iterator[Row]:
         layer, hf = f"{llm}.decoder.layers.{i}", f"{hf_llm}.layers.{i}"
         attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
         yield same(f"{attention}.linear_qkv.layer_norm_weight", f"{hf}.input_layernorm.weight")
-        yield grouped_qkv(
-            f"{attention}.linear_qkv.weight",
-            tuple(f"{hf}.self_attn.{x}_proj.weight" for x in "qkv"),
-            hf_shapes,
-            language.num_query_groups,
-        )
+        qkv = tuple(f"{hf}.self_attn.{x}_proj.weight" for x in "qkv")
+        yield grouped_qkv(f"{attention}.linear_qkv.weight", qkv, hf_shapes, language.num_query_groups)
         yield same(f"{attention}.q_layernorm.weight", f"{hf}.self_attn.q_norm.weight")
         yield same(f"{attention}.k_layernorm.weight", f"{hf}.self_attn.k_norm.weight")
         yield same(f"{attention}.linear_proj.weight", f"{hf}.self_attn.o_proj.weight")
@@ -72,15 +74,11 @@ def mapping(model: ModelConfig) -> Iterator[Row]:
     yield from affine(f"{vit}.pre_layernorm", f"{hf_vit}.pre_layernorm")
     for i in range(vision.num_layers):
         layer, hf = f"{vit}.decoder.layers.{i}", f"{hf_vit}.blocks.{i}"
-        yield from affine(f"{layer}.self_attention.linear_qkv.layer_norm", f"{hf}.norm1", "_")
+        attention, heads = f"{layer}.self_attention", vision.num_attention_heads
+        yield from affine(f"{attention}.linear_qkv.layer_norm", f"{hf}.norm1", "_")
         for part in ("weight", "bias"):
-            yield interleaved_qkv(
-                f"{layer}.self_attention.linear_qkv.{part}",
-                f"{hf}.attn.qkv.{part}",
-                hf_shapes,
-                vision.num_attention_heads,
-            )
-        yield from affine(f"{layer}.self_attention.linear_proj", f"{hf}.attn.proj")
+            yield interleaved_qkv(f"{attention}.linear_qkv.{part}", f"{hf}.attn.qkv.{part}", hf_shapes, heads)
+        yield from affine(f"{attention}.linear_proj", f"{hf}.attn.proj")
         yield from affine(f"{layer}.mlp.linear_fc1.layer_norm", f"{hf}.norm2", "_")
         yield from affine(f"{layer}.mlp.linear_fc1", f"{hf}.mlp.fc1")
         yield from affine(f"{layer}.mlp.linear_fc2", f"{hf}.mlp.fc2")
@@ -89,16 +87,33 @@ def mapping(model: ModelConfig) -> Iterator[Row]:
     yield from affine("adapter.linear_fc2", f"{hf_vit}.merger.mlp.2")
 
 
+def check_tensors(found: Shapes, wanted: Shapes, source: Path) -> None:
+    """Raise CheckpointError for the first tensor that is missing, left over or misshapen."""
+    fix = "use a checkpoint of this model, or copy it again if it is damaged"
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise CheckpointError(
+            f"{source}: {len(missing)} tensors are missing, the first is {missing[0]} {wanted[missing[0]]}", fix
+        )
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise CheckpointError(
+            f"{source}: {len(extra)} tensors are not part of the model, the first is {extra[0]} {found[extra[0]]}", fix
+        )
+    for name, shape in wanted.items():
+        same = found[name] == shape or (name in PADDED and found[name][0] >= shape[0] and found[name][1:] == shape[1:])
+        if not same:
+            raise CheckpointError(f"{source}: {name} has shape {found[name]}, the model has {shape}", fix)
+
+
 # ------------------------------------------------------------------------------------------ ways to join
 
 
-def stacked(mcore: str, hf: tuple[str, ...], shapes: dict[str, tuple[int, ...]]) -> Row:
+def stacked(mcore: str, hf: tuple[str, ...], shapes: Shapes) -> Row:
     """Tensors one below the other (SwiGLU: gate, then up)."""
     rows = [shapes[name][0] for name in hf]
     return Row(mcore, hf, (sum(rows), *shapes[hf[0]][1:]), torch.cat, lambda tensor: list(tensor.split(rows)))
 
 
-def grouped_qkv(mcore: str, hf: tuple[str, ...], shapes: dict[str, tuple[int, ...]], groups: int) -> Row:
+def grouped_qkv(mcore: str, hf: tuple[str, ...], shapes: Shapes, groups: int) -> Row:
     """q, k, v → for each key/value group its query heads, then its key, then its value."""
     rows = [shapes[name][0] // groups for name in hf]
 
@@ -111,7 +126,7 @@ def grouped_qkv(mcore: str, hf: tuple[str, ...], shapes: dict[str, tuple[int, ..
     return Row(mcore, hf, (sum(rows) * groups, *shapes[hf[0]][1:]), join, split)
 
 
-def interleaved_qkv(mcore: str, hf: str, shapes: dict[str, tuple[int, ...]], heads: int) -> Row:
+def interleaved_qkv(mcore: str, hf: str, shapes: Shapes, heads: int) -> Row:
     """One fused tensor of all q, all k, all v → for each head its q, k, v; weight or bias alike."""
 
     def join(tensors: list[Tensor]) -> Tensor:
@@ -123,13 +138,8 @@ def interleaved_qkv(mcore: str, hf: str, shapes: dict[str, tuple[int, ...]], hea
     return Row(mcore, (hf,), shapes[hf], join, split)
 
 
-def flattened(mcore: str, hf: str, shapes: dict[str, tuple[int, ...]]) -> Row:
+def flattened(mcore: str, hf: str, shapes: Shapes) -> Row:
     """A convolution whose stride is its size → the linear layer over flattened patches."""
     shape = shapes[hf]
-    return Row(
-        mcore,
-        (hf,),
-        (shape[0], shape[1] * shape[2] * shape[3]),
-        lambda tensors: tensors[0].flatten(1),
-        lambda tensor: [tensor.view(shape)],
-    )
+    flat = (shape[0], math.prod(shape[1:]))
+    return Row(mcore, (hf,), flat, lambda tensors: tensors[0].flatten(1), lambda tensor: [tensor.view(shape)])

@@ -19,16 +19,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 
-from llava_sft.data.heldout import StoredSample, read_split
+from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb, image_tokens, to_patches
+from llava_sft.data.records import IMAGE, Sample
 from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json, write_json
@@ -55,10 +56,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
     Raises CheckpointError, with the figures, when a difference is above its bound.
     """
     if where == "skip":
-        print(
-            "PARITY IS NOT CHECKED (parity: skip): nothing says that this export answers as the trained model",
-            flush=True,
-        )
+        print("PARITY IS NOT CHECKED (parity: skip): nothing says that this export answers as the trained model")
         write_json(folder / FILE, {"passed": None, "note": "not checked: parity: skip"})
         return
     if where == "gpu" and not torch.cuda.is_available():
@@ -93,10 +91,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
 
 def computing_dtype(model: ModelConfig, stored: str, device: str) -> str:
     """float32, whose rounding hides no fault, where the model fits into memory with a fifth to spare; else as stored."""
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     return "float32" if 4 * model.parameter_count() * 1.2 < free else stored
 
 
@@ -135,7 +130,7 @@ def make_cases(folder: Path, webdatasets: Path) -> Iterator[dict]:
         }
 
 
-def with_images(sample: StoredSample, count: int, pool: list[StoredSample]) -> StoredSample:
+def with_images(sample: Sample, count: int, pool: list[Sample]) -> Sample:
     """The sample with `count` images of the data in front of its first question, each resized to another shape."""
     found = [decode_rgb(data) for data in islice((data for other in [sample, *pool] for data in other.images), count)]
     found = found or [Image.linear_gradient("L")]  # text-only data
@@ -145,10 +140,10 @@ def with_images(sample: StoredSample, count: int, pool: list[StoredSample]) -> S
         scale = max(1, min(4, max(image.size) // 56))
         image.resize((scale * SIDES[i], scale * SIDES[i - 1])).save(buffer, "PNG")
         images.append(buffer.getvalue())
-    messages = [{**message, "content": message["content"].replace("<image>", "")} for message in sample.messages]
+    messages = [{**message, "content": message["content"].replace(IMAGE, "")} for message in sample.messages]
     first = next(message for message in messages if message["role"] == "user")
-    first["content"] = "<image>" * count + first["content"]
-    return replace(sample, id=f"{sample.id} with {count} images", messages=messages, images=images)
+    first["content"] = IMAGE * count + first["content"]
+    return sample._replace(id=f"{sample.id} with {count} images", messages=messages, images=images)
 
 
 # ------------------------------------------------------------------------------------------------- the two models
@@ -208,19 +203,18 @@ def start_megatron(work: Path, device: str) -> subprocess.Popen:
 def compare(case: dict, logits: torch.Tensor, answer: torch.Tensor) -> dict:
     """The figures of one case; `logits` and `answer` (those that the greedy answer was chosen by) are Megatron's."""
     scale = case["logits"].abs().max()
-    answers = case["answer"][case["positions"].clamp(max=len(case["ids"]) - 2) + 1] & (
-        case["positions"] < len(case["ids"]) - 1
-    )
-    labels = case["ids"][case["positions"][answers] + 1]
+    ids, positions, last = case["ids"], case["positions"], len(case["ids"]) - 1
+    answers = case["answer"][positions.clamp(max=last - 1) + 1] & (positions < last)
+    labels = ids[positions[answers] + 1]
     theirs, ours = (float(torch.nn.functional.cross_entropy(x[answers], labels)) for x in (case["logits"], logits))
     chosen = answer.gather(1, case["reply"][case["prompt"] :, None])[:, 0]
     gap = (answer.max(dim=1).values - chosen).max() / scale  # 0 unless rounding makes two tokens change places
     return {
         "images": len(case["grids"]),
         "sample": case["sample"],
-        "tokens": len(case["ids"]),
+        "tokens": len(ids),
         "grids": case["grids"],
-        "same ids": torch.equal(case["hf_ids"], case["ids"]),
+        "same ids": torch.equal(case["hf_ids"], ids),
         "logits": float((case["logits"] - logits).abs().max() / scale),
         "loss of the export": theirs,
         "loss": abs(theirs - ours) / max(1.0, ours),

@@ -38,14 +38,9 @@ def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVisi
     validate_args(args)
     config = core_transformer_config_from_args(args)
     config.hetereogenous_dist_checkpoint = True
-    built = LlavaOneVision(
-        config,
-        model,
-        vocab_size=model.language.vocab_size,
-        max_sequence_length=length,
-        transformer_impl="local",
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    shape = {"vocab_size": model.language.vocab_size, "max_sequence_length": length}
+    built = LlavaOneVision(config, model, **shape, transformer_impl="local", pg_collection=groups)
     built = built.to(torch.bfloat16 if bf16 else torch.float32).to("cpu" if ON_CPU else "cuda")
     built.load_state_dict(dist_checkpointing.load({"model": built.sharded_state_dict()}, str(checkpoint))["model"])
     return built.eval()

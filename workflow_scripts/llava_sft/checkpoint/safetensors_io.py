@@ -67,10 +67,8 @@ class SafetensorsReader:
             header.pop("__metadata__", None)
             for name, entry in header.items():
                 if canonical(name) in self._place:
-                    other = self._place[canonical(name)][0]
-                    raise CheckpointError(
-                        f"{path}: {name} is also in {other.name}", "keep the files of one checkpoint only"
-                    )
+                    problem = f"{path}: {name} is also in {self._place[canonical(name)][0].name}"
+                    raise CheckpointError(problem, "keep the files of one checkpoint only")
                 start = 8 + length + entry["data_offsets"][0]
                 self._place[canonical(name)] = (path, name, entry | {"start": start})
 
@@ -92,9 +90,8 @@ class SafetensorsReader:
         for dtype, spelling in DTYPES.items():
             if spelling == entry["dtype"]:
                 return dtype
-        raise CheckpointError(
-            f"{path}: {stored} is of type {entry['dtype']}", f"use weights of {', '.join(DTYPES.values())}"
-        )
+        wanted = ", ".join(DTYPES.values())
+        raise CheckpointError(f"{path}: {stored} is of type {entry['dtype']}", f"use weights of {wanted}")
 
     def read(self, name: str) -> Tensor:
         """Read, not mapped: pages of a mapped file would count as memory, and come in small pieces."""
@@ -127,11 +124,8 @@ def write_safetensors(
         header: dict = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, length in shard.items():
-            header[name] = {
-                "dtype": DTYPES[dtype],
-                "shape": list(shapes[name]),
-                "data_offsets": [offset, offset + length],
-            }
+            place = [offset, offset + length]
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": place}
             offset += length
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

@@ -167,8 +167,7 @@ def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Sta
     folder = converted / "release" if converted else newest_checkpoint(Path(load))
     top = folder.parent
     sidecars = tokenizer or _sidecars(sidecars_of(load, converted, None), load)
-    if folder.name == "release" and (top / MARKER).is_file():
-        marker = read_json(top / MARKER)
+    if folder.name == "release" and (marker := read_json(top / MARKER, None)):
         content, untrained = marker["fingerprint"], marker["untrained"]
     else:
         sizes = sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json")
@@ -178,9 +177,8 @@ def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Sta
 
 def old_names(top: Path) -> bool:
     """The spelling that the export of a converted folder, or of a run, shall have: see `Start`."""
-    if (top / MARKER).is_file():
-        return read_json(top / MARKER).get("old_names", False)
-    return (top / RUN_FILE).is_file() and read_json(top / RUN_FILE)["start"].get("old_names", False)
+    origin = read_json(top / MARKER, None) or read_json(top / RUN_FILE, {"start": {}})["start"]
+    return origin.get("old_names", False)
 
 
 def _sidecars(folder: Path, load: str) -> Path:

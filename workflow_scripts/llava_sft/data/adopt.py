@@ -31,11 +31,8 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     names = {path.resolve(): path.relative_to(source).as_posix() for path in sorted(source.rglob("*.tar"))}
     if not names:
         raise DataError(f"{source} holds no .tar file", "name the folder that holds the tars")
-    known = {
-        path.parent.parent: read_meta(path.parent.parent)
-        for path in source.rglob(".nv-meta/.info.json")
-        if is_finished(path.parent.parent)
-    }
+    indexed = (path.parent.parent for path in source.rglob(".nv-meta/.info.json"))
+    known = {folder: read_meta(folder) for folder in indexed if is_finished(folder)}
     tars: list[Tar] = []
     splits: dict[str, list[str]] = {"train": [], "heldout": []}
     exclude: list[str] = []

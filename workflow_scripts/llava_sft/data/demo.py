@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava_sft.data.records import IMAGE, ROLES
 from llava_sft.data.template import SYSTEM_PROMPT
 from llava_sft.files import atomic_dir, write_text
 
@@ -60,11 +61,8 @@ def write_demo(output_dir: Path) -> dict[str, int]:
             for variant in range(1, 1 if number in heldout else VARIANTS):
                 _varied(image, rng).save(folder / _file_name(number, variant))
 
-    number_questions = [
-        (template.format(a, b), str(max(a, b)))
-        for template in LARGER_NUMBER
-        for a, b in itertools.permutations(range(10), 2)
-    ]
+    pairs = list(itertools.permutations(range(10), 2))
+    number_questions = [(template.format(a, b), str(max(a, b))) for template in LARGER_NUMBER for a, b in pairs]
     rng.shuffle(number_questions)
     cut = HELDOUT_RECORDS["text_only"]
     splits = {
@@ -84,8 +82,7 @@ def chat_texts(path: Path) -> Iterator[str]:
     for line in path.read_text().splitlines():
         yield f"system\n{SYSTEM_PROMPT}"
         for turn in json.loads(line)["conversations"]:
-            role = {"human": "user", "gpt": "assistant"}[turn["from"]]
-            yield f"{role}\n{turn['value'].replace('<image>', '')}"
+            yield f"{ROLES[turn['from']]}\n{turn['value'].replace(IMAGE, '')}"
 
 
 def load_digits() -> tuple[list[int], list[bytes]]:
@@ -118,22 +115,15 @@ def _heldout_numbers(labels: list[int], rng: random.Random) -> set[int]:
 
 
 def _records(
-    counts: dict[str, int],
-    numbers: list[int],
-    labels: list[int],
-    questions: list[tuple[str, str]],
-    variants: int,
+    counts: dict[str, int], numbers: list[int], labels: list[int], questions: list[tuple[str, str]], variants: int,
     rng: random.Random,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     def record(kind: str, shown: list[int], *turns: str) -> dict[str, Any]:
         files = [_file_name(number, rng.randrange(variants)) for number in shown]
         image = {"image": files[0] if len(files) == 1 else files} if files else {}
-        speakers = itertools.cycle(("human", "gpt"))
-        return {
-            **image,
-            "conversations": [{"from": next(speakers), "value": turn} for turn in turns],
-            "kind": kind,
-        }
+        conversation = zip(itertools.cycle(("human", "gpt")), turns)
+        said = [{"from": speaker, "value": turn} for speaker, turn in conversation]
+        return {**image, "conversations": said, "kind": kind}
 
     # One endless walk over the shuffled digits for all single-image kinds: every digit is asked about.
     walk = itertools.cycle(rng.sample(numbers, len(numbers)))

@@ -157,14 +157,13 @@ def _read_parquet(file: BinaryIO, start: int, end: int, update: Callable[[bytes]
 
 
 class Format(NamedTuple):
-    word: str  # what a record is called in messages
     starts: Callable[[BinaryIO, int, int], list[int]]  # (file, size, range_bytes) → where ranges begin
     read: Callable[..., Iterator[Line]]  # (file, start, end, update) → records; `update` sees the range's bytes
     range_bytes: int  # of one range, where the settings say `auto`
 
 
 FORMATS = {
-    "jsonl": Format("line", lambda file, size, step: list(range(0, size, step)), read_lines, 8 << 20),
-    "json": Format("record", _array_starts, _read_array, 8 << 20),
-    "parquet": Format("row", _parquet_starts, _read_parquet, 256 << 20),  # holds its images
+    "jsonl": Format(lambda file, size, step: list(range(0, size, step)), read_lines, 8 << 20),
+    "json": Format(_array_starts, _read_array, 8 << 20),
+    "parquet": Format(_parquet_starts, _read_parquet, 256 << 20),  # holds its images
 }

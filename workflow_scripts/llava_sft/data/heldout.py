@@ -5,38 +5,13 @@ import contextlib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_sft.data.records import IMAGE, Sample
+from llava_sft.data.records import Sample
 from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
 from llava_sft.errors import DataError
-
-
-@dataclass
-class StoredSample:
-    """A sample as it lies in the WebDataset: `images` are the encoded bytes in the order of the placeholders."""
-
-    id: str
-    messages: list[dict]
-    images: list[bytes]
-    meta: dict
-
-    @property
-    def questions(self) -> str:
-        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
-
-    def answers(self) -> list[int]:
-        """Places of the messages that a model has to give."""
-        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
-
-    def before(self, place: int) -> "StoredSample":
-        """What a model sees that is asked for the message at `place`: those before it, and their images."""
-        messages = self.messages[:place]
-        shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
-        return replace(self, messages=messages, images=self.images[:shown])
 
 
 class StoredShard(NamedTuple):
@@ -91,15 +66,14 @@ def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
         yield path, "" if path == Path(folder) else f"{path.name}/"
 
 
-def read_split(folder: Path | str, split: str) -> Iterator[StoredSample]:
-    """Yield the samples of `split` in the order of the shards."""
+def read_split(folder: Path | str, split: str) -> Iterator[Sample]:
+    """Yield the samples of `split` with their images, in the order of the shards."""
     return chain.from_iterable(map(read_shard, stored_shards(folder, split)))
 
 
-def read_shard(shard: StoredShard) -> Iterator[StoredSample]:
+def read_shard(shard: StoredShard) -> Iterator[Sample]:
     for _, sample, file, members in shard.samples():
-        images = [read_at(file, members[image]) for image in sample.images]
-        yield StoredSample(sample.id, sample.messages, images, sample.meta)
+        yield sample._replace(images=[read_at(file, members[image]) for image in sample.images])
 
 
 def data_uri(image: bytes) -> str:

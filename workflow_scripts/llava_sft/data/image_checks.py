@@ -106,12 +106,11 @@ def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:
     """Return format and size of an image that training can use. Errors: `Rejected`."""
     if not data:
         raise Rejected("zero-byte image")
+    info = None
     if data.startswith(JPEG_START) and data.endswith(JPEG_END):
         info = _jpeg_info(data)
     elif data.startswith(PNG_START) and data.endswith(PNG_END):
         info = _png_info(data)
-    else:
-        info = None
     if info is None:
         return decode_image(data, max_pixels)
     _check_size(info.width, info.height, max_pixels)

@@ -10,11 +10,12 @@ import math
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from llava_sft.data.image_checks import MAX_ASPECT_RATIO
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PATCH_SIZE = 14
 MERGE_SIZE = 2
-MAX_ASPECT_RATIO = 200  # what the processor accepts
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -38,14 +39,19 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     return resized_height, resized_width
 
 
+def patch_grid(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in patches that an image of this size will have."""
+    height, width = smart_resize(height, width, min_pixels, max_pixels)
+    return height // PATCH_SIZE, width // PATCH_SIZE
+
+
 def image_grid(data: bytes, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) in patches that an encoded image will have, from its header alone."""
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # lies on its side
         width, height = height, width
-    height, width = smart_resize(height, width, min_pixels, max_pixels)
-    return height // PATCH_SIZE, width // PATCH_SIZE
+    return patch_grid(height, width, min_pixels, max_pixels)
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -63,10 +69,10 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 def to_patches(image: Image.Image, min_pixels: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Resize an RGB image and cut it: uint8 [patches, 3·14·14] in merge-block order, and its (height, width) in patches."""
-    height, width = smart_resize(image.height, image.width, min_pixels, max_pixels)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    rows, columns = height // PATCH_SIZE, width // PATCH_SIZE
+    rows, columns = patch_grid(image.height, image.width, min_pixels, max_pixels)
+    size = columns * PATCH_SIZE, rows * PATCH_SIZE
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
     pixels = np.asarray(image).reshape(
         rows // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE, columns // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE, 3
     )

@@ -92,13 +92,9 @@ class Source:
 
 
 def index_webdataset(
-    wds_dir: Path,
-    parts_dir: Path,
-    max_reject_fraction: float = 0.0,
-    plan: list[dict[str, Any]] | None = None,
-    val_fraction: float = 0.0,
-    split_seed: int = 0,
-) -> dict[str, Any]:
+    wds_dir: Path, parts_dir: Path, max_reject_fraction: float = 0.0, plan: list[dict[str, Any]] | None = None,
+    val_fraction: float = 0.0, split_seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """Check the parts, write `.nv-meta` (of each source, and their blend), return what the dataset file holds.
 
     `plan` names the sources with their weights and numbers of shards (None: all that are there). `max_reject_fraction`
@@ -306,8 +302,8 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
     splits = {split: [f"{name}.tar" for name, _ in named] for split, named in content.items()}
     tar_names = [f"{name}.tar" for name, _, _ in merged]
     own = fingerprint([content, exclude] if exclude else content)
-    before = source.wds_dir / ".nv-meta" / HELDOUT_RECORD
-    stale = set(read_json(before)["tars"] if before.is_file() else ()) - set(splits["heldout"])
+    before = read_json(source.wds_dir / ".nv-meta" / HELDOUT_RECORD, {"tars": []})
+    stale = set(before["tars"]) - set(splits["heldout"])
     with write_meta(source.wds_dir, tars, splits["train"], splits["heldout"], exclude, own) as meta:
         if merged and record:
             write_json(meta / HELDOUT_RECORD, record | {"tars": tar_names})
@@ -323,53 +319,34 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
 
 def _write_blend(wds_dir: Path, weights: dict[str, float], metas: dict[str, Meta]) -> None:
     """Energon's metadataset: `weight` is how often a record is drawn, so a source is drawn by weight × samples."""
-    splits = {
-        split: {
-            "blend": [
-                {"path": name, "weight": weight * samples, "subflavors": {"source": name}}
-                for name, weight in weights.items()
-                if (samples := metas[name].samples(split))
-            ]
-        }
-        for split in ENERGON_SPLITS.values()
-    }
-    config = {
-        "__module__": "megatron.energon",
-        "__class__": "MetadatasetV2",
-        "splits": {k: v for k, v in splits.items() if v["blend"]},
-    }
+    splits = {}
+    for split in ENERGON_SPLITS.values():
+        draws = {name: weight * metas[name].samples(split) for name, weight in weights.items()}
+        blend = [{"path": name, "weight": n, "subflavors": {"source": name}} for name, n in draws.items() if n]
+        if blend:
+            splits[split] = {"blend": blend}
+    config = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
     write_text(wds_dir / METADATASET, yaml.safe_dump(config, sort_keys=False))
 
 
 @contextlib.contextmanager
 def write_meta(
-    wds_dir: Path,
-    tars: Iterable[Tar],
-    train: list[str],
-    heldout: list[str],
-    exclude: list[str],
-    content: str,
+    wds_dir: Path, tars: Iterable[Tar], train: list[str], heldout: list[str], exclude: list[str], content: str,
     layout: str = "own",
-) -> Iterator[Path]:
+) -> Iterator[Path]:  # fmt: skip
     """Write `.nv-meta` beside its place, yield it there, then put it in its place. `content` names what is in the set."""
     # tar_file_id is the place in .info.json; energon numbers tars in the order of their names.
     tars = sorted(tars, key=lambda tar: tar.name)
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     if layout != "own":
         dataset["subflavors"] = {"layout": layout}
-    info = {
-        "energon_version": version("megatron-energon"),
-        "shard_counts": {f"{tar.name}.tar": tar.count for tar in tars},
-    }
+    counts = {f"{tar.name}.tar": tar.count for tar in tars}
+    info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
+    parts = {"train": train, "val": heldout, "test": []}
+    splits = {"split_parts": parts, "exclude": [_literal(name) for name in exclude]}
     with atomic_dir(wds_dir / ".nv-meta") as meta:
-        splits = {
-            "split_parts": {"train": train, "val": heldout, "test": []},
-            "exclude": [_literal(e) for e in exclude],
-        }
-        write_text(
-            meta / "split.yaml",
-            yaml.dump(splits, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False),
-        )
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        write_text(meta / "split.yaml", yaml.dump(splits, Dumper=dumper, sort_keys=False))
         write_text(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False))
         write_text(meta / ".info.json", orjson.dumps(info, option=orjson.OPT_INDENT_2).decode())
         write_text(meta / "index.uuid", str(uuid.uuid5(uuid.NAMESPACE_OID, content)))
@@ -409,5 +386,5 @@ def _write_sqlite(path: Path, tars: list[Tar]) -> None:
     database.close()
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

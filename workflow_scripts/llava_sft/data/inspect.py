@@ -21,7 +21,7 @@ import xxhash
 
 from llava_sft.data.heldout import data_uri
 from llava_sft.data.image_checks import check_image, decode_image
-from llava_sft.data.images import PATCH_SIZE, decode_rgb, image_tokens, smart_resize
+from llava_sft.data.images import decode_rgb, image_tokens, patch_grid
 from llava_sft.data.index import read_rejects
 from llava_sft.data.records import Rejected, Sample
 from llava_sft.data.tars import (
@@ -99,8 +99,7 @@ class TokenCounter:
         self.cut = self.left_out = 0
 
     def count(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> int:
-        resized = (smart_resize(height, width, *self.limits) for width, height in sizes)
-        images = [image_tokens((height // PATCH_SIZE, width // PATCH_SIZE)) for height, width in resized]
+        images = [image_tokens(patch_grid(height, width, *self.limits)) for width, height in sizes]
         length = len(self.template.encode(messages, images, 1 << 40).input_ids)
         if length > self.seq_length:
             try:
@@ -112,12 +111,9 @@ class TokenCounter:
 
 
 def inspect_webdataset(
-    wds_dir: Path,
-    parts_dir: Path | None = None,
-    dataset: dict[str, Any] | None = None,
-    seed: int = 0,
+    wds_dir: Path, parts_dir: Path | None = None, dataset: dict[str, Any] | None = None, seed: int = 0,
     tokens: TokenCounter | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Return the report (plain JSON; lengths in characters, image sizes in pixels) and a gallery of samples.
 
     `parts_dir` adds the rejects and the check of the tars' hashes; `dataset`, the dataset file's content, the check of
@@ -159,7 +155,8 @@ def _inspect_folder(folder: Path, tars: list[str], parts: list[dict[str, Any]], 
     for name in tars:
         split = split_of.get(name)
         if split is None and split_of:
-            if _idx_samples(folder / name) != 0:  # an empty shard is rightly in no split
+            idx = folder / f"{name}.idx"
+            if not idx.is_file() or idx.stat().st_size != 8:  # an empty shard is rightly in no split
                 found.notes.append(f"{name} is in no split: training does not see it")
             continue
         try:
@@ -224,20 +221,10 @@ def _open_index(wds_dir: Path, found: Findings) -> sqlite3.Connection | None:
     return database
 
 
-def _idx_samples(tar: Path) -> int | None:
-    idx = tar.with_suffix(".tar.idx")
-    return idx.stat().st_size // 8 - 1 if idx.is_file() else None
-
-
 def _check_index(
-    tar: Path,
-    name: str,
-    samples: list[TarSample],
-    counted: int | None,
-    number: int | None,
-    database: sqlite3.Connection | None,
-    found: Findings,
-) -> None:
+    tar: Path, name: str, samples: list[TarSample], counted: int | None, number: int | None,
+    database: sqlite3.Connection | None, found: Findings,
+) -> None:  # fmt: skip
     found.looked_at[INDEX] += 1
     offsets = [sample.offset for sample in samples]
     offsets.append(samples[-1].offset + samples[-1].size if samples else 0)

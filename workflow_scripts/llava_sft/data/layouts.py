@@ -29,12 +29,9 @@ def _single(key: str, record: Any, members: Collection[str]) -> Sample:
 
 def _packed(key: str, record: Any, members: Collection[str]) -> Sample:
     """`KEY.img0.jpg`, … and `{prompts, captions}`: a pack of samples becomes one conversation of as many turns."""
-    pairs = zip(record["prompts"], record["captions"], strict=True)
-    turns = [
-        {"role": role, "content": text}
-        for pair in pairs
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    turns = []
+    for prompt, caption in zip(record["prompts"], record["captions"], strict=True):
+        turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": caption}]
     images = [name for name in members if re.match(r"img\d+\.", name)]
     return Sample(key, turns, sorted(images, key=lambda name: int(name[3 : name.index(".")])), {})
 
@@ -43,12 +40,8 @@ def _messages(texts: list[Any]) -> list[dict[str, str]]:
     return [{"role": text["role"], "content": text["content"]} for text in texts]
 
 
-LAYOUTS: dict[str, Callable[[str, Any, Collection[str]], Sample]] = {
-    "own": _own,
-    "mix": _mix,
-    "single": _single,
-    "packed": _packed,
-}
+Layout = Callable[[str, Any, Collection[str]], Sample]
+LAYOUTS: dict[str, Layout] = {"own": _own, "mix": _mix, "single": _single, "packed": _packed}
 _MARKS = {"own": {"messages", "images"}, "mix": {"texts", "media"}, "packed": {"prompts", "captions"}}
 
 

@@ -82,7 +82,7 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
     content = [status.st_size, status.st_mtime_ns, file_fingerprint(f"{tar}.idx"), shard.layout, sorted(shard.excluded)]
     depends = fingerprint(content)
     place = kept and kept / f"{shard.source}{shard.name}.json"
-    if place and place.is_file() and (known := read_json(place)).pop("depends") == depends:
+    if place and (known := read_json(place, {"depends": None})).pop("depends") == depends:
         return SampleSizes(**known)
     template, sizes = _template(tokenizer), SampleSizes([], [], [])
     for key, sample, file, members in shard.samples():

@@ -167,15 +167,9 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
     )
 
     def __init__(
-        self,
-        template: ChatTemplate,
-        seq_length: int,
-        min_pixels: int,
-        max_pixels: int,
-        packing: bool = False,
-        pad_multiple: int = 1,
-        seed: int = 0,
-    ):
+        self, template: ChatTemplate, seq_length: int, min_pixels: int, max_pixels: int,
+        packing: bool = False, pad_multiple: int = 1, seed: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.template, self.seq_length = template, seq_length
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
@@ -260,22 +254,15 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
 def worker_config(rank: int, world_size: int, num_workers: int, seed: int, group: Any = None) -> WorkerConfig:
     """Energon's view of this data-parallel rank; the first sample that can not be used ends the run."""
     return WorkerConfig(
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        data_parallel_group=group,
-        seed_offset=seed,
+        rank=rank, world_size=world_size, num_workers=num_workers, data_parallel_group=group, seed_offset=seed,
         global_error_handler=reraise_exception,
-    )
+    )  # fmt: skip
 
 
 def train_loader(
-    path: Path | str,
-    encoder: VlmTaskEncoder,
-    config: WorkerConfig,
-    micro_batch_size: int,
+    path: Path | str, encoder: VlmTaskEncoder, config: WorkerConfig, micro_batch_size: int,
     packing_buffer_size: int | None = None,
-) -> SavableDataLoader:
+) -> SavableDataLoader:  # fmt: skip
     """Endless, shuffled micro-batches of the training split; `packing_buffer_size` samples are packed at a time."""
     dataset = get_train_dataset(
         path,

@@ -44,10 +44,9 @@ def plan_ranges(
     if step < 1:
         raise SettingsError(f"range_bytes is {step}; it must be at least 1", "leave it out for the default")
     key = [size, os.stat(path).st_mtime_ns, step]
-    kept = (
-        cache / f"{sha256(os.path.abspath(path).encode()).hexdigest()[:16]}.json" if cache and name == "json" else None
-    )
-    if kept and kept.is_file() and (plan := read_json(kept))["key"] == key:
+    place = sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+    kept = cache / f"{place}.json" if cache and name == "json" else None
+    if kept and (plan := read_json(kept, {"key": None}))["key"] == key:
         starts = plan["starts"]
     else:
         with open(path, "rb") as file:

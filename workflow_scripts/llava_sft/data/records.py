@@ -47,10 +47,22 @@ class Sample(NamedTuple):
 
     id: str | None
     messages: list[dict[str, str]]  # role: system | user | assistant; content: text with <image> placeholders
-    images: list[
-        str | bytes
-    ]  # paths relative to the image root, or the files themselves, in the order of the placeholders
+    images: list[str | bytes]  # names of files, or the encoded images themselves, in the order of the placeholders
     meta: dict[str, Any]  # the record's other keys, scalars only
+
+    @property
+    def questions(self) -> str:
+        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
+
+    def answers(self) -> list[int]:
+        """Places of the messages that a model has to give."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def before(self, place: int) -> "Sample":
+        """What a model sees that is asked for the message at `place`: those before it, and their images."""
+        messages = self.messages[:place]
+        shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
+        return self._replace(messages=messages, images=self.images[:shown])
 
 
 def read_lines(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any] = lambda _: None) -> Iterator[Line]:
@@ -87,9 +99,8 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     if isinstance(data, Rejected):
         raise data
     if data is None:
-        raise Rejected(
-            f"{line.word} too long", f"more than {MAX_LINE_BYTES >> 20} MiB: is this the file of the records?"
-        )
+        limit = f"more than {MAX_LINE_BYTES >> 20} MiB"
+        raise Rejected(f"{line.word} too long", f"{limit}: is this the file of the records?")
     if line.offset == 0:
         data = data.removeprefix(BOM)
     try:
@@ -145,11 +156,8 @@ def parse_record(record: dict[str, Any]) -> Sample:
         images = [images]
     images = [_image_file(image) if isinstance(image, dict) else image for image in images]
     name = record.get("id")
-    meta = {
-        key: value
-        for key, value in record.items()
-        if key not in FORM_KEYS and (value is None or isinstance(value, str | int | float))
-    }
+    others = ((key, value) for key, value in record.items() if key not in FORM_KEYS)
+    meta = {key: value for key, value in others if value is None or isinstance(value, str | int | float)}
     return check_sample(Sample(None if name is None else str(name), messages, images, meta))
 
 

@@ -83,17 +83,10 @@ def write_idx(file: BinaryIO, starts: list[int], end: int) -> None:
 
 
 def convert_range(
-    raw: Path | str,
-    image_root: Path | str,
-    wds_dir: Path,
-    parts_dir: Path,
-    prefix: str,
-    part: Range,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
-    max_shard_bytes: int | None = None,
-    decode_images: bool = False,
+    raw: Path | str, image_root: Path | str, wds_dir: Path, parts_dir: Path, prefix: str, part: Range,
+    max_image_pixels: int = MAX_IMAGE_PIXELS, max_shard_bytes: int | None = None, decode_images: bool = False,
     progress: Callable[[int, int], Any] = lambda raw_bytes, records: None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Convert one range of a raw file (any of FORMATS); return its statistics.
 
     Writes `PREFIX-NNNNN.tar` and `.tar.idx` in `wds_dir`; `.samples.jsonl`, `.rejects.jsonl` and `.stats.json` in

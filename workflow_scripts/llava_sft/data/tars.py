@@ -40,9 +40,8 @@ class TarSample(NamedTuple):
             sample = LAYOUTS[layout](self.key, orjson.loads(read_at(file, members["json"])), members)
             check_sample(sample)
             if sorted([*sample.images, "json"]) != sorted(members):
-                raise Rejected(
-                    "members differ from the images that the JSON names", f"{sample.images}, {list(members)}"
-                )
+                differ = "members differ from the images that the JSON names"
+                raise Rejected(differ, f"{sample.images}, {list(members)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Rejected("not the expected JSON", f"{type(error).__name__}: {error}") from None
         return sample, members

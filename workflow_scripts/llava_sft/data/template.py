@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from llava_sft.data.records import IMAGE
 from llava_sft.errors import DataError
 
-IMAGE_PLACEHOLDER = "<image>"
 TEMPLATE_VERSION = 1  # of what a conversation is rendered to: raised with a change, so that tokens are counted again
 SYSTEM_PROMPT = "You are a helpful assistant."
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -74,7 +74,7 @@ class ChatTemplate:
             text += f"<|im_start|>{message['role']}\n"
             start = len(text)
             if message["role"] == "user":  # elsewhere `<image>` is text, as in the chat template
-                content = content.replace(IMAGE_PLACEHOLDER, IMAGE_TEXT)
+                content = content.replace(IMAGE, IMAGE_TEXT)
             text += content + "<|im_end|>"
             if message["role"] == "assistant":
                 answers.append((start, len(text)))

@@ -57,17 +57,13 @@ def percent(value: Any) -> str:
     return f"{100 * value:.1f} %" if isinstance(value, int | float) else "–"
 
 
-def size(value: Any) -> str:
+def size(value: float) -> str:
     """Bytes as GiB or MiB."""
-    if not isinstance(value, int | float):
-        return number(value)
     return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
 
 
-def duration(seconds: Any) -> str:
+def duration(seconds: float) -> str:
     """12.3 → `12 s`, 83 → `1 min 23 s`, 7384 → `2 h 3 min`."""
-    if not isinstance(seconds, int | float):
-        return "–"
     minutes, left = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

@@ -37,14 +37,9 @@ def command(count: int, arguments: list[str], rendezvous: list[str] | None = Non
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         return [sys.executable, *module], environment | single | {"MASTER_PORT": str(_free_port())}
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        *(rendezvous or ["--standalone"]),
-        f"--nproc-per-node={count}",
-        "--signals-to-handle=SIGHUP",
-    ]
-    return [sys.executable, *torchrun, *module], environment | {"OMP_NUM_THREADS": threads}
+    options = [*(rendezvous or ["--standalone"]), f"--nproc-per-node={count}", "--signals-to-handle=SIGHUP"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
+    return [*torchrun, *module], environment | {"OMP_NUM_THREADS": threads}
 
 
 def node_command(
@@ -54,6 +49,7 @@ def node_command(
 
     One failed task ends the others. `options` are the user's, for this cluster's srun.
     """
+    task = [sys.executable, "-m", "llava_sft.training.launcher", f"{job.first_address}:{_free_port()}", str(count)]
     return [
         "srun",
         f"--nodes={nodes}",
@@ -65,18 +61,14 @@ def node_command(
         "--overlap",  # with the step that a person may have opened in the job
         *(["--label"] if nodes > 1 else []),
         *options,
-        sys.executable,
-        "-m",
-        "llava_sft.training.launcher",
-        f"{job.first_address}:{_free_port()}",
-        str(count),
+        *task,
         *arguments,
     ]
 
 
 def launch(
     values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO,
-    job: slurm.Job | None = None, srun_options: list[str] | None = None,
+    job: slurm.Job | None, srun_options: list[str],
 ) -> int:  # fmt: skip
     """Run the training of the resolved settings `values` to its end; returns its exit code.
 
@@ -84,11 +76,10 @@ def launch(
     """
     count, tail = values["nproc_per_node"], Tail(run_dir)
     if job:
-        argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options or [], arguments)
+        argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options, arguments)
         environment, ask = python_path(), lambda training: job.signal_steps()
-        print(
-            f"{values['nodes']} nodes × {count} processes: {' '.join(argv[: argv.index(sys.executable)])} …", flush=True
-        )
+        srun = " ".join(argv[: argv.index(sys.executable)])
+        print(f"{values['nodes']} nodes × {count} processes: {srun} …", flush=True)
     else:
         argv, environment = command(count, arguments)
         ask = lambda training: ask_workers(training, count)  # noqa: E731
@@ -102,13 +93,9 @@ def launch(
 
 
 def run(
-    argv: list[str],
-    environment: dict[str, str],
-    ask: Callable[[subprocess.Popen], None],
-    show: Callable[[], None] = lambda: None,
-    output: BinaryIO | None = None,
-    pass_fds: tuple[int, ...] = (),
-) -> int:
+    argv: list[str], environment: dict[str, str], ask: Callable[[subprocess.Popen], None],
+    show: Callable[[], None] = lambda: None, output: BinaryIO | None = None, pass_fds: tuple[int, ...] = (),
+) -> int:  # fmt: skip
     """Run a command to its end; returns its exit code.
 
     SIGTERM, SIGINT and SIGUSR1 ask the training processes, once a second, to save and end: they ignore it until Megatron
@@ -121,14 +108,9 @@ def run(
             print(f"{signal.Signals(number).name}: saving a checkpoint and ending", flush=True)
         asked.append(number)
 
-    training = subprocess.Popen(
-        argv,
-        stdout=output,
-        stderr=subprocess.STDOUT if output else None,
-        env=os.environ | environment,
-        pass_fds=pass_fds,
-        preexec_fn=_before_training,
-    )
+    streams = {"stdout": output, "stderr": subprocess.STDOUT} if output else {}
+    environment = os.environ | environment
+    training = subprocess.Popen(argv, env=environment, pass_fds=pass_fds, preexec_fn=_before_training, **streams)
     previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         code, last = None, 0.0

@@ -14,10 +14,11 @@ import subprocess
 from collections.abc import Iterable
 from functools import cache
 from itertools import chain, product
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.config import CONFIG_DIR
+import psutil
+
+from llava_sft.config import CONFIG_DIR, data_parallel_size
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.packing import cut_between
 from llava_sft.errors import SettingsError
@@ -29,9 +30,8 @@ from llava_sft.training.watch import PEAK_FLOPS
 
 RECORDED = CONFIG_DIR.parent / "benchmarks" / "results" / "preflight.json"
 GIB = 2**30
-FP8_COPIES = (
-    1.52  # bytes a parameter, of the weights in FP8 and their transposes beside the bf16 ones; measured on the 4B model
-)
+# Bytes a parameter, of the weights in FP8 and their transposes beside the bf16 ones; measured on the 4B model.
+FP8_COPIES = 1.52
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
 
 
@@ -123,20 +123,15 @@ def _padded(each: list[Load], mbs: int) -> tuple[Load, Load]:
 
 def state_bytes(model: ModelConfig, values: dict[str, Any]) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state of the fullest process."""
-    total = model.parameter_count()
-    trained = trained_parameters(model, values["trainable_modules"])
+    total, trained = model.parameter_count(), trained_parameters(model, values["trainable_modules"])
+    weights, optimizer = expected_bytes(total, 0, values), expected_bytes(0, trained, values)  # as in a checkpoint
+    gradients = 4 * trained
+    if values["gpus_per_node"]:
+        optimizer /= data_parallel_size(values)
+        weights += 0 if values["fp8"] == "none" else FP8_COPIES * total
+        gradients = (4 if values["optimizer_precision"] == "fp32" else 2) * trained
     split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
-    replicas = data_parallel_size_of(values)
-    if not values["gpus_per_node"]:
-        size = 2 if values["bf16"] else 4
-        moments = 12 if values["bf16"] else 8  # and a float32 copy of bf16 weights
-        parts = {"weights": size * total, "gradients": 4 * trained, "optimizer": moments * trained}
-    else:
-        # Precision-aware, distributed Adam (arguments.py): bf16 moments, and the lower half of float32 weights.
-        wide = values["optimizer_precision"] == "fp32"
-        optimizer = (12 if wide else 6) * trained / replicas
-        weights = (2 if values["fp8"] == "none" else 2 + FP8_COPIES) * total
-        parts = {"weights": weights, "gradients": (4 if wide else 2) * trained, "optimizer": optimizer}
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     return {name: size / split for name, size in parts.items()}
 
 
@@ -155,6 +150,12 @@ def checkpoint_size(model: ModelConfig, values: dict[str, Any]) -> int:
     return expected_bytes(model.parameter_count(), trained_parameters(model, values["trainable_modules"]), values)
 
 
+def checkpoints_kept(values: dict[str, Any]) -> int:
+    """How many checkpoints lie on the disk when all steps are done."""
+    count = -(-values["train_iters"] // values["save_interval"])
+    return min(count, values["keep_last"] or count)
+
+
 def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> dict[str, float]:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass, counted in the tensors of a layer.
 
@@ -163,11 +164,9 @@ def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> 
     """
     size, t, v = 2 if values["bf16"] else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
-    layer = (
-        3 * t.hidden_size + 2 * heads * t.kv_channels + t.num_attention_heads * t.kv_channels + 3 * t.ffn_hidden_size
-    )
-    language = load.tokens * layer
-    vision = load.patches * (3 * v.hidden_size + 7 * v.hidden_size + 2 * v.ffn_hidden_size)
+    attention = (2 * heads + t.num_attention_heads) * t.kv_channels
+    language = load.tokens * (3 * t.hidden_size + attention + 3 * t.ffn_hidden_size)
+    vision = load.patches * (10 * v.hidden_size + 2 * v.ffn_hidden_size)
     if not values["gpus_per_node"]:
         language += load.token_squares * t.num_attention_heads * (values["recompute_language"] == "none")
         vision += load.patch_squares * v.num_attention_heads
@@ -192,9 +191,7 @@ def step_flops(model: ModelConfig, values: dict[str, Any], load: Load) -> tuple[
     vit = 2 * (vision + adapter / v.spatial_merge_size**2) * load.patches
     vit += 4 * v.num_layers * v.hidden_size * load.patch_squares
     llm *= (3 if "language_model" in trained else 2) + (values["recompute_language"] == "full")
-    vit *= (3 if "vision_model" in trained else 1) + (
-        "vision_model" in trained and values["recompute_vision"] == "full"
-    )
+    vit *= 3 + (values["recompute_vision"] == "full") if "vision_model" in trained else 1
     split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
     return llm / split, vit / split
 
@@ -207,7 +204,6 @@ class Calibration(NamedTuple):
 
     memory: tuple[float, ...]
     time: tuple[float, ...]
-    runs: int
 
 
 def memory_terms(model: ModelConfig, values: dict[str, Any], load: Load) -> list[float]:
@@ -238,13 +234,12 @@ def time_terms(model: ModelConfig, values: dict[str, Any], load: Load, peak: flo
 
 def chunk_tokens(values: dict[str, Any]) -> float:
     """Tokens that go through the model at once: long packs are cut into chunks, but not with pipeline parallelism."""
-    return (
-        values["pack_chunk_tokens"] if values["packing"] and values["pipeline_model_parallel_size"] == 1 else math.inf
-    )
+    cut = values["packing"] and values["pipeline_model_parallel_size"] == 1
+    return values["pack_chunk_tokens"] if cut else math.inf
 
 
 def _micro_batches(values: dict[str, Any]) -> int:
-    return values["global_batch_size"] // (values["micro_batch_size"] * data_parallel_size_of(values))
+    return values["global_batch_size"] // (values["micro_batch_size"] * data_parallel_size(values))
 
 
 class Recorded(NamedTuple):
@@ -260,40 +255,32 @@ class Recorded(NamedTuple):
 
 
 @cache
-def recorded(path: Path = RECORDED) -> tuple[Recorded, ...]:
+def recorded() -> tuple[Recorded, ...]:
     """The recorded runs; none when the file is not there."""
-    rows = read_json(path)["rows"] if path.is_file() else []
     by_settings: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in read_json(RECORDED, {"rows": []})["rows"]:
         if row["metric"] in ("peak_memory_gib", "step_s"):
             by_settings.setdefault(row["settings"]["run"], {"settings": row["settings"]})[row["metric"]] = row["value"]
-    return tuple(
-        Recorded(
-            load_model_config(CONFIG_DIR / "models" / f"{run['settings']['values']['model']}.yaml"),
-            run["settings"]["values"],
-            Machine(*run["settings"]["machine"]),
-            Load(*run["settings"]["mean"]),
-            Load(*run["settings"]["largest"]),
-            run["peak_memory_gib"],
-            run["step_s"],
-        )
-        for run in by_settings.values()
-    )
+    return tuple(_recorded(**run) for run in by_settings.values())
+
+
+def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
+    model = load_model_config(CONFIG_DIR / "models" / f"{settings['values']['model']}.yaml")
+    mean, largest, machine = Load(*settings["mean"]), Load(*settings["largest"]), Machine(*settings["machine"])
+    return Recorded(model, settings["values"], machine, mean, largest, peak_memory_gib, step_s)
 
 
 def calibrate(runs: Iterable[Recorded]) -> Calibration:
     """Non-negative factors with the least relative errors over `runs`."""
     memory, time = [], []
-    runs = list(runs)
     for run in runs:
         state = sum(state_bytes(run.model, run.values).values()) / GIB
         rest = max(run.memory_gib - state, 0.0)
-        memory.append(
-            ([x / run.memory_gib for x in memory_terms(run.model, run.values, run.largest)], rest / run.memory_gib)
-        )
+        terms = memory_terms(run.model, run.values, run.largest)
+        memory.append(([term / run.memory_gib for term in terms], rest / run.memory_gib))
         terms = time_terms(run.model, run.values, run.mean, run.machine.peak)
-        time.append(([x / run.step_s for x in terms], 1.0))
-    return Calibration(_fit(memory), _fit(time), len(runs))
+        time.append(([term / run.step_s for term in terms], 1.0))
+    return Calibration(_fit(memory), _fit(time))
 
 
 def _fit(rows: list[tuple[list[float], float]]) -> tuple[float, ...]:
@@ -327,13 +314,8 @@ def predict(
     memory = state | {"language activations": language, "vision activations": vision, "libraries and the rest": fixed}
     terms = time_terms(model, values, mean, machine.peak)
     seconds = sum(factor * term for factor, term in zip(calibration.time, terms, strict=True))
-    replicas = data_parallel_size_of(values)
+    replicas = data_parallel_size(values)
     return Prediction(memory, seconds, mean.tokens * _micro_batches(values) * replicas)
-
-
-def data_parallel_size_of(values: dict[str, Any]) -> int:
-    split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
-    return max(1, values["nproc_per_node"] * values["nodes"] // split)
 
 
 # ---------------------------------------------------------------------------------------------------- machines
@@ -360,7 +342,7 @@ def this_machine(values: dict[str, Any]) -> Machine | None:
                 return None
         return None
     processes = values["nproc_per_node"]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    memory = psutil.virtual_memory().total / GIB
     return Machine("CPU", memory / processes, CPU_FLOPS * max(1, len(os.sched_getaffinity(0)) // processes))
 
 
@@ -408,7 +390,7 @@ def proposals(
         tried = values | changed
         rows = tried["micro_batch_size"] / values["micro_batch_size"]
         scales = tried["seq_length"] / values["seq_length"], min(tried["seq_length"], chunk_tokens(tried)) / piece
-        if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size_of(tried)):
+        if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size(tried)):
             continue
         scaled = [
             Load(*(rows * scale * each for each in load)) for scale, load in zip(scales, (mean, largest), strict=True)
@@ -467,10 +449,10 @@ def table(prediction: Prediction, machine: Machine, runs: list[Recorded], values
     ]
 
 
-def proposal_lines(found: list[tuple[dict[str, Any], Prediction]], most: int = 3) -> list[str]:
-    """The fastest settings that would fit, a line each."""
+def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
+    """The three fastest settings that would fit, a line each."""
     return [
         ", ".join(f"{name}: {value}" for name, value in changed.items())
         + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
-        for changed, prediction in found[:most]
+        for changed, prediction in found[:3]
     ]

@@ -35,11 +35,8 @@ def exploded(values: dict, run_dir: Path, bad: list[dict], usual_loss: float | N
     whole = [iteration for iteration in checkpoints(run_dir) if iteration < trouble and iteration <= done]
     lr = lower_lr(values["lr"])
     load = f" load={checkpoint_dir(run_dir, whole[-1])}" if whole else ""
-    origin = (
-        "from the last checkpoint before it"
-        if whole
-        else f"from the start (no checkpoint is older than the first bad step, {trouble})"
-    )
+    start = f"from the start (no checkpoint is older than the first bad step, {trouble})"
+    origin = "from the last checkpoint before it" if whole else start
     return RunError(
         f"{len(bad)} bad steps in a row, {first['iteration']} … {last['iteration']} (max_bad_steps): loss {first['loss']:.3g} "
         f"… {last['loss']:.3g}{before}; grad norm {last['grad_norm'] or 0:.3g}; lr {values['lr']:g}. Ids of their samples: "
@@ -59,9 +56,8 @@ def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int
     ways = []
     if values["packing"] and largest["tokens"] > 2048 and values["pipeline_model_parallel_size"] == 1:
         # Of what was in the model, which may have been one long sample.
-        ways.append(
-            f"pack_chunk_tokens: {min(values['pack_chunk_tokens'], largest['tokens']) // 2} (the same gradients)"
-        )
+        chunk = min(values["pack_chunk_tokens"], largest["tokens"])
+        ways.append(f"pack_chunk_tokens: {chunk // 2} (the same gradients)")
     if mbs > 1:
         ways.append(f"micro_batch_size: {mbs // 2} (global_batch_size stays {values['global_batch_size']})")
     if largest["image"] * 14 * 14 > values["max_pixels"] / 2 and largest["patches"] > largest["tokens"]:
@@ -80,14 +76,14 @@ def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int
 def slow_loading(values: dict, tokens_per_s: float, wait_share: float) -> str:
     """The measured rates, and the number of workers that would keep up: in proportion to the time not waited."""
     workers = values["num_workers"]
-    needed = math.ceil(workers / max(0.05, 1 - wait_share))
+    busy = max(0.05, 1 - wait_share)
+    needed = math.ceil(workers / busy)
     cores = len(os.sched_getaffinity(0)) // max(1, values["nproc_per_node"])
     enough = f"num_workers: {needed} would keep up (in a new run: a run keeps its number)"
     if needed > cores:
-        enough = (
-            f"{needed} workers would keep up, there are {cores} cores: a local disk, smaller max_pixels, or more cores"
-        )
+        enough = f"{needed} workers would keep up, there are {cores} cores: "
+        enough += "a local disk, smaller max_pixels, or more cores"
     return (
         f"slow loading: steps wait {wait_share:.0%} of their time for data. num_workers {workers} load {tokens_per_s:,.0f} "
-        f"tokens/s, the model would take {tokens_per_s / max(0.05, 1 - wait_share):,.0f}. {enough}"
+        f"tokens/s, the model would take {tokens_per_s / busy:,.0f}. {enough}"
     )

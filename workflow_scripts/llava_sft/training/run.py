@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars
+from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars, newest_checkpoint
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
 from llava_sft.training.checkpoints import iterations_done, newest_whole
@@ -141,7 +141,7 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
             f"{key}: {before.get(key)} → {now.get(key)}{PER_RANK if key in per_rank else ''}" for key in given
         ]
         if differences:
-            tag = propose_tag(run_dir, resolved, before, now)
+            tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
             raise RunError(
                 f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
                 f"put the old value back to go on with it, or start another run beside it: --config run_tag={tag}",
@@ -167,10 +167,9 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
     return done
 
 
-def propose_tag(run_dir: Path, resolved: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> str:
-    """A free run_tag made of the first difference, like `lr5e-06`."""
-    key = next(key for key in now if before.get(key) != now.get(key))
-    value = now[key] if isinstance(now[key], int | float) else str(now[key])[:8]
+def propose_tag(run_dir: Path, resolved: dict[str, Any], key: str, value: Any) -> str:
+    """A free run_tag made of a setting that differs, like `lr5e-06`."""
+    value = value if isinstance(value, int | float) else str(value)[:8]
     tag = f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
     tag = "".join(c if c.isalnum() or c in "._-" else "-" for c in tag)
     untagged = resolved["run_name"].removesuffix(f"_{resolved['settings']['run_tag']}")
@@ -187,8 +186,7 @@ def start_dir(run_dir: Path, folder: str | None) -> Path | None:
     link_dir = run_dir / "start"
     shutil.rmtree(link_dir, ignore_errors=True)
     link_dir.mkdir(parents=True)
-    release = source.name == "release"
-    iteration = 0 if release else int(source.name.removeprefix("iter_"))
-    (link_dir / ("release" if release else f"iter_{iteration:07d}")).symlink_to(source)
-    (link_dir / TRACKER).write_text("release" if release else str(iteration))
+    name = source.name.removeprefix("iter_")
+    (link_dir / TRACKER).write_text(name if name == "release" else str(int(name)))
+    newest_checkpoint(link_dir).symlink_to(source)
     return link_dir

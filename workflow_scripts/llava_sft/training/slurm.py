@@ -22,11 +22,6 @@ class Job:
     nodes: int
     cpus_per_node: int
 
-    @property
-    def state(self) -> str:
-        """As squeue names it: RUNNING, COMPLETING (cancelled, or out of time) …"""
-        return _output("squeue", "--noheader", "--jobs", self.number, "--format=%T")
-
     def signal_steps(self) -> None:
         """SIGTERM to all steps, and not to the batch script: never to srun, which would kill its tasks at once."""
         subprocess.run(["scancel", "--signal=TERM", self.number], check=False)
@@ -36,7 +31,8 @@ class Job:
 
         A job that somebody cancelled stays cancelled.
         """
-        if self.state == "RUNNING" and not subprocess.run(["scontrol", "requeue", self.number], check=False).returncode:
+        state = _output("squeue", "--noheader", "--jobs", self.number, "--format=%T")  # or COMPLETING, out of time too
+        if state == "RUNNING" and not subprocess.run(["scontrol", "requeue", self.number], check=False).returncode:
             time.sleep(REQUEUE_WITHIN_S)
 
 

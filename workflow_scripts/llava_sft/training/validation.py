@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from megatron.energon import SkipSample
 
-from llava_sft.data.heldout import StoredSample, data_uri, read_split
+from llava_sft.data.heldout import data_uri, read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import Conversation, VlmBatch, VlmTaskEncoder
+from llava_sft.data.records import Sample
 from llava_sft.errors import RunError
 from llava_sft.files import write_json
 from llava_sft.training.checkpoints import BEST, checkpoint_dir
@@ -32,7 +33,7 @@ class HeldOut:
         self.path, self.encoder, self.rank, self.replicas = path, encoder, rank, replicas
         self.micro_batch_size, self.count, self.place = micro_batch_size, batches, 0
         self.batches: list[VlmBatch] = []
-        self.stored: list[StoredSample] = []
+        self.stored: list[Sample] = []
 
     def __iter__(self):
         return self
@@ -64,20 +65,20 @@ class HeldOut:
         starts = range(0, size, self.micro_batch_size)
         self.batches = [self.encoder.batch(encoded[start : start + self.micro_batch_size]) for start in starts]
 
-    def encode(self, sample: StoredSample):
+    def encode(self, sample: Sample):
         conversation = Conversation(
             __key__=sample.id, __restore_key__=(), messages=sample.messages, images=sample.images
         )
         return self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
 
-    def examples(self, count: int) -> list[StoredSample]:
+    def examples(self, count: int) -> list[Sample]:
         """`count` samples spread over those that are validated, always the same."""
         self.load()
         return self.stored[:: max(1, len(self.stored) // max(1, count))][:count]
 
 
 @torch.no_grad()
-def answer(model, held_out: HeldOut, sample: StoredSample, limit: int, device: torch.device) -> dict:
+def answer(model, held_out: HeldOut, sample: Sample, limit: int, device: torch.device) -> dict:
     """The model's greedy answer to the first question of a sample: no cache, one forward per token.
 
     Raises SkipSample when the question alone is longer than seq_length.
@@ -106,7 +107,7 @@ def answer(model, held_out: HeldOut, sample: StoredSample, limit: int, device: t
 
 
 def record(
-    run_dir: Path, iteration: int, loss: float, answers: list[dict], examples: list[StoredSample], tensorboard
+    run_dir: Path, iteration: int, loss: float, answers: list[dict], examples: list[Sample], tensorboard
 ) -> None:
     """Note a validation: validation.jsonl, best.json, and TensorBoard (Megatron writes the loss there itself)."""
     earlier = read_jsonl(run_dir / VALIDATION)

@@ -37,16 +37,9 @@ class Watch:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        values: dict,
-        data_rank: int,
-        replicas: int,
-        first: int,
-        writes: bool,
-        peak: float | None,
-        tensorboard: Any,
-    ):
+        self, run_dir: Path, values: dict, data_rank: int, replicas: int, first: int, writes: bool,
+        peak: float | None, tensorboard: Any,
+    ):  # fmt: skip
         self.run_dir, self.values, self.replicas, self.writes = run_dir, values, replicas, writes
         self.peak, self.tensorboard = peak, tensorboard
         self.said_slow, self.warm = False, False  # the first interval has the start of the loader in it
@@ -198,23 +191,14 @@ def progress_line(record: dict) -> str:
     hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
     remaining = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
     digits = len(str(record["train_iters"]))
-    parts = {
-        key.removeprefix("learning-rate-"): rate for key, rate in record.items() if key.startswith("learning-rate-")
-    }
-    others = ", ".join(f"{part} {rate:.2e}" for part, rate in parts.items() if rate != record["learning-rate"])
-    return "  ".join(
-        [
-            f"step {record['iteration']:>{digits}}/{record['train_iters']}",
-            f"loss {record['lm loss']:.4f}",
-            f"lr {record['learning-rate']:.2e}" + (f" ({others})" if others else ""),
-            f"grad {record['grad-norm'] or 0:.2f}",
-            f"{record['tokens_per_s']:,.0f} tokens/s",
-            *([f"MFU {record['mfu']:.0%}"] if "mfu" in record else []),
-            f"padding {record['padding_share']:.0%}",
-            f"data wait {record['data_wait_share']:.0%}",
-            f"{record['memory_gib']:.1f} GiB",
-            f"{remaining} left",
-        ]
+    parts = ((key.removeprefix("learning-rate-"), rate) for key, rate in record.items() if "learning-rate-" in key)
+    others = ", ".join(f"{part} {rate:.2e}" for part, rate in parts if rate != record["learning-rate"])
+    mfu = f"  MFU {record['mfu']:.0%}" if "mfu" in record else ""
+    return (
+        f"step {record['iteration']:>{digits}}/{record['train_iters']}  loss {record['lm loss']:.4f}"
+        f"  lr {record['learning-rate']:.2e}{f' ({others})' if others else ''}  grad {record['grad-norm'] or 0:.2f}"
+        f"  {record['tokens_per_s']:,.0f} tokens/s{mfu}  padding {record['padding_share']:.0%}"
+        f"  data wait {record['data_wait_share']:.0%}  {record['memory_gib']:.1f} GiB  {remaining} left"
     )
 
 
