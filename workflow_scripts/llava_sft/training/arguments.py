@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from llava_sft.config import data_parallel_size
 from llava_sft.model.config import ModelConfig
-from llava_sft.training.predict import data_parallel_size_of
 
 
 def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path, start_dir: Path | None) -> list[str]:
@@ -65,7 +65,7 @@ def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path
     if gpu:
         # A collection at its own time would stop the host for tenths of a second, and the GPU with it.
         arguments += ["--use-distributed-optimizer", "--manual-gc", "--manual-gc-interval=100"]
-        if data_parallel_size_of(values) > 1:
+        if data_parallel_size(values) > 1:
             # Not --overlap-param-gather: it waits for weights in a module's forward, which fused layers do not call.
             arguments.append("--overlap-grad-reduce")
         if values["optimizer_precision"] == "bf16":
