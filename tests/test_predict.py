@@ -2,6 +2,7 @@
 
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,8 +84,23 @@ def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
     assert all(line for line in predict.proposal_lines(found))
 
 
-def test_a_run_that_can_not_fit_stops_before_it_starts_unless_told_otherwise(sizes, monkeypatch, capsys):
+def with_memory(monkeypatch, gib: float) -> None:
     monkeypatch.setattr(predict, "this_machine", lambda values: H100)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=gib * predict.GIB))
+
+
+def test_a_save_that_this_machines_memory_can_not_take_stops_the_run_before_it_starts(sizes, monkeypatch):
+    values = settings(sizes)
+    resolved = {"settings": values, "model": MODEL.model_dump(), "batch": dict.fromkeys(("mean", "largest"), [0.0] * 5)}
+    with_memory(monkeypatch, 20)
+    with pytest.raises(RunError, match=r"a save copies 3\d\.\d GiB .* which has 20\.0 GiB free"):
+        check_memory(resolved)
+    with_memory(monkeypatch, 200)
+    check_memory(resolved)
+
+
+def test_a_run_that_can_not_fit_stops_before_it_starts_unless_told_otherwise(sizes, monkeypatch, capsys):
+    with_memory(monkeypatch, 200)
     values = settings(sizes, seq_length=32768, pack_chunk_tokens=32768)
     mean, largest = batches(sizes, values)
     resolved = {"settings": values, "model": MODEL.model_dump(), "batch": {"mean": mean, "largest": largest}}

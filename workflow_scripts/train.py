@@ -15,6 +15,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+
 from llava_sft.config import gpu_count
 from llava_sft.errors import RunError, SftError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
@@ -149,8 +151,16 @@ def check_machine(resolved: dict, job: Job | None) -> None:
 
 
 def check_memory(resolved: dict) -> None:
-    """Stop a run that is predicted to need more memory than a process has here."""
+    """Stop a run that is predicted to need more memory than a process, or a save, has here."""
     settings, model = resolved["settings"], ModelConfig(**resolved["model"])
+    copied, free = predict.checkpoint_size(model, settings) / settings["nodes"], psutil.virtual_memory().available
+    if settings["gpus_per_node"] and copied > free:
+        complain(
+            settings,
+            f"a save copies {copied / predict.GIB:,.1f} GiB from the GPUs to this machine's memory, which has "
+            f"{free / predict.GIB:,.1f} GiB free",
+            "more memory for the job, fewer trainable_modules, or more nodes",
+        )
     machine = predict.this_machine(settings)
     batch = [predict.Load(*resolved["batch"][name]) for name in ("mean", "largest")]
     forecast = predict.forecast(model, settings, machine, *batch)
