@@ -10,6 +10,7 @@ KERNELS = {
     "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
     "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",
     "rotary": r"rope|^_turn",
+    "cross entropy": r"cross_entropy",
     "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
     "casts to FP8": r"cast_transpose|quantize|amax",
     "optimizer": r"multi_tensor|adam|l2norm|^_scale",

@@ -396,7 +396,6 @@ CHECKPOINT = [
 TWO_GPUS = [
     {"name": "two gpus gbs 4", **SMALL, "steps": 5},
     {"name": "two gpus", **SMALL, **BIG, "steps": 3},
-    {"name": "two gpus fp8 gbs 4", **SMALL, "steps": 5, "fp8": "tensorwise"},
 ]
 
 

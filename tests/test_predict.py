@@ -93,10 +93,14 @@ def test_a_save_that_this_machines_memory_can_not_take_stops_the_run_before_it_s
     values = settings(sizes)
     resolved = {"settings": values, "model": MODEL.model_dump(), "batch": dict.fromkeys(("mean", "largest"), [0.0] * 5)}
     with_memory(monkeypatch, 20)
-    with pytest.raises(RunError, match=r"a save copies 3\d\.\d GiB .* which has 20\.0 GiB free"):
+    with pytest.raises(RunError, match=r"memory of this machine: 4\d\.\d GiB, of 20\.0 GiB that are free"):
         check_memory(resolved)
     with_memory(monkeypatch, 200)
     check_memory(resolved)
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "16000")
+    with pytest.raises(RunError, match=r"of 15\.6 GiB that are free") as stopped:
+        check_memory(resolved)
+    assert "mem_mb" in stopped.value.fix
 
 
 def test_a_run_that_can_not_fit_stops_before_it_starts_unless_told_otherwise(sizes, monkeypatch, capsys):

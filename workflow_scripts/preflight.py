@@ -139,6 +139,8 @@ def told(
     size = predict.checkpoint_size(model, values)
     kept = predict.checkpoints_kept(values)
     lines.append(f"disk    {kept} × {size / predict.GIB:,.3g} GiB of checkpoints: {kept * size / predict.GIB:,.1f} GiB")
+    if copied := predict.save_copy(model, values):
+        lines.append(f"host    {copied / predict.GIB:,.1f} GiB of a node's memory, for the copy that a save makes")
     facts = {
         "machine": machine._asdict(),
         "memory_gib": prediction.memory,

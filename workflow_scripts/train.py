@@ -6,6 +6,7 @@ trains on the job's nodes; before the time limit it saves, and has the job queue
 
 import argparse
 import datetime
+import os
 import platform
 import shlex
 import shutil
@@ -153,13 +154,13 @@ def check_machine(resolved: dict, job: Job | None) -> None:
 def check_memory(resolved: dict) -> None:
     """Stop a run that is predicted to need more memory than a process, or a save, has here."""
     settings, model = resolved["settings"], ModelConfig(**resolved["model"])
-    copied, free = predict.checkpoint_size(model, settings) / settings["nodes"], psutil.virtual_memory().available
-    if settings["gpus_per_node"] and copied > free:
+    copied, free = predict.save_copy(model, settings), free_memory()
+    if copied > free:
         complain(
             settings,
-            f"a save copies {copied / predict.GIB:,.1f} GiB from the GPUs to this machine's memory, which has "
-            f"{free / predict.GIB:,.1f} GiB free",
-            "more memory for the job, fewer trainable_modules, or more nodes",
+            f"a save copies the GPUs' state to the memory of this machine: {copied / predict.GIB:,.1f} GiB, of "
+            f"{free / predict.GIB:,.1f} GiB that are free",
+            "more memory for the job (mem_mb of train in the profile), fewer trainable_modules, or more nodes",
         )
     machine = predict.this_machine(settings)
     batch = [predict.Load(*resolved["batch"][name]) for name in ("mean", "largest")]
@@ -175,6 +176,17 @@ def check_memory(resolved: dict) -> None:
             " | ".join(predict.proposal_lines(forecast.would_fit))
             or "a smaller model, or more GPUs and a tensor_model_parallel_size",
         )
+
+
+def free_memory() -> float:
+    """Bytes that this process may still take: of the machine, and of its Slurm job or container."""
+    free = psutil.virtual_memory().available
+    if job := os.environ.get("SLURM_MEM_PER_NODE"):
+        free = min(free, int(job) << 20)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
 def complain(settings: dict, problem: str, fix: str) -> None:

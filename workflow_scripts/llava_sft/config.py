@@ -458,7 +458,11 @@ def resolve(
     eval_iters = min(EVAL_ITERS, max(1, heldout_samples // gbs)) if heldout_samples else 0
     settle("eval_iters", eval_iters, f"{heldout_samples:,} held-out samples, at most {EVAL_ITERS} global batches")
     settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
-    settle("async_save", gpus > 0, "on GPUs, whose memory is copied in a second and written in a minute")
+    settle(
+        "async_save",
+        gpus > 0,
+        "on GPUs, whose memory is copied in a second (the first time half a minute), and written in a minute",
+    )
     return values, why
 
 

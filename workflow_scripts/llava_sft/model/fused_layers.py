@@ -78,8 +78,8 @@ def attend_backward(
 # --- matrix products -----------------------------------------------------------------------------------------------
 
 
-def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
-    """gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision."""
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None) -> Tensor | None:
+    """gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision. None of a frozen weight."""
     if not weight.requires_grad:
         return None
     buffer = getattr(weight, "main_grad", None)
@@ -122,11 +122,12 @@ def quantizers(recipe: str) -> tuple:
 
 
 def product(x: Tensor, module: torch.nn.Module, recipe: str | None) -> tuple[Tensor, tuple]:
-    """x [tokens, in] · weightᵀ, in FP8 where there is a recipe; and both operands, for the gradients. A weight is cast
-    once a step: `is_first_microbatch` is Megatron's flag."""
+    """x [tokens, in] · weightᵀ, in FP8 where there is a recipe; and both operands, for the gradients (no x where the weight
+    is frozen). A weight is cast once a step: `is_first_microbatch` is Megatron's flag."""
     weight = module.weight
+    trained = weight.requires_grad
     if not recipe:
-        return F.linear(x, weight), (x, weight)
+        return F.linear(x, weight), (x if trained else None, weight)
     cast_input, cast_weight, _ = quantizers(recipe)
     if module.is_first_microbatch or not hasattr(module, "weight_in_fp8"):
         module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
@@ -134,7 +135,7 @@ def product(x: Tensor, module: torch.nn.Module, recipe: str | None) -> tuple[Ten
     x_in_fp8, fast = cast_input.quantize_impl(x), recipe == "tensorwise"
     out = general_gemm(module.weight_in_fp8, x_in_fp8, out_dtype=x.dtype, use_split_accumulator=not fast)[0]
     x_in_fp8.update_usage(rowwise_usage=False)
-    return out, (x_in_fp8, module.weight_in_fp8)
+    return out, (x_in_fp8 if trained else None, module.weight_in_fp8)
 
 
 def product_backward(

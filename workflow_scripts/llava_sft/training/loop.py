@@ -6,6 +6,7 @@ The launcher starts it once per rank (`__main__.py`); what it prints goes to the
 import functools
 import inspect
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -64,7 +65,6 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     prune,
     seal,
 )
-from llava_sft.training.launcher import die_with_parent  # noqa: E402
 from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
 
@@ -109,7 +109,7 @@ class Trainer:
             recompute_vision=self.values["recompute_vision"] == "full",
         )
         if config.gradient_accumulation_fusion and post_process:
-            # Transformer Engine's layers add weight gradients in place; Megatron's own output layer would need Apex.
+            # Transformer Engine's layers add weight gradients in place; Megatron's output layer (TP > 1) would need Apex.
             self.model.language_model.output_layer.gradient_accumulation_fusion = False
         for name, part in self.model.named_children():
             if name not in self.parts:
@@ -413,8 +413,7 @@ def staged(stage, buckets: list) -> list:
 
 
 def write_apart(parent: int, write, *args) -> None:
-    """What the forked process does; its parent may die at any time, and the next training must not meet it."""
-    die_with_parent()
+    """What the forked process does. Its parent may be dead already: the next training must not meet it (__main__.py)."""
     if os.getppid() == parent:
         os.nice(10)
         write(*args)
@@ -487,6 +486,8 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
     except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
         if failure := trainer.failure(error):
             write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
+        for child in multiprocessing.active_children():  # one that writes a checkpoint, which nobody would finish
+            child.kill()
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended

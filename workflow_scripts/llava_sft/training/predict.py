@@ -156,6 +156,11 @@ def checkpoints_kept(values: dict[str, Any]) -> int:
     return min(count, values["keep_last"] or count)
 
 
+def save_copy(model: ModelConfig, values: dict[str, Any]) -> float:
+    """Bytes of a node's memory that a save copies the GPUs' state to, and that stay taken."""
+    return bool(values["gpus_per_node"]) * PINNED * checkpoint_size(model, values) / values["nodes"]
+
+
 def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> dict[str, float]:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass, counted in the tensors of a layer.
 
@@ -165,8 +170,8 @@ def activation_bytes(model: ModelConfig, values: dict[str, Any], load: Load) -> 
     size, t, v = 2 if values["bf16"] else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
     attention = (2 * heads + t.num_attention_heads) * t.kv_channels
-    language = load.tokens * (3 * t.hidden_size + attention + 3 * t.ffn_hidden_size)
-    vision = load.patches * (10 * v.hidden_size + 2 * v.ffn_hidden_size)
+    language = load.tokens * (4 * t.hidden_size + attention + 3 * t.ffn_hidden_size)
+    vision = load.patches * (8 * v.hidden_size + 2 * v.ffn_hidden_size)
     if not values["gpus_per_node"]:
         language += load.token_squares * t.num_attention_heads * (values["recompute_language"] == "none")
         vision += load.patch_squares * v.num_attention_heads
@@ -320,6 +325,7 @@ def predict(
 
 # ---------------------------------------------------------------------------------------------------- machines
 
+PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 GPU_MEMORY_GIB = {"H100": 79.1, "GH200": 94.5, "H200": 139.8, "B200": 178.4, "A100": 79.2, "L40S": 44.5}
 CPU_FLOPS = 3e10  # a core's share in float32; the recorded runs say how much of it is reached
 

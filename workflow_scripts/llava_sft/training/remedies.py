@@ -31,7 +31,7 @@ def exploded(values: dict, run_dir: Path, bad: list[dict], usual_loss: float | N
     is older than `trouble`, the first bad step of this time."""
     first, last = bad[0], bad[-1]
     before = f", where the good steps before had {usual_loss:.3g}" if usual_loss is not None else ""
-    done = iterations_done(run_dir)  # a newer one is still being written, and ends with the training
+    done = iterations_done(run_dir)  # a newer one is still being written, and is given up
     whole = [iteration for iteration in checkpoints(run_dir) if iteration < trouble and iteration <= done]
     lr = lower_lr(values["lr"])
     load = f" load={checkpoint_dir(run_dir, whole[-1])}" if whole else ""
