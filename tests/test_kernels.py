@@ -1,0 +1,66 @@
+"""The kernels compile for a Hopper GPU, at the shapes of 4B: Triton's interpreter takes what its compiler does not.
+
+What they compute is tested with the layers (test_megatron_model.py).
+"""
+
+import os
+import subprocess
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout.split()[-1]) >= 14
+
+
+def compile_only(kernel, *args, grid, warmup, num_warps=4, **named):
+    """In the place of a launch."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | named
+    constant = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or given[p.name] is None}
+    kinds = {name: TYPES.get(getattr(value, "dtype", type(value))) for name, value in given.items()}
+    signature = {name: "constexpr" if name in constant else kinds[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): constant[name] for name in constant})
+    compiled.append(triton.compile(source, target=HOPPER, options={"num_warps": num_warps}))
+
+
+compiled = []
+
+
+def launch_all() -> None:
+    from llava_sft.model import kernels
+
+    triton.JITFunction.run = compile_only
+
+    def ones(*shape, dtype=torch.bfloat16):
+        return torch.ones(shape, dtype=dtype)
+
+    sums = kernels.Sums(20_000, torch.device("cpu"))
+    for width, bias in ((2560, None), (1024, ones(1024))):
+        x, weight = ones(2, width), ones(width)
+        for change in (None, x):
+            _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, change)
+        kernels.norm_backward(x, x, weight, mean, scale, x, sums)
+    kernels.norm_backward(x, x, weight, mean, scale, x, sums, biases=True)
+    for heads, groups, head_dim, weights in ((32, 8, 128, (ones(128), ones(128))), (16, 16, 64, None)):
+        qkv, angle = ones(2, (heads + 2 * groups) * head_dim), ones(2, 1, head_dim, dtype=torch.float32)
+        grads = kernels.turn(qkv, groups, angle, angle, weights, 1e-6)
+        kernels.turn_backward(grads, qkv, angle, angle, sums, weights, 1e-6)
+    kernels.swiglu_backward(ones(2, 2 * 9728), kernels.swiglu(ones(2, 2 * 9728)))
+    kernels.gelu_backward(kernels.gelu(ones(2, 4096)), ones(2, 4096), sums)
+    sums.totals([20_000], torch.bfloat16)
+    kernels.scale_(ones(10), ones(1, dtype=torch.float32))
+    print(len(compiled))
+
+
+if __name__ == "__main__":
+    launch_all()
