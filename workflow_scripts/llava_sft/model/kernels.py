@@ -4,7 +4,7 @@ Notable:
 - a backward kernel goes over many tokens and keeps the sums over them, the gradients of norms' weights and of biases, in
   registers: rows of `Sums`, added up once a layer, in the same order in every run;
 - everything is computed in float32 and stored in the tensors' own precision;
-- compilers' kernels for the same took 1.5 to 4 times as long (docs/performance.md).
+- torch.compile's for the same took half as long again (docs/performance.md).
 With `TRITON_INTERPRET=1` they run on a CPU, for tests.
 """
 
