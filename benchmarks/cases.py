@@ -1,0 +1,67 @@
+"""The settings that benchmarks/training.py trains with: a case is CASE with what it names."""
+
+PEAK = 989e12  # FLOP/s, dense bf16 of an H100 or H200
+CASE = {
+    "seq_length": 8192,
+    "micro_batch_size": 1,
+    "micro_batches": 4,
+    "steps": 6,
+    "warm": 2,  # steps that are not timed: compilation, the allocator
+    "fp8": "none",
+    "recompute_language": "none",
+    "recompute_vision": "none",
+    "pack_chunk_tokens": 8192,
+    "images": True,
+}
+# GBS 16: as much of a step is the optimizer as in a usual run, or more.
+BIG = {"micro_batches": 16, "steps": 4, "warm": 1}
+LONG = {"seq_length": 32768, "micro_batches": 4, "steps": 4, "warm": 1}
+OURS = [
+    {"name": "bf16_8192 gbs 4"},
+    {"name": "language_8192", "images": False, "steps": 5},
+    {"name": "bf16_32768", **LONG},
+    {"name": "bf16_8192", **BIG},
+    {"name": "fp8_8192", "fp8": "tensorwise", **BIG},
+    {"name": "fp8_blockwise_8192", "fp8": "blockwise", "steps": 4},
+]
+PROFILE = [
+    {"name": "bf16 profile", "profile": True},
+    {"name": "language profile", "images": False, "profile": True, "steps": 5},
+    {"name": "fp8 profile", "fp8": "tensorwise", "profile": True, "steps": 5},
+]
+FULL = {"recompute_language": "full", "recompute_vision": "full"}
+WHOLE = {"pack_chunk_tokens": 1 << 20}
+CALIBRATION = [
+    {"name": "8192"},
+    {"name": "4096", "seq_length": 4096},
+    {"name": "8192 vision full", "recompute_vision": "full"},
+    {"name": "8192 language full", "recompute_language": "full"},
+    {"name": "8192 full", **FULL},
+    {"name": "4096 mbs 2", "seq_length": 4096, "micro_batch_size": 2},
+    {"name": "16384 full", "seq_length": 16384, **FULL, **WHOLE},
+    {"name": "32768 full", "seq_length": 32768, "micro_batches": 1, **FULL, **WHOLE},
+    {"name": "16384 vision full", "seq_length": 16384, "micro_batches": 1, "recompute_vision": "full", **WHOLE},
+    {"name": "32768 chunks", "seq_length": 32768, "micro_batches": 1},
+    {"name": "8192 fp8", "fp8": "tensorwise"},
+    {"name": "8192 fp8 full", "fp8": "tensorwise", **FULL},
+    {"name": "8192 fp8 vision full", "fp8": "tensorwise", "recompute_vision": "full"},
+    {"name": "4096 fp8", "seq_length": 4096, "fp8": "tensorwise"},
+]
+CALIBRATION = [{"micro_batches": 2, "steps": 5, **case} for case in CALIBRATION]
+CALIBRATION_8B = [
+    {"name": "8b 8192 full", "micro_batches": 2, "steps": 4, **FULL},
+    {"name": "8b 8192 vision full, chunks of 4096", "micro_batches": 2, "steps": 4, "recompute_vision": "full",
+     "pack_chunk_tokens": 4096},
+]  # fmt: skip
+SMALL = {"pack_chunk_tokens": 4096, "gpu_gib": 79}  # what fits into 80 GB without recomputation
+CHECKPOINT = [
+    {"name": "bf16_8192 80 GB", **SMALL, **BIG, "steps": 3},
+    {"name": "bf16_8192 80 GB gbs 4", **SMALL, "steps": 5},
+    # Copies of the weights in FP8 take what recomputing the vision tower gives.
+    {"name": "fp8_8192 80 GB", **SMALL, "fp8": "tensorwise", "recompute_vision": "full", **BIG, "steps": 3,
+     "checkpoint": True},
+]  # fmt: skip
+TWO_GPUS = [
+    {"name": "two gpus gbs 4", **SMALL, "steps": 5},
+    {"name": "two gpus", **SMALL, **BIG, "steps": 3},
+]
