@@ -7,6 +7,9 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from typing import Any
+
+SHOWN = 200  # characters of a user's string in a message, at most
 
 
 class SftError(Exception):
@@ -31,6 +34,24 @@ class CheckpointError(SftError):
 
 class RunError(SftError):
     """A training run can not start or go on as asked."""
+
+
+class DamagedFileError(SftError, ValueError):
+    """A small file that this project wrote, or takes over, does not hold what its format asks for."""
+
+
+def shown(value: Any, limit: int = SHOWN) -> str:
+    """A value of the user's as a message quotes it: its repr, cut where it is long (an image in base64, say)."""
+    # Cut before the repr as well: that of a string of 100 MB takes a second and the memory of another copy.
+    text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
+    if len(text) <= limit and (not isinstance(value, str | bytes) or len(value) <= limit):
+        return text
+    size = (
+        f" ({len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'})"
+        if isinstance(value, str | bytes)
+        else ""
+    )
+    return f"{text[:limit]}…{size}"
 
 
 def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llava_sft.errors import SHOWN, DamagedFileError
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
@@ -61,8 +63,19 @@ def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
 
 
 def read_json(path: Path | str, *default: Any) -> Any:
-    """What a JSON file holds; where there is none, the `default` if one is given."""
-    return default[0] if default and not os.path.isfile(path) else json.loads(Path(path).read_bytes())
+    """What a JSON file holds; where there is none, the `default` if one is given.
+
+    Errors: DamagedFileError (a ValueError too) naming the file when it holds no JSON; OSError.
+    """
+    if default and not os.path.isfile(path):
+        return default[0]
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise DamagedFileError(
+            f"{path}: damaged: not JSON, or cut off: {str(error)[:SHOWN]}",
+            "restore it from a copy, or delete it and run the same command: it makes the file again if it made it before",
+        ) from None
 
 
 def fingerprint(value: Any) -> str:

@@ -1,0 +1,64 @@
+"""Checksums that are noted when files are written, and compared before the files matter.
+
+Notable: hashing is done again only where size, mtime or inode differ from the last time that a file was found whole, so
+that a finished target costs no second reading; `full` compares every byte. No torch.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_sft.errors import DamagedFileError
+from llava_sft.files import file_hash, read_json, write_json
+
+Noted = Mapping[str, Any]  # name relative to the root → [size in bytes, xxh3_128 in hexadecimal]
+
+
+def note(root: Path, files: Iterable[Path]) -> dict[str, list]:
+    """Size and checksum of each of `files`, by its name below `root`."""
+    return {str(path.relative_to(root)): [path.stat().st_size, file_hash(path)] for path in sorted(files)}
+
+
+def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool = False) -> str | None:
+    """What is wrong with the files of `noted` below `root`; None when all hold what was written.
+
+    `memo`: a file of ours that keeps [size, mtime_ns, inode] of each file that was last found whole, by its absolute
+    path; such a file is not read again unless `full`. A damaged or unwritable memo costs time alone.
+    """
+    known: dict[str, list[int]] = {}
+    if memo is not None:
+        with contextlib.suppress(DamagedFileError, OSError):
+            known = found if isinstance(found := read_json(memo, {}), dict) else {}
+    whole = dict(known)
+    try:
+        entries = [(str(name), int(size), str(checksum)) for name, (size, checksum) in noted.items()]
+    except (TypeError, ValueError, AttributeError):
+        return "the list of checksums is damaged"
+    for name, size, checksum in entries:
+        path = root / name
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            return (
+                f"{name} is missing"
+                if isinstance(error, FileNotFoundError)
+                else f"{name} cannot be read: {error.strerror}"
+            )
+        if status.st_size != size:
+            return f"{name} has {status.st_size:,} bytes, {size:,} were written"
+        state, key = [status.st_size, status.st_mtime_ns, status.st_ino], str(path.absolute())
+        if not full and known.get(key) == state:
+            continue
+        try:
+            found_hash = file_hash(path)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found_hash != checksum:
+            return f"{name} does not hold what was written"
+        whole[key] = state
+    if memo is not None and whole != known:
+        with contextlib.suppress(OSError):  # a folder that is not ours to write in
+            write_json(memo, whole, indent=None)
+    return None
