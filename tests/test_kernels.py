@@ -13,14 +13,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", int: "i32", float: "fp32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", int: "i32", float: "fp32"}
 
 
 def test_every_kernel_compiles_for_a_hopper_gpu():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[-1]) >= 14
+    assert int(run.stdout.split()[-1]) >= 16
 
 
 def compile_only(kernel, *args, grid, warmup, num_warps=4, **named):
@@ -38,6 +38,7 @@ compiled = []
 
 def launch_all() -> None:
     from llava_sft.model import kernels
+    from llava_sft.training import adam
 
     triton.JITFunction.run = compile_only
 
@@ -59,6 +60,9 @@ def launch_all() -> None:
     kernels.gelu_backward(kernels.gelu(ones(2, 4096)), ones(2, 4096), sums)
     sums.totals([20_000], torch.bfloat16)
     kernels.scale_(ones(10), ones(1, dtype=torch.float32))
+    remainder = ones(10, dtype=torch.int16)
+    for gradient in (ones(10), ones(10, dtype=torch.float32)):
+        adam.adam_step(gradient, ones(10), ones(10), ones(10), remainder, 1e-5, 0.9, 0.99, 1e-8, 1, 0.0, True, seed=7)
     print(len(compiled))
 
 

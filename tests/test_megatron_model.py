@@ -284,46 +284,6 @@ def test_gradients_are_scaled_in_place():
     torch.testing.assert_close(gradients, expected)
 
 
-def test_moments_are_saved_in_the_precision_they_are_kept_in(megatron):
-    class Adam:  # as Transformer Engine's behaves
-        name_to_dtype_map = {"exp_avg": torch.bfloat16, "master_param": torch.float32}
-        state = {"exp_avg": torch.ones(2, dtype=torch.bfloat16), "master_param": torch.ones(2, dtype=torch.int16)}
-
-        def get_unscaled_state(self, param, name, skip_unscale=False):
-            bf16 = self.state[name].dtype == torch.bfloat16
-            return self.state[name].float() if bf16 and not skip_unscale else self.state[name]
-
-        def set_scaled_state(self, param, name, state):
-            assert state.dtype == (torch.int16 if name == "master_param" else torch.float32)
-            self.state[name].copy_(state)
-
-    adam = Adam()
-    megatron.loop.keep_precision(adam)
-    for name in adam.state:
-        state = adam.get_unscaled_state(None, name)
-        assert state.data_ptr() == adam.state[name].data_ptr()
-        adam.set_scaled_state(None, name, 2 * state)
-        assert adam.state[name].tolist() == [2, 2]
-
-
-def test_a_checkpoint_is_read_into_tensors_that_the_optimizer_takes_without_a_copy(megatron):
-    first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
-    adam = SimpleNamespace(
-        get_unscaled_state=None, set_scaled_state=None, state={}, _scales={},
-        param_groups=[{"params": [first], "lr": 1.0}, {"params": [second], "lr": 2.0}],
-    )  # fmt: skip
-    megatron.loop.keep_precision(adam)
-    tensors = [torch.zeros(2), torch.zeros(3)]
-    adam.load_state_dict({
-        "state": {number: {"exp_avg": tensor} for number, tensor in enumerate(tensors)},
-        "param_groups": [{"params": [0], "lr": 3.0, "step": 7}, {"params": [1], "lr": 4.0, "step": 7}],
-    })  # fmt: skip
-    for group, parameter, tensor, lr in zip(adam.param_groups, (first, second), tensors, (3.0, 4.0), strict=True):
-        assert adam.state[parameter]["exp_avg"] is tensor
-        assert group == {"params": [parameter], "lr": lr, "step": 7}
-        assert adam._scales[parameter]["exp_avg"].tolist() == [1]
-
-
 def test_logits_in_pieces_give_the_same_losses_and_gradients(both, small_checkpoint, monkeypatch):
     batch, model = loader_batch(small_checkpoint, CASES["padded batch of three"]), both.mcore.train()
     weight = model.language_model.output_layer.weight

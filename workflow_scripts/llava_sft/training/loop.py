@@ -56,7 +56,7 @@ from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.flops import training_flops  # noqa: E402
 from llava_sft.model.kernels import scale_  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
-from llava_sft.training import remedies, validation  # noqa: E402
+from llava_sft.training import adam, remedies, validation  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
 from llava_sft.training.checkpoints import (  # noqa: E402
     check_disk,
@@ -255,7 +255,8 @@ class Trainer:
         """The schedule; and an update whose gradient is not a number is left out: it would destroy the weights."""
         self.scheduler = original(optimizer)
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            keep_precision(part.optimizer)
+            adam.keep_precision(part.optimizer)
+            adam.round_at_random(part.optimizer, self.values["seed"])
         for name in ("get_grad_norm", "clip_grad_norm"):
             setattr(optimizer, name, functools.partial(self._note_norm, getattr(optimizer, name)))
         update = optimizer.step_with_ready_grads
@@ -363,33 +364,6 @@ class Trainer:
         return remedies.out_of_memory(
             self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
         )
-
-
-def keep_precision(adam: torch.optim.Optimizer) -> None:
-    """Checkpoints hold the moments in the precision they are kept in, and are loaded into the tensors that there are.
-
-    Transformer Engine's Adam hands them out as float32 copies, all at once and on the GPU: 38 GB for bf16 moments of 4B.
-    When it loads, it holds all state twice, and a part three times. An 80 GB GPU has room for neither.
-    """
-    if not hasattr(adam, "get_unscaled_state"):
-        return
-    unscaled, set_scaled = adam.get_unscaled_state, adam.set_scaled_state
-
-    def get_state(param, name, skip_unscale=False):
-        return unscaled(param, name, skip_unscale or adam.name_to_dtype_map[name] == torch.bfloat16)
-
-    def set_state(param, name, state):
-        set_scaled(param, name, state.float() if state.dtype == torch.bfloat16 else state)
-
-    def take_state(state_dict):
-        # Megatron made these tensors in their precision, or got them from this Adam; it reads the checkpoint into them.
-        for group, saved in zip(adam.param_groups, state_dict["param_groups"], strict=True):
-            for param, number in zip(group["params"], saved["params"], strict=True):
-                adam.state[param] = state_dict["state"][number]
-                adam._scales[param] = {name: torch.ones(1, device=param.device) for name in adam.state[param]}
-            group.update({key: value for key, value in saved.items() if key != "params"})
-
-    adam.get_unscaled_state, adam.set_scaled_state, adam.load_state_dict = get_state, set_state, take_state
 
 
 def scale_gradients(buffer, factor: torch.Tensor) -> None:

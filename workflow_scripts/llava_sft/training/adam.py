@@ -1,0 +1,114 @@
+"""Transformer Engine's Adam with both moments in bf16: rounded so that they follow the gradients, saved as they are kept.
+
+Notable:
+- bf16 has 8 bits: a change of the second moment by less than 0.2 % is rounded away, so with beta2 = 0.999 it never falls
+  after one large gradient, and at 0.99 stays half as large again as it should (benchmarks/moments.py). Here it is rounded
+  up or down at random, with the probability that makes the mean exact, in the memory that it takes anyway;
+- which way depends on seed, step and place alone: a resumed run rounds as the undisturbed one does.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # elements of a program
+
+
+@triton.jit(do_not_specialize=["size", "lr", "correction1", "correction2", "seed"])
+def _step(
+    gradient, weight, remainder, moment1, moment2, size, lr, beta1, beta2, eps, decay, correction1, correction2, seed,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    # The float32 master weight: its upper 16 bits, rounded to the nearest, are the weight, its lower 16 the remainder.
+    low = tl.load(remainder + at, inside, 0).to(tl.int32)
+    high = tl.load(weight + at, inside, 0).to(tl.int32) - (low < 0)
+    master = ((high << 16) | (low & 0xFFFF)).to(tl.float32, bitcast=True)
+
+    g = tl.load(gradient + at, inside, 0.0).to(tl.float32)
+    m = beta1 * tl.load(moment1 + at, inside, 0.0).to(tl.float32) + (1 - beta1) * g
+    v = beta2 * (tl.load(moment2 + at, inside, 0).to(tl.int32) << 16).to(tl.float32, bitcast=True) + (1 - beta2) * g * g
+    master -= lr * ((m / correction1) / (tl.sqrt(v / correction2) + eps) + decay * master)
+
+    bits = master.to(tl.int32, bitcast=True)
+    low = (bits << 16) >> 16
+    tl.store(remainder + at, low.to(tl.int16), inside)
+    tl.store(weight + at, ((bits >> 16) + (low < 0)).to(tl.int16), inside)
+    tl.store(moment1 + at, m, inside)
+    # The bits below bf16's, as a fraction of the step between two values, are the probability to round up.
+    chance = tl.randint(seed, at.to(tl.int32)).to(tl.int32) & 0xFFFF
+    tl.store(moment2 + at, ((v.to(tl.int32, bitcast=True) + chance) >> 16).to(tl.int16), inside)
+
+
+def adam_step(
+    gradient: Tensor, weight: Tensor, moment1: Tensor, moment2: Tensor, remainder: Tensor, lr: float,
+    beta1: float, beta2: float, eps: float, step: int, decay: float, bias_correction: bool, seed: int,
+) -> None:  # fmt: skip
+    """One step of AdamW on one tensor, in place; all of one shape.
+
+    `weight`, `moment1`, `moment2` are bf16; `remainder` int16 holds the 16 bits of the float32 master weight that the
+    weight lacks, as Transformer Engine's `store_param_remainders` does (transformer_engine/common/multi_tensor/adam.cu).
+    `gradient` is bf16 or float32. `step` counts from 1. Decay is decoupled.
+    """
+    correction1 = 1 - beta1**step if bias_correction else 1.0
+    correction2 = 1 - beta2**step if bias_correction else 1.0
+    as_bits = (weight.view(torch.int16), remainder, moment1, moment2.view(torch.int16))
+    _step[triton.cdiv(weight.numel(), BLOCK),](
+        gradient, *as_bits, weight.numel(), lr, beta1, beta2, eps, decay, correction1, correction2, seed, BLOCK=BLOCK
+    )
+
+
+class RoundedAdam:
+    """Takes the place of Transformer Engine's `multi_tensor_adam_param_remainder` for lists of tensors."""
+
+    def __init__(self, seed: int):
+        self.seed, self.step, self.tensors = seed, 0, 0
+
+    def __call__(
+        self, chunk_size, overflow, lists, lr, beta1, beta2, eps, step, decoupled, bias_correction, decay
+    ) -> None:
+        if not decoupled:
+            raise ValueError("weight decay is decoupled in Megatron's Adam")
+        if step != self.step:
+            self.step, self.tensors = step, 0
+        for gradient, weight, moment1, moment2, remainder in zip(*lists, strict=True):
+            seed = ((self.seed * 1_000_003 + step) * 65_537 + self.tensors) & 0x7FFF_FFFF
+            self.tensors += 1
+            adam_step(
+                gradient, weight, moment1, moment2, remainder, lr, beta1, beta2, eps, step, decay, bias_correction, seed
+            )
+
+
+def round_at_random(adam: torch.optim.Optimizer, seed: int) -> None:
+    """Have Transformer Engine's Adam update weights of bf16 with `adam_step`, where it keeps both moments in bf16."""
+    if getattr(adam, "fuse_unscale", False) and adam.store_param_remainders:
+        adam.multi_tensor_adam_param_remainder = RoundedAdam(seed)
+
+
+def keep_precision(adam: torch.optim.Optimizer) -> None:
+    """Checkpoints hold the moments in the precision they are kept in, and are loaded into the tensors that there are.
+
+    Transformer Engine's Adam hands them out as float32 copies, all at once and on the GPU: 38 GB for bf16 moments of 4B.
+    When it loads, it holds all state twice, and a part three times. An 80 GB GPU has room for neither.
+    """
+    if not hasattr(adam, "get_unscaled_state"):
+        return
+    unscaled, set_scaled = adam.get_unscaled_state, adam.set_scaled_state
+
+    def get_state(param, name, skip_unscale=False):
+        return unscaled(param, name, skip_unscale or adam.name_to_dtype_map[name] == torch.bfloat16)
+
+    def set_state(param, name, state):
+        set_scaled(param, name, state.float() if state.dtype == torch.bfloat16 else state)
+
+    def take_state(state_dict):
+        # Megatron made these tensors in their precision, or got them from this Adam; it reads the checkpoint into them.
+        for group, saved in zip(adam.param_groups, state_dict["param_groups"], strict=True):
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                adam.state[param] = state_dict["state"][number]
+                adam._scales[param] = {name: torch.ones(1, device=param.device) for name in adam.state[param]}
+            group.update({key: value for key, value in saved.items() if key != "params"})
+
+    adam.get_unscaled_state, adam.set_scaled_state, adam.load_state_dict = get_state, set_state, take_state
