@@ -10,11 +10,11 @@ transformer with one step of 300 times the gradient; `optimizer_step_ms` for the
 import time
 
 import torch
-from results import row, write_results
 from torch import nn
 from transformer_engine.pytorch.optimizers import FusedAdam
 
 from llava_sft.training.adam import round_at_random
+from results import row, write_results
 
 BETAS2 = (0.95, 0.99, 0.995, 0.999)
 # name → precision of both moments, and whether `round_at_random` is on
