@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformer_engine.pytorch.optimizers import FusedAdam
 
-from llava_sft.training.adam import round_at_random
+from llava_sft.training.adam import round_evenly
 from results import row, write_results
 
 BETAS2 = (0.95, 0.99, 0.995, 0.999)
-# name → precision of both moments, and whether `round_at_random` is on
+# name → precision of both moments, and whether `round_evenly` is on
 VARIANTS = {
     "float32 moments": (torch.float32, torch.float32, False),
     "bf16 moments, to the nearest": (torch.bfloat16, torch.bfloat16, False),
     "bf16 and float32": (torch.bfloat16, torch.float32, False),
-    "bf16 moments, at random (used)": (torch.bfloat16, torch.bfloat16, True),
+    "bf16 moments, evenly (used)": (torch.bfloat16, torch.bfloat16, True),
 }
 SHAPES = 36 * [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728)] + [(151936, 2560)] * 2 + 24 * [(12288, 1024)]
 
@@ -34,7 +34,7 @@ def adam(parameters: list[nn.Parameter], variant: str, lr: float, beta2: float) 
         exp_avg_sq_dtype=second, use_decoupled_grad=True, store_param_remainders=True,
     )  # fmt: skip
     if random:
-        round_at_random(optimizer, seed=42)
+        round_evenly(optimizer, seed=42)
     return optimizer
 
 

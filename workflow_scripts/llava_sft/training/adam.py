@@ -3,8 +3,9 @@
 Notable:
 - bf16 has 8 bits: a change of the second moment by less than 0.2 % is rounded away, so with beta2 = 0.999 it never falls
   after one large gradient, and at 0.99 stays half as large again as it should (benchmarks/moments.py). Here it is rounded
-  up or down at random, with the probability that makes the mean exact, in the memory that it takes anyway;
-- which way depends on seed, step and place alone: a resumed run rounds as the undisturbed one does.
+  up as often as makes the mean exact, in the memory that it takes anyway;
+- which way depends on seed, step and place alone: a resumed run rounds as the undisturbed one does. From step to step the
+  threshold of an element moves by the golden ratio, which spreads evenly: independent ones leave 1.5 times the error.
 """
 
 import torch
@@ -13,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # elements of a program
+GOLDEN = tl.constexpr(40503)  # 2^16 / golden ratio
 
 
-@triton.jit(do_not_specialize=["size", "lr", "correction1", "correction2", "seed"])
+@triton.jit(do_not_specialize=["size", "lr", "correction1", "correction2", "step", "seed"])
 def _step(
-    gradient, weight, remainder, moment1, moment2, size, lr, beta1, beta2, eps, decay, correction1, correction2, seed,
-    BLOCK: tl.constexpr,
+    gradient, weight, remainder, moment1, moment2, size, lr, beta1, beta2, eps, decay, correction1, correction2, step,
+    seed, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -37,9 +39,11 @@ def _step(
     tl.store(remainder + at, low.to(tl.int16), inside)
     tl.store(weight + at, ((bits >> 16) + (low < 0)).to(tl.int16), inside)
     tl.store(moment1 + at, m, inside)
-    # The bits below bf16's, as a fraction of the step between two values, are the probability to round up.
-    chance = tl.randint(seed, at.to(tl.int32)).to(tl.int32) & 0xFFFF
-    tl.store(moment2 + at, ((v.to(tl.int32, bitcast=True) + chance) >> 16).to(tl.int16), inside)
+    # Rounded up where the bits below bf16's, a fraction of the step between two values, pass the element's threshold.
+    place = (at.to(tl.uint32) ^ seed.to(tl.uint32)) * 2654435761
+    place = (place ^ (place >> 15)) * 2246822519
+    threshold = ((place ^ (place >> 13)) + step.to(tl.uint32) * GOLDEN).to(tl.int32) & 0xFFFF
+    tl.store(moment2 + at, ((v.to(tl.int32, bitcast=True) + threshold) >> 16).to(tl.int16), inside)
 
 
 def adam_step(
@@ -56,7 +60,19 @@ def adam_step(
     correction2 = 1 - beta2**step if bias_correction else 1.0
     as_bits = (weight.view(torch.int16), remainder, moment1, moment2.view(torch.int16))
     _step[triton.cdiv(weight.numel(), BLOCK),](
-        gradient, *as_bits, weight.numel(), lr, beta1, beta2, eps, decay, correction1, correction2, seed, BLOCK=BLOCK
+        gradient,
+        *as_bits,
+        weight.numel(),
+        lr,
+        beta1,
+        beta2,
+        eps,
+        decay,
+        correction1,
+        correction2,
+        step,
+        seed,
+        BLOCK=BLOCK,
     )
 
 
@@ -74,14 +90,14 @@ class RoundedAdam:
         if step != self.step:
             self.step, self.tensors = step, 0
         for gradient, weight, moment1, moment2, remainder in zip(*lists, strict=True):
-            seed = ((self.seed * 1_000_003 + step) * 65_537 + self.tensors) & 0x7FFF_FFFF
+            seed = (self.seed * 1_000_003 + self.tensors * 65_537) & 0x7FFF_FFFF
             self.tensors += 1
             adam_step(
                 gradient, weight, moment1, moment2, remainder, lr, beta1, beta2, eps, step, decay, bias_correction, seed
             )
 
 
-def round_at_random(adam: torch.optim.Optimizer, seed: int) -> None:
+def round_evenly(adam: torch.optim.Optimizer, seed: int) -> None:
     """Have Transformer Engine's Adam update weights of bf16 with `adam_step`, where it keeps both moments in bf16."""
     if getattr(adam, "fuse_unscale", False) and adam.store_param_remainders:
         adam.multi_tensor_adam_param_remainder = RoundedAdam(seed)

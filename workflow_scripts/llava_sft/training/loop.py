@@ -256,7 +256,7 @@ class Trainer:
         self.scheduler = original(optimizer)
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             adam.keep_precision(part.optimizer)
-            adam.round_at_random(part.optimizer, self.values["seed"])
+            adam.round_evenly(part.optimizer, self.values["seed"])
         for name in ("get_grad_norm", "clip_grad_norm"):
             setattr(optimizer, name, functools.partial(self._note_norm, getattr(optimizer, name)))
         update = optimizer.step_with_ready_grads
