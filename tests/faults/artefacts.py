@@ -7,7 +7,7 @@ import re
 import sqlite3
 from pathlib import Path
 
-from faults.project import RESULTS, RUN
+from faults.project import RUN
 
 # Measured anew by every run, or made of the dates of files.
 VOLATILE = {
@@ -16,26 +16,38 @@ VOLATILE = {
 }  # fmt: skip
 # Pickles whose order is free, messages about speed, lists of the checksums of both; they are compared by their effect.
 LEFT_OUT = (".log", ".lock", ".tsv", ".tmp", ".uuid", ".kept", ".metadata", "checksums.json", "events.jsonl")
+TIMES = re.compile(
+    r"tokens/s|MFU|[GM]iB|\b(seconds?|minutes?|hours?|speed|memory|wait|step time)\b|\d m?s\b", re.IGNORECASE
+)
 FOLDERS = ("tensorboard", "logs", "benchmarks", "start")
 
 
-def artefacts(project: Path, known: dict[str, tuple] | None = None) -> dict[str, str]:
-    """Digest of every artefact below output/. `known` keeps digests by path from call to call, for files untouched since."""
+def artefacts(project: Path, known: dict[str, tuple] | None = None, timed: bool = False) -> dict[str, str]:
+    """Digest of every artefact below output/.
+
+    `known` keeps digests by path from call to call, for files untouched since. `timed`: the chains ran at different times,
+    so that what a page says of speed and memory differs.
+    """
     known, found = {} if known is None else known, {}
     for path in sorted((project / "output").rglob("*")):
         name = str(path.relative_to(project))
-        if path.suffix in LEFT_OUT or path.name.endswith(LEFT_OUT) or set(FOLDERS) & set(path.parts) or not path.is_file():
+        if (
+            path.suffix in LEFT_OUT
+            or path.name.endswith(LEFT_OUT)
+            or set(FOLDERS) & set(path.parts)
+            or not path.is_file()
+        ):
             continue
         status = path.stat()
         state = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if known.get(name, (None,))[0] != state:
-            known[name] = (state, digest(path, name))
+            known[name] = (state, digest(path, name, timed))
         if known[name][1]:
             found[name] = known[name][1]
     return found
 
 
-def digest(path: Path, name: str) -> str:
+def digest(path: Path, name: str, timed: bool) -> str:
     data = path.read_bytes()
     with contextlib.suppress(ValueError, sqlite3.Error, KeyError):
         if path.suffix == ".json":
@@ -45,7 +57,7 @@ def digest(path: Path, name: str) -> str:
         elif path.suffix == ".sqlite":
             data = dump(path)
         elif path.suffix == ".html":
-            data = words(data.decode()).encode()
+            data = words(data.decode(), timed).encode()
         elif name.startswith(f"{RUN}/dataloader/"):
             return ""  # compared by what the training makes of it
     return hashlib.sha256(data).hexdigest()[:16]
@@ -62,17 +74,15 @@ def dump(path: Path) -> bytes:
         return "\n".join(sorted(base.iterdump())).encode()
 
 
-def words(page: str) -> str:
-    """A page without what the clock decides: dates, durations, speeds, memory and the names of logs."""
+def words(page: str, timed: bool) -> str:
+    """A page without dates and names of logs; `timed`: without its charts and the lines on speed, duration and memory too."""
     page = re.sub(r"run_\d{4}-\d\d-\d\d_[\w.-]+\.log", "LOG", page)
     page = re.sub(r"\d{4}-\d\d-\d\d[T ]?(\d\d:\d\d(:\d\d)?(\.\d+)?)?", "DATE", page)
-    return re.sub(r"[\d.,]+( ?(s|ms|min|minutes|seconds|GiB|MB|tokens/s|tokens per second|%))\b", r"N\1", page)
+    if timed:
+        page = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+        page = "\n".join(line for line in page.splitlines() if not TIMES.search(line))
+    return page
 
 
 def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-def run_files(names: dict[str, str]) -> dict[str, str]:
-    """Those of the run and its results: what an interruption could change."""
-    return {name: value for name, value in names.items() if name.startswith((f"{RUN}/", f"{RESULTS}/"))}

@@ -19,12 +19,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 from faults import server
 from faults.artefacts import artefacts, differences
-from faults.damage import FORMS, damage
+from faults.damage import FORMS, UNREADABLE, damage
 from faults.kinds import KINDS, USES, Kind
 from faults.limits import LIMITS
 from faults.project import ROOT, commands, environment, make_project, make_states
@@ -80,7 +81,9 @@ class Bench:
             for argv in self.commands[rule]:
                 where = argv.index("--config") + 1 if more else 0
                 with open(self.work / "prepared.txt", "wb") as said:
-                    code = server.ask(self.place, argv[:where] + list(more) + argv[where:], self.project, said.fileno()).wait()
+                    code = server.ask(
+                        self.place, argv[:where] + list(more) + argv[where:], self.project, said.fileno()
+                    ).wait()
                 if code:
                     raise RuntimeError(f"{rule} ended with {code}:\n{(self.work / 'prepared.txt').read_text()[-3000:]}")
 
@@ -168,24 +171,33 @@ class Bench:
         try:
             sandbox.remove(use.without)
             path = sandbox.root / case.file
-            if not damage(path, case.form, case.seed, case.keeps_mtime):
+            siblings = [p for pattern in kind.files if path.match(pattern) for p in sorted(sandbox.root.glob(pattern))]
+            if not damage(path, case.form, case.seed, case.keeps_mtime, [p for p in siblings if p != path]):
                 return None
-            damaged = path.read_bytes()
+            damaged = path.read_bytes() if path.is_file() else None
             code, said = self.run(sandbox, case.use)
             named = is_named(case, fresh(said, usual))
-            touched = not path.is_file() or path.read_bytes() != damaged
+            touched = (path.read_bytes() if path.is_file() else None) != damaged
             found = artefacts(sandbox.root, sandbox.digests)
             differ = [name for name in differences(wanted, found) if touched or name != case.file]
             outcome = judge(code, said, named, differ, touched)
-            if lost := sandbox.lost(case.file):
+            if lost := sandbox.lost(case.file, use.without):
                 outcome = "lost"
             if code and use.goes_on and kind.state_file and outcome in ("reported", "unnamed"):
                 outcome = "stuck" if self.run(sandbox, case.use)[0] else outcome
             if outcome == "silent" and any(limit.covers(*case[:2], case.form, case.keeps_mtime) for limit in LIMITS):
                 outcome = "documented"
             last = [line for line in said.splitlines() if line.strip()][-1:]
-            message = next((line for line in said.splitlines() if re.match(r"error|warning", line, re.I)), *(last or [""]))
-            return {**case._asdict(), "outcome": outcome, "code": code, "message": message[:300], "differ": (lost or differ)[:6]}
+            message = next(
+                (line for line in said.splitlines() if re.match(r"error|warning", line, re.I)), *(last or [""])
+            )
+            return {
+                **case._asdict(),
+                "outcome": outcome,
+                "code": code,
+                "message": message[:300],
+                "differ": (lost or differ)[:6],
+            }
         finally:
             sandbox.restore()
 
@@ -210,6 +222,11 @@ class Sandbox:
         for path in self.files():
             if path not in self.kept:
                 path.unlink()
+        for path in self.kept:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.is_symlink() and not isinstance(self.kept[path][0], str):
+                path.unlink()
         for path, (data, state) in self.kept.items():
             if not os.path.lexists(path) or stamp(path) != state:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +240,9 @@ class Sandbox:
                     os.utime(path, ns=(state[2], state[2]))
                 self.kept[path] = (data, stamp(path))
         known = {folder for path in self.kept for folder in path.parents}
-        for folder in sorted((p for p in (self.root / "output").rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True):
+        for folder in sorted(
+            (p for p in (self.root / "output").rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True
+        ):
             if folder not in known:
                 shutil.rmtree(folder, ignore_errors=True)
         (self.root / "output/logs").mkdir(exist_ok=True)
@@ -232,7 +251,7 @@ class Sandbox:
         for path in (p for pattern in patterns for p in self.root.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def lost(self, damaged: str) -> list[str]:
+    def lost(self, damaged: str, without: tuple[str, ...]) -> list[str]:
         """Tars, and files of checkpoints that are whole, which are gone: neither there nor set aside."""
         step = next((part for part in Path(damaged).parts if part.startswith("iter_")), "-")
         there = None
@@ -240,6 +259,7 @@ class Sandbox:
         for path, (data, _) in self.kept.items():
             name = str(path.relative_to(self.root))
             precious = re.search(r"\.tar$|\.distcp$|dataloader/.*\.pt$", name) and name != damaged and step not in name
+            precious = precious and not any(fnmatch(name, p) or fnmatch(name, f"{p}/*") for p in without)
             if not precious or (path.is_file() and path.stat().st_size == len(data)):
                 continue
             there = there or {p.read_bytes() for p in self.files() if p.suffix == path.suffix}
@@ -285,7 +305,7 @@ def judge(code: int, said: str, named: bool, differ: list[str], touched: bool) -
 # ------------------------------------------------------------------------------------------------- many
 
 
-def cases(bench: Bench, count: int, seed: int, kinds: list[Kind], uses: set[str] | None = None) -> Iterator[tuple[Case, Kind]]:
+def cases(bench: Bench, seed: int, kinds: list[Kind], uses: set[str] | None = None) -> Iterator[tuple[Case, Kind]]:
     """Cases without end: every pair of kind and use in turn, files, forms and dates by chance."""
     chance, number = random.Random(seed), 0
     pairs = [(kind, use) for kind in kinds for use in kind.uses if not uses or use in uses]
@@ -300,17 +320,26 @@ def cases(bench: Bench, count: int, seed: int, kinds: list[Kind], uses: set[str]
                 continue
             number += 1
             file = str(chance.choice(files).relative_to(sandbox.root))
-            yield Case(kind.name, use, file, chance.choice(FORMS), chance.random() < 0.5, seed * 100000 + number), kind
+            yield (
+                Case(
+                    kind.name,
+                    use,
+                    file,
+                    chance.choice(FORMS * 3 + UNREADABLE),
+                    chance.random() < 0.5,
+                    seed * 100000 + number,
+                ),
+                kind,
+            )
 
 
 def run_cases(bench: Bench, count: int, seed: int, kinds: list[Kind], out: Path | None = None, uses: set[str] | None = None,
               until: float = float("inf")) -> list[dict]:  # fmt: skip
     """`count` cases, or as many as there is time for; each on a line of `out` as soon as it is known."""
-    done, tried = [], 0
-    for case, kind in cases(bench, count, seed, kinds, uses):
+    done = []
+    for tried, (case, kind) in enumerate(cases(bench, seed, kinds, uses)):
         if len(done) >= count or tried > 4 * count + 50 or time.time() > until:
             break
-        tried += 1
         began = time.monotonic()
         found = bench.try_case(case, kind)
         if found:

@@ -5,17 +5,30 @@ import random
 from pathlib import Path
 
 FORMS = ("flip", "digit", "run", "cut", "zero", "swap", "empty")
+UNREADABLE = ("gone", "folder", "link")
 
 
-def damage(path: Path, form: str, seed: int, keeps_mtime: bool) -> bool:
+def damage(path: Path, form: str, seed: int, keeps_mtime: bool, siblings: list[Path]) -> bool:
     """Damage `path`; False where this form changes nothing of it (an empty file, no sibling, no digit).
 
     flip: one bit. digit: one decimal digit by another, so that text still parses. run: up to 64 bytes by random ones.
-    cut: the end is missing. zero: a block of up to 512 bytes. swap: the content of another file of the kind beside it.
+    cut: the end is missing. zero: a block of up to 512 bytes. swap: the content of another of the `siblings`, files of the
+    kind. gone, folder, link: the file is missing, a folder, a link to nowhere: what cannot be read.
     `keeps_mtime`: in place, as a disk does it; else as a program that writes a new file and renames it.
     """
     before, status, chance = path.read_bytes(), path.stat(), random.Random(f"{path.name} {form} {seed}")
-    after = damaged(path, bytearray(before), form, chance)
+    if form in UNREADABLE:
+        path.unlink()
+        if form == "folder":
+            path.mkdir()
+        elif form == "link":
+            path.symlink_to("nowhere")
+        return True
+    siblings = [p for p in siblings if p.read_bytes() != before]
+    if form == "swap":
+        after = chance.choice(siblings).read_bytes() if siblings else None
+    else:
+        after = damaged(bytearray(before), form, chance)
     if after is None or bytes(after) == before:
         return False
     if keeps_mtime:
@@ -30,10 +43,7 @@ def damage(path: Path, form: str, seed: int, keeps_mtime: bool) -> bool:
     return True
 
 
-def damaged(path: Path, data: bytearray, form: str, chance: random.Random) -> bytearray | None:
-    if form == "swap":
-        siblings = [p for p in siblings_of(path) if p != path and p.read_bytes() != data]
-        return bytearray(chance.choice(siblings).read_bytes()) if siblings else None
+def damaged(data: bytearray, form: str, chance: random.Random) -> bytearray | None:
     if not data:
         return None
     where = chance.randrange(len(data))
@@ -56,10 +66,3 @@ def damaged(path: Path, data: bytearray, form: str, chance: random.Random) -> by
     else:
         data.clear()
     return data
-
-
-def siblings_of(path: Path) -> list[Path]:
-    """Files of the same kind: beside it, or under the same name in a folder like its own (another step's checkpoint)."""
-    beside = [p for p in path.parent.iterdir() if p.is_file() and p.suffix == path.suffix and not p.is_symlink()]
-    cousins = [p for up in (path.parent.parent, path.parent.parent.parent) for p in up.glob(f"*/{path.name}")]
-    return sorted(set(beside if path.suffix in (".tar", ".idx", ".jsonl", ".json") else []) | set(cousins))

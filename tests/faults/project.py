@@ -86,7 +86,9 @@ def make_project(folder: Path, root: Path = ROOT) -> Path:
     for path in (folder / "config/experiments").glob("[a-z]*.yaml"):
         path.unlink()  # none of them is asked for
     buffer = "packing_buffer_size" in (folder / "config/config.yaml").read_text()
-    (folder / f"config/experiments/{NAME}.yaml").write_text(EXPERIMENT + ("packing_buffer_size: 60\n" if buffer else ""))
+    (folder / f"config/experiments/{NAME}.yaml").write_text(
+        EXPERIMENT + ("packing_buffer_size: 60\n" if buffer else "")
+    )
     (folder / f"config/models/{NAME}.yaml").write_text(MODEL)
     write_data(folder / "small")
     (folder / "small/make_start.py").write_text(START)
@@ -127,7 +129,12 @@ def write_data(folder: Path) -> None:
 def environment(project: Path | None = None) -> dict[str, str]:
     """One thread a process, bytecode kept, and nothing that a batch system or another checkout left behind."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SNAKEMAKE", "PYTEST", "FAULTS_"))}
-    kept |= {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    kept |= {
+        "PYTHONDONTWRITEBYTECODE": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if project:
         kept["PYTHONPATH"] = str(project / "workflow_scripts")
     return kept
@@ -136,7 +143,13 @@ def environment(project: Path | None = None) -> dict[str, str]:
 def run(command: list[str], project: Path, **options) -> subprocess.CompletedProcess:
     """A command in the project that has to succeed."""
     done = subprocess.run(
-        command, cwd=project, env=environment(project), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        command,
+        cwd=project,
+        env=environment(project),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
     )
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}")

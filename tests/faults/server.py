@@ -136,7 +136,12 @@ def forked(argv, stdin=None, stdout=None, stderr=None, env=None, cwd=None, pass_
         else:
             fds.append(default if given is None else given if isinstance(given, int) else given.fileno())
     sys.stdout.flush()
-    request = {"argv": argv[3:], "cwd": str(cwd or os.getcwd()), "module": argv[2], "environment": dict(env or os.environ)}
+    request = {
+        "argv": argv[3:],
+        "cwd": str(cwd or os.getcwd()),
+        "module": argv[2],
+        "environment": dict(env or os.environ),
+    }
     asked = Asked(os.environ[MODULES], request, [*fds, *pass_fds])
     for fd in close:
         os.close(fd)
@@ -195,7 +200,9 @@ def child(request: dict, fds: list[int]) -> None:
         for number, fd in enumerate(fds[:3]):
             os.dup2(fd, number)
             os.close(fd)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+        sys.stdin = open(0)  # noqa: SIM115 (the process's own)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
         os.chdir(request["cwd"])
         if request["environment"] is not None:
             os.environ.clear()
