@@ -6,8 +6,10 @@ damage.py       seeded damage of a file
 kinds.py        every kind of file that the chain keeps, and the steps that use it
 limits.py       the limits that the docs name: where damage is known to go unnoticed
 server.py       steps run by forking a process that has imported everything already: a second, not fifteen
+sandbox.py      a copy of a state in which a case runs, and which is as before after it
 at_rest.py      one damaged file after the other, the steps that use it, and the outcome of each
-live.py         kills, signals, full disks, copies at once, odd places, of the chain as a user starts it
+live.py         the chain as a user starts it, and the undisturbed one
+live_faults.py  kills, signals, full disks, copies at once, odd places of it
 soak.py         the chain with random faults for an hour
 page.py         docs/faults.md and docs/faults_zh.md, made from the tables above
 """

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import io
 import json
+import pickle
 import re
 import sqlite3
 from pathlib import Path
@@ -17,7 +19,8 @@ VOLATILE = {
 # Pickles whose order is free, messages about speed, lists of the checksums of both; they are compared by their effect.
 LEFT_OUT = (".log", ".lock", ".tsv", ".tmp", ".uuid", ".kept", ".metadata", "checksums.json", "events.jsonl")
 TIMES = re.compile(
-    r"tokens/s|MFU|[GM]iB|\b(seconds?|minutes?|hours?|speed|memory|wait|step time)\b|\d m?s\b", re.IGNORECASE
+    r"class=.facts.|tokens/s|MFU|[GM]iB|\b(seconds?|minutes?|hours?|speed|memory|wait|step time)\b|\d m?s\b",
+    re.IGNORECASE,
 )
 FOLDERS = ("tensorboard", "logs", "benchmarks", "start")
 
@@ -35,6 +38,7 @@ def artefacts(project: Path, known: dict[str, tuple] | None = None, timed: bool 
             path.suffix in LEFT_OUT
             or path.name.endswith(LEFT_OUT)
             or set(FOLDERS) & set(path.parts)
+            or any(part.startswith("damaged_") for part in path.parts)
             or not path.is_file()
         ):
             continue
@@ -58,9 +62,28 @@ def digest(path: Path, name: str, timed: bool) -> str:
             data = dump(path)
         elif path.suffix == ".html":
             data = words(data.decode(), timed).encode()
+        elif path.suffix == ".distcp":
+            data = tensors(path)
         elif name.startswith(f"{RUN}/dataloader/"):
             return ""  # compared by what the training makes of it
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def tensors(shard: Path) -> bytes:
+    """Digests of the tensors in a shard of a torch_dist checkpoint; the arguments of the command beside them say which steps
+    a run was started at."""
+    import torch
+
+    with contextlib.suppress(Exception):  # damaged: then its bytes are compared
+        places, lines = pickle.loads((shard.parent / ".metadata").read_bytes()).storage_data, []
+        data = memoryview(shard.read_bytes())
+        for index, info in places.items():
+            if info.relative_path == shard.name and index.offset is not None:
+                tensor = torch.load(io.BytesIO(data[info.offset : info.offset + info.length]), weights_only=True)
+                value = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+                lines.append(f"{index.fqn} {tuple(index.offset)} {value}")
+        return "\n".join(sorted(lines)).encode()
+    return shard.read_bytes()
 
 
 def steady(value):

@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from faults import server
 from faults.artefacts import artefacts, differences
@@ -29,6 +30,7 @@ from faults.damage import FORMS, UNREADABLE, damage
 from faults.kinds import KINDS, USES, Kind
 from faults.limits import LIMITS
 from faults.project import ROOT, commands, environment, make_project, make_states
+from faults.sandbox import Sandbox
 
 OUTCOMES = ("reported", "mended", "harmless", "documented", "unnamed", "silent", "traceback", "lost", "stuck")
 BAD = ("silent", "traceback", "lost", "stuck")
@@ -71,26 +73,38 @@ class Bench:
             self.prepare()
             ready.write_text(json.dumps(self.commands))
         self.commands = json.loads(ready.read_text())
+        self.sabotage = ""  # Python that a step runs first: the harness's own tests break checks with it
         self.sandboxes: dict[str, Sandbox] = {}
         self.baselines: dict[str, tuple[dict[str, str], str]] = {}
 
     def prepare(self) -> None:
         """Run the chain once, by the rules' own commands, and keep its states."""
 
-        def step(rule: str, *more: str) -> None:
+        said = open(self.work / "prepared.txt", "wb")  # noqa: SIM115 (of all steps)
+
+        def start(argv: list[str]) -> server.Asked:
+            return server.ask(self.place, argv, self.project, said.fileno())
+
+        def step(rule: str) -> None:
             for argv in self.commands[rule]:
-                where = argv.index("--config") + 1 if more else 0
-                with open(self.work / "prepared.txt", "wb") as said:
-                    code = server.ask(
-                        self.place, argv[:where] + list(more) + argv[where:], self.project, said.fileno()
-                    ).wait()
-                if code:
-                    raise RuntimeError(f"{rule} ended with {code}:\n{(self.work / 'prepared.txt').read_text()[-3000:]}")
+                if code := start(argv).wait():
+                    raise RuntimeError(f"{rule} ended with {code}:\n{Path(said.name).read_text()[-3000:]}")
+
+        def begin(rule: str) -> Callable[[], None]:
+            begun = start(self.commands[rule][0])
+
+            def kill() -> None:
+                begun.kill()
+                for process in psutil.Process(self.servers[0].pid).children(recursive=True):
+                    process.kill()
+                begun.wait()
+
+            return kill
 
         self.commands = {"start": [["small/make_start.py"]], "runs": [["workflow_scripts/list_runs.py", "output"]]}
         step("start")
         self.commands |= commands(self.project)
-        make_states(self.project, self.states, step)
+        make_states(self.project, self.states, step, begin)
 
     def _serve(self, preload: str) -> subprocess.Popen:
         here = {"PYTHONPATH": f"{self.project / 'workflow_scripts'}:{Path(__file__).parents[1]}"}
@@ -113,7 +127,7 @@ class Bench:
 
     # --- one use
 
-    def sandbox(self, use: str) -> "Sandbox":
+    def sandbox(self, use: str) -> Sandbox:
         state = USES[use].state
         if state not in self.sandboxes:
             self.sandboxes[state] = Sandbox(self.states / state, self.work / state)
@@ -123,14 +137,14 @@ class Bench:
             self.sandboxes[state].settle()
         return self.sandboxes[state]
 
-    def run(self, sandbox: "Sandbox", use: str) -> tuple[int, str]:
+    def run(self, sandbox: Sandbox, use: str) -> tuple[int, str]:
         """Exit code of the first step that fails, else 0, and all that the steps printed; 124: one hung."""
         said = sandbox.root / "said.txt"
         with open(said, "wb") as output:
             code = 0
             for rule in USES[use].rules:
                 for argv in self.commands[rule]:
-                    asked = server.ask(self.place, argv, sandbox.root, output.fileno())
+                    asked = server.ask(self.place, argv, sandbox.root, output.fileno(), self.sabotage)
                     try:
                         code = asked.wait(LIMIT_S)
                     except subprocess.TimeoutExpired:
@@ -202,77 +216,6 @@ class Bench:
             sandbox.restore()
 
 
-class Sandbox:
-    """A copy of a state at a fixed path. What a case changes is written back in place."""
-
-    def __init__(self, state: Path, root: Path):
-        self.root, self.digests = root, {}
-        shutil.copytree(state, root, symlinks=True)
-
-    def settle(self) -> None:
-        """What is there now is the state."""
-        self.kept = {}
-        for path in self.files():
-            self.kept[path] = (os.readlink(path) if path.is_symlink() else path.read_bytes(), stamp(path))
-
-    def files(self) -> list[Path]:
-        return [p for top in ("output", "small") for p in (self.root / top).rglob("*") if p.is_symlink() or p.is_file()]
-
-    def restore(self) -> None:
-        for path in self.files():
-            if path not in self.kept:
-                path.unlink()
-        for path in self.kept:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.is_symlink() and not isinstance(self.kept[path][0], str):
-                path.unlink()
-        for path, (data, state) in self.kept.items():
-            if not os.path.lexists(path) or stamp(path) != state:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(data, str):
-                    path.unlink(missing_ok=True)
-                    path.symlink_to(data)
-                else:
-                    with open(path, "r+b" if path.is_file() else "wb") as file:
-                        file.write(data)
-                        file.truncate()
-                    os.utime(path, ns=(state[2], state[2]))
-                self.kept[path] = (data, stamp(path))
-        known = {folder for path in self.kept for folder in path.parents}
-        for folder in sorted(
-            (p for p in (self.root / "output").rglob("*") if p.is_dir() and not p.is_symlink()), reverse=True
-        ):
-            if folder not in known:
-                shutil.rmtree(folder, ignore_errors=True)
-        (self.root / "output/logs").mkdir(exist_ok=True)
-
-    def remove(self, patterns: tuple[str, ...]) -> None:
-        for path in (p for pattern in patterns for p in self.root.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def lost(self, damaged: str, without: tuple[str, ...]) -> list[str]:
-        """Tars, and files of checkpoints that are whole, which are gone: neither there nor set aside."""
-        step = next((part for part in Path(damaged).parts if part.startswith("iter_")), "-")
-        there = None
-        gone = []
-        for path, (data, _) in self.kept.items():
-            name = str(path.relative_to(self.root))
-            precious = re.search(r"\.tar$|\.distcp$|dataloader/.*\.pt$", name) and name != damaged and step not in name
-            precious = precious and not any(fnmatch(name, p) or fnmatch(name, f"{p}/*") for p in without)
-            if not precious or (path.is_file() and path.stat().st_size == len(data)):
-                continue
-            there = there or {p.read_bytes() for p in self.files() if p.suffix == path.suffix}
-            if data not in there:
-                gone.append(name)
-        return gone
-
-
-def stamp(path: Path) -> tuple:
-    status = os.lstat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 def fresh(said: str, usual: str) -> list[str]:
     """Lines that the undisturbed step did not print; numbers aside."""
     expected = {NUMBER.sub("N", line) for line in usual.splitlines()}
@@ -319,7 +262,8 @@ def cases(bench: Bench, seed: int, kinds: list[Kind], uses: set[str] | None = No
             if not files:
                 continue
             number += 1
-            file = str(chance.choice(files).relative_to(sandbox.root))
+            # The newest of several checkpoints is what a step reads, unless that is damaged.
+            file = str((files[-1] if chance.random() < 0.5 else chance.choice(files)).relative_to(sandbox.root))
             yield (
                 Case(
                     kind.name,

@@ -1,18 +1,22 @@
 """Faults of a running chain, one function each: `fault(reference, folder, chance)` yields an outcome a case."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from faults.at_rest import TRACEBACK
 from faults.live import CONFIG, RULES, STEPS, Chain, Reference, finish, last_words, lost, whole
-from faults.project import RESULTS, RUN, environment
+from faults.project import NAME, RESULTS, RUN, environment
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 ODD_NAMES = ("with space", "数据", "it's", 'a"b', "$HOME", "{braces}")
@@ -21,7 +25,7 @@ ODD_NAMES = ("with space", "数据", "it's", 'a"b', "$HOME", "{braces}")
 def kills(reference: Reference, folder: Path, chance: random.Random, each: int = 10) -> Iterator[dict]:
     """kill -9 of everything at a random moment of each rule, `each` times, then the same command to its end."""
     for rule in RULES:
-        project, times = reference.copy(folder / "killed", rule), each
+        project = reference.copy(folder / "killed", rule)
         gone: list[int] = []
         for _ in range(each + 10 if rule == "train" else each):
             kept = whole(project)
@@ -39,7 +43,6 @@ def kills(reference: Reference, folder: Path, chance: random.Random, each: int =
             else:
                 time.sleep(chance.uniform(0, reference.seconds.get(rule, 5)))
             chain.kill()
-            times += 0
             gone += lost(kept, project)
         found = finish(reference, project, rule)
         yield (
@@ -57,7 +60,7 @@ def signals(reference: Reference, folder: Path, chance: random.Random) -> Iterat
     for number in SIGNALS:
         for whom in ("group", "snakemake", "train.py"):
             project = reference.copy(folder / "signalled", "train")
-            chain = Chain(project, RULES["train"][1], *CONFIG, "log_interval=1", "max_bad_steps=20")
+            chain = Chain(project, RULES["train"][1], *CONFIG)
             tracker = project / RUN / "latest_checkpointed_iteration.txt"
             while chain.process.poll() is None and not tracker.is_file():
                 time.sleep(0.01)
@@ -146,6 +149,15 @@ def odd_places(reference: Reference, folder: Path, chance: random.Random) -> Ite
         project = reference.copy(folder / "odd" / name)
         yield {"fault": "odd project folder", "where": name, "times": 1} | finish(reference, project)
         shutil.rmtree(folder / "odd")
+    for name in ODD_NAMES:
+        project = reference.copy(folder / "odd")
+        chain = Chain(project, f"data_{NAME}", "--config", f"exp_dir={name}")
+        code, said = chain.wait(), chain.said()
+        made = (project / name / f"data/{NAME}/dataset.json").is_file()
+        refused = code and "error:" in said and not TRACEBACK.search(said)
+        outcome = "mended" if made and not code else "reported" if refused else "traceback" if code else "silent"
+        found = {"outcome": outcome, "message": last_words(said) if code else "", "differ": []}
+        yield {"fault": "odd exp_dir", "where": name, "times": 1} | found
     project = reference.copy(folder / "real")
     (folder / "link").unlink(missing_ok=True)
     (folder / "link").symlink_to(project)
@@ -160,10 +172,42 @@ def odd_places(reference: Reference, folder: Path, chance: random.Random) -> Ite
         else {"outcome": "stuck", "message": last_words(chain.said()), "differ": []}
     )
     yield {"fault": "another working directory", "where": "report", "times": 1} | found
-    for fault, before in (("umask 077", "umask 077"), ("96 descriptors", "ulimit -n 96")):
+    for fault, before in (("umask 077", "umask 077"), ("256 descriptors", "ulimit -n 256")):
         project = reference.copy(folder / "strict")
         found = finish(reference, project, before=("bash", "-c", f'{before}; exec "$@"', "bash"))
         yield {"fault": fault, "where": "report", "times": 1} | found
 
 
 FAULTS = {"kills": kills, "signals": signals, "full disks": full_disks, "twice": twice, "odd places": odd_places}
+
+
+def steady_training(reference: Reference, folder: Path, steps: int = 3000) -> dict[str, float]:
+    """Growth of the training's resident memory (MB) and open descriptors over its steps: the last quarter's median less the
+    second's, loader processes included."""
+    project = reference.copy(folder / "steady", "preflight")
+    config = [
+        "--config",
+        f"train_iters={steps}",
+        f"lr_decay_iters={steps}",
+        f"save_interval={steps // 6}",
+        "keep_last=2",
+    ]
+    chain, samples = Chain(project, RULES["train"][1], *config), []
+    while chain.process.poll() is None:
+        memory = descriptors = 0
+        for process in chain.processes(("llava_sft.training",)):
+            with contextlib.suppress(psutil.Error):
+                memory, descriptors = memory + process.memory_info().rss, descriptors + process.num_fds()
+        if (project / RUN / "metrics.jsonl").is_file() and memory:
+            samples.append((memory / 1e6, descriptors))
+        time.sleep(0.5)
+    if chain.wait():
+        raise RuntimeError(chain.said()[-3000:])
+    quarter = len(samples) // 4
+    growth = [
+        statistics.median(late) - statistics.median(early)
+        for early, late in zip(
+            zip(*samples[quarter : 2 * quarter], strict=True), zip(*samples[-quarter:], strict=True), strict=True
+        )
+    ]
+    return {"rss_growth_mb": growth[0], "fd_growth": growth[1], "samples": len(samples)}

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,20 +180,26 @@ def commands(project: Path) -> dict[str, list[list[str]]]:
     return found
 
 
-def make_states(project: Path, states: Path, step: Callable[..., None]) -> None:
-    """Make the chain's files and keep what is there before training, stopped in the middle of it, and at the end.
+def make_states(project: Path, states: Path, step: Callable[[str], None], begin: Callable[[str], Callable]) -> None:
+    """Make the chain's files and keep what is there before training, killed in the middle of it, and at the end.
 
-    `step(rule, *more)` runs the jobs of a rule, with more arguments. Each state is a copy of output/ and small/.
+    `step(rule)` runs the jobs of a rule; `begin(rule)` starts them and returns what kills them. Each state is a copy of
+    output/ and small/.
     """
-    for rule in ORDER[:-5]:
+    for rule in ORDER[:-4]:
         step(rule)
-    step("preflight", f"train_iters={STOPPED}")
-    step("train")
-    step("preflight")
-    (project / RESULTS / "train.done.json").unlink()
-    keep(project, states / "stopped")
     keep(project, states / "before")
-    shutil.rmtree(states / "before" / RUN)
+    tracker = project / RUN / "latest_checkpointed_iteration.txt"
+    while not (
+        tracker.is_file() and tracker.read_text() == str(STOPPED)
+    ):  # again, where it got further before the kill
+        shutil.rmtree(project / RUN, ignore_errors=True)
+        kill = begin("train")
+        while not (tracker.is_file() and tracker.read_text().strip() in (str(STOPPED), str(STEPS))):
+            time.sleep(0.005)
+        time.sleep(0.02)  # its checksums are noted a moment later
+        kill()
+    keep(project, states / "stopped")
     for rule in ORDER[-4:]:
         step(rule)
     keep(project, states / "done")

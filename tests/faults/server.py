@@ -37,6 +37,7 @@ PRELOAD = {
         "llava_sft.checkpoint.torch_dist",
     ),
 }  # fmt: skip
+FIRST = "FAULTS_FIRST"
 MODULES = "FAULTS_MODULES"  # the socket of the server that forks `python -m llava_sft…`
 
 
@@ -100,10 +101,13 @@ class Asked:
         self.wait()
 
 
-def ask(place: str, argv: list[str], cwd: Path, output: int, module: str = "") -> Asked:
-    """Have the server at `place` run a script (argv[0], with a fresh environment) with its output on a descriptor."""
+def ask(place: str, argv: list[str], cwd: Path, output: int, first: str = "") -> Asked:
+    """Have the server at `place` run a script (argv[0], in the server's environment) with its output on a descriptor.
+
+    `first`: Python that the step, and what it starts, runs before anything else.
+    """
     with open(os.devnull, "rb") as nothing:
-        request = {"argv": argv, "cwd": str(cwd), "module": module, "environment": None}
+        request = {"argv": argv, "cwd": str(cwd), "module": "", "environment": None, "first": first}
         return Asked(place, request, [nothing.fileno(), output, output])
 
 
@@ -208,6 +212,8 @@ def child(request: dict, fds: list[int]) -> None:
             os.environ.clear()
             os.environ.update(request["environment"])
         subprocess.Popen = Popen
+        os.environ[FIRST] = request.get("first", os.environ.get(FIRST, ""))
+        exec(os.environ[FIRST], {})
         code = run(request["module"], request["argv"])
     except BaseException:
         traceback.print_exc()
