@@ -22,7 +22,6 @@ from faults.project import NAME, RESULTS, ROOT, RUN, environment, make_project, 
 
 DATA = f"output/data/{NAME}"
 CONFIG = ["--config", "train_iters=20", "lr_decay_iters=20"]
-STEPS = 20
 # Rule → (words of its script's command line, what is asked for, what it writes), in the order of the chain.
 RULES = {
     "convert_checkpoint_hf2mcore": (("convert_checkpoint.py", "hf2mcore"), "output/checkpoints/start_mcore_tp1_pp1.done.json",
@@ -72,15 +71,16 @@ class Reference:
     def rules_from(self, rule: str) -> list[str]:
         return list(RULES)[list(RULES).index(rule) :]
 
-    def unlike(self, project: Path, until: str = "report") -> list[str]:
-        """Artefacts that differ from the undisturbed chain's, of the rules up to `until`."""
+    def unlike(self, project: Path, until: str = "report", wanted: dict[str, str] | None = None) -> list[str]:
+        """Artefacts that differ from the undisturbed chain's (or `wanted`), of the rules up to `until`."""
         later = [pattern for rule in self.rules_from(until)[1:] for pattern in RULES[rule][2]]
         skipped = {str(p.relative_to(root)) for root in (self.project, project) for q in later for p in root.glob(q)}
 
         def counts(name: str) -> bool:
             return not any(name == skip or name.startswith(f"{skip}/") for skip in skipped)
 
-        return [name for name in differences(self.artefacts, artefacts(project, timed=True)) if counts(name)]
+        found = differences(wanted or self.artefacts, artefacts(project, timed=True))
+        return [name for name in found if counts(name)]
 
 
 class Chain:
@@ -142,16 +142,22 @@ class Chain:
         return self.log.read_text(errors="replace")
 
 
-def finish(reference: Reference, project: Path, rule: str = "report", **options) -> dict:
-    """Run the command to its end and compare; the outcome of the fault before it."""
-    target = RULES[rule][1]
-    chain = Chain(project, target, *CONFIG, **options)
+def finish(
+    reference: Reference,
+    project: Path,
+    rule: str = "report",
+    config: list[str] = CONFIG,
+    wanted: dict | None = None,
+    **options,
+) -> dict:
+    """Run the command to its end and compare; the outcome of the fault before it. `options`: of Chain."""
+    chain = Chain(project, RULES[rule][1], *config, **options)
     code = chain.wait()
     said = chain.said()
     if code:
         outcome = "traceback" if TRACEBACK.search(said) else "stuck"
         return {"outcome": outcome, "code": code, "message": last_words(said), "differ": []}
-    differ = reference.unlike(project, rule)
+    differ = reference.unlike(project, rule, wanted)
     return {"outcome": "silent" if differ else "mended", "code": 0, "message": "", "differ": differ[:8]}
 
 

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import psutil
 
+from faults.artefacts import artefacts
 from faults.at_rest import TRACEBACK
-from faults.live import CONFIG, RULES, STEPS, Chain, Reference, finish, last_words, lost, whole
+from faults.live import CONFIG, RULES, Chain, Reference, finish, last_words, lost, whole
 from faults.project import NAME, RESULTS, RUN, environment
 
+LONG_STEPS = 150
+LONGER = ["--config", f"train_iters={LONG_STEPS}", f"lr_decay_iters={LONG_STEPS}", "save_interval=40"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 ODD_NAMES = ("with space", "数据", "it's", 'a"b', "$HOME", "{braces}")
 
@@ -55,14 +58,17 @@ def kills(reference: Reference, folder: Path, chance: random.Random, each: int =
 def signals(reference: Reference, folder: Path, chance: random.Random) -> Iterator[dict]:
     """Each signal to the whole group, to Snakemake alone, to train.py alone, while it trains; then the same command.
 
-    SIGTERM and SIGINT have to save a checkpoint first.
+    SIGTERM and SIGINT, and to train.py SIGUSR1, have to save a checkpoint and end before the last step.
     """
+    undisturbed = reference.copy(folder / "undisturbed", "preflight")
+    if finish(reference, undisturbed, "train", LONGER)["code"]:
+        raise RuntimeError("the undisturbed training failed")
+    wanted = artefacts(undisturbed, timed=True)
     for number in SIGNALS:
         for whom in ("group", "snakemake", "train.py"):
-            project = reference.copy(folder / "signalled", "train")
-            chain = Chain(project, RULES["train"][1], *CONFIG)
-            tracker = project / RUN / "latest_checkpointed_iteration.txt"
-            while chain.process.poll() is None and not tracker.is_file():
+            project = reference.copy(folder / "signalled", "preflight")
+            chain = Chain(project, RULES["train"][1], *LONGER)
+            while chain.process.poll() is None and not whole(project):
                 time.sleep(0.01)
             kept = whole(project)
             if whom == "group":
@@ -74,13 +80,17 @@ def signals(reference: Reference, folder: Path, chance: random.Random) -> Iterat
                     process.send_signal(number)
             code = chain.wait()
             said, reached = chain.said(), max(whole(project), default=0)
+            gone = lost(kept, project)
             chain.kill()
-            found = finish(reference, project, "train")
-            if gone := lost(kept, project):
+            found = finish(reference, project, "train", LONGER, wanted)
+            saves = number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGUSR1 and whom == "train.py")
+            if saves and (reached in kept or reached == LONG_STEPS):
+                found |= {"outcome": "lost", "message": "no checkpoint was saved" if reached in kept else "not heard"}
+            if gone:
                 found |= {"outcome": "lost", "differ": gone}
             if TRACEBACK.search(said):
                 found |= {"outcome": "traceback", "message": last_words(said)}
-            note = f"exit code {code}, whole checkpoint at step {reached} of {STEPS}"
+            note = f"exit code {code}, whole checkpoint at step {reached} of {LONG_STEPS}"
             yield {"fault": number.name, "where": whom, "times": 1, "note": note} | found
 
 
