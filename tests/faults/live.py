@@ -4,6 +4,7 @@ Notable: one undisturbed chain is made once and kept; a fault begins from a copy
 the rules after it are missing, and must end, by the same command, with the same artefacts.
 """
 
+import contextlib
 import csv
 import os
 import re
@@ -76,10 +77,13 @@ class Reference:
         later = [pattern for rule in self.rules_from(until)[1:] for pattern in RULES[rule][2]]
         skipped = {str(p.relative_to(root)) for root in (self.project, project) for q in later for p in root.glob(q)}
 
-        def counts(name: str) -> bool:
-            return not any(name == skip or name.startswith(f"{skip}/") for skip in skipped)
+        wanted = wanted or self.artefacts
 
-        found = differences(wanted or self.artefacts, artefacts(project, timed=True))
+        def counts(name: str) -> bool:
+            more = name.startswith(f"{RUN}/iter_") and name not in wanted  # saved at an interruption
+            return not more and not any(name == skip or name.startswith(f"{skip}/") for skip in skipped)
+
+        found = differences(wanted, artefacts(project, timed=True))
         return [name for name in found if counts(name)]
 
 
@@ -103,7 +107,7 @@ class Chain:
         try:
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 line = " ".join(process.cmdline())
-                if all(word in line for word in words) and not line.startswith(("/bin/sh", "/bin/bash", "bash -c")):
+                if all(word in line for word in words) and process.name() not in ("sh", "bash", "tee"):
                     found.append(process)
         except psutil.NoSuchProcess:
             pass
@@ -121,7 +125,7 @@ class Chain:
     def kill(self) -> None:
         """kill -9 of every process, those that left the group too."""
         everyone = self.processes()
-        if self.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for process in everyone:
             try:

@@ -85,7 +85,8 @@ def signals(reference: Reference, folder: Path, chance: random.Random) -> Iterat
             found = finish(reference, project, "train", LONGER, wanted)
             saves = number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGUSR1 and whom == "train.py")
             if saves and (reached in kept or reached == LONG_STEPS):
-                found |= {"outcome": "lost", "message": "no checkpoint was saved" if reached in kept else "not heard"}
+                why = "no checkpoint was saved" if reached in kept else "not heard"
+                found |= {"outcome": "lost", "message": f"{why}; {found['message']}"}
             if gone:
                 found |= {"outcome": "lost", "differ": gone}
             if TRACEBACK.search(said):
