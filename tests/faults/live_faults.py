@@ -105,7 +105,7 @@ def full_disks(reference: Reference, folder: Path, chance: random.Random) -> Ite
         output.rename(aside)
         output.mkdir()
         used = sum(-(-p.stat().st_size // 4096) * 4096 for p in aside.rglob("*") if p.is_file())
-        room = used + int(size * chance.uniform(0.1, 0.8)) // 4096 * 4096 + 65536
+        room = used + int(size * chance.uniform(0.1, 0.8)) // 4096 * 4096 + 12288
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room},nr_inodes=100k", "tmpfs", output], check=True)
         try:
             subprocess.run(["cp", "-a", f"{aside}/.", output], check=True)

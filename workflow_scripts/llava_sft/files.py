@@ -80,7 +80,9 @@ def read_json(path: Path | str, *default: Any) -> Any:
         data = Path(path).read_bytes()
         value = json.loads(data)
         seal = re.match(rb'\{"seal": "(\w+)",', data)
-        if (seal and _seal(data[seal.end() :]) != seal[1].decode()) or (not seal and isinstance(value, dict) and "seal" in value):
+        if (seal and _seal(data[seal.end() :]) != seal[1].decode()) or (
+            not seal and isinstance(value, dict) and "seal" in value
+        ):
             raise ValueError("its content is not what was written")
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DamagedFileError(
