@@ -165,6 +165,15 @@ def source_folders(wds_dir: Path) -> list[Path]:
         wds_dir = wds_dir.parent
     if not (wds_dir / METADATASET).is_file():
         return [wds_dir]
-    splits = _yaml(wds_dir / METADATASET)["splits"].values()
+    splits = _yaml(wds_dir / METADATASET)["splits"]
     # In order, each once: all records of a small source may be held out.
-    return [wds_dir / path for path in dict.fromkeys(entry["path"] for split in splits for entry in split["blend"])]
+    return [
+        wds_dir / path
+        for path in dict.fromkeys(name for split in splits for name in read_blend(wds_dir / METADATASET, split))
+    ]
+
+
+def read_blend(metadataset: Path, split: str) -> dict[str, float]:
+    """The sources of a split of a blend, and how many samples are drawn from each."""
+    entries = _yaml(metadataset)["splits"].get(split, {"blend": []})["blend"]
+    return {entry["path"]: entry["weight"] for entry in entries}
