@@ -253,6 +253,7 @@ def test_a_loader_process_that_is_killed_is_one_message(wds, small_checkpoint):
         with pytest.raises(RunError, match=r"a loader process ended(.|\n)*num_workers"):
             take(found, 50)
     finally:
+        found.close()
         signal.signal(signal.SIGCHLD, before)
     assert worker_ended(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
     assert worker_ended(RuntimeError("CUDA error")) is None

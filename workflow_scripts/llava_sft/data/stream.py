@@ -143,9 +143,12 @@ class TrainingLoader:
             atexit.register(self.close)
         try:
             prepared = next(self.iterator)
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, OSError) as error:
             if ended := worker_ended(error):
                 raise ended from None
+            dead = [worker for worker in getattr(self.iterator, "_workers", ()) if not worker.is_alive()]
+            if dead:  # between the handing over of a batch and of its tensors
+                raise worker_ended(RuntimeError(f"DataLoader worker (pid {dead[0].pid}) is gone")) from None
             raise
         if prepared.fault:
             raise DataError(*prepared.fault)
