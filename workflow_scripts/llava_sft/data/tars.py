@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+import xxhash
 import yaml
 from braceexpand import braceexpand
 
@@ -28,6 +29,10 @@ class TarSample(NamedTuple):
     offset: int  # bytes, of its first header
     size: int  # bytes, to the next sample
     parts: list[tuple[str, int, int]]  # member name without the key; offset and size of the content in bytes
+
+    def checksum(self, file: int) -> bytes:
+        """The xxh3_64 of its bytes as they are now, as the table sample_hashes of our index has it."""
+        return xxhash.xxh3_64_digest(read_at(file, (self.offset, self.size)))
 
     def read(self, file: int, layout: str) -> tuple[Sample, dict[str, tuple[int, int]]]:
         """Its content under the rules of raw records, and where its members lie. Errors: `Rejected`."""
