@@ -13,13 +13,14 @@ from pathlib import Path
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.config import CONFIG_DIR, auto_num_workers, load_settings, pack_epoch, resolve, warnings
+from llava_sft.config import CONFIG_DIR, auto_num_workers, pack_epoch, resolve, warnings
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, measure
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
+from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
@@ -49,8 +50,8 @@ def main() -> None:
     )
     if args.gpu:
         overrides["gpus_per_node"] = args.gpus_per_node
-    settings = load_settings(args.experiment, overrides, cluster)
-    paths = Paths(settings)
+    paths = Workflow(overrides, [], cluster).paths(args.experiment)
+    settings = paths.settings
     paths.check_inputs()
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
