@@ -7,18 +7,18 @@ VENV := .venv
 READY := $(VENV)/.ready
 STEPS := data inspect preflight train export evaluate report
 
-# Megatron takes a quarter of a minute to import when its bytecode can not be kept.
+# Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: targets setup test test-slurm test-faults soak checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
-	$(VENV)/bin/snakemake --quiet all
+	@$(VENV)/bin/snakemake --quiet all
 
 define STEP
 $(1)_%: $(READY)
-	$(VENV)/bin/snakemake $$@ --quiet host rules $$(ARGS)
+	@$(VENV)/bin/snakemake $$@ $$(ARGS)
 endef
 $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 
@@ -93,6 +93,6 @@ lock: $(READY)
 
 # What the embedded experiment made, and caches. Your own experiments' output stays.
 clean:
-	rm -rf output/demo output/data/vqa output/stage2_sft_vqa output/stage2_sft_vqa_* output/checkpoints/LLaVA-OneVision-1.5-tiny*
+	@[ ! -x $(VENV)/bin/python ] || $(VENV)/bin/python workflow_scripts/make_demo_vqa.py --clean $(ARGS)
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
