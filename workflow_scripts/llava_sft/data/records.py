@@ -128,7 +128,9 @@ def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> 
     of parts, of which those of images may name them. `unread` counts keys that are not read.
     """
     unread = Counter() if unread is None else unread
-    turns = next((record[key] for key in ("conversations", "messages") if not is_empty(record.get(key))), None)
+    turns = next(
+        (record[key] for key in ("conversations", "messages") if record.get(key) not in (None, [], "", {})), None
+    )
     if turns is None:
         if isinstance(record.get("conversations", record.get("messages")), list):
             raise Rejected("empty conversation")
