@@ -81,7 +81,7 @@ def test_a_jpeg_without_a_scan_and_a_png_without_data_are_found_without_decoding
     jpeg, png = picture("JPEG", (64, 48)), picture("PNG", (64, 48))
     without = png[:33] + png[png.index(b"IEND") - 4 :]
     for data in (jpeg[: jpeg.index(b"\xff\xda")] + b"\xff\xd9", without, png[:40] + png[44:]):
-        with pytest.raises(Rejected, match="truncated or damaged|not an image"):
+        with pytest.raises(Rejected, match=r"truncated or damaged|not an image"):
             check_image(data)
 
 
