@@ -44,7 +44,7 @@ def main() -> None:
         tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
     report, gallery = inspect_webdataset(args.wds_dir, parts_dir, dataset, args.seed, tokens)
     if args.json:
-        write_json(args.json, report)
+        write_json(args.json, report, sealed=True)
     if args.html:
         write_text(args.html, render_html(report, gallery))
 

@@ -22,6 +22,7 @@ import orjson
 import xxhash
 import yaml
 
+from llava_sft.data.foreign import literal
 from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, shard_name
 from llava_sft.data.records import read_lines
 from llava_sft.data.shards import FORMAT_VERSION
@@ -86,12 +87,13 @@ class Source:
                 "run stage2_sftdata2webdataset.py for them",
             )
         parts = [read_json(self.parts_dir / f"{name}.stats.json") for name in names]
-        bad = [name for name, stats in zip(names, parts, strict=True) if not _is_whole(self.wds_dir, stats)]
+        bad = [n for n, stats in zip(names, parts, strict=True) if not is_whole(self.wds_dir, self.parts_dir, stats)]
         if bad:
             raise DataError(
-                "shards do not match their statistics (tar or .tar.idx missing or changed, or of an older format):"
-                f" {_some(bad)}",
-                f"delete {self.parts_dir}/{bad[0]}.stats.json (and the same for each) and convert them again",
+                "shards do not match their statistics (tar, .tar.idx or .samples.jsonl missing or changed, or of an older"
+                f" format): {_some(bad)}",
+                f"delete {self.wds_dir}/{bad[0]}.tar (and the same for each) and run the same command, which converts"
+                " them again",
             )
         return parts
 
@@ -204,9 +206,12 @@ def _total(parts: Iterable[dict[str, Any]], key: str) -> int:
     return sum(stats[key] for stats in parts)
 
 
-def _is_whole(wds_dir: Path, stats: dict[str, Any]) -> bool:
-    tar = wds_dir / f"{stats['shard']}.tar"
+def is_whole(wds_dir: Path, parts_dir: Path, stats: dict[str, Any]) -> bool:
+    """Whether a shard's files are there, in the sizes that its conversion noted."""
+    tar, rows = wds_dir / f"{stats['shard']}.tar", parts_dir / f"{stats['shard']}.samples.jsonl"
     try:
+        if rows.stat().st_size != stats.get("samples_bytes", rows.stat().st_size):
+            return False
         sizes = tar.stat().st_size, tar.with_suffix(".tar.idx").stat().st_size
     except FileNotFoundError:
         return False
@@ -225,7 +230,7 @@ def _check_raw(parts: list[dict[str, Any]]) -> None:
             raise DataError(
                 f"{stats['shard']} begins at byte {stats['raw']['start']} of {path}, byte {due} was due:"
                 " shards of several plans lie in one folder",
-                "delete the shards and their statistics, and convert again",
+                f"delete the folder of {stats['shard']}.tar and its .parts, and run the same command",
             )
         due = stats["raw"]["end"]
     if not os.path.exists(path):
@@ -237,14 +242,14 @@ def _check_raw(parts: list[dict[str, Any]]) -> None:
             "convert the last range and the new ones again; where the file has shrunk, delete the shards beyond its end",
         )
     touched = [stats for stats in parts if stats["raw"]["mtime_ns"] != status.st_mtime_ns]
-    if changed := [stats["shard"] for stats in touched if _hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
+    if changed := [stats["shard"] for stats in touched if hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
         raise DataError(
             f"{path} has changed within the ranges of {len(changed)} shards: {_some(changed)}",
-            f"delete these shards' .tar (first: {changed[0]}.tar) and convert them again",
+            "run the same command (snakemake data_EXPERIMENT), which converts these again; by hand: convert these ranges",
         )
 
 
-def _hash_range(path: str, raw: dict[str, Any]) -> str:
+def hash_range(path: str, raw: dict[str, Any]) -> str:
     """The hash of a range's bytes, as its conversion took it."""
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=1 << 20) as file:
@@ -347,8 +352,9 @@ def write_meta(
         dataset["subflavors"] = {"layout": layout}
     counts = {f"{tar.name}.tar": tar.count for tar in tars}
     info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
-    parts = {"train": train, "val": heldout, "test": []}
-    splits = {"split_parts": parts, "exclude": [_literal(name) for name in exclude]}
+    parts = {split: [literal(name) for name in names] for split, names in (("train", train), ("val", heldout))}
+    parts["test"] = []
+    splits = {"split_parts": parts, "exclude": [literal(name) for name in exclude]}
     with atomic_dir(wds_dir / ".nv-meta") as meta:
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         write_text(meta / "split.yaml", yaml.dump(splits, Dumper=dumper, sort_keys=False))
@@ -357,11 +363,6 @@ def write_meta(
         write_text(meta / "index.uuid", str(uuid.uuid5(uuid.NAMESPACE_OID, content)))
         _write_sqlite(meta / "index.sqlite", tars)
         yield meta
-
-
-def _literal(name: str) -> str:
-    """Braces and commas are patterns to energon."""
-    return re.sub(r"([{},\\])", r"\\\1", name) if "{" in name else name
 
 
 def _write_sqlite(path: Path, tars: list[Tar]) -> None:

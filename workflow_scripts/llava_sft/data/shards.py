@@ -179,6 +179,7 @@ def convert_range(
             "format": raw_format,
             "size": after.st_size,
             "mtime_ns": after.st_mtime_ns,
+            "ctime_ns": after.st_ctime_ns,
             "start": part.start,
             "end": part.end,
             "hash": raw_hash.hexdigest(),
@@ -191,10 +192,11 @@ def convert_range(
         "images": image_count,
         "kinds": dict(kinds),
         "tar": {"hash": tar_hash, "bytes": os.path.getsize(wds_dir / f"{name}.tar")},
+        "samples_bytes": os.path.getsize(parts_dir / f"{name}.samples.jsonl"),
     }
     if read != stats["written"] + stats["rejected"]:
         raise AssertionError(f"records were lost: {stats}")
-    write_json(stats_path, stats)
+    write_json(stats_path, stats, sealed=True)
     progress(part.end - part.start, read)
     return stats
 
