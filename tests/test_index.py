@@ -44,7 +44,9 @@ def test_index_and_training_order_equal_those_of_energon_prepare(tmp_path):
     tables = []
     for folder in (raw.wds, theirs):
         database = sqlite3.connect(folder / ".nv-meta" / "index.sqlite")
-        names = database.execute("SELECT type, name FROM sqlite_master WHERE tbl_name != 'sample_hashes' ORDER BY name").fetchall()
+        names = database.execute(
+            "SELECT type, name FROM sqlite_master WHERE tbl_name != 'sample_hashes' ORDER BY name"
+        ).fetchall()
         tables.append(
             (
                 names,

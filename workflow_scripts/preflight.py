@@ -18,7 +18,6 @@ from llava_sft.config import (
     Settings,
     auto_num_workers,
     first_epoch,
-    load_settings,
     packing_window,
     resolve,
     warnings,
@@ -30,6 +29,7 @@ from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
+from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
@@ -59,8 +59,8 @@ def main() -> None:
     )
     if args.gpu:
         overrides["gpus_per_node"] = args.gpus_per_node
-    settings = load_settings(args.experiment, overrides, cluster)
-    paths = Paths(settings)
+    paths = Workflow(overrides, [], cluster).paths(args.experiment)
+    settings = paths.settings
     paths.check_inputs()
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")

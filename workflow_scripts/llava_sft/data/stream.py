@@ -146,9 +146,11 @@ class TrainingLoader:
         except (RuntimeError, EOFError, OSError) as error:
             if ended := worker_ended(error):
                 raise ended from None
-            dead = [worker for worker in getattr(self.iterator, "_workers", ()) if not worker.is_alive()]
-            if dead:  # between the handing over of a batch and of its tensors
-                raise worker_ended(RuntimeError(f"DataLoader worker (pid {dead[0].pid}) is gone")) from None
+            workers = getattr(self.iterator, "_workers", ())
+            for worker in workers:
+                worker.join(0.5)  # the connection breaks a moment before the process is gone
+            if dead := [worker.pid for worker in workers if not worker.is_alive()]:
+                raise worker_ended(RuntimeError(f"DataLoader worker (pid {dead[0]}) is gone")) from None
             raise
         if prepared.fault:
             raise DataError(*prepared.fault)
