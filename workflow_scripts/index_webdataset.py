@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from llava_sft.data.adopt import adopt_webdataset
-from llava_sft.data.index import index_webdataset, read_finished
+from llava_sft.data.index import index_webdataset, read_finished, told_leak
 from llava_sft.data.plan import default_parts_dir
 from llava_sft.data.tars import is_finished
 from llava_sft.data.verify import note_dataset, require_whole
@@ -60,6 +60,8 @@ def main() -> None:
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{told} → {output}"
     )
+    if told := told_leak(dataset):
+        print(f"note: {told}")
     print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
 
 

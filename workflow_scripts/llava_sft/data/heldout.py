@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 from llava_sft.data.records import Rejected, Sample
 from llava_sft.data.tars import (
-    METADATASET, REINDEX, noted_hashes, read_at, read_blend, read_meta, source_folders, walk_tar, way_out,
+    METADATASET,
+    REINDEX,
+    noted_hashes,
+    read_at,
+    read_blend,
+    read_meta,
+    source_folders,
+    walk_tar,
+    way_out,
 )  # fmt: skip
 from llava_sft.errors import SHOWN, DataError, shown
 

@@ -144,6 +144,7 @@ def index_webdataset(
         **{key: _total(everything, key) for key in ("images", "read", "rejected")},
         **{key: dict(sum((Counter(stats[key]) for stats in everything), Counter())) for key in ("reasons", "kinds")},
         **({"split": record} if record else {}),
+        **_leak(sources),
         # One pass over the blend: a record of weight 2 is seen twice.
         **({"weights": weights, "epoch_samples": round(epoch)} if len(sources) > 1 else {}),
     }
@@ -164,6 +165,43 @@ def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, An
     for source, stats in places:
         source.chosen += ((stats["shard"], row) for row in source.rows(stats) if next(side))
     return {"val_fraction": fraction, "split_seed": seed, "groups": groups, "samples": sum(sides), "of": len(sides)}
+
+
+def _leak(sources: list[Source]) -> dict[str, Any]:
+    """How many of the held-out records that the user brought are trained on as well; empty when none is.
+
+    `records` share images and question with a training record, `images` at least one image.
+    """
+    held = [
+        row for source in sources for stats in source.filled("heldout") for row in map(orjson.loads, source.rows(stats))
+    ]
+    if not held:
+        return {}
+    images, records = set(), set()
+    for source in sources:
+        for stats in source.filled("train"):
+            for row in map(orjson.loads, source.rows(stats)):
+                images.update(image["hash"] for image in row["images"])
+                records.add(_asked(row))
+    counts = {
+        "records": sum(_asked(row) in records for row in held if "asked" in row),
+        "images": sum(any(image["hash"] in images for image in row["images"]) for row in held),
+    }
+    return {"heldout_trained_on": counts | {"of": len(held)}} if any(counts.values()) else {}
+
+
+def _asked(row: dict[str, Any]) -> int:
+    return hash((row.get("asked"), *(image["hash"] for image in row["images"])))
+
+
+def told_leak(dataset: dict[str, Any]) -> str | None:
+    """What dataset.json says of held-out samples that are trained on, in words."""
+    if not (leak := dataset.get("heldout_trained_on")):
+        return None
+    return (
+        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on (same images, same question),"
+        f" {leak['images']:,} share an image with the training data: the held-out accuracy says less than it seems"
+    )
 
 
 def read_finished(wds_dir: Path) -> dict[str, Any]:

@@ -215,6 +215,7 @@ def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], in
         "offset": offset,
         "size": tar.offset - offset,
         "hash": tar.end_sample(),
+        "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
         "parts": parts,
         "images": [
             {"hash": xxhash.xxh3_128_hexdigest(blob), "width": info.width, "height": info.height}

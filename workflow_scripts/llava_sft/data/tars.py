@@ -6,7 +6,7 @@ import os
 import re
 import sqlite3
 import tarfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ from llava_sft.files import read_json
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # energon's: the key ends at the first dot of the file's name
 ENERGON_SPLITS = {"train": "train", "heldout": "val"}  # by our names
 FIRST_MEMBERS = 1000  # of a tar, among which its first JSON stands
-REINDEX = "delete the folder .nv-meta and run the same command, which writes it anew; by hand: inspect_webdataset.py --fix"
+REINDEX = (
+    "delete the folder .nv-meta and run the same command, which writes it anew; by hand: inspect_webdataset.py --fix"
+)
 METADATASET = "metadataset.yaml"  # beside the folders of several sources: energon's blend of them
 
 
@@ -68,7 +70,7 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
     """
     samples: list[TarSample] = []
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
+        for member in _members(tar):
             tar.members = []  # tarfile would keep them all
             if not member.isreg():
                 continue
@@ -84,10 +86,23 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
     with open(path, "rb") as file:
         file.seek(end)
         if file.read(1024) != bytes(1024):
-            raise tarfile.ReadError("the end of the archive is missing: it was cut off")
+            raise tarfile.ReadError("the end of the archive is missing: it was cut off, or a header is damaged")
     ends = [sample.offset for sample in samples[1:]] + [end]
     # An empty tar has an end and no sample.
     return [sample._replace(size=stop - sample.offset) for sample, stop in zip(samples, ends, strict=False)]
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    try:
+        yield from tar
+    except (
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+    ) as error:  # a field of a damaged header
+        raise tarfile.ReadError(f"a header is damaged: {type(error).__name__}: {error}") from None
 
 
 def find_layout(tar: Path, samples: list[TarSample]) -> str | None:
@@ -133,13 +148,24 @@ def is_finished(folder: Path) -> bool:
 
 def way_out(folder: Path, name: str) -> str:
     """How a damaged tar of `folder` is made whole: who made it can make it again."""
-    places = (folder.with_name(f"{folder.name}.parts"), folder.parent.with_name(f"{folder.parent.name}.parts") / folder.name)
+    places = (
+        folder.with_name(f"{folder.name}.parts"),
+        folder.parent.with_name(f"{folder.parent.name}.parts") / folder.name,
+    )
     shard, tar = name.removesuffix(".tar"), folder / name
     if any((place / f"{shard}.stats.json").exists() for place in places):
         return f"delete {tar} and run the same command (snakemake data_EXPERIMENT), which converts it again"
     if any(place.is_dir() for place in places):  # merged by val_fraction
         return f"delete {folder}/.nv-meta and run the same command (snakemake data_EXPERIMENT), which makes it again"
     return f"copy or make {tar.resolve()} again, and run the same command"
+
+
+def without_images_like_it(folder: Path, name: str) -> str:
+    """The way out where a tar holds what was written, and an image in it was damaged before."""
+    again = way_out(folder, name)
+    if again.startswith("delete"):
+        return f"mend that image, or set decode_images: true and a max_reject_fraction, which reject it; then {again}"
+    return "run the data step again with a max_reject_fraction, which leaves such samples out; by hand: index_webdataset.py"
 
 
 def noted_hashes(folder: Path, number: int) -> dict[int, bytes]:
