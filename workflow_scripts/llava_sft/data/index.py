@@ -22,6 +22,7 @@ import orjson
 import xxhash
 import yaml
 
+from llava_sft.checksums import find_damage
 from llava_sft.data.foreign import literal
 from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, shard_name
 from llava_sft.data.records import read_lines
@@ -69,6 +70,21 @@ class Source:
         with open(self.parts_dir / f"{stats['shard']}.samples.jsonl", "rb") as file:
             yield from file
 
+    def parsed(self, stats: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The rows of a shard. Errors: DataError for one that is damaged."""
+        try:
+            for row in self.rows(stats):
+                yield orjson.loads(row)
+        except ValueError:
+            raise self._not_noted([stats["shard"]]) from None
+
+    def _not_noted(self, shards: list[str]) -> DataError:
+        return DataError(
+            f"{self.parts_dir}: the lines of .samples.jsonl are not those that the conversion wrote: {_some(shards)}",
+            f"delete {self.wds_dir}/{shards[0]}.tar (and the same for each) and run the same command, which converts"
+            " them again",
+        )
+
     def filled(self, split: str) -> list[dict[str, Any]]:
         return [stats for stats in getattr(self, split) if stats["written"]]
 
@@ -95,6 +111,8 @@ class Source:
                 f"delete {self.wds_dir}/{bad[0]}.tar (and the same for each) and run the same command, which converts"
                 " them again",
             )
+        if odd := [stats["shard"] for stats in parts if find_damage(self.parts_dir, stats.get("samples", {}))]:
+            raise self._not_noted(odd)
         return parts
 
 
@@ -159,7 +177,7 @@ def _plan_of(parts_dir: Path) -> list[dict[str, Any]]:
 def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, Any]:
     """Choose the held-out samples of all sources together; return what is recorded of it."""
     places = [(source, stats) for source in sources for stats in source.filled("train")]
-    names = (bound_by(orjson.loads(row)) for source, stats in places for row in source.rows(stats))
+    names = (bound_by(row) for source, stats in places for row in source.parsed(stats))
     sides, groups = choose_heldout(names, fraction, seed)
     side = iter(sides)
     for source, stats in places:
@@ -172,15 +190,13 @@ def _leak(sources: list[Source]) -> dict[str, Any]:
 
     `records` share images and question with a training record, `images` at least one image.
     """
-    held = [
-        row for source in sources for stats in source.filled("heldout") for row in map(orjson.loads, source.rows(stats))
-    ]
+    held = [row for source in sources for stats in source.filled("heldout") for row in source.parsed(stats)]
     if not held:
         return {}
     images, records = set(), set()
     for source in sources:
         for stats in source.filled("train"):
-            for row in map(orjson.loads, source.rows(stats)):
+            for row in source.parsed(stats):
                 images.update(image["hash"] for image in row["images"])
                 records.add(_asked(row))
     counts = {
@@ -234,8 +250,15 @@ def read_rejects(parts_dir: Path, parts: Iterable[dict[str, Any]]) -> Iterator[d
     lines_before: Counter[str] = Counter()
     for stats in parts:
         if stats["rejected"]:
-            for row in (parts_dir / f"{stats['shard']}.rejects.jsonl").read_bytes().splitlines():
-                reject = orjson.loads(row)
+            path = parts_dir / f"{stats['shard']}.rejects.jsonl"
+            try:
+                rejects = [orjson.loads(row) | {} for row in path.read_bytes().splitlines()]
+            except (OSError, ValueError, TypeError):
+                raise DataError(
+                    f"{path}: missing or damaged",
+                    f"delete {stats['shard']}.tar and run the same command, which converts it again",
+                ) from None
+            for reject in rejects:
                 yield reject | {"line": lines_before[reject["file"]] + reject["line_in_range"]}
         lines_before[stats["raw"]["path"]] += stats["lines"]
 
@@ -246,18 +269,19 @@ def _total(parts: Iterable[dict[str, Any]], key: str) -> int:
 
 def is_whole(wds_dir: Path, parts_dir: Path, stats: dict[str, Any]) -> bool:
     """Whether a shard's files are there, in the sizes that its conversion noted."""
-    tar, rows = wds_dir / f"{stats['shard']}.tar", parts_dir / f"{stats['shard']}.samples.jsonl"
     try:
-        if rows.stat().st_size != stats.get("samples_bytes", rows.stat().st_size):
-            return False
+        tar, rows = wds_dir / f"{stats['shard']}.tar", parts_dir / f"{stats['shard']}.samples.jsonl"
         sizes = tar.stat().st_size, tar.with_suffix(".tar.idx").stat().st_size
-    except FileNotFoundError:
+        noted = [size for size, _ in stats.get("samples", {}).values()] or [rows.stat().st_size]
+        return (
+            stats["format_version"] == FORMAT_VERSION
+            and sizes == (stats["tar"]["bytes"], 8 * (stats["written"] + 1))
+            and noted == [rows.stat().st_size]
+            and (not stats["rejected"] or (parts_dir / f"{stats['shard']}.rejects.jsonl").is_file())
+            and stats["read"] == stats["written"] + stats["rejected"]
+        )
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return False
-    return (
-        stats["format_version"] == FORMAT_VERSION
-        and sizes == (stats["tar"]["bytes"], 8 * (stats["written"] + 1))
-        and stats["read"] == stats["written"] + stats["rejected"]
-    )
 
 
 def _check_raw(parts: list[dict[str, Any]]) -> None:
@@ -344,9 +368,9 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
     exclude = [f"{shard}.tar/{orjson.loads(row)['key']}" for shard, row in source.chosen]
     content = {split: [[p["shard"], p["tar"]["hash"]] for p in parts] for split, parts in filled.items()}
     content["heldout"] += [[name, tar_hash] for name, _, tar_hash in merged]
-    tars = [
-        Tar(p["shard"], p["written"], map(orjson.loads, source.rows(p))) for parts in filled.values() for p in parts
-    ] + [Tar(name, len(rows), rows) for name, rows, _ in merged]
+    tars = [Tar(p["shard"], p["written"], source.parsed(p)) for parts in filled.values() for p in parts] + [
+        Tar(name, len(rows), rows) for name, rows, _ in merged
+    ]
     splits = {split: [f"{name}.tar" for name, _ in named] for split, named in content.items()}
     tar_names = [f"{name}.tar" for name, _, _ in merged]
     own = fingerprint([content, exclude] if exclude else content)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import orjson
 import xxhash
 
+from llava_sft.checksums import note
 from llava_sft.data.formats import FORMATS, format_of
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageRoot, check_image, decode_image
 from llava_sft.data.plan import TRAIN_PREFIX, Range, raw_size, shard_name
@@ -192,7 +193,7 @@ def convert_range(
         "images": image_count,
         "kinds": dict(kinds),
         "tar": {"hash": tar_hash, "bytes": os.path.getsize(wds_dir / f"{name}.tar")},
-        "samples_bytes": os.path.getsize(parts_dir / f"{name}.samples.jsonl"),
+        "samples": note(parts_dir, [parts_dir / f"{name}.samples.jsonl"]),
     }
     if read != stats["written"] + stats["rejected"]:
         raise AssertionError(f"records were lost: {stats}")
