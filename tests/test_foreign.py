@@ -99,7 +99,7 @@ def test_a_finished_folder_of_another_layout_is_adopted(tmp_path, raw):
     ],
 )
 def test_patterns_beyond_the_limits_and_names_that_lead_out_are_refused(patterns):
-    with pytest.raises(ValueError, match="expanded|stands for|leads out"):
+    with pytest.raises(ValueError, match=r"expanded|stands for|leads out"):
         expand([patterns])
 
 
