@@ -90,7 +90,7 @@ def _renamed(sources: list[Source], entries: list[SourceSettings]) -> list[Sourc
     for source, entry, parts in zip(sources, entries, paths, strict=True):
         others = [set(other) for other in paths if other != parts]
         own = [part for part in parts if others and not any(part in other for other in others)]
-        if counts[source.name] > 1 and not entry.name and own:
+        if counts[source.name] > 1 and not entry.name and own and glob.has_magic(Path(entry.path).parent.name):
             source = replace(source, name=re.sub(r"[^\w.-]+", "_", "_".join(own)).strip("_.") or source.name)
         renamed.append(source)
     return renamed
