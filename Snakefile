@@ -21,6 +21,9 @@ if workflow.is_main_process:  # a job may run on another machine, where the kern
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
+if workflow.is_main_process:
+    flow.force = lambda files: workflow.dag.forcefiles.update(files)
+
 
 rule targets:
     localrule: True

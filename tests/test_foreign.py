@@ -1,199 +1,239 @@
-"""What other projects write: nothing that changes a sample's meaning is passed over, and the message says what to do."""
+"""What others wrote is parsed and completed, never trusted; damage at rest is named, mended or harmless."""
 
-import gzip
 import json
-from collections import Counter
+import os
+import random
+import shutil
+import sqlite3
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from llava_sft.data.formats import format_of
-from llava_sft.data.image_checks import ImageRoot
-from llava_sft.data.index import index_webdataset, too_many_rejects
-from llava_sft.data.records import parse_record
-from llava_sft.data.rejected import Rejected
-from llava_sft.errors import DataError
-from webdataset_helpers import Raw, record
-
-Q, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Green."}
-
-
-def one(**keys) -> dict:
-    return {"id": "r", "messages": [Q, A]} | keys
-
-
-def asked(text: str, answer: str = "Green.", **turn) -> dict:
-    return {"messages": [{"role": "user", "content": text} | turn, A | {"content": answer}]}
+from llava_sft.data.adopt import adopt_webdataset
+from llava_sft.data.foreign import expand, literal
+from llava_sft.data.heldout import read_split
+from llava_sft.data.index import index_webdataset, read_finished
+from llava_sft.data.inspect import inspect_webdataset
+from llava_sft.data.tars import is_finished, read_meta
+from llava_sft.data.verify import find_damages, note_dataset, notes_of
+from llava_sft.errors import DataError, SftError
+from llava_sft.files import read_json, write_json
+from llava_sft.paths import Paths
+from test_split_and_sources import tar_of, turns
+from webdataset_helpers import Raw, picture, record
 
 
-CHANGED = {
-    "image under another key": [
-        one(image_path="0.jpg"), one(img="0.jpg"), one(Images=["0.jpg"]), one(**{"image-file": "0.jpg"}), one(IMAGE_URLS=["x"]),
-        one(image_paths=["a", "b"]), one(picture="0.jpg"), one(screenshot="s.png"), one(media=["m.png"]), asked("q", image="0.jpg"),
-        asked("q", img_path="0.jpg"),
-    ],
-    "video is not supported": [
-        one(video="v.mp4"), one(video_path="v"), one(Videos=["v"]), asked("<video>\nWhat?"), asked("<|video|> What?"),
-        {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "v"}}]}, A]},
-    ],
-    "audio is not supported": [one(audios=["a.wav"]), one(audio_path="a"), asked("<audio>What?"), asked("q", audio="a.wav")],
-    "preference data is not supported": [
-        one(label=False), one(label=True), one(rejected_response="bad"), one(chosen="x"), one(rejectedMessages=[Q]),
-        one(rejected_images=["a.png"]),
-    ],
-    "system prompt outside the turns": [one(system="Answer in French."), one(System_Prompt="x"), one(**{"system-message": "y"})],
-    "tools are not supported": [one(tools=[{"name": "f"}]), one(functions="[]x"), asked("q", tool_calls=[{"id": 1}])],
-    "weight of a turn is not supported": [
-        asked("q", loss=False), asked("q", weight=0), asked("q", loss_scale=0.5), asked("q", train=False), asked("q", mask=[1]),
-    ],
-    "placeholder that is not read": [
-        asked("Picture 1: <img>0.jpg</img>"), asked("<image_1> What?"), asked("<|image|>"), asked("<|image_2|>"), asked("<Image>"),
-        asked("![leaf](0.jpg)"), asked("<image/>"), asked("<img src='a.png'> q"), asked("q", "at <bbox>"),
-        asked("Where is <ref-object>?"), asked("<ImageHere>"),
-    ],
-    "image and images differ": [
-        one(image="0.jpg", images=["1.jpg"]),
-        {"images": ["0.jpg"], "messages": [{"role": "user", "content": [{"type": "image", "image": "1.jpg"}]}, A]},
-    ],
-    "empty image": [{"images": ["0.jpg", ""], **asked("<image><image>")}],
-    "malformed conversation": [
-        {"conversations": json.dumps([Q, A])}, {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
-    ],
-    "unknown role": [{"conversations": [{"from": None, "value": None}]}],
-    "missing key": [{"id": "1", "image": "0.jpg", "caption": "c"}, {"images": ["0.jpg"], "texts": [{"user": "q"}]}],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("reason", "number"), [(reason, n) for reason, rows in CHANGED.items() for n in range(len(rows))]
-)
-def test_what_would_change_the_meaning_is_rejected_by_name(reason, number):
-    with pytest.raises(Rejected) as rejected:
-        parse_record(CHANGED[reason][number])
-    assert rejected.value.reason == reason and len(str(rejected.value)) < 400
-
-
-def test_a_missing_conversation_names_the_keys_that_there_are():
-    with pytest.raises(Rejected, match="found: id, image, caption"):
-        parse_record(CHANGED["missing key"][0])
-
-
-KEPT = [
-    one(image=None), one(image=""), one(image={}), one(image={"bytes": None, "path": None}), one(images=[]), one(image=b""),
-    one(image={"bytes": b"", "path": None}), one(system="", tools=[], videos=None, label="cat", weight=3),
-    one(source="coco", url="http://x", width=640, image_id=7, score=0.5, objects=[], rejected=False),
-    asked("How does <b>HTML</b> use 2 < 3?", "`<video>` plays, <box>(1,2)</box> is text", loss=True, weight=1),
-    {"conversations": [], "messages": [Q, A]},
-    {"system": "S", "messages": [{"role": "system", "content": "S"}, Q, A]},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", range(len(KEPT)))
-def test_what_says_nothing_or_is_plain_text_is_kept(number):
-    assert parse_record(KEPT[number]).images == []
-
-
-def test_a_part_of_a_content_names_its_picture():
-    parts = [
-        {"type": "image", "image": "0.jpg"},
-        {"type": "text", "text": "What?"},
-        {"type": "image_url", "image_url": {"url": "1.jpg"}},
-    ]
-    sample = parse_record({"messages": [{"role": "user", "content": parts}, A]})
-    assert sample.images == ["0.jpg", "1.jpg"] and sample.messages[0]["content"] == "<image>What?<image>"
-    assert (
-        parse_record({"images": ["0.jpg", "1.jpg"], "messages": [{"role": "user", "content": parts}, A]}).images
-        == sample.images
-    )
-
-
-def test_keys_that_are_not_read_are_counted_and_said(tmp_path, capsys):
-    unread = Counter()
-    parse_record(
-        one(boxes=[[1, 2]], image="0.jpg", image_path="x/0.jpg", messages=[Q | {"content": "<image>", "note": "n"}, A]),
-        unread,
-    )
-    assert unread == {"boxes": 1, "image_path": 1, "note of a turn": 1}
-    raw = Raw(tmp_path, [record(i, boxes=[[1, 2]]) for i in range(5)])
+@pytest.fixture
+def raw(tmp_path) -> Raw:
+    raw = Raw(tmp_path, [record(i, [None, "a.png", "b.jpg"][i % 3]) for i in range(12)])
     raw.convert()
-    assert index_webdataset(raw.wds, raw.parts)["unread"] == {"boxes": 5}
+    index_webdataset(raw.wds, raw.parts)
+    return raw
+
+
+DATASET_YAML = {
+    "a call in the subflavors": "subflavors: {layout: own, x: {__module__: os, __function__: system}}",
+    "a call as a value": "subflavors: {layout: {__module__: os, __function__: system}}",
+    "a loader of its own": "sample_loader: sample_loader.py:sample_loader",
+    "a filter of its own": "part_filter: sample_loader.py:part_filter",
+    "another class, ours in a comment": "__class__: StandardWebdatasetFactory # __class__: CrudeWebdataset",
+    "a tag": "subflavors: !!python/object/apply:os.system [true]",
+    "an alias": "subflavors: &a {layout: own}\nmore: *a",
+    "a layout unknown": "subflavors: {layout: theirs}",
+}
+
+
+@pytest.mark.parametrize("case", DATASET_YAML)
+def test_a_folder_whose_dataset_yaml_says_more_than_is_known_is_never_used_as_it_is(raw, tmp_path, case):
+    path = raw.wds / ".nv-meta/dataset.yaml"
+    assert is_finished(raw.wds)
+    path.write_text(path.read_text() + DATASET_YAML[case] + "\n")
+    assert not is_finished(raw.wds)
+    with pytest.raises(DataError, match="can not be understood"):
+        read_finished(raw.wds)
+    with pytest.raises(DataError, match="can not be understood"):
+        list(read_split(raw.wds, "train"))
+    assert adopt_webdataset(raw.wds, tmp_path / "ours")["train"]["samples"] == 12
+    assert "system" not in (tmp_path / "ours/.nv-meta/dataset.yaml").read_text()
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"),
+    "blend",
     [
-        ("data:image/png;base64," + "A" * 900, "base64 image"), ("/9j/" + "4AAQ" * 500, "base64 image"),
-        ("iVBORw0KGgo" + "A" * 9000, "base64 image"), ("https://example.org/a.png", "image is an address"),
-        ("s3://bucket/a.png", "image is an address"), ("/etc/hostname", "image outside the image root"),
-        ("../a.png", "image outside the image root"),
+        [{"path": "../elsewhere", "weight": 1, "subflavors": {"source": "../elsewhere"}}],
+        [{"path": "a", "weight": {"__module__": "os", "__function__": "getcwd"}, "subflavors": {"source": "a"}}],
+        [{"path": "a", "weight": 1, "subflavors": {"source": "a"}, "aux": {"x": "/"}}],
+        [{"path": "a", "weight": 1, "subflavors": {"source": {"__module__": "os"}}}],
+        "all",
     ],
-)  # fmt: skip
-def test_an_image_that_is_no_file_below_the_root_is_said_for_what_it_is(tmp_path, path, reason):
-    with pytest.raises(Rejected) as rejected:
-        ImageRoot(tmp_path).read(path)
-    assert rejected.value.reason == reason and len(rejected.value.detail) <= 201
-
-
-def test_an_absolute_path_below_the_root_is_said_with_what_to_write(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.png").write_bytes(b"x")
-    with pytest.raises(Rejected, match=r"absolute image path: .*: write x/a\.png"):
-        ImageRoot(tmp_path).read(str(tmp_path / "x/a.png"))
-
-
-LINE = json.dumps(
-    {"conversations": [{"from": "human", "value": "问题是什么？"}, {"from": "gpt", "value": "答案"}]},
-    ensure_ascii=False,
 )
-FILES = {
-    "gzip": gzip.compress(LINE.encode()), "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
-    "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "a table with commas": b"image,question,answer\n0.jpg,q,a\n",
-    "a table with tabs": b"image\tquestion\n0.jpg\tq\n", "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
-    "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
-    "a web page": b"<!DOCTYPE html><html>",
-}  # fmt: skip
+def test_a_metadataset_that_names_other_paths_or_calls_is_refused(raw, blend):
+    config = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": {"train": {"blend": blend}}}
+    (raw.wds / "metadataset.yaml").write_text(json.dumps(config))
+    assert not is_finished(raw.wds)
+    with pytest.raises(DataError, match=r"metadataset\.yaml: .*can not be understood"):
+        list(read_split(raw.wds, "train"))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ""])
-@pytest.mark.parametrize("kind", FILES)
-def test_a_whole_file_of_another_kind_is_one_message(tmp_path, kind, suffix):
-    path = tmp_path / f"raw{suffix}"
-    path.write_bytes(FILES[kind])
-    with pytest.raises(DataError) as error:
-        format_of(path)
-    assert kind in error.value.problem and error.value.fix and len(str(error.value)) < 600
+def test_a_finished_folder_of_another_layout_is_adopted(tmp_path, raw):
+    single = {
+        f"{n}.{end}": content for n in range(3) for end, content in (("jpg", picture("JPEG")), ("json", turns(n)))
+    }
+    tar_of(tmp_path / "theirs/a.tar", single)
+    adopt_webdataset(tmp_path / "theirs", tmp_path / "theirs")
+    (tmp_path / "theirs/.nv-meta/dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+    assert not is_finished(tmp_path / "theirs")  # `energon prepare` writes it so
+    assert adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")["train"]["samples"] == 3
 
 
 @pytest.mark.parametrize(
-    ("data", "known"),
+    "patterns",
     [
-        (json.dumps([json.loads(LINE)]).encode(), "json"), (json.dumps([json.loads(LINE)], indent=1).encode(), "json"),
-        (LINE.encode() + b"\n", "jsonl"), (b"\n\n" + LINE.encode(), "jsonl"), (b'{"id": 1}\n\xff\xfe broken\n' + LINE.encode(), "jsonl"),
-        (b"[1]\n", "jsonl"), (b"", "jsonl"), (b"not json, at all? {\n" + LINE.encode(), "jsonl"),
+        "{" * 40 + "a" + "}" * 40,
+        "{a,b}" * 30,
+        "{0..999999999}",
+        "{00000..99999}{00000..99999}",
+        "/etc/x.tar",
+        "a/../../b.tar",
     ],
-)  # fmt: skip
-def test_records_are_read_whatever_the_name_and_with_bad_neighbours(tmp_path, data, known):
-    path = tmp_path / "raw.jsonl"
+)
+def test_patterns_beyond_the_limits_and_names_that_lead_out_are_refused(patterns):
+    with pytest.raises(ValueError, match=r"expanded|stands for|leads out"):
+        expand([patterns])
+
+
+def test_a_split_of_aliases_or_of_nothing_is_one_message(raw):
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]\n" for p, n in zip("abcdef", "bcdefg", strict=True)
+    )
+    for text in (bomb, "split_parts: {train: 3}", "split_parts: {train: [[a]]}", "[" * 5000, "", "split_parts: [a]"):
+        (raw.wds / ".nv-meta/split.yaml").write_text(text)
+        with pytest.raises(DataError, match=r"split\.yaml"):
+            read_meta(raw.wds)
+
+
+def test_names_are_never_patterns(tmp_path):
+    names = ["a{1,2}.tar", "b [x].tar", "猫 'q\".tar", "sub dir/c{01..03},d.tar", "e\\{f,g}.tar"]
+    for number, name in enumerate(names):
+        tar_of(tmp_path / "theirs" / name, {f"k{number}.jpg": picture("JPEG"), f"k{number}.json": turns(number)})
+    dataset = adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")
+    assert dataset["train"] == {"samples": 5, "shards": 5}
+    assert sorted(read_meta(tmp_path / "ours").splits["train"]) == sorted(names)
+    assert len(list(read_split(tmp_path / "ours", "train"))) == 5
+    assert inspect_webdataset(tmp_path / "ours", dataset=dataset)[0]["ok"]
+    assert all(expand([literal(name)]) == [name] for name in names)
+
+
+def test_odd_members_are_a_note_and_bad_images_are_left_out_when_adopting(tmp_path):
+    members = {f"{n}.{end}": c for n in range(4) for end, c in (("jpg", picture("JPEG")), ("json", turns(n)))}
+    tar_of(tmp_path / "theirs/a.tar", {"README": b"hello", "__MACOSX/x": b"x"} | members | {"2.jpg": b"no image"})
+    with pytest.raises(DataError, match="1 × not an image"):
+        adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")
+    dataset = adopt_webdataset(tmp_path / "theirs", tmp_path / "ours", max_reject_fraction=0.25)
+    assert (dataset["train"]["samples"], dataset["rejected"]) == (3, 1)
+    report, _ = inspect_webdataset(tmp_path / "ours", dataset=dataset)
+    assert report["ok"], report["problems"]
+    assert any("README" in note for note in report["notes"])
+
+
+def test_heldout_samples_that_are_trained_on_are_counted(tmp_path):
+    rows = [record(i, f"{i}.png") for i in range(20)]
+    for i in range(25):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{i}.png").write_bytes(picture(size=(28 + i, 30)))
+    train = Raw(tmp_path, rows)
+    train.convert()
+    heldout = Raw(tmp_path, [*rows[:6], record(90, "7.png"), record(91, "24.png")], "heldout.jsonl")
+    heldout.convert("heldout")
+    dataset = index_webdataset(train.wds, train.parts)
+    assert dataset["heldout_trained_on"] == {"records": 6, "images": 7, "of": 8}
+    report, _ = inspect_webdataset(train.wds, train.parts, dataset)
+    assert any("6 of 8 held-out samples are trained on" in note for note in report["notes"])
+
+
+def test_one_file_as_training_and_heldout_data_is_told_before_any_job(tmp_path):
+    (tmp_path / "raw.jsonl").write_text("{}\n")
+    file = str(tmp_path / "raw.jsonl")
+    paths = object.__new__(Paths)
+    paths.demo, paths.settings = None, SimpleNamespace(raw_data=file, heldout_data=file, sources=[], image_root=None)
+    with pytest.raises(DataError, match="training data and held-out data at once"):
+        _ = paths.sources
+
+
+def test_a_sample_changed_at_rest_is_named_with_tar_key_and_id(raw):
+    tar = raw.wds / "subtaskdata-00001.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data.replace(b"Answer", b"Anwser", 1))
+    with pytest.raises(DataError) as told:
+        list(read_split(raw.wds, "train"))
+    assert all(word in str(told.value) for word in ("subtaskdata-00001.tar", "00001_", "'r", f"delete {tar}"))
+    with sqlite3.connect(raw.wds / ".nv-meta/index.sqlite") as database:
+        database.execute("DROP TABLE sample_hashes")  # an index of an earlier version
+    assert len(list(read_split(raw.wds, "train"))) == 12
+
+
+def damage(path: Path, draw: random.Random) -> None:
+    """A bit, a byte or a stretch turned, the end cut off, or nothing left; sometimes the date is kept."""
+    status, data = os.stat(path), bytearray(path.read_bytes())
+    at = draw.randrange(len(data))
+    match draw.randrange(5):
+        case 0:
+            data[at] ^= 1 << draw.randrange(8)
+        case 1:
+            data[at : at + 64] = bytes(len(data[at : at + 64]))
+        case 2:
+            data[at : at + 40] = draw.randbytes(len(data[at : at + 40]))
+        case 3:
+            del data[at:]
+        case 4:
+            data.clear()
     path.write_bytes(data)
-    assert format_of(path) == known
+    if draw.randrange(2):
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-@pytest.mark.parametrize(("rejected", "read"), [(1, 3), (1, 10), (99_996, 100_000), (9_999_999, 10_000_000), (2, 7)])
-def test_the_share_that_a_message_advises_is_accepted(rejected, read):
-    advised = too_many_rejects(rejected, read, 0, [], "there").fix.split("max_reject_fraction: ")[1].split()[0]
-    assert float(advised) < 1 and rejected <= float(advised) * read
+def test_damage_at_rest_of_every_kind_of_file_is_told_or_harmless(raw, tmp_path):
+    dataset = tmp_path / "dataset.json"
+    heldout = Raw(tmp_path, [record(100 + i) for i in range(4)], "heldout.jsonl")
+    heldout.convert("heldout")
+    write_json(dataset, index_webdataset(raw.wds, raw.parts), sealed=True)
+    note_dataset(raw.wds, dataset)
+    kept = tmp_path / "kept"
+    shutil.copytree(raw.wds, kept / "wds")
+    shutil.copytree(raw.parts, kept / "wds.parts")
 
+    def everything() -> tuple:
+        damages = find_damages(raw.wds, dataset, full=True)
+        if damages:
+            raise DataError(f"{damages[0].file}: {damages[0].what}", damages[0].fix)
+        made = index_webdataset(raw.wds, raw.parts)
+        samples = [[sample for sample in read_split(raw.wds, split)] for split in ("train", "val")]
+        return read_json(dataset), made, samples
 
-def test_to_leave_out_everything_is_never_advised():
-    message = too_many_rejects(8, 8, 0, [], "there")
-    assert "max_reject_fraction:" not in message.fix and "LLaVA (conversations of" in message.fix
-
-
-def test_rejects_are_listed_with_their_true_lines(tmp_path):
-    lines = [record(i, None) for i in range(40)]
-    lines[17], lines[38] = b"{\n", record(38, "missing.png")
-    raw = Raw(tmp_path, lines)
-    raw.convert()
-    with pytest.raises(DataError, match=r"line 18: invalid JSON(.|\n)*line 39, id r38: missing image"):
-        index_webdataset(raw.wds, raw.parts)
-    rejects = [json.loads(line) for line in (raw.parts / "rejects.jsonl").read_text().splitlines()]
-    assert [(reject["line"], reject["id"]) for reject in rejects] == [(18, None), (39, "r38")]
+    whole, draw = everything(), random.Random(1)
+    kinds = (
+        "wds/sub*.tar",
+        "wds/held*.tar",
+        "wds/*.idx",
+        "wds/.nv-meta/*",
+        "wds.parts/*.stats.json",
+        "wds.parts/*.samples.jsonl",
+    )
+    files = [path for kind in kinds for path in sorted(tmp_path.glob(kind))] + [dataset, notes_of(dataset)]
+    for _ in range(5):
+        for path in files:
+            name, before = path.relative_to(tmp_path), path.read_bytes()
+            status = os.stat(path)
+            damage(path, draw)
+            try:
+                assert everything() == whole, name
+            except SftError as error:
+                assert path.name.split(".")[0] in str(error) or ".nv-meta" in str(error), (name, str(error))
+            shutil.rmtree(raw.wds)
+            shutil.rmtree(raw.parts)
+            shutil.copytree(kept / "wds", raw.wds)
+            shutil.copytree(kept / "wds.parts", raw.parts)
+            if path.parent == tmp_path:
+                path.write_bytes(before)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns)) if path.exists() else None

@@ -23,7 +23,9 @@ from llava_sft.config import (
     warnings,
 )
 from llava_sft.data import lengths
+from llava_sft.data.index import told_leak
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
+from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
@@ -65,6 +67,7 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     dataset = read_json(paths.dataset)
+    require_whole(paths.webdatasets, paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
     start = open_start(settings.load, paths.converted, settings.tokenizer)
     sizes, prepared = sizes_of(paths, dataset, start.sidecars, keep=not args.gpu)
@@ -100,6 +103,7 @@ def main() -> None:
         "batch": {"mean": mean, "largest": largest},
         "data": {
             "path": str(paths.training_data),
+            "dataset_file": str(paths.dataset),
             "fingerprint": dataset["fingerprint"],
             "sizes": str(paths.sizes),
             "sizes_depend": depends_on(
@@ -119,6 +123,7 @@ def main() -> None:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {sizes.left_out[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
+    notes += filter(None, [told_leak(dataset)])
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
         write_json(paths.resolved, resolved)

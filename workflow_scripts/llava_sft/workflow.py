@@ -26,6 +26,7 @@ from typing import Any
 
 from llava_sft.checkpoint.start import MARKER, read_hf_config
 from llava_sft.config import CONFIG_DIR, NAME_RULE, experiments, load_settings
+from llava_sft.data.verify import out_of_date
 from llava_sft.errors import SettingsError, SftError, exits_cleanly, shown
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
@@ -53,6 +54,8 @@ class Workflow:
         self.overrides, self.cluster = dict(overrides), cluster or {}
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
             self.overrides["run_tag"] = tags[-1]  # as typed: Snakemake makes a number of 0103
+        self.force: Callable[[list[str]], None] | None = None  # set by the main process
+        self._checked: set[Path] = set()
         self.experiments, self.misnamed = experiments(), experiments(misnamed=True)
         for word in words if "--allowed-rules" not in words else ():  # a job of Slurm names rules, not targets
             step, _, experiment = word.partition("_")
@@ -263,11 +266,19 @@ class Workflow:
     def shard_files(self, wildcards) -> list[Path]:
         """What the index is made from: the shards of the plan, or what a finished folder brings."""
         paths = self.of(wildcards)
+        self._redo_out_of_date(paths)
         if paths.adopted:
             return sorted(paths.adopted.rglob("*.tar"))
         if paths.settings.webdatasets:
             return [paths.webdatasets / ".nv-meta" / "split.yaml"]
         return [paths.webdatasets / f"{name}.tar" for name in paths.shards]
+
+    def _redo_out_of_date(self, paths: Paths) -> None:
+        """Let Snakemake run the jobs whose outputs are there and not what they should be, as `--forcerun` would."""
+        if self.force and paths.dataset not in self._checked:
+            self._checked.add(paths.dataset)
+            tars, index = out_of_date(paths)
+            self.force([str(path) for path in [*tars, *([paths.dataset] if index else [])]])
 
     @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:

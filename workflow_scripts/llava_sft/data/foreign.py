@@ -1,143 +1,119 @@
-"""Keys and tokens of other projects' records: those that would change what a sample means are rejected by name.
+"""The YAML files of `.nv-meta`, taken from anybody: parsed within limits, and exactly what is known accepted.
 
-Notable: a key that is not read is counted (`unread`), and said when the data is indexed. Names are compared without case,
-`-` and `_`. No record is guessed at: what is in doubt is a reject whose reason says what to write.
+Notable: energon builds whatever class or function such a file names, so none that says more than this is ever used as
+it is. No tags, anchors or aliases; no names that lead out of the folder; patterns of one level of braces.
 """
 
+import itertools
 import re
-from collections import Counter
-from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_sft.data.rejected import Rejected
+import yaml
+from braceexpand import braceexpand
 
-KNOWN_KEYS = {"id", "image", "images", "conversations", "messages"}
-TURN_KEYS = {"from", "value", "role", "content"}
+from llava_sft.data.layouts import LAYOUTS
+from llava_sft.errors import shown
 
-# Without case, `-` and `_`. A stem with another spelling is found by its pattern.
-IMAGE_KEYS = re.compile(
-    r"(image|img|picture|photo|media|screenshot)s?(path|file|name|url|uri|list|byte|data|base64|b64)?s?"
-)
-MEDIA_KEYS = {
-    "video": re.compile(r"videos?(path|file|name|url|uri|list|id)?s?"),
-    "audio": re.compile(r"(audio|speech|wav|sound)s?(path|file|name|url|uri|list|id)?s?"),
-}
-PREFERENCE_KEYS = re.compile(
-    r"(rejected|chosen)(response|messages|conversations?|images?|answer)?s?|(dis)?preferred(output|response)|ktotag|ischosen"
-)
-SYSTEM_KEYS = {"system", "systemprompt", "systemmessage"}
-TOOL_KEYS = {"tools", "toolcalls", "toolcall", "functions", "functioncall"}
-WEIGHT_KEYS = {
-    "loss",
-    "lossscale",
-    "lossweight",
-    "lossmask",
-    "weight",
-    "train",
-    "trainable",
-    "trainonturn",
-    "mask",
-    "ignore",
-}
-
-# Placeholders that other projects replace by a picture, or by what they know of it.
-IMAGE_TOKENS = re.compile(
-    r"<\|?(?:image|img)[ _-]?\d+\|?>|<\|image\|>|<image ?/>|<(?:Image|IMAGE|ImageHere|image_placeholder|img_placeholder)>"
-    r"|<img>[^<]{1,500}</img>|<img\s+src=[^>]{1,500}>|!\[[^\]]{0,200}\]\([^)\s]{1,500}\.(?:jpe?g|png|webp|gif|bmp|tiff?)\)",
-)
-MEDIA_TOKENS = re.compile(r"<\|?(video|audio|speech)(?:[ _-]?\d+)?\|?>")
-OBJECT_TOKENS = re.compile(r"<(?:ref-object|bbox|quad|polygon|point-object)>")
+MOST_BYTES = 64 << 20  # of a YAML file: a million shards
+MOST_NAMES = 1_000_000  # that a pattern stands for
+MOST_GROUPS = 4  # {…} in a pattern
+CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+BLEND = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def plain(key: str) -> str:
-    return key.lower().replace("_", "").replace("-", "").replace(" ", "")
+def load_yaml(path: Path) -> Any:
+    """Plain values from a YAML file. Errors: ValueError, OSError."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"has {size:,} bytes, at most {MOST_BYTES:,} are read")
+    data = path.read_bytes()
+    try:
+        if any(mark in data for mark in b"&*!"):
+            for event in yaml.parse(data, LOADER):
+                odd = next((what for what in ("anchor", "tag") if getattr(event, what, None)), None)
+                if odd and not (odd == "tag" and event.tag == "!"):
+                    raise ValueError(f"line {event.start_mark.line + 1}: {odd}s are not accepted")
+        return yaml.load(data, LOADER)
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+        raise ValueError(f"is no YAML: {' '.join(str(error).split())[:200]}") from None
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a value says nothing, in any of the spellings of an empty cell."""
-    if isinstance(value, dict):
-        return all(is_empty(inner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_empty(inner) for inner in value)
-    return value is None or value in ("", b"") or value is False or value != value
+def check_dataset(config: Any) -> str | None:
+    """The layout that a dataset.yaml names, None where it names none. Errors: ValueError for anything that is not known."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{shown(config)} is no mapping")
+    subflavors = config.get("subflavors") or {}
+    _exactly({key: value for key, value in config.items() if key != "subflavors"}, CRUDE)
+    if not isinstance(subflavors, dict) or subflavors.keys() - {"layout"}:
+        raise ValueError(f"subflavors {shown(subflavors)}: only `layout` is known")
+    layout = subflavors.get("layout")
+    if layout is not None and not (isinstance(layout, str) and layout in LAYOUTS):
+        raise ValueError(f"layout {shown(layout)}: one of {', '.join(LAYOUTS)}")
+    return layout
 
 
-def check_keys(record: dict[str, Any], has_images: bool, system: str | None, unread: Counter[str]) -> None:
-    """Raise `Rejected` for a key that changes what the record means; count those that are not read.
-
-    `system`: the text of its system turn.
-    """
-    for key, value in record.items():
-        name = plain(key)
-        if key in KNOWN_KEYS:
-            continue
-        if name == "label" and isinstance(value, bool):
-            raise Rejected("preference data is not supported", f"{key}: {value}")
-        if is_empty(value):
-            continue
-        for kind, pattern in MEDIA_KEYS.items():
-            if pattern.fullmatch(name):
-                raise Rejected(f"{kind} is not supported", key)
-        if PREFERENCE_KEYS.fullmatch(name):
-            raise Rejected("preference data is not supported", f"{key}: only the answer to learn may be in the record")
-        if name in SYSTEM_KEYS and value != system:
-            raise Rejected("system prompt outside the turns", f"{key}: make it the first turn, of system")
-        if name in TOOL_KEYS:
-            raise Rejected("tools are not supported", key)
-        if IMAGE_KEYS.fullmatch(name) and not has_images and not isinstance(value, int | float):
-            raise Rejected("image under another key", f"{key}: name it image")
-        if not isinstance(value, str | int | float) or IMAGE_KEYS.fullmatch(name):
-            unread[
-                key if isinstance(value, str | int | float | list | dict) else f"{key} ({type(value).__name__})"
-            ] += 1
+def check_blend(config: Any) -> dict[str, dict[str, float]]:
+    """The draws from each source by split, of a metadataset.yaml. Errors: ValueError for anything that is not known."""
+    if not isinstance(config, dict) or not isinstance(config.get("splits"), dict):
+        raise ValueError("has no mapping `splits`")
+    _exactly({key: value for key, value in config.items() if key != "splits"}, BLEND)
+    found: dict[str, dict[str, float]] = {}
+    for split, entry in config["splits"].items():
+        if split not in ("train", "val", "test") or not isinstance(entry, dict) or entry.keys() != {"blend"}:
+            raise ValueError(f"split {shown(split)}: only a blend of train, val or test is known")
+        if not isinstance(entry["blend"], list):
+            raise ValueError(f"the blend of {split} is no list")
+        found[split] = {}
+        for part in entry["blend"]:
+            name, weight = (part.get("path"), part.get("weight")) if isinstance(part, dict) else (None, None)
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
+                raise ValueError(f"path {shown(name)}: the name of a folder beside the file is due")
+            if type(weight) not in (int, float) or not 0 < weight < 1e18:
+                raise ValueError(f"{name}: weight {shown(weight)} is no number above 0")
+            _exactly(part, {"path": name, "weight": weight, "subflavors": {"source": name}})
+            found[split][name] = weight
+    return found
 
 
-def check_turn(turn: dict[str, Any], number: int, unread: Counter[str]) -> None:
-    """The same for the keys of a turn; `number` counts from 1."""
-    for key, value in turn.items():
-        name = plain(key)
-        if key in TURN_KEYS:
-            continue
-        if name in WEIGHT_KEYS:
-            if value is not None and value is not True and value != 1:
-                raise Rejected("weight of a turn is not supported", f"{key}: {str(value)[:40]} in turn {number}")
-        elif not is_empty(value):
-            if IMAGE_KEYS.fullmatch(name):
-                raise Rejected("image under another key", f"{key} in turn {number}: name it image, in the record")
-            if any(pattern.fullmatch(name) for pattern in MEDIA_KEYS.values()):
-                raise Rejected(
-                    f"{'video' if name.startswith('video') else 'audio'} is not supported", f"{key} in turn {number}"
-                )
-            if name in TOOL_KEYS or PREFERENCE_KEYS.fullmatch(name):
-                raise Rejected(
-                    "tools are not supported" if name in TOOL_KEYS else "preference data is not supported", key
-                )
-            unread[f"{key} of a turn"] += 1
+def _exactly(config: dict, known: dict) -> None:
+    for key in [*config, *known]:
+        if key not in known or config.get(key) != known[key]:
+            raise ValueError(f"{shown(key)}: {shown(config.get(key))} is not accepted: {shown(known.get(key))} is due")
 
 
-def check_text(role: str, content: str, number: int) -> None:
-    """Raise `Rejected` for a placeholder of another project in the text of turn `number`."""
-    if "<" not in content and "![" not in content:
-        return
-    if found := OBJECT_TOKENS.search(content):
-        raise Rejected("placeholder that is not read", f"{found[0]} in turn {number}: write the object itself")
-    if role != "user":
-        return
-    if found := IMAGE_TOKENS.search(content):
-        raise Rejected("placeholder that is not read", f"{found[0][:80]} in turn {number}: write <image>")
-    if found := MEDIA_TOKENS.search(content):
-        raise Rejected(
-            f"{'video' if found[1] == 'video' else 'audio'} is not supported", f"{found[0]} in turn {number}"
-        )
+def expand(patterns: Any) -> list[str]:
+    """The names that a list of patterns stands for. Errors: ValueError beyond the limits."""
+    if patterns is None:
+        return []
+    if not isinstance(patterns, list):
+        raise ValueError(f"{shown(patterns)} is no list of names")
+    return [name for pattern in patterns for name in _expanded(pattern)]
 
 
-def part_images(parts: list[Any]) -> Iterator[Any]:
-    """The image that each image part of an OpenAI content names; None where it names none."""
-    for part in parts:
-        if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-            given = [value for key, value in part.items() if key != "type" and IMAGE_KEYS.fullmatch(plain(key))]
-            given += [part[key] for key in ("path", "url", "source", "bytes", "data") if key in part]
-            named = next((value for value in given if not is_empty(value)), None)
-            if isinstance(named, dict) and "url" in named:
-                named = named["url"]
-            yield named
+def _expanded(pattern: Any) -> list[str]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{shown(pattern)} is no name")
+    names = [pattern]
+    if "{" in pattern:
+        bare = re.sub(r"\\.", "", pattern)
+        numbers = re.findall(r"(-?\d+)\.\.(-?\d+)", bare)
+        if (
+            len(pattern) > 4096
+            or re.search(r"\{[^}]*\{", bare)
+            or bare.count("{") > MOST_GROUPS
+            or any(len(a) > 10 or len(b) > 10 or abs(int(b) - int(a)) >= MOST_NAMES for a, b in numbers)
+        ):
+            raise ValueError(f"{shown(pattern)}: at most {MOST_GROUPS} {{…}}, none within another, are expanded")
+        names = list(itertools.islice(braceexpand(pattern), MOST_NAMES + 1))
+        if len(names) > MOST_NAMES:
+            raise ValueError(f"{shown(pattern)} stands for more than {MOST_NAMES:,} names")
+    for name in names:
+        if name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
+            raise ValueError(f"{shown(name)} leads out of the folder")
+    return names
+
+
+def literal(name: str) -> str:
+    """A name as a pattern that stands for it alone."""
+    return re.sub(r"([{},\\])", r"\\\1", name) if "{" in name else name

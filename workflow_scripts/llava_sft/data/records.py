@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.foreign import KNOWN_KEYS, check_keys, check_text, check_turn, is_empty, part_images
+from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, is_empty, part_images
 from llava_sft.data.rejected import Rejected
 
 IMAGE = "<image>"

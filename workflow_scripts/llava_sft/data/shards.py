@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import orjson
 import xxhash
 
+from llava_sft.checksums import note
 from llava_sft.data.formats import FORMATS, format_of
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageRoot, check_image, decode_image
 from llava_sft.data.plan import TRAIN_PREFIX, Range, raw_size, shard_name
@@ -181,6 +182,7 @@ def convert_range(
             "format": raw_format,
             "size": after.st_size,
             "mtime_ns": after.st_mtime_ns,
+            "ctime_ns": after.st_ctime_ns,
             "start": part.start,
             "end": part.end,
             "hash": raw_hash.hexdigest(),
@@ -194,10 +196,11 @@ def convert_range(
         "kinds": dict(kinds),
         "unread": dict(unread.most_common(MOST_UNREAD)),
         "tar": {"hash": tar_hash, "bytes": os.path.getsize(wds_dir / f"{name}.tar")},
+        "samples": note(parts_dir, [parts_dir / f"{name}.samples.jsonl"]),
     }
     if read != stats["written"] + stats["rejected"]:
         raise AssertionError(f"records were lost: {stats}")
-    write_json(stats_path, stats)
+    write_json(stats_path, stats, sealed=True)
     progress(part.end - part.start, read)
     return stats
 
@@ -216,6 +219,7 @@ def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], in
         "offset": offset,
         "size": tar.offset - offset,
         "hash": tar.end_sample(),
+        "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
         "parts": parts,
         "images": [
             {"hash": xxhash.xxh3_128_hexdigest(blob), "width": info.width, "height": info.height}
