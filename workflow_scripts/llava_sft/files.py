@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_sft.errors import SHOWN, DamagedFileError
+from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError
 
 
 @contextlib.contextmanager
@@ -76,6 +76,19 @@ def read_json(path: Path | str, *default: Any) -> Any:
             f"{path}: damaged: not JSON, or cut off: {str(error)[:SHOWN]}",
             "restore it from a copy, or delete it and run the same command: it makes the file again if it made it before",
         ) from None
+
+
+def read_object(path: Path, *default: Any) -> dict[str, Any]:
+    """The JSON object that a small file of a checkpoint holds; the `default` where there is none. Raises CheckpointError naming the file for anything else."""
+    try:
+        found = read_json(path, *default)
+    except DamagedFileError as error:
+        raise CheckpointError(error.problem, "copy the file again from where the folder came from") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", "a file that you may read") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: damaged: a JSON {type(found).__name__}, no object", "copy the file again")
+    return found
 
 
 def fingerprint(value: Any) -> str:
