@@ -89,7 +89,7 @@ def convert(args: argparse.Namespace) -> None:
     if made := made_before(args.target, depends):
         print(f"{args.target}: made from the same source, nothing to convert")
         if args.done:
-            write_json(args.done, made)
+            write_json(args.done, made, sealed=True)
         return
 
     from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
@@ -109,9 +109,9 @@ def convert(args: argparse.Namespace) -> None:
             gate = partial(check_parity, source, model, args.samples, args.parity)
         done = mcore2hf(source, args.target, args.sidecars, model, *limits, gate)
     done["depends"] = depends
-    write_json(marker, done)
+    write_json(marker, done, sealed=True)
     if args.done:
-        write_json(args.done, done)
+        write_json(args.done, done, sealed=True)
     facts = f"{done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
     print(f"{args.source} → {args.target}: {facts}")
 

@@ -178,7 +178,7 @@ def hf2mcore(
             "origin": origin,
             "files": files,
         }
-        write_json(folder / MARKER, marker)
+        write_json(folder / MARKER, marker, sealed=True)
     return marker
 
 
@@ -223,7 +223,7 @@ def mcore2hf(
             gate(folder)
         small = [path for path in folder.iterdir() if path.name not in weights]
         marker["files"] = weights | note(folder, small)
-        write_json(folder / MARKER, marker)
+        write_json(folder / MARKER, marker, sealed=True)
     return marker
 
 
