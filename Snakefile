@@ -14,10 +14,13 @@ sys.path.insert(0, str(SCRIPTS))
 PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
 
 from llava_sft.data.shards import FORMAT_VERSION
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers, lift_stale_lock
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers, lift_stale_lock, pass_on_signals
 
 if workflow.is_main_process:  # a job may run on another machine, where the kernel knows nothing of the main process
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
+
+# A closed terminal ends nothing: Snakemake hears of it and asks the jobs to save.
+shell.prefix("trap '' HUP; ")
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
@@ -28,6 +31,11 @@ rule targets:
         text=flow.overview(),
     shell:
         "printf '%s' {params.text:q}"
+
+
+onstart:
+    if workflow.is_main_process:
+        pass_on_signals()
 
 
 include: "rules/data.smk"

@@ -6,6 +6,7 @@ Notable:
 - a job finds its settings by its wildcards alone: on a cluster it starts without the targets that were asked for;
 - wildcards match only what the settings name, so that no file of a user's can become the output of a rule;
 - a lock that a killed run left behind is recognised by the kernel's own lock, which dies with its process;
+- a signal to Snakemake alone reaches the jobs it runs here;
 - Slurm jobs that a killed run left behind are waited for: their results are used, and none is submitted twice.
 """
 
@@ -16,6 +17,8 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +26,8 @@ from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from llava_sft.checkpoint.start import MARKER, read_hf_config
 from llava_sft.config import CONFIG_DIR, NAME_RULE, experiments, load_settings
@@ -351,12 +356,12 @@ def lift_stale_lock(wait: bool = True) -> None:
     global _held
     directory = Path(".snakemake")
     directory.mkdir(exist_ok=True)
-    _held = open(directory / "alive", "a")  # noqa: SIM115
+    _held = open(directory / "alive", "a+")  # noqa: SIM115
     try:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fcntl.flock(_held, fcntl.LOCK_SH)
-        return
+        return  # whoever lives noted itself, and the logger plugin shows that note to a second run
     except OSError:
         return  # a file system without locks: Snakemake's own message says what to do
     if wait:
@@ -366,7 +371,50 @@ def lift_stale_lock(wait: bool = True) -> None:
         path.unlink(missing_ok=True)
     if stale:
         print("The last run was killed and left its lock: lifted, going on where it was.", file=sys.stderr)
+    if wait:
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
+        _held.truncate(0)
+        _held.write(json.dumps(note | {"command": shlex.join(["snakemake", *sys.argv[1:]])}))
+        _held.flush()
     fcntl.flock(_held, fcntl.LOCK_SH)
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+def pass_on_signals() -> None:
+    """Let SIGTERM, SIGINT and SIGHUP to this process alone reach the jobs that run here, so that a training saves and ends.
+
+    Called once Snakemake has set its own handlers, which then end the workflow. Ctrl-C reaches the whole terminal, which
+    has asked the jobs already: asked once more, they do the same.
+    """
+
+    def pass_on(number, frame):
+        for process in running_scripts():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGTERM)
+        then = previous[number] if callable(previous[number]) else previous[signal.SIGTERM]
+        if callable(then):
+            then(number, frame)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, pass_on)
+
+
+def running_scripts() -> list[psutil.Process]:
+    """The scripts of the jobs that run here, below the shells that started them; not what they started themselves."""
+    found, shells = [], [psutil.Process()]
+    while shells:
+        with contextlib.suppress(psutil.Error):
+            for child in shells.pop().children():
+                name = child.name()
+                if name in ("sh", "bash"):
+                    shells.append(child)
+                elif name != "tee":
+                    found.append(child)
+    return found
 
 
 def jobs_left() -> list[str]:
