@@ -20,7 +20,7 @@ if workflow.is_main_process:  # a job may run on another machine, where the kern
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
 
 # A closed terminal ends nothing: Snakemake hears of it and asks the jobs to save.
-shell.prefix("trap '' HUP; ")
+shell.prefix("set -euo pipefail; trap '' HUP; ")
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 

@@ -25,9 +25,10 @@ NOISE = re.compile(
     r"Building DAG|Assuming unrestricted|Using shell|Provided |Using (workflow specific )?profile|Select jobs|Execute \d+ jobs"
     r"|Complete log|host: |Job counts|Rules claiming|singularity|Finished job|Conda env|Shutting down|Exiting because"
     r"|At least one job did not|Removing output files of failed|Terminating processes|Workflow finished|WorkflowError"
-    r"|Elapsed time|\[|Trying to restart"
+    r"|Elapsed time|Waiting at most|Will exit after|\[|Trying to restart"
 )
 SHOWN_LINES, SHOWN_BYTES = 25, 1 << 16
+SAVED = "same command goes on"  # of train.py's last line
 GO_ON = "mend it and give the same command again: what is done stays done"
 
 
@@ -148,13 +149,14 @@ class LogHandler(LogHandlerBase):
             return ["", *ours[-1:]] if ours else []
         lines: list[str] = []
         for job, log, text in told[:3]:
-            saved = "same command goes on" in text
-            lines += ["", f"{self.names.get(job, 'a job')} {'stopped' if saved else 'failed'}:"]
+            saved = next((line for line in text.splitlines() if SAVED in line), "")
+            text = saved or text
+            lines += ["", f"{self.names.get(job, 'a job')} {'was stopped and has saved' if saved else 'failed'}:"]
             lines += [text or f"error: it says nothing{disk_full(log)}"]
             lines += [f"  log: {log}"] if log else []
         if len(told) > 3:
             lines.append(f"… and {len(told) - 3} more")
-        if "same command goes on" not in lines[-1] + (told[-1][2] or ""):
+        if SAVED not in told[-1][2]:
             lines.append(f"  then: {GO_ON}")
         return lines
 
