@@ -16,13 +16,13 @@ PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executabl
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.workflow import STEPS, Workflow, cluster_numbers, lift_stale_lock, pass_on_signals
 
+flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
+
 if workflow.is_main_process:  # a job may run on another machine, where the kernel knows nothing of the main process
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
 
 # A closed terminal ends nothing: Snakemake hears of it and asks the jobs to save.
 shell.prefix("set -euo pipefail; trap '' HUP; ")
-
-flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
 
 rule targets:

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.config import CONFIG_DIR, auto_num_workers, pack_epoch, resolve, warnings
+from llava_sft.config import CONFIG_DIR, auto_num_workers, gpu_count, pack_epoch, resolve, warnings
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, measure
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json
@@ -96,6 +96,11 @@ def main() -> None:
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained)
+    if not (args.gpu or cluster) and values["gpus_per_node"] > (here := gpu_count()):
+        notes.append(
+            f"gpus_per_node {values['gpus_per_node']}, and this machine has {here}: train stops here, and runs with "
+            f"--profile slurm or on such a machine"
+        )
     if sizes.left_out:
         notes.append(
             f"{len(sizes.left_out):,} training samples are left out: their first answer ends beyond seq_length "

@@ -311,7 +311,9 @@ def load_settings(
     values.update(of_cluster)
     origin.update(dict.fromkeys(of_cluster, "the profile"))
     if "experiment" in values:
-        raise SettingsError(f"{origin['experiment']}: experiment is no setting", "the name of the file is the name")
+        raise SettingsError(
+            f"{origin['experiment']}: experiment is no setting", "remove it: the name of the file is the name"
+        )
     values["experiment"] = experiment
     for key in ("raw_data", "heldout_data", "image_root", "webdatasets", "load", "tokenizer"):
         if isinstance(values.get(key), str):

@@ -55,6 +55,12 @@ class Workflow:
 
     @exits_cleanly
     def __init__(self, overrides: dict[str, Any], words: list[str], cluster: dict[str, int] | None = None):
+        if not (CONFIG_DIR / "config.yaml").is_file():
+            root = Path(__file__).resolve().parents[2]
+            raise SettingsError(
+                f"{shown(os.getcwd())}: no config/config.yaml here",
+                f"cd {shlex.quote(str(root))}, and give the command there; exp_dir may lie anywhere",
+            )
         self.overrides, self.cluster = dict(overrides), cluster or {}
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
             self.overrides["run_tag"] = tags[-1]  # as typed: Snakemake makes a number of 0103
@@ -299,7 +305,10 @@ class Workflow:
                     named += [paths] if paths.converted.name == name else []
         for paths in sorted(named, key=lambda paths: not _fits_model(paths)):
             return paths
-        raise SettingsError(f"{wildcards.checkpoint}: no experiment loads this checkpoint", "see `load`")
+        raise SettingsError(
+            f"{wildcards.checkpoint}: no experiment loads this checkpoint",
+            "ask for STEP_EXPERIMENT targets; `load` in config/experiments/ names checkpoints",
+        )
 
     @exits_cleanly
     def checkpoint_folders(self, wildcards) -> list[str]:

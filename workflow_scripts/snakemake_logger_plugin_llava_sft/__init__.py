@@ -41,8 +41,7 @@ class LogHandler(LogHandlerBase):
     def __post_init__(self) -> None:
         settings = self.common_settings
         self.plain = settings.verbose or settings.dryrun or settings.debug_dag
-        self.stream = sys.stdout if settings.stdout else sys.stderr
-        self.default = ColorizingTextHandler(settings.nocolor, self.stream)
+        self.default = ColorizingTextHandler(settings.nocolor, sys.stdout if settings.stdout else sys.stderr)
         self.default.setFormatter(DefaultFormatter(settings.quiet, settings.show_failed_logs and self.plain))
         self.shown = DefaultFilter(
             settings.quiet, settings.debug_dag, settings.verbose, settings.dryrun, settings.printshellcmds
@@ -65,7 +64,7 @@ class LogHandler(LogHandlerBase):
                 if self.shown.filter(record):
                     self.default.emit(record)
             elif self.shown.filter(record) and (line := self._line(record)):
-                print(line, file=self.stream, flush=True)
+                print(line, file=sys.stdout if self.common_settings.stdout else sys.stderr, flush=True)
         except BrokenPipeError:
             pass  # the reader has gone: the work goes on
 
