@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup test test-slurm checks format figures lock clean experiment runs schema
+.PHONY: targets setup test test-slurm test-faults soak checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -30,6 +30,13 @@ test: checks
 # Time limits, scancel, a dead node and a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
 test-slurm: $(READY)
 	$(VENV)/bin/python -m pytest -m long tests/test_slurm.py $(ARGS)
+
+# Every fault of docs/faults.md in the real chain: about an hour; full disks as root only. `make soak`: random faults for another.
+test-faults: $(READY)
+	$(VENV)/bin/python -m pytest -m long tests/faults $(ARGS)
+
+soak: $(READY)
+	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m faults.soak $(ARGS)
 
 checks: $(READY)
 	$(VENV)/bin/ruff check .

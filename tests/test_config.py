@@ -16,12 +16,13 @@ from llava_sft.config import (
     auto_num_workers,
     auto_save_interval,
     auto_train_iters,
+    first_epoch,
     gpu_count,
     load_settings,
-    pack_epoch,
     resolve,
     warnings,
 )
+from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
 from llava_sft.paths import Paths, check_demo
 from llava_sft.workflow import Workflow
@@ -133,7 +134,9 @@ def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
 def test_packed_sequences_are_counted_not_samples(project):
     given = {"seq_length": 1000, "global_batch_size": 10, "packing_buffer_size": 100}
     settings = load_settings("mine", given)
-    values, why = resolve(settings, 20_000, epoch=pack_epoch(settings, [250] * 20_000))
+    values, why = resolve(
+        settings, 20_000, epoch=first_epoch(GlobalOrder([SourceLengths([250] * 20_000)], 1000, 100, 1), 100)
+    )
     assert values["train_iters"] == 500  # four samples a sequence
     assert "5,000 packed sequences (of 20,000 samples)" in why["train_iters"]
 

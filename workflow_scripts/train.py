@@ -66,6 +66,7 @@ def main() -> None:
     print(f"{run_dir}: " + (f"going on from step {start} of {train_iters}" if start else f"{train_iters} steps"))
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
+    check_what_is_loaded(run_dir, start, resolved["start"]["folder"])
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
     arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
     code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
@@ -91,6 +92,17 @@ def main() -> None:
         raise RunError(
             f"training ended with exit code {code} at step {reached} of {train_iters}.\n{last_lines(log)}", f"see {log}"
         )
+
+
+def check_what_is_loaded(run_dir: Path, step: int, start: str | None) -> None:
+    """Raise CheckpointError unless Megatron and energon can open what they go on from without running code in it."""
+    from llava_sft.checkpoint.pickles import check_pickles  # imports torch, which a finished run need not wait for
+
+    if step:
+        positions = sorted((run_dir / "dataloader" / f"iter_{step:07d}").rglob("*.pt"))
+        check_pickles(checkpoint_dir(run_dir, step), *positions)
+    elif start:
+        check_pickles(Path(start))
 
 
 def finish(done: Path, run_dir: Path, resolved: dict) -> None:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from llava_sft.data.packing import epoch_packs
+from llava_sft.data.order import GlobalOrder
 from llava_sft.errors import SettingsError, shown
 from llava_sft.model.config import ModelConfig
 
@@ -137,6 +137,7 @@ class Settings(BaseModel):
     eval_iters: Annotated[int, Field(ge=0)] | Auto
     log_answers: Annotated[int, Field(ge=0)]
     log_samples: bool
+    max_damaged_samples: Annotated[int, Field(ge=0)]
     max_bad_steps: Positive
     # evaluation
     evaluate_by: str
@@ -514,28 +515,32 @@ def auto_packing_buffer(lengths: list[int], seq_length: int) -> int:
 
 
 class Epoch(NamedTuple):
-    """One pass over the training samples: their packs as indices, each buffer of `buffer_size` samples packed at a time."""
+    """One pass over the training samples: the packs of each source as indices, `buffer_size` samples packed at a time; and
+    how many packs it takes, those of a source of weight 2 twice."""
 
     buffer_size: int
     packs: list[list[int]]
+    sequences: float
 
 
-def pack_epoch(settings: Settings, lengths: list[int]) -> Epoch:
-    """The packs of an epoch of samples with these `lengths` in tokens."""
-    buffer_size = settings.packing_buffer_size
-    if buffer_size == "auto":
-        buffer_size = auto_packing_buffer(lengths, settings.seq_length)
-    return Epoch(buffer_size, list(epoch_packs(lengths, settings.seq_length, buffer_size, settings.seed)))
+def packing_window(settings: Settings, lengths: list[int]) -> int:
+    """`packing_buffer_size`, worked out where it is `auto`."""
+    given = settings.packing_buffer_size
+    return auto_packing_buffer(lengths, settings.seq_length) if given == "auto" else given
+
+
+def first_epoch(order: GlobalOrder, buffer_size: int) -> Epoch:
+    return Epoch(buffer_size, *order.first_pass())
 
 
 def resolve(
-    settings: Settings, train_samples: int, heldout_samples: int = 0, epoch: Epoch | None = None, blend: float = 1.0,
+    settings: Settings, train_samples: int, heldout_samples: int = 0, epoch: Epoch | None = None,
     cores: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """All values that training uses, and for each that was `auto` the sentence that says where it came from.
 
-    `epoch`: with packing, steps are counted in its packs, not in samples. `blend`: the mean weight of a sample, where
-    sources have weights. `cores`: those of a node that trains, when that is not this machine.
+    `epoch`: steps are counted in its sequences; without, in samples. `cores`: those of a node that trains, when that is
+    not this machine.
     """
     why: dict[str, str] = {}
     values = settings.model_dump(mode="json")
@@ -568,8 +573,9 @@ def resolve(
     of_packs = f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"
     settle("packing_buffer_size", buffer_size, of_packs)
     if epoch:
-        sequences, what = len(epoch.packs), f"packed sequences (of {train_samples:,} samples)"
-    sequences = round(sequences * blend)
+        sequences = round(epoch.sequences)
+    if settings.packing and epoch:
+        what = f"packed sequences (of {train_samples:,} samples)"
     counted = f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits"
     iters = settle("train_iters", auto_train_iters(sequences, settings.epochs, gbs), counted)
     settle("min_lr", settings.lr / 10, "lr / 10")

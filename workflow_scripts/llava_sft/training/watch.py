@@ -19,6 +19,7 @@ from llava_sft.files import write_text
 from llava_sft.training.remedies import exploded, slow_loading
 
 METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
+DAMAGED_SAMPLES = "damaged_samples.jsonl"  # those that the training left out
 FAILURE = "failure.json"  # written by the training when it knows the cause
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
 # Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is counted against it.
