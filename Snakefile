@@ -14,7 +14,8 @@ sys.path.insert(0, str(SCRIPTS))
 PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
 
 from llava_sft.data.shards import FORMAT_VERSION
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers, lift_stale_lock, pass_on_signals
+from llava_sft.locks import lift_stale_lock, pass_on_signals
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 

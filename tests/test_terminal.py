@@ -14,7 +14,7 @@ import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 
 import snakemake_logger_plugin_llava_sft as terminal
-from llava_sft import workflow
+from llava_sft import locks
 from test_end_to_end import project, snakemake  # noqa: F401 (a fixture)
 
 SETTINGS = SimpleNamespace(
@@ -139,7 +139,7 @@ def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number)
     try:
         job.stderr.readline()
         signal.signal(signal.SIGTERM, lambda *_: ended.append("gracefully"))  # as Snakemake does
-        workflow.pass_on_signals()
+        locks.pass_on_signals()
         try:
             os.kill(os.getpid(), number)
         except KeyboardInterrupt:
