@@ -113,8 +113,8 @@ def test_a_checkpoint_that_can_not_be_written_ends_the_training_with_one_message
     assert "the same command goes on from step 0" in run.said() and "Traceback" not in run.said()
 
 
-def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly(base, tmp_path):
-    how = HOW | {"bf16": True, "nproc_per_node": 2}
+def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_lines(base, tmp_path):
+    how = HOW | {"bf16": True, "nproc_per_node": 2, "log_interval": 4, "eval_interval": 5}
     whole, run = Run(base, tmp_path / "whole", **how), Run(base, tmp_path / "killed", **how)
     assert whole.finish() == 0, whole.said()
     run.interrupt(5, signal.SIGKILL)

@@ -13,13 +13,14 @@ from pathlib import Path
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.config import CONFIG_DIR, auto_num_workers, load_settings, pack_epoch, resolve, warnings
+from llava_sft.config import CONFIG_DIR, auto_num_workers, gpu_count, load_settings, pack_epoch, resolve, warnings
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, measure
-from llava_sft.errors import DataError, exits_cleanly
+from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
+from llava_sft.training.run import refuse_other_run
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
@@ -101,9 +102,12 @@ def main() -> None:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {sizes.left_out[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
+    if not args.gpu:
+        check_gpus(values, bool(cluster))
+        refuse_other_run(paths.run_dir, resolved)
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
-        write_json(paths.resolved, resolved)
+        write_json(paths.resolved, resolved, sealed=True)
         known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted})
@@ -123,6 +127,21 @@ def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[
         if keep:
             write_json(paths.sizes, known, indent=None)
     return SampleSizes(*(known[name] for name in SampleSizes._fields)), known["prepared_tokens_per_s"]
+
+
+def check_gpus(values: dict, cluster: bool) -> None:
+    """Raise SettingsError for GPUs that cannot train as asked, or that this machine, which is to train, does not have."""
+    gpus = values["gpus_per_node"]
+    if gpus and not values["bf16"]:
+        raise SettingsError(
+            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
+            "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
+        )
+    if not cluster and gpus > (found := gpu_count()):
+        raise SettingsError(
+            f"gpus_per_node is {gpus}, this machine has {found}",
+            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
+        )
 
 
 def told(

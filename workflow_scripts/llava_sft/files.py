@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,25 +58,44 @@ def write_text(path: Path | str, text: str) -> None:
         file.write(text.encode())
 
 
-def write_json(path: Path | str, value: Any, indent: int | None = 1) -> None:
-    """Write `value` with sorted keys: the same value gives the same bytes. `indent` None: in one line, for long lists."""
-    write_text(path, json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n")
+def write_json(path: Path | str, value: Any, indent: int | None = 1, sealed: bool = False) -> None:
+    """Write `value` with sorted keys: the same value gives the same bytes. `indent` None: in one line, for long lists.
+
+    `sealed`: an object that only this project reads begins with a checksum of the rest, which `read_json` compares.
+    """
+    text = json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n"
+    if sealed and value:
+        text = f'{{"seal": "{_seal(text[1:].encode())}",{text[1:]}'
+    write_text(path, text)
 
 
 def read_json(path: Path | str, *default: Any) -> Any:
-    """What a JSON file holds; where there is none, the `default` if one is given.
+    """What a JSON file holds, without its seal; where there is none, the `default` if one is given.
 
-    Errors: DamagedFileError (a ValueError too) naming the file when it holds no JSON; OSError.
+    Errors: DamagedFileError (a ValueError too) naming the file when it holds no JSON, or not what its seal says; OSError.
     """
     if default and not os.path.isfile(path):
         return default[0]
     try:
-        return json.loads(Path(path).read_bytes())
+        data = Path(path).read_bytes()
+        value = json.loads(data)
+        seal = re.match(rb'\{"seal": "(\w+)",', data)
+        if (seal and _seal(data[seal.end() :]) != seal[1].decode()) or (
+            not seal and isinstance(value, dict) and "seal" in value
+        ):
+            raise ValueError("its content is not what was written")
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DamagedFileError(
-            f"{path}: damaged: not JSON, or cut off: {str(error)[:SHOWN]}",
+            f"{path}: damaged, or cut off: {str(error)[:SHOWN]}",
             "restore it from a copy, or delete it and run the same command: it makes the file again if it made it before",
         ) from None
+    if seal:
+        del value["seal"]
+    return value
+
+
+def _seal(rest: bytes) -> str:
+    return hashlib.sha256(rest).hexdigest()[:16]
 
 
 def fingerprint(value: Any) -> str:

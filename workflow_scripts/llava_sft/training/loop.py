@@ -65,6 +65,7 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     prune,
     seal,
 )
+from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
 
@@ -140,6 +141,7 @@ class Trainer:
             )
             loader.restore_state_rank(torch.load(path, weights_only=False)["dataloader_state_dict"])
             print_rank_0(f"data position restored from {path}")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Megatron listens by now (launcher.py)
         self.device = torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
         self.tensorboard = get_tensorboard_writer()
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
@@ -293,6 +295,7 @@ class Trainer:
             needed = checkpoint_bytes(self.run_dir, earlier[-1]) if earlier else expected
             check_disk(self.run_dir, needed, f"the checkpoint of step {iteration}")
         self.saving = iteration
+        self.watch.save(iteration)
         original(iteration, *args, **kwargs)
         if not self.values["async_save"]:
             self.saved(iteration)
@@ -354,7 +357,8 @@ class Trainer:
         """The error as a person can use it; None when it is none of those that are known."""
         if isinstance(error, SftError):
             return error
-        if isinstance(error, CheckpointException) and error.failures:  # one rank has them, the others end with it
+        full = isinstance(error, OSError) and error.errno in remedies.NO_SPACE
+        if full or (isinstance(error, CheckpointException) and error.failures):  # one rank has them, the others end
             return remedies.not_written(self.run_dir, self.saving)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
             text in str(error) for text in NO_MEMORY
@@ -370,6 +374,12 @@ def scale_gradients(buffer, factor: torch.Tensor) -> None:
     """In Megatron's place, whose way takes 19 ms for 4B: the sums over all answer tokens become means."""
     for gradients in (buffer.grad_data, *buffer.extra_main_grads):
         scale_(gradients, factor)
+
+
+def meeting_place() -> torch.distributed.Store | None:
+    """A file where all processes are of this machine: torch's default listens on every network, without a password."""
+    path = os.environ.get(STORE)
+    return torch.distributed.FileStore(path, int(os.environ["WORLD_SIZE"])) if path else None
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -456,6 +466,7 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
             trainer.forward_step,
             trainer.build_model,
             non_loss_data_func=trainer.answers,
+            store=meeting_place(),
         )
     except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
         if failure := trainer.failure(error):
