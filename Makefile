@@ -7,18 +7,18 @@ VENV := .venv
 READY := $(VENV)/.ready
 STEPS := data inspect preflight train export evaluate report
 
-# Megatron takes a quarter of a minute to import when its bytecode can not be kept.
+# Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup test test-slurm checks format figures lock clean experiment runs schema
+.PHONY: targets setup test test-slurm test-faults soak checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
-	$(VENV)/bin/snakemake --quiet all
+	@$(VENV)/bin/snakemake --quiet all
 
 define STEP
 $(1)_%: $(READY)
-	$(VENV)/bin/snakemake $$@ --quiet host rules $$(ARGS)
+	@$(VENV)/bin/snakemake $$@ $$(ARGS)
 endef
 $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 
@@ -30,6 +30,13 @@ test: checks
 # Time limits, scancel, a dead node and a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
 test-slurm: $(READY)
 	$(VENV)/bin/python -m pytest -m long tests/test_slurm.py $(ARGS)
+
+# Every fault of docs/faults.md in the real chain: about an hour; full disks as root only. `make soak`: random faults for another.
+test-faults: $(READY)
+	$(VENV)/bin/python -m pytest -m long tests/faults $(ARGS)
+
+soak: $(READY)
+	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m faults.soak $(ARGS)
 
 checks: $(READY)
 	$(VENV)/bin/ruff check .
@@ -86,6 +93,6 @@ lock: $(READY)
 
 # What the embedded experiment made, and caches. Your own experiments' output stays.
 clean:
-	rm -rf output/demo output/data/vqa output/stage2_sft_vqa output/stage2_sft_vqa_* output/checkpoints/LLaVA-OneVision-1.5-tiny*
+	@[ ! -x $(VENV)/bin/python ] || $(VENV)/bin/python workflow_scripts/make_demo_vqa.py --clean $(ARGS)
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

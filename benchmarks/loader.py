@@ -30,7 +30,8 @@ from PIL import Image  # noqa: E402
 
 from llava_sft.data.heldout import read_split  # noqa: E402
 from llava_sft.data.images import decode_rgb, smart_resize, to_patches  # noqa: E402
-from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config  # noqa: E402
+from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
+from llava_sft.data.stream import Ranks, train_loader  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from results import row, write_results  # noqa: E402
 
@@ -42,7 +43,7 @@ SMALL = 500_000  # pixels that pictures are scaled down to for the comparison
 
 def measure(folder: Path, tokenizer: Path, workers: int) -> list[dict]:
     encoder = VlmTaskEncoder(ChatTemplate(tokenizer), SEQ_LENGTH, *PIXELS, packing=True)
-    packs = iter(train_loader(folder, encoder, worker_config(0, 1, workers, 1), 1, packing_buffer_size=60))
+    packs = iter(train_loader(folder, encoder, Ranks(0, 1, workers), 1, packing_buffer_size=60))
     for _ in range(WARM):
         next(packs)
     began = time.perf_counter()

@@ -46,7 +46,8 @@ def transformers_trainer(args, values: dict, peak: float) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from llava_sft.data.images import CLIP_MEAN, CLIP_STD
-    from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+    from llava_sft.data.loader import VlmTaskEncoder
+    from llava_sft.data.stream import Ranks, train_loader
     from llava_sft.data.template import ChatTemplate
     from llava_sft.model.flops import training_flops
     from llava_sft.model.hf.configuration_llavaonevision1_5 import Llavaonevision1_5Config
@@ -64,7 +65,7 @@ def transformers_trainer(args, values: dict, peak: float) -> None:
     }))  # fmt: skip
     hf_config._attn_implementation = {"text_config": case["attention"], "vision_config": "sdpa"}
     mean, std = (torch.tensor(x).repeat_interleave(14 * 14) * 255 for x in (CLIP_MEAN, CLIP_STD))
-    loader = iter(train_loader(args.webdatasets, encoder, worker_config(0, 1, 6, 0), 1, 1000))
+    loader = iter(train_loader(args.webdatasets, encoder, Ranks(0, 1, 6), 1, 1000))
     items, flops, useful = [], [], []
     for _ in range(case["accumulate"] * (case["warm"] + case["steps"])):
         batch = next(loader)

@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from llava_sft.config import load_settings, pack_epoch, resolve  # noqa: E402
-from llava_sft.data.lengths import Limits, sample_sizes  # noqa: E402
+from llava_sft.config import first_epoch, load_settings, packing_window, resolve  # noqa: E402
+from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
 from llava_sft.training.watch import read_metrics  # noqa: E402
@@ -56,11 +56,14 @@ def record() -> None:
         batch = overrides["micro_batch_size"]
         settings = load_settings("vqa", overrides | {"global_batch_size": 2 * batch, "train_iters": STEPS})
         limits = Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
-        sizes = sample_sizes(Path(before["data"]["path"]), Path(before["start"]["sidecars"]), limits, OUT / "sizes")
-        epoch = pack_epoch(settings, sizes.tokens) if settings.packing else None
+        folder = Path(before["data"]["path"])
+        sizes = sample_sizes(folder, Path(before["start"]["sidecars"]), limits, OUT / "sizes")
+        window = packing_window(settings, sizes.tokens)
+        capacity = settings.seq_length if settings.packing else None
+        epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
         values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
         values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
-        mean, largest = predict.loads(sizes, values, epoch and epoch.packs)
+        mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
         machine = predict.this_machine(values)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)

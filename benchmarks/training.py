@@ -72,7 +72,8 @@ def train(args) -> None:
     from megatron.training import training
     from megatron.training.async_utils import maybe_finalize_async_save
 
-    from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+    from llava_sft.data.loader import VlmTaskEncoder
+    from llava_sft.data.stream import Ranks, train_loader
     from llava_sft.data.template import ChatTemplate
     from llava_sft.model.flops import matmul_parameters, training_flops
     from llava_sft.training import loop
@@ -88,15 +89,17 @@ def train(args) -> None:
 
     class Measured(loop.Trainer):
         def start_loaders(self):
-            """All at once: filling the packing buffers takes each some seconds."""
+            """All at once: to count the samples' tokens takes each some seconds."""
             self.loaders = {}
             for length, rows in {(case["seq_length"], case["micro_batch_size"]) for case in cases}:
                 limits = length, self.values["min_pixels"], self.values["max_pixels"]
                 encoder = VlmTaskEncoder(ChatTemplate(self.sidecars), *limits, True, 128, 0)
-                ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-                workers = worker_config(*ranks, self.values["num_workers"], 0, mpu.get_data_parallel_group())
+                workers = self.values["num_workers"]
+                ranks = Ranks(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), workers)
                 buffer = self.values["packing_buffer_size"]
-                self.loaders[length, rows] = iter(train_loader(self.data["path"], encoder, workers, rows, buffer))
+                self.loaders[length, rows] = iter(
+                    train_loader(self.data["path"], encoder, ranks, rows, buffer, pin_memory=True)
+                )
 
         def datasets(self, *given):
             self.start_loaders()

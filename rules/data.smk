@@ -2,22 +2,27 @@
 
 
 wildcard_constraints:
+    # What the settings of the experiments name and nothing else: a file of the user's is never an output.
     shard=r"([\w.-]+/)?(subtaskdata|heldout)-\d+",
-    experiment="|".join(flow.experiments),
+    exp_dir=flow.pattern("exp_dir"),
+    experiment=flow.pattern("experiment"),
+    run_name=flow.pattern("run_name"),
+    checkpoint=flow.pattern("checkpoint"),
 
 
 rule make_demo_vqa:
     output:
-        "{exp_dir}/demo/train.jsonl",
-        "{exp_dir}/demo/heldout.jsonl",
-        directory("{exp_dir}/demo/images"),
-        directory("{exp_dir}/demo/LLaVA-OneVision-1.5-tiny"),
+        # The files themselves are no output: Snakemake would delete what stands there, whoever made it.
+        "{exp_dir}/demo.done.json",
     log:
         "{exp_dir}/logs/make_demo_vqa.log",
     benchmark:
         "{exp_dir}/benchmarks/make_demo_vqa.tsv"
+    wildcard_constraints:
+        exp_dir=flow.pattern("demo"),
     shell:
-        "{PYTHON}make_demo_vqa.py --output-dir {wildcards.exp_dir:q}/demo --checkpoint-dir {output[3]:q} > {log:q} 2>&1"
+        "{PYTHON}make_demo_vqa.py --output-dir {wildcards.exp_dir:q}/demo"
+        " --checkpoint-dir {wildcards.exp_dir:q}/demo/LLaVA-OneVision-1.5-tiny --done {output:q} > {log:q} 2>&1"
 
 
 rule stage2_sftdata2webdataset:

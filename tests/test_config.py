@@ -1,9 +1,11 @@
 """Settings: what is worked out, what takes precedence, and one clear message for each mistake before anything runs."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +16,15 @@ from llava_sft.config import (
     auto_num_workers,
     auto_save_interval,
     auto_train_iters,
+    first_epoch,
     gpu_count,
     load_settings,
-    pack_epoch,
     resolve,
     warnings,
 )
+from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
-from llava_sft.paths import Paths
+from llava_sft.paths import Paths, check_demo
 from llava_sft.workflow import Workflow
 from test_model_config import MODELS, ROOT
 
@@ -125,13 +128,15 @@ def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
     assert load_settings("mine", {"nodes": 8, "gpus_per_node": 1}, cluster).nodes == 8  # a person comes first
     assert resolve(load_settings("mine"), train_samples=100)[0]["nodes"] == 1
     with pytest.raises(SettingsError, match="data-parallel size 16 = 16"):
-        load_settings("mine", {"global_batch_size": 24}, cluster)
+        Paths(load_settings("mine", {"global_batch_size": 24}, cluster)).check_inputs()
 
 
 def test_packed_sequences_are_counted_not_samples(project):
     given = {"seq_length": 1000, "global_batch_size": 10, "packing_buffer_size": 100}
     settings = load_settings("mine", given)
-    values, why = resolve(settings, 20_000, epoch=pack_epoch(settings, [250] * 20_000))
+    values, why = resolve(
+        settings, 20_000, epoch=first_epoch(GlobalOrder([SourceLengths([250] * 20_000)], 1000, 100, 1), 100)
+    )
     assert values["train_iters"] == 500  # four samples a sequence
     assert "5,000 packed sequences (of 20,000 samples)" in why["train_iters"]
 
@@ -352,12 +357,212 @@ def test_a_mistake_in_an_experiment_that_is_not_asked_for_disturbs_nobody(projec
     assert "config/experiments/a_first.yaml: lr: 'fast'" in capsys.readouterr().err
 
 
-def test_the_start_checkpoint_is_converted_for_the_model_of_the_experiment_that_is_asked_for(project):
-    write_experiment("a_first", model="8b")
-    write_experiment("mine", model="4b")
+def conversions() -> dict[str, str]:
+    """The job of each converted checkpoint, as a job on another machine finds it: by its wildcards, no target asked."""
+    names = {Workflow({}, []).paths(name).converted.name for name in config.experiments()}
+    stems = [name.removesuffix("_mcore_tp1_pp1") for name in names]
+    return {stem: Workflow({}, []).checkpoint_job(SimpleNamespace(checkpoint=stem, exp_dir="output")) for stem in stems}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"model": "8b"}, {"model": "4b"}),
+        ({"load": "a/hf"}, {"load": "b/hf"}),
+        ({"load_parts": {"vision": "a/hf"}}, {"load_parts": {"vision": "b/hf"}}),
+        ({"tokenizer": "a/hf"}, {}),
+    ],
+)
+def test_experiments_that_convert_one_name_from_different_things_get_a_folder_each(project, first, second):
+    for folder in ("a", "b"):
+        shutil.copytree(project / "hf", project / folder / "hf")
+    write_experiment("a_first", **first)
+    write_experiment("mine", **second)
+    made = conversions()
+    assert len(made) == 2 and len(set(made.values())) == 2
+    write_experiment("mine", **first)  # the same for both: one folder, under its plain name
+    assert len(made := conversions()) == 1 and not any("-" in stem for stem in made)
+
+
+def test_a_converted_folder_keeps_its_name_when_another_experiment_takes_that_name_too(project):
+    shutil.copytree(project / "hf", project / "a/hf")
+    made = project / "output/checkpoints/hf_mcore_tp1_pp1"
+    made.mkdir(parents=True)
+    (made / "converted.json").write_text(json.dumps({"source": "hf"}))
+    write_experiment("a_first", load="a/hf")
+    assert conversions()["hf"] == "hf --model 4b"
+
+
+def test_an_experiment_with_the_wrong_model_does_not_rename_the_checkpoint_of_one_with_the_right_one(project):
+    def model(name, size):
+        sizes = yaml.safe_load((MODELS / "tiny.yaml").read_text())
+        sizes["language"]["num_layers"] = size
+        (project / f"config/models/{name}.yaml").write_text(yaml.safe_dump(sizes))
+
+    model("right", 2), model("wrong", 3)
+    from llava_sft.model.config import load_model_config
+
+    hf = load_model_config(project / "config/models/right.yaml").to_hf_config()
+    (project / "hf/config.json").write_text(json.dumps(hf))
+    write_experiment("a_first", model="wrong")
+    write_experiment("mine", model="right")
+    assert conversions()["hf"] == "hf --model right"
+
+
+def test_two_experiments_with_one_run_directory_are_refused_by_name(project):
+    write_experiment("mine", run_tag="too")
+    write_experiment("mine_too")
+    with pytest.raises(SettingsError, match=r"(?s)mine_too and mine: both runs would be .*fix: rename"):
+        Workflow({}, []).paths("mine_too")
+
+
+# --- files of the user's ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"raw_data": "output/data/other/webdatasets/subtaskdata-00000.jsonl"},
+        {"raw_data": "output/stage2_sft_other_results/report.html"},
+        {"heldout_data": "output/data/mine/dataset.json"},
+        {"image_root": "output/data/other/webdatasets"},
+        {"raw_data": None, "image_root": None, "webdatasets": "output/data/mine/webdatasets"},
+        {"raw_data": None, "image_root": None, "webdatasets": "output/data/other/webdatasets"},
+        {"raw_data": "link/data/other/raw.jsonl"},
+        {"raw_data": None, "image_root": None, "sources": [{"path": "elsewhere/data/other/*.jsonl"}]},
+    ],
+)
+def test_what_a_user_brings_may_not_lie_where_the_workflow_writes(project, settings):
+    (project / "link").symlink_to("output")
+    write_experiment("other", exp_dir="elsewhere")
+    write_experiment("mine", **settings)
+    with pytest.raises(SettingsError, match="which the workflow makes and deletes"):
+        Workflow({}, []).paths("mine")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"load": "output/stage2_sft_other_results/huggingface"}, {"raw_data": "output/r"}]
+)
+def test_an_export_may_be_loaded_and_other_folders_of_the_output_hold_what_the_user_likes(project, settings):
+    write_experiment("other")
+    write_experiment("mine", **settings)
+    assert Workflow({}, []).paths("mine")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "images/PRECIOUS.txt", "LLaVA-OneVision-1.5-tiny/notes.txt"])
+def test_the_demo_is_not_written_over_files_that_it_did_not_make(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(DataError, match="did not make this file"):
+        check_demo(tmp_path)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+ODD = ["a(b", "a b", "{x}", "it's", 'q"q', "$HOME", "-n", ".hidden", "x" * 200, "a\nb", "a*"]
+
+
+def test_a_file_with_an_odd_name_disturbs_no_other_and_is_named_with_the_rule(project, capsys):
+    shutil.copy(project / EXPERIMENT, project / "config/experiments/数据-2.v1.yaml")
+    for name in ODD:
+        shutil.copy(project / EXPERIMENT, project / f"config/experiments/{name}.yaml")
+    flow = Workflow({}, ["data_mine"])
+    assert flow.experiments == ["mine", "数据-2.v1"]
+    assert re.fullmatch(flow.pattern("experiment"), "数据-2.v1")
+    assert "Left out: '$HOME'" in flow.overview()
+    for name in ODD:
+        with pytest.raises(SystemExit):
+            Workflow({}, [f"data_{name}"])
+        said = capsys.readouterr().err
+        assert "not a name for an experiment" in said and "fix: rename the file" in said and len(said) < 1000
+
+
+def test_wildcards_match_the_folders_of_the_settings_and_nothing_beside_them(project):
+    write_experiment("other", exp_dir="out put/[1]+$x")
     flow = Workflow({}, [])
-    flow.target("train", "mine")(None)
-    assert flow.checkpoint_job(SimpleNamespace(checkpoint="hf")) == "hf --model 4b"
+    for value in ("output", "out put/[1]+$x"):
+        assert re.fullmatch(flow.pattern("exp_dir"), value)
+    for value in ("mine", "output/x", "outputs", "out put/1$x", ""):
+        assert not re.fullmatch(flow.pattern("exp_dir"), value)
+    assert not re.fullmatch(flow.pattern("run_name"), "stage2_sft_mine_results")
+    assert flow.pattern("demo") == "(?!)"  # no embedded experiment here
+
+
+def test_the_demo_moves_with_exp_dir(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flow = Workflow({"exp_dir": "else where"}, [])
+    paths = flow.paths("vqa")
+    paths.check_inputs()
+    assert paths.sources[0].files["subtaskdata"] == [Path("else where/demo/train.jsonl")]
+    assert str(paths.demo_done) == "else where/demo.done.json" and flow.pattern("demo") == re.escape("else where")
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3, 5, 8, 64])
+def test_the_demo_trains_on_any_number_of_gpus(monkeypatch, gpus):
+    monkeypatch.chdir(ROOT)
+    settings = load_settings("vqa", {"gpus_per_node": gpus})
+    Paths(settings).check_inputs()
+    values, _ = resolve(settings, train_samples=19_200)
+    replicas = max(1, gpus)
+    assert values["global_batch_size"] == values["micro_batch_size"] * replicas >= 32
+    if gpus in (0, 1):
+        assert (values["micro_batch_size"], values["global_batch_size"]) == (32, 32)
+
+
+def test_data_alone_needs_neither_batches_that_fit_nor_a_checkpoint(project):
+    write_experiment("mine", global_batch_size=33, micro_batch_size=8, load="none")
+    flow = Workflow({}, [])
+    assert flow.target("data", "mine")(None) and flow.target("inspect", "mine")(None)
+    with pytest.raises(SystemExit):
+        flow.target("preflight", "mine")(None)
+
+
+# --- files of settings ------------------------------------------------------------------------------------------------
+
+
+def bomb(levels):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join([*lines, f"raw_data: *a{levels - 1}"]).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bomb(9), "aliases"),
+        (b"x: &x [*x]", "aliases"),
+        (b"load: " + b"[" * 5000, "nested too deeply"),
+        (b"#" * 2_000_000, "over 1,048,576 bytes"),
+        (b"lr: 1e-5\nseed: 1\nlr: 2e-5", "'lr' stands twice, in lines 2 and 4"),
+        (b"load:\n\thf", "tab"),
+        ("load: café".encode("latin-1"), "not UTF-8"),
+        (b"5: x", "5 is no setting's name"),
+        (b"load: " + b"x" * 100_000, "longer than a path"),
+        (b'load: "a\\0b"', "control character"),
+        (b"seed: 017", "another number (to base 8 or 60)"),
+        (b"seed: 1:30", "another number"),
+        (b"micro_batch_size: yes", "this is yes or no"),
+        (b"lr: .inf", "finite"),
+        (b"lr: .nan", "finite"),
+        (b"seed: " + b"9" * 400, "64 bits"),
+        (b"max_minutes: 2026-13-45", "month"),
+        (b"exp_dir: a{b}c", "without braces"),
+        (b"exp_dir: -n", "begins neither"),
+        (b"run_tag: " + b"a" * 150, "at most 100"),
+        (b"x: !!python/object/apply:os.system [ls]", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_not_what_it_seems_is_refused_with_a_short_message(project, content, said):
+    path = project / EXPERIMENT
+    path.write_bytes(content if b"raw_data" in content else b"raw_data: raw.jsonl\n" + content)
+    error = mistake()
+    assert said in str(error) and len(str(error)) < 1000
+
+
+def test_a_tag_that_is_a_date_or_a_plain_number_stays_as_it_is_written(project):
+    for written in ("2026-11-27", "1_000", "0o17"):
+        (project / EXPERIMENT).write_text(yaml.safe_dump(SOUND) + f"run_tag: {written}\n")
+        assert load_settings("mine").run_tag == written.replace("_", "")
 
 
 def test_sources_are_named_by_their_files_and_the_name_that_stands_twice_is_told(project):

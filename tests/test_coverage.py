@@ -8,8 +8,9 @@ import pytest
 from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.packing import PACKED_IDS
+from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.data.tars import METADATASET
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError
@@ -58,7 +59,7 @@ def test_the_loader_names_samples_of_a_blend_by_their_source(tmp_path, small_che
         raw.convert(range_bytes=10_000)
     index_webdataset(tmp_path / "wds", tmp_path / "parts")
     encoder = VlmTaskEncoder(ChatTemplate(small_checkpoint), 200, MIN_PIXELS, MAX_PIXELS)
-    batches = iter(train_loader(tmp_path / "wds" / METADATASET, encoder, worker_config(0, 1, 0, 1), 1))
+    batches = iter(train_loader(tmp_path / "wds" / METADATASET, encoder, Ranks(), 1))
     steps = [next(batches).__key__ for _ in range(40)]
     note(tmp_path / "run", steps)
     counts = sample_counts(tmp_path / "run", tmp_path / "wds" / METADATASET, 40)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import xxhash
 
+from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, contents, read_with_energon, record
+from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
 
 def indexed(raw: Raw, **options) -> dict:
@@ -42,7 +44,9 @@ def test_index_and_training_order_equal_those_of_energon_prepare(tmp_path):
     tables = []
     for folder in (raw.wds, theirs):
         database = sqlite3.connect(folder / ".nv-meta" / "index.sqlite")
-        names = database.execute("SELECT type, name, tbl_name FROM sqlite_master ORDER BY name").fetchall()
+        names = database.execute(
+            "SELECT type, name FROM sqlite_master WHERE tbl_name != 'sample_hashes' ORDER BY name"
+        ).fetchall()
         tables.append(
             (
                 names,
@@ -172,3 +176,29 @@ def test_by_hand_a_message_and_no_traceback(tmp_path):
     done = subprocess.run([*script, "--max-reject-fraction", "0.5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "wds.json").read_bytes())["rejected"] == 1
+
+
+def hashes_of(folder) -> list[tuple]:
+    """(found hash, noted hash) of all samples in an index, read from the tars at the places that it names."""
+    names = list(json.loads((folder / ".nv-meta/.info.json").read_bytes())["shard_counts"])
+    with sqlite3.connect(folder / ".nv-meta/index.sqlite") as database:
+        rows = database.execute("SELECT * FROM samples NATURAL JOIN sample_hashes").fetchall()
+    columns = ((row[0], row[3], row[4], row[5]) for row in rows)
+    return [
+        (xxhash.xxh3_64_digest((folder / names[tar]).read_bytes()[at : at + size]), noted)
+        for tar, at, size, noted in columns
+    ]
+
+
+def test_the_index_has_the_hash_of_every_sample_merged_and_adopted_ones_too(tmp_path):
+    raw = Raw(tmp_path, [record(i, [None, "a.png", ["a.png", "b.jpg"]][i % 3]) for i in range(40)])
+    for number in range(40):  # no two share an image
+        (raw.images / f"{number}.png").write_bytes(picture(size=(28 + number, 28)))
+    raw.path.write_text("".join(json.dumps(record(i, f"{i}.png")) + "\n" for i in range(40)))
+    raw.convert()
+    dataset = indexed(raw, val_fraction=0.2)
+    adopt_webdataset(raw.wds, tmp_path / "adopted")
+    for folder, count in ((raw.wds, 40 + dataset["heldout"]["samples"]), (tmp_path / "adopted", 40)):
+        hashes = hashes_of(folder)
+        assert len(hashes) >= count
+        assert all(found == noted for found, noted in hashes)

@@ -5,6 +5,8 @@ import io
 import os
 import pickle
 import random
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -167,13 +169,18 @@ def test_nothing_in_a_file_is_executed(deep, deep_checkpoint, tmp_path, monkeypa
     assert not (tmp_path / "EXECUTED").exists() and not (tmp_path / "out").exists()
 
 
-def test_objects_of_packages_that_are_not_here_do_no_harm(deep, deep_checkpoint, tmp_path):
+def test_objects_of_packages_that_are_not_here_and_plain_builtins_do_no_harm(
+    deep, deep_checkpoint, tmp_path, monkeypatch
+):
     """A training stores enums and the like of its own packages; they are read as nothing."""
     file = write_original(tmp_path / "x", deep_checkpoint, deep, 1, 1) / "mp_rank_00/model_optim_rng.pt"
     content = torch.load(file, weights_only=False)
-    torch.save({**content, "args": argparse.Namespace(backend=random.Random)}, file)
-    data = file.read_bytes()
-    file.write_bytes(data.replace(b"crandom\nRandom\n", b"cnumpy\nRandom1\n"))
+    gone = types.ModuleType("aiak_training_llm")
+    exec("class Backend:\n    pass", gone.__dict__)
+    monkeypatch.setitem(sys.modules, gone.__name__, gone)
+    harmless = argparse.Namespace(backend=gone.Backend, made=gone.Backend(), groups={1, frozenset([2])}, raw=b"x" * 9)
+    torch.save({**content, "args": harmless, "buffer": io.BytesIO(b"scales")}, file, pickle_protocol=2)
+    monkeypatch.delitem(sys.modules, gone.__name__)
     marker = hf2mcore(tmp_path / "x", tmp_path / "out", deep, sidecars=deep_checkpoint)
     assert marker["tensors"] == len(deep.hf_tensor_shapes())
 
@@ -196,7 +203,7 @@ FC2 = "language_model.decoder.layers.1.mlp.linear_fc2.weight"
 SPOILED = {
     "rank missing": (lost_rank, ["tensor rank 0", "release"]),
     "cut off": (lambda folder: os.truncate(next(folder.glob("*/*.pt")), 5000), ["model_optim_rng.pt", "damaged"]),
-    "plain pickle": (lambda folder: [p.write_bytes(pickle.dumps({})) for p in folder.glob("*/*.pt")], ["model_optim_rng.pt", "damaged"]),
+    "plain pickle": (lambda folder: [p.write_bytes(pickle.dumps({})) for p in folder.glob("*/*.pt")], ["model_optim_rng.pt", "bare pickle"]),
     "tensor missing": (changed(lambda c: c["model"].pop(FC2)), [FC2, "missing"]),
     "tensor left over": (changed(lambda c: c["model"].update({"language_model.x": torch.zeros(3)})), ["language_model.x"]),
     "tensor misshapen": (changed(lambda c: c["model"].update({"adapter.linear_fc2.bias": torch.zeros(3)})), ["adapter.linear_fc2.bias", "(3,)", "(128,)"]),

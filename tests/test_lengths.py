@@ -8,7 +8,8 @@ from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.lengths import Limits, prepared_tokens_per_s, sample_sizes
-from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.data.template import ChatTemplate
 from webdataset_helpers import Raw, picture, record
 
@@ -25,7 +26,7 @@ def test_sizes_equal_those_of_the_loader(tmp_path, small_checkpoint):
     assert len(sizes.tokens) == 6
 
     encoder = VlmTaskEncoder(ChatTemplate(small_checkpoint), *LIMITS)
-    batches = iter(train_loader(raw.wds, encoder, worker_config(0, 1, 0, 1), micro_batch_size=1))
+    batches = iter(train_loader(raw.wds, encoder, Ranks(), micro_batch_size=1))
     seen = {}
     while len(seen) < 6:
         batch = next(batches)

@@ -1,26 +1,41 @@
 """The loader: every sample comes, the very next one after a resume, and none is left out in silence."""
 
+import io
+import os
 import re
+import shutil
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from megatron.energon import SkipSample
+from PIL import Image
 
 from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
+from llava_sft.data.lengths import Limits, sample_sizes
+from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.records import Sample
+from llava_sft.data.stream import Ranks, train_loader, worker_ended
 from llava_sft.data.template import ChatTemplate
-from llava_sft.errors import RunError
+from llava_sft.errors import DataError, RunError
 from llava_sft.training import validation
 from webdataset_helpers import Raw, picture, record
 
 RECORDS = 24
-KEPT = []  # loaders with workers, till the end: torch waits five seconds for a worker whose loader is dropped
+LOADERS = []
+
+
+@pytest.fixture(autouse=True)
+def _workers_end():
+    yield
+    while LOADERS:
+        LOADERS.pop().close()
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +50,22 @@ def wds(tmp_path_factory):
     return train
 
 
-def loader(folder, tokenizer, workers=0, seed=1, seq_length=512, micro_batch_size=2, packing=False):
+def loader(
+    folder,
+    tokenizer,
+    workers=0,
+    seed=1,
+    seq_length=512,
+    micro_batch_size=2,
+    packing=False,
+    rank=0,
+    replicas=1,
+    **options,
+):
     encoder = VlmTaskEncoder(ChatTemplate(tokenizer), seq_length, MIN_PIXELS, MAX_PIXELS, packing, seed=seed)
-    return train_loader(folder, encoder, worker_config(0, 1, workers, seed), micro_batch_size, packing_buffer_size=10)
+    found = train_loader(folder, encoder, Ranks(rank, replicas, workers), micro_batch_size, 10, **options)
+    LOADERS.append(found)
+    return found
 
 
 def take(batches, count):
@@ -49,31 +77,54 @@ def keys(batches):
     return [key for batch in batches for keys in batch.__key__ for key in keys.split(PACKED_IDS)]
 
 
-def test_every_sample_comes_in_an_order_that_the_seed_decides(wds, small_checkpoint):
-    order = keys(take(loader(wds.wds, small_checkpoint), 5 * RECORDS))
-    assert len(set(order)) == RECORDS
-    assert order[:RECORDS] != sorted(order[:RECORDS])
-    assert order[:RECORDS] == keys(take(loader(wds.wds, small_checkpoint), RECORDS // 2))
-    assert order[:RECORDS] != keys(take(loader(wds.wds, small_checkpoint, seed=2), RECORDS // 2))
+def test_every_sample_comes_once_a_pass_in_an_order_that_the_seed_decides(wds, small_checkpoint):
+    order = keys(take(loader(wds.wds, small_checkpoint), RECORDS))
+    first, second = order[:RECORDS], order[RECORDS:]
+    assert len(set(first)) == RECORDS and sorted(first) == sorted(second) != first != second
+    assert first == keys(take(loader(wds.wds, small_checkpoint), RECORDS // 2))
+    assert first != keys(take(loader(wds.wds, small_checkpoint, seed=2), RECORDS // 2))
+
+
+def equal(ours, theirs) -> None:
+    assert ours.__key__ == theirs.__key__ and ours.segments == theirs.segments
+    for name in ("input_ids", "answer_index", "answer_labels", "pixels", "grids", "image_index"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_a_restored_loader_goes_on_with_the_very_next_batch(wds, small_checkpoint, packing):
+@pytest.mark.parametrize("workers", [0, 3])
+def test_what_comes_depends_on_neither_ranks_nor_workers_and_goes_on_after_a_resume(
+    wds, small_checkpoint, packing, workers
+):
+    """Five batches by one process, then by two ranks with other workers, from the position that the first left."""
+    alone = loader(wds.wds, small_checkpoint, packing=packing)
+    expected = take(alone, 20)  # into the second pass
     first = loader(wds.wds, small_checkpoint, workers=1, packing=packing)
-    iterator = iter(first)
-    KEPT.append(iterator)
-    for _ in range(5):
-        next(iterator)
-    state = first.save_state_rank()
-    expected = [next(iterator) for _ in range(10)]  # into the second epoch
-    again = loader(wds.wds, small_checkpoint, workers=1, packing=packing)
-    again.restore_state_rank(state)
-    KEPT.append(iter(again))
-    for ours, theirs in zip(take(KEPT[-1], 10), expected, strict=True):
-        assert ours.__key__ == theirs.__key__
-        assert ours.segments == theirs.segments
-        for name in ("input_ids", "answer_index", "answer_labels", "pixels", "grids", "image_index"):
-            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    for ours, theirs in zip(take(first, 4), expected, strict=False):
+        equal(ours, theirs)
+    state = first.save_state()
+    assert torch.load(saved(state), weights_only=True) == state
+    for rank in range(2):
+        again = loader(wds.wds, small_checkpoint, workers=workers, packing=packing, rank=rank, replicas=2)
+        again.restore(state)
+        for ours, theirs in zip(take(again, 8), expected[4 + rank :: 2], strict=True):
+            equal(ours, theirs)
+        assert again.save_state() == alone.save_state()
+
+
+def saved(state) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.mark.parametrize(
+    "state", [None, {}, {"order": 3}, {"order": {"seed": 1}}, {"order": {"seed": 9, "counts": [0], "sources": []}}]
+)
+def test_a_state_that_is_none_of_ours_is_refused(wds, small_checkpoint, state):
+    with pytest.raises(ValueError):
+        loader(wds.wds, small_checkpoint).restore(state)
 
 
 def test_packed_sequences_hold_whole_samples_and_no_more_than_fits(wds, small_checkpoint):
@@ -105,15 +156,14 @@ def test_a_batch_is_padded_to_its_own_longest_and_says_where_its_images_stand(wd
         assert (batch.image_index % rows).diff().min() >= 0  # row by row, as the images come
 
 
-def test_a_sample_that_does_not_fit_is_left_out_and_named(small_checkpoint, tmp_path, capfd):
+def test_a_sample_that_does_not_fit_is_never_dealt_out(small_checkpoint, tmp_path):
     long = record(7, None)
     long["conversations"][1]["value"] = "word " * 400
     raw = Raw(tmp_path, [record(0, None), long, record(1)])
     raw.convert()
     index_webdataset(raw.wds, raw.parts)
-    seen = take(loader(raw.wds, small_checkpoint, micro_batch_size=1, seq_length=120), 12)
-    assert len(set(keys(seen))) == 2
-    assert "left out: the first answer ends after 120 tokens" in capfd.readouterr().out
+    seen = keys(take(loader(raw.wds, small_checkpoint, micro_batch_size=1, seq_length=120), 4))
+    assert len(set(seen)) == 2 and set(seen[:2]) == set(seen[2:])
 
 
 def test_images_of_the_turns_that_are_cut_off_are_not_in_the_batch(small_checkpoint, tmp_path):
@@ -131,17 +181,82 @@ def test_images_of_the_turns_that_are_cut_off_are_not_in_the_batch(small_checkpo
     assert len(batch.grids) == 1 and len(batch.pixels) == batch.grids.prod() == 4 * len(batch.image_index)
 
 
-def test_an_image_that_can_not_be_read_ends_the_run(wds, small_checkpoint, monkeypatch):
-    def damaged(data):
-        raise OSError("image file is truncated")
+@pytest.fixture
+def damaged(tmp_path, small_checkpoint):
+    """Eight samples, of which the pictures of two were damaged before the conversion, behind their headers."""
+    raw = Raw(tmp_path, [record(i, f"{i}.jpg") for i in range(8)])
+    for number in range(8):
+        data = picture("JPEG", (64, 48))
+        if number in (2, 5):  # a header and an end, and no picture between them
+            data = data[: data.index(b"\xff\xda")] + b"\xff\xd9"
+        (raw.images / f"{number}.jpg").write_bytes(data)
+    raw.convert()
+    index_webdataset(raw.wds, raw.parts)
+    return raw.wds
 
-    monkeypatch.setattr("llava_sft.data.loader.decode_rgb", damaged)
-    with pytest.raises(Exception) as error:
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_ends_the_run_with_its_tar_key_and_id(damaged, small_checkpoint, workers):
+    with pytest.raises(DataError) as error:
+        take(loader(damaged, small_checkpoint, workers=workers, micro_batch_size=1), 8)
+    assert re.search(r"subtaskdata-\d+\.tar: \S+ \(id 'r[25]'\): .*an image cannot be read", error.value.problem)
+    assert "decode_images: true" in error.value.fix and "max_damaged_samples" in error.value.fix
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_damaged_samples_are_left_out_and_counted_as_far_as_they_may_be(damaged, small_checkpoint, packing):
+    found = []
+    options = {"packing": packing, "micro_batch_size": 1, "found_damaged": lambda *fault: found.append(fault)}
+    batches = take(loader(damaged, small_checkpoint, **options, max_damaged=2), 16)
+    seen = keys(batches)
+    assert len(set(seen)) == 6 and len({number for number, _ in found}) == len(found) == 2
+    assert all("an image cannot be read" in fault for _, fault in found)
+    with pytest.raises(DataError, match="2 samples cannot be read, max_damaged_samples allows 1"):
+        take(loader(damaged, small_checkpoint, **options, max_damaged=1), 16)
+
+
+def test_a_tar_that_changed_after_it_was_indexed_is_named(wds, small_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(wds.folder, tmp_path / "copy")) / "wds"
+    tar = next(folder.glob("subtaskdata-*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[512:530] = bytes(18)
+    tar.write_bytes(data)
+    sizes = sample_sizes(wds.wds, small_checkpoint, Limits(512, MIN_PIXELS, MAX_PIXELS))
+    with pytest.raises(DataError, match=rf"{tar.name}: .*(cannot be read|does not hold)"):
+        take(loader(folder, small_checkpoint, sizes=sizes), RECORDS)
+
+
+def test_counts_of_other_data_are_refused(wds, small_checkpoint):
+    sizes = sample_sizes(wds.wds, small_checkpoint, Limits(512, MIN_PIXELS, MAX_PIXELS))
+    other = sizes._replace(shards=[("elsewhere.tar", len(sizes.rows))])
+    with pytest.raises(DataError, match="of other data"):
+        loader(wds.wds, small_checkpoint, sizes=other)
+    longer = sizes._replace(tokens=[tokens + 1 for tokens in sizes.tokens])
+    with pytest.raises(DataError, match="were counted"):
+        take(loader(wds.wds, small_checkpoint, sizes=longer), 1)
+
+
+def test_a_picture_whose_header_gives_another_size_than_it_decodes_to_is_an_error(wds, small_checkpoint, monkeypatch):
+    monkeypatch.setattr("llava_sft.data.loader.decode_rgb", lambda data: Image.new("RGB", (300, 30)))
+    with pytest.raises(DataError, match="its header says"):
         take(loader(wds.wds, small_checkpoint), RECORDS)
-    causes = [error.value]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    assert any("image file is truncated" in str(cause) for cause in causes)
+
+
+def test_a_loader_process_that_is_killed_is_one_message(wds, small_checkpoint):
+    found = loader(wds.wds, small_checkpoint, workers=1)
+    next(found)
+    os.kill(found.iterator._workers[0].pid, signal.SIGTERM)  # is for the trainer
+    next(found)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises from there too, wherever we are just then
+    try:
+        os.kill(found.iterator._workers[0].pid, signal.SIGKILL)
+        with pytest.raises(RunError, match=r"a loader process ended(.|\n)*num_workers"):
+            take(found, 50)
+    finally:
+        found.close()
+        signal.signal(signal.SIGCHLD, before)
+    assert worker_ended(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
+    assert worker_ended(RuntimeError("CUDA error")) is None
 
 
 def test_held_out_samples_are_read_in_order_with_their_images_in_the_order_of_the_placeholders(wds):
@@ -164,3 +279,17 @@ def test_a_validation_that_no_held_out_sample_fits_into_is_one_message(monkeypat
     held_out = validation.HeldOut("wds", SimpleNamespace(seq_length=64), 0, 1, micro_batch_size=2, batches=1)
     with pytest.raises(RunError, match="too few fit into seq_length 64"):
         next(held_out)
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", pytest.param(None, id="of an earlier version")])
+def test_a_position_that_cannot_be_gone_on_from_names_the_way_on(wds, small_checkpoint, tmp_path, content):
+    from llava_sft.training.position import restore_position
+
+    path = tmp_path / "run" / "dataloader" / "iter_0000400" / "train_dataloader_dprank000.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content or b"")
+    if content is None:
+        torch.save({"dataloader_state_dict": Ranks()}, path)  # a class, as energon's state is
+    with pytest.raises(RunError, match=r"(?s)earlier version .*load=\S+/run/iter_0000400") as error:
+        restore_position(loader(wds.wds, small_checkpoint), path)
+    assert "run_tag=next" in error.value.fix

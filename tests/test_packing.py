@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_sft.data.packing import cut_between, epoch_packs, fill_packs, select_packs
+from llava_sft.data.packing import cut_between, fill_packs
 
 
 @given(st.lists(st.integers(1, 100), max_size=200))
@@ -28,23 +28,9 @@ def test_a_pack_may_hold_many_more_samples_than_are_looked_at_together():
     assert [len(pack) for pack in packs] == [1260, 1260, 1260, 1220]
 
 
-def test_order_is_shuffled_the_same_way_every_time():
-    lengths = list(range(1, 400))
-    packs = select_packs(lengths, 1000, seed=3)
-    assert packs == select_packs(lengths, 1000, seed=3) != select_packs(lengths, 1000, seed=4)
-    fullest_first = sorted(packs, key=lambda pack: -max(lengths[index] for index in pack))
-    assert packs != fullest_first
-
-
 def test_too_long_an_item_is_refused():
     with pytest.raises(ValueError, match="101"):
         fill_packs([5, 101], 100)
-
-
-def test_an_epoch_packs_every_sample_once():
-    packs = list(epoch_packs([10] * 1000, 100, buffer_size=55, seed=0))
-    assert len(packs) == 18 * 6 + 1  # 18 buffers of 55, and 10 samples
-    assert sorted(index for pack in packs for index in pack) == list(range(1000))
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(20, 400))

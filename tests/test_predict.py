@@ -8,7 +8,7 @@ import pytest
 
 from llava_sft.config import CONFIG_DIR, load_settings, resolve
 from llava_sft.data.lengths import SampleSizes
-from llava_sft.data.packing import epoch_packs
+from llava_sft.data.order import Passes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.model.config import load_model_config
 from llava_sft.training import predict
@@ -24,7 +24,7 @@ H200, H100 = predict.gpu("NVIDIA H200"), predict.gpu("NVIDIA H100 80GB HBM3")
 def sizes() -> SampleSizes:
     draw = random.Random(1)
     patches = [[4 * draw.randint(300, 900)] for _ in range(2000)]
-    return SampleSizes([each[0] // 4 + draw.randint(60, 300) for each in patches], patches, [])
+    return SampleSizes([each[0] // 4 + draw.randint(60, 300) for each in patches], patches, [], [], [])
 
 
 def settings(sizes: SampleSizes, **changed) -> dict:
@@ -34,7 +34,7 @@ def settings(sizes: SampleSizes, **changed) -> dict:
 
 
 def batches(sizes: SampleSizes, values: dict) -> tuple[predict.Load, predict.Load]:
-    packs = list(epoch_packs(sizes.tokens, values["seq_length"], 2000, seed=1)) if values["packing"] else None
+    packs = list(Passes(sizes.tokens, values["seq_length"], 2000, seed="1").first_pass()) if values["packing"] else None
     return predict.loads(sizes, values, packs)
 
 
@@ -132,7 +132,7 @@ def test_the_largest_batch_is_what_goes_through_the_model_at_once(sizes):
 
 
 def test_a_batch_may_hold_more_packs_than_the_data_makes(sizes):
-    few = SampleSizes(sizes.tokens[:1], sizes.patches[:1], [])
+    few = SampleSizes(sizes.tokens[:1], sizes.patches[:1], [], [], [])
     mean, largest = batches(few, settings(few, micro_batch_size=4, pack_chunk_tokens=100_000))
     assert mean == largest and mean.tokens == 4 * few.tokens[0]
 

@@ -1,12 +1,13 @@
-"""JSON files of the project's own that say when they hold other content than was written."""
+"""JSON files of the project's own that say when they hold other content than was written; files that cannot be used."""
 
+import errno
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_sft.errors import DamagedFileError
+from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json, write_json
 
 VALUE = {"steps": 6, "loss": 5.25, "name": "数据", "nested": {"seal": "mine"}, "list": [1, 2, 3]}
@@ -48,3 +49,27 @@ def test_files_without_a_seal_are_read_as_before(tmp_path):
     assert read_json(tmp_path / "list.json") == [1, 2]
     (tmp_path / "number.json").write_text("3")
     assert read_json(tmp_path / "number.json") == 3
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "a link to nowhere"])
+def test_file_that_cannot_be_read_ends_in_one_message_with_its_name(tmp_path, capsys, kind):
+    path = tmp_path / "state.json"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a link to nowhere":
+        path.symlink_to("nowhere")
+    with pytest.raises(SystemExit) as end:
+        exits_cleanly(lambda: path.read_bytes())()
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: {path}: ")
+
+
+def test_full_disk_ends_in_one_message_and_other_trouble_of_the_system_keeps_its_traceback(capsys):
+    def fails(number: int):
+        raise OSError(number, "why")
+
+    with pytest.raises(SystemExit):
+        exits_cleanly(fails)(errno.ENOSPC)
+    assert "free some space" in capsys.readouterr().err
+    with pytest.raises(OSError):
+        exits_cleanly(fails)(errno.EMFILE)

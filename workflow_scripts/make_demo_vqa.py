@@ -6,7 +6,9 @@ from pathlib import Path
 
 from llava_sft.data.demo import chat_texts, write_demo
 from llava_sft.errors import exits_cleanly
+from llava_sft.files import write_json
 from llava_sft.model.config import load_model_config
+from llava_sft.paths import check_demo
 
 
 @exits_cleanly
@@ -17,8 +19,10 @@ def main() -> None:
     add("--checkpoint-dir", type=Path, help="gets the start checkpoint, in Hugging Face format")
     add("--model", type=Path, default="config/models/tiny.yaml", help="sizes of the start checkpoint")
     add("--seed", type=int, default=1, help="of the random weights")
+    add("--done", type=Path, help="written when all is there")
     args = parser.parse_args()
 
+    check_demo(args.output_dir)
     counts = write_demo(args.output_dir)
     print(f"{args.output_dir}: {counts['train']:,} records for training, {counts['heldout']:,} held out")
 
@@ -28,6 +32,8 @@ def main() -> None:
         model = load_model_config(args.model)
         write_tiny_checkpoint(args.checkpoint_dir, chat_texts(args.output_dir / "train.jsonl"), model, args.seed)
         print(f"{args.checkpoint_dir}: {model.parameter_count():,} parameters, random weights")
+    if args.done:
+        write_json(args.done, {"records": counts})
 
 
 if __name__ == "__main__":

@@ -13,14 +13,25 @@ from pathlib import Path
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.config import CONFIG_DIR, auto_num_workers, gpu_count, load_settings, pack_epoch, resolve, warnings
-from llava_sft.data.lengths import Limits, SampleSizes, depends_on, measure
+from llava_sft.config import (
+    CONFIG_DIR,
+    Settings,
+    auto_num_workers,
+    first_epoch,
+    gpu_count,
+    packing_window,
+    resolve,
+    warnings,
+)
+from llava_sft.data import lengths
+from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
 from llava_sft.training.run import refuse_other_run
+from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
@@ -50,8 +61,8 @@ def main() -> None:
     )
     if args.gpu:
         overrides["gpus_per_node"] = args.gpus_per_node
-    settings = load_settings(args.experiment, overrides, cluster)
-    paths = Paths(settings)
+    paths = Workflow(overrides, [], cluster).paths(args.experiment)
+    settings = paths.settings
     paths.check_inputs()
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
@@ -64,12 +75,15 @@ def main() -> None:
             f"none of the {len(sizes.left_out):,} training samples can be trained on with seq_length {settings.seq_length:,}",
             "a larger seq_length, or a smaller max_pixels",
         )
-    epoch = pack_epoch(settings, sizes.tokens) if settings.packing else None
-    blend = dataset.get("epoch_samples", dataset["train"]["samples"]) / dataset["train"]["samples"]
-    counts = dataset["train"]["samples"], dataset["heldout"]["samples"]
+    window = packing_window(settings, sizes.tokens)
+    order = global_order(
+        paths.webdatasets, sizes, settings.seq_length if settings.packing else None, window, settings.seed
+    )
+    epoch = first_epoch(order, window)
+    counts = len(sizes.tokens), dataset["heldout"]["samples"]
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
-    values, why = resolve(settings, *counts, epoch, blend, cores)
-    mean, largest = predict.loads(sizes, values, epoch and epoch.packs)
+    values, why = resolve(settings, *counts, epoch, cores=cores)
+    mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
     machine = predict.gpu(args.gpu, args.gpu_memory) if args.gpu else predict.this_machine(values)
     forecast = predict.forecast(model, values, machine, mean, largest)
     if forecast and "num_workers" in why:
@@ -89,13 +103,18 @@ def main() -> None:
         "data": {
             "path": str(paths.training_data),
             "fingerprint": dataset["fingerprint"],
+            "sizes": str(paths.sizes),
+            "sizes_depend": depends_on(
+                dataset, start.sidecars, Limits(*(getattr(settings, name) for name in Limits._fields))
+            ),
             "train_samples": dataset["train"]["samples"],
+            "sequences": epoch.sequences,
             "heldout_samples": dataset["heldout"]["samples"],
         },
         "start": {"load": settings.load, **plain},
         "versions": {package: version(package) for package in PACKAGES},
     }
-    notes = warnings(settings, start.untrained)
+    notes = warnings(settings, start.untrained) + length_warning(settings, values, epoch.sequences)
     if sizes.left_out:
         notes.append(
             f"{len(sizes.left_out):,} training samples are left out: their first answer ends beyond seq_length "
@@ -126,7 +145,19 @@ def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[
         known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
         if keep:
             write_json(paths.sizes, known, indent=None)
-    return SampleSizes(*(known[name] for name in SampleSizes._fields)), known["prepared_tokens_per_s"]
+    return lengths.sizes_of(known), known["prepared_tokens_per_s"]
+
+
+def length_warning(settings: Settings, values: dict, sequences: float) -> list[str]:
+    """Where train_iters was given and is far from `epochs`: with packing the guide's numbers are."""
+    epochs = values["train_iters"] * values["global_batch_size"] / sequences
+    if settings.train_iters == "auto" or 0.5 <= epochs / settings.epochs <= 3:
+        return []
+    what = "packs: packing: false gives the guide's numbers" if settings.packing else "samples"
+    return [
+        f"train_iters {settings.train_iters:,} make {epochs:,.2f} epochs, epochs says {settings.epochs:g}; a batch counts "
+        f"{what}. train_iters: auto follows epochs"
+    ]
 
 
 def check_gpus(values: dict, cluster: bool) -> None:
@@ -181,9 +212,10 @@ def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, st
     print(f"{resolved['run_name']}: {resolved['model']['name']}, {parameters:,} parameters, from {start['load']}")
     if start["untrained"]:
         print("  the start checkpoint is untrained: random weights")
-    epochs = iters * gbs / data["train_samples"]
+    packs = f" in {data['sequences']:,.0f} packs" if values["packing"] else ""
     print(
-        f"  {data['train_samples']:,} samples for training ({epochs:.2f} epochs), {data['heldout_samples']:,} held out"
+        f"  {data['train_samples']:,} samples for training{packs} ({iters * gbs / data['sequences']:,.2f} epochs),"
+        f" {data['heldout_samples']:,} held out"
     )
     defaults = str(CONFIG_DIR / "config.yaml")
     given = {name for name in values if origin.get(name, defaults) != defaults}

@@ -78,6 +78,7 @@ def train(args: argparse.Namespace, resolved: dict, job: Job | None, held: Binar
     print(f"{run_dir}: " + (f"going on from step {start} of {train_iters}" if start else f"{train_iters} steps"))
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
+    check_what_is_loaded(run_dir, start, resolved["start"]["folder"])
     start_folder = start_dir(run_dir, resolved["start"]["folder"])
     arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
     code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
@@ -118,6 +119,17 @@ def failure(run_dir: Path) -> dict | None:
         return read_json(run_dir / FAILURE, None)
     except DamagedFileError:  # the disk was full
         return None
+
+
+def check_what_is_loaded(run_dir: Path, step: int, start: str | None) -> None:
+    """Raise CheckpointError unless Megatron and energon can open what they go on from without running code in it."""
+    from llava_sft.checkpoint.pickles import check_pickles  # imports torch, which a finished run need not wait for
+
+    if step:
+        positions = sorted((run_dir / "dataloader" / f"iter_{step:07d}").rglob("*.pt"))
+        check_pickles(checkpoint_dir(run_dir, step), *positions)
+    elif start:
+        check_pickles(Path(start))
 
 
 def finish(done: Path, run_dir: Path, resolved: dict) -> None:

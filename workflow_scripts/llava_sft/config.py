@@ -5,9 +5,12 @@ Notable:
   (`--config lr=5e-6`); what is then still `auto` and known of the cluster (profiles/slurm) is taken from there;
 - names are Megatron's; an unknown key, a wrong type or an impossible combination is one message with file, key, value,
   rule and fix;
+- a file of settings is small and says each thing once; what YAML reads otherwise than people do (`017`, `yes` for a number) is
+  refused, see read_yaml;
 - this module is imported while Snakemake builds its DAG: it must stay light (no torch).
 """
 
+import datetime
 import difflib
 import itertools
 import math
@@ -21,8 +24,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from llava_sft.data.packing import epoch_packs
-from llava_sft.errors import SettingsError
+from llava_sft.data.order import GlobalOrder
+from llava_sft.errors import SettingsError, shown
 from llava_sft.model.config import ModelConfig
 
 CONFIG_DIR = Path("config")
@@ -59,12 +62,12 @@ class SourceSettings(BaseModel):
 class Settings(BaseModel):
     """One experiment's settings as the user gave them; `auto` is still `auto`. Comments: config/config.yaml."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     experiment: str
     # where
     exp_dir: Path
-    run_tag: str = Field(pattern=r"^[A-Za-z0-9._-]*$")
+    run_tag: str = Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)
     # data
     raw_data: Path | None
     heldout_data: Path | None
@@ -90,7 +93,7 @@ class Settings(BaseModel):
     seq_length: Positive
     packing: bool
     packing_buffer_size: Positive | Auto
-    micro_batch_size: Positive
+    micro_batch_size: Positive | Auto
     global_batch_size: Positive | Auto
     train_iters: Positive | Auto
     epochs: Annotated[float, Field(gt=0)]
@@ -134,6 +137,7 @@ class Settings(BaseModel):
     eval_iters: Annotated[int, Field(ge=0)] | Auto
     log_answers: Annotated[int, Field(ge=0)]
     log_samples: bool
+    max_damaged_samples: Annotated[int, Field(ge=0)]
     max_bad_steps: Positive
     # evaluation
     evaluate_by: str
@@ -154,7 +158,15 @@ class Settings(BaseModel):
     @classmethod
     def _tag_is_text(cls, value: Any) -> Any:
         """`run_tag: 1220` is a number to YAML, and a date to people."""
-        return str(value) if isinstance(value, int) else value
+        return str(value) if isinstance(value, int | datetime.date) else value
+
+    @field_validator("exp_dir")
+    @classmethod
+    def _a_folder_for_rules(cls, exp_dir: Path) -> Path:
+        """Snakemake reads braces as wildcards, scripts a dash as an option, and no shell expands a `~`."""
+        if re.search(r"[{}]", str(exp_dir)) or str(exp_dir)[0] in "-~":
+            raise ValueError("a folder without braces that begins neither with - nor with ~")
+        return exp_dir
 
     @model_validator(mode="after")
     def _combinations(self) -> "Settings":
@@ -179,7 +191,6 @@ class Settings(BaseModel):
                 raise ValueError(f"{key} | {part} is not trained | add {part} to trainable_modules, or leave {key} out")
         if self.run_tag.endswith("results"):
             raise ValueError(f"run_tag | {self.run_tag!r} would name the results folder of a run | choose another tag")
-        check_batch(self, gpus=0 if self.gpus_per_node == "auto" else self.gpus_per_node)  # of a machine still unknown
         return self
 
     @property
@@ -196,21 +207,86 @@ class Settings(BaseModel):
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def experiments() -> list[str]:
-    """Names of all experiments: the files of config/experiments/ but for the template."""
-    return sorted(path.stem for path in (CONFIG_DIR / "experiments").glob("*.yaml") if path.stem != "TEMPLATE")
+NAME_RULE = "letters, digits, . _ - and at most 100 bytes, beginning with a letter, a digit or _"
+
+
+def experiments(misnamed: bool = False) -> list[str]:
+    """Names of all experiments: the files of config/experiments/ but for the template; or of those that are no name."""
+    stems = sorted(path.stem for path in (CONFIG_DIR / "experiments").glob("*.yaml") if path.stem != "TEMPLATE")
+    named = {stem for stem in stems if re.fullmatch(r"\w[\w.-]*", stem) and len(os.fsencode(stem)) <= 100}
+    return [stem for stem in stems if (stem in named) != misnamed]
 
 
 def read_yaml(path: Path) -> dict:
+    """The `key: value` lines of a file of settings.
+
+    Raises SettingsError for what is not such a file: not there, not UTF-8, not YAML, over 1 MiB, deeper or (aliases of
+    aliases) larger than settings are, a key that stands twice, a number that YAML reads to another base.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise SettingsError(f"{path}: over {MAX_YAML_BYTES:,} bytes, no file of settings", "name data by its path")
+        text = path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None:
+            _check_nodes(path, node)
+        content = yaml.safe_load(text) or {}
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file", "`snakemake` lists the experiments there are") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}", "make it a file that you may read") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: byte {error.start} is not UTF-8", "save the file again as UTF-8") from None
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}", "mend that line") from None
+        reason = " ".join(str(error).split())[:400]
+        tab = "; indent with spaces, not with tabs" if "\\t" in reason else ""
+        raise SettingsError(f"{path}: not valid YAML: {reason}", f"mend that line{tab}") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: nested too deeply", "see TEMPLATE.yaml for what settings look like") from None
+    except (ValueError, OverflowError) as error:  # 2026-13-01, a number of 5,000 digits
+        raise SettingsError(f"{path}: {str(error)[:200]}", "mend that value, or put it in quotes") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: holds a {type(content).__name__}, not `key: value` lines", "see TEMPLATE.yaml")
+    for key in content:
+        if not isinstance(key, str):
+            raise SettingsError(f"{path}: {shown(key)} is no setting's name", "write `name: value` lines")
     return content
+
+
+MAX_YAML_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 20
+
+
+def _check_nodes(path: Path, root: yaml.Node) -> None:
+    """Raise SettingsError for a document that is larger than it looks, or does not say what it seems to say."""
+    count, nodes = 0, [(root, 0)]
+    while nodes:
+        node, depth = nodes.pop()
+        count += 1
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise SettingsError(
+                f"{path}: nested too deeply, or more than {MAX_NODES:,} values once its aliases (*name) are filled in",
+                "write the values without aliases; see TEMPLATE.yaml",
+            )
+        line = f"{path}: line {node.start_mark.line + 1}"
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag.endswith(":int") and re.match(r"[-+]?0[0-9_]|.*:", node.value):
+                raise SettingsError(
+                    f"{line}: YAML reads {shown(node.value)} as another number (to base 8 or 60)",
+                    "put it in quotes, or leave out its leading zeros",
+                )
+        elif isinstance(node, yaml.MappingNode):
+            keys: dict[str, int] = {}
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    raise SettingsError(
+                        f"{path}: {shown(key.value)} stands twice, in lines {keys[key.value]} and {key.start_mark.line + 1}",
+                        "remove one of them",
+                    )
+                if isinstance(key, yaml.ScalarNode):
+                    keys[key.value] = key.start_mark.line + 1
+                nodes += [(key, depth + 1), (value, depth + 1)]
+        else:
+            nodes += [(item, depth + 1) for item in node.value]
 
 
 def load_settings(
@@ -238,20 +314,47 @@ def load_settings(
     if "experiment" in values:
         raise SettingsError(f"{origin['experiment']}: experiment is no setting", "the name of the file is the name")
     values["experiment"] = experiment
+    for key in ("raw_data", "heldout_data", "image_root", "webdatasets", "load", "tokenizer"):
+        if isinstance(values.get(key), str):
+            values[key] = values[key].replace("{exp_dir}", str(values.get("exp_dir")))
+    for key, value in values.items():
+        if rule := _impossible(key, value):
+            problem = f"{origin.get(key, experiment_file)}: {shown(key)[1:-1]}: {shown(value)}: {rule}"
+            raise SettingsError(problem, f"change {shown(key)[1:-1]}; config/config.yaml explains it")
     try:
         settings = Settings(**values)
         settings._origin.update(origin)
         return settings
     except ValidationError as error:
         raise SettingsError(*_explain(error, values, origin, str(experiment_file))) from None
-    except SettingsError as error:  # of a rule that is checked again when the machine is known
-        key = error.problem.split(":")[0]
-        raise SettingsError(f"{_place(key, origin, str(experiment_file))}: {error.problem}", error.fix) from None
+
+
+YES_NO = {name for name, field in Settings.model_fields.items() if "bool" in str(field.annotation)}
+
+
+def _impossible(key: str, value: Any) -> str | None:
+    """What is wrong with a value that no type tells: the rule it breaks."""
+    if isinstance(value, bool):
+        return None if key in YES_NO or key not in Settings.model_fields else "this is yes or no to YAML, not a value"
+    if isinstance(value, list | tuple):
+        return next(filter(None, (_impossible(key, item) for item in value)), None)
+    if isinstance(value, dict):
+        texts = [text for pair in value.items() for text in pair if not isinstance(text, bool)]
+        return next(filter(None, (_impossible(key, item) for item in texts)), None)
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return "a number beyond 64 bits"
+    if not isinstance(value, str):
+        return None
+    if re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
+        return "a control character in it"
+    if len(value) > 2000 or any(len(part.encode()) > 240 for part in value.split("/")):
+        return "longer than a path can be (240 bytes a name, 2,000 characters in all)"
+    return None
 
 
 def _place(key: str, origin: dict[str, str], experiment_file: str) -> str:
     """Where to mend a combination: where the key was set, or the experiment's file where it has its default."""
-    return origin[key] if origin[key] in ("--config", "the profile", experiment_file) else experiment_file
+    return origin[key] if origin.get(key) in ("--config", "the profile", experiment_file) else experiment_file
 
 
 def _explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
@@ -264,15 +367,23 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
     where = origin.get(key, experiment_file)
     if key == "sources" and len(fault["loc"]) > 2:
         entry, *inner = fault["loc"][1:]
-        key = f"sources: entry {entry + 1}: {'.'.join(map(str, inner))}"
+        key = f"sources: entry {entry + 1}: {shown('.'.join(map(str, inner)))[1:-1]}"
         return f"{where}: {key}: {fault['msg'].lower()}", "an entry has path, heldout, image_root, weight, name"
     if fault["type"] == "extra_forbidden":
-        near = [GUIDE_NAMES[key]] if key in GUIDE_NAMES else difflib.get_close_matches(key, Settings.model_fields, n=1)
-        return f"{where}: unknown setting {key!r}", f"did you mean {near[0]}?" if near else "see config/config.yaml"
+        near = (
+            [GUIDE_NAMES[key]]
+            if key in GUIDE_NAMES
+            else difflib.get_close_matches(key[:100], Settings.model_fields, n=1)
+        )
+        return (
+            f"{where}: unknown setting {shown(key)}",
+            f"did you mean {near[0]}?" if near else "see config/config.yaml",
+        )
     if fault["type"] == "missing":
         return f"{where}: {key} is missing", f"add a line `{key}: …`; config/config.yaml explains it"
-    rules = " or ".join(sorted({f["msg"][0].lower() + f["msg"][1:] for f in error.errors() if f["loc"][0] == key}))
-    return f"{where}: {key}: {values.get(key)!r}: {rules}", f"change {key}; config/config.yaml explains it"
+    faults = [f["msg"].removeprefix("Value error, ") for f in error.errors() if f["loc"] and f["loc"][0] == key]
+    rules = " or ".join(sorted({text[0].lower() + text[1:] for text in faults}))[:400]
+    return f"{where}: {key}: {shown(values.get(key))}: {rules}", f"change {key}; config/config.yaml explains it"
 
 
 # ---------------------------------------------------------------------------------------------- auto
@@ -339,10 +450,15 @@ def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
 def check_batch(settings: Settings, gpus: int) -> None:
     """Raise SettingsError unless processes and global batch size go together on nodes of so many GPUs."""
     nodes = 1 if settings.nodes == "auto" else settings.nodes
-    known = {"nodes": nodes, "nproc_per_node": processes_per_node(settings, gpus)}
-    if settings.global_batch_size != "auto":
-        replicas = data_parallel_size(settings.model_dump() | known)
-        check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)
+    try:
+        known = {"nodes": nodes, "nproc_per_node": processes_per_node(settings, gpus)}
+        if "auto" not in (settings.global_batch_size, settings.micro_batch_size):
+            replicas = data_parallel_size(settings.model_dump() | known)
+            check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)
+    except SettingsError as error:
+        file = str(CONFIG_DIR / "experiments" / f"{settings.experiment}.yaml")
+        place = _place(error.problem.split(":")[0], settings.origin, file)
+        raise SettingsError(f"{place}: {error.problem}", error.fix) from None
 
 
 def check_global_batch_size(global_batch_size: int, micro_batch_size: int, replicas: int) -> None:
@@ -397,28 +513,32 @@ def auto_packing_buffer(lengths: list[int], seq_length: int) -> int:
 
 
 class Epoch(NamedTuple):
-    """One pass over the training samples: their packs as indices, each buffer of `buffer_size` samples packed at a time."""
+    """One pass over the training samples: the packs of each source as indices, `buffer_size` samples packed at a time; and
+    how many packs it takes, those of a source of weight 2 twice."""
 
     buffer_size: int
     packs: list[list[int]]
+    sequences: float
 
 
-def pack_epoch(settings: Settings, lengths: list[int]) -> Epoch:
-    """The packs of an epoch of samples with these `lengths` in tokens."""
-    buffer_size = settings.packing_buffer_size
-    if buffer_size == "auto":
-        buffer_size = auto_packing_buffer(lengths, settings.seq_length)
-    return Epoch(buffer_size, list(epoch_packs(lengths, settings.seq_length, buffer_size, settings.seed)))
+def packing_window(settings: Settings, lengths: list[int]) -> int:
+    """`packing_buffer_size`, worked out where it is `auto`."""
+    given = settings.packing_buffer_size
+    return auto_packing_buffer(lengths, settings.seq_length) if given == "auto" else given
+
+
+def first_epoch(order: GlobalOrder, buffer_size: int) -> Epoch:
+    return Epoch(buffer_size, *order.first_pass())
 
 
 def resolve(
-    settings: Settings, train_samples: int, heldout_samples: int = 0, epoch: Epoch | None = None, blend: float = 1.0,
+    settings: Settings, train_samples: int, heldout_samples: int = 0, epoch: Epoch | None = None,
     cores: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """All values that training uses, and for each that was `auto` the sentence that says where it came from.
 
-    `epoch`: with packing, steps are counted in its packs, not in samples. `blend`: the mean weight of a sample, where
-    sources have weights. `cores`: those of a node that trains, when that is not this machine.
+    `epoch`: steps are counted in its sequences; without, in samples. `cores`: those of a node that trains, when that is
+    not this machine.
     """
     why: dict[str, str] = {}
     values = settings.model_dump(mode="json")
@@ -434,7 +554,13 @@ def resolve(
     if settings.fp8 != "none" and not gpus:
         raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Hopper or newer)")
     settle("nproc_per_node", processes_per_node(settings, gpus), "one a GPU" if gpus else "TP × PP on a CPU")
-    replicas, mbs = data_parallel_size(values), settings.micro_batch_size
+    replicas = data_parallel_size(values)
+    given = settings.global_batch_size
+    share = 1 if given == "auto" else math.ceil(given / replicas)
+    mbs = settle("micro_batch_size", share, f"a replica's share of the global batch, of {replicas}")
+    if "micro_batch_size" in why and given != "auto" and given % replicas:
+        values["global_batch_size"] = share * replicas
+        why["global_batch_size"] = f"{given}, raised to a multiple of data-parallel size {replicas}"
     gbs = settle("global_batch_size", 4 * replicas * mbs, f"4 × data-parallel size {replicas} × micro_batch_size {mbs}")
     check_global_batch_size(gbs, mbs, replicas)
     cores = cores or len(os.sched_getaffinity(0))
@@ -445,8 +571,9 @@ def resolve(
     of_packs = f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"
     settle("packing_buffer_size", buffer_size, of_packs)
     if epoch:
-        sequences, what = len(epoch.packs), f"packed sequences (of {train_samples:,} samples)"
-    sequences = round(sequences * blend)
+        sequences = round(epoch.sequences)
+    if settings.packing and epoch:
+        what = f"packed sequences (of {train_samples:,} samples)"
     counted = f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits"
     iters = settle("train_iters", auto_train_iters(sequences, settings.epochs, gbs), counted)
     settle("min_lr", settings.lr / 10, "lr / 10")

@@ -1,14 +1,17 @@
 """Errors that are the user's to mend. Each says the value, the rule it breaks and the fix; no traceback, exit code 1.
 
-Everything else (a bug, a full disk, a signal) keeps its traceback: hiding those would hide the cause.
+A full disk, and a file that cannot be read or written, are said in the same way. Everything else (a bug, a signal) keeps
+its traceback: hiding those would hide the cause.
 """
 
+import errno
 import functools
 import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 SHOWN = 200  # characters of a user's string in a message, at most
 
 
@@ -55,15 +58,29 @@ def shown(value: Any, limit: int = SHOWN) -> str:
 
 
 def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a script's `main`, or what Snakemake calls: an `SftError` becomes one message on stderr and exit code 1."""
+    """Decorate a script's `main`, or what Snakemake calls: an `SftError`, and an `OSError` about a file or the disk, become one
+    message on stderr and exit code 1."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         try:
             return function(*args, **kwargs)
         except SftError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
+            told: Exception = error
+        except OSError as error:
+            if error.filename is None and error.errno not in NO_SPACE:
+                raise
+            told = of_file(error)
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
     wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
     return wrapped
+
+
+def of_file(error: OSError) -> SftError:
+    """The message for a file that cannot be read or written, or a disk that is full."""
+    what = f"{error.filename}: {error.strerror}" if error.filename is not None else f"{error.strerror}"
+    if error.errno in NO_SPACE:
+        return SftError(what, "free some space on that disk; the same command goes on")
+    return SftError(what, "restore it, or remove it where this workflow made it: the same command makes it again")

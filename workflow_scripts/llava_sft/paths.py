@@ -1,6 +1,7 @@
 """Where everything lies: the one place that rules and scripts ask. Imported while the DAG is built: no torch.
 
-<exp_dir>/demo/                                     the embedded data set and its start checkpoint
+<exp_dir>/demo/                                     the embedded data set and its start checkpoint: no output of a rule,
+                                                    which Snakemake would delete; demo.done.json beside it is
 <exp_dir>/data/<experiment>/webdatasets/            subtaskdata-00000.tar …, heldout-00000.tar …, .nv-meta/
 <exp_dir>/data/<experiment>/webdatasets/<source>/   the same for each of several sources, and metadataset.yaml
 <exp_dir>/data/<experiment>/webdatasets.parts/      statistics, rejects and index rows of each shard
@@ -13,6 +14,7 @@
 """
 
 import glob
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -23,11 +25,37 @@ from llava_sft.checkpoint.start import check_load, converted_name, needs_convers
 from llava_sft.config import CONFIG_DIR, Settings, SourceSettings, check_batch, check_parallel_sizes, gpu_count
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
 from llava_sft.data.tars import METADATASET, is_finished
-from llava_sft.errors import DataError
+from llava_sft.errors import DataError, SettingsError, shown
+from llava_sft.files import fingerprint
 from llava_sft.model.config import load_model_config
 
 # The demo's files exist only once a rule has made them, but the conversion is planned before: their sizes are fixed.
 DEMO_BYTES = {"train.jsonl": 4165660, "heldout.jsonl": 127362}
+CONVERTED = "_mcore_tp1_pp1"
+DEMO_CHECKPOINT = "LLaVA-OneVision-1.5-tiny"
+EMBEDDED = "vqa"  # the experiment whose data is the demo
+
+
+def check_demo(folder: Path) -> None:
+    """Raise DataError when files stand where the demo's would be written that the demo did not make."""
+    foreign = [
+        folder / name for name, size in DEMO_BYTES.items() if (folder / name).exists() and _size(folder / name) != size
+    ]
+    images, checkpoint = folder / "images", folder / DEMO_CHECKPOINT
+    if images.exists():
+        names = os.listdir(images) if images.is_dir() else [""]
+        foreign += [images / name for name in names if not re.fullmatch(r"digit_\d{4}(_\d)?\.png", name)]
+    if checkpoint.exists() and not (checkpoint / "config.json").is_file():
+        foreign.append(checkpoint)
+    if foreign:
+        raise DataError(
+            f"{shown(str(foreign[0]))}: the demo did not make this file, and writes its own into {shown(str(folder))}",
+            "move your files to another folder and name it in the settings; or --config exp_dir=ANOTHER_FOLDER",
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 @dataclass(frozen=True)
@@ -57,10 +85,13 @@ class Shard:
 class Paths:
     """All paths of one experiment."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, demo: Path | None = None, checkpoint_suffix: str = ""):
+        """`demo`: the folder of the embedded data set, where another experiment reads it, too; `checkpoint_suffix`: see
+        `Workflow.conversions`."""
+        self.settings, self.checkpoint_suffix = settings, checkpoint_suffix
         exp_dir = settings.exp_dir
-        self.demo = exp_dir / "demo"
+        self.demo = demo or (exp_dir / "demo" if settings.experiment == EMBEDDED else None)
+        self.demo_done = self.demo and self.demo.with_name("demo.done.json")
         self.data = exp_dir / "data" / settings.experiment
         # A finished folder that is not ours is adopted: our folder of links to its tars, with an index of our own.
         given = settings.webdatasets
@@ -84,8 +115,23 @@ class Paths:
     def converted(self) -> Path | None:
         """The Megatron folder that the start checkpoint is converted to; None when it needs no conversion."""
         if self.is_demo(Path(self.settings.load)) or needs_conversion(self.settings.load):
-            return self.settings.exp_dir / "checkpoints" / converted_name(self.settings.load, self.settings.load_parts)
+            name = converted_name(self.settings.load, self.settings.load_parts)
+            name = name.removesuffix(CONVERTED) + self.checkpoint_suffix + CONVERTED
+            return self.settings.exp_dir / "checkpoints" / name
         return None
+
+    @property
+    def converted_from(self) -> dict[str, str]:
+        """What the converted checkpoint depends on."""
+        settings = self.settings
+        places = {"load": settings.load, "tokenizer": str(settings.tokenizer or ""), **settings.load_parts}
+        places = {name: os.path.abspath(place) if os.path.exists(place) else place for name, place in places.items()}
+        return {"model": settings.model, **places}
+
+    @property
+    def fingerprint_suffix(self) -> str:
+        """Ends the name of the converted checkpoint where another experiment would take the same name for another one."""
+        return f"-{fingerprint(self.converted_from)[:8]}"
 
     @property
     def converted_done(self) -> Path | None:
@@ -93,8 +139,10 @@ class Paths:
         return self.converted and self.converted.with_name(f"{self.converted.name}.done.json")
 
     def is_demo(self, path: Path) -> bool:
-        """Whether a rule makes this path, so that it need not exist yet."""
-        return self.demo in path.parents
+        """Whether the demo's rule makes this path, so that it need not exist yet."""
+        if not self.demo or self.demo not in path.parents:
+            return False
+        return path.relative_to(self.demo).parts[0] in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)
 
     @property
     def training_data(self) -> Path:
@@ -175,9 +223,45 @@ class Paths:
             for source in self.sources
         ]
 
-    def check_inputs(self) -> None:
-        """Raise, with the fix, when something that the user has to bring is not there, or batches do not fit the machine."""
+    def user_paths(self) -> dict[str, Path]:
+        """By setting, what the user names as brought along (a glob's pattern up to its first magic folder)."""
         settings = self.settings
+        given: dict[str, Path | str | None] = {
+            "raw_data": settings.raw_data, "heldout_data": settings.heldout_data, "image_root": settings.image_root,
+            "webdatasets": settings.webdatasets, "tokenizer": settings.tokenizer, "load": settings.load,
+        }  # fmt: skip
+        given |= {f"load_parts: {part}": source for part, source in settings.load_parts.items()}
+        for number, entry in enumerate(settings.sources, 1):
+            given |= {f"sources: entry {number}: path": entry.path, f"sources: entry {number}: heldout": entry.heldout}
+            given |= {f"sources: entry {number}: image_root": entry.image_root}
+        return {key: Path(value) for key, value in given.items() if value}
+
+    def check_apart(self, made: dict[Path, str]) -> None:
+        """Raise SettingsError when something that the user brings lies where a rule writes; `made`: these folders,
+        resolved, and whose they are."""
+        for key, path in self.user_paths().items():
+            place = Path(os.path.realpath(path))
+            folder = next((folder for folder in (place, *place.parents) if folder in made), None)
+            if folder and not self._may_lie_there(key, path):
+                raise SettingsError(
+                    f"{key}: {shown(str(path))}: lies in the folder of {made[folder]}, which the workflow makes and deletes",
+                    f"move it elsewhere and change {key}, or choose another exp_dir",
+                )
+
+    def _may_lie_there(self, key: str, path: Path) -> bool:
+        """An export to start from, a finished WebDataset: made, but no output that a rule deletes."""
+        if key == "webdatasets":
+            return is_finished(path) and os.path.realpath(path) != os.path.realpath(self.data / "webdatasets")
+        return (key in ("load", "tokenizer") or key.startswith("load_parts")) and not path.is_file()
+
+    def check_inputs(self, trains: bool = True) -> None:
+        """Raise, with the fix, when something that the user has to bring is not there, or batches do not fit the machine.
+
+        Not `trains`: the data alone is asked for, which needs neither a checkpoint nor a batch size.
+        """
+        settings = self.settings
+        if self.demo and any(self.is_demo(path) for path in self.user_paths().values()) and not self.demo_done.exists():
+            check_demo(self.demo)
         if settings.webdatasets and not next(settings.webdatasets.rglob("*.tar"), None):
             raise DataError(
                 f"webdatasets: {settings.webdatasets}: no such folder, or no .tar file (and .nv-meta) in it",
@@ -189,7 +273,8 @@ class Paths:
                     f"image_root: {source.image_root}: no such folder", "set image_root to the folder of the images"
                 )
         _ = self.shards  # an empty raw file is found here
+        if not trains:
+            return
         check_parallel_sizes(settings, load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml"))
         check_load(settings.load, settings.load_parts, settings.tokenizer, made_here=self.is_demo(Path(settings.load)))
-        if settings.global_batch_size != "auto":
-            check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)
+        check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

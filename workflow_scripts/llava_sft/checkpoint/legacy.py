@@ -3,7 +3,8 @@
 Notable:
 - nothing in the files is executed: only what rebuilds tensors is real, every other object is an inert stand-in, and a
   file that names anything outside the listed packages is refused;
-- tensors are mapped, not read, so that merging the ranks holds one whole tensor in memory.
+- tensors are mapped, not read, so that merging the ranks holds one whole tensor in memory;
+- ranks that are damaged (CRC32), or of different trainings, are refused: what stands in all of them must be equal.
 Layout: `release/` or `iter_0000400/` with `mp_rank_00/` (PP 1) or `mp_rank_00_000/`, in each `model_optim_rng.pt`.
 """
 
@@ -13,12 +14,21 @@ from collections.abc import Iterable
 from functools import reduce
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava_sft.checkpoint.names import Row, check_tensors
-from llava_sft.errors import CheckpointError
+from llava_sft.checkpoint.pickles import (
+    HARMLESS_BUILTINS,
+    StandIn,
+    check_archive_members,
+    check_crc,
+    damaged,
+    python3_name,
+)
+from llava_sft.errors import CheckpointError, shown
 
 FILE = "model_optim_rng.pt"
 REBUILDS_TENSORS = {
@@ -29,26 +39,12 @@ REBUILDS_TENSORS = {
 # Where the arguments, random states and counters of a training come from; none of them is wanted.
 IGNORED_PACKAGES = {
     "_codecs", "_io", "aiak_accelerator", "aiak_megatron", "aiak_training_llm", "argparse", "datetime", "enum", "io",
-    "megatron", "numpy", "pathlib", "torch", "transformer_engine", "types",
+    "megatron", "numpy", "pathlib", "signal", "torch", "transformer_engine", "types",
 }  # fmt: skip
+IGNORED_BUILTINS = {("builtins", name) for name in HARMLESS_BUILTINS.split()} | {("copyreg", "_reconstructor")}
 ROW_SPLIT = ("linear_proj.weight", "linear_fc2.weight")
 COLUMN_SPLIT = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias", "word_embeddings.weight", "output_layer.weight")  # fmt: skip
 RENAMED = {"vision_model.patch_embed.proj.weight": "vision_model.patch_embed.weight"}
-
-
-class _Inert:
-    """Any object that is no tensor: made, filled and called without effect."""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def _ignore(self, *args, **kwargs):
-        pass
-
-    __setstate__ = __setitem__ = __call__ = append = extend = add = _ignore
 
 
 class _SafePickle:
@@ -56,10 +52,12 @@ class _SafePickle:
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            if (module, name) in REBUILDS_TENSORS:
-                return super().find_class(module, name)
-            if module.split(".")[0] in IGNORED_PACKAGES:
-                return _Inert
+            wanted = python3_name(module, name)
+            if wanted in REBUILDS_TENSORS:
+                found = super().find_class(*wanted)
+                return lambda *args: found(*args)  # a pickle may change attributes of what it gets
+            if wanted[0].split(".")[0] in IGNORED_PACKAGES or wanted in IGNORED_BUILTINS:
+                return StandIn
             raise CheckpointError(f"it asks for {module}.{name}, which no checkpoint needs", "do not use this file")
 
 
@@ -71,7 +69,7 @@ class LegacySource:
     def __init__(self, folder: Path):
         self.folder = folder
         ranks = {}
-        for path in folder.glob("mp_rank_*"):
+        for path in list_folder(folder):
             if match := re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.name):
                 ranks[int(match[1]), int(match[2] or 0)] = path / FILE
         tp, pp = (1 + max((rank[i] for rank in ranks), default=-1) for i in (0, 1))
@@ -82,7 +80,9 @@ class LegacySource:
         self._parts: dict[str, list[Tensor]] = {}  # by key, one tensor per tensor-parallel rank
         layers = 0
         for stage in range(pp):
-            states = [_load(ranks[rank, stage]) for rank in range(tp)]
+            files = [ranks[rank, stage] for rank in range(tp)]
+            states = [self._load(path) for path in files]
+            check_same_keys(states, files)
             numbers = [0]
             for key in states[0]:
                 if match := re.match(r"language_model\.decoder\.layers\.(\d+)\.", key):
@@ -90,10 +90,19 @@ class LegacySource:
                     whole = f"language_model.decoder.layers.{int(match[1]) + layers}.{key[match.end() :]}"
                 else:
                     whole = RENAMED.get(key, key)
-                if lacking := [rank for rank in range(tp) if key not in states[rank]]:
-                    raise CheckpointError(f"{ranks[lacking[0], stage]}: {key} is missing", "copy the folder again")
                 self._parts[whole] = [state[key] for state in states]
             layers += max(numbers)
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        """The model's tensors of one rank, mapped from the file, which must be of the same step as the others."""
+        model, iteration = load_rank(path)
+        first, known = self._iteration = getattr(self, "_iteration", (path, iteration))
+        if iteration != known:
+            raise CheckpointError(
+                f"{path} is of iteration {shown(iteration)}, {first} of {shown(known)}",
+                "copy all ranks of one checkpoint",
+            )
+        return model
 
     def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
         wanted = {row.mcore: row.shape for row in rows}
@@ -122,23 +131,54 @@ def _merge(key: str, parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=1) if key.endswith(ROW_SPLIT) else parts[0]
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    """The model's tensors of one rank, mapped from the file."""
+def list_folder(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read: {error.strerror}", "name a folder that you may read"
+        ) from None
+
+
+def check_same_keys(states: list[dict[str, Tensor]], files: list[Path]) -> None:
+    """Raise CheckpointError unless the tensor-parallel ranks hold the same keys, and the same values where none is split."""
+    for state, path in zip(states[1:], files[1:], strict=True):
+        for one, other, lacking in ((states[0], state, path), (state, states[0], files[0])):
+            if missing := sorted(one.keys() - other.keys()):
+                raise CheckpointError(
+                    f"{lacking}: {missing[0]} is missing, another rank has it", "copy the folder again"
+                )
+        for key, tensor in state.items():
+            if not is_split(key) and not torch.equal(tensor, states[0][key]):
+                raise CheckpointError(
+                    f"{path}: {key} is not that of {files[0]}: ranks of different checkpoints",
+                    "copy all ranks of one checkpoint",
+                )
+
+
+def is_split(key: str) -> bool:
+    """Whether each tensor-parallel rank holds a part of its own of this tensor."""
+    return not key.startswith("adapter.") and key.endswith((*COLUMN_SPLIT, *ROW_SPLIT))
+
+
+def load_rank(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """The model's tensors of one rank, mapped from the file, and the training step that it says it is of."""
+    check_archive_members(path, path)
+    check_crc(path)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_SafePickle)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.problem}", error.fix) from None
     except Exception as error:  # unpickling damaged bytes raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: damaged or cut off ({reason})", "copy the file again") from None
+        raise damaged(path, error) from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         virtual = isinstance(content, dict) and "model0" in content
         reason = "virtual pipeline stages (model0, model1 …) are not supported" if virtual else "no `model` in it"
         raise CheckpointError(
             f"{path}: {reason}", "use a checkpoint of the original project without virtual pipelining"
         )
-    model = {key: value for key, value in content["model"].items() if not key.endswith("_extra_state")}
+    model = {key: value for key, value in content["model"].items() if not str(key).endswith("_extra_state")}
     for key, value in model.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {key} is no tensor", "use another checkpoint")
-    return {key: value.detach() for key, value in model.items()}
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {shown(key)} is no tensor", "use another checkpoint")
+    return {key: value.detach() for key, value in model.items()}, content.get("iteration")

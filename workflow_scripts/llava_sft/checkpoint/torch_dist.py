@@ -8,7 +8,6 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from llava_sft.checkpoint.pickles import read_metadata
 from llava_sft.errors import CheckpointError
 
 
@@ -79,19 +79,11 @@ class TorchDistReader(FileSystemReader):
     """Reads single tensors out of a checkpoint folder, whatever parallel sizes wrote it."""
 
     def __init__(self, folder: Path):
-        if not (folder / ".metadata").is_file():
-            raise CheckpointError(
-                f"{folder}: no .metadata file: not a whole torch_dist checkpoint", "use another iter_ folder"
-            )
+        self.folder, self._metadata = folder, read_metadata(folder)
         super().__init__(folder)
-        self.folder = folder
 
     def read_metadata(self):
         return self._metadata
-
-    @cached_property
-    def _metadata(self):
-        return super().read_metadata()
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Shape and dtype of every tensor by its key; optimizer state included."""

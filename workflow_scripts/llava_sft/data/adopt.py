@@ -95,5 +95,6 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
 
 def _rows(tar: Path) -> Iterator[dict[str, Any]]:
     """Walked again when the index is written: all rows of all tars would not fit into memory."""
-    for sample in walk_tar(tar):
-        yield sample._asdict()
+    with open(tar, "rb") as file:
+        for sample in walk_tar(tar):
+            yield sample._asdict() | {"hash": sample.checksum(file.fileno()).hex()}

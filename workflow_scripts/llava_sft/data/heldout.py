@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_sft.data.records import Sample
-from llava_sft.data.tars import read_at, read_meta, source_folders, walk_tar
+from llava_sft.data.tars import METADATASET, read_at, read_blend, read_meta, source_folders, walk_tar
 from llava_sft.errors import DataError
 
 
@@ -24,14 +24,19 @@ class StoredShard(NamedTuple):
     layout: str
     excluded: frozenset[str]
 
-    def samples(self) -> Iterator[tuple[str, Sample, int, dict[str, tuple[int, int]]]]:
-        """Yield (id as the loader names it, sample, file descriptor, place of each member) in order, no image read."""
+    def rows(self) -> Iterator[tuple[int, str, Sample, int, dict[str, tuple[int, int]]]]:
+        """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
+        image read."""
         tar = self.folder / self.name
         with open(tar, "rb") as file:
-            for stored in walk_tar(tar):
+            for row, stored in enumerate(walk_tar(tar)):
                 if stored.key not in self.excluded:
                     sample, members = stored.read(file.fileno(), self.layout)
-                    yield self.source + stored.key, sample, file.fileno(), members
+                    yield row, self.source + stored.key, sample, file.fileno(), members
+
+    def samples(self) -> Iterator[tuple[str, Sample, int, dict[str, tuple[int, int]]]]:
+        """The same without the place in the tar."""
+        return (found[1:] for found in self.rows())
 
 
 def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
@@ -64,6 +69,14 @@ def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
 def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
     for path in source_folders(Path(folder)):
         yield path, "" if path == Path(folder) else f"{path.name}/"
+
+
+def source_weights(folder: Path) -> dict[str, float]:
+    """How often a training sample of each source is to be seen, relative to the others'; {"": 1.0} for a single folder."""
+    if not (folder / METADATASET).is_file():
+        return {"": 1.0}
+    blend = read_blend(folder / METADATASET, "train")
+    return {name: draws / read_meta(folder / name).samples("train") for name, draws in blend.items()}
 
 
 def read_split(folder: Path | str, split: str) -> Iterator[Sample]:

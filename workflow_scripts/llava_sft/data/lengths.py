@@ -13,24 +13,46 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.data.heldout import StoredShard, read_shard, stored_shards
+from llava_sft.data.heldout import StoredShard, read_shard, source_weights, stored_shards
 from llava_sft.data.images import MERGE_SIZE, decode_rgb, image_grid, image_tokens, to_patches
+from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.data.tars import read_at
 from llava_sft.data.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
 from llava_sft.errors import DataError
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 
 HEADER_BYTES = 256 << 10  # an image's size stands before that, behind its EXIF and its thumbnail
+SIZES_VERSION = 2  # of what is kept; 2: with each sample's place
 TIMED_S, TIMED_SHARDS = 2.0, 4  # for so long samples of so many shards are prepared, for the speed of a loader process
 
 
 class SampleSizes(NamedTuple):
-    """Of each training sample that fits: its tokens, and the patches of each of its images. `left_out`: ids of those that can
-    not be trained on, too long to their first answer, or with control tokens in the text."""
+    """Of each training sample that fits: its tokens, the patches of each of its images, and its place in its tar.
+
+    `shards`: [source and name of a tar, number of its samples here], in order. `left_out`: ids of those that cannot be
+    trained on, too long to their first answer, or with control tokens in the text.
+    """
 
     tokens: list[int]
     patches: list[list[int]]
+    rows: list[int]
+    shards: list[tuple[str, int]]
     left_out: list[str]
+
+
+def sizes_of(content: dict[str, Any]) -> SampleSizes:
+    """What sizes.json holds."""
+    return SampleSizes(*(content[name] for name in SampleSizes._fields))
+
+
+def read_sizes(data: dict[str, Any]) -> SampleSizes | None:
+    """The sizes that a run was resolved with: `data` of resolved.json. None where the file is gone, damaged or of other
+    data or settings: they have to be counted again."""
+    try:
+        content = read_json(data["sizes"])
+        return sizes_of(content) if content["depends"] == data["sizes_depend"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class Limits(NamedTuple):
@@ -50,10 +72,29 @@ def measure(
     return {"depends": depends_on(dataset, tokenizer, limits), **sizes._asdict(), "prepared_tokens_per_s": speed}
 
 
+def global_order(folder: Path, sizes: SampleSizes, capacity: int | None, window: int, seed: int) -> GlobalOrder:
+    """The order of the samples that `sizes` counts, by sources."""
+    weights = source_weights(folder)
+    names = ["" if "" in weights else name.partition("/")[0] for name, _ in sizes.shards]
+    sources: list[SourceLengths] = []
+    start = 0
+    for source, weight in weights.items():
+        count = sum(n for name, (_, n) in zip(names, sizes.shards, strict=True) if name == source)
+        sources.append(SourceLengths(sizes.tokens[start : start + count], weight))
+        start += count
+    return GlobalOrder(sources, capacity, window, seed)
+
+
 def depends_on(dataset: dict[str, Any], tokenizer: Path, limits: Limits) -> str:
     """What sizes.json was made from; `dataset`: the content of dataset.json."""
     return fingerprint(
-        [dataset["fingerprint"], file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION]
+        [
+            dataset["fingerprint"],
+            file_fingerprint(tokenizer / "tokenizer.json"),
+            limits,
+            TEMPLATE_VERSION,
+            SIZES_VERSION,
+        ]
     )
 
 
@@ -66,7 +107,7 @@ def sample_sizes(
     counted again. `processes` count shards side by side.
     """
     shards = list(stored_shards(folder, "train"))
-    of_these = fingerprint([file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION])
+    of_these = fingerprint([file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION, SIZES_VERSION])
     count = partial(_shard_sizes, tokenizer, limits, kept and kept / of_these)
     if processes > 1 and len(shards) > 1:
         with ProcessPoolExecutor(min(processes, len(shards))) as pool:
@@ -84,8 +125,8 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
     place = kept and kept / f"{shard.source}{shard.name}.json"
     if place and (known := read_json(place, {"depends": None})).pop("depends") == depends:
         return SampleSizes(**known)
-    template, sizes = _template(tokenizer), SampleSizes([], [], [])
-    for key, sample, file, members in shard.samples():
+    template, sizes = _template(tokenizer), SampleSizes([], [], [], [], [])
+    for row, key, sample, file, members in shard.rows():
         try:
             tokens = [image_tokens(_grid(file, members[image], limits)) for image in sample.images]
             encoded = template.encode(sample.messages, tokens, limits.seq_length)
@@ -98,6 +139,8 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
             ) from None
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
+        sizes.rows.append(row)
+    sizes.shards.append((shard.source + shard.name, len(sizes.tokens)))
     if place:
         write_json(place, {"depends": depends, **sizes._asdict()}, indent=None)
     return sizes

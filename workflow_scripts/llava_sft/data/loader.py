@@ -1,16 +1,13 @@
-"""WebDataset → batches of token ids and uint8 patches, through Megatron-Energon.
+"""A stored sample → token ids and uint8 patches, and several of them → a batch; in Megatron-Energon's forms.
 
 Notable:
-- a sample that can not be read or encoded stops the run: energon alone would log it and go on, a hundred times;
 - samples are packed into sequences of `seq_length`, or padded behind the text to the longest of their batch;
-- the loader's state is saved with every Megatron checkpoint and restored with it: a resumed run reads the very next
-  sample.
+- stock energon opens a data set of ours with the cookers below. The training reads it in an order of its own (stream.py):
+  energon draws with repetition, and logs a sample that cannot be read.
 """
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -19,22 +16,17 @@ import torch.nn.functional as F
 from megatron.energon import (
     Cooker,
     Sample,
-    SavableDataLoader,
     SkipSample,
     TaskEncoder,
-    WorkerConfig,
     basic_sample_keys,
     edataclass,
-    get_savable_loader,
-    get_train_dataset,
-    reraise_exception,
     stateless,
 )
 from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_grid, image_tokens, to_patches
 from llava_sft.data.layouts import LAYOUTS
-from llava_sft.data.packing import PACKED_IDS, cut_between, select_packs
+from llava_sft.data.packing import PACKED_IDS, cut_between
 from llava_sft.data.template import ChatTemplate, UnusableSample
 
 
@@ -154,9 +146,9 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
     Args:
         seq_length: tokens of a sequence; a longer conversation is cut at the end of a turn.
         min_pixels, max_pixels: limits of height × width that images are resized to.
-        packing: whether sequences are packed; the buffer's size is given to the loader.
+        packing: whether sequences are packed.
         pad_multiple: packed batches are padded to a multiple of this many tokens (matrix units want 16 in FP8).
-        seed: of the order of the packs.
+        seed: of the order of the samples.
     """
 
     decoder = None  # raw bytes: images are decoded here, in the worker
@@ -194,18 +186,20 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
 
     @stateless
     def postencode_sample(self, sample: TokenizedSample) -> EncodedSample:
+        patches = []
+        for number, (data, grid) in enumerate(zip(sample.images, sample.grids, strict=True), 1):
+            cut, decoded = to_patches(decode_rgb(data), self.min_pixels, self.max_pixels)
+            if decoded != grid:
+                raise ValueError(f"image {number}: its header says {grid} patches, it decodes to {decoded}")
+            patches.append(cut)
         return EncodedSample.derive_from(
             sample,
             input_ids=sample.input_ids,
             answer_mask=sample.answer_mask,
-            patches=[to_patches(decode_rgb(data), self.min_pixels, self.max_pixels)[0] for data in sample.images],
+            patches=patches,
             grids=sample.grids,
             segments=[len(sample.input_ids)],
         )
-
-    def select_samples_to_pack(self, samples: list[TokenizedSample]) -> list[list[TokenizedSample]]:
-        packs = select_packs([len(sample.input_ids) for sample in samples], self.seq_length, self.seed)
-        return [[samples[index] for index in pack] for pack in packs]
 
     @stateless
     def pack_selected_samples(self, samples: list[EncodedSample]) -> EncodedSample:
@@ -249,29 +243,3 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
             lengths=[length for row in rows for length in row.segments],
             segments=segments,
         )
-
-
-def worker_config(rank: int, world_size: int, num_workers: int, seed: int, group: Any = None) -> WorkerConfig:
-    """Energon's view of this data-parallel rank; the first sample that can not be used ends the run."""
-    return WorkerConfig(
-        rank=rank, world_size=world_size, num_workers=num_workers, data_parallel_group=group, seed_offset=seed,
-        global_error_handler=reraise_exception,
-    )  # fmt: skip
-
-
-def train_loader(
-    path: Path | str, encoder: VlmTaskEncoder, config: WorkerConfig, micro_batch_size: int,
-    packing_buffer_size: int | None = None,
-) -> SavableDataLoader:  # fmt: skip
-    """Endless, shuffled micro-batches of the training split; `packing_buffer_size` samples are packed at a time."""
-    dataset = get_train_dataset(
-        path,
-        worker_config=config,
-        batch_size=micro_batch_size,
-        batch_drop_last=True,
-        packing_buffer_size=packing_buffer_size if encoder.packing else None,
-        shuffle_buffer_size=1000,
-        max_samples_per_sequence=100,
-        task_encoder=encoder,
-    )
-    return get_savable_loader(dataset, checkpoint_every_sec=20, watchdog_timeout_seconds=600)

@@ -2,14 +2,11 @@
 
 Notable: each pack takes the longest sample and the set of others whose sum fills it best; sums that can be reached are bits
 of one integer, so that adding a sample to all of them is one shift. Best-fit-decreasing leaves two per cent where no
-sample is short. Preflight counts steps with this very code. Packs come out of it longest first and are shuffled, or
-short samples would stand together at the buffer's end.
+sample is short. Packs come out of it longest first; order.py shuffles them.
 """
 
 import math
-import random
 from bisect import bisect_right
-from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
 PACKED_IDS = "\n"  # between the ids of a pack's samples; no file's name has it
@@ -73,25 +70,3 @@ def cut_between(lengths: list[int], size: int) -> list[list[int]]:
     )
     cuts = [0, *sorted(set(nearest) - {len(ends)}), len(ends)]
     return [list(range(first, last)) for first, last in pairwise(cuts)]
-
-
-def select_packs(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
-    """The packs of one buffer in random order, the samples within each too; the same buffer gives the same order."""
-    rng = random.Random(f"{seed} {len(lengths)} {sum(lengths)} {lengths[:16]}")
-    packs = fill_packs(lengths, capacity)
-    rng.shuffle(packs)
-    for pack in packs:
-        rng.shuffle(pack)
-    return packs
-
-
-def epoch_packs(lengths: list[int], capacity: int, buffer_size: int, seed: int) -> Iterator[list[int]]:
-    """The packs of one epoch as indices into `lengths`: the samples in random order, packed a buffer at a time.
-
-    How the loader deals samples to its workers changes their number by little; benchmarks/packing.py says by how much.
-    """
-    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
-    for start in range(0, len(order), buffer_size):
-        buffer = order[start : start + buffer_size]
-        for pack in fill_packs([lengths[i] for i in buffer], capacity):
-            yield [buffer[i] for i in pack]

@@ -46,6 +46,7 @@ class TarWriter:
         self._pending: list[bytes] = []
         self._pending_end = WRITE_BYTES
         self._hash = xxhash.xxh3_128()
+        self._sample_hash = xxhash.xxh3_64()
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes."""
@@ -55,12 +56,21 @@ class TarWriter:
         header = b"%s%s%s%s%06o\0 %s" % (
             name_bytes.ljust(100, b"\0"), self._IDS, size_bytes, self._TIME, checksum, self._TAIL
         )  # fmt: skip
-        self._pending += (header, data, bytes(-size % TAR_BLOCK))
+        padding = bytes(-size % TAR_BLOCK)
+        for block in (header, data, padding):
+            self._sample_hash.update(block)
+        self._pending += (header, data, padding)
         content = self.offset + TAR_BLOCK
         self.offset = content + size + -size % TAR_BLOCK
         if self.offset >= self._pending_end:
             self._flush()
         return content
+
+    def end_sample(self) -> str:
+        """The xxh3_64 of all bytes since the last call, in hexadecimal: headers, contents and padding of a sample."""
+        digest = self._sample_hash.hexdigest()
+        self._sample_hash.reset()
+        return digest
 
     def finish(self) -> str:
         """Write the end of the archive; return the xxh3_128 of the whole file, in hexadecimal."""
@@ -202,6 +212,7 @@ def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], in
         "id": name,
         "offset": offset,
         "size": tar.offset - offset,
+        "hash": tar.end_sample(),
         "parts": parts,
         "images": [
             {"hash": xxhash.xxh3_128_hexdigest(blob), "width": info.width, "height": info.height}

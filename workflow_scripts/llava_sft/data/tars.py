@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+import xxhash
 import yaml
 from braceexpand import braceexpand
 
@@ -28,6 +29,10 @@ class TarSample(NamedTuple):
     offset: int  # bytes, of its first header
     size: int  # bytes, to the next sample
     parts: list[tuple[str, int, int]]  # member name without the key; offset and size of the content in bytes
+
+    def checksum(self, file: int) -> bytes:
+        """The xxh3_64 of its bytes as they are now, as the table sample_hashes of our index has it."""
+        return xxhash.xxh3_64_digest(read_at(file, (self.offset, self.size)))
 
     def read(self, file: int, layout: str) -> tuple[Sample, dict[str, tuple[int, int]]]:
         """Its content under the rules of raw records, and where its members lie. Errors: `Rejected`."""
@@ -165,6 +170,15 @@ def source_folders(wds_dir: Path) -> list[Path]:
         wds_dir = wds_dir.parent
     if not (wds_dir / METADATASET).is_file():
         return [wds_dir]
-    splits = _yaml(wds_dir / METADATASET)["splits"].values()
+    splits = _yaml(wds_dir / METADATASET)["splits"]
     # In order, each once: all records of a small source may be held out.
-    return [wds_dir / path for path in dict.fromkeys(entry["path"] for split in splits for entry in split["blend"])]
+    return [
+        wds_dir / path
+        for path in dict.fromkeys(name for split in splits for name in read_blend(wds_dir / METADATASET, split))
+    ]
+
+
+def read_blend(metadataset: Path, split: str) -> dict[str, float]:
+    """The sources of a split of a blend, and how many samples are drawn from each."""
+    entries = _yaml(metadataset)["splits"].get(split, {"blend": []})["blend"]
+    return {entry["path"]: entry["weight"] for entry in entries}

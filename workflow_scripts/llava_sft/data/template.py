@@ -40,7 +40,8 @@ class ChatTemplate:
     """Renders conversations with the tokenizer of a checkpoint folder (`tokenizer.json`)."""
 
     def __init__(self, folder: Path | str):
-        path = Path(folder) / "tokenizer.json"
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise DataError(f"{path}: no tokenizer there", "name the checkpoint's folder that holds tokenizer.json")
         self.tokenizer = Tokenizer.from_file(str(path))

@@ -1,7 +1,7 @@
-"""Which samples a run has trained on, and how often: no sample is lost in silence, or seen far more often than asked.
+"""Which samples a run has trained on, and how often: no sample is lost in silence, or seen more often than another.
 
-The loader deals out shuffled pieces of an endless stream, so an epoch's end is not sharp: some samples of the next come
-early, and some wait. `log_samples` notes the ids; here they are counted when all steps are done.
+A pass ends before the next begins (data/order.py), so counts differ by one at most. `log_samples` notes the ids; here they
+are counted when all steps are done.
 """
 
 from collections import Counter

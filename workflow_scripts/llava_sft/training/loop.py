@@ -34,7 +34,6 @@ from megatron.training import (  # noqa: E402
     get_tensorboard_writer,
     initialize,
     pretrain,
-    print_rank_0,
     training,
 )
 from megatron.training.argument_utils import (  # noqa: E402
@@ -47,7 +46,9 @@ from megatron.training.checkpointing import get_checkpoint_name  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from llava_sft.checkpoint.torch_dist import write_for_older_torch  # noqa: E402
-from llava_sft.data.loader import VlmBatch, VlmTaskEncoder, train_loader, worker_config  # noqa: E402
+from llava_sft.data.lengths import read_sizes  # noqa: E402
+from llava_sft.data.loader import VlmBatch, VlmTaskEncoder  # noqa: E402
+from llava_sft.data.stream import Ranks, train_loader, worker_ended  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.errors import SftError  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
@@ -66,6 +67,7 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     seal,
 )
 from llava_sft.training.launcher import STORE  # noqa: E402
+from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
 from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
 
@@ -127,10 +129,19 @@ class Trainer:
         sizes = ChatTemplate(self.sidecars), values["seq_length"], values["min_pixels"], values["max_pixels"]
         encoder = VlmTaskEncoder(*sizes, values["packing"], self.padding, values["seed"])
         rank, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        workers = worker_config(rank, replicas, values["num_workers"], values["seed"], mpu.get_data_parallel_group())
-        loader = train_loader(self.data["path"], encoder, workers, args.micro_batch_size, values["packing_buffer_size"])
+        loader = train_loader(
+            self.data["path"],
+            encoder,
+            Ranks(rank, replicas, values["num_workers"]),
+            args.micro_batch_size,
+            values["packing_buffer_size"],
+            read_sizes(self.data),
+            max_damaged=values["max_damaged_samples"],
+            pin_memory=not ON_CPU,
+            found_damaged=functools.partial(note_damaged, self.run_dir),
+        )
         if args.iteration > 0:
-            path = get_checkpoint_name(
+            position = get_checkpoint_name(
                 args.dataloader_save,
                 args.iteration,
                 pipeline_parallel=mpu.get_pipeline_model_parallel_world_size() > 1,
@@ -139,8 +150,7 @@ class Trainer:
                 expert_parallel=False,
                 basename=f"train_dataloader_dprank{rank:03d}.pt",
             )
-            loader.restore_state_rank(torch.load(path, weights_only=False)["dataloader_state_dict"])
-            print_rank_0(f"data position restored from {path}")
+            restore_position(loader, Path(position))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Megatron listens by now (launcher.py)
         self.device = torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
         self.tensorboard = get_tensorboard_writer()
@@ -163,7 +173,7 @@ class Trainer:
             self.held_out = validation.HeldOut(
                 self.data["path"], VlmTaskEncoder(*sizes), rank, replicas, args.micro_batch_size, batches
             )
-        return SavedWithCheckpoint(loader), self.held_out, None
+        return loader, self.held_out, None
 
     def forward_step(self, data_iterator, model):
         asked = time.perf_counter()
@@ -357,6 +367,8 @@ class Trainer:
         """The error as a person can use it; None when it is none of those that are known."""
         if isinstance(error, SftError):
             return error
+        if ended := worker_ended(error):
+            return ended
         full = isinstance(error, OSError) and error.errno in remedies.NO_SPACE
         if full or (isinstance(error, CheckpointException) and error.failures):  # one rank has them, the others end
             return remedies.not_written(self.run_dir, self.saving)
@@ -401,24 +413,6 @@ def write_apart(parent: int, write, *args) -> None:
     if os.getppid() == parent:
         os.nice(10)
         write(*args)
-
-
-class SavedWithCheckpoint:
-    """The loader as Megatron wants it: an iterator with `save_state`."""
-
-    def __init__(self, loader):
-        self.loader, self.iterator = loader, None
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.iterator is None:
-            self.iterator = iter(self.loader)
-        return next(self.iterator)
-
-    def save_state(self):
-        return self.loader.save_state_rank()
 
 
 def memory_gib() -> float:

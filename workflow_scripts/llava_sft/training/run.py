@@ -31,7 +31,7 @@ FREE_SETTINGS = {
     "max_shard_bytes", "decode_images", "max_reject_fraction", "val_fraction", "split_seed", "load", "load_parts",
     "tokenizer", "stage", "train_iters", "epochs", "lr_decay_iters", "save_interval", "keep_last", "keep_every",
     "max_minutes", "log_interval", "eval_interval", "eval_iters", "log_answers", "log_samples", "max_bad_steps",
-    "num_workers", "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", "parity",
+    "num_workers", "max_damaged_samples", "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", "parity",
     "recompute_language", "recompute_vision", "memory_check", "pack_chunk_tokens", "async_save",
 }  # fmt: skip
 
@@ -100,8 +100,8 @@ def lock_holder(run_dir: Path) -> dict[str, Any] | None:
             return None
         seen_s = max(0.0, time.time() - (run_dir / LOCK).stat().st_mtime)  # another host's clock may be ahead
         return {"host": str(holder["host"]), "pid": int(holder["pid"]), "seen_s": seen_s}
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):  # damaged: the system's own lock counts alone
-        return None
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        return None  # damaged: the system's own lock counts alone
 
 
 def is_running(run_dir: Path) -> bool:
@@ -176,8 +176,8 @@ def refuse_other_run(run_dir: Path, resolved: dict[str, Any]) -> None:
 def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
     """Check that `run_dir` holds this run, or make it; returns the step it goes on from.
 
-    On a resume, `resolved` takes over the number of loader workers (the position in the data is kept per worker) and,
-    unless lr_decay_iters is given, the length of the schedule: a run that is made longer goes on at its min_lr.
+    On a resume, unless lr_decay_iters is given, `resolved` takes over the length of the schedule: a run that is made
+    longer goes on at its min_lr.
     Raises RunError when the directory holds another run; its files are then as they were.
     """
     refuse_other_run(run_dir, resolved)
@@ -185,10 +185,6 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
     done = newest_whole(run_dir, deep=iterations_done(run_dir) != train_iters)
     if done:
         earlier = read_run(run_dir, done)
-        workers, asked = earlier["settings"]["num_workers"], resolved["settings"]["num_workers"]
-        if workers != asked:
-            print(f"num_workers stays {workers} in this run, not {asked}: the position in the data is kept per worker")
-        resolved["settings"]["num_workers"] = workers
         length, asked = earlier["settings"]["lr_decay_iters"], resolved["settings"]["lr_decay_iters"]
         if length != asked and "lr_decay_iters" in resolved["why"]:
             print(f"the learning rate keeps its schedule of {length} steps and stays at min_lr after it")

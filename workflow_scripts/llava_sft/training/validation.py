@@ -16,7 +16,7 @@ from llava_sft.data.heldout import data_uri, read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import Conversation, VlmBatch, VlmTaskEncoder
 from llava_sft.data.records import Sample
-from llava_sft.errors import RunError
+from llava_sft.errors import SHOWN, DataError, RunError
 from llava_sft.files import write_json
 from llava_sft.training.checkpoints import BEST, checkpoint_dir
 from llava_sft.training.watch import VALIDATION, append, read_jsonl
@@ -69,7 +69,15 @@ class HeldOut:
         conversation = Conversation(
             __key__=sample.id, __restore_key__=(), messages=sample.messages, images=sample.images
         )
-        return self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
+        try:
+            return self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
+        except SkipSample:
+            raise
+        except Exception as error:  # Pillow raises errors of many kinds
+            raise DataError(
+                f"{self.path}: held-out sample {sample.id}: an image cannot be read: {str(error)[:SHOWN]}",
+                "mend that image and convert again, with decode_images: true, which finds such images; or eval_iters: 0",
+            ) from None
 
     def examples(self, count: int) -> list[Sample]:
         """`count` samples spread over those that are validated, always the same."""

@@ -29,6 +29,7 @@ from llava_sft.training.remedies import exploded, slow_loading
 METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
 LOGS = (METRICS, VALIDATION, EVENTS, BAD_STEPS)
 CHECKED = re.compile(r'\{"crc": "([0-9a-f]{8})", ')
+DAMAGED_SAMPLES = "damaged_samples.jsonl"  # those that the training left out
 FAILURE = "failure.json"  # written by the training when it knows the cause
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
 # Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is counted against it.
@@ -204,8 +205,10 @@ def parse(line: str | bytes, checked: bool = False) -> dict:
     if (sum_ and f"{zlib.crc32(line[sum_.end() :].encode()):08x}" != sum_[1]) or (checked and not sum_):
         raise ValueError("not what was written")
     record = json.loads(line)
-    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int) or ("crc" in record) != bool(sum_):
+    if not isinstance(record, dict) or ("crc" in record) != bool(sum_):
         raise ValueError("not a record")
+    if not sum_ and not isinstance(record.get("iteration"), int):  # of an earlier version
+        raise ValueError("no step of a training")
     record.pop("crc", None)
     return record
 

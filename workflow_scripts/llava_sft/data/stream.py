@@ -1,0 +1,246 @@
+"""The training samples as an endless stream of micro-batches, in the global order (order.py).
+
+Notable:
+- the main process walks the order and hands out numbers; a worker reads the samples' bytes at their places in the tars and
+  prepares the batch. What comes depends on neither the number of workers nor their speed;
+- the position is that of the batches handed to the training, not of those that are being prepared;
+- a sample that cannot be read ends the run with its tar, key and id, or is left out and counted (`max_damaged_samples`).
+"""
+
+import atexit
+import contextlib
+import ctypes
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from megatron.energon import SkipSample
+
+from llava_sft.data.heldout import StoredShard
+from llava_sft.data.lengths import Limits, SampleSizes, global_order, sample_sizes
+from llava_sft.data.loader import EncodedSample, VlmBatch, VlmTaskEncoder
+from llava_sft.data.order import GlobalOrder
+from llava_sft.data.stored import DamagedSample, StoredSamples, forget_open_files
+from llava_sft.errors import SHOWN, DataError, RunError, shown
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class Ranks(NamedTuple):
+    """This data-parallel rank, how many there are, and how many loader processes prepare its batches (0: itself)."""
+
+    rank: int = 0
+    replicas: int = 1
+    num_workers: int = 0
+
+
+class Prepared(NamedTuple):
+    """What a worker hands over: a micro-batch, or the problem and fix that end the run; and what was left out."""
+
+    batch: VlmBatch | None
+    damaged: list[tuple[str, str]]  # id, and what is wrong
+    fault: tuple[str, str] | None = None
+
+
+class MicroBatches(torch.utils.data.Dataset):
+    """Packs of samples' numbers → a micro-batch."""
+
+    def __init__(self, samples: StoredSamples, encoder: VlmTaskEncoder, leave_out: bool):
+        self.samples, self.encoder, self.leave_out = samples, encoder, leave_out
+
+    def __getitem__(self, packs: list[list[int]]) -> Prepared:
+        damaged: list[tuple[str, str]] = []
+        try:
+            rows = [self._row(pack, damaged) for pack in packs]
+            return Prepared(self.encoder.batch(rows), damaged)
+        except DataError as error:  # an exception of a worker would arrive as the text of a traceback
+            return Prepared(None, damaged, (error.problem, error.fix))
+
+    def _row(self, pack: list[int], damaged: list[tuple[str, str]]) -> EncodedSample:
+        """The samples of a pack in one sequence. Where none of them can be read, the next that can is in their place."""
+        encoded = [sample for number in pack if (sample := self._encoded(number, damaged))]
+        following = iter(range(pack[-1] + 1, pack[-1] + len(self.samples)))
+        while not encoded:
+            number = next(following, None)
+            if number is None:
+                raise DataError("not one training sample can be read", "look at the messages above")
+            encoded = [sample for sample in [self._encoded(number % len(self.samples), damaged)] if sample]
+        return self.encoder.pack_selected_samples(encoded) if self.encoder.packing else encoded[0]
+
+    def _encoded(self, number: int, damaged: list[tuple[str, str]]) -> EncodedSample | None:
+        try:
+            return self.encode(number)
+        except DamagedSample as error:
+            if not self.leave_out:
+                raise
+            damaged.append((str(number), error.problem))
+            return None
+
+    def encode(self, number: int) -> EncodedSample:
+        """Errors: DamagedSample; DataError when the sample has another length than was counted."""
+        conversation = self.samples.read(number)
+        shard = self.samples.shard_of(number)
+        key = conversation.__key__.removeprefix(shard.source)
+        name = conversation.__subflavors__["id"]
+        label = key if name in (None, key) else f"{key} (id {shown(name, 80)})"
+        try:
+            encoded = self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
+        except SkipSample as error:
+            raise self._of_other_settings(shard, label, str(error.__cause__ or error)) from None
+        except Exception as error:  # Pillow raises errors of many kinds
+            what = f"an image cannot be read: {type(error).__name__}: {error}"
+            raise self.samples.damaged(shard, label, what, changed=False) from None
+        if len(encoded.input_ids) != self.samples.lengths[number]:
+            counted = f"{len(encoded.input_ids)} tokens, {self.samples.lengths[number]} were counted"
+            raise self._of_other_settings(shard, label, counted)
+        return encoded
+
+    def _of_other_settings(self, shard: StoredShard, label: str, what: str) -> DataError:
+        return DataError(
+            f"{shard.folder / shard.name}: {label}: {what}",
+            "delete sizes.json in the results folder and run the same command: the tokens are counted again",
+        )
+
+
+class TrainingLoader:
+    """Endless micro-batches of this data-parallel rank; `save_state` and `restore` keep the position.
+
+    `found_damaged` is called with number and fault of each sample that is left out.
+    """
+
+    def __init__(
+        self, batches: MicroBatches, order: GlobalOrder, ranks: Ranks, micro_batch_size: int, max_damaged: int = 0,
+        pin_memory: bool = False, found_damaged: Callable[[str, str], Any] = lambda number, fault: None,
+    ):  # fmt: skip
+        self.order, self.ranks, self.micro_batch_size = order, ranks, micro_batch_size
+        self.max_damaged, self.found_damaged = max_damaged, found_damaged
+        self.damaged: set[str] = set()
+        self.ahead: deque[dict[str, Any]] = deque()  # positions behind the batches that are being prepared
+        self.position = order.position
+        self.loader = torch.utils.data.DataLoader(
+            batches, batch_size=None, sampler=_Sampler(self.packs), num_workers=ranks.num_workers, pin_memory=pin_memory,
+            collate_fn=_as_it_is, worker_init_fn=_start_worker, persistent_workers=False,
+        )  # fmt: skip
+        self.iterator: Iterator[Prepared] | None = None
+
+    def __iter__(self) -> Iterator[VlmBatch]:
+        return self
+
+    def packs(self) -> Iterator[list[list[int]]]:
+        """The packs of this rank's micro-batches, as torch's loader asks for them."""
+        first = self.ranks.rank * self.micro_batch_size
+        while True:
+            packs = [next(self.order) for _ in range(self.ranks.replicas * self.micro_batch_size)]
+            self.ahead.append(self.order.position)
+            yield packs[first : first + self.micro_batch_size]
+
+    def __next__(self) -> VlmBatch:
+        if self.iterator is None:
+            self.iterator = iter(self.loader)
+            atexit.register(self.close)
+        try:
+            prepared = next(self.iterator)
+        except (RuntimeError, EOFError, OSError) as error:
+            if ended := worker_ended(error):
+                raise ended from None
+            workers = getattr(self.iterator, "_workers", ())
+            for worker in workers:
+                worker.join(0.5)  # the connection breaks a moment before the process is gone
+            if dead := [worker.pid for worker in workers if not worker.is_alive()]:
+                raise worker_ended(RuntimeError(f"DataLoader worker (pid {dead[0]}) is gone")) from None
+            raise
+        if prepared.fault:
+            raise DataError(*prepared.fault)
+        for number, fault in prepared.damaged:
+            self._leave_out(number, fault)
+        self.position = self.ahead.popleft()
+        return prepared.batch
+
+    def _leave_out(self, number: str, fault: str) -> None:
+        if number in self.damaged:
+            return
+        self.damaged.add(number)
+        self.found_damaged(number, fault)
+        if len(self.damaged) > self.max_damaged:
+            raise DataError(
+                f"{len(self.damaged)} samples cannot be read, max_damaged_samples allows {self.max_damaged}; the last: {fault}",
+                f"mend the data (the run's log names them all), or max_damaged_samples: {10 * self.max_damaged}",
+            )
+
+    def save_state(self) -> dict[str, Any]:
+        """Where the training is in the data: the same on all ranks."""
+        return {"order": self.position}
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `save_state` gave. Errors: ValueError when it did not."""
+        try:
+            self.order.restore(state["order"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from None
+        self.position = self.order.position
+
+    def close(self) -> None:
+        """End the workers, which ignore signals."""
+        iterator, self.iterator = self.iterator, None
+        with contextlib.suppress(Exception):
+            if self.ranks.num_workers and iterator is not None:
+                iterator._shutdown_workers()
+
+
+def worker_ended(error: BaseException) -> RunError | None:
+    """The message of torch's error that a loader process was killed, which it raises wherever the training is just then."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return None
+    return RunError(
+        f"a loader process ended: {str(error).splitlines()[0][:SHOWN]}",
+        "was it killed for want of memory (dmesg | tail)? Fewer num_workers or a smaller max_pixels need less; the same "
+        "command goes on from the last checkpoint",
+    )
+
+
+class _Sampler(torch.utils.data.Sampler):
+    """What torch's loader wants for an iterator that is begun with it."""
+
+    def __init__(self, begin: Callable[[], Iterator[list[list[int]]]]):
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return self.begin()
+
+
+def _as_it_is(prepared: Prepared) -> Prepared:
+    return prepared
+
+
+def _start_worker(number: int) -> None:
+    """Signals are for the trainer: asked to end, it saves first. A worker ends with it, however it ends."""
+    forget_open_files()
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def train_loader(
+    path: Path | str, encoder: VlmTaskEncoder, ranks: Ranks, micro_batch_size: int, packing_buffer_size: int = 2000,
+    sizes: SampleSizes | None = None, **options: Any,
+) -> TrainingLoader:  # fmt: skip
+    """Micro-batches of the training split of `path`, a WebDataset folder or the blend of several.
+
+    `sizes`: what measure_webdataset.py counted; without, it is counted here. `packing_buffer_size` samples are packed at a
+    time. `options`: of TrainingLoader.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if sizes is None:
+        limits = Limits(encoder.seq_length, encoder.min_pixels, encoder.max_pixels)
+        sizes = sample_sizes(folder, encoder.template.folder, limits)
+    samples = StoredSamples(folder, sizes)
+    order = global_order(
+        folder, sizes, encoder.seq_length if encoder.packing else None, packing_buffer_size, encoder.seed
+    )
+    return TrainingLoader(
+        MicroBatches(samples, encoder, options.get("max_damaged", 0) > 0), order, ranks, micro_batch_size, **options
+    )
