@@ -22,8 +22,8 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
     """How often each training sample of `data` (what energon opened) was seen; None when it was not noted.
 
     `left_out`: ids of samples that can not be trained on. Named are those, and after a whole epoch of their source the
-    samples that were seen less often than its whole epochs, or more often than those and a begun one. Errors: DataError, RunError when not every step noted it,
-    sqlite3.Error when the index does not tell the samples apart.
+    samples that were seen less often than its whole epochs, or more often than those and a begun one. Errors: DataError,
+    RunError when not every step noted it, sqlite3.Error when the index does not tell the samples apart.
     """
     seen: Counter[str] = Counter()
     for path in (run_dir / "samples").glob("rank*.jsonl"):

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -464,10 +464,12 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
         )
     except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
         if failure := trainer.failure(error):
-            write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
-        for child in multiprocessing.active_children():  # one that writes a checkpoint, which nobody would finish
-            child.kill()
+            with suppress(OSError):  # a full disk: train.py says it
+                write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader worker that ends
+        for child in multiprocessing.active_children():  # they hear no SIGTERM, with which Python would end them
+            child.kill()
     torch.distributed.destroy_process_group()
