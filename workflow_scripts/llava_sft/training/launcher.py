@@ -151,7 +151,7 @@ def run(
 
 def say(line: str) -> None:
     """A line for the terminal, which may be closed, or full: that does not end a training."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # the latter where a signal arrives while another line is printed
         print(line, flush=True)
 
 
