@@ -60,6 +60,8 @@ def main() -> None:
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{told} → {output}"
     )
+    for key, count in dataset.get("unread", {}).items():
+        print(f"note: {count:,} records have the key {key}, which is not read")
     if told := told_leak(dataset):
         print(f"note: {told}")
     print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")

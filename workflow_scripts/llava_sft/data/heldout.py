@@ -102,7 +102,10 @@ def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
             here = ((names[number], key) for number, key in rows if names[number] in tars)
             found[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
         if len(found[source]) != meta.samples(split):
-            raise DataError(f"{path}: keys repeat from tar to tar", "nothing, if training is what it is for")
+            raise DataError(
+                f"{path}: keys repeat from tar to tar",
+                f"make the tars of {path} again so that no sample's key stands in two of them",
+            )
     return found
 
 

@@ -7,6 +7,7 @@ of the present plan enter. Several sources are a folder each, and a blend of the
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -25,14 +26,15 @@ import yaml
 from llava_sft.checksums import find_damage
 from llava_sft.data.foreign import literal
 from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, shard_name
-from llava_sft.data.records import read_lines
-from llava_sft.data.shards import FORMAT_VERSION
+from llava_sft.data.records import FORMS, read_lines
+from llava_sft.data.shards import FORMAT_VERSION, MOST_UNREAD
 from llava_sft.data.split import bound_by, choose_heldout, merge_heldout
 from llava_sft.data.tars import ENERGON_SPLITS, METADATASET, Meta, read_meta, split_counts
 from llava_sft.errors import DataError
-from llava_sft.files import atomic_dir, fingerprint, read_json, write_json, write_text
+from llava_sft.files import atomic_dir, atomic_file, fingerprint, read_json, write_json, write_text
 
 FIRST_REASONS = 10
+REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
 HELDOUT_RECORD = "heldout.json"  # in .nv-meta: how val_fraction was carried out
 
 # The schema of energon's own index (megatron-energon 7.4, flavors/webdataset/indexing.py).
@@ -161,6 +163,9 @@ def index_webdataset(
         **split_counts(metas.values()),
         **{key: _total(everything, key) for key in ("images", "read", "rejected")},
         **{key: dict(sum((Counter(stats[key]) for stats in everything), Counter())) for key in ("reasons", "kinds")},
+        "unread": dict(
+            sum((Counter(stats.get("unread", {})) for stats in everything), Counter()).most_common(MOST_UNREAD)
+        ),
         **({"split": record} if record else {}),
         **_leak(sources),
         # One pass over the blend: a record of weight 2 is seen twice.
@@ -328,26 +333,36 @@ def hash_range(path: str, raw: dict[str, Any]) -> str:
 
 
 def _check_rejects(sources: list[Source], parts_dir: Path, allowed: float) -> None:
+    """Write all rejects with their true lines to REJECTS; raise DataError when there are more than allowed."""
     rejected, read = (sum(_total(source.parts, key) for source in sources) for key in ("rejected", "read"))
-    if rejected <= allowed * read:
-        return
-    first = []
-    for reject in itertools.chain(*(read_rejects(source.parts_dir, source.parts) for source in sources)):
-        name = f", id {reject['id']}" if reject["id"] is not None else ""
-        detail = f" ({reject['detail']})" if reject["detail"] else ""
-        first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
-        if len(first) == FIRST_REASONS:
-            break
-    raise too_many_rejects(rejected, read, allowed, first, f"{parts_dir}/*.rejects.jsonl")
+    first: list[str] = []
+    with atomic_file(parts_dir / REJECTS) as file:
+        for reject in itertools.chain(*(read_rejects(source.parts_dir, source.parts) for source in sources)):
+            file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
+            if len(first) < FIRST_REASONS:
+                name = f", id {reject['id']}" if reject["id"] is not None else ""
+                detail = f" ({reject['detail']})" if reject["detail"] else ""
+                first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
+    if rejected > allowed * read:
+        raise too_many_rejects(rejected, read, allowed, first, f"{parts_dir / REJECTS}")
 
 
 def too_many_rejects(rejected: int, read: int, allowed: float, first: list[str], where: str) -> DataError:
-    enough = next(share for digits in range(1, 18) if (share := round(rejected / read, digits)) * read >= rejected)
-    return DataError(
+    """The message; `where` all of them stand. That nothing is left is never advised."""
+    problem = (
         f"{rejected:,} of {read:,} records were rejected; max_reject_fraction {allowed:g} allows"
-        f" {int(allowed * read):,}. The first:\n" + "\n".join(first),
+        f" {int(allowed * read):,}. The first:\n" + "\n".join(first)
+    )
+    if rejected == read:
+        return DataError(
+            problem, f"not one record can be used: it is their form. Read are {FORMS}; all rejects: {where}"
+        )
+    shares = (math.ceil(rejected / read * 10**digits) / 10**digits for digits in range(1, 18))
+    enough = next((share for share in shares if 1 > share >= rejected / read), rejected / read)
+    return DataError(
+        problem,
         f"mend these records (all: {where}), or accept that they are left out with"
-        f" max_reject_fraction: {enough:g} (by hand: --max-reject-fraction {enough:g})",
+        f" max_reject_fraction: {enough!r} (by hand: --max-reject-fraction {enough!r})",
     )
 
 
