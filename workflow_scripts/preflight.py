@@ -131,15 +131,21 @@ def main() -> None:
             f"all are in {paths.sizes}, and the training's log says why"
         )
     notes += filter(None, [told_leak(dataset)])
+    if not dataset["heldout"]["samples"]:
+        notes.append(
+            "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
+            "val_fraction: 0.02"
+        )
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
         write_json(paths.resolved, resolved, sealed=True)
-        known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
+        known = {"run_name": settings.run_name, "parameters": model.parameter_count()}
+        known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
-        write_json(paths.prediction, known | given | {"prediction": predicted})
+        write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
     show(resolved, model.parameter_count(), notes, settings.origin)
     for line in lines:
         print(f"  {line}")
