@@ -174,7 +174,7 @@ def weights(project, run: str, step: int) -> dict[str, bytes]:  # noqa: F811
 def test_jobs_that_a_killed_snakemake_left_are_waited_for(cluster, tmp_path):
     job = ["sbatch", "--parsable", "--comment=rule_train_wildcards_x", "--wrap=sleep 4"]
     number = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True).stdout.strip()
-    wait = "from llava_sft.workflow import lift_stale_lock; lift_stale_lock(); print('gone on')"
+    wait = "from llava_sft.locks import lift_stale_lock; lift_stale_lock(); print('gone on')"
     waiting = subprocess.run([sys.executable, "-c", wait], cwd=tmp_path, capture_output=True, text=True)
     assert f"{number} rule_train_wildcards_x" in waiting.stderr and "gone on" in waiting.stdout
     assert number not in [job["id"] for job in cluster.jobs()]

@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 
 from llava_sft.config import gpu_count
+from llava_sft.data.tars import METADATASET
+from llava_sft.data.verify import require_whole
 from llava_sft.errors import RunError, SftError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
@@ -57,6 +59,9 @@ def main() -> None:
         give_back(held)
         return
 
+    if dataset := resolved["data"].get("dataset_file"):
+        data = Path(resolved["data"]["path"])
+        require_whole(data.parent if data.name == METADATASET else data, Path(dataset))
     check_machine(resolved, job)
     prune(run_dir, settings["keep_last"], settings["keep_every"])
     check_space(run_dir, resolved)
