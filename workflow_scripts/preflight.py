@@ -27,11 +27,12 @@ from llava_sft.data import lengths
 from llava_sft.data.index import told_leak
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import DataError, exits_cleanly
+from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
+from llava_sft.training.run import refuse_other_run
 from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
@@ -130,9 +131,12 @@ def main() -> None:
             f"all are in {paths.sizes}, and the training's log says why"
         )
     notes += filter(None, [told_leak(dataset)])
+    if not args.gpu:
+        check_gpus(values, bool(cluster))
+        refuse_other_run(paths.run_dir, resolved)
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
-        write_json(paths.resolved, resolved)
+        write_json(paths.resolved, resolved, sealed=True)
         known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted})
@@ -164,6 +168,21 @@ def length_warning(settings: Settings, values: dict, sequences: float) -> list[s
         f"train_iters {settings.train_iters:,} make {epochs:,.2f} epochs, epochs says {settings.epochs:g}; a batch counts "
         f"{what}. train_iters: auto follows epochs"
     ]
+
+
+def check_gpus(values: dict, cluster: bool) -> None:
+    """Raise SettingsError for GPUs that cannot train as asked, or that this machine, which is to train, does not have."""
+    gpus = values["gpus_per_node"]
+    if gpus and not values["bf16"]:
+        raise SettingsError(
+            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
+            "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
+        )
+    if not cluster and gpus > (found := gpu_count()):
+        raise SettingsError(
+            f"gpus_per_node is {gpus}, this machine has {found}",
+            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
+        )
 
 
 def told(
