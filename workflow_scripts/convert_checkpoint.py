@@ -53,7 +53,7 @@ def main() -> None:
         help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model")  # fmt: skip
     add("--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare")
     add("--done", type=Path, help="also write the marker here")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # the target comes after the options, behind a `--`
     if args.direction == "verify":
         folder = Path(args.source)
         print(verify(folder if (folder / MARKER).is_file() else existing_checkpoint(folder)))
