@@ -1,4 +1,4 @@
-"""Useful tokens of packed sequences, and the number of packs that preflight predicts against what the loader makes.
+"""Useful tokens of packed sequences, and whether an epoch is one: no sample seen again before all others.
 
     python benchmarks/packing.py [share] [epoch]      # writes results/packing.json
 
@@ -9,17 +9,18 @@ short VQA: the answers with lectures to 4,241 ScienceQA questions, with a pictur
 of chat models about 1 to 4 pictures of a megapixel, and documents; long documents: 751 Python Enhancement Proposals.
 A token is taken as four characters. A sample longer than a sequence is cut to it, as a document of many turns would be.
 
-epoch: one epoch of a text-only set through the real loader with its workers, counted in packs.
+epoch: how often each sample has been seen, in the order that the loader deals out (tests/test_loader.py: with any number
+of ranks and workers).
 """
 
 import argparse
 import bisect
-import json
+import itertools
+import math
 import random
 import sys
-import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,16 +28,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from llava_sft.config import auto_packing_buffer  # noqa: E402
-from llava_sft.data.index import index_webdataset  # noqa: E402
-from llava_sft.data.lengths import Limits, sample_sizes  # noqa: E402
-from llava_sft.data.packing import epoch_packs, select_packs  # noqa: E402
-from llava_sft.data.plan import Range  # noqa: E402
-from llava_sft.data.shards import convert_range  # noqa: E402
+from llava_sft.data.order import GlobalOrder, SourceLengths  # noqa: E402
 from results import row, write_results  # noqa: E402
 
 SAMPLES = 100_000
-EPOCH_SAMPLES = 6_000
-TOKENIZER = ROOT / "output/demo/LLaVA-OneVision-1.5-tiny"
+SMALL = 20_000  # a set of this size packs as well
+PASSES = (0.5, 1, 1.5, 3)
+STEP = 4  # packs
 GOALS = {8192: 0.995, 32768: 0.99}
 TEMPLATE, PICTURE, MEGAPIXEL = 40, 391, 1225  # tokens of the chat template, of an image of 640 × 480, of a megapixel
 # Lengths in tokens at 0, 5, … 100 %.
@@ -68,9 +66,8 @@ def mixed(draw: random.Random) -> int:
 
 
 def online(lengths: list[int], capacity: int) -> Iterator[list[int]]:
-    buffer = auto_packing_buffer(lengths, capacity)
-    for start in range(0, len(lengths), buffer):
-        yield from select_packs(lengths[start : start + buffer], capacity, seed=0)
+    order = GlobalOrder([SourceLengths(lengths)], capacity, auto_packing_buffer(lengths, capacity), seed=0)
+    yield from order.first_pass()[0]
 
 
 def greedy(lengths: list[int], capacity: int) -> Iterator[list[int]]:
@@ -123,54 +120,35 @@ def shares() -> Iterator[dict]:
                 )
                 settings = {"lengths": name, "method": method, "mean_length": round(sum(lengths) / SAMPLES)}
                 yield row(f"packing_{capacity}", share, "useful", goal if own else None, "higher", note, **settings)
+            few = lengths[:SMALL]
+            share = sum(few) / (sum(1 for _ in online(few, capacity)) * capacity)
+            settings = {"lengths": name, "method": "online", "samples": SMALL}
+            yield row(f"packing_{capacity}", share, "useful", goal, "higher", "", **settings)
 
 
-def epoch() -> Iterator[dict]:
-    """Packs of one epoch: counted from lengths before, and what the loader made until each sample had come once."""
-    from llava_sft.data.loader import VlmTaskEncoder, train_loader, worker_config
-    from llava_sft.data.template import ChatTemplate
-
-    limits = Limits(8192, 3136, 1_000_000)
-    for name, distribution in (("short VQA", short_vqa), ("mixed", mixed)):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            write_texts(folder / "raw.jsonl", distribution)
-            stats = []
-            size = (folder / "raw.jsonl").stat().st_size
-            for index, start in enumerate(range(0, size, 8 << 20)):
-                part = Range(index, start, min(size, start + (8 << 20)))
-                stats.append(
-                    convert_range(folder / "raw.jsonl", folder, folder / "wds", folder / "parts", "subtaskdata", part)
-                )
-            index_webdataset(folder / "wds", folder / "parts")
-            lengths = sample_sizes(folder / "wds", TOKENIZER, limits).tokens
-            buffer = auto_packing_buffer(lengths, limits[0])
-            predicted = sum(1 for _ in epoch_packs(lengths, limits[0], buffer, seed=1))
-            for workers in (1, 2):
-                encoder = VlmTaskEncoder(ChatTemplate(TOKENIZER), *limits, packing=True)
-                loader = iter(train_loader(folder / "wds", encoder, worker_config(0, 1, workers, 1), 1, buffer))
-                packs = samples = tokens = 0
-                while samples < len(lengths):
-                    batch = next(loader)
-                    packs, samples, tokens = packs + 1, samples + len(batch.lengths), tokens + sum(batch.lengths)
-                # The last pack ends a few samples behind the epoch, and those samples are not just these.
-                real = packs * sum(lengths) / tokens
-                note = f"predicted {predicted:,} packs, made {packs:,} with {samples:,} samples of an epoch's {len(lengths):,}"
-                settings = {"lengths": name, "workers": workers, "seq_length": limits[0]}
-                yield row("packs_predicted_error", abs(predicted / real - 1), "", 0.005, "lower", note, **settings)
+def exactness() -> Iterator[dict]:
+    """Share of samples whose count is the floor or the ceiling of samples drawn over samples there are: the worst of
+    PASSES, each rounded up to a whole step of STEP packs."""
+    for samples in (37, 500, 3_000, 20_000):
+        draw = random.Random(3)
+        lengths = [min(mixed(draw), 8192) for _ in range(samples)]
+        for capacity in (8192, None):
+            order = GlobalOrder([SourceLengths(lengths)], capacity, auto_packing_buffer(lengths, 8192), seed=1)
+            seen, drawn_samples, shares = Counter(), 0, []
+            for passes in PASSES:
+                while drawn_samples < passes * samples:
+                    for pack in itertools.islice(order, STEP):
+                        seen.update(pack)
+                        drawn_samples += len(pack)
+                mean = drawn_samples / samples
+                right = sum(math.floor(mean) <= seen[n] <= math.ceil(mean) for n in range(samples))
+                shares.append(right / samples)
+            note = ", ".join(f"{share:.4f} after {passes}" for share, passes in zip(shares, PASSES, strict=True))
+            settings = {"samples": samples, "packing": capacity is not None, "packs_a_step": STEP}
+            yield row("epoch_exactness", min(shares), "", 1.0, "higher", note, **settings)
 
 
-def write_texts(raw: Path, distribution: Callable[[random.Random], int]) -> None:
-    draw = random.Random(2)
-    words = [str(draw.randint(0, 99999)) for _ in range(1000)]
-    with open(raw, "w") as file:
-        for number in range(EPOCH_SAMPLES):
-            answer = " ".join(draw.choices(words, k=max(1, min(distribution(draw), 8000) // 6)))
-            turns = [{"from": "human", "value": "Go on."}, {"from": "gpt", "value": answer}]
-            file.write(json.dumps({"id": str(number), "conversations": turns}) + "\n")
-
-
-SECTIONS = {"share": shares, "epoch": epoch}
+SECTIONS = {"share": shares, "epoch": exactness}
 
 
 def main() -> None:
