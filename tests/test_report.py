@@ -6,7 +6,6 @@ import io
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -172,7 +171,12 @@ def test_damaged_or_exchanged_input_is_one_message_and_no_page(run, name, capsys
     write_json(path, sound[name], sealed=True)
     main()
     output.unlink()
-    digit = re.sub(rb"(?<!seal\": \")(?<=: )(\d)(?=[\d,.\n])", lambda found: b"%d" % ((int(found[1]) + 1) % 10), path.read_bytes(), count=1)
+    digit = re.sub(
+        rb"(?<!seal\": \")(?<=: )(\d)(?=[\d,.\n])",
+        lambda found: b"%d" % ((int(found[1]) + 1) % 10),
+        path.read_bytes(),
+        count=1,
+    )
     if name == "inspect":
         digit = path.read_bytes().replace(b"5 samples", b"6 samples")
     other = json.dumps(sound["dataset" if name != "dataset" else "evaluation"]).encode()

@@ -144,11 +144,20 @@ def judge(samples: list[Sample], answers: list[Answer], by: str) -> tuple[list[d
     given = iter(answers)
     for sample in samples:
         turns = [
-            {"answer": sample.messages[turn]["content"].strip(), "prediction": (mine := next(given)).text, "cut": mine.cut}
+            {
+                "answer": sample.messages[turn]["content"].strip(),
+                "prediction": (mine := next(given)).text,
+                "cut": mine.cut,
+            }
             for turn in sample.answers()
         ]
         right = all(turn["prediction"] == turn["answer"] for turn in turns)
-        row = {"id": sample.id, "group": str(sample.meta.get(by, "all")), "question": sample.questions, "correct": right}
+        row = {
+            "id": sample.id,
+            "group": str(sample.meta.get(by, "all")),
+            "question": sample.questions,
+            "correct": right,
+        }
         rows.append(row | {"turns": turns})
         if len(examples[right]) < (RIGHT_KEPT if right else WRONG_KEPT):
             joined = {key: "\n".join(turn[key] for turn in turns) for key in ("answer", "prediction")}
@@ -197,7 +206,9 @@ def answer(args: argparse.Namespace, questions: list[Sample]) -> list[Answer]:
         with torch.inference_mode():
             output = model.generate(**inputs)
         generated = output[:, inputs["input_ids"].shape[1] :].tolist()
-        answers.update((i, read_answer(processor.tokenizer, tokens, stop)) for i, tokens in zip(rows, generated, strict=True))
+        answers.update(
+            (i, read_answer(processor.tokenizer, tokens, stop)) for i, tokens in zip(rows, generated, strict=True)
+        )
     return [answers[i] for i in range(len(questions))]
 
 

@@ -118,12 +118,16 @@ def page(args: argparse.Namespace) -> str:
         peak_gib=max(measured["memory_gib"], default=0),
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
         validations=validations,
-        best=min((each for each in validations if is_number(each.get(LOSS))), key=lambda each: each[LOSS], default=None),
+        best=min(
+            (each for each in validations if is_number(each.get(LOSS))), key=lambda each: each[LOSS], default=None
+        ),
         interval=wilson_interval,
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example["correct"]],
         right=[example for example in examples if example["correct"]],
-        predictions=args.evaluation and evaluation.get("predictions") and args.evaluation.with_name("predictions.jsonl"),
+        predictions=args.evaluation
+        and evaluation.get("predictions")
+        and args.evaluation.with_name("predictions.jsonl"),
         paths=paths(run_dir, export),
     )
 
