@@ -14,12 +14,19 @@ sys.path.insert(0, str(SCRIPTS))
 PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
 
 from llava_sft.data.shards import FORMAT_VERSION
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers, lift_stale_lock
+from llava_sft.locks import lift_stale_lock, pass_on_signals
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers
+
+flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
 if workflow.is_main_process:  # a job may run on another machine, where the kernel knows nothing of the main process
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
 
-flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
+# A closed terminal ends nothing: Snakemake hears of it and asks the jobs to save.
+shell.prefix("set -euo pipefail; trap '' HUP; ")
+
+if workflow.is_main_process:
+    flow.force = lambda files: workflow.dag.forcefiles.update(files)
 
 
 rule targets:
@@ -28,6 +35,11 @@ rule targets:
         text=flow.overview(),
     shell:
         "printf '%s' {params.text:q}"
+
+
+onstart:
+    if workflow.is_main_process:
+        pass_on_signals()
 
 
 include: "rules/data.smk"

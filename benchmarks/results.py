@@ -4,6 +4,7 @@ A result is benchmarks/results/<name>.json: name, date, commit, command, hardwar
 {metric, value, unit, goal, better: "higher" | "lower", settings, note}. Rows of metrics that were not measured again stay.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -133,8 +134,9 @@ def line(row: dict, name: str) -> str:
 def main() -> None:
     rows = [(row, path.stem) for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())["rows"]]
     for each, name in sorted(rows, key=lambda pair: (reached(pair[0]), pair[0]["goal"] is None)):
-        print(line(each, name))
+        print(line(each, name), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):  # | head
+        main()

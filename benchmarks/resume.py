@@ -36,7 +36,8 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_suffix(".log").unlink(missing_ok=True)
         values = base["settings"] | SMALL | settings
-        values |= {"lr_decay_iters": values["train_iters"], "eval_interval": values["save_interval"], "eval_iters": 1}
+        values |= {"lr_decay_iters": values["train_iters"], "eval_iters": 1}
+        values |= {"eval_interval": settings.get("eval_interval", values["save_interval"])}
         write_json(self.resolved, base | {"settings": values})
 
     def start(self, *before: str, **environment: str) -> subprocess.Popen:
@@ -102,7 +103,7 @@ def kill(process: subprocess.Popen, number: int) -> None:
 
 def same(run: Run, undisturbed: Run, steps: int) -> dict[str, bool]:
     return {
-        "losses": len(run.losses()) == steps and run.losses() == undisturbed.losses(),
+        "losses": run.losses()[-1][0] == steps and run.losses() == undisturbed.losses(),
         "samples": bool(run.samples()) and run.samples() == undisturbed.samples(),
         "validation": all(record in run.validations() for record in undisturbed.validations()),
         "weights": run.weights(steps) == undisturbed.weights(steps),
@@ -110,12 +111,13 @@ def same(run: Run, undisturbed: Run, steps: int) -> dict[str, bool]:
 
 
 def table(base: dict, out: Path, cases: list[str], steps: int = 20) -> Iterator[dict]:
-    """One row per interruption; `cases`: fp32_dp1 …"""
-    for bf16, ranks in itertools.product((False, True), (1, 2)):
-        name = f"{'bf16' if bf16 else 'fp32'}_dp{ranks}"
+    """One row per interruption; `cases`: fp32_dp1 … The intervals do not divide each other."""
+    for bf16, ranks, packing in itertools.product((False, True), (1, 2), (False, True)):
+        name = f"{'bf16' if bf16 else 'fp32'}_dp{ranks}{'_packed' if packing else ''}"
         if name not in cases:
             continue
-        how = {"bf16": bf16, "nproc_per_node": ranks, "train_iters": steps, "save_interval": 8}
+        how = {"bf16": bf16, "nproc_per_node": ranks, "packing": packing, "train_iters": steps}
+        how |= {"save_interval": 8, "log_interval": 3, "eval_interval": 7}
         undisturbed = Run(base, out / name, **how)
         assert undisturbed.finish() == 0, undisturbed.folder
         for what in ("SIGTERM", "SIGUSR1", "SIGKILL", "exit at a step", "time limit"):
@@ -136,6 +138,7 @@ def table(base: dict, out: Path, cases: list[str], steps: int = 20) -> Iterator[
             note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
             note = f"exit code {code}, resumed at step {reached}: {note}"
             where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
+            where |= {"packing": packing}
             yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where)
 
 
@@ -169,7 +172,9 @@ def kills(base: dict, out: Path, count: int, steps: int = 120) -> Iterator[dict]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["table", "kills"])
-    parser.add_argument("--cases", nargs="*", default=["fp32_dp1", "fp32_dp2", "bf16_dp1", "bf16_dp2"])
+    parser.add_argument(
+        "--cases", nargs="*", default=["fp32_dp1", "fp32_dp1_packed", "fp32_dp2", "bf16_dp1", "bf16_dp2"]
+    )
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--resolved", type=Path, default=ROOT / "output/stage2_sft_vqa_results/resolved.json")
     parser.add_argument("--out", type=Path, default=Path("/tmp/llava_sft_resume"))

@@ -30,7 +30,7 @@ rule convert_checkpoint_mcore2hf:
         folder="{exp_dir}/{run_name}_results/huggingface",
         run_dir=flow.path("run_dir"),
         webdatasets=flow.path("webdatasets"),
-        options=flow.options("model", "min_pixels", "max_pixels", "parity"),
+        options=flow.options("parity"),
     shell:
         "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir:q} {params.folder:q} {params.options}"
         " --samples {params.webdatasets:q} --done {output:q} > {log:q} 2>&1"

@@ -28,8 +28,9 @@ rule preflight:
         flow.path("converted_done"),
         flow.path("sizes"),
     output:
-        resolved="{exp_dir}/{run_name}_results/resolved.json",
-        prediction="{exp_dir}/{run_name}_results/preflight.json",
+        # Those of a finished run stay when another in its directory is refused.
+        resolved=update("{exp_dir}/{run_name}_results/resolved.json"),
+        prediction=update("{exp_dir}/{run_name}_results/preflight.json"),
     log:
         "{exp_dir}/logs/preflight/{run_name}.log",
     benchmark:

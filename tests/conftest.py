@@ -8,9 +8,12 @@ if not Path("/dev/nvidia0").exists():  # the kernels of the GPU's layers, run by
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from hypothesis import settings
 
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
 
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 MODELS = Path(__file__).parent.parent / "config/models"
 TEXTS = [f"Which digit is this? It is {i % 10}. The larger of the two digits is {i % 7}." for i in range(50)]
 MIN_PIXELS, MAX_PIXELS = 3136, 50_000

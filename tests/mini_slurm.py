@@ -44,7 +44,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=10
-MinJobAge=300
+MinJobAge=86400
 MaxJobCount=20000
 MaxArraySize=10001
 """

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb
@@ -122,10 +123,24 @@ def turned(name: str) -> bytes:
     return picture(name, (33, 21), exif=exif)
 
 
+def large_text() -> PngInfo:
+    """As image editors write it: beyond what Pillow inflates."""
+    info = PngInfo()
+    info.add_text("raw", "x" * (3 << 20), zip=True)
+    return info
+
+
 def animated(name: str) -> bytes:
     frames = [Image.new("RGB", (33, 21), colour) for colour in ("red", "blue")]
     buffer = BytesIO()
     frames[0].save(buffer, name, save_all=True, append_images=frames[1:], lossless=True)
+    return buffer.getvalue()
+
+
+def sixteen_bit(kind: str = "PNG", brightest: int = 65535) -> bytes:
+    gradient = np.asarray(Image.linear_gradient("L").resize((33, 21)), np.float64) / 255 * brightest
+    buffer = BytesIO()
+    Image.fromarray(gradient.astype(np.uint16)).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -134,7 +149,9 @@ KINDS = {
     "progressive": (picture("JPEG", (33, 21), progressive=True), None),
     "CMYK": (picture("JPEG", (33, 21), "CMYK"), None),
     "grey JPEG": (picture("JPEG", (33, 21), "L"), None),
-    "16-bit": (picture("PNG", (33, 21), "I;16"), (0, 0, 0)),
+    "16-bit": (sixteen_bit(), None),
+    "16-bit TIFF": (sixteen_bit("TIFF"), None),
+    "large text": (picture("PNG", (33, 21), pnginfo=large_text()), None),
     "palette": (picture("PNG", (33, 21), "P"), None),
     "one bit": (picture("PNG", (33, 21), "1"), None),
     "grey and alpha": (picture("PNG", (33, 21), "LA"), None),

@@ -13,7 +13,7 @@ from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.data.tars import METADATASET
 from llava_sft.data.template import ChatTemplate
-from llava_sft.errors import DataError
+from llava_sft.errors import DataError, RunError
 from llava_sft.training.coverage import sample_counts, told
 from llava_sft.training.watch import Watch
 from webdataset_helpers import Raw, record
@@ -46,10 +46,11 @@ def test_left_over_and_repeated_samples_are_named(wds, tmp_path):
     assert "1 not seen, 3 seen once, 1 seen 3 times; 1 can not be trained on" in told(counts)
 
 
-def test_nothing_is_said_of_a_run_whose_steps_were_not_all_noted(wds, tmp_path):
+def test_counts_are_not_known_of_a_run_whose_steps_were_not_all_noted(wds, tmp_path):
     assert sample_counts(tmp_path, wds, 2) is None
     note(tmp_path, [["a"]])
-    assert sample_counts(tmp_path, wds, 2) is None
+    with pytest.raises(RunError, match="1 of 2 steps are noted"):
+        sample_counts(tmp_path, wds, 2)
 
 
 def test_the_loader_names_samples_of_a_blend_by_their_source(tmp_path, small_checkpoint):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,29 @@ def test_conversion_rejects_none_of_it(demo, tmp_path):
         for part in plan_ranges(raw):
             stats = convert_range(raw, demo / "images", tmp_path / "wds", tmp_path / "parts", "subtaskdata", part)
             assert (stats["rejected"], stats["written"]) == (0, stats["read"])
+
+
+def test_clean_removes_what_the_embedded_experiment_made_and_nothing_else(tmp_path, monkeypatch):
+    import make_demo_vqa
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    out = tmp_path / "out"
+    theirs = ["demo/notes.txt", "stage2_sft_vqa_mine_results/report.html", "data/mine/x.tar", "checkpoints/x/y"]
+    ours = ["demo/images/digit_0001.png", "data/vqa/dataset.json", "stage2_sft_vqa_tag_results/report.html"]
+    ours += ["checkpoints/LLaVA-OneVision-1.5-tiny_mcore_tp1_pp1/converted.json", "demo.done.json"]
+    for name in theirs + ours:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    for run, experiment in (("stage2_sft_vqa_tag", "vqa"), ("stage2_sft_vqa_mine", "vqa_mine")):
+        settings = json.dumps({"settings": {"experiment": experiment}})
+        (out / f"{run}_results/resolved.json").write_text(settings)
+    monkeypatch.setattr("sys.argv", ["make_demo_vqa.py", "--clean", "--config", f"exp_dir={out}"])
+    make_demo_vqa.main()
+    assert [name for name in theirs + ours if (out / name).exists()] == theirs
+
+    (out / "demo/images").mkdir()
+    (out / "demo/images/PRECIOUS.txt").write_text("keep")
+    (out / "data/vqa").mkdir()
+    with pytest.raises(SystemExit):
+        make_demo_vqa.main()
+    assert (out / "demo/images/PRECIOUS.txt").exists() and (out / "data/vqa").exists()

@@ -25,7 +25,7 @@ from transformers import (
 
 from llava_sft.errors import CheckpointError
 from llava_sft.model.config import load_model_config
-from llava_sft.model.export_files import TOKENIZER_FILES, write_hf_sidecars
+from llava_sft.model.export_files import SETTINGS_FILES, TOKENIZER_FILES, write_hf_sidecars
 from llava_sft.model.tiny import write_tiny_checkpoint
 from test_model_config import MODELS, published_names
 
@@ -154,7 +154,7 @@ def test_both_spellings_on_disk_load_and_are_kept_on_save(tiny_dir, model, tmp_p
 def test_sidecars_replace_old_templates_and_keep_the_tokenizer(tiny_dir, tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
-    for name in set(TOKENIZER_FILES) & set(os.listdir(tiny_dir)):
+    for name in {*TOKENIZER_FILES, *SETTINGS_FILES} & set(os.listdir(tiny_dir)):
         (source / name).write_bytes((tiny_dir / name).read_bytes())
     old = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps({**old, "chat_template": "{{ 'old' }}"}))

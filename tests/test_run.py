@@ -282,7 +282,7 @@ def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypat
     monkeypatch.chdir(ROOT)
     values, _ = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)
     assert values["nproc_per_node"] == count
-    argv, environment = command(count, ["a", "b"])
+    argv, environment = command(count, ["a", "b"], "/tmp/store")
     assert ("torch.distributed.run" in argv) == (count > 1)
     assert argv[-4:] == ["-m", "llava_sft.training", "a", "b"]
     assert ("WORLD_SIZE" in environment) == (count == 1)
@@ -303,15 +303,19 @@ def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypa
     assert " ".join(argv) == wanted
 
     last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}
-    argv, environment = command(count, ["run.json", "run_dir", "start"], rendezvous("10.0.0.1:29500", last))
+    argv, environment = command(count, ["run.json", "run_dir", "start"], "/tmp/s", rendezvous("10.0.0.1:29500", last))
     one = f"{sys.executable} -m llava_sft.training run.json run_dir start"
     place = f"--nnodes={nodes} --node-rank={nodes - 1} --master-addr=10.0.0.1 --master-port=29500"
+    here = "--rdzv-backend=c10d --rdzv-endpoint=/tmp/s/rendezvous --rdzv-conf=store_type=file"
     torchrun = (
-        f"{sys.executable} -m torch.distributed.run {place if nodes > 1 else '--standalone'} --nproc-per-node={count} "
-        "--signals-to-handle=SIGHUP -m llava_sft.training run.json run_dir start"
+        f"{sys.executable} -m torch.distributed.run {place if nodes > 1 else here} --nproc-per-node={count} "
+        "--signals-to-handle=SIGRTMAX -m llava_sft.training run.json run_dir start"
     )
     assert " ".join(argv) == (one if (nodes, count) == (1, 1) else torchrun)
     assert environment.get("OMP_NUM_THREADS", "12") == "12"
+    # On one machine they meet in a file and talk over the loopback device; several nodes need the network.
+    assert (environment.get("GLOO_SOCKET_IFNAME") == environment.get("NCCL_SOCKET_IFNAME") == "lo") == (nodes == 1)
+    assert ("LLAVA_SFT_STORE" in environment) == (nodes == 1) and "MASTER_ADDR" not in environment
 
 
 # --- what a person watches -------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def save(run_dir: Path, iteration: int, sealed: bool = True) -> Path:
     """What Megatron leaves at a save, in small."""
     folder, data = checkpoint_dir(run_dir, iteration), run_dir / f"dataloader/iter_{iteration:07d}"
     folder.mkdir(parents=True)
-    data.mkdir(parents=True)
+    data.mkdir(parents=True, exist_ok=True)
     (folder / "__0_0.distcp").write_bytes(bytes([iteration]) * 1000)
     (folder / ".metadata").write_bytes(b"metadata")
     (data / "train_dataloader_dprank000.pt").write_bytes(b"position")
@@ -124,7 +124,10 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
     with pytest.raises(RunError) as error:
         check_disk(tmp_path, 300 << 20, "the checkpoint of step 40")
     assert "step 40 needs 300 MiB" in error.value.problem and "100 MiB free" in error.value.problem
-    assert "free 204 MiB" in error.value.fix and "keep_last" in error.value.fix
+    assert "free 204 MiB" in error.value.fix and "keep_last" not in error.value.fix  # there is nothing to delete
+    save(tmp_path, 10), save(tmp_path, 20)
+    with pytest.raises(RunError, match="keep_last to less than the 2 checkpoints"):
+        check_disk(tmp_path, 300 << 20, "the checkpoint of step 40")
 
 
 def test_the_expected_size_counts_optimizer_state_of_trained_parts_alone():

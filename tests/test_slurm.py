@@ -120,7 +120,7 @@ def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatc
     queued, job = [], Job("4711", "10.0.0.1", nodes=1, cpus_per_node=1)
     monkeypatch.setattr(Job, "requeue", lambda self: queued.append(self.number))
     answers = {"this_job": job, "open_run": 5, "launch": 0, "iterations_done": reached, "start_dir": None}
-    answers |= dict.fromkeys(("check_machine", "check_space", "prune", "forget_after"))
+    answers |= dict.fromkeys(("check_machine", "check_space", "check_what_is_loaded", "prune", "forget_after"))
     for name, answer in answers.items():
         monkeypatch.setattr(train, name, lambda *args, answer=answer, **named: answer)
     settings = {"train_iters": 9, "keep_last": None, "keep_every": None}
@@ -174,7 +174,7 @@ def weights(project, run: str, step: int) -> dict[str, bytes]:  # noqa: F811
 def test_jobs_that_a_killed_snakemake_left_are_waited_for(cluster, tmp_path):
     job = ["sbatch", "--parsable", "--comment=rule_train_wildcards_x", "--wrap=sleep 4"]
     number = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True).stdout.strip()
-    wait = "from llava_sft.workflow import lift_stale_lock; lift_stale_lock(); print('gone on')"
+    wait = "from llava_sft.locks import lift_stale_lock; lift_stale_lock(); print('gone on')"
     waiting = subprocess.run([sys.executable, "-c", wait], cwd=tmp_path, capture_output=True, text=True)
     assert f"{number} rule_train_wildcards_x" in waiting.stderr and "gone on" in waiting.stdout
     assert number not in [job["id"] for job in cluster.jobs()]

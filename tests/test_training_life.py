@@ -3,10 +3,12 @@
 `benchmarks/resume.py` runs the full table of interruptions and the thirty random kills; here is one of each kind.
 """
 
+import contextlib
 import math
 import os
 import shutil
 import signal
+import subprocess
 import time
 
 import psutil
@@ -41,6 +43,20 @@ def undisturbed(base, tmp_path_factory):
     return run
 
 
+LOOPBACK = {"127.0.0.1", "::1"}
+
+
+def listening(run, process, step):
+    """The addresses at which a run accepts connections once it has logged a step."""
+    while process.poll() is None and not run.logged(step):
+        time.sleep(0.02)
+    found = set()
+    for member in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {c.laddr.ip for c in member.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
+
+
 def alive(run):
     """Processes that have to do with a run."""
     found = psutil.process_iter(["cmdline", "status"])
@@ -51,13 +67,16 @@ def test_a_stopped_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_like_
     base, undisturbed, tmp_path
 ):
     run = Run(base, tmp_path / "stopped", **HOW)
-    assert run.interrupt(4, signal.SIGUSR1) == 75, run.said()
+    process = run.start()
+    assert listening(run, process, 4) <= LOOPBACK
+    os.killpg(process.pid, signal.SIGTERM)  # as systemd and batch systems do: loader workers get it too
+    assert process.wait() == 75, run.said()
     assert "the same command goes on" in run.said()
-    newest = checkpoints(run.folder)[-1]
+    before, newest = checkpoints(run.folder)[-2:]
     assert 4 <= newest < STEPS
     os.truncate(checkpoint_dir(run.folder, newest) / "__0_0.distcp", 1000)
     assert run.finish() == 0, run.said()
-    assert f"iter_{newest:07d} IS DAMAGED" in run.said() and "going on from step 3" in run.said()
+    assert f"iter_{newest:07d} IS DAMAGED" in run.said() and f"going on from step {before}" in run.said()
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
 
 
@@ -113,11 +132,35 @@ def test_a_checkpoint_that_can_not_be_written_ends_the_training_with_one_message
     assert "the same command goes on from step 0" in run.said() and "Traceback" not in run.said()
 
 
-def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly(base, tmp_path):
-    how = HOW | {"bf16": True, "nproc_per_node": 2}
+def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undisturbed, tmp_path):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        run = Run(base, folder, **HOW)
+        process = run.start()
+        listening(run, process, 4)
+        with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 12))
+        assert process.wait() == 1, run.said()
+        assert "lies on a full disk" in run.said() and "Traceback" not in run.said(), run.said()
+        (folder / "filler").unlink()
+        assert run.finish() == 0, run.said()
+        assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_lines(base, tmp_path):
+    how = HOW | {"bf16": True, "nproc_per_node": 2, "log_interval": 4, "eval_interval": 5}
     whole, run = Run(base, tmp_path / "whole", **how), Run(base, tmp_path / "killed", **how)
     assert whole.finish() == 0, whole.said()
-    run.interrupt(5, signal.SIGKILL)
+    process = run.start()
+    assert listening(run, process, 5) <= LOOPBACK
+    kill(process, signal.SIGKILL)
+    process.wait()
     for _ in range(50):
         if not (left := alive(run)):
             break
@@ -132,6 +175,22 @@ def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly(base, tmp_path):
     assert len(ranks) == 2
     seen = [name for rank in ranks.values() for step in rank for name in step["samples"]]
     assert len(seen) == len(set(seen)) == STEPS * 16  # no sample lost or doubled over the ranks
+
+
+def test_settings_of_another_run_are_refused_by_snakemake_before_a_finished_one_is_touched(
+    project,  # noqa: F811
+    undisturbed,
+):
+    results = project / "output/stage2_sft_vqa_results"
+    shutil.copytree(undisturbed.folder, project / "output/stage2_sft_vqa", symlinks=True)
+    (results / "train.done.json").write_text("{}")
+    before = {path: path.read_bytes() for path in results.glob("*.json")}
+    refused = snakemake(project, "train_vqa", "--config", "global_batch_size=64")
+    shutil.rmtree(project / "output/stage2_sft_vqa")
+    assert refused.returncode != 0 and "holds 9 steps of another run" in refused.stdout, refused.stdout
+    assert {path: path.read_bytes() for path in results.glob("*.json")} == before
+    assert "Nothing to be done" in snakemake(project, "-n", "preflight_vqa").stdout
+    (results / "train.done.json").unlink()
 
 
 def test_another_number_of_ranks_is_refused_and_another_number_of_workers_is_not(base, undisturbed):

@@ -1,70 +1,94 @@
 """Convert a checkpoint between Hugging Face and Megatron-Core (torch_dist), one tensor in memory at a time.
 
     convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
-    convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --model tiny --samples output/data/vqa/webdatasets
+    convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --samples output/data/vqa/webdatasets
+    convert_checkpoint.py verify exported
 
 hf2mcore also takes a hub id (org/name@revision) and Megatron folders of the original project (release/mp_rank_00/…).
 mcore2hf with --samples loads the export and compares it with the Megatron model before it gets its name.
+verify compares every byte of an export, a converted folder, or a run's checkpoint with what was written.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.hub import download
-from llava_sft.checkpoint.start import MARKER, PARTS, SIDECARS, is_hub, is_legacy, newest_checkpoint
-from llava_sft.errors import SettingsError, exits_cleanly
-from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
-from llava_sft.model.config import load_model_config
+from llava_sft.checkpoint.start import (
+    PARTS,
+    RUN_FILE,
+    SIDECARS,
+    existing_checkpoint,
+    is_hub,
+    is_legacy,
+    read_hf_config,
+)
+from llava_sft.checkpoint.verify import MARKER, require_whole, verify
+from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
+from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
+from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.export_files import image_limits
+
+DEFAULT_LIMITS = 3136, 1_000_000
+EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
 
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("direction", choices=["hf2mcore", "mcore2hf"])
+    add("direction", choices=["hf2mcore", "mcore2hf", "verify"])
     add("source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder")
-    add("target", type=Path, help="folder to write; it appears only when it is whole")
-    add("--model", required=True, help="config/models/<model>.yaml, or a path")
+    # An optional one would count as left out where options stand before it, as in the rules.
+    optional = {"nargs": "?"} if "verify" in sys.argv[1:] else {}
+    add("target", type=Path, **optional, help="folder to write; it appears only when it is whole")
+    add("--model", help="config/models/<model>.yaml, or a path (default: what run.json or config.json says)")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
     add("--part", action="append", default=[], metavar="PART=FOLDER",
         help="hf2mcore: take language, vision or adapter from there; adapter=random")  # fmt: skip
-    add("--min-pixels", type=int, default=3136, help="mcore2hf: written for inference")
-    add("--max-pixels", type=int, default=1_000_000, help="mcore2hf: written for inference")
+    add("--min-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
+    add("--max-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
     add("--samples", type=Path,
         help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model")  # fmt: skip
     add("--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare")
     add("--done", type=Path, help="also write the marker here")
-    args = parser.parse_args()
-    path = Path(args.model)
-    model = load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
+    args = parser.parse_intermixed_args()  # the target comes after the options, behind a `--`
+    if args.direction == "verify":
+        folder = Path(args.source)
+        print(verify(folder if (folder / MARKER).is_file() else existing_checkpoint(folder)))
+        return
+    convert(args)
 
-    parts = {}
-    for given in args.part:
-        part, _, folder = given.partition("=")
-        if part not in PARTS or not folder:
-            raise SettingsError(f"--part {given}", f"--part PART=FOLDER, PART one of {', '.join(PARTS)}")
-        parts[part] = folder
-    source = args.source if is_hub(args.source) else newest_checkpoint(Path(args.source))
+
+def convert(args: argparse.Namespace) -> None:
+    parts = parts_of(args.part)
+    source = args.source if is_hub(args.source) else existing_checkpoint(Path(args.source))
+    if args.sidecars and not (args.sidecars / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"--sidecars {args.sidecars}: no tokenizer.json in it", "the Hugging Face folder of the model"
+        )
+    limits = None
     if args.direction == "mcore2hf":
         args.sidecars = args.sidecars or source.parent / SIDECARS
+        limits = limits_of(source, args)
+    model = model_of(source, args)
 
     # What the result depends on. When it is the same as last time there is nothing to do, and torch is not imported.
-    export = [args.min_pixels, args.max_pixels, args.parity, bool(args.samples)]
     depends = fingerprint(
         {
             "direction": args.direction,
             "source": [source_fingerprint(each) for each in (source, *parts.values())],
             "parts": list(parts),
-            "model": model.model_dump(),
-            "export": export if args.direction == "mcore2hf" else None,
+            "model": model and model.model_dump(),
+            "export": [EXPORT_FORM, *limits, args.parity, bool(args.samples)] if limits else None,
         }
     )
     marker = args.target / MARKER
-    if (made := read_json(marker, {})).get("depends") == depends:
+    if made := made_before(args.target, depends):
         print(f"{args.target}: made from the same source, nothing to convert")
         if args.done:
-            write_json(args.done, made)
+            write_json(args.done, made, sealed=True)
         return
 
     from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
@@ -72,7 +96,9 @@ def main() -> None:
     if args.direction == "hf2mcore":
         local = lambda name: download(name) if is_hub(str(name)) else name  # noqa: E731
         parts = {part: local(name) for part, name in parts.items()}
-        done = hf2mcore(local(source), args.target, model, args.sidecars, parts)
+        folder = local(source)
+        model = model or ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
+        done = hf2mcore(folder, args.target, model, args.sidecars, parts)
         done["source"] = args.source
     else:
         gate = None
@@ -80,13 +106,88 @@ def main() -> None:
             from llava_sft.checkpoint.parity import check_parity
 
             gate = partial(check_parity, source, model, args.samples, args.parity)
-        done = mcore2hf(source, args.target, args.sidecars, model, args.min_pixels, args.max_pixels, gate)
+        done = mcore2hf(source, args.target, args.sidecars, model, *limits, gate)
     done["depends"] = depends
-    write_json(marker, done)
+    write_json(marker, done, sealed=True)
     if args.done:
-        write_json(args.done, done)
+        write_json(args.done, done, sealed=True)
     facts = f"{done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
     print(f"{args.source} → {args.target}: {facts}")
+
+
+def made_before(target: Path, depends: str) -> dict | None:
+    """The marker of `target` when it was made from the same and still holds what was written; else it is made anew."""
+    try:
+        made = read_object(target / MARKER, {})
+        if made.get("depends") != depends:
+            return None
+        require_whole(target)
+        return made
+    except CheckpointError as error:
+        print(f"{error.problem}: made anew", flush=True)
+        return None
+
+
+def parts_of(given: list[str]) -> dict[str, str]:
+    parts = {}
+    for each in given:
+        part, _, folder = each.partition("=")
+        if part not in PARTS or not folder:
+            raise SettingsError(f"--part {each}", f"--part PART=FOLDER, PART one of {', '.join(PARTS)}")
+        parts[part] = folder
+    return parts
+
+
+def run_settings(source: Path) -> dict:
+    """run.json of the run that a checkpoint folder belongs to; empty where it belongs to none."""
+    return read_object(source.parent / RUN_FILE, {})
+
+
+def limits_of(source: Path, args: argparse.Namespace) -> tuple[int, int]:
+    """Least and most pixels of an image: as given, else as trained with, else as the start checkpoint's folder says."""
+    settings = run_settings(source).get("settings")
+    trained = (settings.get("min_pixels"), settings.get("max_pixels")) if isinstance(settings, dict) else None
+    known = trained or image_limits(args.sidecars)
+    given = args.min_pixels, args.max_pixels
+    limits = tuple(mine if mine is not None else old for mine, old in zip(given, known or DEFAULT_LIMITS, strict=True))
+    if not (all(type(x) is int for x in limits) and 0 < limits[0] <= limits[1]):
+        raise SettingsError(
+            f"image limits {limits[0]} to {limits[1]} pixels", "--min-pixels and --max-pixels, 0 < least <= most"
+        )
+    origin = (
+        f"{source.parent / RUN_FILE}"
+        if trained
+        else f"{args.sidecars}"
+        if known
+        else "neither run nor start checkpoint"
+    )
+    if known is None and None in given:
+        print(f"image limits: {limits[0]:,} to {limits[1]:,} pixels: {origin} says any")
+    elif known is not None and limits != known:
+        print(
+            f"image limits: {limits[0]:,} to {limits[1]:,} pixels as given; {origin} says {known[0]:,} to {known[1]:,}"
+        )
+    return limits
+
+
+def model_of(source: Path | str, args: argparse.Namespace) -> ModelConfig | None:
+    """The sizes of the model: --model, else run.json's or config.json's; None for a hub id that is not downloaded yet."""
+    if args.model:
+        path = Path(args.model)
+        return load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
+    if is_hub(str(source)):
+        return None
+    if args.direction == "mcore2hf" and (found := run_settings(source).get("model")):
+        try:
+            return ModelConfig(**found)
+        except (TypeError, ValueError) as error:
+            problem = str(error).splitlines()[0]
+            raise CheckpointError(f"{source.parent / RUN_FILE}: damaged: model: {problem}", "--model MODEL") from None
+    folder = args.sidecars or source
+    try:
+        return ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error.problem}", f"--model MODEL; or: {error.fix}") from None
 
 
 def source_fingerprint(source: Path | str) -> str:
@@ -94,6 +195,15 @@ def source_fingerprint(source: Path | str) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(source)
+    try:
+        return _fingerprint_of_folder(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename}: cannot be read: {error.strerror}", "a folder that you may read"
+        ) from None
+
+
+def _fingerprint_of_folder(folder: Path) -> str:
     files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
     small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
     weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]

@@ -8,12 +8,14 @@ links, and does not touch that folder.
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 from llava_sft.data.adopt import adopt_webdataset
-from llava_sft.data.index import index_webdataset, read_finished
+from llava_sft.data.index import index_webdataset, read_finished, told_leak
 from llava_sft.data.plan import default_parts_dir
 from llava_sft.data.tars import is_finished
+from llava_sft.data.verify import note_dataset, require_whole
 from llava_sft.errors import exits_cleanly
 from llava_sft.files import write_json
 
@@ -33,9 +35,12 @@ def main() -> None:
     add("--split-seed", type=int, default=0, help="of --val-fraction (%(default)s)")
     add("--plan", type=json.loads, metavar="JSON", help="sources, weights, shards (all that are there)")
     add("--output", type=Path, metavar="DATASET.json", help="fingerprint and counts of the data set (WDS_DIR.json)")
+    add("--verify", action="store_true", help="only read every sample and compare it with the hashes in the index")
     args = parser.parse_args()
     output = args.output or args.wds_dir.with_name(args.wds_dir.name + ".json")
     parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
+    if args.verify:
+        return verify(args.wds_dir, output)
 
     source = args.adopt or args.wds_dir
     if args.plan or (parts_dir.is_dir() and not args.adopt):
@@ -45,7 +50,8 @@ def main() -> None:
         dataset = read_finished(source)
     else:
         dataset = adopt_webdataset(source, args.wds_dir, args.max_reject_fraction)
-    write_json(output, dataset)
+    write_json(output, dataset, sealed=True)
+    note_dataset(args.wds_dir, output)
     train, heldout = dataset["train"], dataset["heldout"]
     told = ""
     if dataset["read"] is not None:
@@ -54,7 +60,18 @@ def main() -> None:
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{told} → {output}"
     )
+    for key, count in dataset.get("unread", {}).items():
+        print(f"note: {count:,} records have the key {key}, which is not read")
+    if told := told_leak(dataset):
+        print(f"note: {told}")
     print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
+
+
+def verify(wds_dir: Path, dataset: Path) -> None:
+    began = time.perf_counter()
+    require_whole(wds_dir, dataset, full=True)
+    size, took = sum(tar.stat().st_size for tar in wds_dir.rglob("*.tar")), time.perf_counter() - began
+    print(f"{wds_dir} holds what was written: {size / 1e9:,.2f} GB read at {size / took / 1e9:.2f} GB/s")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from typing import Any
 
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.inspect import TokenCounter, inspect_webdataset, render_html
+from llava_sft.data.inspect import CHANGED, IMAGES, INDEX, TokenCounter, inspect_webdataset, render_html
 from llava_sft.data.plan import default_parts_dir
+from llava_sft.data.tars import REINDEX, source_folders, way_out, without_images_like_it
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json, write_text
 
@@ -43,10 +44,12 @@ def main() -> None:
     if args.tokenizer:
         tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
     report, gallery = inspect_webdataset(args.wds_dir, parts_dir, dataset, args.seed, tokens)
+    page = args.html and args.html.with_stem(f"{args.html.stem}.broken")  # Snakemake deletes what a failed rule wrote
     if args.json:
-        write_json(args.json, report)
+        write_json(args.json, report, sealed=True)
     if args.html:
-        write_text(args.html, render_html(report, gallery))
+        page.unlink(missing_ok=True)
+        write_text(args.html if report["ok"] else page, render_html(report, gallery))
 
     for split, counts in report["splits"].items():
         print(f"{split}: {counts['samples']:,} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB")
@@ -68,10 +71,20 @@ def main() -> None:
     if report["problems"]:
         first = "\n".join(f"  {p['where']}: {p['what']}" for p in report["problems"][:PROBLEMS_PRINTED])
         raise DataError(
-            f"{args.wds_dir} is broken. The first problems:\n{first}",
-            "convert it again; for a missing or stale index: --fix",
+            f"{args.wds_dir} is broken. The first problems:\n{first}" + (f"\nall: {page}" if page else ""),
+            fix_of(args.wds_dir, report["problems"]),
         )
     print(f"{args.wds_dir} is whole" + (f"; see {args.html}" if args.html else ""))
+
+
+def fix_of(wds_dir: Path, problems: list[dict[str, str]]) -> str:
+    """What mends the first problem; a tar whose bytes changed counts before what was read from it."""
+    first = next((problem for problem in problems if problem["what"] == CHANGED), problems[0])
+    name = first["where"].split(":")[0]
+    folder = next((folder for folder in source_folders(wds_dir) if (folder / name).is_file()), None)
+    if not name.endswith(".tar") or folder is None or first["check"] == INDEX:
+        return REINDEX
+    return (without_images_like_it if first["check"] == IMAGES else way_out)(folder, name)
 
 
 def rebuild(wds_dir: Path, parts_dir: Path, dataset: dict[str, Any] | None) -> None:

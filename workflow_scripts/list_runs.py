@@ -1,12 +1,14 @@
 """List every run below the output folder: name, state, step, loss, size, and the command that goes on with it."""
 
 import argparse
+import contextlib
 import json
 import shlex
 from pathlib import Path
 
 import yaml
 
+from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json
 from llava_sft.training.checkpoints import iterations_done
 from llava_sft.training.run import RUN_FILE, is_running
@@ -28,7 +30,11 @@ def main() -> None:
 
 
 def describe(run_dir: Path) -> tuple[str, ...]:
-    settings, done, metrics = read_json(run_dir / RUN_FILE)["settings"], iterations_done(run_dir), read_metrics(run_dir)
+    done, metrics = iterations_done(run_dir), read_metrics(run_dir)
+    try:
+        settings = read_json(run_dir / RUN_FILE)["settings"]
+    except (DamagedFileError, KeyError, TypeError):
+        return run_dir.name, f"{RUN_FILE} is damaged", str(done), "", "", ""
     size = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
     if is_running(run_dir):
         state, done = "running", metrics[-1]["iteration"] if metrics else done
@@ -48,7 +54,9 @@ def describe(run_dir: Path) -> tuple[str, ...]:
 
 def command(run_dir: Path, settings: dict) -> str:
     """With the same --config as before, which preflight noted beside the run."""
-    note = read_json(run_dir.with_name(f"{run_dir.name}_results") / "preflight.json", {})
+    note = {}
+    with contextlib.suppress(DamagedFileError):
+        note = read_json(run_dir.with_name(f"{run_dir.name}_results") / "preflight.json", {})
     pairs = [(key, yaml.safe_load(value)) for key, _, value in (o.partition("=") for o in note.get("overrides", []))]
     typed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
     given = " --config " + " ".join(map(shlex.quote, typed)) if typed else ""

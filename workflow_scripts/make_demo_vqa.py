@@ -2,25 +2,34 @@
 that users bring, and a Hugging Face checkpoint with random weights to start from."""
 
 import argparse
+import contextlib
+import shutil
 from pathlib import Path
 
 from llava_sft.data.demo import chat_texts, write_demo
 from llava_sft.errors import exits_cleanly
-from llava_sft.files import write_json
+from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
-from llava_sft.paths import check_demo
+from llava_sft.paths import DEMO_BYTES, DEMO_CHECKPOINT, EMBEDDED, check_demo
+from llava_sft.workflow import Workflow
 
 
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--output-dir", type=Path, required=True, help="gets train.jsonl, heldout.jsonl and images/ (the image root)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--clean", action="store_true", help="remove what the embedded experiment made, and nothing else")
+    what.add_argument("--output-dir", type=Path, help="gets train.jsonl, heldout.jsonl and images/ (the image root)")
     add("--checkpoint-dir", type=Path, help="gets the start checkpoint, in Hugging Face format")
     add("--model", type=Path, default="config/models/tiny.yaml", help="sizes of the start checkpoint")
     add("--seed", type=int, default=1, help="of the random weights")
     add("--done", type=Path, help="written when all is there")
+    add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="with --clean: as exp_dir=elsewhere")
     args = parser.parse_args()
+    if args.clean:
+        clean(dict(pair.partition("=")[::2] for pair in args.config))
+        return
 
     check_demo(args.output_dir)
     counts = write_demo(args.output_dir)
@@ -34,6 +43,25 @@ def main() -> None:
         print(f"{args.checkpoint_dir}: {model.parameter_count():,} parameters, random weights")
     if args.done:
         write_json(args.done, {"records": counts})
+
+
+def clean(overrides: dict[str, str]) -> None:
+    """Remove the demo, and the data, runs and converted checkpoint of the embedded experiment. Raises DataError, before
+    anything is removed, where somebody else's files stand in the demo's folder."""
+    paths = Workflow(overrides, []).paths(EMBEDDED)
+    check_demo(paths.demo)
+    exp_dir = paths.settings.exp_dir
+    gone = [paths.data, paths.demo_done, paths.converted, paths.converted_done]
+    gone += [paths.demo / name for name in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)]
+    for results in sorted(exp_dir.glob("*_results")):
+        run_dir = results.with_name(results.name.removesuffix("_results"))
+        notes = (read_json(run_dir / "run.json", {}), read_json(results / "resolved.json", {}))
+        if any(note.get("settings", {}).get("experiment") == EMBEDDED for note in notes):
+            gone += [results, run_dir]
+    for path in filter(None, gone):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: it holds files of the user's
+        paths.demo.rmdir()
 
 
 if __name__ == "__main__":

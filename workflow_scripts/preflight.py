@@ -18,17 +18,21 @@ from llava_sft.config import (
     Settings,
     auto_num_workers,
     first_epoch,
+    gpu_count,
     packing_window,
     resolve,
     warnings,
 )
 from llava_sft.data import lengths
+from llava_sft.data.index import told_leak
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
-from llava_sft.errors import DataError, exits_cleanly
+from llava_sft.data.verify import require_whole
+from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
+from llava_sft.training.run import refuse_other_run
 from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
@@ -65,6 +69,7 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     dataset = read_json(paths.dataset)
+    require_whole(paths.webdatasets, paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
     start = open_start(settings.load, paths.converted, settings.tokenizer)
     sizes, prepared = sizes_of(paths, dataset, start.sidecars, keep=not args.gpu)
@@ -100,6 +105,7 @@ def main() -> None:
         "batch": {"mean": mean, "largest": largest},
         "data": {
             "path": str(paths.training_data),
+            "dataset_file": str(paths.dataset),
             "fingerprint": dataset["fingerprint"],
             "sizes": str(paths.sizes),
             "sizes_depend": depends_on(
@@ -113,17 +119,26 @@ def main() -> None:
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained) + length_warning(settings, values, epoch.sequences)
+    if not (args.gpu or cluster) and values["gpus_per_node"] > (here := gpu_count()):
+        notes.append(
+            f"gpus_per_node {values['gpus_per_node']}, and this machine has {here}: train stops here, and runs with "
+            f"--profile slurm or on such a machine"
+        )
     if sizes.left_out:
         notes.append(
             f"{len(sizes.left_out):,} training samples are left out: their first answer ends beyond seq_length "
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {sizes.left_out[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
+    notes += filter(None, [told_leak(dataset)])
     if not dataset["heldout"]["samples"]:
         notes.append(
             "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
             "val_fraction: 0.02"
         )
+    if not args.gpu:
+        check_gpus(values, bool(cluster))
+        refuse_other_run(paths.run_dir, resolved)
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
         write_json(paths.resolved, resolved, sealed=True)
@@ -159,6 +174,21 @@ def length_warning(settings: Settings, values: dict, sequences: float) -> list[s
         f"train_iters {settings.train_iters:,} make {epochs:,.2f} epochs, epochs says {settings.epochs:g}; a batch counts "
         f"{what}. train_iters: auto follows epochs"
     ]
+
+
+def check_gpus(values: dict, cluster: bool) -> None:
+    """Raise SettingsError for GPUs that cannot train as asked, or that this machine, which is to train, does not have."""
+    gpus = values["gpus_per_node"]
+    if gpus and not values["bf16"]:
+        raise SettingsError(
+            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
+            "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
+        )
+    if not cluster and gpus > (found := gpu_count()):
+        raise SettingsError(
+            f"gpus_per_node is {gpus}, this machine has {found}",
+            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
+        )
 
 
 def told(

@@ -2,6 +2,9 @@
 
 When the run has already done all its steps with the same settings and data it says so within a second. In a Slurm job it
 trains on the job's nodes; before the time limit it saves, and has the job queued again as long as there is progress.
+
+Exit codes: 0 all steps are done; 75 stopped in good order by a signal or max_minutes, with a checkpoint; 130 ended at once
+by a second Ctrl-C, without; 1 an error, which is said.
 """
 
 import argparse
@@ -15,20 +18,23 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
 from llava_sft.config import gpu_count
-from llava_sft.errors import RunError, SftError, exits_cleanly
+from llava_sft.data.tars import METADATASET
+from llava_sft.data.verify import require_whole
+from llava_sft.errors import DamagedFileError, RunError, SftError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, iterations_done, prune
 from llava_sft.training.coverage import SAMPLE_COUNTS, sample_counts, told
-from llava_sft.training.launcher import launch
+from llava_sft.training.launcher import STOPPED, launch
 from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
 from llava_sft.training.slurm import Job, this_job
-from llava_sft.training.watch import FAILURE, forget_after, read_metrics
+from llava_sft.training.watch import FAILURE, METRICS, forget_after, read_metrics
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is somebody else's
 
@@ -45,18 +51,29 @@ def main() -> None:
     args = parser.parse_args()
 
     resolved = read_json(args.resolved)
-    settings, run_dir = resolved["settings"], args.run_dir
-    train_iters = settings["train_iters"]
     job = this_job()
     # A job that Slurm starts again may meet the last processes of its predecessor.
-    held = lock(run_dir, patience_s=2 * DEAD_AFTER_S if job else 0)
+    held = lock(args.run_dir, patience_s=2 * DEAD_AFTER_S if job else 0)
+    try:
+        train(args, resolved, job, held)
+    finally:  # a run that is refused leaves no lock of a dead one
+        give_back(held)
+
+
+def train(args: argparse.Namespace, resolved: dict, job: Job | None, held: BinaryIO) -> None:
+    settings, run_dir, sizes = resolved["settings"], args.run_dir, args.resolved.with_name("sizes.json")
+    train_iters = settings["train_iters"]
     start = open_run(run_dir, resolved)
     if start == train_iters:
         print(f"{run_dir}: all {train_iters} steps are done, with the same data and settings: nothing to train")
+        if settings["log_samples"] and not (run_dir / SAMPLE_COUNTS).is_file():
+            count_samples(run_dir, resolved, sizes)
         finish(args.done, run_dir, resolved)
-        give_back(held)
         return
 
+    if dataset := resolved["data"].get("dataset_file"):
+        data = Path(resolved["data"]["path"])
+        require_whole(data.parent if data.name == METADATASET else data, Path(dataset))
     check_machine(resolved, job)
     prune(run_dir, settings["keep_last"], settings["keep_every"])
     check_space(run_dir, resolved)
@@ -71,11 +88,10 @@ def main() -> None:
     arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
     code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
-    give_back(held)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)
-        count_samples(run_dir, resolved, args.resolved.with_name("sizes.json"))
+        count_samples(run_dir, resolved, sizes)
     elif code == 0:
         if job and reached == start:
             raise RunError(
@@ -84,14 +100,30 @@ def main() -> None:
             )
         print(f"{run_dir}: stopped at step {reached} of {train_iters}; the same command goes on from there", flush=True)
         if job:
+            give_back(held)
             job.requeue()
         sys.exit(EXIT_GO_ON)
-    elif known := read_json(run_dir / FAILURE, None):
+    elif code == STOPPED:
+        sys.exit(STOPPED)
+    elif known := failure(run_dir):
         raise RunError(f"training stopped at step {reached} of {train_iters}: {known['problem']}", known["fix"])
+    elif (free := shutil.disk_usage(run_dir).free) < 1 << 20:  # the message itself could not be written
+        raise RunError(
+            f"training stopped at step {reached} of {train_iters}: {run_dir} lies on a full disk: {free >> 10} KiB free",
+            "free space there; the same command goes on from the newest checkpoint",
+        )
     else:
         raise RunError(
             f"training ended with exit code {code} at step {reached} of {train_iters}.\n{last_lines(log)}", f"see {log}"
         )
+
+
+def failure(run_dir: Path) -> dict | None:
+    """The cause as the training noted it, if it knew one."""
+    try:
+        return read_json(run_dir / FAILURE, None)
+    except DamagedFileError:  # the disk was full
+        return None
 
 
 def check_what_is_loaded(run_dir: Path, step: int, start: str | None) -> None:
@@ -109,6 +141,9 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
     """Write the marker: the same bytes for the same run, whenever and however often it was interrupted."""
     train_iters = resolved["settings"]["train_iters"]
     metrics = read_metrics(run_dir)
+    if metrics and metrics[-1]["iteration"] != train_iters:
+        print(f"warning: {run_dir / METRICS}: the record of step {train_iters} is lost, and its loss with it")
+        metrics = []
     marker = {
         "run_dir": str(run_dir),
         "checkpoint": str(checkpoint_dir(run_dir, train_iters)),
@@ -116,21 +151,21 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
         "lm loss": metrics[-1]["lm loss"] if metrics else None,
         "fingerprint": fingerprint([identity(resolved), train_iters]),
     }
-    write_json(done, marker)
+    write_json(done, marker, sealed=True)
 
 
 def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
     """Say how often the training's samples were seen, and name those that an epoch left over or repeated."""
     (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
-    left_out = read_json(sizes, {"left_out": []})["left_out"]
     train_iters = resolved["settings"]["train_iters"]
     try:
+        left_out = read_json(sizes, {"left_out": []})["left_out"]
         counts = sample_counts(run_dir, Path(resolved["data"]["path"]), train_iters, left_out)
     except (SftError, OSError, sqlite3.Error) as error:  # the training itself is done
         print(f"how often samples were seen is not known: {error}")
         return
     if counts:
-        write_json(run_dir / SAMPLE_COUNTS, counts)
+        write_json(run_dir / SAMPLE_COUNTS, counts, sealed=True)
         print(f"{told(counts)} ({run_dir / SAMPLE_COUNTS})")
 
 

@@ -20,63 +20,58 @@ from pathlib import Path
 
 from faults.at_rest import TRACEBACK
 from faults.damage import FORMS, damage
-from faults.kinds import KINDS
+from faults.kinds import KINDS, USES
 from faults.live import CONFIG, RULES, Chain, Reference, finish, last_words
-from faults.project import ROOT
+from faults.project import ROOT, RUN
 from faults.results import write
 from results import row
 
 FAULTS = ("kill", "kill", "terminate", "damage", "damage", "remove", "twice")
+# What a damaged file is tried on, where its kind is used by it; the run directory stays for the training.
+RULE_OF_USE = {use: spec.rules[0] for use, spec in USES.items() if spec.rules[0] in RULES and not use.endswith("again")}
 
 
 def soak(reference: Reference, folder: Path, minutes: float, seed: int) -> None:
     project, chance = reference.copy(folder / "soak", "report"), random.Random(seed)
     began, counts, bad = time.monotonic(), Counter(), []
-    while (spent := (time.monotonic() - began) / 60) < minutes:
-        rule, fault = chance.choice(list(RULES)), chance.choice(FAULTS)
-        what = f"{fault} at {rule}"
-        said = disturb(reference, project, rule, fault, chance)
-        found = finish(reference, project)
-        if found["outcome"] == "stuck" and said and Path(said).name in found["message"]:
-            forget(project, said)  # refused by name: the file goes, as the message says
-            found = finish(reference, project)
-        counts[found["outcome"]] += 1
-        print(
-            f"{spent:5.1f} min  {what} {said}: {found['outcome']} {found['message'][-200:]} {found['differ']}",
-            flush=True,
+    finish(reference, project)
+    while (time.monotonic() - began) / 60 < minutes:
+        fault = chance.choice(FAULTS)
+        what, file = (
+            damage_one(project, fault, chance)
+            if fault in ("damage", "remove")
+            else disturb(reference, project, fault, chance)
         )
+        damaged = (project / file).read_bytes() if file and (project / file).is_file() else None
+        found = finish(reference, project)
+        if found["outcome"] == "stuck" and file and is_named(file, found["message"]):
+            found = mend(reference, project, file)
+        if (
+            file
+            and found["differ"] == [file]
+            and (project / file).is_file()
+            and (project / file).read_bytes() == damaged
+        ):
+            found |= {"outcome": "mended", "differ": []}  # it was not used
+        counts[found["outcome"]] += 1
+        spent = (time.monotonic() - began) / 60
+        print(f"{spent:5.1f} min  {what}: {found['outcome']} {found['message'][-200:]} {found['differ']}", flush=True)
         if found["outcome"] != "mended":
-            bad.append(f"{what} {said}: {found['outcome']}")
+            bad.append(f"{what}: {found['outcome']}")
+        if file or found["outcome"] != "mended":
             shutil.rmtree(project)
             project = reference.copy(folder / "soak", "report")
-        spent = (time.monotonic() - began) / 60
+            finish(reference, project)
         note = f"{counts.total()} faults, {counts['mended']} ended as undisturbed" + "".join(
-            f"; {each}" for each in bad
+            f"; {each}" for each in bad[:20]
         )
         write([row("soak_minutes", spent, "min", 60, "higher", note, faults="soak")], "make soak")
 
 
-def disturb(reference: Reference, project: Path, rule: str, fault: str, chance: random.Random) -> str:
-    """Remove the outputs from `rule` on, start the chain, and do something to it; names the damaged file, if one is."""
-    if fault in ("damage", "remove"):
-        kind = chance.choice([kind for kind in KINDS if kind.owner != "start"])
-        files = sorted(
-            p for pattern in kind.files for p in project.glob(pattern) if p.is_file() and "small" not in p.parts
-        )
-        if not files:
-            return ""
-        path = chance.choice(files)
-        damage(
-            path,
-            "gone" if fault == "remove" else chance.choice(FORMS),
-            chance.randrange(10**6),
-            chance.random() < 0.5,
-            files,
-        )
-        return str(path.relative_to(project))
-    for pattern in (p for each in reference.rules_from(rule) for p in RULES[each][2]):
-        for path in project.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def disturb(reference: Reference, project: Path, fault: str, chance: random.Random) -> tuple[str, str]:
+    """Remove the outputs from a random rule on, start the chain, and do something to it while that rule runs."""
+    rule = chance.choice(list(RULES))
+    forget(project, [pattern for each in reference.rules_from(rule) for pattern in RULES[each][2]])
     chain = Chain(project, RULES["report"][1], *CONFIG)
     if chain.await_rule(rule):
         time.sleep(chance.uniform(0, reference.seconds.get(rule, 5)))
@@ -92,12 +87,47 @@ def disturb(reference: Reference, project: Path, rule: str, fault: str, chance: 
         codes = second.wait(), chain.wait()
         if TRACEBACK.search(second.said()):
             print(f"two copies: {codes}: {last_words(second.said())}")
-    return ""
+    return f"{fault} at {rule}", ""
 
 
-def forget(project: Path, name: str) -> None:
-    path = project / name
-    with contextlib.suppress(FileNotFoundError):
+def damage_one(project: Path, fault: str, chance: random.Random) -> tuple[str, str]:
+    """Damage or remove a file, and remove the outputs of a rule that uses it and of those after it, the run itself excepted."""
+    while True:
+        kind = chance.choice(KINDS)
+        files = sorted(
+            p for pattern in kind.files for p in project.glob(pattern) if p.is_file() and "small" not in p.parts
+        )
+        rules = [RULE_OF_USE[use] for use in kind.uses if use in RULE_OF_USE]
+        if not files or not rules:
+            continue
+        rule, path = chance.choice(rules), chance.choice(files)
+        later = [p for each in list(RULES)[list(RULES).index(rule) :] for p in RULES[each][2] if p != RUN]
+        if any(path == gone or gone in path.parents for pattern in later for gone in project.glob(pattern)):
+            continue
+        forget(project, later)
+        form = "gone" if fault == "remove" else chance.choice(FORMS)
+        damage(path, form, chance.randrange(10**6), chance.random() < 0.5, files)
+        name = str(path.relative_to(project))
+        return f"{name} {form} before {rule}", name
+
+
+def is_named(file: str, message: str) -> bool:
+    return any(part in message for part in Path(file).parts[-2:])
+
+
+def mend(reference: Reference, project: Path, file: str) -> dict:
+    """As messages say: the file is removed, then what the step that made it wrote; the same command each time."""
+    forget(project, [file])
+    found = finish(reference, project)
+    if found["outcome"] == "stuck":
+        made = [rule for rule in RULES if any(Path(file).match(p) or file.startswith(f"{p}/") for p in RULES[rule][2])]
+        forget(project, [pattern for rule in made[:1] for pattern in RULES[rule][2] if pattern != RUN])
+        found = finish(reference, project)
+    return found
+
+
+def forget(project: Path, patterns: list[str]) -> None:
+    for path in (p for pattern in patterns for p in project.glob(pattern)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

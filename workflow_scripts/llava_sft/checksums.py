@@ -1,6 +1,6 @@
 """Checksums that are noted when files are written, and compared before the files matter.
 
-Notable: hashing is done again only where size, mtime or inode differ from the last time that a file was found whole, so
+Notable: hashing is done again only where size, mtime, ctime or inode differ from the last time that a file was found whole, so
 that a finished target costs no second reading; `full` compares every byte. No torch.
 """
 
@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import file_hash, read_json, write_json
@@ -21,10 +21,31 @@ def note(root: Path, files: Iterable[Path]) -> dict[str, list]:
     return {str(path.relative_to(root)): [path.stat().st_size, file_hash(path)] for path in sorted(files)}
 
 
+class HashingFile:
+    """A binary file that is written from its beginning to its end, and whose checksum is taken on the way."""
+
+    def __init__(self, file: BinaryIO):
+        import xxhash
+
+        self.file, self.digest, self.size = file, xxhash.xxh3_128(), 0
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def noted(self) -> list:
+        """As `note` has it of a file."""
+        return [self.size, self.digest.hexdigest()]
+
+
 def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool = False) -> str | None:
     """What is wrong with the files of `noted` below `root`; None when all hold what was written.
 
-    `memo`: a file of ours that keeps [size, mtime_ns, inode] of each file that was last found whole, by its absolute
+    `memo`: a file of ours that keeps [size, mtime_ns, ctime_ns, inode] of each file that was last found whole, by its absolute
     path; such a file is not read again unless `full`. A damaged or unwritable memo costs time alone.
     """
     known: dict[str, list[int]] = {}
@@ -48,7 +69,8 @@ def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool =
             )
         if status.st_size != size:
             return f"{name} has {status.st_size:,} bytes, {size:,} were written"
-        state, key = [status.st_size, status.st_mtime_ns, status.st_ino], str(path.absolute())
+        # ctime too: a copying tool can set mtime back.
+        state, key = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino], str(path.absolute())
         if not full and known.get(key) == state:
             continue
         try:

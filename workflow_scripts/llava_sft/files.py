@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_sft.errors import SHOWN, DamagedFileError
+from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError
 
 
 @contextlib.contextmanager
@@ -96,6 +96,19 @@ def read_json(path: Path | str, *default: Any) -> Any:
 
 def _seal(rest: bytes) -> str:
     return hashlib.sha256(rest).hexdigest()[:16]
+
+
+def read_object(path: Path, *default: Any) -> dict[str, Any]:
+    """The JSON object that a small file of a checkpoint holds; the `default` where there is none. Raises CheckpointError naming the file for anything else."""
+    try:
+        found = read_json(path, *default)
+    except DamagedFileError as error:
+        raise CheckpointError(error.problem, "copy the file again from where the folder came from") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", "a file that you may read") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: damaged: a JSON {type(found).__name__}, no object", "copy the file again")
+    return found
 
 
 def fingerprint(value: Any) -> str:

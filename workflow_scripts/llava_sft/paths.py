@@ -17,7 +17,7 @@ import glob
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -80,6 +80,20 @@ class Shard:
     @property
     def name(self) -> str:
         return str(Path(self.source.name) / shard_name(self.prefix, self.range.index))
+
+
+def _renamed(sources: list[Source], entries: list[SourceSettings]) -> list[Source]:
+    """Sources of equal names, named by the folders in which their patterns differ."""
+    counts = Counter(source.name for source in sources)
+    paths = [Path(entry.path).parts for entry in entries]
+    renamed = []
+    for source, entry, parts in zip(sources, entries, paths, strict=True):
+        others = [set(other) for other in paths if other != parts]
+        own = [part for part in parts if others and not any(part in other for other in others)]
+        if counts[source.name] > 1 and not entry.name and own and glob.has_magic(Path(entry.path).parent.name):
+            source = replace(source, name=re.sub(r"[^\w.-]+", "_", "_".join(own)).strip("_.") or source.name)
+        renamed.append(source)
+    return renamed
 
 
 class Paths:
@@ -177,6 +191,16 @@ class Paths:
             name = entry.name or re.sub(r"[^\w.-]+", "_", name)  # what the rules' wildcard takes
             root = entry.image_root or files[TRAIN_PREFIX][0].parent
             sources.append(Source(name if len(entries) > 1 else "", files, root, entry.weight))
+            both = {path.resolve() for path in files[TRAIN_PREFIX]} & {
+                p.resolve() for p in files.get(HELDOUT_PREFIX, [])
+            }
+            if both:
+                raise DataError(
+                    f"{shown(str(min(both)))}: is training data and held-out data at once",
+                    "name another file as heldout_data (of `sources`: heldout), or leave it out and set val_fraction: 0.05",
+                )
+        if len(sources) > 1 and len({source.name for source in sources}) < len(sources):
+            sources = _renamed(sources, entries)
         (name, count), *_ = Counter(source.name for source in sources).most_common(1) or [("", 0)]
         if count > 1:
             raise DataError(f"sources: {count} would be named {name!r}", "give each entry a `name` of its own")

@@ -4,21 +4,14 @@ Notable:
 - only the experiments that are asked for are checked, and the first mistake ends the program with its message before the
   DAG is there;
 - a job finds its settings by its wildcards alone: on a cluster it starts without the targets that were asked for;
-- wildcards match only what the settings name, so that no file of a user's can become the output of a rule;
-- a lock that a killed run left behind is recognised by the kernel's own lock, which dies with its process;
-- Slurm jobs that a killed run left behind are waited for: their results are used, and none is submitted twice.
+- wildcards match only what the settings name, so that no file of a user's can become the output of a rule.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,6 +19,7 @@ from typing import Any
 
 from llava_sft.checkpoint.start import MARKER, read_hf_config
 from llava_sft.config import CONFIG_DIR, NAME_RULE, experiments, load_settings
+from llava_sft.data.verify import out_of_date
 from llava_sft.errors import SettingsError, SftError, exits_cleanly, shown
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
@@ -50,9 +44,17 @@ class Workflow:
 
     @exits_cleanly
     def __init__(self, overrides: dict[str, Any], words: list[str], cluster: dict[str, int] | None = None):
+        if not (CONFIG_DIR / "config.yaml").is_file():
+            root = Path(__file__).resolve().parents[2]
+            raise SettingsError(
+                f"{shown(os.getcwd())}: no config/config.yaml here",
+                f"cd {shlex.quote(str(root))}, and give the command there; exp_dir may lie anywhere",
+            )
         self.overrides, self.cluster = dict(overrides), cluster or {}
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
             self.overrides["run_tag"] = tags[-1]  # as typed: Snakemake makes a number of 0103
+        self.force: Callable[[list[str]], None] | None = None  # set by the main process
+        self._checked: set[Path] = set()
         self.experiments, self.misnamed = experiments(), experiments(misnamed=True)
         for word in words if "--allowed-rules" not in words else ():  # a job of Slurm names rules, not targets
             step, _, experiment = word.partition("_")
@@ -263,11 +265,19 @@ class Workflow:
     def shard_files(self, wildcards) -> list[Path]:
         """What the index is made from: the shards of the plan, or what a finished folder brings."""
         paths = self.of(wildcards)
+        self._redo_out_of_date(paths)
         if paths.adopted:
             return sorted(paths.adopted.rglob("*.tar"))
         if paths.settings.webdatasets:
             return [paths.webdatasets / ".nv-meta" / "split.yaml"]
         return [paths.webdatasets / f"{name}.tar" for name in paths.shards]
+
+    def _redo_out_of_date(self, paths: Paths) -> None:
+        """Let Snakemake run the jobs whose outputs are there and not what they should be, as `--forcerun` would."""
+        if self.force and paths.dataset not in self._checked:
+            self._checked.add(paths.dataset)
+            tars, index = out_of_date(paths)
+            self.force([str(path) for path in [*tars, *([paths.dataset] if index else [])]])
 
     @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:
@@ -294,7 +304,10 @@ class Workflow:
                     named += [paths] if paths.converted.name == name else []
         for paths in sorted(named, key=lambda paths: not _fits_model(paths)):
             return paths
-        raise SettingsError(f"{wildcards.checkpoint}: no experiment loads this checkpoint", "see `load`")
+        raise SettingsError(
+            f"{wildcards.checkpoint}: no experiment loads this checkpoint",
+            "ask for STEP_EXPERIMENT targets; `load` in config/experiments/ names checkpoints",
+        )
 
     @exits_cleanly
     def checkpoint_folders(self, wildcards) -> list[str]:
@@ -334,63 +347,3 @@ def cluster_numbers(settings: Any) -> dict[str, int]:
     keys = {"auto_nodes": "nodes", "auto_gpus_per_node": "gpus_per_node", "cpus_per_task": "cpus_per_task"}
     numbers = {name: train[key].value for key, name in keys.items() if key in train}
     return numbers if "nodes" in numbers else {}
-
-
-# ------------------------------------------------------------------------------------------------- locks
-
-_held = None  # keeps the shared lock for the life of the process
-
-
-def lift_stale_lock(wait: bool = True) -> None:
-    """Remove Snakemake's lock files when the run that made them is dead, after the last of its Slurm jobs.
-
-    Every Snakemake main process of this folder holds a shared kernel lock as long as it lives. Whoever can have it alone
-    knows that nobody else lives, so that lock files left by a `kill -9` or a power cut mean nothing.
-    `wait`: for the Slurm jobs; a dry run does not.
-    """
-    global _held
-    directory = Path(".snakemake")
-    directory.mkdir(exist_ok=True)
-    _held = open(directory / "alive", "a")  # noqa: SIM115
-    try:
-        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fcntl.flock(_held, fcntl.LOCK_SH)
-        return
-    except OSError:
-        return  # a file system without locks: Snakemake's own message says what to do
-    if wait:
-        wait_for_jobs()
-    stale = list((directory / "locks").glob("*"))
-    for path in stale:
-        path.unlink(missing_ok=True)
-    if stale:
-        print("The last run was killed and left its lock: lifted, going on where it was.", file=sys.stderr)
-    fcntl.flock(_held, fcntl.LOCK_SH)
-
-
-def jobs_left() -> list[str]:
-    """Number and rule of each Slurm job that a Snakemake of this folder submitted and that has not ended."""
-    fields = "%A|%T|%k|%Z"  # number, state, comment (the plugin puts the rule there), working directory
-    listing = subprocess.run(["squeue", "--me", "--noheader", f"--format={fields}"], capture_output=True, text=True)
-    jobs = [line.split("|") for line in listing.stdout.splitlines() if line.count("|") == 3]
-    return [
-        f"{number} {comment} ({state})"
-        for number, state, comment, folder in jobs
-        if comment.startswith("rule_") and os.path.realpath(folder) == os.path.realpath(os.curdir)
-    ]
-
-
-def wait_for_jobs() -> None:
-    """Wait until no Slurm job of an earlier run of this folder is left; a second one would do its work beside it."""
-    if not shutil.which("squeue") or not (jobs := jobs_left()):
-        return
-    shown = "".join(f"    {job}\n" for job in jobs[:5]) + (f"    … {len(jobs)} in all\n" if len(jobs) > 5 else "")
-    print("Slurm jobs of an earlier run are still there: waiting for them, their results are used", file=sys.stderr)
-    print(f"{shown}  fix: to begin without them, scancel these numbers", file=sys.stderr, flush=True)
-    try:
-        while jobs_left():
-            time.sleep(5)
-    except KeyboardInterrupt:
-        print("Stopped waiting; the jobs go on.", file=sys.stderr)
-        sys.exit(130)

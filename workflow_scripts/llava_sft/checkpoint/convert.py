@@ -7,7 +7,8 @@ A converted folder looks like one that Megatron wrote: `latest_checkpointed_iter
 is the marker that stands only when all is there.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import xxhash
 
 from llava_sft.checkpoint.legacy import LegacySource
 from llava_sft.checkpoint.names import Row, check_tensors, mapping
+from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
 from llava_sft.checkpoint.start import (
-    MARKER,
     PARTS,
     RANDOM,
     SIDECARS,
@@ -30,10 +31,14 @@ from llava_sft.checkpoint.start import (
     read_hf_config,
 )
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
-from llava_sft.errors import CheckpointError
-from llava_sft.files import atomic_dir, write_json
-from llava_sft.model.config import MODEL_TYPE, ModelConfig
-from llava_sft.model.export_files import write_hf_sidecars
+from llava_sft.checkpoint.verify import MARKER, require_whole
+from llava_sft.checksums import note
+from llava_sft.errors import CheckpointError, shown
+from llava_sft.files import atomic_dir, read_object, write_json
+from llava_sft.model.config import MODEL_TYPE, TOKEN_ID_KEYS, ModelConfig
+from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
+
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
 class HfSource:
@@ -42,17 +47,20 @@ class HfSource:
     def __init__(self, folder: Path, model: ModelConfig):
         self.folder, self.model = folder, model
         self.reader = SafetensorsReader(folder)
-        self.config = read_hf_config(folder) if (folder / "config.json").is_file() else {}
+        self.config = read_object(folder / "config.json", {})
         self.old_names = self.reader.old_names
         names, head = self.reader.names(), "lm_head.weight"
         # A tied language model (Qwen3-4B) does not store its output layer: here it becomes a tensor of its own.
-        tied = self.config.get("model_type") == "qwen3" and self.config.get("tie_word_embeddings") and head not in names
-        self.stand_ins = {head: "model.language_model.embed_tokens.weight"} if tied else {}
+        self.tied = self.config.get("model_type") == "qwen3" and bool(self.config.get("tie_word_embeddings"))
+        self.stand_ins = {head: EMBEDDINGS} if self.tied and head not in names else {}
 
     def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
         """Raise CheckpointError unless the folder holds exactly the tensors of `rows`; if not `alone`, at least those."""
         if alone or self.config.get("model_type") in (MODEL_TYPE, "qwen3"):
-            config = ModelConfig.from_hf_config(read_hf_config(self.folder))
+            try:
+                config = ModelConfig.from_hf_config(read_hf_config(self.folder))
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder}: {error.problem}", error.fix) from None
             check_same_architecture(self.model, config, self.folder, parts)
         shapes = self.model.hf_tensor_shapes()
         wanted = {name: shapes[name] for row in rows for name in row.hf}
@@ -60,6 +68,28 @@ class HfSource:
         found |= {name: found[other] for name, other in self.stand_ins.items()}
         unwanted = set() if alone else shapes.keys() - wanted.keys()
         check_tensors({name: shape for name, shape in found.items() if name not in unwanted}, wanted, self.folder)
+        self._tell(wanted)
+
+    def _tell(self, wanted: Iterable[str]) -> None:
+        """Say what a user may not expect of this folder."""
+        if (self.folder / "adapter_config.json").is_file():
+            print(f"{self.folder}: adapter_config.json: a LoRA adapter lies here; merge it first if it is to count")
+        head = "lm_head.weight"
+        both = self.tied and {head, EMBEDDINGS} <= self.reader.names() and head in wanted
+        if both and not torch.equal(self.reader.read(head), self.reader.read(EMBEDDINGS)):
+            print(f"{self.folder}: config.json ties lm_head to the embeddings, another {head} is stored: it is taken")
+        if (self.folder / "tokenizer.json").is_file():
+            added = tokenizer_added_tokens(self.folder)
+            for key, token in TOKEN_ID_KEYS.items():
+                said, actual = self.config.get(key), added.get(token)
+                if said is not None and actual is not None and said != actual:
+                    print(
+                        f"{self.folder}: config.json says {key} {shown(said)}, the tokenizer {actual}: the tokenizer's is used"
+                    )
+        dtypes = Counter(str(self.reader.dtype(self.stand_ins.get(name, name)))[len("torch.") :] for name in wanted)
+        if len(dtypes) > 1:
+            counts = ", ".join(f"{count} tensors in {dtype}" for dtype, count in dtypes.most_common())
+            print(f"{self.folder}: {counts}: all become the type that holds every value exactly")
 
     def dtype(self, rows: list[Row]) -> torch.dtype:
         """One for all, and where a folder mixes them the one that holds every value exactly."""
@@ -109,6 +139,8 @@ def hf2mcore(
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than `model` has.
     """
+    if sidecars is not None:
+        tokenizer_token_ids(sidecars)  # before weights are read, not when all is trained
     parts = parts or {}
     sources = {folder: open_source(folder, model) for folder in dict.fromkeys((source, *parts.values()))}
     source_of = {part: sources[parts.get(part, source)] for part in PARTS}
@@ -130,22 +162,26 @@ def hf2mcore(
     def produce(key: str) -> torch.Tensor:
         row = rows[key]
         tensor = source_of[row.part].read(row).to(dtype).contiguous()
+        check_finite(tensor, f"{source_of[row.part].folder}: {' and '.join(row.hf)}")
         digest.update(key.encode())
         digest.update(tensor_bytes(tensor))
         return tensor
 
     with atomic_dir(target) as folder:
         shapes = {key: row.shape for key, row in rows.items()}
-        write_torch_dist(folder / "release", shapes, dict.fromkeys(shapes, dtype), produce)
+        weights = write_torch_dist(folder / "release", shapes, dict.fromkeys(shapes, dtype), produce)
         (folder / TRACKER).write_text("release\n")
         copy_sidecars(sidecars or source, folder / SIDECARS)
+        files = {f"release/{name}": entry for name, entry in weights.items()}
+        files |= note(folder, [folder / TRACKER, *(folder / SIDECARS).iterdir()])
         marker = _marker(source, model, dtype) | {
             "fingerprint": digest.hexdigest(),
             "untrained": bool(sources[source].config.get("untrained")),
             "old_names": sources[source].old_names,
             "origin": origin,
+            "files": files,
         }
-        write_json(folder / MARKER, marker)
+        write_json(folder / MARKER, marker, sealed=True)
     return marker
 
 
@@ -159,7 +195,13 @@ def mcore2hf(
         sidecars: folder with config, tokenizer and the like that training started from.
         min_pixels, max_pixels: image limits of the training, written where inference will read them.
         gate: looks at the finished folder before it gets its name, and raises to keep it from getting one.
+
+    Raises CheckpointError when the checkpoint is damaged, or would run code, or lacks a tensor.
     """
+    check_pickles(source)
+    require_whole(source, full=True)
+    tokenizer_token_ids(sidecars)
+    model = with_source_positions(model, sidecars)
     reader = TorchDistReader(source)
     rows = list(mapping(model))
     stored = reader.tensors()
@@ -172,22 +214,52 @@ def mcore2hf(
     def tensors():
         for row in rows:
             tensor = reader.read(row.mcore)[: row.shape[0]]  # vocabulary padding is cut off
+            check_finite(tensor, f"{source}: {row.mcore}")
             yield from zip(map(spell, row.hf), row.split(tensor), strict=True)
 
     dtype = stored[rows[0].mcore].properties.dtype
     marker = _marker(source, model, dtype)
     with atomic_dir(target) as folder:
         write_hf_sidecars(folder, sidecars, model, min_pixels, max_pixels, marker["dtype"])
-        write_safetensors(folder, order, dtype, tensors())
+        weights = write_safetensors(folder, order, dtype, tensors())
         if gate:
             gate(folder)
-        write_json(folder / MARKER, marker)
+        small = [path for path in folder.iterdir() if path.name not in weights]
+        marker["files"] = weights | note(folder, small)
+        write_json(folder / MARKER, marker, sealed=True)
     return marker
 
 
 def _marker(source: Path, model: ModelConfig, dtype: torch.dtype) -> dict:
     tensors, parameters = len(model.hf_tensor_shapes()), model.parameter_count()
     return {"source": str(source), "tensors": tensors, "parameters": parameters, "dtype": str(dtype)[len("torch.") :]}
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError for a tensor with a value that is NaN or infinite: least and greatest are, if one is."""
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise CheckpointError(
+            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite",
+            "use a checkpoint from before that happened",
+        )
+
+
+def with_source_positions(model: ModelConfig, sidecars: Path) -> ModelConfig:
+    """The model with the number of positions that the start checkpoint's config.json gives: no weight depends on it."""
+    config = read_object(sidecars / "config.json", {})
+    if config.get("model_type") not in (MODEL_TYPE, "qwen3"):
+        return model
+    try:
+        positions = ModelConfig.from_hf_config(config).language.max_position_embeddings
+    except CheckpointError as error:  # the weights say what model it is
+        print(f"{sidecars}: not used: {error.problem}")
+        return model
+    if positions == model.language.max_position_embeddings:
+        return model
+    print(f"{sidecars}: max_position_embeddings {positions:,}, as the start checkpoint has it")
+    language = model.language.model_copy(update={"max_position_embeddings": positions})
+    return model.model_copy(update={"language": language})
 
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:

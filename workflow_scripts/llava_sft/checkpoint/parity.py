@@ -57,7 +57,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
     """
     if where == "skip":
         print("PARITY IS NOT CHECKED (parity: skip): nothing says that this export answers as the trained model")
-        write_json(folder / FILE, {"passed": None, "note": "not checked: parity: skip"})
+        write_json(folder / FILE, {"passed": None, "note": "not checked: parity: skip"}, sealed=True)
         return
     if where == "gpu" and not torch.cuda.is_available():
         raise CheckpointError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
@@ -79,7 +79,11 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
     rows = [compare(case, logits, answer) for case, (logits, answer) in zip(cases, results, strict=True)]
     bounds = BOUNDS[dtype]
     passed = all(row["same ids"] and all(row[name] <= bound for name, bound in bounds.items()) for row in rows)
-    write_json(folder / FILE, {"passed": passed, "device": device, "dtype": dtype, "bounds": bounds, "samples": rows})
+    write_json(
+        folder / FILE,
+        {"passed": passed, "device": device, "dtype": dtype, "bounds": bounds, "samples": rows},
+        sealed=True,
+    )
     figures = "\n    ".join(", ".join(f"{key} {value}" for key, value in row.items()) for row in rows)
     print(f"parity ({dtype} on {device}, bounds {bounds}):\n    {figures}", flush=True)
     if not passed:

@@ -161,6 +161,8 @@ def check_archive_members(file: Path | io.BytesIO, where: Path | str) -> Any:
     """PyTorch's reader of an archive that `torch.save` wrote. Raises CheckpointError for anything else."""
     stream = file if isinstance(file, io.BytesIO) else None
     try:
+        if stream:
+            stream.seek(0)
         head = stream.getvalue()[:4] if stream else _first_bytes(file, 4)
     except OSError as error:
         raise damaged(where, error) from None

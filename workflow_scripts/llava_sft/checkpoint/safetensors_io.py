@@ -3,7 +3,10 @@
 Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, raw little-endian data).
 """
 
+import errno
 import json
+import os
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,11 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava_sft.errors import CheckpointError
+from llava_sft.checksums import HashingFile
+from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_file, write_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+# Buffers that older versions of transformers stored, and newer ones compute.
+LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|embeddings\.position_ids)")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -41,36 +47,16 @@ class SafetensorsReader:
     """
 
     def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.safetensors"))
-        index = folder / INDEX
-        if index.is_file():
-            try:
-                named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index}: damaged or cut off ({error})", "copy the file again") from None
-            missing = sorted(path.name for path in named if not path.is_file())
-            if missing:
-                raise CheckpointError(f"{folder}: {missing[0]} is missing, {INDEX} names it", "copy the folder again")
-            files = sorted(named)
-        if not files:
-            raise CheckpointError(f"{folder}: no *.safetensors file in it", "name a complete Hugging Face folder")
         self._place: dict[str, tuple[Path, str, dict]] = {}  # file, name in it, and its entry in the header
-        for path in files:
-            try:
-                with safe_open(path, framework="pt"):
-                    pass  # looks at the header and the file's size
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: damaged or cut off ({error})", "copy the file again") from None
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
+        for path in weight_files(folder):
+            for name, entry in read_header(path).items():
+                if LEFTOVER.fullmatch(name):
+                    print(f"{path.name}: {name} is left out: older versions stored it, and it follows from config.json")
+                    continue
                 if canonical(name) in self._place:
                     problem = f"{path}: {name} is also in {self._place[canonical(name)][0].name}"
                     raise CheckpointError(problem, "keep the files of one checkpoint only")
-                start = 8 + length + entry["data_offsets"][0]
-                self._place[canonical(name)] = (path, name, entry | {"start": start})
+                self._place[canonical(name)] = (path, name, entry)
 
     @property
     def old_names(self) -> bool:
@@ -100,14 +86,71 @@ class SafetensorsReader:
             file.seek(self._place[name][2]["start"])
             rest = tensor_bytes(tensor)
             while rest:
-                rest = rest[file.readinto(rest) :]
+                if not (count := file.readinto(rest)):
+                    raise CheckpointError(f"{self._place[name][0]}: cut off while it is read", "copy the file again")
+                rest = rest[count:]
         return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a Hugging Face folder that hold its tensors; CheckpointError where there is none, or one is missing."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read: {error.strerror}", "name a folder that you may read"
+        ) from None
+    files = [folder / name for name in names if name.endswith(".safetensors")]
+    index = folder / INDEX
+    if INDEX in names:
+        try:
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+        except OSError as error:
+            raise CheckpointError(f"{index}: cannot be read: {error.strerror}", "a file that you may read") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
+        if strange := [name for name in named if not isinstance(name, str) or Path(name).name != name]:
+            raise CheckpointError(f"{index}: {shown(strange[0])} is no file of this folder", "copy the file again")
+        if missing := sorted(named - set(names)):
+            raise CheckpointError(f"{folder}: {missing[0]} is missing, {INDEX} names it", "copy the folder again")
+        files = [folder / name for name in sorted(named)]
+    if not files:
+        other = next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))), None)
+        found = f"; {other} is there: a form that is not read" if other else ""
+        fix = (
+            "save it anew: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
+            if other
+            else "name a complete Hugging Face folder"
+        )
+        raise CheckpointError(f"{folder}: no *.safetensors file in it{found}", fix)
+    return files
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Per tensor of a safetensors file: `dtype`, `shape` and `start`, its first byte in the file. Raises CheckpointError."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library looks at the header, the offsets and the file's size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except OSError as error:
+        reason = error.strerror or os.strerror(errno.EACCES if path.exists() else errno.ENOENT)
+        raise CheckpointError(f"{path}: cannot be read: {reason}", "a file that you may read") from None
+    except (SafetensorError, struct.error, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
+    header.pop("__metadata__", None)
+    return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in header.items()}
 
 
 def write_safetensors(
     folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Stream `tensors` into the folder, in the order of `shapes`, in shards of at most 5 GB with an index file."""
+) -> dict[str, list]:
+    """Stream `tensors` into the folder, in the order of `shapes`, in shards of at most 5 GB with an index file.
+
+    Returns the size and xxh3_128 of each file of weights, by its name: taken while it is written.
+    """
+    noted: dict[str, list] = {}
     size = torch.empty((), dtype=dtype).element_size()
     shards: list[dict[str, int]] = [{}]
     for name, shape in shapes.items():
@@ -129,17 +172,20 @@ def write_safetensors(
             offset += length
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with atomic_file(folder / file_name) as file:
+        with atomic_file(folder / file_name) as stream_to:
+            file = HashingFile(stream_to)
             file.write(struct.pack("<Q", len(text)) + text)
             for expected in shard:
                 name, tensor = next(stream)
                 if name != expected:
                     raise RuntimeError(f"tensor {name} came where {expected} was due")
                 file.write(tensor_bytes(tensor.to(dtype)))
+            noted[file_name] = file.noted()
     if count > 1:
         weight_map = {name: file_name for file_name, shard in zip(file_names, shards, strict=True) for name in shard}
         total = sum(sum(shard.values()) for shard in shards)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return noted
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -9,13 +9,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_sft.errors import CheckpointError
-from llava_sft.files import file_fingerprint, fingerprint, read_json
+from llava_sft.checkpoint.verify import CHECKSUMS, MARKER, require_whole
+from llava_sft.errors import CheckpointError, shown
+from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.config import ModelConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SIDECARS = "huggingface"
-MARKER = "converted.json"
 RUN_FILE = "run.json"
 RANDOM = "random"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -52,17 +52,42 @@ def newest_checkpoint(folder: Path) -> Path:
     """The checkpoint folder that the tracker of a Megatron folder names; the folder itself when it is one."""
     if not is_megatron(folder):
         return folder
-    name = (folder / TRACKER).read_text().strip()
-    if name != "release" and not name.isdigit():
+    try:
+        name = (folder / TRACKER).read_bytes().decode(errors="replace").strip()
+    except OSError as error:
         raise CheckpointError(
-            f"{folder / TRACKER}: {name[:40]!r} is neither a number nor `release`", "name the iter_ folder itself"
+            f"{folder / TRACKER}: cannot be read: {error.strerror}", "name the iter_ folder itself"
+        ) from None
+    if name != "release" and not re.fullmatch(r"[0-9]{1,12}", name):
+        raise CheckpointError(
+            f"{folder / TRACKER}: {shown(name, 40)} is neither a number nor `release`", "name the iter_ folder itself"
         )
     return folder / (name if name == "release" else f"iter_{int(name):07d}")
 
 
+def existing_checkpoint(folder: Path) -> Path:
+    """`newest_checkpoint`, or CheckpointError where there is no such folder."""
+    found = newest_checkpoint(folder)
+    if not found.is_dir():
+        others = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
+        what = (
+            f"{folder / TRACKER} names {found.name}, which is not there"
+            if is_megatron(folder)
+            else f"{found}: no such folder"
+        )
+        raise CheckpointError(what, f"name {folder / others[-1]} itself" if others else "copy the folder again")
+    return found
+
+
 def is_legacy(load: str | Path) -> bool:
     """Whether `load` is in the original project's `torch` format: a folder per model-parallel rank."""
-    return next(newest_checkpoint(Path(load)).glob("mp_rank_*"), None) is not None
+    folder = newest_checkpoint(Path(load))
+    try:
+        return any(path.name.startswith("mp_rank_") for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", "a folder that you may read") from None
 
 
 def is_hub(load: str) -> bool:
@@ -93,10 +118,7 @@ def read_hf_config(folder: Path) -> dict:
         raise CheckpointError(
             f"{path}: no such file: not a Hugging Face checkpoint", "name a folder that holds config.json"
         )
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON, or cut off: {error}", "copy the file again") from None
+    return read_object(path)
 
 
 def check_load(load: str, parts: dict[str, str], tokenizer: Path | None, made_here: bool) -> None:
@@ -129,6 +151,9 @@ def check_load(load: str, parts: dict[str, str], tokenizer: Path | None, made_he
     folder = Path(load)
     if not folder.is_dir():
         raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
+    if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
+        raise CheckpointError(f"load: {load}: one rank of a checkpoint", f"load: {folder.parent}")
+    existing_checkpoint(folder)
     if is_legacy(load):
         if tokenizer is None:
             raise CheckpointError(
@@ -164,21 +189,34 @@ def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Sta
     """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of `load`, if it did."""
     if load == RANDOM:
         return Start(None, tokenizer, "random", True)
-    folder = converted / "release" if converted else newest_checkpoint(Path(load))
+    folder = converted / "release" if converted else existing_checkpoint(Path(load))
+    require_whole(folder)
     top = folder.parent
     sidecars = tokenizer or _sidecars(sidecars_of(load, converted, None), load)
-    if folder.name == "release" and (marker := read_json(top / MARKER, None)):
-        content, untrained = marker["fingerprint"], marker["untrained"]
+    if folder.name == "release" and (marker := read_object(top / MARKER, {})):
+        content, untrained = marker.get("fingerprint"), bool(marker.get("untrained"))
+        if not isinstance(content, str):
+            raise CheckpointError(
+                f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
+            )
     else:
-        sizes = sorted(p.stat().st_size for p in folder.iterdir() if p.name != "checksums.json")
-        content, untrained = fingerprint([file_fingerprint(folder / ".metadata"), sizes]), False
+        # Not what is noted about the checkpoint, nor what a killed process left.
+        kept = [p for p in folder.iterdir() if p.name == ".metadata" or not p.name.startswith((".", CHECKSUMS))]
+        try:
+            content = fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in kept)])
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: .metadata cannot be read: {error.strerror}: not a whole torch_dist checkpoint",
+                "use another iter_ folder",
+            ) from None
+        untrained = False
     return Start(folder, sidecars, content, untrained, old_names(top))
 
 
 def old_names(top: Path) -> bool:
     """The spelling that the export of a converted folder, or of a run, shall have: see `Start`."""
-    origin = read_json(top / MARKER, None) or read_json(top / RUN_FILE, {"start": {}})["start"]
-    return origin.get("old_names", False)
+    origin = read_object(top / MARKER, {}) or read_object(top / RUN_FILE, {}).get("start")
+    return isinstance(origin, dict) and bool(origin.get("old_names"))
 
 
 def _sidecars(folder: Path, load: str) -> Path:
@@ -193,5 +231,8 @@ def copy_sidecars(source: Path, target: Path) -> None:
     """All files of a Hugging Face folder but its weights."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(path, target / path.name)
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_SUFFIXES):
+            try:
+                shutil.copyfile(path, target / path.name)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}", "a file that you may read") from None

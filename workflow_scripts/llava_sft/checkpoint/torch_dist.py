@@ -14,12 +14,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from llava_sft.checkpoint.pickles import read_metadata
-from llava_sft.errors import CheckpointError
+from llava_sft.checksums import HashingFile, note
+from llava_sft.errors import CheckpointError, SftError
 
 
 def write_for_older_torch() -> None:
@@ -34,17 +36,20 @@ class _Writer(FileSystemWriter):
     """Writes one file, item by item. The stock writer keeps every tensor that it has written until the end."""
 
     FILE = "__0_0.distcp"
+    noted: list
 
     def write_data(self, plan, planner):
         results = []
         with open(self.path / self.FILE, "wb") as stream:
+            file = HashingFile(stream)
             for item in plan.items:
-                offset = stream.tell()
-                torch.save(planner.produce(item.index.fqn), stream)
-                length = stream.tell() - offset
+                offset = file.size
+                torch.save(planner.produce(item.index.fqn), file)
+                length = file.size - offset
                 results.append(WriteResult(item.index, length, _StorageInfo(self.FILE, offset, length)))
             stream.flush()
             os.fsync(stream.fileno())
+        self.noted = file.noted()
         done = torch.futures.Future()
         done.set_result(results)
         return done
@@ -60,19 +65,30 @@ class _Planner(DefaultSavePlanner):
 
 def write_torch_dist(
     folder: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], produce: Callable[[str], Tensor]
-) -> None:
-    """Write one checkpoint folder (`release/`); `produce(key)` makes each tensor when it is needed."""
+) -> dict[str, list]:
+    """Write one checkpoint folder (`release/`); `produce(key)` makes each tensor when it is needed.
+
+    Returns size and checksum of each file by its name; those of the weights are taken while they are written.
+    """
+    writer = _Writer(folder)
     write_for_older_torch()
     plan = {key: torch.empty(shape, dtype=dtypes[key], device="meta") for key, shape in shapes.items()}
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # they would take longer than the disk; nothing reads them
     try:
         with warnings.catch_warnings(action="ignore"):  # that this is a single process
-            dcp.save(plan, storage_writer=_Writer(folder), planner=_Planner(produce), no_dist=True)
+            dcp.save(plan, storage_writer=writer, planner=_Planner(produce), no_dist=True)
+    except CheckpointException as error:  # around what `produce` raised
+        for cause, _ in error.failures.values():
+            if isinstance(cause, SftError):
+                raise cause from None
+        raise
     finally:
         torch.serialization.set_crc32_options(checksums)
     torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    small = [path for path in folder.iterdir() if path.name != writer.FILE]
+    return note(folder, small) | {writer.FILE: writer.noted}
 
 
 class TorchDistReader(FileSystemReader):
@@ -101,7 +117,7 @@ class TorchDistReader(FileSystemReader):
             except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
                 reason = (str(error).splitlines() or ["cut off"])[-1]
                 raise CheckpointError(
-                    f"{self.folder}: {key} can not be read: {reason}", "use another iter_ folder"
+                    f"{self.folder}: {key} cannot be read: {reason}", "use another iter_ folder"
                 ) from error
             if whole is None:
                 return piece

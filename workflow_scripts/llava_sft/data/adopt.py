@@ -1,7 +1,7 @@
 """A finished WebDataset of another make → a data set for this workflow, without touching it.
 
-Notable: the tars are walked once (their JSON is read, their images are not) and linked into a folder of ours with an
-index of our own; samples that training could not use are excluded and counted like rejects of a conversion. A tar below
+Notable: the tars are read once (their JSON and images put to the same checks as raw records) and linked into a folder of
+ours with an index of our own, hashes of the samples included; samples that training could not use are excluded and counted like rejects of a conversion. A tar below
 several `.nv-meta` (the original's parts and their parent) is one file, and counted once.
 """
 
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_sft.data.image_checks import check_image
 from llava_sft.data.index import FIRST_REASONS, Tar, read_finished, too_many_rejects, write_meta
 from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.plan import HELDOUT_PREFIX
 from llava_sft.data.records import Rejected
 from llava_sft.data.shards import write_idx
-from llava_sft.data.tars import find_layout, is_finished, read_meta, walk_tar
+from llava_sft.data.tars import find_layout, is_finished, read_at, read_meta, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
 
@@ -64,7 +65,10 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
                     earlier += 1
                     continue
                 try:
-                    images += len(sample.read(file.fileno(), layout or "own")[0].images)
+                    found, members = sample.read(file.fileno(), layout or "own")
+                    for image in found.images:
+                        check_image(read_at(file.fileno(), members[image]))
+                    images += len(found.images)
                 except Rejected as rejected:
                     exclude.append(f"{name}/{sample.key}")
                     reasons[rejected.reason] += 1

@@ -11,23 +11,94 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import orjson
+
 from llava_sft.data.records import BOM, MAX_LINE_BYTES, Line, Rejected, read_lines
-from llava_sft.errors import DataError
+from llava_sft.errors import SHOWN, DataError
 
 BLOCK = 1 << 20
+RECORD_KEYS = {"conversations", "messages", "image", "images", "id"}
 ROWS_AT_ONCE = 32  # of a Parquet file: rows may hold images
 EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
+# Whole files of another kind, by how they begin: one message in place of a reject for each line.
+OTHER_FILES = {
+    b"\x1f\x8b": ("gzip", "unpack it: gunzip -k"), b"PK\3\4": ("a zip archive or an Excel file", "unpack it, or save it as JSONL"),
+    b"BZh": ("bzip2", "unpack it: bunzip2 -k"), b"\xfd7zXZ": ("xz", "unpack it: xz -dk"), b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: zstd -dk"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"), b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as JSONL"),
+    b"SQLite format": ("an SQLite database", "export it as JSONL"), b"ARROW1": ("an Arrow file", "save it as Parquet"),
+    b"version https://git-lfs": ("a Git LFS pointer", "git lfs pull"), b"<!DO": ("a web page", "download the file itself"),
+    b"<htm": ("a web page", "download the file itself"),
+}  # fmt: skip
+UTF_16_32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")  # that a text which is no UTF-8 is tried as
+
+
 def format_of(path: Path | str) -> str:
-    """A key of FORMATS: by the extension where that says it, else by how the file begins."""
-    if known := EXTENSIONS.get(Path(path).suffix.lower()):
-        return known
+    """A key of FORMATS: by how the file begins, and by its extension. Errors: DataError for a file of another kind."""
     with open(path, "rb") as file:
-        head = file.read(4096)
+        head = file.read(1 << 16)
     if head.startswith(b"PAR1"):
         return "parquet"
-    return "json" if head.removeprefix(BOM).lstrip().startswith(b"[") else "jsonl"
+    if other := next((known for start, known in OTHER_FILES.items() if head.startswith(start)), None):
+        raise DataError(f"{path} is {other[0]}, not JSONL, JSON or Parquet", other[1])
+    if head.startswith(UTF_16_32):
+        code = "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
+        raise DataError(f"{path} is {code}, not UTF-8", f"iconv -f {code} -t UTF-8 {path} > NEW.jsonl")
+    extension = EXTENSIONS.get(Path(path).suffix.lower())
+    if extension == "parquet":
+        return extension  # its reader says what is wrong
+    text = head.removeprefix(BOM).lstrip()
+    _check_text(Path(path), text, whole=len(head) < 1 << 16)
+    if text.startswith(b"[") and (extension is None or text[1:].lstrip().startswith(b"{")):
+        return "json"  # whatever its name: an array of objects is no record a line
+    return "jsonl"
+
+
+def _check_text(path: Path, head: bytes, whole: bool) -> None:
+    """Raise DataError when the first lines show that a file as a whole holds no JSON records in UTF-8."""
+    complete = head.splitlines() if whole else head.splitlines()[:-1]
+    lines = [line.strip() for line in complete[:20] if line.strip()]
+    if not lines:
+        return
+    if sum(not _decodes(line, "utf-8") for line in lines) > len(lines) / 2:
+        code = next((name for name in ENCODINGS if _decodes(b"".join(lines), name)), "latin-1")
+        raise DataError(f"{path} is not UTF-8, it may be {code}", f"iconv -f {code} -t UTF-8 {path} > NEW{path.suffix}")
+    if lines[0].startswith(b"{"):
+        one = _json(head) if whole else None
+        wrapped = (
+            isinstance(one, dict) and not set(one) & RECORD_KEYS and any(isinstance(v, list) for v in one.values())
+        )
+        spread = (isinstance(one, dict) and len(lines) > 1) or (lines[0] == b"{" and not any(map(_json, lines)))
+        if wrapped or spread:
+            keys = f" with the keys {', '.join(map(str, one))}"[:SHOWN] if isinstance(one, dict) else ""
+            raise DataError(
+                f"{path} holds one JSON object{keys}, not records",
+                "store the list of records alone, as a JSON array: [ {…}, {…} ]",
+            )
+    elif not any(line.startswith((b"{", b"[")) for line in lines):
+        marks = {b"\t": "tabs", b",": "commas", b";": "semicolons"}
+        if separator := next((name for mark, name in marks.items() if mark in lines[0]), None):
+            raise DataError(
+                f"{path} is a table with {separator} ({lines[0].decode()[:SHOWN]}), which is not read",
+                'write a record a line: {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
+            )
+
+
+def _decodes(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------- JSON array

@@ -3,15 +3,26 @@
 import base64
 import contextlib
 import sqlite3
+import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_sft.data.records import Sample
-from llava_sft.data.tars import METADATASET, read_at, read_blend, read_meta, source_folders, walk_tar
-from llava_sft.errors import DataError
+from llava_sft.data.records import Rejected, Sample
+from llava_sft.data.tars import (
+    METADATASET,
+    REINDEX,
+    noted_hashes,
+    read_at,
+    read_blend,
+    read_meta,
+    source_folders,
+    walk_tar,
+    way_out,
+)  # fmt: skip
+from llava_sft.errors import SHOWN, DataError, shown
 
 
 class StoredShard(NamedTuple):
@@ -23,16 +34,41 @@ class StoredShard(NamedTuple):
     source: str
     layout: str
     excluded: frozenset[str]
+    number: int = 0  # its place in .info.json
+    count: int | None = None  # samples in it, the excluded ones too
 
     def rows(self) -> Iterator[tuple[int, str, Sample, int, dict[str, tuple[int, int]]]]:
         """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
-        image read."""
+        image taken out. Every sample's bytes are compared with the hash in the index, where there is one.
+
+        Errors: DataError naming tar, key and id for anything that cannot be read or is not what was written.
+        """
         tar = self.folder / self.name
-        with open(tar, "rb") as file:
-            for row, stored in enumerate(walk_tar(tar)):
-                if stored.key not in self.excluded:
+        hashes = noted_hashes(self.folder, self.number)
+        try:
+            samples = walk_tar(tar)
+            file = open(tar, "rb")  # noqa: SIM115 (closed below)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise self.damage("", f"can not be read: {error}") from None
+        if self.count is not None and len(samples) != self.count:
+            raise self.damage("", f"holds {len(samples):,} samples, the index says {self.count:,}")
+        with file:
+            for row, stored in enumerate(samples):
+                if stored.key in self.excluded:
+                    continue
+                try:
+                    changed = row in hashes and stored.checksum(file.fileno()) != hashes[row]
                     sample, members = stored.read(file.fileno(), self.layout)
-                    yield row, self.source + stored.key, sample, file.fileno(), members
+                except (Rejected, OSError) as error:
+                    raise self.damage(stored.key, str(error)) from None
+                if changed:
+                    raise self.damage(f"{stored.key} ({shown(sample.id)})", "its bytes are not those that were written")
+                yield row, self.source + stored.key, sample, file.fileno(), members
+
+    def damage(self, sample: str, what: str) -> DataError:
+        """The error of a tar, or of a sample in it."""
+        where = f"sample {sample}: " if sample else ""
+        return DataError(f"{self.folder / self.name}: {where}{what[:SHOWN]}", way_out(self.folder, self.name))
 
     def samples(self) -> Iterator[tuple[str, Sample, int, dict[str, tuple[int, int]]]]:
         """The same without the place in the tar."""
@@ -46,8 +82,12 @@ def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
         for name in meta.exclude:
             tar, _, key = name.rpartition(".tar/")
             excluded[f"{tar}.tar"].add(key)
+        numbers = {name: number for number, name in enumerate(meta.counts)}
         for name in meta.splits.get(split, []):
-            yield StoredShard(path, name, source, meta.layout, frozenset(excluded[name]))
+            if name not in numbers:
+                raise DataError(f"{path}/.nv-meta/split.yaml: {shown(name)} is not in .info.json", REINDEX)
+            excluded_here = frozenset(excluded[name])
+            yield StoredShard(path, name, source, meta.layout, excluded_here, numbers[name], meta.counts[name])
 
 
 def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
@@ -62,7 +102,10 @@ def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
             here = ((names[number], key) for number, key in rows if names[number] in tars)
             found[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
         if len(found[source]) != meta.samples(split):
-            raise DataError(f"{path}: keys repeat from tar to tar", "nothing, if training is what it is for")
+            raise DataError(
+                f"{path}: keys repeat from tar to tar",
+                f"make the tars of {path} again so that no sample's key stands in two of them",
+            )
     return found
 
 

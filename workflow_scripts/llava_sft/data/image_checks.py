@@ -1,20 +1,28 @@
 """Images on their way into a shard: read from under the image root only, and checked without decoding where possible.
 
-Notable: a JPEG or PNG whose header is plain and whose end marker stands costs a few microseconds; every other file is
-decoded once with Pillow (imported only then). Bytes are never changed.
+Notable: a JPEG or PNG whose header is plain, which has picture data and whose end marker stands, costs a few microseconds;
+every other file is decoded once with Pillow (imported only then). Damage within the picture data is found by decoding
+alone: `decode_images: true`. Bytes are never changed.
+
+Pictures are trained on in 8 bits. 16 bits are scaled by their full range; a 16-bit picture that uses less than a sixteenth
+of it (12 bits in 16, say) would turn black, and is rejected, as are 32-bit and float pictures: their range is not known.
 """
 
 import errno
 import os
+import re
 import stat
 import struct
 import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from llava_sft.data.records import Rejected
+from llava_sft.data.rejected import Rejected
 from llava_sft.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_IMAGE_PIXELS = 100_000_000  # a decompression bomb by default; a setting
 MIN_SIDE = 14  # pixels: the model's patch
@@ -27,7 +35,26 @@ FORMATS = [name for name in EXTENSIONS if name != "MPO"]
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: Huffman coded, what Pillow reads
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
-PNG_MODES = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # colour type: bit depths
+PNG_MODES = {0: (1, 2, 4, 8), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # colour type: bit depths
+PNG_TEXT = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # Pillow refuses those that inflate beyond 1 MiB; we need none of them
+BLACK = 16  # a picture whose lightest value is below has nothing to see in it
+
+BASE64 = re.compile(r"data:[\w/+.-]+[;,]|/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK")
+# Other kinds of file, by how they begin, as a person calls them.
+OTHER_KINDS = {
+    b"\0\0\0\x0cjP  ": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"\0\0\1\0": "ICO", b"P5": "PGM", b"P6": "PPM",
+    b"<svg": "SVG", b"<?xml": "SVG", b"%PDF": "PDF", b"%!PS": "PostScript", b"8BPS": "Photoshop", b"<!DO": "a web page",
+    b"<htm": "a web page", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"version https://git-lfs": "a Git LFS pointer",
+}  # fmt: skip
+BRANDS = {
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"mif1": "HEIF",
+    b"mp42": "a video",
+    b"isom": "a video",
+}
 
 # Errors that are the record's; any other (a failing disk, too many open files) must stop the job.
 RECORD_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENXIO}
@@ -80,8 +107,19 @@ class ImageRoot:
 
     def _check(self, path: str, folder: str) -> None:
         if not path or "\0" in path:
-            raise Rejected("missing image", f"{path!r} is no file name")
-        if path.startswith("/") or ".." in path.split("/"):
+            raise Rejected("missing image", f"{path[:80]!r} is no file name")
+        if BASE64.match(path) and len(path) > 200:
+            raise Rejected(
+                "base64 image", f"{path[:24]}… ({len(path):,} characters): write it to a file, and name that"
+            )
+        if re.match(r"\w{2,10}://", path):
+            raise Rejected("image is an address", f"{path}: nothing is downloaded: name a file under the image root")
+        if path.startswith("/"):
+            real = os.path.realpath(path)
+            if self._holds(real):
+                raise Rejected("absolute image path", f"{path}: write {os.path.relpath(real, self.root)}")
+            raise Rejected("image outside the image root", f"{path}: image_root is {self.root}")
+        if ".." in path.split("/"):
             raise Rejected("image outside the image root", path)
         if path.endswith("/"):
             raise Rejected("missing image", f"{path} is a folder")
@@ -119,27 +157,81 @@ def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:
 
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:
     """Like `check_image`, by decoding the whole image with Pillow."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first, with our own reason
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(BytesIO(data), formats=FORMATS)
+            image = open_image(data)
         except UnidentifiedImageError:
+            if kind := _kind_of(data):
+                read = ", ".join(sorted(set(EXTENSIONS) - {"MPO"}))
+                raise Rejected("image format is not read", f"it is {kind}; read are {read}") from None
             raise Rejected("not an image", f"begins with {data[:8].hex(' ')}") from None
         except Exception as error:  # Pillow's readers raise almost anything on damaged headers
             raise Rejected("truncated or damaged image", str(error)) from None
-        _check_size(*image.size, max_pixels)
+        stored = image.size
+        _check_size(*stored, max_pixels)
         try:
             image.load()
         except Exception as error:
             raise Rejected("truncated or damaged image", str(error)) from None
         try:
-            image.convert("RGB")
-        except ValueError:
-            raise Rejected("unreadable image mode", image.mode) from None
-    return ImageInfo(EXTENSIONS[image.format], *image.size)
+            to_8_bits(image).convert("RGB")
+        except ValueError as error:
+            raise Rejected("unreadable image mode", str(error)) from None
+    if sorted(image.size) != sorted(stored):
+        raise Rejected("truncated or damaged image", f"its header says {stored}, it decodes to {image.size}")
+    return ImageInfo(EXTENSIONS[image.format], *stored)
+
+
+def open_image(data: bytes) -> "Image.Image":
+    """Pillow's image of one of FORMATS, not decoded yet. Errors: whatever Pillow raises."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first, with our own reason
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except ValueError:
+        if not data.startswith(PNG_START[:8]):
+            raise
+        return Image.open(BytesIO(_without_text(data)), formats=FORMATS)
+
+
+def to_8_bits(image: "Image.Image") -> "Image.Image":
+    """A 16-bit picture scaled to 8 bits; others as they are. Errors: ValueError where the range of values is not known."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.mode}: 32-bit values, whose range is not known: store it with 8 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    scaled = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+    if scaled.max(initial=0) < BLACK:
+        raise ValueError(
+            f"{image.mode}: uses {int(np.asarray(image).max(initial=0)):,} of 65,535: store it with 8 bits"
+        )
+    return Image.fromarray(scaled)
+
+
+def _without_text(png: bytes) -> bytes:
+    """A PNG without its texts and colour profile."""
+    kept, position = [png[:8]], 8
+    while position + 12 <= len(png):
+        (length,) = struct.unpack_from(">I", png, position)
+        chunk = png[position : position + 12 + length]
+        if chunk[4:8] not in PNG_TEXT:
+            kept.append(chunk)
+        position += 12 + length
+    return b"".join(kept)
+
+
+def _kind_of(data: bytes) -> str | None:
+    if data[4:8] == b"ftyp":
+        return BRANDS.get(data[8:12], "a video, or HEIF")
+    head = data[:64].lstrip()
+    return next((name for start, name in OTHER_KINDS.items() if head.startswith(start)), None)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -152,15 +244,18 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _jpeg_info(data: bytes) -> ImageInfo | None:
-    """Walk the segments to the frame header (ITU T.81, B.2.2); None when only a decoder can tell."""
-    position, last = 2, len(data) - 10
+    """Walk the segments to the first scan (ITU T.81, B.2.2); None when only a decoder can tell."""
+    position, last, info = 2, len(data) - 10, None
     while position < last and data[position] == 0xFF:
         marker = data[position + 1]
         if marker in JPEG_FRAMES:
             precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
-            plain = precision == 8 and components in (1, 3, 4) and width and height
-            return ImageInfo("jpg", width, height) if plain else None
-        if 0xC0 <= marker <= 0xFE and marker != 0xDA and not 0xD0 <= marker <= 0xD9:
+            if info or precision != 8 or components not in (1, 3, 4) or not width or not height:
+                return None
+            info = ImageInfo("jpg", width, height)
+        elif marker == 0xDA:
+            return info
+        if 0xC0 <= marker <= 0xFE and not 0xD0 <= marker <= 0xD9:
             position += 2 + (data[position + 2] << 8 | data[position + 3])
         else:
             return None
@@ -168,6 +263,16 @@ def _jpeg_info(data: bytes) -> ImageInfo | None:
 
 
 def _png_info(data: bytes) -> ImageInfo | None:
+    """Walk the chunks; None when only a decoder can tell."""
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
-    plain = width and height and depth in PNG_MODES.get(colour, ())
-    return ImageInfo("png", width, height) if plain else None
+    if not (width and height and depth in PNG_MODES.get(colour, ())):
+        return None
+    position, end, pixels = 8, len(data), False
+    while position + 12 <= end:
+        (length,) = struct.unpack_from(">I", data, position)
+        kind = data[position + 4 : position + 8]
+        if kind in PNG_TEXT or (kind == b"IEND" and position + 12 != end):
+            return None
+        pixels |= kind == b"IDAT" and length > 0
+        position += 12 + length
+    return ImageInfo("png", width, height) if pixels and position == end else None

@@ -4,13 +4,12 @@ Notable: one bicubic resize, no float in between: patches leave as uint8 and are
 Nothing here needs torch.
 """
 
-import io
 import math
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from llava_sft.data.image_checks import MAX_ASPECT_RATIO
+from llava_sft.data.image_checks import MAX_ASPECT_RATIO, open_image, to_8_bits
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,19 +46,20 @@ def patch_grid(height: int, width: int, min_pixels: int, max_pixels: int) -> tup
 
 def image_grid(data: bytes, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) in patches that an encoded image will have, from its header alone."""
-    image = Image.open(io.BytesIO(data))
+    image = open_image(data)
     width, height = image.size
-    if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):  # lies on its side
+    # It lies on its side; of a TIFF Pillow gives the size as it will stand.
+    if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
         width, height = height, width
     return patch_grid(height, width, min_pixels, max_pixels)
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode to RGB: EXIF orientation applied, 16-bit scaled to 8, transparency laid on white, first frame only."""
-    image = Image.open(io.BytesIO(data))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    """Decode to RGB: EXIF orientation applied, 16-bit scaled to 8, transparency laid on white, first frame only.
+
+    Errors: ValueError for a picture whose numbers have no known range (`to_8_bits`); whatever Pillow raises for damage.
+    """
+    image = to_8_bits(ImageOps.exif_transpose(open_image(data)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))

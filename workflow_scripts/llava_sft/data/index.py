@@ -7,6 +7,7 @@ of the present plan enter. Several sources are a folder each, and a blend of the
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -22,15 +23,18 @@ import orjson
 import xxhash
 import yaml
 
+from llava_sft.checksums import find_damage
+from llava_sft.data.foreign import literal
 from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, shard_name
-from llava_sft.data.records import read_lines
-from llava_sft.data.shards import FORMAT_VERSION
+from llava_sft.data.records import FORMS, read_lines
+from llava_sft.data.shards import FORMAT_VERSION, MOST_UNREAD
 from llava_sft.data.split import bound_by, choose_heldout, merge_heldout
 from llava_sft.data.tars import ENERGON_SPLITS, METADATASET, Meta, read_meta, split_counts
 from llava_sft.errors import DataError
-from llava_sft.files import atomic_dir, fingerprint, read_json, write_json, write_text
+from llava_sft.files import atomic_dir, atomic_file, fingerprint, read_json, write_json, write_text
 
 FIRST_REASONS = 10
+REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
 HELDOUT_RECORD = "heldout.json"  # in .nv-meta: how val_fraction was carried out
 
 # The schema of energon's own index (megatron-energon 7.4, flavors/webdataset/indexing.py).
@@ -68,6 +72,21 @@ class Source:
         with open(self.parts_dir / f"{stats['shard']}.samples.jsonl", "rb") as file:
             yield from file
 
+    def parsed(self, stats: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The rows of a shard. Errors: DataError for one that is damaged."""
+        try:
+            for row in self.rows(stats):
+                yield orjson.loads(row)
+        except ValueError:
+            raise self._not_noted([stats["shard"]]) from None
+
+    def _not_noted(self, shards: list[str]) -> DataError:
+        return DataError(
+            f"{self.parts_dir}: the lines of .samples.jsonl are not those that the conversion wrote: {_some(shards)}",
+            f"delete {self.wds_dir}/{shards[0]}.tar (and the same for each) and run the same command, which converts"
+            " them again",
+        )
+
     def filled(self, split: str) -> list[dict[str, Any]]:
         return [stats for stats in getattr(self, split) if stats["written"]]
 
@@ -86,13 +105,16 @@ class Source:
                 "run stage2_sftdata2webdataset.py for them",
             )
         parts = [read_json(self.parts_dir / f"{name}.stats.json") for name in names]
-        bad = [name for name, stats in zip(names, parts, strict=True) if not _is_whole(self.wds_dir, stats)]
+        bad = [n for n, stats in zip(names, parts, strict=True) if not is_whole(self.wds_dir, self.parts_dir, stats)]
         if bad:
             raise DataError(
-                "shards do not match their statistics (tar or .tar.idx missing or changed, or of an older format):"
-                f" {_some(bad)}",
-                f"delete {self.parts_dir}/{bad[0]}.stats.json (and the same for each) and convert them again",
+                "shards do not match their statistics (tar, .tar.idx or .samples.jsonl missing or changed, or of an older"
+                f" format): {_some(bad)}",
+                f"delete {self.wds_dir}/{bad[0]}.tar (and the same for each) and run the same command, which converts"
+                " them again",
             )
+        if odd := [stats["shard"] for stats in parts if find_damage(self.parts_dir, stats.get("samples", {}))]:
+            raise self._not_noted(odd)
         return parts
 
 
@@ -141,7 +163,11 @@ def index_webdataset(
         **split_counts(metas.values()),
         **{key: _total(everything, key) for key in ("images", "read", "rejected")},
         **{key: dict(sum((Counter(stats[key]) for stats in everything), Counter())) for key in ("reasons", "kinds")},
+        "unread": dict(
+            sum((Counter(stats.get("unread", {})) for stats in everything), Counter()).most_common(MOST_UNREAD)
+        ),
         **({"split": record} if record else {}),
+        **_leak(sources),
         # One pass over the blend: a record of weight 2 is seen twice.
         **({"weights": weights, "epoch_samples": round(epoch)} if len(sources) > 1 else {}),
     }
@@ -156,12 +182,47 @@ def _plan_of(parts_dir: Path) -> list[dict[str, Any]]:
 def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, Any]:
     """Choose the held-out samples of all sources together; return what is recorded of it."""
     places = [(source, stats) for source in sources for stats in source.filled("train")]
-    names = (bound_by(orjson.loads(row)) for source, stats in places for row in source.rows(stats))
+    names = (bound_by(row) for source, stats in places for row in source.parsed(stats))
     sides, groups = choose_heldout(names, fraction, seed)
     side = iter(sides)
     for source, stats in places:
         source.chosen += ((stats["shard"], row) for row in source.rows(stats) if next(side))
     return {"val_fraction": fraction, "split_seed": seed, "groups": groups, "samples": sum(sides), "of": len(sides)}
+
+
+def _leak(sources: list[Source]) -> dict[str, Any]:
+    """How many of the held-out records that the user brought are trained on as well; empty when none is.
+
+    `records` share images and question with a training record, `images` at least one image.
+    """
+    held = [row for source in sources for stats in source.filled("heldout") for row in source.parsed(stats)]
+    if not held:
+        return {}
+    images, records = set(), set()
+    for source in sources:
+        for stats in source.filled("train"):
+            for row in source.parsed(stats):
+                images.update(image["hash"] for image in row["images"])
+                records.add(_asked(row))
+    counts = {
+        "records": sum(_asked(row) in records for row in held if "asked" in row),
+        "images": sum(any(image["hash"] in images for image in row["images"]) for row in held),
+    }
+    return {"heldout_trained_on": counts | {"of": len(held)}} if any(counts.values()) else {}
+
+
+def _asked(row: dict[str, Any]) -> int:
+    return hash((row.get("asked"), *(image["hash"] for image in row["images"])))
+
+
+def told_leak(dataset: dict[str, Any]) -> str | None:
+    """What dataset.json says of held-out samples that are trained on, in words."""
+    if not (leak := dataset.get("heldout_trained_on")):
+        return None
+    return (
+        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on (same images, same question),"
+        f" {leak['images']:,} share an image with the training data: the held-out accuracy says less than it seems"
+    )
 
 
 def read_finished(wds_dir: Path) -> dict[str, Any]:
@@ -194,8 +255,15 @@ def read_rejects(parts_dir: Path, parts: Iterable[dict[str, Any]]) -> Iterator[d
     lines_before: Counter[str] = Counter()
     for stats in parts:
         if stats["rejected"]:
-            for row in (parts_dir / f"{stats['shard']}.rejects.jsonl").read_bytes().splitlines():
-                reject = orjson.loads(row)
+            path = parts_dir / f"{stats['shard']}.rejects.jsonl"
+            try:
+                rejects = [orjson.loads(row) | {} for row in path.read_bytes().splitlines()]
+            except (OSError, ValueError, TypeError):
+                raise DataError(
+                    f"{path}: missing or damaged",
+                    f"delete {stats['shard']}.tar and run the same command, which converts it again",
+                ) from None
+            for reject in rejects:
                 yield reject | {"line": lines_before[reject["file"]] + reject["line_in_range"]}
         lines_before[stats["raw"]["path"]] += stats["lines"]
 
@@ -204,17 +272,21 @@ def _total(parts: Iterable[dict[str, Any]], key: str) -> int:
     return sum(stats[key] for stats in parts)
 
 
-def _is_whole(wds_dir: Path, stats: dict[str, Any]) -> bool:
-    tar = wds_dir / f"{stats['shard']}.tar"
+def is_whole(wds_dir: Path, parts_dir: Path, stats: dict[str, Any]) -> bool:
+    """Whether a shard's files are there, in the sizes that its conversion noted."""
     try:
+        tar, rows = wds_dir / f"{stats['shard']}.tar", parts_dir / f"{stats['shard']}.samples.jsonl"
         sizes = tar.stat().st_size, tar.with_suffix(".tar.idx").stat().st_size
-    except FileNotFoundError:
+        noted = [size for size, _ in stats.get("samples", {}).values()] or [rows.stat().st_size]
+        return (
+            stats["format_version"] == FORMAT_VERSION
+            and sizes == (stats["tar"]["bytes"], 8 * (stats["written"] + 1))
+            and noted == [rows.stat().st_size]
+            and (not stats["rejected"] or (parts_dir / f"{stats['shard']}.rejects.jsonl").is_file())
+            and stats["read"] == stats["written"] + stats["rejected"]
+        )
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return False
-    return (
-        stats["format_version"] == FORMAT_VERSION
-        and sizes == (stats["tar"]["bytes"], 8 * (stats["written"] + 1))
-        and stats["read"] == stats["written"] + stats["rejected"]
-    )
 
 
 def _check_raw(parts: list[dict[str, Any]]) -> None:
@@ -225,7 +297,7 @@ def _check_raw(parts: list[dict[str, Any]]) -> None:
             raise DataError(
                 f"{stats['shard']} begins at byte {stats['raw']['start']} of {path}, byte {due} was due:"
                 " shards of several plans lie in one folder",
-                "delete the shards and their statistics, and convert again",
+                f"delete the folder of {stats['shard']}.tar and its .parts, and run the same command",
             )
         due = stats["raw"]["end"]
     if not os.path.exists(path):
@@ -237,14 +309,14 @@ def _check_raw(parts: list[dict[str, Any]]) -> None:
             "convert the last range and the new ones again; where the file has shrunk, delete the shards beyond its end",
         )
     touched = [stats for stats in parts if stats["raw"]["mtime_ns"] != status.st_mtime_ns]
-    if changed := [stats["shard"] for stats in touched if _hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
+    if changed := [stats["shard"] for stats in touched if hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
         raise DataError(
             f"{path} has changed within the ranges of {len(changed)} shards: {_some(changed)}",
-            f"delete these shards' .tar (first: {changed[0]}.tar) and convert them again",
+            "run the same command (snakemake data_EXPERIMENT), which converts these again; by hand: convert these ranges",
         )
 
 
-def _hash_range(path: str, raw: dict[str, Any]) -> str:
+def hash_range(path: str, raw: dict[str, Any]) -> str:
     """The hash of a range's bytes, as its conversion took it."""
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=1 << 20) as file:
@@ -261,26 +333,36 @@ def _hash_range(path: str, raw: dict[str, Any]) -> str:
 
 
 def _check_rejects(sources: list[Source], parts_dir: Path, allowed: float) -> None:
+    """Write all rejects with their true lines to REJECTS; raise DataError when there are more than allowed."""
     rejected, read = (sum(_total(source.parts, key) for source in sources) for key in ("rejected", "read"))
-    if rejected <= allowed * read:
-        return
-    first = []
-    for reject in itertools.chain(*(read_rejects(source.parts_dir, source.parts) for source in sources)):
-        name = f", id {reject['id']}" if reject["id"] is not None else ""
-        detail = f" ({reject['detail']})" if reject["detail"] else ""
-        first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
-        if len(first) == FIRST_REASONS:
-            break
-    raise too_many_rejects(rejected, read, allowed, first, f"{parts_dir}/*.rejects.jsonl")
+    first: list[str] = []
+    with atomic_file(parts_dir / REJECTS) as file:
+        for reject in itertools.chain(*(read_rejects(source.parts_dir, source.parts) for source in sources)):
+            file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
+            if len(first) < FIRST_REASONS:
+                name = f", id {reject['id']}" if reject["id"] is not None else ""
+                detail = f" ({reject['detail']})" if reject["detail"] else ""
+                first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
+    if rejected > allowed * read:
+        raise too_many_rejects(rejected, read, allowed, first, f"{parts_dir / REJECTS}")
 
 
 def too_many_rejects(rejected: int, read: int, allowed: float, first: list[str], where: str) -> DataError:
-    enough = next(share for digits in range(1, 18) if (share := round(rejected / read, digits)) * read >= rejected)
-    return DataError(
+    """The message; `where` all of them stand. That nothing is left is never advised."""
+    problem = (
         f"{rejected:,} of {read:,} records were rejected; max_reject_fraction {allowed:g} allows"
-        f" {int(allowed * read):,}. The first:\n" + "\n".join(first),
+        f" {int(allowed * read):,}. The first:\n" + "\n".join(first)
+    )
+    if rejected == read:
+        return DataError(
+            problem, f"not one record can be used: it is their form. Read are {FORMS}; all rejects: {where}"
+        )
+    shares = (math.ceil(rejected / read * 10**digits) / 10**digits for digits in range(1, 18))
+    enough = next((share for share in shares if 1 > share >= rejected / read), rejected / read)
+    return DataError(
+        problem,
         f"mend these records (all: {where}), or accept that they are left out with"
-        f" max_reject_fraction: {enough:g} (by hand: --max-reject-fraction {enough:g})",
+        f" max_reject_fraction: {enough!r} (by hand: --max-reject-fraction {enough!r})",
     )
 
 
@@ -301,9 +383,9 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
     exclude = [f"{shard}.tar/{orjson.loads(row)['key']}" for shard, row in source.chosen]
     content = {split: [[p["shard"], p["tar"]["hash"]] for p in parts] for split, parts in filled.items()}
     content["heldout"] += [[name, tar_hash] for name, _, tar_hash in merged]
-    tars = [
-        Tar(p["shard"], p["written"], map(orjson.loads, source.rows(p))) for parts in filled.values() for p in parts
-    ] + [Tar(name, len(rows), rows) for name, rows, _ in merged]
+    tars = [Tar(p["shard"], p["written"], source.parsed(p)) for parts in filled.values() for p in parts] + [
+        Tar(name, len(rows), rows) for name, rows, _ in merged
+    ]
     splits = {split: [f"{name}.tar" for name, _ in named] for split, named in content.items()}
     tar_names = [f"{name}.tar" for name, _, _ in merged]
     own = fingerprint([content, exclude] if exclude else content)
@@ -347,8 +429,9 @@ def write_meta(
         dataset["subflavors"] = {"layout": layout}
     counts = {f"{tar.name}.tar": tar.count for tar in tars}
     info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
-    parts = {"train": train, "val": heldout, "test": []}
-    splits = {"split_parts": parts, "exclude": [_literal(name) for name in exclude]}
+    parts = {split: [literal(name) for name in names] for split, names in (("train", train), ("val", heldout))}
+    parts["test"] = []
+    splits = {"split_parts": parts, "exclude": [literal(name) for name in exclude]}
     with atomic_dir(wds_dir / ".nv-meta") as meta:
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         write_text(meta / "split.yaml", yaml.dump(splits, Dumper=dumper, sort_keys=False))
@@ -357,11 +440,6 @@ def write_meta(
         write_text(meta / "index.uuid", str(uuid.uuid5(uuid.NAMESPACE_OID, content)))
         _write_sqlite(meta / "index.sqlite", tars)
         yield meta
-
-
-def _literal(name: str) -> str:
-    """Braces and commas are patterns to energon."""
-    return re.sub(r"([{},\\])", r"\\\1", name) if "{" in name else name
 
 
 def _write_sqlite(path: Path, tars: list[Tar]) -> None:

@@ -22,23 +22,25 @@ import xxhash
 from llava_sft.data.heldout import data_uri
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb, image_tokens, patch_grid
-from llava_sft.data.index import read_rejects
+from llava_sft.data.index import read_rejects, told_leak
 from llava_sft.data.records import Rejected, Sample
 from llava_sft.data.tars import (
     ENERGON_SPLITS,
     Meta,
     TarSample,
     find_layout,
+    noted_hashes,
     read_at,
     read_meta,
     source_folders,
     walk_tar,
 )
 from llava_sft.data.template import ChatTemplate, UnusableSample
-from llava_sft.errors import DataError
+from llava_sft.errors import SHOWN, DataError, shown
 from llava_sft.files import file_hash, read_json
 from llava_sft.report.html import render
 
+CHANGED = "its bytes are not those that were written"
 NO_PIXEL_LIMIT = 1 << 40  # the limit is the conversion's; what is in a shard counts, whatever its size
 DECODED_IMAGES = 500  # about so many are decoded in full
 PROBLEMS_KEPT, REJECTS_KEPT, GALLERY_SAMPLES = 50, 20, 12
@@ -130,7 +132,7 @@ def inspect_webdataset(
             raise DataError(f"{folder} holds no .tar file", "give a WebDataset folder, or convert the raw data first")
         notes = parts_dir / folder.relative_to(wds_dir) if parts_dir else None
         stats_files = sorted(notes.glob("*.stats.json")) if notes else []
-        parts = [stats for path in stats_files if f"{(stats := read_json(path))['shard']}.tar" in tars]
+        parts = [read_json(path) for path in stats_files if f"{path.name.removesuffix('.stats.json')}.tar" in tars]
         _inspect_folder(folder, tars, parts, found)
         if parts and notes:
             rejects.append((notes, parts))
@@ -139,6 +141,8 @@ def inspect_webdataset(
             there = found.splits.get(energon_split, Counter())["samples"]
             if there != dataset[split]["samples"]:
                 found.problem(META, split, f"holds {there} samples, the dataset file says {dataset[split]['samples']}")
+        if told := told_leak(dataset):
+            found.notes.append(told)
     if found.excluded:
         found.notes.append(f"{found.excluded:,} samples are excluded: training does not see them where they lie")
     return _report(wds_dir, rejects, found), _pick_gallery(found)
@@ -162,20 +166,29 @@ def _inspect_folder(folder: Path, tars: list[str], parts: list[dict[str, Any]], 
         try:
             odd: list[str] = []
             samples = walk_tar(folder / name, odd.append)
-            for member in odd:
-                found.problem(SAMPLES, f"{name}: {member}", "has no key and extension: energon leaves it out")
+            if odd:
+                found.notes.append(
+                    f"{name}: {len(odd):,} members without key and extension are passed over: {shown(odd[0])} …"
+                )
             _check_index(folder / name, name, samples, meta.counts.get(name), numbers.get(name), database, found)
             kept = [sample for sample in samples if f"{name}/{sample.key}" not in meta.exclude]
             found.excluded += len(samples) - len(kept)
             layout = meta.layout if split_of else find_layout(folder / name, samples) or "own"
+            noted = noted_hashes(folder, numbers[name]) if database and name in numbers else {}
+            written = {sample.key: noted[row] for row, sample in enumerate(samples) if row in noted}
             with open(folder / name, "rb") as file:
                 for sample in kept:
+                    if sample.key in written and sample.checksum(file.fileno()) != written[sample.key]:
+                        found.problem(SAMPLES, f"{name}: {sample.key}", CHANGED)
                     _check_sample(file.fileno(), name, split or "all", sample, layout, found)
             if name in hashes and file_hash(folder / name) != hashes[name]:
                 found.problem(SHARDS, name, "its bytes are not those that the conversion wrote")
         except (OSError, tarfile.TarError) as error:
             found.problem(SHARDS, name, f"can not be read: {error}")
             continue
+        except (sqlite3.Error, UnicodeDecodeError, DataError) as error:
+            found.problem(INDEX, "index.sqlite", f"can not be read: {str(error).splitlines()[0][:SHOWN]}")
+            break
         found.looked_at[SHARDS] += 1
         size = (folder / name).stat().st_size
         found.splits.setdefault(split or "all", Counter()).update(samples=len(kept), shards=1, bytes=size)
@@ -215,7 +228,7 @@ def _open_index(wds_dir: Path, found: Findings) -> sqlite3.Connection | None:
     database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
     try:
         database.execute("SELECT 1 FROM samples, sample_parts LIMIT 1")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
         found.problem(INDEX, "index.sqlite", f"can not be read: {error}")
         return None
     return database
@@ -267,7 +280,7 @@ def _check_sample(file: int, name: str, split: str, stored: TarSample, layout: s
         try:
             info = (decode_image if chosen else check_image)(data, NO_PIXEL_LIMIT)
         except Rejected as rejected:
-            found.problem(IMAGES, f"{where}.{image}", str(rejected))
+            found.problem(IMAGES, f"{where}.{image} (id {shown(sample.id)})", str(rejected))
             continue
         sizes.append((info.width, info.height))
         found.formats[info.extension] += 1

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from llava_sft.data.heldout import StoredShard, read_shard, source_weights, stored_shards
 from llava_sft.data.images import MERGE_SIZE, decode_rgb, image_grid, image_tokens, to_patches
 from llava_sft.data.order import GlobalOrder, SourceLengths
-from llava_sft.data.tars import read_at
+from llava_sft.data.tars import read_at, without_images_like_it
 from llava_sft.data.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
-from llava_sft.errors import DataError
+from llava_sft.errors import DataError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 
 HEADER_BYTES = 256 << 10  # an image's size stands before that, behind its EXIF and its thumbnail
@@ -134,9 +134,9 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
             sizes.left_out.append(key)
             continue
         except OSError as error:  # Pillow's
-            raise DataError(
-                f"{tar}: sample {key}: an image can not be read: {error}", "convert its shard again"
-            ) from None
+            where = f"{tar}: sample {key} ({shown(sample.id)})"
+            fix = without_images_like_it(shard.folder, shard.name)
+            raise DataError(f"{where}: an image can not be read: {error}", fix) from None
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
         sizes.rows.append(row)

@@ -6,13 +6,14 @@ Notable: appending to a raw file changes its last range and adds new ones, and n
 keep their names. Imports only the standard library as long as there are JSON lines only.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_sft.errors import DataError, SettingsError
+from llava_sft.errors import DamagedFileError, DataError, SettingsError
 from llava_sft.files import read_json, write_json
 
 TRAIN_PREFIX, HELDOUT_PREFIX = "subtaskdata", "heldout"
@@ -43,16 +44,21 @@ def plan_ranges(
     step = range_bytes or FORMATS[name].range_bytes
     if step < 1:
         raise SettingsError(f"range_bytes is {step}; it must be at least 1", "leave it out for the default")
-    key = [size, os.stat(path).st_mtime_ns, step]
+    status = os.stat(path)
+    key = [size, status.st_mtime_ns, status.st_ctime_ns, step]
     place = sha256(os.path.abspath(path).encode()).hexdigest()[:16]
     kept = cache / f"{place}.json" if cache and name == "json" else None
-    if kept and (plan := read_json(kept, {"key": None}))["key"] == key:
+    plan = None
+    if kept:
+        with contextlib.suppress(DamagedFileError):  # it is only found anew
+            plan = read_json(kept, None)
+    if isinstance(plan, dict) and plan.get("key") == key:
         starts = plan["starts"]
     else:
         with open(path, "rb") as file:
             starts = FORMATS[name].starts(file, size, step)
         if kept:
-            write_json(kept, {"path": str(path), "key": key, "starts": starts})
+            write_json(kept, {"path": str(path), "key": key, "starts": starts}, sealed=True)
     return ranges_of(starts, size, file_number)
 
 

@@ -6,31 +6,31 @@ caller notes it and goes on with its neighbour.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
+
+from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, is_empty, part_images
+from llava_sft.data.rejected import Rejected
 
 IMAGE = "<image>"
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # a longer line is most likely not JSONL at all; reading it whole would eat the memory
 
 # The tokens that the chat template and the image slots are made of: in a text they would forge a turn or an image.
-# Grounding tokens (<|box_start|> …) are content, and pass.
-CONTROL_TOKEN = re.compile(
-    r"<\|(?:im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>"
-)
+# Grounding tokens (<|box_start|> …) are content, and pass, though the published tokenizers call them special too.
+CONTROL_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in (
+        "im_start", "im_end", "endoftext", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"
+    )
+)  # fmt: skip
+CONTROL_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FORM_KEYS = {"id", "image", "images", "conversations", "messages", "video", "videos"}
-
-
-class Rejected(Exception):
-    """A record is left out. `reason` is one of a fixed set (it is counted), `detail` holds this record's values."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+FORMS = "LLaVA (conversations of from and value, image) or OpenAI (messages of role and content, images)"
 
 
 class Line(NamedTuple):
@@ -121,44 +121,84 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     return record
 
 
-def parse_record(record: dict[str, Any]) -> Sample:
+def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> Sample:
     """LLaVA (`conversations` of {from, value}, `image`) and ShareGPT/OpenAI (`messages` of {role, content}, `images`).
 
-    Images are absent, one, or a list; each a path or, as the Hugging Face hub has it, {bytes, path}.
+    Images are absent, one, or a list; each a path or, as the Hugging Face hub has it, {bytes, path}. A content may be a list
+    of parts, of which those of images may name them. `unread` counts keys that are not read.
     """
-    turns = record.get("conversations")
+    unread = Counter() if unread is None else unread
+    turns = next(
+        (record[key] for key in ("conversations", "messages") if record.get(key) not in (None, [], "", {})), None
+    )
     if turns is None:
-        turns = record.get("messages")
-    if turns is None:
-        raise Rejected("missing key", "conversations or messages")
-    if record.get("video") or record.get("videos"):
-        raise Rejected("video is not supported")
+        if isinstance(record.get("conversations", record.get("messages")), list):
+            raise Rejected("empty conversation")
+        raise Rejected("missing key", f"conversations or messages; found: {', '.join(map(str, record))}")
+    if isinstance(turns, str):
+        raise Rejected("malformed conversation", "a string: store the list itself, not its JSON text")
     if not isinstance(turns, list):
-        raise Rejected("malformed conversation", f"the conversation is a {type(turns).__name__}, not a list")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise Rejected("malformed conversation", f"a turn is a {type(turn).__name__}, not an object")
-        try:
-            speaker, content = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
-        except KeyError as error:
-            raise Rejected("missing key", f"{error.args[0]} of a turn") from None
-        role = ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            raise Rejected("unknown role", f"{str(speaker)[:40]!r} is none of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _join_parts(content) if isinstance(content, list) else content})
-    images = record.get("image")
-    if images is None:
-        images = record.get("images")
-    if images is None:
-        images = []
-    elif not isinstance(images, list):
-        images = [images]
-    images = [_image_file(image) if isinstance(image, dict) else image for image in images]
+        kind = (
+            "a struct of lists: store a list of turns"
+            if isinstance(turns, dict)
+            else f"a {type(turns).__name__}, not a list"
+        )
+        raise Rejected("malformed conversation", kind)
+    messages, in_parts = [], []
+    for number, turn in enumerate(turns, 1):
+        message, named = _message(turn, number)
+        check_turn(turn, number, unread)
+        messages.append(message)
+        in_parts += named
+    images = _images(record, in_parts)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    check_keys(record, bool(images), system, unread)
     name = record.get("id")
-    others = ((key, value) for key, value in record.items() if key not in FORM_KEYS)
+    others = ((key, value) for key, value in record.items() if key not in KNOWN_KEYS)
     meta = {key: value for key, value in others if value is None or isinstance(value, str | int | float)}
     return check_sample(Sample(None if name is None else str(name), messages, images, meta))
+
+
+def _message(turn: Any, number: int) -> tuple[dict[str, Any], list[Any]]:
+    """A turn as role and content, and what its image parts name."""
+    if not isinstance(turn, dict):
+        raise Rejected("malformed conversation", f"turn {number} is a {type(turn).__name__}, not an object")
+    try:
+        speaker, content = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
+    except KeyError as error:
+        raise Rejected("missing key", f"{error.args[0]} of turn {number}") from None
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        what = "is null" if speaker is None else f"{str(speaker)[:40]!r} is none of {', '.join(ROLES)}"
+        raise Rejected("unknown role", f"of turn {number}: {what}")
+    if not isinstance(content, list):
+        return {"role": role, "content": content}, []
+    joined = _join_parts(content)
+    return {"role": role, "content": joined}, list(part_images(content)) if isinstance(joined, str) else []
+
+
+def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
+    """The record's images in order: of `image` or `images`, or what the parts of its contents name."""
+    image, images = (_listed(record, key) for key in ("image", "images"))
+    if image and images and image != images:
+        raise Rejected("image and images differ", "keep one of the two keys")
+    found = image or images
+    if any(named is not None for named in in_parts):
+        if found and in_parts != found:
+            raise Rejected("image and images differ", "a part of a content names another picture than the record")
+        found = in_parts
+    return found
+
+
+def _listed(record: dict[str, Any], key: str) -> list[Any]:
+    """What stands under a key of images; empty where it says nothing, as a cell of a table does."""
+    value = record.get(key)
+    entries = value if isinstance(value, list) else [value]
+    if all(is_empty(entry) for entry in entries):
+        return []
+    if any(is_empty(entry) for entry in entries):
+        raise Rejected("empty image", f"entry {[is_empty(entry) for entry in entries].index(True) + 1} of {key}")
+    return [_image_file(entry) if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _join_parts(parts: list[Any]) -> Any:
@@ -170,6 +210,8 @@ def _join_parts(parts: list[Any]) -> Any:
             texts.append(IMAGE)
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
+            raise Rejected(f"{'video' if 'video' in kind else 'audio'} is not supported", f"a part of type {kind[:40]}")
         else:
             return parts
     return "".join(texts)
@@ -194,6 +236,7 @@ def check_sample(sample: Sample) -> Sample:
             raise Rejected("NUL byte", f"in turn {position + 1}")
         if "<|" in content and (token := CONTROL_TOKEN.search(content)):
             raise Rejected("control token in the text", f"{token[0]} in turn {position + 1}")
+        check_text(role, content, position + 1)
         found = content.count(IMAGE)
         if found and role != "user":
             raise Rejected("<image> outside a user turn", f"in turn {position + 1}, of {role}")

@@ -16,11 +16,12 @@ from typing import Any, BinaryIO
 import orjson
 import xxhash
 
+from llava_sft.checksums import note
 from llava_sft.data.formats import FORMATS, format_of
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageRoot, check_image, decode_image
 from llava_sft.data.plan import TRAIN_PREFIX, Range, raw_size, shard_name
 from llava_sft.data.records import Line, Rejected, Sample, parse_json, parse_record
-from llava_sft.errors import DataError
+from llava_sft.errors import SHOWN, DataError
 from llava_sft.files import atomic_file, write_json
 
 FORMAT_VERSION = 1  # raise it when the same input gives other shards: all of them are then converted again
@@ -29,6 +30,7 @@ TAR_BLOCK = 512
 TAR_RECORD = 20 * TAR_BLOCK  # tar files are padded to whole records
 WRITE_BYTES = 16 << 10  # joined and written at once: with far larger ones Linux took up to three times as long
 PROGRESS_RECORDS = 256
+MOST_UNREAD = 50  # keys that are named, of those that are not read
 
 
 class TarWriter:
@@ -120,6 +122,7 @@ def convert_range(
     stats_path = parts_dir / f"{name}.stats.json"
     reasons: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
+    unread: Counter[str] = Counter()  # keys of records that nothing here reads
     raw_hash = xxhash.xxh3_128()
     starts: list[int] = []  # byte offset of each sample in the tar
     read = lines = image_count = 0
@@ -148,7 +151,7 @@ def convert_range(
                 if record is None:
                     continue
                 read += 1
-                sample = parse_record(record)
+                sample = parse_record(record, unread)
                 blobs = [image if isinstance(image, bytes) else images.read(image) for image in sample.images]
                 infos = [check(blob, max_image_pixels) for blob in blobs]
             except Rejected as rejected:
@@ -179,6 +182,7 @@ def convert_range(
             "format": raw_format,
             "size": after.st_size,
             "mtime_ns": after.st_mtime_ns,
+            "ctime_ns": after.st_ctime_ns,
             "start": part.start,
             "end": part.end,
             "hash": raw_hash.hexdigest(),
@@ -190,11 +194,13 @@ def convert_range(
         "reasons": dict(reasons),
         "images": image_count,
         "kinds": dict(kinds),
+        "unread": dict(unread.most_common(MOST_UNREAD)),
         "tar": {"hash": tar_hash, "bytes": os.path.getsize(wds_dir / f"{name}.tar")},
+        "samples": note(parts_dir, [parts_dir / f"{name}.samples.jsonl"]),
     }
     if read != stats["written"] + stats["rejected"]:
         raise AssertionError(f"records were lost: {stats}")
-    write_json(stats_path, stats)
+    write_json(stats_path, stats, sealed=True)
     progress(part.end - part.start, read)
     return stats
 
@@ -213,6 +219,7 @@ def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], in
         "offset": offset,
         "size": tar.offset - offset,
         "hash": tar.end_sample(),
+        "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
         "parts": parts,
         "images": [
             {"hash": xxhash.xxh3_128_hexdigest(blob), "width": info.width, "height": info.height}
@@ -239,7 +246,7 @@ def _reject_row(raw: Path | str, line: Line, record: dict[str, Any] | None, reje
         "word": line.word,
         "line_in_range": line.number,
         "byte": line.offset,
-        "id": None if name is None else str(name),
+        "id": None if name is None else str(name)[:SHOWN],
         "reason": rejected.reason,
         "detail": rejected.detail,
     }

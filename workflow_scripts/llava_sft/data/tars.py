@@ -1,17 +1,19 @@
 """Finished WebDataset folders, read without energon: the samples in a tar, and what `.nv-meta` says."""
 
+import contextlib
+import itertools
 import os
 import re
+import sqlite3
 import tarfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 import xxhash
-import yaml
-from braceexpand import braceexpand
 
+from llava_sft.data.foreign import check_blend, check_dataset, expand, load_yaml
 from llava_sft.data.layouts import LAYOUTS, layout_of
 from llava_sft.data.records import Rejected, Sample, check_sample
 from llava_sft.errors import DataError
@@ -19,6 +21,10 @@ from llava_sft.files import read_json
 
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # energon's: the key ends at the first dot of the file's name
 ENERGON_SPLITS = {"train": "train", "heldout": "val"}  # by our names
+FIRST_MEMBERS = 1000  # of a tar, among which its first JSON stands
+REINDEX = (
+    "delete the folder .nv-meta and run the same command, which writes it anew; by hand: inspect_webdataset.py --fix"
+)
 METADATASET = "metadataset.yaml"  # beside the folders of several sources: energon's blend of them
 
 
@@ -64,7 +70,7 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
     """
     samples: list[TarSample] = []
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
+        for member in _members(tar):
             tar.members = []  # tarfile would keep them all
             if not member.isreg():
                 continue
@@ -80,10 +86,23 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
     with open(path, "rb") as file:
         file.seek(end)
         if file.read(1024) != bytes(1024):
-            raise tarfile.ReadError("the end of the archive is missing: it was cut off")
+            raise tarfile.ReadError("the end of the archive is missing: it was cut off, or a header is damaged")
     ends = [sample.offset for sample in samples[1:]] + [end]
     # An empty tar has an end and no sample.
     return [sample._replace(size=stop - sample.offset) for sample, stop in zip(samples, ends, strict=False)]
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    try:
+        yield from tar
+    except (
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+    ) as error:  # a field of a damaged header
+        raise tarfile.ReadError(f"a header is damaged: {type(error).__name__}: {error}") from None
 
 
 def find_layout(tar: Path, samples: list[TarSample]) -> str | None:
@@ -99,13 +118,71 @@ def find_layout(tar: Path, samples: list[TarSample]) -> str | None:
     return None
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether energon and our cookers open this folder as it is; else it has to be indexed, or adopted."""
+def first_layout(tar: Path) -> str | None:
+    """The layout of a tar by its first JSON, read from its beginning alone; None for an unknown one, or a damaged tar."""
     try:
-        config = (folder / ".nv-meta" / "dataset.yaml").read_text()
-    except OSError:
+        with tarfile.open(tar, "r:") as members:
+            for member in itertools.islice(members, FIRST_MEMBERS):
+                match = MEMBER.fullmatch(member.name)
+                if member.isreg() and match and match[2] == "json":
+                    return layout_of(orjson.loads(members.extractfile(member).read()))
+    except (OSError, tarfile.TarError, ValueError):
+        pass
+    return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether this folder is used as it is: its index says nothing but what we know, and its first sample lies as it says.
+
+    Else the folder has to be indexed, or adopted.
+    """
+    if not (folder / ".nv-meta").is_dir() or (folder / METADATASET).exists():
         return False
-    return "__class__: CrudeWebdataset" in config and (folder / ".nv-meta" / ".info.json").is_file()
+    try:
+        meta = read_meta(folder)
+    except (DataError, OSError):
+        return False
+    first = next((name for name in meta.splits.get("train", []) if meta.counts.get(name)), None)
+    return first is None or not (folder / first).is_file() or first_layout(folder / first) == meta.layout
+
+
+def way_out(folder: Path, name: str) -> str:
+    """How a damaged tar of `folder` is made whole: who made it can make it again."""
+    places = (
+        folder.with_name(f"{folder.name}.parts"),
+        folder.parent.with_name(f"{folder.parent.name}.parts") / folder.name,
+    )
+    shard, tar = name.removesuffix(".tar"), folder / name
+    if any((place / f"{shard}.stats.json").exists() for place in places):
+        return f"delete {tar} and run the same command (snakemake data_EXPERIMENT), which converts it again"
+    if any(place.is_dir() for place in places):  # merged by val_fraction
+        return f"delete {folder}/.nv-meta and run the same command (snakemake data_EXPERIMENT), which makes it again"
+    return f"copy or make {tar.resolve()} again, and run the same command"
+
+
+def without_images_like_it(folder: Path, name: str) -> str:
+    """The way out where a tar holds what was written, and an image in it was damaged before."""
+    again = way_out(folder, name)
+    if again.startswith("delete"):
+        return f"mend that image, or set decode_images: true and a max_reject_fraction, which reject it; then {again}"
+    return "run the data step again with a max_reject_fraction, which leaves such samples out; by hand: index_webdataset.py"
+
+
+def noted_hashes(folder: Path, number: int) -> dict[int, bytes]:
+    """The hash of each sample of a tar, by its place; empty for an index without them. `number`: place in .info.json.
+
+    Errors: DataError for an index that cannot be read.
+    """
+    path = (folder / ".nv-meta" / "index.sqlite").resolve()
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as index:
+            if not index.execute("SELECT 1 FROM sqlite_master WHERE name = 'sample_hashes'").fetchone():
+                index.execute("SELECT 1 FROM samples LIMIT 1")
+                return {}
+            rows = index.execute("SELECT sample_index, hash FROM sample_hashes WHERE tar_file_id = ?", (number,))
+            return dict(rows.fetchall())
+    except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
+        raise DataError(f"{path}: can not be read: {error}", REINDEX) from None
 
 
 class Meta(NamedTuple):
@@ -136,32 +213,33 @@ def split_counts(metas: Collection[Meta]) -> dict[str, dict[str, int]]:
 
 
 def read_meta(folder: Path) -> Meta:
-    """Errors: DataError when a file of `.nv-meta` is missing or can not be understood."""
+    """Errors: DataError when a file of `.nv-meta` is missing, or holds anything that is not known."""
     meta = folder / ".nv-meta"
     for name in (".info.json", "split.yaml", "dataset.yaml"):
         if not (meta / name).is_file():
-            raise DataError(f"{meta / name} is missing", "index the folder with index_webdataset.py")
+            raise DataError(f"{meta / name} is missing", REINDEX)
     try:
-        config, splits = (_yaml(meta / name) for name in ("dataset.yaml", "split.yaml"))
-        counts = {name: int(count) for name, count in read_json(meta / ".info.json")["shard_counts"].items()}
-        return Meta(
-            counts,
-            {split: expand(patterns) for split, patterns in splits["split_parts"].items()},
-            set(expand(splits.get("exclude"))),
-            (config.get("subflavors") or {}).get("layout", "own"),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise DataError(
-            f"{meta} can not be understood: {type(error).__name__}: {error}", "index the folder again"
-        ) from None
+        name = "dataset.yaml"
+        layout = check_dataset(load_yaml(meta / name)) or "own"
+        name = "split.yaml"
+        splits = load_yaml(meta / name)
+        if not isinstance(splits, dict) or not isinstance(splits.get("split_parts"), dict):
+            raise ValueError("has no mapping `split_parts`")
+        parts = {str(split): expand(patterns) for split, patterns in splits["split_parts"].items()}
+        exclude = set(expand(splits.get("exclude")))
+        name = ".info.json"
+        info = read_json(meta / name)
+        counts = info.get("shard_counts") if isinstance(info, dict) else None
+        if not isinstance(counts, dict) or any(type(count) is not int or count < 0 for count in counts.values()):
+            raise ValueError("has no `shard_counts` of whole numbers")
+    except (ValueError, OSError) as error:
+        problem = str(error) if isinstance(error, OSError) else f"{meta / name}: {_first_line(error)}"
+        raise DataError(f"{problem}: can not be understood", REINDEX) from None
+    return Meta(counts, parts, exclude, layout)
 
 
-def expand(patterns: list[str] | None) -> list[str]:
-    return [name for pattern in patterns or [] for name in (braceexpand(pattern) if "{" in pattern else [pattern])]
-
-
-def _yaml(path: Path) -> Any:
-    return yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:400]
 
 
 def source_folders(wds_dir: Path) -> list[Path]:
@@ -170,15 +248,18 @@ def source_folders(wds_dir: Path) -> list[Path]:
         wds_dir = wds_dir.parent
     if not (wds_dir / METADATASET).is_file():
         return [wds_dir]
-    splits = _yaml(wds_dir / METADATASET)["splits"]
     # In order, each once: all records of a small source may be held out.
-    return [
-        wds_dir / path
-        for path in dict.fromkeys(name for split in splits for name in read_blend(wds_dir / METADATASET, split))
-    ]
+    blends = _read_blends(wds_dir / METADATASET).values()
+    return [wds_dir / name for name in dict.fromkeys(name for blend in blends for name in blend)]
 
 
 def read_blend(metadataset: Path, split: str) -> dict[str, float]:
     """The sources of a split of a blend, and how many samples are drawn from each."""
-    entries = _yaml(metadataset)["splits"].get(split, {"blend": []})["blend"]
-    return {entry["path"]: entry["weight"] for entry in entries}
+    return _read_blends(metadataset).get(split, {})
+
+
+def _read_blends(metadataset: Path) -> dict[str, dict[str, float]]:
+    try:
+        return check_blend(load_yaml(metadataset))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{metadataset}: {_first_line(error)}: can not be understood", REINDEX) from None

@@ -5,7 +5,8 @@ Notable:
 - the loss falls on each answer and its closing `<|im_end|>`. A token belongs to the answer when any of its characters
   does: an answer that begins with a newline merges with the newline before it, and that token counts;
 - a conversation that is too long is cut at the end of a turn, together with the images that fall out;
-- text can not smuggle control tokens in: a sample whose text holds one is refused.
+- text cannot smuggle control tokens in: a sample whose text holds one is refused. Grounding tokens (<|box_start|> …) are
+  content: each is one token, as in the published data.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from llava_sft.data.records import IMAGE
+from llava_sft.data.records import CONTROL_TOKEN, IMAGE
 from llava_sft.errors import DataError
 
-TEMPLATE_VERSION = 1  # of what a conversation is rendered to: raised with a change, so that tokens are counted again
+TEMPLATE_VERSION = 2  # of what a conversation is rendered to: raised with a change, so that tokens are counted again
 SYSTEM_PROMPT = "You are a helpful assistant."
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -47,7 +48,6 @@ class ChatTemplate:
         self.tokenizer = Tokenizer.from_file(str(path))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.control_tokens = [t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special]
         self.image_token_id = self._id("<|image_pad|>")
         self.end_token_id = self._id("<|im_end|>")
         self.pad_token_id = self._id("<|endoftext|>")
@@ -69,9 +69,8 @@ class ChatTemplate:
             text = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
         for message in messages:
             content = message["content"]
-            for token in self.control_tokens:
-                if token in content:
-                    raise UnusableSample(f"control token {token} in the text of a {message['role']} message")
+            if token := CONTROL_TOKEN.search(content):
+                raise UnusableSample(f"control token {token[0]} in the text of a message of {message['role']}")
             text += f"<|im_start|>{message['role']}\n"
             start = len(text)
             if message["role"] == "user":  # elsewhere `<image>` is text, as in the chat template

@@ -9,12 +9,12 @@ Notable here:
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from llava_sft.errors import CheckpointError, SettingsError
+from llava_sft.errors import CheckpointError, SettingsError, shown
 
 MODEL_TYPE = "llavaonevision1_5"
 IN_CHANNELS = 3
@@ -98,7 +98,7 @@ class _Frozen(BaseModel):
 class LanguageConfig(_Frozen):
     """Qwen3: pre-norm RMSNorm, grouped-query attention with q/k norm per head, SwiGLU, no biases, 1-D RoPE."""
 
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(gt=0, le=1000)]  # a damaged figure here would take all memory for names
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -125,7 +125,7 @@ class LanguageConfig(_Frozen):
 class VisionConfig(_Frozen):
     """RICE-ViT: pre-LN blocks with biases, exact GELU, 2-D RoPE, one class token per image."""
 
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(gt=0, le=1000)]  # a damaged figure here would take all memory for names
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -253,20 +253,29 @@ class ModelConfig(_Frozen):
             config = {"model_type": MODEL_TYPE, "text_config": text, "vision_config": vision}
         if config.get("model_type") != MODEL_TYPE:
             raise CheckpointError(
-                f"config.json says model_type {config.get('model_type')!r}, not {MODEL_TYPE!r}",
+                f"config.json says model_type {shown(config.get('model_type'))}, not {MODEL_TYPE!r}",
                 "point to a LLaVA-OneVision-1.5 checkpoint",
             )
-        text, vision = dict(config.get("text_config") or {}), dict(config.get("vision_config") or {})
+        text, vision = _section(config, "text_config"), _section(config, "vision_config")
+        if flat := [
+            key for key in ("hidden_size", "num_hidden_layers", "intermediate_size") if key in config and not text
+        ]:
+            raise CheckpointError(
+                f"config.json says {flat[0]} at its top level and has no text_config: a flat form that is not read",
+                "put the language model's keys into text_config, those of the vision tower into vision_config",
+            )
+        _refuse_quantized(config, text)
         # transformers 5 saves the RoPE base inside `rope_parameters`, older versions beside an empty `rope_scaling`.
-        rope = text.get("rope_parameters") or {}
+        rope = _section(text, "rope_parameters")
         if "rope_theta" in rope:
             text["rope_theta"] = rope["rope_theta"]
-        scaling = text.get("rope_scaling") or rope
+        scaling = _section(text, "rope_scaling") or rope
         _refuse_unless("text_config.rope_type", scaling.get("rope_type", scaling.get("type", "default")), "default")
         _refuse_unless("tie_word_embeddings", bool(config.get("tie_word_embeddings")), False)
         for key, fixed in _LANGUAGE_FIXED.items():
             _refuse_unless(f"text_config.{key}", text.get(key, fixed), fixed)
-        for layer_type in text.get("layer_types") or []:
+        layer_types = text.get("layer_types") or []
+        for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
             _refuse_unless("text_config.layer_types", layer_type, "full_attention")
         for key, fixed in _VISION_FIXED.items():
             _refuse_unless(f"vision_config.{key}", vision.get(key, fixed), fixed)
@@ -291,8 +300,10 @@ def load_model_config(path: Path | str) -> ModelConfig:
         raise SettingsError(f"model config {path} does not exist", f"write one of: {known}")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}", "compare with config/models/4b.yaml") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}", "a file that you may read") from None
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
@@ -304,10 +315,27 @@ def _affine(name: str, *weight_shape: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": weight_shape, f"{name}.bias": weight_shape[:1]}
 
 
+def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"config.json: {key} is {shown(found)}, no object", "copy the config.json again")
+    return dict(found)
+
+
+def _refuse_quantized(config: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if found := config.get(key) or text.get(key):
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise CheckpointError(
+                f"config.json has a {key} ({shown(method)}): quantized weights cannot be trained on",
+                "the same model in bfloat16 or float32",
+            )
+
+
 def _refuse_unless(key: str, value: Any, expected: Any) -> None:
     if value != expected:
         raise CheckpointError(
-            f"config.json says {key} = {value!r}; LLaVA-OneVision-1.5 has {expected!r} there",
+            f"config.json says {key} = {shown(value)}; LLaVA-OneVision-1.5 has {expected!r} there",
             "use a checkpoint of this architecture, or correct the config.json if it was edited or copied",
         )
 

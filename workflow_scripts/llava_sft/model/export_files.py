@@ -1,17 +1,19 @@
 """Everything in a Hugging Face folder that is not a weight: written the same way for every export and the tiny checkpoint.
 
-The tokenizer and generation settings come from the source folder. config.json, image limits, chat template and code
-are written anew: they state what training used, so that inference sees the same pixels and the same text.
+The tokenizer comes from the source folder. config.json, image limits, chat template and code are written anew: they state
+what training used, so that inference sees the same pixels and the same text. Of the source's settings for tokenizer and
+generation those that inference needs are completed, and what could run code or is not known is left out; a line says each.
 """
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_sft.data.images import CLIP_MEAN, CLIP_STD
-from llava_sft.errors import CheckpointError
-from llava_sft.files import read_json, write_json
+from llava_sft.errors import CheckpointError, shown
+from llava_sft.files import read_object, write_json
 from llava_sft.model.config import TOKEN_ID_KEYS, ModelConfig
 
 HF_CODE_DIR = Path(__file__).parent / "hf"
@@ -22,15 +24,8 @@ CODE_FILES = (
     "processing_llavaonevision1_5.py",
     CHAT_TEMPLATE_FILE.name,
 )
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")  # taken over as they are
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # parsed and completed
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 PROCESSOR_CLASS = "LLaVAOneVision1_5_Processor"
 _AUTO_MAP = {
@@ -65,19 +60,24 @@ def write_hf_sidecars(
             f"{source_hf_dir}: the tokenizer has the id {max(ids.values())}, the model only {model.language.vocab_size} embeddings",
             "use the tokenizer that belongs to the model",
         )
-    for name in TOKENIZER_FILES:
-        if (source_hf_dir / name).is_file() and source_hf_dir.resolve() != target_dir.resolve():
-            shutil.copyfile(source_hf_dir / name, target_dir / name)
+    if source_hf_dir.resolve() != target_dir.resolve():
+        for name in TOKENIZER_FILES:
+            if (source_hf_dir / name).is_file():
+                shutil.copyfile(source_hf_dir / name, target_dir / name)
     for name in CODE_FILES:
         shutil.copyfile(HF_CODE_DIR / name, target_dir / name)
 
-    tokenizer_config = read_json(target_dir / "tokenizer_config.json")
-    tokenizer_config.pop("chat_template", None)  # an older template in here would contradict chat_template.jinja
-    tokenizer_config.pop("auto_map", None)
-    write_json(target_dir / "tokenizer_config.json", {**tokenizer_config, "processor_class": PROCESSOR_CLASS})
-    if not (target_dir / "generation_config.json").is_file():
-        stop = [ids[END_OF_TURN], ids[END_OF_TEXT]]
-        write_json(target_dir / "generation_config.json", {"eos_token_id": stop, "pad_token_id": ids[END_OF_TEXT]})
+    notes: list[str] = []
+    given = {name: read_object(source_hf_dir / name, {}) for name in SETTINGS_FILES}
+    tokenizer_config = complete_tokenizer_config(given["tokenizer_config.json"], ids, notes)
+    write_json(target_dir / "tokenizer_config.json", tokenizer_config)
+    if special := given["special_tokens_map.json"]:  # transformers 5 still reads it, and lets it win
+        ends = {key: tokenizer_config[key] for key in ("eos_token", "pad_token")}
+        write_json(target_dir / "special_tokens_map.json", special | ends)
+    generation = complete_generation_config(given["generation_config.json"], ids, notes)
+    write_json(target_dir / "generation_config.json", generation)
+    if source_hf_dir.resolve() != target_dir.resolve():
+        print("".join(f"{source_hf_dir}: {note}\n" for note in notes), end="", flush=True)
 
     hf_config = model.to_hf_config({key: ids[token] for key, token in TOKEN_ID_KEYS.items()}, dtype)
     write_json(target_dir / "config.json", {**hf_config, **(extra_config or {})})
@@ -104,6 +104,69 @@ def write_hf_sidecars(
     )
 
 
+def complete_tokenizer_config(given: dict[str, Any], ids: Mapping[str, int], notes: list[str]) -> dict[str, Any]:
+    """tokenizer_config.json for the export: batches are padded on the left, as generating needs it, and turns end."""
+    config = {
+        key: value for key, value in given.items() if key not in ("chat_template", "auto_map", "custom_tokenizer")
+    }
+    if "auto_map" in given:
+        notes.append("tokenizer_config.json: auto_map (code of its own) is not taken over")
+        config["tokenizer_class"] = "Qwen2Tokenizer"
+    for key, token in (("eos_token", END_OF_TURN), ("pad_token", END_OF_TEXT)):
+        found = config.get(key)
+        found = found.get("content") if isinstance(found, dict) else found
+        # Another end token than that of the turns in the training would never come.
+        if found != token and not (key == "pad_token" and isinstance(found, str) and ids.get(found) in _controls(ids)):
+            notes.append(f"tokenizer_config.json: {key} {shown(found)} → {token}")
+            config[key] = token
+    return config | {"padding_side": "left", "processor_class": PROCESSOR_CLASS}
+
+
+# Settings of generating that a start folder may bring, and what they may be.
+_SAMPLING: dict[str, Callable[[Any], bool]] = {
+    "do_sample": lambda x: isinstance(x, bool),
+    "temperature": lambda x: _is_number(x) and 0 < x <= 100,
+    "top_p": lambda x: _is_number(x) and 0 < x <= 1,
+    "min_p": lambda x: _is_number(x) and 0 <= x <= 1,
+    "top_k": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31,
+    "repetition_penalty": lambda x: _is_number(x) and 0 < x <= 100,
+    "max_new_tokens": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31,
+}
+_TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
+
+
+def _controls(ids: Mapping[str, int]) -> set[int]:
+    """Tokens that may end, begin or pad a text: not those that stand for an image, which the model counts."""
+    return {i for token, i in ids.items() if token not in TOKEN_ID_KEYS.values()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def complete_generation_config(given: dict[str, Any], ids: Mapping[str, int], notes: list[str]) -> dict[str, Any]:
+    """generation_config.json for the export: the end of a turn and of the text end an answer, whatever was given."""
+    known = {key: value for key, value in given.items() if key in _SAMPLING and _SAMPLING[key](value)}
+    unnamed = {"transformers_version", "_from_model_config", *_TOKEN_IDS}
+    for key in sorted(given.keys() - known.keys() - unnamed):
+        notes.append(f"generation_config.json: {shown(key)}: {shown(given[key])} is not taken over")
+    controls = _controls(ids)
+    found = given.get("eos_token_id")
+    stops = [x for x in (found if isinstance(found, list) else [found]) if type(x) is int]
+    ends = [ids[END_OF_TURN], ids[END_OF_TEXT]]
+    # An end token that is ordinary text would cut answers short.
+    kept = ends + [x for x in dict.fromkeys(stops) if x in controls and x not in ends]
+    if set(kept) != set(stops):
+        notes.append(f"generation_config.json: eos_token_id {shown(found)} → {kept}")
+    pad = given.get("pad_token_id")
+    if type(pad) is not int or pad not in controls:
+        notes.append(f"generation_config.json: pad_token_id {shown(pad)} → {ids[END_OF_TEXT]}")
+        pad = ids[END_OF_TEXT]
+    bos = given.get("bos_token_id")
+    begin = {"bos_token_id": bos} if type(bos) is int and bos in controls else {}
+    return {**known, **begin, "eos_token_id": kept, "pad_token_id": pad}
+
+
 def tokenizer_token_ids(hf_dir: Path | str) -> dict[str, int]:
     """The added tokens (control tokens) of the tokenizer in a folder: content -> id.
 
@@ -111,14 +174,38 @@ def tokenizer_token_ids(hf_dir: Path | str) -> dict[str, int]:
     """
     hf_dir = Path(hf_dir)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (hf_dir / name).is_file():
+        if not (hf_dir / name).exists():
             raise CheckpointError(
                 f"{hf_dir} has no {name}", "point to a complete Hugging Face folder of LLaVA-OneVision-1.5"
             )
-    ids = {token["content"]: token["id"] for token in read_json(hf_dir / "tokenizer.json").get("added_tokens", [])}
+    read_object(hf_dir / "tokenizer_config.json")
+    ids = tokenizer_added_tokens(hf_dir)
     missing = [t for t in (*TOKEN_ID_KEYS.values(), "<|im_start|>", END_OF_TURN, END_OF_TEXT) if t not in ids]
     if missing:
         raise CheckpointError(
             f"the tokenizer in {hf_dir} lacks {', '.join(missing)}", "use the tokenizer of LLaVA-OneVision-1.5"
         )
     return ids
+
+
+def tokenizer_added_tokens(hf_dir: Path) -> dict[str, int]:
+    added = read_object(hf_dir / "tokenizer.json").get("added_tokens", [])
+    try:
+        return {str(token["content"]): int(token["id"]) for token in added}
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(
+            f"{hf_dir / 'tokenizer.json'}: damaged: added_tokens is no list of tokens with their ids",
+            "copy the file again",
+        ) from None
+
+
+def image_limits(folder: Path) -> tuple[int, int] | None:
+    """Least and most pixels of an image after resizing, as a folder's preprocessor_config.json says; None if it does not."""
+    given = read_object(folder / "preprocessor_config.json", {})
+    size = given.get("size") if isinstance(given.get("size"), dict) else {}
+    limits = [
+        size.get(key, given.get(old)) for key, old in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
+    ]
+    if all(type(limit) is int for limit in limits) and 0 < limits[0] <= limits[1]:
+        return limits[0], limits[1]
+    return None

@@ -4,6 +4,8 @@ A file of its own, with little but the call: Megatron's first save starts a help
 `__main__` module once more, with all that it imports (a quarter of a minute).
 """
 
+import contextlib
+import io
 import os
 import sys
 
@@ -11,10 +13,26 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 # Packs differ in their number of patches: fixed segments would fragment.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from llava_sft.training.launcher import die_with_parent
+from llava_sft.training.launcher import die_with_parent, hold_back
 
 die_with_parent()  # torchrun, where there is one; before the long imports
 os.register_at_fork(after_in_child=die_with_parent)  # helpers and loader workers, which would keep the lock
+os.register_at_fork(after_in_child=hold_back)
+
+
+class Log(io.FileIO):
+    """The run's log, which may lie on a full disk: what it does not take does not end a training."""
+
+    def write(self, data) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+sys.stdout, sys.stderr = (
+    io.TextIOWrapper(io.BufferedWriter(Log(number, "w", closefd=False)), "utf-8", "replace", line_buffering=True)
+    for number in (1, 2)
+)
 
 from llava_sft.training.loop import main  # noqa: E402
 

@@ -4,7 +4,6 @@ A pass ends before the next begins (data/order.py), so counts differ by one at m
 are counted when all steps are done.
 """
 
-import json
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -12,26 +11,27 @@ from typing import Any
 
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.tars import METADATASET
+from llava_sft.errors import RunError
+from llava_sft.training.watch import read_jsonl
 
 SAMPLE_COUNTS = "sample_counts.json"
 NAMED = 1000  # ids at most, of each kind
 
 
 def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collection[str] = ()) -> dict[str, Any] | None:
-    """How often each training sample of `data` (what energon opened) was seen; None when not every step noted it.
+    """How often each training sample of `data` (what energon opened) was seen; None when it was not noted.
 
     `left_out`: ids of samples that can not be trained on. Named are those, and after a whole epoch of their source the
     samples that were seen less often than its whole epochs, or more often than those and a begun one. Errors: DataError,
-    sqlite3.Error when the index does not tell the samples apart.
+    RunError when not every step noted it, sqlite3.Error when the index does not tell the samples apart.
     """
     seen: Counter[str] = Counter()
     for path in (run_dir / "samples").glob("rank*.jsonl"):
-        steps = 0
-        with open(path) as file:
-            for steps, line in enumerate(file, 1):  # noqa: B007 (their number is used)
-                seen.update(json.loads(line)["samples"])
-        if steps != train_iters:
-            return None
+        records = read_jsonl(path)
+        if len(records) != train_iters:
+            raise RunError(f"{path}: {len(records)} of {train_iters} steps are noted there")
+        for record in records:
+            seen.update(record["samples"])
     if not seen:
         return None
     all_ids = sample_ids(data.parent if data.name == METADATASET else data, "train")

@@ -1,6 +1,7 @@
 """Starts the training processes and shows their progress; light, so that it can say no in a second.
 
-On one machine, one process is started directly, several through torchrun. In a Slurm job srun starts one task a node,
+On one machine, one process is started directly, several through torchrun; they meet in a file, and nothing listens beyond
+the loopback device. In a Slurm job srun starts one task a node,
 `python -m llava_sft.training.launcher ADDRESS:PORT NPROC RUN_JSON RUN_DIR START_DIR`, and each does the same for its
 node. What they print goes to the run's log; the terminal gets a line per log
 interval, read from the same `metrics.jsonl` that the report draws.
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,21 +25,32 @@ import psutil
 from llava_sft.training import slurm
 from llava_sft.training.watch import Tail
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+TERMINALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+STORE = "LLAVA_SFT_STORE"  # the file in which the processes of one machine meet
+STOPPED = 128 + signal.SIGINT
+AT_ONCE_S = 1.0  # one Ctrl-C may arrive twice: from the terminal, and handed on
 
 
-def command(count: int, arguments: list[str], rendezvous: list[str] | None = None) -> tuple[list[str], dict[str, str]]:
+def command(
+    count: int, arguments: list[str], store: str, rendezvous: list[str] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The command line that starts the `count` processes of this machine, and the environment it needs on top of ours.
 
-    `rendezvous`: torchrun's options for a training of several nodes.
+    `store`: a folder for the file in which they meet; `rendezvous`: torchrun's options for a training of several nodes,
+    which meet at an address instead.
     """
     module = ["-m", "llava_sft.training", *arguments]
     environment = python_path()
-    if count == 1 and not rendezvous:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-        return [sys.executable, *module], environment | single | {"MASTER_PORT": str(_free_port())}
+    if not rendezvous:
+        loopback = {f"{name}_SOCKET_IFNAME": os.environ.get(f"{name}_SOCKET_IFNAME", "lo") for name in ("GLOO", "NCCL")}
+        environment |= loopback | {STORE: f"{store}/store", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={store}/rendezvous", "--rdzv-conf=store_type=file"]
+        if count == 1:
+            return [sys.executable, *module], environment | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
-    options = [*(rendezvous or ["--standalone"]), f"--nproc-per-node={count}", "--signals-to-handle=SIGHUP"]
+    # torchrun must handle one: it would kill the training at any that reaches it, and nobody sends this one.
+    options = [*rendezvous, f"--nproc-per-node={count}", "--signals-to-handle=SIGRTMAX"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
     return [*torchrun, *module], environment | {"OMP_NUM_THREADS": threads}
 
@@ -75,20 +88,21 @@ def launch(
     `lock` is inherited, so that the run directory stays locked as long as any of the processes of this machine lives.
     """
     count, tail = values["nproc_per_node"], Tail(run_dir)
+    store = tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True)
     if job:
         argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options, arguments)
         environment, ask = python_path(), lambda training: job.signal_steps()
         srun = " ".join(argv[: argv.index(sys.executable)])
         print(f"{values['nodes']} nodes × {count} processes: {srun} …", flush=True)
     else:
-        argv, environment = command(count, arguments)
+        argv, environment = command(count, arguments, store.name)
         ask = lambda training: ask_workers(training, count)  # noqa: E731
 
     def show() -> None:
         for line in tail.new():
-            print(line, flush=True)
+            say(line)
 
-    with open(log, "ab") as log_file:
+    with store, open(log, "ab") as log_file:
         return run(argv, environment, ask, show, log_file, (lock.fileno(),))
 
 
@@ -96,35 +110,49 @@ def run(
     argv: list[str], environment: dict[str, str], ask: Callable[[subprocess.Popen], None],
     show: Callable[[], None] = lambda: None, output: BinaryIO | None = None, pass_fds: tuple[int, ...] = (),
 ) -> int:  # fmt: skip
-    """Run a command to its end; returns its exit code.
+    """Run a command to its end; returns its exit code, STOPPED where it was ended at once.
 
-    SIGTERM, SIGINT and SIGUSR1 ask the training processes, once a second, to save and end: they ignore it until Megatron
-    listens, and so do their helpers, which a batch system signals as well.
+    A stop signal asks the training processes, once a second, to save and end: they hold it back until Megatron listens,
+    and their helpers, which a batch system signals as well, ignore it. A second SIGINT ends them at once.
     """
-    asked = []
+    asked: list[float] = []
+    at_once: list[float] = []
 
     def note(number, frame):
+        now = time.monotonic()
         if not asked:
-            print(f"{signal.Signals(number).name}: saving a checkpoint and ending", flush=True)
-        asked.append(number)
+            say(f"{signal.Signals(number).name}: saving a checkpoint and ending; Ctrl-C once more ends without one")
+        elif number == signal.SIGINT and now > asked[-1] + AT_ONCE_S and not at_once:
+            say("SIGINT again: ending at once; the same command goes on from the newest checkpoint")
+            at_once.append(now)
+            training.kill()
+        asked.append(now)
 
     streams = {"stdout": output, "stderr": subprocess.STDOUT} if output else {}
     environment = os.environ | environment
     training = subprocess.Popen(argv, env=environment, pass_fds=pass_fds, preexec_fn=_before_training, **streams)
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    # What nohup, or a shell that starts us in the background, has us ignore stays ignored.
+    ignored = {n for n in TERMINALS if signal.getsignal(n) is signal.SIG_IGN}
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS if number not in ignored}
     try:
         code, last = None, 0.0
         while code is None:
             time.sleep(0.2)
             code = training.poll()
-            if asked and code is None and time.monotonic() > last + 1:
+            if asked and not at_once and code is None and time.monotonic() > last + 1:
                 last = time.monotonic()
                 ask(training)
             show()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return code
+    return STOPPED if at_once and code else code
+
+
+def say(line: str) -> None:
+    """A line for the terminal, which may be closed, or full: that does not end a training."""
+    with contextlib.suppress(OSError, RuntimeError):  # the latter where a signal arrives while another line is printed
+        print(line, flush=True)
 
 
 def die_with_parent() -> None:
@@ -137,7 +165,14 @@ def die_with_parent() -> None:
 def _before_training() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    hold_back()  # and not lost, as one that is ignored would be: Megatron hears it as soon as it listens
     die_with_parent()
+
+
+def hold_back() -> None:
+    """Block the signal that asks to save. Training processes let it through when Megatron listens (loop.py); their
+    helpers, loader workers among them, never do: torch's own handler would end them, and the training with them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def ask_workers(training: subprocess.Popen, count: int) -> None:
@@ -175,8 +210,9 @@ def rendezvous(place: str, environment: Mapping[str, str]) -> list[str]:
 def main(place: str, count: str, *arguments: str) -> int:
     """One node of a training, under srun. Slurm signals every process of the step, but only once, and a training process
     ignores it until Megatron listens: so the signal is taken here and handed on as on one machine."""
-    argv, environment = command(int(count), list(arguments), rendezvous(place, os.environ))
-    return run(argv, environment, lambda training: ask_workers(training, int(count)))
+    with tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True) as store:
+        argv, environment = command(int(count), list(arguments), store, rendezvous(place, os.environ))
+        return run(argv, environment, lambda training: ask_workers(training, int(count)))
 
 
 if __name__ == "__main__":

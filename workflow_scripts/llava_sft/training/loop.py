@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -66,6 +66,7 @@ from llava_sft.training.checkpoints import (  # noqa: E402
     prune,
     seal,
 )
+from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
 from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
@@ -150,6 +151,7 @@ class Trainer:
                 basename=f"train_dataloader_dprank{rank:03d}.pt",
             )
             restore_position(loader, Path(position))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Megatron listens by now (launcher.py)
         self.device = torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
         self.tensorboard = get_tensorboard_writer()
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
@@ -303,6 +305,7 @@ class Trainer:
             needed = checkpoint_bytes(self.run_dir, earlier[-1]) if earlier else expected
             check_disk(self.run_dir, needed, f"the checkpoint of step {iteration}")
         self.saving = iteration
+        self.watch.save(iteration)
         original(iteration, *args, **kwargs)
         if not self.values["async_save"]:
             self.saved(iteration)
@@ -366,7 +369,8 @@ class Trainer:
             return error
         if ended := worker_ended(error):
             return ended
-        if isinstance(error, CheckpointException) and error.failures:  # one rank has them, the others end with it
+        full = isinstance(error, OSError) and error.errno in remedies.NO_SPACE
+        if full or (isinstance(error, CheckpointException) and error.failures):  # one rank has them, the others end
             return remedies.not_written(self.run_dir, self.saving)
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
             text in str(error) for text in NO_MEMORY
@@ -382,6 +386,12 @@ def scale_gradients(buffer, factor: torch.Tensor) -> None:
     """In Megatron's place, whose way takes 19 ms for 4B: the sums over all answer tokens become means."""
     for gradients in (buffer.grad_data, *buffer.extra_main_grads):
         scale_(gradients, factor)
+
+
+def meeting_place() -> torch.distributed.Store | None:
+    """A file where all processes are of this machine: torch's default listens on every network, without a password."""
+    path = os.environ.get(STORE)
+    return torch.distributed.FileStore(path, int(os.environ["WORLD_SIZE"])) if path else None
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -450,13 +460,16 @@ def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
             trainer.forward_step,
             trainer.build_model,
             non_loss_data_func=trainer.answers,
+            store=meeting_place(),
         )
     except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
         if failure := trainer.failure(error):
-            write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
-        for child in multiprocessing.active_children():  # one that writes a checkpoint, which nobody would finish
-            child.kill()
+            with suppress(OSError):  # a full disk: train.py says it
+                write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader worker that ends
+        for child in multiprocessing.active_children():  # they hear no SIGTERM, with which Python would end them
+            child.kill()
     torch.distributed.destroy_process_group()

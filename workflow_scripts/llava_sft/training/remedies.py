@@ -3,6 +3,7 @@
 Light: no torch, no Megatron.
 """
 
+import errno
 import math
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from llava_sft.errors import RunError
 from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, iterations_done
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def not_written(run_dir: Path, iteration: int) -> RunError:

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import psutil
 
 from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars, newest_checkpoint
-from llava_sft.errors import RunError
+from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
-from llava_sft.training.checkpoints import iterations_done, newest_whole
+from llava_sft.training.checkpoints import checkpoint_dir, data_dir, iterations_done, newest_whole
 
 LOCK = ".lock"
 PER_RANK = " (the position in the data is kept per rank: samples would be lost or seen twice)"
@@ -95,10 +95,13 @@ def lock(run_dir: Path, patience_s: float = 0) -> BinaryIO:
 def lock_holder(run_dir: Path) -> dict[str, Any] | None:
     """`host` and `pid` of the training that holds, or held and did not give back, the lock; `seen_s` ago."""
     try:
-        text = (run_dir / LOCK).read_text()
-        return json.loads(text) | {"seen_s": time.time() - (run_dir / LOCK).stat().st_mtime} if text else None
-    except (FileNotFoundError, ValueError):
-        return None
+        holder = json.loads((run_dir / LOCK).read_bytes() or b"null")
+        if not holder:
+            return None
+        seen_s = max(0.0, time.time() - (run_dir / LOCK).stat().st_mtime)  # another host's clock may be ahead
+        return {"host": str(holder["host"]), "pid": int(holder["pid"]), "seen_s": seen_s}
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        return None  # damaged: the system's own lock counts alone
 
 
 def is_running(run_dir: Path) -> bool:
@@ -115,8 +118,59 @@ def is_running(run_dir: Path) -> bool:
 
 
 def give_back(file: BinaryIO) -> None:
-    file.truncate(0)
-    file.close()
+    if not file.closed:
+        file.truncate(0)
+        file.close()
+
+
+def read_run(run_dir: Path, iteration: int = 0) -> dict[str, Any]:
+    """What run.json holds; where that is damaged or gone, the copy that the checkpoint of `iteration` keeps.
+
+    Errors: DamagedFileError.
+    """
+    path = run_dir / RUN_FILE
+    try:
+        found = read_json(path)
+        if not all(isinstance(found.get(key), dict) for key in ("settings", "data", "start", "model")):
+            raise DamagedFileError(f"{path}: damaged: not the settings of a run", "restore it from a copy")
+        return found
+    except (DamagedFileError, FileNotFoundError, AttributeError) as error:
+        copy = data_dir(run_dir, iteration) / RUN_FILE
+        if iteration and copy.is_file():
+            print(f"warning: {path} is damaged or missing: {copy} is taken")
+            return read_json(copy)
+        if isinstance(error, FileNotFoundError):
+            raise RunError(
+                f"{run_dir}: checkpoints without {RUN_FILE}: not a run of this workflow", "set another run_tag"
+            ) from None
+        weights = f"; or move it away and start another run from the weights: --config run_tag=next load={checkpoint_dir(run_dir, iteration)}"
+        raise DamagedFileError(
+            f"{path}: damaged: what the run was started with is not known",
+            "restore it from a copy" + (weights if iteration else ""),
+        ) from None
+
+
+def refuse_other_run(run_dir: Path, resolved: dict[str, Any]) -> None:
+    """Raise RunError, with the difference and both ways on, when `run_dir` holds steps of another run. Changes nothing."""
+    done, train_iters = iterations_done(run_dir), resolved["settings"]["train_iters"]
+    if not done:
+        return
+    before, now = identity(read_run(run_dir, done)), identity(json.loads(json.dumps(resolved)))
+    changed = [key for key in now if before.get(key) != now.get(key)]
+    given = [key for key in changed if key not in resolved.get("why", {})] or changed  # not what follows from them
+    per_rank = {"nodes", "gpus_per_node", "nproc_per_node"}
+    differences = [f"{key}: {before.get(key)} → {now.get(key)}{PER_RANK if key in per_rank else ''}" for key in given]
+    if differences:
+        tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
+        raise RunError(
+            f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
+            f"put the old value back to go on with it, or start another run beside it: --config run_tag={tag}",
+        )
+    if done > train_iters:
+        raise RunError(
+            f"train_iters {train_iters} is below the {done} steps that {run_dir} has done",
+            f"train_iters: {done} or more, or another run_tag",
+        )
 
 
 def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
@@ -124,38 +178,18 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
 
     On a resume, unless lr_decay_iters is given, `resolved` takes over the length of the schedule: a run that is made
     longer goes on at its min_lr.
-    Raises RunError, with the difference and both ways on, when the directory holds another run.
+    Raises RunError when the directory holds another run; its files are then as they were.
     """
+    refuse_other_run(run_dir, resolved)
     train_iters = resolved["settings"]["train_iters"]
     done = newest_whole(run_dir, deep=iterations_done(run_dir) != train_iters)
-    path = run_dir / RUN_FILE
-    if done and not path.is_file():
-        raise RunError(f"{run_dir}: checkpoints without {RUN_FILE}: not a run of this workflow", "set another run_tag")
     if done:
-        earlier = read_json(path)
-        before, now = identity(earlier), identity(resolved)
-        changed = [key for key in now if before.get(key) != now.get(key)]
-        given = [key for key in changed if key not in resolved.get("why", {})] or changed  # not what follows from them
-        per_rank = {"nodes", "gpus_per_node", "nproc_per_node"}
-        differences = [
-            f"{key}: {before.get(key)} → {now.get(key)}{PER_RANK if key in per_rank else ''}" for key in given
-        ]
-        if differences:
-            tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
-            raise RunError(
-                f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
-                f"put the old value back to go on with it, or start another run beside it: --config run_tag={tag}",
-            )
-        if done > train_iters:
-            raise RunError(
-                f"train_iters {train_iters} is below the {done} steps that {run_dir} has done",
-                f"train_iters: {done} or more, or another run_tag",
-            )
+        earlier = read_run(run_dir, done)
         length, asked = earlier["settings"]["lr_decay_iters"], resolved["settings"]["lr_decay_iters"]
         if length != asked and "lr_decay_iters" in resolved["why"]:
             print(f"the learning rate keeps its schedule of {length} steps and stays at min_lr after it")
             resolved["settings"]["lr_decay_iters"] = length
-    write_json(path, resolved)
+    write_json(run_dir / RUN_FILE, resolved, sealed=True)
     sidecars = run_dir / SIDECARS
     if not done or not sidecars.is_dir():  # before the first checkpoint they may be those of another run
         with atomic_dir(sidecars) as folder:

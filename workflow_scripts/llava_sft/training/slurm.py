@@ -44,7 +44,10 @@ def this_job() -> Job | None:
     described = _output("scontrol", "--oneliner", "show", "job", number)
     found = {key: re.search(rf"\b{key}=(\S+)", described) for key in ("NodeList", "NumNodes", "NumCPUs")}
     if not all(found.values()):
-        raise RunError(f"Slurm job {number}: `scontrol show job {number}` says: {described!r}", "is Slurm well?")
+        raise RunError(
+            f"Slurm job {number}: `scontrol show job {number}` says: {described!r}",
+            "run `scontrol ping`: when it says UP, the same command again; when DOWN, ask who runs the cluster",
+        )
     first = _output("scontrol", "show", "hostnames", found["NodeList"][1]).split("\n")[0]
     # The address by which Slurm itself reaches the node; its name need not resolve.
     address = re.search(r"\bNodeAddr=(\S+)", _output("scontrol", "--oneliner", "show", "node", first))
@@ -59,4 +62,7 @@ def _output(*command: str) -> str:
         if not done.returncode:
             return done.stdout.strip()
         time.sleep(2 * attempt)
-    raise RunError(f"`{' '.join(command)}`: {done.stderr.strip()}", "is Slurm well?")
+    raise RunError(
+        f"`{' '.join(command)}`: {done.stderr.strip()}",
+        "run `scontrol ping`: when it says UP, the same command again; when DOWN, ask who runs the cluster",
+    )

@@ -130,7 +130,9 @@ def record(
     )
     checkpoint = str(checkpoint_dir(run_dir, lowest["iteration"]))  # saved right after, when the intervals are the same
     write_json(
-        run_dir / BEST, {key: lowest[key] for key in ("iteration", "lm loss validation")} | {"checkpoint": checkpoint}
+        run_dir / BEST,
+        {key: lowest[key] for key in ("iteration", "lm loss validation")} | {"checkpoint": checkpoint},
+        sealed=True,
     )
     for given in answers if tensorboard else ():
         text = f"{given['question']}\n\n**{given['prediction']}** (expected: {given['answer']})"

@@ -4,26 +4,39 @@ The trainer writes records, the launcher prints lines, the report draws curves: 
 - metrics.jsonl: one record per log interval; validation.jsonl: one per validation;
 - events.jsonl: messages that are said once; bad_steps.jsonl: steps whose loss is NaN or far above those before, with
   the ids of their samples; samples/rank000.jsonl: the ids of every step (`log_samples`).
+A line begins with its checksum. A checkpoint keeps what the next lines depend on, and a copy of those so far: the lines
+after an interruption are those of an undisturbed run, and one that was damaged since is taken from the copy.
 """
 
+import contextlib
 import json
 import math
+import re
+import shutil
 import time
+import zlib
 from collections import deque
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llava_sft.checkpoint.start import RUN_FILE
 from llava_sft.data.packing import PACKED_IDS
-from llava_sft.files import write_text
+from llava_sft.files import read_json, write_json, write_text
+from llava_sft.training.checkpoints import data_dir, iterations_done
 from llava_sft.training.remedies import exploded, slow_loading
 
 METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
+LOGS = (METRICS, VALIDATION, EVENTS, BAD_STEPS)
+CHECKED = re.compile(r'\{"crc": "([0-9a-f]{8})", ')
 DAMAGED_SAMPLES = "damaged_samples.jsonl"  # those that the training left out
 FAILURE = "failure.json"  # written by the training when it knows the cause
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
 # Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is counted against it.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+
+
+SUMS = ("losses", "waited", "tokens", "padded", "flops")  # since the last record
 
 
 class Watch:
@@ -49,11 +62,40 @@ class Watch:
         self.trouble, self.last_bad = 0, -math.inf  # first step of the present bad time, and its last so far
         self.ids: list[str] = []
         self.samples_path, self.first, self.samples = run_dir / "samples" / f"rank{data_rank:03d}.jsonl", first, None
+        self.state_file, self.steps = f"watch_dprank{data_rank:03d}.json", 0
         self.reset()
+        if first:
+            self._restore(read_json(data_dir(run_dir, first) / self.state_file, None))
+        if tensorboard:
+            purge(tensorboard, first)
 
     def reset(self) -> None:
         self.started, self.losses = time.perf_counter(), []
         self.waited, self.tokens, self.padded, self.flops = 0.0, 0, 0, 0.0
+
+    def save(self, iteration: int) -> None:
+        """Keep with the checkpoint of a step what the next records depend on, and the records so far.
+
+        Errors: OSError.
+        """
+        if not self.steps:  # of ranks that share their samples only one gets the losses
+            return
+        state = {name: getattr(self, name) for name in (*SUMS, "bad", "trouble", "last_bad", "said_slow")}
+        state |= {"good": list(self.good), "elapsed": time.perf_counter() - self.started}
+        folder = data_dir(self.run_dir, iteration)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / self.state_file, state, sealed=True)
+        if self.writes:
+            for name in (*LOGS, RUN_FILE):
+                if (self.run_dir / name).is_file():
+                    shutil.copyfile(self.run_dir / name, folder / name)
+
+    def _restore(self, state: dict | None) -> None:
+        if state is None:  # of a version that kept none
+            return
+        self.good.extend(state.pop("good"))
+        self.started -= state.pop("elapsed")
+        vars(self).update(state)
 
     def batch(self, waited: float, tokens: int, padded: int, flops: float, ids: list[str]) -> None:
         """Note one micro-batch: seconds waited for it, its tokens, and with padding, its FLOPs, its samples' ids."""
@@ -74,6 +116,7 @@ class Watch:
 
         Raises RunError, with the remedies, after max_bad_steps bad steps in a row.
         """
+        self.steps += 1
         ids, self.ids = self.ids, []
         if self.values["log_samples"]:
             self._note_samples(iteration, ids)
@@ -111,8 +154,8 @@ class Watch:
         if self.samples is None:  # not before: of the ranks that share these samples only one gets here
             self.samples_path.parent.mkdir(exist_ok=True)
             forget_after_in(self.samples_path, self.first)
-            self.samples = open(self.samples_path, "a", buffering=1)  # noqa: SIM115 (open as long as the training)
-        self.samples.write(json.dumps({"iteration": iteration, "samples": ids}) + "\n")
+            self.samples = self.samples_path
+        append(self.samples, {"iteration": iteration, "samples": ids})
 
     def _judge(self, iteration: int, loss: float, grad_norm: float | None, ids: list[str]) -> None:
         usual = median(self.good) if len(self.good) > 1 else None
@@ -138,15 +181,74 @@ class Watch:
         append(self.run_dir / EVENTS, {"iteration": iteration, "message": message})
 
 
+_waiting: dict[Path, str] = {}  # lines that the disk did not take
+_said: set[str] = set()
+
+
 def append(path: Path, record: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add a record, with a checksum of its line. A line that a full disk does not take waits for the next one: a log
+    does not cost the run."""
+    text = json.dumps(record)[1:]
+    lines = _waiting.pop(path, "") + f'{{"crc": "{zlib.crc32(text.encode()):08x}", {text}\n'
+    try:
+        with open(path, "ab") as file:
+            file.write(lines.encode())
+    except OSError as error:
+        _say_once(f"warning: {path} cannot be written: {error.strerror}; the training goes on")
+        _waiting[path] = "\n" + lines.lstrip()  # a part of it may stand there
+
+
+def parse(line: str | bytes, checked: bool = False) -> dict:
+    """The record of a line. Errors: ValueError where it is damaged. `checked`: it must have a checksum."""
+    line = line.decode() if isinstance(line, bytes) else line
+    sum_ = CHECKED.match(line)
+    if (sum_ and f"{zlib.crc32(line[sum_.end() :].encode()):08x}" != sum_[1]) or (checked and not sum_):
+        raise ValueError("not what was written")
+    record = json.loads(line)
+    if not isinstance(record, dict) or ("crc" in record) != bool(sum_):
+        raise ValueError("not a record")
+    if not sum_ and not isinstance(record.get("iteration"), int):  # of an earlier version
+        raise ValueError("no step of a training")
+    record.pop("crc", None)
+    return record
+
+
+def _read(path: Path) -> tuple[dict[bytes, dict], int]:
+    """Whole lines with their records, and the number of damaged ones; what follows the last line end is being written."""
+    found: dict[bytes, dict] = {}
+    damaged, checked = 0, False
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            if line:
+                found[line] = parse(line, checked)
+                checked = checked or line.startswith(b'{"crc"')  # lines of earlier versions may stand before it
+        except (ValueError, RecursionError):
+            damaged += 1
+    return found, damaged
+
+
+def _lines(path: Path) -> dict[bytes, dict]:
+    """The lines of a log and their records. Damaged ones are left out, or taken from the newest checkpoint's copy."""
+    found, damaged = _read(path)
+    done = iterations_done(path.parent)
+    copy = data_dir(path.parent, done) / path.name
+    kept, _ = _read(copy) if done else ({}, 0)
+    if kept.keys() - found.keys():
+        _say_once(f"warning: {path}: records are damaged or missing: taken from {copy}")
+        return kept | {line: record for line, record in found.items() if record["iteration"] > done}
+    if damaged:
+        _say_once(f"warning: {path}: {damaged} damaged lines are left out")
+    return found
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        print(message, flush=True)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # after a kill the last may be half-written
+    return list(_lines(path).values())
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -155,14 +257,34 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 def forget_after_in(path: Path, iteration: int) -> None:
     """Drop the records of steps that a resume from `iteration` takes again."""
-    if path.is_file():
-        kept = [json.dumps(record) + "\n" for record in read_jsonl(path) if record["iteration"] <= iteration]
+    lines = _lines(path)
+    if lines or path.is_file():
+        kept = [line.decode() + "\n" for line, record in lines.items() if record["iteration"] <= iteration]
         write_text(path, "".join(kept))
 
 
 def forget_after(run_dir: Path, iteration: int) -> None:
-    for name in (METRICS, VALIDATION, EVENTS, BAD_STEPS):
+    for name in LOGS:
         forget_after_in(run_dir / name, iteration)
+
+
+def purge(tensorboard: Any, first: int) -> None:
+    """Have TensorBoard forget the steps that are taken again; and a disk that takes no more events not end the training."""
+    writer = tensorboard._get_file_writer()
+    add, flush = writer.add_event, writer.flush
+
+    def going_on(function, *args, **named) -> None:
+        try:
+            function(*args, **named)
+        except (OSError, ValueError) as error:
+            _say_once(f"warning: TensorBoard's file cannot be written: {error}; the training goes on")
+
+    writer.add_event = lambda *args, **named: going_on(add, *args, **named)
+    writer.flush = lambda: going_on(flush)
+    if first:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # a tenth of a second, in the training alone
+
+        writer.add_event(Event(step=first + 1, session_log=SessionLog(status=SessionLog.START)))
 
 
 class Tail:
@@ -182,7 +304,9 @@ class Tail:
                     text = file.read()
                 text = text[: text.rfind(b"\n") + 1]  # a record may be half-written
                 self.read[path] += len(text)
-                said += [line(json.loads(record)) for record in text.splitlines()]
+                for record in filter(None, text.split(b"\n")):
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
+                        said.append(line(parse(record)))
         return said
 
 

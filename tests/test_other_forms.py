@@ -1,0 +1,199 @@
+"""What other projects write: nothing that changes a sample's meaning is passed over, and the message says what to do."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+from llava_sft.data.formats import format_of
+from llava_sft.data.image_checks import ImageRoot
+from llava_sft.data.index import index_webdataset, too_many_rejects
+from llava_sft.data.records import parse_record
+from llava_sft.data.rejected import Rejected
+from llava_sft.errors import DataError
+from webdataset_helpers import Raw, record
+
+Q, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Green."}
+
+
+def one(**keys) -> dict:
+    return {"id": "r", "messages": [Q, A]} | keys
+
+
+def asked(text: str, answer: str = "Green.", **turn) -> dict:
+    return {"messages": [{"role": "user", "content": text} | turn, A | {"content": answer}]}
+
+
+CHANGED = {
+    "image under another key": [
+        one(image_path="0.jpg"), one(img="0.jpg"), one(Images=["0.jpg"]), one(**{"image-file": "0.jpg"}), one(IMAGE_URLS=["x"]),
+        one(image_paths=["a", "b"]), one(picture="0.jpg"), one(screenshot="s.png"), one(media=["m.png"]), asked("q", image="0.jpg"),
+        asked("q", img_path="0.jpg"),
+    ],
+    "video is not supported": [
+        one(video="v.mp4"), one(video_path="v"), one(Videos=["v"]), asked("<video>\nWhat?"), asked("<|video|> What?"),
+        {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "v"}}]}, A]},
+    ],
+    "audio is not supported": [one(audios=["a.wav"]), one(audio_path="a"), asked("<audio>What?"), asked("q", audio="a.wav")],
+    "preference data is not supported": [
+        one(label=False), one(label=True), one(rejected_response="bad"), one(chosen="x"), one(rejectedMessages=[Q]),
+        one(rejected_images=["a.png"]),
+    ],
+    "system prompt outside the turns": [one(system="Answer in French."), one(System_Prompt="x"), one(**{"system-message": "y"})],
+    "tools are not supported": [one(tools=[{"name": "f"}]), one(functions="[]x"), asked("q", tool_calls=[{"id": 1}])],
+    "weight of a turn is not supported": [
+        asked("q", loss=False), asked("q", weight=0), asked("q", loss_scale=0.5), asked("q", train=False), asked("q", mask=[1]),
+    ],
+    "placeholder that is not read": [
+        asked("Picture 1: <img>0.jpg</img>"), asked("<image_1> What?"), asked("<|image|>"), asked("<|image_2|>"), asked("<Image>"),
+        asked("![leaf](0.jpg)"), asked("<image/>"), asked("<img src='a.png'> q"), asked("q", "at <bbox>"),
+        asked("Where is <ref-object>?"), asked("<ImageHere>"),
+    ],
+    "image and images differ": [
+        one(image="0.jpg", images=["1.jpg"]),
+        {"images": ["0.jpg"], "messages": [{"role": "user", "content": [{"type": "image", "image": "1.jpg"}]}, A]},
+    ],
+    "empty image": [{"images": ["0.jpg", ""], **asked("<image><image>")}],
+    "malformed conversation": [
+        {"conversations": json.dumps([Q, A])}, {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
+    ],
+    "unknown role": [{"conversations": [{"from": None, "value": None}]}],
+    "missing key": [{"id": "1", "image": "0.jpg", "caption": "c"}, {"images": ["0.jpg"], "texts": [{"user": "q"}]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reason", "number"), [(reason, n) for reason, rows in CHANGED.items() for n in range(len(rows))]
+)
+def test_what_would_change_the_meaning_is_rejected_by_name(reason, number):
+    with pytest.raises(Rejected) as rejected:
+        parse_record(CHANGED[reason][number])
+    assert rejected.value.reason == reason and len(str(rejected.value)) < 400
+
+
+def test_a_missing_conversation_names_the_keys_that_there_are():
+    with pytest.raises(Rejected, match="found: id, image, caption"):
+        parse_record(CHANGED["missing key"][0])
+
+
+KEPT = [
+    one(image=None), one(image=""), one(image={}), one(image={"bytes": None, "path": None}), one(images=[]), one(image=b""),
+    one(image={"bytes": b"", "path": None}), one(system="", tools=[], videos=None, label="cat", weight=3),
+    one(source="coco", url="http://x", width=640, image_id=7, score=0.5, objects=[], rejected=False),
+    asked("How does <b>HTML</b> use 2 < 3?", "`<video>` plays, <box>(1,2)</box> is text", loss=True, weight=1),
+    {"conversations": [], "messages": [Q, A]},
+    {"system": "S", "messages": [{"role": "system", "content": "S"}, Q, A]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(KEPT)))
+def test_what_says_nothing_or_is_plain_text_is_kept(number):
+    assert parse_record(KEPT[number]).images == []
+
+
+def test_a_part_of_a_content_names_its_picture():
+    parts = [
+        {"type": "image", "image": "0.jpg"},
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": "1.jpg"}},
+    ]
+    sample = parse_record({"messages": [{"role": "user", "content": parts}, A]})
+    assert sample.images == ["0.jpg", "1.jpg"] and sample.messages[0]["content"] == "<image>What?<image>"
+    assert (
+        parse_record({"images": ["0.jpg", "1.jpg"], "messages": [{"role": "user", "content": parts}, A]}).images
+        == sample.images
+    )
+
+
+def test_keys_that_are_not_read_are_counted_and_said(tmp_path, capsys):
+    unread = Counter()
+    parse_record(
+        one(boxes=[[1, 2]], image="0.jpg", image_path="x/0.jpg", messages=[Q | {"content": "<image>", "note": "n"}, A]),
+        unread,
+    )
+    assert unread == {"boxes": 1, "image_path": 1, "note of a turn": 1}
+    raw = Raw(tmp_path, [record(i, boxes=[[1, 2]]) for i in range(5)])
+    raw.convert()
+    assert index_webdataset(raw.wds, raw.parts)["unread"] == {"boxes": 5}
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("data:image/png;base64," + "A" * 900, "base64 image"), ("/9j/" + "4AAQ" * 500, "base64 image"),
+        ("iVBORw0KGgo" + "A" * 9000, "base64 image"), ("https://example.org/a.png", "image is an address"),
+        ("s3://bucket/a.png", "image is an address"), ("/etc/hostname", "image outside the image root"),
+        ("../a.png", "image outside the image root"),
+    ],
+)  # fmt: skip
+def test_an_image_that_is_no_file_below_the_root_is_said_for_what_it_is(tmp_path, path, reason):
+    with pytest.raises(Rejected) as rejected:
+        ImageRoot(tmp_path).read(path)
+    assert rejected.value.reason == reason and len(rejected.value.detail) <= 201
+
+
+def test_an_absolute_path_below_the_root_is_said_with_what_to_write(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a.png").write_bytes(b"x")
+    with pytest.raises(Rejected, match=r"absolute image path: .*: write x/a\.png"):
+        ImageRoot(tmp_path).read(str(tmp_path / "x/a.png"))
+
+
+LINE = json.dumps(
+    {"conversations": [{"from": "human", "value": "问题是什么？"}, {"from": "gpt", "value": "答案"}]},
+    ensure_ascii=False,
+)
+FILES = {
+    "gzip": gzip.compress(LINE.encode()), "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
+    "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "a table with commas": b"image,question,answer\n0.jpg,q,a\n",
+    "a table with tabs": b"image\tquestion\n0.jpg\tq\n", "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
+    "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
+    "a web page": b"<!DOCTYPE html><html>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ""])
+@pytest.mark.parametrize("kind", FILES)
+def test_a_whole_file_of_another_kind_is_one_message(tmp_path, kind, suffix):
+    path = tmp_path / f"raw{suffix}"
+    path.write_bytes(FILES[kind])
+    with pytest.raises(DataError) as error:
+        format_of(path)
+    assert kind in error.value.problem and error.value.fix and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("data", "known"),
+    [
+        (json.dumps([json.loads(LINE)]).encode(), "json"), (json.dumps([json.loads(LINE)], indent=1).encode(), "json"),
+        (LINE.encode() + b"\n", "jsonl"), (b"\n\n" + LINE.encode(), "jsonl"), (b'{"id": 1}\n\xff\xfe broken\n' + LINE.encode(), "jsonl"),
+        (b"[1]\n", "jsonl"), (b"", "jsonl"), (b"not json, at all? {\n" + LINE.encode(), "jsonl"),
+    ],
+)  # fmt: skip
+def test_records_are_read_whatever_the_name_and_with_bad_neighbours(tmp_path, data, known):
+    path = tmp_path / "raw.jsonl"
+    path.write_bytes(data)
+    assert format_of(path) == known
+
+
+@pytest.mark.parametrize(("rejected", "read"), [(1, 3), (1, 10), (99_996, 100_000), (9_999_999, 10_000_000), (2, 7)])
+def test_the_share_that_a_message_advises_is_accepted(rejected, read):
+    advised = too_many_rejects(rejected, read, 0, [], "there").fix.split("max_reject_fraction: ")[1].split()[0]
+    assert float(advised) < 1 and rejected <= float(advised) * read
+
+
+def test_to_leave_out_everything_is_never_advised():
+    message = too_many_rejects(8, 8, 0, [], "there")
+    assert "max_reject_fraction:" not in message.fix and "LLaVA (conversations of" in message.fix
+
+
+def test_rejects_are_listed_with_their_true_lines(tmp_path):
+    lines = [record(i, None) for i in range(40)]
+    lines[17], lines[38] = b"{\n", record(38, "missing.png")
+    raw = Raw(tmp_path, lines)
+    raw.convert()
+    with pytest.raises(DataError, match=r"line 18: invalid JSON(.|\n)*line 39, id r38: missing image"):
+        index_webdataset(raw.wds, raw.parts)
+    rejects = [json.loads(line) for line in (raw.parts / "rejects.jsonl").read_text().splitlines()]
+    assert [(reject["line"], reject["id"]) for reject in rejects] == [(18, None), (39, "r38")]

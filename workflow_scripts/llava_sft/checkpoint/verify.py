@@ -1,0 +1,62 @@
+"""A converted checkpoint, a run's checkpoint or an export against the checksums that were noted when it was written.
+
+Small files are read each time; weights only where `full`, or where they are not those that were last found whole.
+"""
+
+import time
+from pathlib import Path
+
+from llava_sft.checksums import find_damage
+from llava_sft.errors import CheckpointError
+from llava_sft.files import read_object
+
+MARKER = "converted.json"  # of a converted checkpoint and of an export
+CHECKSUMS = "checksums.json"  # of a run's checkpoint
+MEMO = ".verified.json"
+WEIGHTS = (".safetensors", ".distcp")
+
+
+def noted(folder: Path) -> tuple[Path, dict[str, list]]:
+    """Size and checksum of each file of `folder` by its name below the path returned; none of one that noted nothing.
+
+    Args:
+        folder: `iter_0000400/`, `release/`, a converted folder, or an export.
+    """
+    if (folder / CHECKSUMS).is_file():  # names are those below the run directory; the folder may have been moved since
+        sealed = read_object(folder / CHECKSUMS)
+        names = {name.partition("/")[2]: entry for name, entry in sealed.items() if name.startswith("iter_")}
+        return folder, {name: entry for name, entry in names.items() if not Path(name).name.startswith(f".{CHECKSUMS}")}
+    top = folder.parent if folder.name == "release" else folder
+    files = read_object(top / MARKER, {}).get("files", {})
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{top / MARKER}: damaged: `files` is no object", f"delete {top} and convert again")
+    return top, files
+
+
+def require_whole(folder: Path, full: bool = False) -> int:
+    """Raise CheckpointError unless `folder` holds what was written into it; returns the bytes that were compared."""
+    root, files = noted(folder)
+    weights = {name: entry for name, entry in files.items() if name.endswith(WEIGHTS)}
+    small = {name: entry for name, entry in files.items() if name not in weights}
+    memo = (folder.parent if folder.name.startswith("iter_") else root) / MEMO
+    if damage := find_damage(root, small, full=True) or find_damage(root, weights, memo, full):
+        again = (
+            "use another iter_ folder" if folder.name.startswith("iter_") else f"delete {root} and run the same command"
+        )
+        raise CheckpointError(
+            f"{root}{'/' if damage.split()[0] in files else ': '}{damage}: damaged since it was written",
+            f"restore it from a copy, or {again}",
+        )
+    return sum(entry[0] for entry in files.values())
+
+
+def verify(folder: Path) -> str:
+    """Compare every byte, and say how fast that was. Raises CheckpointError."""
+    if not noted(folder)[1]:
+        raise CheckpointError(
+            f"{folder}: no checksums are noted in it",
+            "name a converted folder, an iter_ folder, or an export of this version",
+        )
+    began = time.perf_counter()
+    size = require_whole(folder, full=True) / 1e9
+    return f"{folder}: whole: {size:,.3f} GB compared at {size / (time.perf_counter() - began):,.2f} GB/s"

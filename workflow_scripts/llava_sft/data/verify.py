@@ -1,0 +1,209 @@
+"""Whether a data set still is what was converted and indexed, and which shards a change makes out of date.
+
+Notable: `DATASET.files.json` beside the dataset file holds what the index step found: a checksum of each small file,
+size and date of each tar. Where they agree nothing is read; a tar of another date is read, and compared with the hashes
+of its samples in the index. A raw file counts as changed when its size or any of its dates is another, not a later one,
+and then the hash of each range decides. No torch.
+"""
+
+import contextlib
+import itertools
+import os
+import struct
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from llava_sft.checksums import find_damage, note
+from llava_sft.data.index import hash_range, is_whole
+from llava_sft.data.tars import METADATASET, REINDEX, noted_hashes, read_meta, source_folders, walk_tar, way_out
+from llava_sft.errors import DamagedFileError, DataError
+from llava_sft.files import read_json, write_json
+from llava_sft.paths import Paths
+
+META_FILES = (".info.json", "split.yaml", "dataset.yaml", "index.uuid", "index.sqlite")
+
+
+class Damage(NamedTuple):
+    """A file of a data set that is not what it was; `redo` is the tar to be converted again, None: the index."""
+
+    file: str
+    what: str
+    fix: str
+    redo: str | None = None
+
+
+def notes_of(dataset: Path) -> Path:
+    """Where the state of a data set's files is noted, beside its dataset file."""
+    return dataset.with_name(f"{dataset.stem}.files.json")
+
+
+def note_dataset(wds_dir: Path, dataset: Path) -> None:
+    """Note the files of a data set that was just indexed."""
+    small, tars = [], {}
+    for folder in source_folders(wds_dir):
+        small += [folder / ".nv-meta" / name for name in META_FILES if (folder / ".nv-meta" / name).is_file()]
+        for name in read_meta(folder).counts:
+            small.append(folder / f"{name}.idx")
+            status = os.stat(folder / name)
+            tars[str((folder / name).relative_to(wds_dir))] = [status.st_size, status.st_mtime_ns]
+    if (wds_dir / METADATASET).is_file():
+        small.append(wds_dir / METADATASET)
+    noted = {"files": note(wds_dir, [path for path in small if path.is_file()]), "tars": tars}
+    write_json(notes_of(dataset), noted, indent=None, sealed=True)
+
+
+def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damage]:
+    """What is wrong with the files of a data set. `full`: every byte of every sample is read.
+
+    A data set that was indexed by an earlier version has no notes: without `full` nothing is found there.
+    """
+    try:
+        noted: dict[str, Any] = read_json(notes_of(dataset), {"files": {}, "tars": {}})
+        files, tars = dict(noted["files"]), dict(noted["tars"])
+    except (DamagedFileError, KeyError, TypeError, ValueError):
+        return [Damage(str(notes_of(dataset)), "is damaged", f"delete {notes_of(dataset)} and run the same command")]
+    memo = dataset.with_name(f".{dataset.stem}.whole.json")
+    found: list[Damage] = []
+    if find_damage(wds_dir, files, memo, full):
+        for name, entry in files.items():
+            if what := find_damage(wds_dir, {name: entry}):
+                found.append(_small_damage(wds_dir, name, what))
+    if found:
+        return found  # the hashes of the samples stand in one of these
+    whole: dict[str, list[int]] = {}
+    with contextlib.suppress(DamagedFileError):
+        whole = read_json(memo, {})
+    before = dict(whole)
+    for name, number, folder, count in _tars(wds_dir):
+        path, state = wds_dir / name, None
+        try:
+            status = os.stat(path)
+            state = [status.st_size, status.st_mtime_ns, status.st_ino]
+            size, date = tars.get(name, state[:2])
+            key = str(path.absolute())
+            if not full and (state[:2] == [size, date] or whole.get(key) == state):
+                continue
+            what = f"has {state[0]:,} bytes, {size:,} were written" if state[0] != size else None
+            what = what or find_changed_sample(path, noted_hashes(folder, number), count)
+        except OSError as error:
+            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        if what:
+            found.append(Damage(str(path), what, way_out(folder, path.relative_to(folder).as_posix()), name))
+        else:
+            whole[key] = state
+    if whole != before:
+        with contextlib.suppress(OSError):
+            write_json(memo, whole, indent=None)
+    return found
+
+
+def _small_damage(wds_dir: Path, name: str, what: str) -> Damage:
+    tar = name.removesuffix(".idx")
+    if tar == name:
+        return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), REINDEX)
+    place = wds_dir / tar
+    return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), way_out(place.parent, place.name), tar)
+
+
+def _tars(wds_dir: Path) -> Iterator[tuple[str, int, Path, int]]:
+    """Name below the folder, number in its source's index, the source's folder, samples."""
+    for folder in source_folders(wds_dir):
+        for number, (name, count) in enumerate(read_meta(folder).counts.items()):
+            yield str((folder / name).relative_to(wds_dir)), number, folder, count
+
+
+def find_changed_sample(tar: Path, hashes: dict[int, bytes], count: int) -> str | None:
+    """What is wrong with a tar, by the hashes of its samples (all bytes are read).
+
+    Where every sample has one, their places are those of the `.tar.idx`, which is far faster than to look for headers.
+    """
+    try:
+        if len(hashes) == count:
+            data = Path(f"{tar}.idx").read_bytes()
+            if len(data) != 8 * (count + 1):
+                return f"its .idx has {len(data):,} bytes, {8 * (count + 1):,} are due"
+            places, size = struct.unpack(f"<{count + 1}Q", data), os.path.getsize(tar)
+            with open(tar, "rb") as file:
+                for row, (start, stop) in enumerate(itertools.pairwise(places)):
+                    sample = os.pread(file.fileno(), max(0, stop - start), start) if stop <= size else b""
+                    if xxhash.xxh3_64_digest(sample) != hashes[row]:
+                        return f"sample {row} (counted from 0) does not hold what was written"
+            return None
+        samples = walk_tar(tar)
+        if len(samples) != count:
+            return f"holds {len(samples):,} samples, {count:,} were written"
+    except (OSError, OverflowError, tarfile.TarError) as error:
+        return f"can not be read: {error}"
+    return None
+
+
+def require_whole(wds_dir: Path, dataset: Path, full: bool = False) -> None:
+    """Errors: DataError naming the first file that is not what was indexed, and how many there are."""
+    if damages := find_damages(wds_dir, dataset, full):
+        first, more = damages[0], f" ({len(damages)} files in all)" if len(damages) > 1 else ""
+        raise DataError(f"{first.file}: {first.what}{more}", first.fix)
+
+
+def out_of_date(paths: Paths) -> tuple[list[Path], bool]:
+    """The tars that exist and have to be made again, and whether the index has to be.
+
+    Snakemake finds what is missing or newer by itself; this adds what is damaged or gone beside a tar, and ranges of raw
+    files whose content is another, whatever their dates say.
+    """
+    parts_dir = paths.webdatasets.with_name(f"{paths.webdatasets.name}.parts")
+    stale: set[str] = set()
+    made: dict[Path, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for name, shard in paths.shards.items():
+        if not (paths.webdatasets / f"{name}.tar").exists():
+            continue
+        folder = (parts_dir / name).parent
+        try:
+            stats = read_json(folder / f"{Path(name).name}.stats.json")
+            raw, part = stats["raw"], shard.range
+            if not is_whole((paths.webdatasets / name).parent, folder, stats):
+                stale.add(name)
+            elif (raw["start"], raw["end"]) == (part.start, part.end) and shard.raw.is_file():
+                made[shard.raw].append((name, raw))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            stale.add(name)
+    memo = paths.data / ".raw_files.json"
+    seen: dict[str, list[int]] = {}
+    with contextlib.suppress(DamagedFileError, OSError):
+        seen = read_json(memo, {})
+    before = dict(seen)
+    for raw, ranges in made.items():
+        status = os.stat(raw)
+        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        if seen.get(str(raw)) == state:
+            continue
+        touched = [(name, noted) for name, noted in ranges if _is_touched(noted, state)]
+        changed = {name for name, noted in touched if hash_range(raw, noted) != noted["hash"]}
+        stale |= changed
+        if not changed:
+            seen[str(raw)] = state
+    if seen != before:
+        with contextlib.suppress(OSError):
+            write_json(memo, seen, indent=None)
+    index = False
+    if paths.dataset.is_file():
+        try:
+            damages = find_damages(paths.webdatasets, paths.dataset)
+        except (DataError, OSError):
+            damages, index = [], True
+        for damage in damages:
+            name = damage.redo.removesuffix(".tar") if damage.redo else None
+            if name in paths.shards:
+                stale.add(name)
+            elif name is None or paths.shards or damage.file.endswith(".idx"):
+                index = True  # a foreign folder's own tar is not ours to make again: training refuses it
+    return [paths.webdatasets / f"{name}.tar" for name in sorted(stale)], index
+
+
+def _is_touched(noted: dict[str, Any], state: list[int]) -> bool:
+    """Whether a raw file's size or dates are others than those that a conversion noted."""
+    return [noted["size"], noted["mtime_ns"], noted.get("ctime_ns", state[2])] != state

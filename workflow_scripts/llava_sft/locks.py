@@ -1,0 +1,122 @@
+"""What becomes of runs that end otherwise than they began: locks, Slurm jobs left behind, signals.
+
+Notable:
+- a lock that a killed run left behind is recognised by the kernel's own lock, which dies with its process;
+- Slurm jobs that a killed run left behind are waited for: their results are used, and none is submitted twice;
+- a signal to Snakemake alone reaches the jobs it runs here.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+_held = None  # keeps the shared lock for the life of the process
+
+
+def lift_stale_lock(wait: bool = True) -> None:
+    """Remove Snakemake's lock files when the run that made them is dead, after the last of its Slurm jobs.
+
+    Every Snakemake main process of this folder holds a shared kernel lock as long as it lives. Whoever can have it alone
+    knows that nobody else lives, so that lock files left by a `kill -9` or a power cut mean nothing.
+    `wait`: for the Slurm jobs; a dry run does not.
+    """
+    global _held
+    directory = Path(".snakemake")
+    directory.mkdir(exist_ok=True)
+    _held = open(directory / "alive", "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(_held, fcntl.LOCK_SH)
+        return  # whoever lives noted itself, and the logger plugin shows that note to a second run
+    except OSError:
+        return  # a file system without locks: Snakemake's own message says what to do
+    if wait:
+        wait_for_jobs()
+    stale = list((directory / "locks").glob("*"))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    if stale:
+        print("The last run was killed and left its lock: lifted, going on where it was.", file=sys.stderr)
+    if wait:
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
+        _held.truncate(0)
+        _held.write(json.dumps(note | {"command": shlex.join(["snakemake", *sys.argv[1:]])}))
+        _held.flush()
+    fcntl.flock(_held, fcntl.LOCK_SH)
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+def pass_on_signals() -> None:
+    """Let SIGTERM, SIGINT and SIGHUP to this process alone reach the jobs that run here, so that a training saves and ends.
+
+    Called once Snakemake has set its own handlers, which then end the workflow. Ctrl-C reaches the whole terminal, which
+    has asked the jobs already: asked once more, they do the same.
+    """
+
+    def pass_on(number, frame):
+        for process in running_scripts():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGTERM)
+        then = previous[number] if callable(previous[number]) else previous[signal.SIGTERM]
+        if callable(then):
+            then(number, frame)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, pass_on)
+
+
+def running_scripts() -> list[psutil.Process]:
+    """The scripts of the jobs that run here, below the shells that started them; not what they started themselves."""
+    found, shells = [], [psutil.Process()]
+    while shells:
+        with contextlib.suppress(psutil.Error):
+            for child in shells.pop().children():
+                name = child.name()
+                if name in ("sh", "bash"):
+                    shells.append(child)
+                elif name != "tee":
+                    found.append(child)
+    return found
+
+
+def jobs_left() -> list[str]:
+    """Number and rule of each Slurm job that a Snakemake of this folder submitted and that has not ended."""
+    fields = "%A|%T|%k|%Z"  # number, state, comment (the plugin puts the rule there), working directory
+    listing = subprocess.run(["squeue", "--me", "--noheader", f"--format={fields}"], capture_output=True, text=True)
+    jobs = [line.split("|") for line in listing.stdout.splitlines() if line.count("|") == 3]
+    return [
+        f"{number} {comment} ({state})"
+        for number, state, comment, folder in jobs
+        if comment.startswith("rule_") and os.path.realpath(folder) == os.path.realpath(os.curdir)
+    ]
+
+
+def wait_for_jobs() -> None:
+    """Wait until no Slurm job of an earlier run of this folder is left; a second one would do its work beside it."""
+    if not shutil.which("squeue") or not (jobs := jobs_left()):
+        return
+    shown = "".join(f"    {job}\n" for job in jobs[:5]) + (f"    … {len(jobs)} in all\n" if len(jobs) > 5 else "")
+    print("Slurm jobs of an earlier run are still there: waiting for them, their results are used", file=sys.stderr)
+    print(f"{shown}  fix: to begin without them, scancel these numbers", file=sys.stderr, flush=True)
+    try:
+        while jobs_left():
+            time.sleep(5)
+    except KeyboardInterrupt:
+        print("Stopped waiting; the jobs go on.", file=sys.stderr)
+        sys.exit(130)
