@@ -22,7 +22,7 @@ from transformers import Qwen2Tokenizer
 from faults import server
 from faults.project import ORDER, commands, environment, make_project
 from llava_sft.checkpoint.safetensors_io import old_name
-from llava_sft.data.lengths import SampleSizes
+from llava_sft.data.lengths import sizes_of
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.tiny import random_weights, write_tiny_checkpoint
@@ -279,13 +279,10 @@ def test_a_folder_as_the_hub_serves_it_is_trained_and_exported_with_all_that_inf
     for line in (chain.project / "data/published.jsonl").read_text().splitlines():
         asked, answer = (turn["value"] for turn in json.loads(line)["conversations"])
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-        lengths.append(
-            len(tokenizer.apply_chat_template(turns)["input_ids"])
-        )  # an image of up to 56 × 56 is 1 to 4 tokens
-    sizes = SampleSizes(
-        **{key: value for key, value in read_json(results / "sizes.json").items() if key in SampleSizes._fields}
-    )
-    assert [tokens - sum(patches) // 4 + 1 for tokens, patches in zip(sizes.tokens, sizes.patches)] == lengths
+        lengths.append(len(tokenizer.apply_chat_template(turns)["input_ids"]))  # an image is one
+    sizes = sizes_of(read_json(results / "sizes.json"))
+    images = [sum(patches) // 4 for patches in sizes.patches]
+    assert [tokens - image + 1 for tokens, image in zip(sizes.tokens, images, strict=True)] == lengths
 
 
 def test_own_rates_reach_their_parts(chain):

@@ -1,5 +1,6 @@
 """The published vocabulary: token ids and counts, the chat template, what is content and what is control, inspection."""
 
+import itertools
 import json
 
 import pytest
@@ -54,9 +55,7 @@ def by_rank(word: bytes) -> list[int]:
     """Byte-pair encoding as tiktoken does it, without merges: join the neighbours that are the token of lowest rank."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while True:
-        pairs = [
-            (ranks()[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks()
-        ]
+        pairs = [(ranks()[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks()]
         if not pairs:
             return [ranks()[part] for part in parts]
         place = min(pairs)[1]
