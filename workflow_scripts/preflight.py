@@ -120,11 +120,6 @@ def main() -> None:
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained) + length_warning(settings, values, epoch.sequences)
-    if not (args.gpu or cluster) and values["gpus_per_node"] > (here := gpu_count()):
-        notes.append(
-            f"gpus_per_node {values['gpus_per_node']}, and this machine has {here}: train stops here, and runs with "
-            f"--profile slurm or on such a machine"
-        )
     if sizes.left_out:
         notes.append(
             f"{len(sizes.left_out):,} training samples are left out: their first answer ends beyond seq_length "
