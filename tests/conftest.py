@@ -1,6 +1,7 @@
 """What several test files share: a small checkpoint whose sizes are all different, so that no mix-up goes unnoticed."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
+from project_runs import copy_project, snakemake
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -52,3 +54,28 @@ def small_checkpoint(tmp_path_factory, small_model) -> Path:
     weights = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of the project as git sees it, with nothing made in it yet."""
+    return copy_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A project in which the embedded experiment has got as far as preflight."""
+    project = copy_project(tmp_path_factory.mktemp("prepared"))
+    made = snakemake(project, "preflight_vqa")
+    assert made.returncode == 0, made.stdout
+    return project
+
+
+@pytest.fixture(scope="module")
+def prepared_project(prepared, tmp_path_factory) -> Path:
+    """A copy of it, to be changed; the demo's many pictures are linked."""
+
+    def copy(source: str, target: str) -> None:
+        (os.link if source.endswith(".png") else shutil.copy2)(source, target)
+
+    return shutil.copytree(prepared, tmp_path_factory.mktemp("project") / "copy", copy_function=copy, symlinks=True)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from test_end_to_end import planned, project, snakemake  # noqa: F401 (a fixture)
+from project_runs import planned, snakemake
 from test_split_and_sources import mix
 from webdataset_helpers import picture, read_with_energon, record
 
@@ -25,7 +25,7 @@ def write_sources(folder: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows), folder / f"part-{number}.parquet", row_group_size=3)
 
 
-def test_sources_of_several_formats_are_converted_blended_and_only_what_grew_again(project):  # noqa: F811
+def test_sources_of_several_formats_are_converted_blended_and_only_what_grew_again(project):
     write_sources(project / "data")
     mix(project / "theirs/pretrain-0.tar", range(6))
     array = {"path": "data/array.json", "image_root": "data/images", "weight": 2.0}

@@ -7,66 +7,22 @@ the same project is asked again after changes that people make. Slow (minutes), 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parents[1]
+from project_runs import environment, losses, planned, snakemake, snakemake_command
+
 SMALL = ["train_iters=40", "save_interval=10", "log_interval=5", "evaluate_samples=40"]
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
 
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """A copy of the project as git sees it, with nothing made in it yet."""
-    target = tmp_path_factory.mktemp("project")
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
-    )
-    for name in listing.stdout.splitlines():
-        if (PROJECT / name).exists():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PROJECT / name, target / name, follow_symlinks=False)
-    return target
-
-
-def snakemake_command(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("snakemake")), *arguments]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
-
-
-def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        snakemake_command(*arguments),
-        cwd=project,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def planned(output: str) -> dict[str, int]:
-    """The table of jobs that Snakemake prints."""
-    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE) if name != "total"}
-
-
-def losses(project: Path, run: str) -> list[tuple[int, float]]:
-    lines = (project / run / "metrics.jsonl").read_text().splitlines()
-    return [(record["iteration"], record["lm loss"]) for record in map(json.loads, lines)]
-
-
-def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(project):
+def test_the_whole_chain_is_planned_before_its_data_is_made(project):
     dry = snakemake(project, "-n", "train_vqa")
     assert dry.returncode == 0, dry.stdout
     jobs = planned(dry.stdout)
@@ -74,95 +30,99 @@ def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(project):
     assert {"make_demo_vqa", "train", "evaluate", "report"} <= jobs.keys()
     assert not (project / "output").exists()
 
-    with open(project / "first.log", "w") as log:
+
+def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(prepared_project):
+    with open(prepared_project / "first.log", "w") as log:
         first = subprocess.Popen(
             snakemake_command("train_vqa", "--config", *SMALL),
-            cwd=project,
+            cwd=prepared_project,
             env=environment(),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    tracker = project / RUN / "latest_checkpointed_iteration.txt"
+    tracker = prepared_project / RUN / "latest_checkpointed_iteration.txt"
     while first.poll() is None and not (tracker.exists() and int(tracker.read_text() or 0) >= 10):
         time.sleep(0.1)
-    assert first.poll() is None, (project / "first.log").read_text()
+    assert first.poll() is None, (prepared_project / "first.log").read_text()
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert not (project / RESULTS / "train.done.json").exists()
+    assert not (prepared_project / RESULTS / "train.done.json").exists()
 
-    second = snakemake(project, "train_vqa", "--config", *SMALL)
+    second = snakemake(prepared_project, "train_vqa", "--config", *SMALL)
     assert second.returncode == 0, second.stdout
     assert "going on from step" in second.stdout
     assert planned(second.stdout).keys().isdisjoint({"make_demo_vqa", "stage2_sftdata2webdataset"})
 
-    undisturbed = snakemake(project, "export_vqa", "--config", *SMALL, "run_tag=undisturbed")
+    undisturbed = snakemake(prepared_project, "export_vqa", "--config", *SMALL, "run_tag=undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stdout
-    assert losses(project, RUN) == losses(project, f"{RUN}_undisturbed")
+    assert losses(prepared_project, RUN) == losses(prepared_project, f"{RUN}_undisturbed")
     weights = "huggingface/model.safetensors"
-    assert (project / RESULTS / weights).read_bytes() == (project / f"{RUN}_undisturbed_results" / weights).read_bytes()
+    assert (prepared_project / RESULTS / weights).read_bytes() == (
+        prepared_project / f"{RUN}_undisturbed_results" / weights
+    ).read_bytes()
 
-    evaluation = json.loads((project / RESULTS / "evaluation.json").read_text())
+    evaluation = json.loads((prepared_project / RESULTS / "evaluation.json").read_text())
     assert evaluation["samples"] == 40
-    assert "<svg" in (project / RESULTS / "report.html").read_text()
+    assert "<svg" in (prepared_project / RESULTS / "report.html").read_text()
     for place in ("iter_0000040", "dataloader", "tensorboard", "run.json"):
-        assert (project / RUN / place).exists()
+        assert (prepared_project / RUN / place).exists()
 
 
-def test_finished_target_has_nothing_to_do(project):
-    (project / "README.md").touch()
-    again = snakemake(project, "train_vqa", "--config", *SMALL)
+def test_finished_target_has_nothing_to_do(prepared_project):
+    (prepared_project / "README.md").touch()
+    again = snakemake(prepared_project, "train_vqa", "--config", *SMALL)
     assert again.returncode == 0, again.stdout
     assert "Nothing to be done" in again.stdout
 
 
-def test_preflight_for_another_machine_says_what_would_fit_and_writes_nothing(project):
-    before = {path: path.stat().st_mtime_ns for path in (project / RESULTS).iterdir()}
+def test_preflight_for_another_machine_says_what_would_fit_and_writes_nothing(prepared_project):
+    before = {path: path.stat().st_mtime_ns for path in (prepared_project / RESULTS).iterdir()}
     big = ["model=4b", "packing=true", "seq_length=8192", "micro_batch_size=1", "global_batch_size=auto"]
     asked = subprocess.run(
         [sys.executable, "workflow_scripts/preflight.py", "vqa", "--gpu", "H100", "--config", *big, "train_iters=auto"],
-        cwd=project, env=environment(), capture_output=True, text=True,
+        cwd=prepared_project, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr
     assert re.search(r"memory .* of 79\.1 \(H100\): DOES NOT FIT", asked.stdout)
     assert asked.stdout.count("would fit: ") == 3
-    assert {path: path.stat().st_mtime_ns for path in (project / RESULTS).iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (prepared_project / RESULTS).iterdir()} == before
 
 
-def test_deleted_shard_is_made_again_without_a_training_step(project):
-    dataset = (project / "output/data/vqa/dataset.json").read_bytes()
-    before = losses(project, RUN)
-    (project / "output/data/vqa/webdatasets/subtaskdata-00001.tar").unlink()
-    again = snakemake(project, "train_vqa", "--config", *SMALL)
+def test_deleted_shard_is_made_again_without_a_training_step(prepared_project):
+    dataset = (prepared_project / "output/data/vqa/dataset.json").read_bytes()
+    before = losses(prepared_project, RUN)
+    (prepared_project / "output/data/vqa/webdatasets/subtaskdata-00001.tar").unlink()
+    again = snakemake(prepared_project, "train_vqa", "--config", *SMALL)
     assert again.returncode == 0, again.stdout
     assert planned(again.stdout)["stage2_sftdata2webdataset"] == 1
     assert "nothing to train" in again.stdout
-    assert (project / "output/data/vqa/dataset.json").read_bytes() == dataset
-    assert losses(project, RUN) == before
-    assert len(list((project / RUN).glob("run_*.log"))) == 2  # the killed start and the resume
+    assert (prepared_project / "output/data/vqa/dataset.json").read_bytes() == dataset
+    assert losses(prepared_project, RUN) == before
+    assert len(list((prepared_project / RUN).glob("run_*.log"))) == 2  # the killed start and the resume
 
 
-def test_changed_lr_is_another_run_and_says_so(project):
+def test_changed_lr_is_another_run_and_says_so(prepared_project):
     changed = [*SMALL, "lr=1e-3"]
-    jobs = planned(snakemake(project, "-n", "train_vqa", "--config", *changed).stdout)
+    jobs = planned(snakemake(prepared_project, "-n", "train_vqa", "--config", *changed).stdout)
     assert {"preflight", "train", "convert_checkpoint_mcore2hf", "evaluate", "report"} <= jobs.keys()
     assert jobs.keys().isdisjoint({"stage2_sftdata2webdataset", "index_webdataset", "convert_checkpoint_hf2mcore"})
-    refused = snakemake(project, "train_vqa", "--config", *changed)
+    refused = snakemake(prepared_project, "train_vqa", "--config", *changed)
     assert refused.returncode != 0
     assert "lr: 0.002 → 0.001" in refused.stdout
     assert "run_tag=lr0.001" in refused.stdout
     assert "Traceback" not in refused.stdout
 
 
-def test_more_records_convert_only_the_ranges_that_changed(project):
-    raw = project / "output/demo/train.jsonl"
+def test_more_records_convert_only_the_ranges_that_changed(prepared_project):
+    raw = prepared_project / "output/demo/train.jsonl"
     with open(raw, "a") as file:
         file.write(
             json.dumps({"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]}) + "\n"
         )
-    jobs = planned(snakemake(project, "-n", "train_vqa", "--config", *SMALL).stdout)
+    jobs = planned(snakemake(prepared_project, "-n", "train_vqa", "--config", *SMALL).stdout)
     assert jobs["stage2_sftdata2webdataset"] == 1
     assert "make_demo_vqa" not in jobs
-    refused = snakemake(project, "train_vqa", "--config", *SMALL)
+    refused = snakemake(prepared_project, "train_vqa", "--config", *SMALL)
     assert refused.returncode != 0
     assert "data: " in refused.stdout and "run_tag=" in refused.stdout

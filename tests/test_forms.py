@@ -16,13 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Tokenizer
 
 from faults import server
 from faults.project import ORDER, commands, environment, make_project
+from llava_sft.checkpoint.safetensors_io import old_name
+from llava_sft.data.lengths import sizes_of
 from llava_sft.files import read_json
-from llava_sft.model.config import load_model_config
-from llava_sft.model.tiny import write_tiny_checkpoint
+from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.tiny import random_weights, write_tiny_checkpoint
+from published_tokenizer import VOCABULARY, write_tokenizer
 from test_legacy import write_original
 from test_split_and_sources import mix, tar_of, turns
 from webdataset_helpers import picture, record
@@ -58,6 +62,8 @@ FIRST = {
     "array": {"raw_data": "data/openai.json", "heldout_data": "data/heldout.jsonl", "image_root": "data/images",
               "load": "random", "tokenizer": "start"},
     "hub": {"raw_data": "data/part-*.parquet", "val_fraction": 0.3, "load": f"org/name@{REVISION}", "stage": "align"},
+    "published": {"raw_data": "data/published.jsonl", "heldout_data": "data/published.jsonl", "image_root": "data/images",
+                  "model": "published", "load": "published", "seq_length": 4096, "parity": "cpu", **ADAPTER},
     "parts": {"raw_data": "data/openai.jsonl", "image_root": "data/images", "load": "start", "stage": "align",
               "load_parts": {"vision": "other", "adapter": "random"}},
     "single": {"webdatasets": "theirs/single", "load": "legacy/tp1_pp1", "tokenizer": "start", **ADAPTER},
@@ -66,14 +72,21 @@ FIRST = {
 THEN = {  # from what the first have left
     "pattern": {"raw_data": "data/some-*.jsonl", "image_root": "data/images", "val_fraction": 0.2, "stage": "mid",
                 "load": "output/checkpoints/start_mcore_tp1_pp1", "packing": False, "lr_vision": 1e-4, "lr_adapter": 2e-3},
-    "finished": {"webdatasets": "output/data/blend/webdatasets", "load": "output/stage2_sft_blend/iter_0000001",
+    "finished": {"webdatasets": "output/data/array/webdatasets", "load": "output/stage2_sft_blend/iter_0000001",
                  "packing": False, "trainable_modules": ["adapter", "vision_model"]},
     "mix": {"webdatasets": "theirs/mix", "load": "output/stage2_sft_blend", **ADAPTER},
 }  # fmt: skip
-TRAINED_FROM = {  # folder of the weights that untrained parts keep, and the parts that are trained
+TRAINED_FROM = {  # folder of the weights that it starts from, and what the names of its trained tensors hold
     "blend": ("start", "merger"), "hub": ("start", "merger"), "single": ("start", "merger"), "packed": ("start", "merger"),
-    "parts": ("start", "merger"), "pattern": ("start", ""), "finished": ("start", "visual"), "mix": ("start", "merger"),
+    "parts": ("start", "merger"), "published": ("published", "merger"), "pattern": ("start", ""), "finished": ("start", "visual"),
+    "mix": ("output/stage2_sft_blend_results/huggingface", "merger"),
 }  # fmt: skip
+
+
+ANSWERS = [
+    "<|object_ref_start|>叶子<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>", "<think>\n\n</think>\n\n是。",
+    '<tool_call>\n{"name": "f"}\n</tool_call>', "Hello, world!",
+]  # fmt: skip
 
 
 def write_data(folder: Path) -> None:
@@ -93,6 +106,11 @@ def write_data(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(each) + "\n" for each in records))
 
     jsonl("llava.jsonl", [record(i, f"{i % 12}.png", kind="a") for i in range(24)])
+    published = [record(i, f"{i}.png", kind="grounding") for i in range(8)]
+    for i, each in enumerate(published):
+        each["conversations"][0]["value"] = f"<image>\n这是第{i}片叶子吗？"
+        each["conversations"][1]["value"] = ANSWERS[i % len(ANSWERS)]
+    jsonl("published.jsonl", published)
     jsonl("heldout.jsonl", [record(100 + i, f"{i}.png", kind="b") for i in range(4)])
     jsonl("openai.jsonl", [openai(i) for i in range(16)])
     (folder / "openai.json").write_text(json.dumps([openai(i) for i in range(16)]))
@@ -105,14 +123,39 @@ def write_data(folder: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows), folder / f"part-{part}.parquet")
 
 
+def write_published(folder: Path, model: ModelConfig) -> None:
+    """As the hub serves it: all files of config, preprocessor and tokenizer; two shards of few and random weights."""
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(model.to_hf_config()))
+    ends = {"bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643]}
+    sampling = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(ends | sampling | {"transformers_version": "4.53.0"}))
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "do_resize": True,
+        "min_pixels": 3136, "max_pixels": 3_240_000, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 1,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    weights, index = random_weights(model, 3), {}
+    for number, part in enumerate(("visual", "language"), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        chosen = {key: value for key, value in weights.items() if ("visual" in key) == (part == "visual")}
+        save_file(chosen, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(chosen, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
 def write_starts(project: Path) -> None:
+    write_published(project / "published", load_model_config(project / "config/models/published.yaml"))
     model = load_model_config(project / "config/models/forms.yaml")
     texts = [f"Question {i}? Answer {i}. Which is it? Be brief." for i in range(30)]
     for seed, name in enumerate(("start", "other")):
         write_tiny_checkpoint(project / name, texts, model, seed)
     for size in (1, 2):
         write_original(project / f"legacy/tp{size}_pp{size}", project / "start", model, size, size)
-    shutil.copytree(project / "start", project / f"hub/models--org--name/snapshots/{REVISION}")
+    snapshot = project / f"hub/models--org--name/snapshots/{REVISION}"
+    shutil.copytree(project / "start", snapshot)  # in the spelling that save_pretrained of transformers 4.53 writes
+    old = {old_name(key): value for key, value in load_file(snapshot / "model.safetensors").items()}
+    save_file(old, snapshot / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_theirs(folder: Path) -> None:
@@ -180,6 +223,8 @@ def chain(tmp_path_factory):
     project = make_project(tmp_path_factory.mktemp("forms") / "project")
     (project / "config/experiments/faults.yaml").unlink()
     (project / "config/models/forms.yaml").write_text(MODEL)
+    published = MODEL.replace("forms", "published").replace("vocab_size: 384", f"vocab_size: {VOCABULARY}")
+    (project / "config/models/published.yaml").write_text(published)
     chain = Chain(project, project.parent / "servers")
     try:
         write_data(project / "data")
@@ -193,7 +238,7 @@ def chain(tmp_path_factory):
 
 
 def weights(folder: Path) -> dict:
-    return load_file(folder / "model.safetensors")
+    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
 
 
 @pytest.mark.parametrize("name", [*FIRST, *THEN])
@@ -205,18 +250,50 @@ def test_each_form_goes_from_raw_data_to_the_report(chain, name):
     assert (results / "report.html").is_file(), "\n".join(mine)
     evaluation = read_json(results / "evaluation.json")
     held = read_json(project / f"output/data/{name}/dataset.json")["heldout"]["samples"]
-    assert (evaluation["samples"] > 0) == (held > 0) == (name not in ("single", "packed", "mix"))
+    assert (evaluation["samples"] > 0) == (held > 0) == (name not in ("parts", "single", "packed", "mix"))
     if name in TRAINED_FROM:
         source, trained = TRAINED_FROM[name]
         start, export = weights(project / source), weights(results / "huggingface")
-        same = {key for key in start if torch.equal(start[key], export[key])}
-        if name in ("finished", "mix"):  # from a run in which the adapter was trained
-            same |= {key for key in start if "merger" in key}
+        if name == "hub":
+            start = {old_name(key): value for key, value in start.items()}
         if name == "parts":
-            other = weights(project / "other")
-            same = {key for key in start if torch.equal((other if "visual" in key else start)[key], export[key])}
-        frozen = {key for key in start if trained and trained not in key}
-        assert frozen <= same and same != set(start), sorted(frozen - same)[:5]
+            start |= {key: value for key, value in weights(project / "other").items() if "visual" in key}
+        changed = {key for key in start if not torch.equal(start[key], export[key])}
+        assert changed and all(trained in key for key in changed), sorted(changed)
+
+
+def test_a_folder_as_the_hub_serves_it_is_trained_and_exported_with_all_that_inference_needs(chain):
+    results = chain.project / "output/stage2_sft_published_results"
+    export = results / "huggingface"
+    tokenizer = Qwen2Tokenizer.from_pretrained(export)
+    assert tokenizer.encode("Hello, world!") == [9707, 11, 1879, 0]
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"):
+        assert (export / name).read_bytes() == (chain.project / "published" / name).read_bytes(), name
+    ends = read_json(export / "generation_config.json")
+    assert sorted(ends["eos_token_id"]) == [151643, 151645] and ends["pad_token_id"] == 151643
+    assert read_json(export / "config.json")["image_token_id"] == 151655
+    assert read_json(export / "parity.json")["passed"] is True
+
+    tokenizer.chat_template = (export / "chat_template.jinja").read_text()
+    lengths = []
+    for line in (chain.project / "data/published.jsonl").read_text().splitlines():
+        asked, answer = (turn["value"] for turn in json.loads(line)["conversations"])
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        lengths.append(len(tokenizer.apply_chat_template(turns)["input_ids"]))  # an image is one
+    sizes = sizes_of(read_json(results / "sizes.json"))
+    images = [sum(patches) // 4 for patches in sizes.patches]
+    assert [tokens - image + 1 for tokens, image in zip(sizes.tokens, images, strict=True)] == lengths
+
+
+def test_own_rates_reach_their_parts(chain):
+    """lr 1e-3, lr_vision 1e-4, lr_adapter 2e-3: Adam's first steps move a weight by about its rate."""
+    start = weights(chain.project / "start")
+    export = weights(chain.project / "output/stage1.5_mid_pattern_results/huggingface")
+    moved = {"vision": [], "adapter": [], "language": []}
+    for key, value in start.items():
+        part = "adapter" if "merger" in key else "vision" if "visual" in key else "language"
+        moved[part].append((export[key] - value).abs().max().item())
+    assert max(moved["vision"]) < 4e-4 < max(moved["language"]) < 2.5e-3 < max(moved["adapter"]) < 5e-3
 
 
 def test_nothing_failed_beside_what_was_asked_for(chain):

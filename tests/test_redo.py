@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llava_sft.data.heldout import read_split
-from test_end_to_end import planned, project, snakemake  # noqa: F401 (a fixture)
+from project_runs import planned, snakemake
 from webdataset_helpers import picture, record
 
 DATASET = "output/data/redo/dataset.json"
@@ -49,7 +49,7 @@ def damage_four_shards_and_the_index(data: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
-def test_the_same_command_mends_what_is_damaged_and_follows_what_was_edited(project, suffix):  # noqa: F811
+def test_the_same_command_mends_what_is_damaged_and_follows_what_was_edited(project, suffix):
     folder, data = project / suffix, project / "output/data/redo"
     shutil.rmtree(data, ignore_errors=True)
     folder.mkdir()

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 import mini_slurm
+from project_runs import losses, snakemake_command
 from results import row, write_results
 from resume import Run
-from test_end_to_end import losses, project, snakemake_command  # noqa: F401 (a fixture)
 
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
 # Two data-parallel ranks, over two nodes or on one machine.
@@ -48,7 +48,7 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def here(project):  # noqa: F811
+def here(project):
     """The project with the profile edited as a user does for this cluster."""
     edit(project, auto_nodes=2, cpus_per_task=1, cores=1, conversion=3)
     edit(project, **{"slurm-init-seconds-before-status-checks": 1, "latency-wait": 10})
@@ -59,7 +59,7 @@ def here(project):  # noqa: F811
     return project
 
 
-def edit(project, **values):  # noqa: F811
+def edit(project, **values):
     profile = project / "profiles/slurm/config.yaml"
     text = profile.read_text()
     for key, value in values.items():
@@ -68,7 +68,7 @@ def edit(project, **values):  # noqa: F811
     profile.write_text(text)
 
 
-def start(project, *arguments: str, **environment: str) -> subprocess.Popen:  # noqa: F811
+def start(project, *arguments: str, **environment: str) -> subprocess.Popen:
     variables = os.environ | CPUS | {"PYTHONPATH": str(project / "no_torch")} | environment
     log = open(project / "snakemake.log", "ab")  # noqa: SIM115 (the child's)
     return subprocess.Popen(
@@ -76,7 +76,7 @@ def start(project, *arguments: str, **environment: str) -> subprocess.Popen:  # 
     )
 
 
-def snakemake(project, *arguments: str, **environment: str) -> tuple[int, str]:  # noqa: F811
+def snakemake(project, *arguments: str, **environment: str) -> tuple[int, str]:
     """Exit code and output."""
     before = (project / "snakemake.log").stat().st_size if (project / "snakemake.log").is_file() else 0
     code = start(project, *arguments, **environment).wait()
@@ -91,7 +91,7 @@ def trained(tag: str = "") -> str:
 # --- without Slurm ---------------------------------------------------------------------------------------------------
 
 
-def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(project, tmp_path):  # noqa: F811
+def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(project, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("bash", "sh", "which"):
@@ -165,7 +165,7 @@ def test_raw_data_to_a_training_on_two_nodes_equals_the_same_on_one_machine(clus
     assert code == 0 and "Nothing to be done" in output, output
 
 
-def weights(project, run: str, step: int) -> dict[str, bytes]:  # noqa: F811
+def weights(project, run: str, step: int) -> dict[str, bytes]:
     read = object.__new__(Run)
     read.folder = project / run
     return read.weights(step)
@@ -206,7 +206,7 @@ def undisturbed(here):
 class Disturbed:
     """A training over two nodes that something happens to."""
 
-    def __init__(self, cluster, project, tag: str):  # noqa: F811
+    def __init__(self, cluster, project, tag: str):
         self.cluster, self.project, self.tag = cluster, project, tag
         self.folder = project / f"{RUN}_{tag}"
         self.command = ("--profile", "slurm", trained(tag), "--config", *LONG, f"run_tag={tag}")

@@ -15,7 +15,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 import snakemake_logger_plugin_llava_sft as terminal
 from llava_sft import locks
-from test_end_to_end import project, snakemake  # noqa: F401 (a fixture)
+from project_runs import snakemake
 
 SETTINGS = SimpleNamespace(
     verbose=False, dryrun=False, debug_dag=False, stdout=False, nocolor=True, quiet=set(), show_failed_logs=True,
@@ -152,7 +152,7 @@ def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number)
             signal.signal(each, handler)
 
 
-def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):  # noqa: F811
+def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
     (project / "mine.csv").write_text("image,question,answer\n0.jpg,q,a\n")
     (project / "config/experiments/bad.yaml").write_text("raw_data: mine.csv\nload: x\nmodel: tiny\n")
     done = snakemake(project, "inspect_bad")

@@ -17,8 +17,8 @@ import pytest
 from llava_sft.files import read_json
 from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, damage, iterations_done
 from llava_sft.training.watch import read_jsonl
+from project_runs import snakemake
 from resume import Run, kill, same
-from test_end_to_end import project, snakemake  # noqa: F401 (a fixture)
 
 STEPS = 9
 HOW = {"train_iters": STEPS, "save_interval": 3, "async_save": True}
@@ -26,10 +26,9 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def base(project):  # noqa: F811
+def base(prepared_project):
     """Resolved settings of the embedded experiment, its data and start checkpoint made."""
-    made = snakemake(project, "preflight_vqa")
-    assert made.returncode == 0, made.stdout
+    project = prepared_project
     resolved = read_json(project / "output/stage2_sft_vqa_results/resolved.json")
     resolved["data"]["path"] = str(project / resolved["data"]["path"])
     resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
@@ -178,18 +177,18 @@ def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_l
 
 
 def test_settings_of_another_run_are_refused_by_snakemake_before_a_finished_one_is_touched(
-    project,  # noqa: F811
+    prepared_project,
     undisturbed,
 ):
-    results = project / "output/stage2_sft_vqa_results"
-    shutil.copytree(undisturbed.folder, project / "output/stage2_sft_vqa", symlinks=True)
+    results = prepared_project / "output/stage2_sft_vqa_results"
+    shutil.copytree(undisturbed.folder, prepared_project / "output/stage2_sft_vqa", symlinks=True)
     (results / "train.done.json").write_text("{}")
     before = {path: path.read_bytes() for path in results.glob("*.json")}
-    refused = snakemake(project, "train_vqa", "--config", "global_batch_size=64")
-    shutil.rmtree(project / "output/stage2_sft_vqa")
+    refused = snakemake(prepared_project, "train_vqa", "--config", "global_batch_size=64")
+    shutil.rmtree(prepared_project / "output/stage2_sft_vqa")
     assert refused.returncode != 0 and "holds 9 steps of another run" in refused.stdout, refused.stdout
     assert {path: path.read_bytes() for path in results.glob("*.json")} == before
-    assert "Nothing to be done" in snakemake(project, "-n", "preflight_vqa").stdout
+    assert "Nothing to be done" in snakemake(prepared_project, "-n", "preflight_vqa").stdout
     (results / "train.done.json").unlink()
 
 

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_sft.checkpoint.start import MARKER
+from llava_sft.checkpoint.verify import require_whole as require_whole_export
 from llava_sft.data.heldout import data_uri, read_split
+from llava_sft.data.index import told_leak
 from llava_sft.data.records import Sample
+from llava_sft.data.verify import require_whole as require_whole_data
 from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json, write_text
 
@@ -49,6 +52,8 @@ def main() -> None:
             )
     if args.samples != "all" and not (args.samples.isdecimal() and int(args.samples)):
         raise SettingsError(f"--samples {args.samples}: neither `all` nor a number of samples", "evaluate_samples: all")
+    require_whole_export(args.model_dir)
+    require_whole_data(args.webdatasets, args.dataset)
     model, data = fact(args.model_dir / MARKER, "depends"), fact(args.dataset, "fingerprint")
     options = [args.by, args.samples, args.batch_size, args.max_new_tokens]
     depends = fingerprint([model, data, options, RULES])
@@ -103,6 +108,8 @@ def tell(args: argparse.Namespace, result: dict[str, Any]) -> None:
             f"  {result['cut']:,} of {result['answers']:,} answers were cut after {args.max_new_tokens} tokens "
             "(max_new_tokens), which makes most of them wrong"
         )
+    if leak := told_leak(read_json(args.dataset)):
+        print(f"  {leak}")
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ import os
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -233,10 +234,18 @@ def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, st
     shown = (ALWAYS_SHOWN | why.keys() | given) - NOT_SHOWN
     for name, value in values.items():
         if name in shown:
-            value = ", ".join(value) if isinstance(value, list) else value
-            print(f"  {name:26} {value!s:14} {f'auto: {why[name]}' if name in why else origin[name]}")
+            print(f"  {name:26} {spelled(value):14} {f'auto: {why[name]}' if name in why else origin[name]}")
     for note in notes:
         print(f"  warning: {note}")
+
+
+def spelled(value: Any) -> str:
+    """A setting's value in one line; of an entry of `sources` what is not a default."""
+    if isinstance(value, list):
+        return ", ".join(map(spelled, value))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {spelled(each)}" for key, each in value.items() if each not in (None, "")) + "}"
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from llava_sft.data.index import told_leak
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
@@ -30,7 +31,7 @@ OPTIONAL = {
 KEYS = {
     "resolved": {"settings": dict, "why": dict, "run_name": str},
     "prediction": {"parameters": int, "warnings": list},
-    "dataset": {"read": int, "train": dict, "heldout": dict},
+    "dataset": {"train": dict, "heldout": dict},
     "inspect": {"checks": list, "distributions": dict},
     "train_done": {"iteration": int},
     "evaluation": {"split": str, "samples": int, "correct": int, "groups": dict, "examples": list},
@@ -122,6 +123,7 @@ def page(args: argparse.Namespace) -> str:
             (each for each in validations if is_number(each.get(LOSS))), key=lambda each: each[LOSS], default=None
         ),
         interval=wilson_interval,
+        leak=found["dataset"] and told_leak(found["dataset"]),
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example["correct"]],
         right=[example for example in examples if example["correct"]],

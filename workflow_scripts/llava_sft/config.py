@@ -511,6 +511,8 @@ def resolve(
     save = settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {iters:,} steps")
     settle("eval_interval", save, "save_interval: every checkpoint is validated")
     eval_iters = min(EVAL_ITERS, max(1, heldout_samples // gbs)) if heldout_samples else 0
+    if not heldout_samples:
+        values["eval_iters"] = "auto"  # there is nothing to validate on, whatever is asked for
     settle("eval_iters", eval_iters, f"{heldout_samples:,} held-out samples, at most {EVAL_ITERS} global batches")
     settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
     settle(
