@@ -187,8 +187,9 @@ def damaged(tmp_path, small_checkpoint):
     raw = Raw(tmp_path, [record(i, f"{i}.jpg") for i in range(8)])
     for number in range(8):
         data = picture("JPEG", (64, 48))
-        if number in (2, 5):  # a header and an end, and no picture between them
-            data = data[: data.index(b"\xff\xda")] + b"\xff\xd9"
+        if number in (2, 5):  # in the tables that its picture is coded with
+            table = data.index(b"\xff\xc4") + 4
+            data = data[:table] + b"\xff" + data[table + 1 :]
         (raw.images / f"{number}.jpg").write_bytes(data)
     raw.convert()
     index_webdataset(raw.wds, raw.parts)

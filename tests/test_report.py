@@ -1,17 +1,19 @@
 """The report is one file that needs nothing else, shows data as text only, and says what it does not know."""
 
+import argparse
 import base64
 import io
 import json
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "workflow_scripts" / "report.py"
+from llava_sft.errors import SftError
+from llava_sft.files import write_json
+from report import LOSS, OPTIONAL, main, page, wilson_interval
+
 EVIL = "</div><script>alert(1)</script><img src=http://evil.example/x>"
 
 
@@ -62,20 +64,20 @@ def run(tmp_path):
         },
     }  # fmt: skip
 
-    def report(*names: str) -> str:
-        options = []
+    def report(*names: str, **changes) -> str:
+        files = {"run_dir": run_dir, "export": None}
         for name in ("resolved", *names):
             path = tmp_path / f"{name}.json"
-            path.write_text(json.dumps(inputs[name]))
-            options += [f"--{name}", path]
-        output = tmp_path / "report.html"
-        subprocess.run([sys.executable, SCRIPT, *options, "--run-dir", run_dir, "--output", output], check=True)
-        return output.read_text()
+            path.write_text(json.dumps(inputs[name] | changes.get(name.replace("-", "_"), {})))
+            files[name.replace("-", "_")] = path
+        return page(argparse.Namespace(**dict.fromkeys(NAMES) | files))
 
+    report.folder = tmp_path
     return report
 
 
 EVERYTHING = ("prediction", "dataset", "train-done", "evaluation")
+NAMES = [name.replace("-", "_") for name in OPTIONAL]
 
 
 def test_page_needs_nothing_else_and_shows_data_as_text(run):
@@ -115,12 +117,90 @@ def test_same_input_gives_same_bytes(run):
     assert run(*EVERYTHING) == run(*EVERYTHING)
 
 
-def test_an_evaluation_of_what_is_no_export_is_one_message(tmp_path):
-    script = SCRIPT.with_name("evaluate.py")
-    run = subprocess.run(
-        [sys.executable, script, tmp_path, tmp_path, "--dataset", tmp_path / "d.json", "--output", tmp_path / "e.json"],
-        capture_output=True,
-        text=True,
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+
+
+def test_no_held_out_data_is_a_sentence_and_no_number(run):
+    nothing = {"samples": 0, "correct": 0, "accuracy": None, "groups": {}, "examples": []}
+    text = text_of(run(*EVERYTHING, evaluation=nothing))
+    assert "There is no held-out data: nothing here says" in text
+    assert "0 of 0" not in text and "confidence" not in text and "held-out accuracy" not in text
+
+
+def test_accuracy_on_held_out_samples_that_are_trained_on_is_marked(run):
+    assert "Not all of it is held out" not in run(*EVERYTHING)
+    leak = {"heldout_trained_on": {"records": 20, "images": 21, "of": 24}}
+    assert "20 of 24 held-out samples are trained on" in text_of(run(*EVERYTHING, dataset=leak))
+
+
+def test_cut_answers_and_the_rule_of_a_right_one_are_said(run):
+    assert "were cut" not in run(*EVERYTHING)
+    text = text_of(run(*EVERYTHING, evaluation={"cut": 3, "answers": 9, "max_new_tokens": 32}))
+    assert "3 of 9 answers were cut after 32 tokens" in text
+    assert "the expected text exactly, white space at both ends aside" in text
+
+
+def test_every_wrong_answer_that_was_kept_is_shown(run):
+    wrong = [example(False, prediction=f"wrong {n}") for n in range(30)]
+    shown = run(*EVERYTHING, evaluation={"samples": 40, "correct": 5, "examples": wrong})
+    assert all(f"wrong {n}<" in shown for n in range(30))
+    assert "(30 of 35)" in text_of(shown)
+
+
+def test_numbers_without_their_records_are_missing_and_no_crash(run):
+    lines = [{"iteration": 10, "train_iters": 40}, {"iteration": 40, "train_iters": 40, "lm loss": float("nan")}]
+    (run.folder / "stage2_sft_vqa/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = [{"iteration": 1, LOSS: None, "answers": []}, {"iteration": 2, LOSS: float("nan"), "answers": []}]
+    (run.folder / "stage2_sft_vqa/validation.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    text = text_of(run(*EVERYTHING, inspect={}))
+    assert "trained to the end" in text and "lowest loss" not in text
+
+
+@pytest.mark.parametrize("name", ["resolved", *OPTIONAL])
+def test_damaged_or_exchanged_input_is_one_message_and_no_page(run, name, capsys, monkeypatch):
+    run(*EVERYTHING)
+    names = dict.fromkeys(["resolved", *EVERYTHING, name])
+    write_json(run.folder / "inspect.json", {"ok": True, "checks": [], "distributions": {}, "notes": ["5 samples"]})
+    sound = {each: json.loads((run.folder / f"{each}.json").read_text()) for each in names}
+    options = [word for each in names for word in (f"--{each}", str(run.folder / f"{each}.json"))]
+    output = run.folder / "page.html"
+    words = ["report.py", *options, "--run-dir", str(run.folder / "stage2_sft_vqa"), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    path = run.folder / f"{name}.json"
+    write_json(path, sound[name], sealed=True)
+    main()
+    output.unlink()
+    digit = re.sub(
+        rb"(?<!seal\": \")(?<=: )(\d)(?=[\d,.\n])",
+        lambda found: b"%d" % ((int(found[1]) + 1) % 10),
+        path.read_bytes(),
+        count=1,
     )
-    assert (run.returncode, "Traceback" in run.stderr) == (1, False)
-    assert f"error: {tmp_path}/converted.json: no such file" in run.stderr
+    if name == "inspect":
+        digit = path.read_bytes().replace(b"5 samples", b"6 samples")
+    other = json.dumps(sound["dataset" if name != "dataset" else "evaluation"]).encode()
+    for damaged in (digit, path.read_bytes()[:-20], other, b"[1, 2]", b"", b"\0" * 40):
+        assert damaged != path.read_bytes()
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr().err
+        assert end.value.code == 1 and said.startswith("error: ") and f"{name}.json" in said, said
+        assert not output.exists()
+        write_json(path, sound[name], sealed=True)
+
+
+def test_files_of_another_run_are_not_mixed_into_the_page(run):
+    for name, change in (
+        ("dataset", {"fingerprint": "b"}), ("prediction", {"run_name": "stage2_sft_other"}), ("train_done", {"run_dir": "other"}),
+    ):  # fmt: skip
+        with pytest.raises(SftError, match="not of this run"):
+            run(*EVERYTHING, resolved={"data": {"fingerprint": "a"}}, **{name: change})
+
+
+def test_interval_is_that_of_wilson():
+    low, high = wilson_interval(81, 263)  # the example of Newcombe 1998, table I, method 3
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson_interval(0, 20)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson_interval(15, 15)[1] == pytest.approx(1)

@@ -10,6 +10,7 @@ verify compares every byte of an export, a converted folder, or a run's checkpoi
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def main() -> None:
     add = parser.add_argument
     add("direction", choices=["hf2mcore", "mcore2hf", "verify"])
     add("source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder")
-    add("target", type=Path, nargs="?", help="folder to write; it appears only when it is whole")
+    # An optional one would count as left out where options stand before it, as in the rules.
+    optional = {"nargs": "?"} if "verify" in sys.argv[1:] else {}
+    add("target", type=Path, **optional, help="folder to write; it appears only when it is whole")
     add("--model", help="config/models/<model>.yaml, or a path (default: what run.json or config.json says)")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
     add("--part", action="append", default=[], metavar="PART=FOLDER",
@@ -55,10 +58,6 @@ def main() -> None:
         folder = Path(args.source)
         print(verify(folder if (folder / MARKER).is_file() else existing_checkpoint(folder)))
         return
-    if args.target is None:
-        raise SettingsError(
-            f"{args.direction} without a target", f"{args.direction} SOURCE TARGET: the folder to write"
-        )
     convert(args)
 
 

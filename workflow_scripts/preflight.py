@@ -119,11 +119,6 @@ def main() -> None:
         "versions": {package: version(package) for package in PACKAGES},
     }
     notes = warnings(settings, start.untrained) + length_warning(settings, values, epoch.sequences)
-    if not (args.gpu or cluster) and values["gpus_per_node"] > (here := gpu_count()):
-        notes.append(
-            f"gpus_per_node {values['gpus_per_node']}, and this machine has {here}: train stops here, and runs with "
-            f"--profile slurm or on such a machine"
-        )
     if sizes.left_out:
         notes.append(
             f"{len(sizes.left_out):,} training samples are left out: their first answer ends beyond seq_length "
@@ -131,15 +126,21 @@ def main() -> None:
             f"all are in {paths.sizes}, and the training's log says why"
         )
     notes += filter(None, [told_leak(dataset)])
+    if not dataset["heldout"]["samples"]:
+        notes.append(
+            "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
+            "val_fraction: 0.02"
+        )
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
         write_json(paths.resolved, resolved, sealed=True)
-        known = {"parameters": model.parameter_count(), "warnings": notes, "origin": settings.origin}
+        known = {"run_name": settings.run_name, "parameters": model.parameter_count()}
+        known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
-        write_json(paths.prediction, known | given | {"prediction": predicted})
+        write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
     show(resolved, model.parameter_count(), notes, settings.origin)
     for line in lines:
         print(f"  {line}")

@@ -7,10 +7,11 @@ import argparse
 import math
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from markupsafe import Markup
 
-from llava_sft.errors import RunError, exits_cleanly
+from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
 from llava_sft.report.html import render
@@ -25,7 +26,19 @@ OPTIONAL = {
     "train-done": "marker of the finished training",
     "evaluation": "answers on held-out data (evaluate)",
 }
-WRONG_SHOWN, RIGHT_SHOWN = 24, 12
+# By option, keys that its file has had in every version, and the type of each: without them it is another file.
+KEYS = {
+    "resolved": {"settings": dict, "why": dict, "run_name": str},
+    "prediction": {"parameters": int, "warnings": list},
+    "dataset": {"read": int, "train": dict, "heldout": dict},
+    "inspect": {"checks": list, "distributions": dict},
+    "train_done": {"iteration": int},
+    "evaluation": {"split": str, "samples": int, "correct": int, "groups": dict, "examples": list},
+    "counts": {"epochs": (int, float), "seen": dict},
+    "parity": {"passed": (bool, type(None))},
+}
+MEASURED = ("tokens_per_s", "step_s", "memory_gib")
+LOSS = "lm loss validation"
 DISTRIBUTIONS = ("images per sample", "question length", "answer length", "image width", "image height")
 
 
@@ -33,10 +46,10 @@ DISTRIBUTIONS = ("images per sample", "question length", "answer length", "image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--resolved", type=json_file, required=True, metavar="JSON", help="resolved settings (preflight)")
+    add("--resolved", type=Path, required=True, metavar="JSON", help="resolved settings (preflight)")
     add("--run-dir", type=Path, required=True, metavar="DIR", help="run directory, with metrics.jsonl")
     for name, meaning in OPTIONAL.items():
-        add(f"--{name}", type=json_file, metavar="JSON", help=meaning)
+        add(f"--{name}", type=Path, metavar="JSON", help=meaning)
     add("--export", type=Path, metavar="DIR", help="Hugging Face folder, to be named on the page")
     add("--output", type=Path, required=True, metavar="HTML")
     args = parser.parse_args()
@@ -46,41 +59,81 @@ def main() -> None:
     print(f"report: {args.output}")
 
 
-def json_file(path: str) -> dict:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file", "make it first, or leave its option out") from None
-    except ValueError as error:
-        raise RunError(f"{path}: not valid JSON: {error}", "delete it and make it again") from None
+def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """What the files of the options hold, None where one is not given, by the names that the template knows them by.
+
+    Errors: DamagedFileError for a file that is damaged, or that is another one than its option says.
+    """
+    files = {name: getattr(args, name, None) for name in KEYS}
+    files["counts"] = args.run_dir / SAMPLE_COUNTS
+    files["parity"] = args.export and args.export / "parity.json"
+    found = {}
+    for name, path in files.items():
+        needed = name not in ("counts", "parity")  # the others are looked for, and given only where they exist
+        found[name] = read_json(path, *(() if needed else (None,))) if path else None
+        if found[name] is not None:
+            check_keys(path, found[name], KEYS[name])
+    data, fingerprint = found["resolved"].get("data", {}), (found["dataset"] or {}).get("fingerprint")
+    if fingerprint and data.get("fingerprint", fingerprint) != fingerprint:
+        raise not_this_run(args.dataset, f"its data is {fingerprint}, that of the run {data['fingerprint']}")
+    run_name = found["resolved"]["run_name"]
+    if (of := (found["prediction"] or {}).get("run_name", run_name)) != run_name:
+        raise not_this_run(args.prediction, f"it is of {of}")
+    if (of := Path((found["train_done"] or {}).get("run_dir", args.run_dir))) != args.run_dir:
+        raise not_this_run(args.train_done, f"it is of {of}")
+    return found
+
+
+def check_keys(path: Path, content: Any, keys: dict[str, Any]) -> None:
+    for key, kind in keys.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise DamagedFileError(
+                f"{path}: damaged, or another file than its name says: it has no {key} as it should",
+                "delete it and run the same command: it is made again",
+            )
+
+
+def not_this_run(path: Path, why: str) -> RunError:
+    return RunError(f"{path}: not of this run: {why}", "delete it and run the same command: it is made again")
 
 
 def page(args: argparse.Namespace) -> str:
     """The page. In the template JSON files go by the names of their options, None where one is missing."""
-    run_dir, export, resolved = args.run_dir, args.export, args.resolved
-    metrics, evaluation = read_metrics(run_dir), args.evaluation or {}
-    settings, why = resolved.get("settings", {}), resolved.get("why", {})
+    run_dir, export, found = args.run_dir, args.export, read_inputs(args)
+    metrics, evaluation, resolved = read_metrics(run_dir), found["evaluation"] or {}, found["resolved"]
+    validations = read_jsonl(run_dir / VALIDATION)
+    settings, why = resolved["settings"], resolved["why"]
     groups, examples = evaluation.get("groups", {}), evaluation.get("examples", [])
+    measured = {key: [each[key] for each in metrics if each.get(key) is not None] for key in MEASURED}
     return render(
         "report.html.j2",
-        **vars(args),
+        **found,
+        export=export,
         derived={name: settings.get(name) for name in why},
         given={name: value for name, value in settings.items() if name not in why},
         distributions=DISTRIBUTIONS,
-        last={**(metrics[-1] if metrics else {}), **(args.train_done or {})},
-        speed=median(record["tokens_per_s"] for record in metrics) if metrics else None,
-        step_s=median(record["step_s"] for record in metrics) if metrics else None,
-        counts=read_json(run_dir / SAMPLE_COUNTS, None),
-        peak_gib=max((record["memory_gib"] for record in metrics), default=0),
+        last={**(metrics[-1] if metrics else {}), **(found["train_done"] or {})},
+        speed=median(measured["tokens_per_s"]) if measured["tokens_per_s"] else None,
+        step_s=median(measured["step_s"]) if measured["step_s"] else None,
+        peak_gib=max(measured["memory_gib"], default=0),
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
-        validations=read_jsonl(run_dir / VALIDATION),
+        validations=validations,
+        best=min(
+            (each for each in validations if is_number(each.get(LOSS))), key=lambda each: each[LOSS], default=None
+        ),
         interval=wilson_interval,
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
-        wrong=[example for example in examples if not example["correct"]][:WRONG_SHOWN],
-        right=[example for example in examples if example["correct"]][:RIGHT_SHOWN],
-        parity=export and read_json(export / "parity.json", None),
+        wrong=[example for example in examples if not example["correct"]],
+        right=[example for example in examples if example["correct"]],
+        predictions=args.evaluation
+        and evaluation.get("predictions")
+        and args.evaluation.with_name("predictions.jsonl"),
         paths=paths(run_dir, export),
     )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
@@ -98,9 +151,7 @@ def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
 
 
 def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927): what a held-out set of this size can tell."""
-    if not samples:
-        return 0.0, 1.0
+    """95 % confidence interval of a share (Wilson 1927) of at least one sample: what a held-out set of this size can tell."""
     z = 1.96
     share, unit = correct / samples, z * z / samples
     middle, half = share + unit / 2, z * math.sqrt(share * (1 - share) / samples + unit / (4 * samples))

@@ -162,9 +162,10 @@ def snakemake(*words: str) -> list[str]:
     return [sys.executable, "-m", "snakemake", *words]
 
 
-def commands(project: Path) -> dict[str, list[list[str]]]:
-    """By rule, the script and arguments of each of its jobs, as the shell would pass them."""
-    listing = run(snakemake("--forceall", "--dry-run", "--printshellcmds", f"report_{NAME}"), project).stdout
+def commands(project: Path, *asked: str) -> dict[str, list[list[str]]]:
+    """By rule, the script and arguments of each of its jobs, as the shell would pass them. `asked`: targets and options."""
+    asked = asked or ("--forceall", f"report_{NAME}")
+    listing = run(snakemake("--dry-run", "--printshellcmds", *asked), project).stdout
     recorder, record = project / ".record.sh", project / ".record"
     recorder.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {record}\n")
     recorder.chmod(0o755)

@@ -57,7 +57,10 @@ class HfSource:
     def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
         """Raise CheckpointError unless the folder holds exactly the tensors of `rows`; if not `alone`, at least those."""
         if alone or self.config.get("model_type") in (MODEL_TYPE, "qwen3"):
-            config = ModelConfig.from_hf_config(read_hf_config(self.folder))
+            try:
+                config = ModelConfig.from_hf_config(read_hf_config(self.folder))
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder}: {error.problem}", error.fix) from None
             check_same_architecture(self.model, config, self.folder, parts)
         shapes = self.model.hf_tensor_shapes()
         wanted = {name: shapes[name] for row in rows for name in row.hf}

@@ -186,7 +186,7 @@ def _inspect_folder(folder: Path, tars: list[str], parts: list[dict[str, Any]], 
         except (OSError, tarfile.TarError) as error:
             found.problem(SHARDS, name, f"can not be read: {error}")
             continue
-        except (sqlite3.Error, DataError) as error:
+        except (sqlite3.Error, UnicodeDecodeError, DataError) as error:
             found.problem(INDEX, "index.sqlite", f"can not be read: {str(error).splitlines()[0][:SHOWN]}")
             break
         found.looked_at[SHARDS] += 1
@@ -228,7 +228,7 @@ def _open_index(wds_dir: Path, found: Findings) -> sqlite3.Connection | None:
     database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
     try:
         database.execute("SELECT 1 FROM samples, sample_parts LIMIT 1")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
         found.problem(INDEX, "index.sqlite", f"can not be read: {error}")
         return None
     return database

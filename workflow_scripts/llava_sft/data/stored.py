@@ -135,7 +135,7 @@ def _noted_hash(shard: StoredShard, row: int) -> bytes | None:
             return None
         query = "SELECT hash FROM sample_hashes WHERE tar_file_id = ? AND sample_index = ?"
         found = connection.execute(query, (numbers[shard.name], row)).fetchone()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
         raise DataError(
             f"{shard.folder}/.nv-meta/index.sqlite: cannot be read: {error}",
             "delete the folder .nv-meta and run the same command: it is made again",

@@ -181,7 +181,7 @@ def noted_hashes(folder: Path, number: int) -> dict[int, bytes]:
                 return {}
             rows = index.execute("SELECT sample_index, hash FROM sample_hashes WHERE tar_file_id = ?", (number,))
             return dict(rows.fetchall())
-    except sqlite3.Error as error:
+    except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
         raise DataError(f"{path}: can not be read: {error}", REINDEX) from None
 
 

@@ -7,12 +7,16 @@ and then the hash of each range decides. No torch.
 """
 
 import contextlib
+import itertools
 import os
+import struct
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import xxhash
 
 from llava_sft.checksums import find_damage, note
 from llava_sft.data.index import hash_range, is_whole
@@ -114,16 +118,26 @@ def _tars(wds_dir: Path) -> Iterator[tuple[str, int, Path, int]]:
 
 
 def find_changed_sample(tar: Path, hashes: dict[int, bytes], count: int) -> str | None:
-    """What is wrong with a tar, by the hashes of its samples (all bytes are read)."""
+    """What is wrong with a tar, by the hashes of its samples (all bytes are read).
+
+    Where every sample has one, their places are those of the `.tar.idx`, which is far faster than to look for headers.
+    """
     try:
+        if len(hashes) == count:
+            data = Path(f"{tar}.idx").read_bytes()
+            if len(data) != 8 * (count + 1):
+                return f"its .idx has {len(data):,} bytes, {8 * (count + 1):,} are due"
+            places, size = struct.unpack(f"<{count + 1}Q", data), os.path.getsize(tar)
+            with open(tar, "rb") as file:
+                for row, (start, stop) in enumerate(itertools.pairwise(places)):
+                    sample = os.pread(file.fileno(), max(0, stop - start), start) if stop <= size else b""
+                    if xxhash.xxh3_64_digest(sample) != hashes[row]:
+                        return f"sample {row} (counted from 0) does not hold what was written"
+            return None
         samples = walk_tar(tar)
         if len(samples) != count:
             return f"holds {len(samples):,} samples, {count:,} were written"
-        with open(tar, "rb") as file:
-            for row, sample in enumerate(samples):
-                if row in hashes and sample.checksum(file.fileno()) != hashes[row]:
-                    return f"sample {sample.key} does not hold what was written"
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, OverflowError, tarfile.TarError) as error:
         return f"can not be read: {error}"
     return None
 
