@@ -9,12 +9,13 @@ import re
 import sqlite3
 from pathlib import Path
 
-from faults.project import RUN
-
 # Measured anew by every run, or made of the dates of files.
 VOLATILE = {
     "step_s", "tokens_per_s", "data_wait_share", "memory_gib", "seconds", "prepared_tokens_per_s", "depends", "free_gib",
     "prediction", "date", "began", "ended", "host", "pid", "mfu", "forecast",
+    "seal",
+    "crc",
+    "files",
 }  # fmt: skip
 # Pickles whose order is free, messages about speed, lists of the checksums of both; they are compared by their effect.
 LEFT_OUT = (".log", ".lock", ".tsv", ".tmp", ".uuid", ".kept", ".metadata", "checksums.json", "events.jsonl")
@@ -22,7 +23,8 @@ TIMES = re.compile(
     r"class=.facts.|tokens/s|MFU|[GM]iB|\b(seconds?|minutes?|hours?|speed|memory|wait|step time)\b|\d m?s\b",
     re.IGNORECASE,
 )
-FOLDERS = ("tensorboard", "logs", "benchmarks", "start")
+MEMO = re.compile(r"\..*\.json|.*\.files\.json")  # what was found whole, with its dates
+FOLDERS = ("tensorboard", "logs", "benchmarks", "start", "dataloader")
 
 
 def artefacts(project: Path, known: dict[str, tuple] | None = None, timed: bool = False) -> dict[str, str]:
@@ -37,6 +39,7 @@ def artefacts(project: Path, known: dict[str, tuple] | None = None, timed: bool 
         if (
             path.suffix in LEFT_OUT
             or path.name.endswith(LEFT_OUT)
+            or (MEMO.fullmatch(path.name) and path.name != ".info.json")
             or set(FOLDERS) & set(path.parts)
             or any(part.startswith("damaged_") for part in path.parts)
             or not path.is_file()
@@ -64,8 +67,6 @@ def digest(path: Path, name: str, timed: bool) -> str:
             data = words(data.decode(), timed).encode()
         elif path.suffix == ".distcp":
             data = tensors(path)
-        elif name.startswith(f"{RUN}/dataloader/"):
-            return ""  # compared by what the training makes of it
     return hashlib.sha256(data).hexdigest()[:16]
 
 

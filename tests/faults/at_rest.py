@@ -29,7 +29,7 @@ from faults.artefacts import artefacts, differences
 from faults.damage import FORMS, UNREADABLE, damage
 from faults.kinds import KINDS, USES, Kind
 from faults.limits import LIMITS
-from faults.project import ROOT, commands, environment, make_project, make_states
+from faults.project import NAME, ROOT, commands, environment, make_project, make_states
 from faults.sandbox import Sandbox
 
 OUTCOMES = ("reported", "mended", "harmless", "documented", "unnamed", "silent", "traceback", "lost", "stuck")
@@ -101,7 +101,11 @@ class Bench:
 
             return kill
 
-        self.commands = {"start": [["small/make_start.py"]], "runs": [["workflow_scripts/list_runs.py", "output"]]}
+        self.commands = {
+            "start": [["small/make_start.py"]],
+            "plan": [["small/plan.py", "--dry-run", f"data_{NAME}"]],
+            "runs": [["workflow_scripts/list_runs.py", "output"]],
+        }
         step("start")
         self.commands |= commands(self.project)
         make_states(self.project, self.states, step, begin)

@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 USES = {
     "convert": Use("before", ("convert_checkpoint_hf2mcore",), ("output/checkpoints/*",)),
     "convert again": Use("before", ("convert_checkpoint_hf2mcore",)),
-    "index": Use("before", ("index_webdataset",)),
+    "index": Use("before", ("plan", "index_webdataset")),  # damaged shards are found while Snakemake plans
     "inspect": Use("before", ("inspect_webdataset",)),
     "measure": Use("before", ("measure_webdataset",), (f"{RESULTS}/sizes.json",)),
     "measure anew": Use("before", ("measure_webdataset",), (f"{RESULTS}/sizes.json", f"{DATA}/sizes")),

@@ -93,6 +93,7 @@ def make_project(folder: Path, root: Path = ROOT) -> Path:
     (folder / f"config/models/{NAME}.yaml").write_text(MODEL)
     write_data(folder / "small")
     (folder / "small/make_start.py").write_text(START)
+    (folder / "small/plan.py").write_text("from snakemake.cli import main\n\nmain()\n")
     return folder
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 PRELOAD = {
     "steps": (
-        "torch", "transformers", "safetensors.torch", "tokenizers", "sqlite3", "yaml", "matplotlib.figure", "jinja2",
+        "torch", "snakemake.cli", "snakemake.workflow", "transformers", "safetensors.torch", "tokenizers", "sqlite3", "yaml", "matplotlib.figure", "jinja2",
         "matplotlib.backends.backend_svg", "PIL.Image", "megatron.energon", "tqdm", "pydantic", "orjson", "xxhash", "psutil",
         "transformers.models.auto.processing_auto", "transformers.models.auto.modeling_auto", "transformers.generation.utils",
         "transformers.models.qwen2.tokenization_qwen2", "transformers.models.qwen3.modeling_qwen3",
