@@ -33,7 +33,7 @@ VALUES = {
     "eval_interval": 10_000, "trainable_modules": ["language_model", "adapter", "vision_model"], "fp8": "none",
     "optimizer_precision": "bf16", "deterministic": False, "pack_chunk_tokens": 8192, "recompute_language": "none",
     "recompute_vision": "none", "packing": True, "packing_buffer_size": 64, "num_workers": 1, "keep_last": None,
-    "keep_every": None, "async_save": True, "log_samples": False, "log_answers": 0, "max_bad_steps": 1000, "max_minutes": None,
+    "keep_every": None, "async_save": True, "log_samples": False, "max_damaged_samples": 0, "log_answers": 0, "max_bad_steps": 1000, "max_minutes": None,
 }  # fmt: skip
 
 
