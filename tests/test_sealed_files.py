@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_sft.checkpoint.start import SIDECARS
+from llava_sft.checkpoint.verify import sidecars_damage
 from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json, write_json
+from llava_sft.training.run import keep_sidecars
 
 VALUE = {"steps": 6, "loss": 5.25, "name": "数据", "nested": {"seal": "mine"}, "list": [1, 2, 3]}
 
@@ -73,3 +76,18 @@ def test_full_disk_ends_in_one_message_and_other_trouble_of_the_system_keeps_its
     assert "free some space" in capsys.readouterr().err
     with pytest.raises(OSError):
         exits_cleanly(fails)(errno.EMFILE)
+
+
+def test_damaged_tokenizer_of_a_run_is_copied_again_from_its_start_checkpoint(tmp_path, capsys):
+    start, run = tmp_path / "start", tmp_path / "run"
+    start.mkdir()
+    (start / "tokenizer.json").write_text('{"vocab": 12}')
+    run.mkdir()
+    resolved = {"start": {"sidecars": str(start), "folder": None}}
+    keep_sidecars(run, resolved, done=0)
+    (run / SIDECARS / "tokenizer.json").write_text('{"vocab": 13}')
+    assert "tokenizer.json" in sidecars_damage(run / SIDECARS)
+    keep_sidecars(run, resolved, done=4)
+    assert (run / SIDECARS / "tokenizer.json").read_text() == '{"vocab": 12}'
+    assert "copied from" in capsys.readouterr().out
+    assert sidecars_damage(run / SIDECARS) is None

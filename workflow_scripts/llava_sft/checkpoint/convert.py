@@ -31,7 +31,7 @@ from llava_sft.checkpoint.start import (
     read_hf_config,
 )
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
-from llava_sft.checkpoint.verify import MARKER, require_whole
+from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
@@ -200,6 +200,10 @@ def mcore2hf(
     """
     check_pickles(source)
     require_whole(source, full=True)
+    if damage := sidecars_damage(sidecars):
+        raise CheckpointError(
+            f"{sidecars}: {damage}: damaged since the training began", "copy the file from the start checkpoint again"
+        )
     tokenizer_token_ids(sidecars)
     model = with_source_positions(model, sidecars)
     reader = TorchDistReader(source)

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 from llava_sft.checksums import find_damage
-from llava_sft.errors import CheckpointError
+from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_object
 
 MARKER = "converted.json"  # of a converted checkpoint and of an export
 CHECKSUMS = "checksums.json"  # of a run's checkpoint
 MEMO = ".verified.json"
+SIDECARS_NOTE = ".checksums.json"  # in a run's copy of the tokenizer and config
 WEIGHTS = (".safetensors", ".distcp")
 
 
@@ -48,6 +49,14 @@ def require_whole(folder: Path, full: bool = False) -> int:
             f"restore it from a copy, or {again}",
         )
     return sum(entry[0] for entry in files.values())
+
+
+def sidecars_damage(folder: Path) -> str | None:
+    """What is wrong with a run's copy of the tokenizer and config; None where nothing is, or nothing was noted."""
+    try:
+        return find_damage(folder, read_object(folder / SIDECARS_NOTE, {}), full=True)
+    except DamagedFileError as error:
+        return error.problem
 
 
 def verify(folder: Path) -> str:

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import psutil
 
 from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars, newest_checkpoint
+from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
+from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
 from llava_sft.training.checkpoints import checkpoint_dir, data_dir, iterations_done, newest_whole
@@ -190,11 +192,23 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
             print(f"the learning rate keeps its schedule of {length} steps and stays at min_lr after it")
             resolved["settings"]["lr_decay_iters"] = length
     write_json(run_dir / RUN_FILE, resolved, sealed=True)
-    sidecars = run_dir / SIDECARS
-    if not done or not sidecars.is_dir():  # before the first checkpoint they may be those of another run
-        with atomic_dir(sidecars) as folder:
-            copy_sidecars(Path(resolved["start"]["sidecars"]), folder)
+    keep_sidecars(run_dir, resolved, done)
     return done
+
+
+def keep_sidecars(run_dir: Path, resolved: dict[str, Any], done: int) -> None:
+    """Copy the start checkpoint's tokenizer and config into the run, which the export takes them from."""
+    sidecars, start = run_dir / SIDECARS, resolved["start"]
+    if not done and start["folder"]:
+        require_whole(Path(start["folder"]))
+    damage = sidecars_damage(sidecars)
+    if done and sidecars.is_dir() and not damage:
+        return  # before the first checkpoint they may be those of another run
+    if damage and done:
+        print(f"{sidecars}: {damage}: copied from {start['sidecars']} again")
+    with atomic_dir(sidecars) as folder:
+        copy_sidecars(Path(start["sidecars"]), folder)
+        write_json(folder / SIDECARS_NOTE, note(folder, list(folder.iterdir())), sealed=True)
 
 
 def propose_tag(run_dir: Path, resolved: dict[str, Any], key: str, value: Any) -> str:
