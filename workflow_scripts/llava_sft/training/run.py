@@ -199,7 +199,7 @@ def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
 def keep_sidecars(run_dir: Path, resolved: dict[str, Any], done: int) -> None:
     """Copy the start checkpoint's tokenizer and config into the run, which the export takes them from."""
     sidecars, start = run_dir / SIDECARS, resolved["start"]
-    if not done and start["folder"]:
+    if not done and start.get("folder"):
         require_whole(Path(start["folder"]))
     damage = sidecars_damage(sidecars)
     if done and sidecars.is_dir() and not damage:
