@@ -15,6 +15,8 @@ VOLATILE = {
     "prediction", "date", "began", "ended", "host", "pid", "mfu", "forecast",
     "seal",
     "crc",
+    "ctime_ns",
+    "mtime_ns",
     "files",
 }  # fmt: skip
 # Pickles whose order is free, messages about speed, lists of the checksums of both; they are compared by their effect.
