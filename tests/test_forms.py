@@ -62,7 +62,7 @@ FIRST = {
     "array": {"raw_data": "data/openai.json", "heldout_data": "data/heldout.jsonl", "image_root": "data/images",
               "load": "random", "tokenizer": "start"},
     "hub": {"raw_data": "data/part-*.parquet", "val_fraction": 0.3, "load": f"org/name@{REVISION}", "stage": "align"},
-    "published": {"raw_data": "data/published.jsonl", "heldout_data": "data/published.jsonl", "image_root": "data/images",
+    "published": {"raw_data": "data/published.jsonl", "heldout_data": "data/asked.jsonl", "image_root": "data/images",
                   "model": "published", "load": "published", "seq_length": 4096, "parity": "cpu", **ADAPTER},
     "parts": {"raw_data": "data/openai.jsonl", "image_root": "data/images", "load": "start", "stage": "align",
               "load_parts": {"vision": "other", "adapter": "random"}},
@@ -106,11 +106,12 @@ def write_data(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(each) + "\n" for each in records))
 
     jsonl("llava.jsonl", [record(i, f"{i % 12}.png", kind="a") for i in range(24)])
-    published = [record(i, f"{i}.png", kind="grounding") for i in range(8)]
+    published = [record(i, f"{i}.png", kind="grounding") for i in range(12)]
     for i, each in enumerate(published):
         each["conversations"][0]["value"] = f"<image>\n这是第{i}片叶子吗？"
         each["conversations"][1]["value"] = ANSWERS[i % len(ANSWERS)]
-    jsonl("published.jsonl", published)
+    jsonl("published.jsonl", published[:8])
+    jsonl("asked.jsonl", published[8:])
     jsonl("heldout.jsonl", [record(100 + i, f"{i}.png", kind="b") for i in range(4)])
     jsonl("openai.jsonl", [openai(i) for i in range(16)])
     (folder / "openai.json").write_text(json.dumps([openai(i) for i in range(16)]))
