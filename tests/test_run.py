@@ -73,7 +73,11 @@ def changed(resolved, **settings):
 def test_a_new_directory_takes_the_run_and_a_copy_of_all_but_the_weights(run_dir, resolved):
     assert open_run(run_dir, resolved) == 0
     assert read_json(run_dir / "run.json") == resolved
-    assert {path.name for path in (run_dir / SIDECARS).iterdir()} == {"config.json", "tokenizer.json", ".checksums.json"}
+    assert {path.name for path in (run_dir / SIDECARS).iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        ".checksums.json",
+    }
 
 
 def test_the_same_run_goes_on_from_its_newest_whole_checkpoint(run_dir, resolved):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_sft.checkpoint.start import SIDECARS
-from llava_sft.checkpoint.verify import sidecars_damage
+from llava_sft.checkpoint.verify import MARKER, sidecars_damage
+from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.training.run import keep_sidecars
@@ -91,3 +92,14 @@ def test_damaged_tokenizer_of_a_run_is_copied_again_from_its_start_checkpoint(tm
     assert (run / SIDECARS / "tokenizer.json").read_text() == '{"vocab": 12}'
     assert "copied from" in capsys.readouterr().out
     assert sidecars_damage(run / SIDECARS) is None
+
+
+def test_damaged_tokenizer_of_a_converted_checkpoint_is_named(tmp_path):
+    folder = tmp_path / "start_mcore_tp1_pp1" / SIDECARS
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text('{"vocab": 12}')
+    assert sidecars_damage(folder) is None  # an older one, which noted nothing
+    write_json(folder.parent / MARKER, {"files": note(folder.parent, [folder / "tokenizer.json"])}, sealed=True)
+    assert sidecars_damage(folder) is None
+    (folder / "tokenizer.json").write_text('{"vocab": 13}')
+    assert "huggingface/tokenizer.json" in sidecars_damage(folder)

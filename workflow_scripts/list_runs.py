@@ -33,7 +33,7 @@ def describe(run_dir: Path) -> tuple[str, ...]:
     done, metrics = iterations_done(run_dir), read_metrics(run_dir)
     try:
         settings = read_json(run_dir / RUN_FILE)["settings"]
-    except (DamagedFileError, KeyError, TypeError):
+    except (DamagedFileError, OSError, KeyError, TypeError):
         return run_dir.name, f"{RUN_FILE} is damaged", str(done), "", "", ""
     size = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
     if is_running(run_dir):

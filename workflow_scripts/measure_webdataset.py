@@ -6,8 +6,9 @@ Shards whose counts still hold (--kept) are not read again.
 import argparse
 from pathlib import Path
 
+from llava_sft.checkpoint.verify import sidecars_damage
 from llava_sft.data.lengths import Limits, measure
-from llava_sft.errors import exits_cleanly
+from llava_sft.errors import CheckpointError, exits_cleanly
 from llava_sft.files import read_json, write_json
 
 
@@ -25,6 +26,11 @@ def main() -> None:
         add(f"--{name.replace('_', '-')}", type=int, required=True, metavar="N", help="as in the settings")
     args = parser.parse_args()
     limits = Limits(*(getattr(args, name) for name in Limits._fields))
+    if damage := sidecars_damage(args.tokenizer):
+        raise CheckpointError(
+            f"{args.tokenizer}: {damage}: damaged since it was written",
+            f"delete {args.tokenizer.parent} and the .done.json beside it: the same command converts it again",
+        )
     found = measure(args.wds_dir, read_json(args.dataset), args.tokenizer, limits, args.kept, args.processes)
     write_json(args.output, found, indent=None)
     print(

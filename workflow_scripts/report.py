@@ -72,6 +72,8 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
     for name, path in files.items():
         needed = name not in ("counts", "parity")  # the others are looked for, and given only where they exist
         found[name] = read_json(path, *(() if needed else (None,))) if path else None
+        if path and found[name] is None:
+            print(f"note: {path}: no such file; the page says so")
         if found[name] is not None:
             check_keys(path, found[name], KEYS[name])
     data, fingerprint = found["resolved"].get("data", {}), (found["dataset"] or {}).get("fingerprint")

@@ -15,6 +15,8 @@ VOLATILE = {
     "prediction", "date", "began", "ended", "host", "pid", "mfu", "forecast",
     "seal",
     "crc",
+    "ctime_ns",
+    "mtime_ns",
     "files",
 }  # fmt: skip
 # Pickles whose order is free, messages about speed, lists of the checksums of both; they are compared by their effect.
@@ -47,6 +49,8 @@ def artefacts(project: Path, known: dict[str, tuple] | None = None, timed: bool 
             continue
         status = path.stat()
         state = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if path.suffix == ".distcp" and (index := path.with_name(".metadata")).is_file():
+            state += (index.stat().st_ctime_ns,)
         if known.get(name, (None,))[0] != state:
             known[name] = (state, digest(path, name, timed))
         if known[name][1]:

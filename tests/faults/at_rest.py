@@ -197,7 +197,11 @@ class Bench:
             named = is_named(case, fresh(said, usual))
             touched = (path.read_bytes() if path.is_file() else None) != damaged
             found = artefacts(sandbox.root, sandbox.digests)
-            differ = [name for name in differences(wanted, found) if touched or name != case.file]
+            differ = [
+                name
+                for name in differences(wanted, found)
+                if (touched or name != case.file) and not sandbox.untouched(name)
+            ]
             outcome = judge(code, said, named, differ, touched)
             if lost := sandbox.lost(case.file, use.without):
                 outcome = "lost"

@@ -56,6 +56,11 @@ class Sandbox:
         for path in (p for pattern in patterns for p in self.root.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def untouched(self, name: str) -> bool:
+        """Whether a shard of weights is as it was: its digest is made with another file, which may be the damaged one."""
+        path = self.root / name
+        return path.suffix == ".distcp" and path in self.kept and path.is_file() and stamp(path) == self.kept[path][1]
+
     def lost(self, damaged: str, without: tuple[str, ...]) -> list[str]:
         """Tars, and files of checkpoints that are whole, which are gone: neither there nor set aside."""
         step = next((part for part in Path(damaged).parts if part.startswith("iter_")), "-")

@@ -52,9 +52,14 @@ def require_whole(folder: Path, full: bool = False) -> int:
 
 
 def sidecars_damage(folder: Path) -> str | None:
-    """What is wrong with a run's copy of the tokenizer and config; None where nothing is, or nothing was noted."""
+    """What is wrong with the tokenizer and config of a run or a converted checkpoint; None where nothing is, or nothing was
+    noted."""
     try:
-        return find_damage(folder, read_object(folder / SIDECARS_NOTE, {}), full=True)
+        if (folder / SIDECARS_NOTE).is_file():
+            return find_damage(folder, read_object(folder / SIDECARS_NOTE), full=True)
+        top, files = noted(folder.parent)
+        small = {name: entry for name, entry in files.items() if name.startswith(f"{folder.name}/")}
+        return find_damage(top, small, full=True)
     except DamagedFileError as error:
         return error.problem
 
