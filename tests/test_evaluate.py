@@ -12,6 +12,7 @@ from PIL import Image
 
 import evaluate
 from evaluate import Answer, judge, kept_result, main
+from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
 from llava_sft.files import read_json, write_json
@@ -100,6 +101,10 @@ def test_each_answer_meets_its_question_whatever_the_batches(export, data):
     result, rows = evaluate.evaluate(arguments(export, data))
     assert [row["id"] for row in rows] == [f"r{n}" for n in range(9)]
     assert len({str(row["turns"]) for row in rows}) > 4, "answers that are all alike would show no mix-up"
+    samples = list(read_split(data / "wds", "val"))
+    for n in (1, 2, 6):  # asked alone
+        (alone,) = evaluate.answer(arguments(export, data), [samples[n].before(1)])
+        assert alone.text == rows[n]["turns"][0]["prediction"]
     for size in (1, 4):
         assert content_of(evaluate.evaluate(arguments(export, data, batch_size=size))[1]) == content_of(rows)
     assert {name: group["samples"] for name, group in result["groups"].items()} == {"all": 1, "k0": 4, "k1": 4}
@@ -244,8 +249,6 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
 
 
 def test_pictures_of_the_examples_are_embedded(data):
-    from llava_sft.data.heldout import read_split
-
     samples = list(read_split(data / "wds", "val"))
     _, examples = judge(samples, said(*["x"] * 10), "kind")
     assert examples[2]["images"][1].startswith("data:image/jpeg;base64,")
