@@ -11,6 +11,7 @@ from llava_sft.data.lengths import Limits, prepared_tokens_per_s, sample_sizes
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.data.template import ChatTemplate
+from llava_sft.files import read_json, write_json
 from webdataset_helpers import Raw, picture, record
 
 LIMITS = Limits(120, MIN_PIXELS, MAX_PIXELS)
@@ -46,7 +47,7 @@ def test_only_what_changed_is_counted_again(tmp_path, small_checkpoint):
     files = sorted(kept.rglob("*.json"))
     assert len(files) == len(list(raw.wds.glob("*.tar"))) > 2
     for path in files:  # whatever is read from now on shows
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokens": [1]}))
+        write_json(path, read_json(path) | {"tokens": [1]})
     assert sample_sizes(raw.wds, small_checkpoint, LIMITS, kept).tokens == [1] * len(files)
 
     (raw.images / "a.png").write_bytes((raw.images / "b.jpg").read_bytes())

@@ -103,3 +103,10 @@ def test_damaged_tokenizer_of_a_converted_checkpoint_is_named(tmp_path):
     assert sidecars_damage(folder) is None
     (folder / "tokenizer.json").write_text('{"vocab": 13}')
     assert "huggingface/tokenizer.json" in sidecars_damage(folder)
+
+
+def test_folder_in_the_place_of_a_file_is_named_and_not_the_temporary_file(tmp_path, capsys):
+    (tmp_path / "state.json").mkdir()
+    with pytest.raises(SystemExit):
+        exits_cleanly(write_json)(tmp_path / "state.json", {"steps": 1})
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'state.json'}: ")

@@ -156,7 +156,7 @@ def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[
     if known.get("depends") != depends_on(dataset, tokenizer, limits):
         known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
         if keep:
-            write_json(paths.sizes, known, indent=None)
+            write_json(paths.sizes, known, indent=None, sealed=True)
     return lengths.sizes_of(known), known["prepared_tokens_per_s"]
 
 

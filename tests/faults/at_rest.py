@@ -205,7 +205,13 @@ class Bench:
             outcome = judge(code, said, named, differ, touched)
             if lost := sandbox.lost(case.file, use.without):
                 outcome = "lost"
-            if code and use.goes_on and kind.state_file and outcome in ("reported", "unnamed"):
+            if (
+                code
+                and use.goes_on
+                and kind.state_file
+                and case.form != "folder"
+                and outcome in ("reported", "unnamed")
+            ):
                 outcome = "stuck" if self.run(sandbox, case.use)[0] else outcome
             if outcome == "silent" and any(limit.covers(*case[:2], case.form, case.keeps_mtime) for limit in LIMITS):
                 outcome = "documented"

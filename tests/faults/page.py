@@ -75,7 +75,8 @@ ENGLISH = {
     "kinds": "## Damage at rest: every kind of file that the chain keeps, raw data apart\n\n"
     "Forms of damage: a flipped bit, a changed digit, random bytes, a missing end, a zeroed block, the content of another file of\n"
     "its kind, an empty file, a missing one, a folder or a dangling link in its place; with the date kept and with a new one.\n"
-    "No file of the first group stops a run that has a whole checkpoint: it is set aside or made again, and this is said.\n\n"
+    "No file of the first group stops a run that has a whole checkpoint: it is set aside or made again, and this is said;\n"
+    "only a folder that stands in a file's place is named and left to you.\n\n"
     "| file | | steps that use it, each tried |\n|---|---|---|\n",
     "own": "state of a run",
     "limits": "## Limits\n\nDamage that is known to go unnoticed, and why. The harness counts it apart (`faults_documented`).\n\n",
@@ -89,7 +90,7 @@ CHINESE = {
     "promises": "## 故障、承诺与测试\n\n| 故障 | 承诺 | 测试 |\n|---|---|---|\n",
     "kinds": "## 静态损坏：流程保存的每类文件（原始数据除外）\n\n"
     "损坏方式：翻转一位、改一个数字、随机字节、缺尾、清零一块、换成同类另一文件的内容、空文件、文件丢失、原处变成文件夹或悬空链接；\n"
-    "修改时间保持不变或更新。只要还有完整的检查点，第一组文件的损坏都不会让运行停下：损坏的文件被移开或重新生成，并给出说明。\n\n"
+    "修改时间保持不变或更新。只要还有完整的检查点，第一组文件的损坏都不会让运行停下：损坏的文件被移开或重新生成，并给出说明；只有占据文件位置的文件夹会被指出，由您处理。\n\n"
     "| 文件 | | 用到它的步骤（逐一测试） |\n|---|---|---|\n",
     "own": "运行状态",
     "limits": "## 限制\n\n已知不会被发现的损坏及其原因。测试中单独计数（`faults_documented`）。\n\n",

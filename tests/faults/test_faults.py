@@ -18,7 +18,6 @@ from faults.project import ROOT, RUN
 pytestmark = pytest.mark.timeout(300)
 # A training takes some seconds, every other step a fraction of one.
 QUICK = {use for use in USES if use not in ("train", "resume", "export")}
-UNTIL_MERGED = pytest.mark.xfail(strict=False, reason="faults that are being mended")
 CHECKPOINT = next(kind for kind in KINDS if kind.name == "checkpoint shards")
 BROKEN_CHECK = """
 import contextlib, importlib
@@ -43,7 +42,6 @@ def test_undisturbed_steps_make_the_same_artefacts_each_time(bench):
     assert {use: found for use, found in once.items() if found} == {}
 
 
-@UNTIL_MERGED
 def test_damage_of_each_kind_of_file_is_never_believed(bench):
     quick = [kind._replace(uses=tuple(use for use in kind.uses if use in QUICK) or kind.uses[-1:]) for kind in KINDS]
     first = [kind._replace(uses=(kind.uses[number % len(kind.uses)],)) for number, kind in enumerate(quick)]
@@ -53,7 +51,6 @@ def test_damage_of_each_kind_of_file_is_never_believed(bench):
     assert not bad, "\n".join([table(found), *bad])
 
 
-@UNTIL_MERGED
 def test_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_like_the_undisturbed_one(bench):
     case = Case(CHECKPOINT.name, "resume", f"{RUN}/iter_0000004/__0_0.distcp", "run", True, 1)
     assert bench.try_case(case, CHECKPOINT)["outcome"] == "mended"

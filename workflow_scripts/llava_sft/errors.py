@@ -80,7 +80,8 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
 def of_file(error: OSError) -> SftError:
     """The message for a file that cannot be read or written, or a disk that is full."""
-    what = f"{error.filename}: {error.strerror}" if error.filename is not None else f"{error.strerror}"
+    name = error.filename2 or error.filename  # of a renaming: where the file was to be
+    what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
         return SftError(what, "free some space on that disk; the same command goes on")
     return SftError(what, "restore it, or remove it where this workflow made it: the same command makes it again")

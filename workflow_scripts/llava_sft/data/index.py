@@ -393,7 +393,7 @@ def _write_source(source: Source, record: dict[str, Any] | None) -> str:
     stale = set(before["tars"]) - set(splits["heldout"])
     with write_meta(source.wds_dir, tars, splits["train"], splits["heldout"], exclude, own) as meta:
         if merged and record:
-            write_json(meta / HELDOUT_RECORD, record | {"tars": tar_names})
+            write_json(meta / HELDOUT_RECORD, record | {"tars": tar_names}, sealed=True)
             shutil.rmtree(source.wds_dir / ".nv-meta", ignore_errors=True)  # the old index ends with the old tars
             for path in staged.iterdir():
                 os.replace(path, source.wds_dir / path.name)

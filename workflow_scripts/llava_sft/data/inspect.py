@@ -36,8 +36,9 @@ from llava_sft.data.tars import (
     walk_tar,
 )
 from llava_sft.data.template import ChatTemplate, UnusableSample
+from llava_sft.data.verify import read_stats
 from llava_sft.errors import SHOWN, DataError, shown
-from llava_sft.files import file_hash, read_json
+from llava_sft.files import file_hash
 from llava_sft.report.html import render
 
 CHANGED = "its bytes are not those that were written"
@@ -132,7 +133,7 @@ def inspect_webdataset(
             raise DataError(f"{folder} holds no .tar file", "give a WebDataset folder, or convert the raw data first")
         notes = parts_dir / folder.relative_to(wds_dir) if parts_dir else None
         stats_files = sorted(notes.glob("*.stats.json")) if notes else []
-        parts = [read_json(path) for path in stats_files if f"{path.name.removesuffix('.stats.json')}.tar" in tars]
+        parts = [read_stats(path) for path in stats_files if f"{path.name.removesuffix('.stats.json')}.tar" in tars]
         _inspect_folder(folder, tars, parts, found)
         if parts and notes:
             rejects.append((notes, parts))

@@ -142,7 +142,7 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
         sizes.rows.append(row)
     sizes.shards.append((shard.source + shard.name, len(sizes.tokens)))
     if place:
-        write_json(place, {"depends": depends, **sizes._asdict()}, indent=None)
+        write_json(place, {"depends": depends, **sizes._asdict()}, indent=None, sealed=True)
     return sizes
 
 

@@ -21,7 +21,7 @@ import xxhash
 from llava_sft.checksums import find_damage, note
 from llava_sft.data.index import hash_range, is_whole
 from llava_sft.data.tars import METADATASET, REINDEX, noted_hashes, read_meta, source_folders, walk_tar, way_out
-from llava_sft.errors import DamagedFileError, DataError
+from llava_sft.errors import DamagedFileError, DataError, shown
 from llava_sft.files import read_json, write_json
 from llava_sft.paths import Paths
 
@@ -163,7 +163,7 @@ def out_of_date(paths: Paths) -> tuple[list[Path], bool]:
             continue
         folder = (parts_dir / name).parent
         try:
-            stats = read_json(folder / f"{Path(name).name}.stats.json")
+            stats = read_stats(folder / f"{Path(name).name}.stats.json")
             raw, part = stats["raw"], shard.range
             if not is_whole((paths.webdatasets / name).parent, folder, stats):
                 stale.add(name)
@@ -207,3 +207,14 @@ def out_of_date(paths: Paths) -> tuple[list[Path], bool]:
 def _is_touched(noted: dict[str, Any], state: list[int]) -> bool:
     """Whether a raw file's size or dates are others than those that a conversion noted."""
     return [noted["size"], noted["mtime_ns"], noted.get("ctime_ns", state[2])] != state
+
+
+def read_stats(path: Path) -> dict[str, Any]:
+    """What the conversion noted of a shard. Raises DamagedFileError where it is of another one."""
+    stats = read_json(path)
+    if stats.get("shard") != path.name.removesuffix(".stats.json"):
+        raise DamagedFileError(
+            f"{path}: damaged: it is of {shown(stats.get('shard'))}",
+            "delete that shard's .tar and run the same command",
+        )
+    return stats

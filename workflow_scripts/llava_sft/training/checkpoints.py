@@ -9,6 +9,7 @@ No torch: the launcher uses it too.
 """
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def data_dir(run_dir: Path, iteration: int) -> Path:
 
 
 def is_sealed(run_dir: Path, iteration: int) -> bool:
-    return (checkpoint_dir(run_dir, iteration) / CHECKSUMS).is_file()
+    return os.path.lexists(checkpoint_dir(run_dir, iteration) / CHECKSUMS)  # a link to nowhere is damage, not a kill
 
 
 def iterations_done(run_dir: Path) -> int:
@@ -80,7 +81,7 @@ def damage(run_dir: Path, iteration: int, deep: bool = True) -> str | None:
     path = checkpoint_dir(run_dir, iteration) / CHECKSUMS
     try:
         noted = {name: of for name, of in read_json(path).items() if not TEMPORARY.fullmatch(Path(name).name)}
-    except (DamagedFileError, AttributeError):
+    except (DamagedFileError, AttributeError, OSError):
         return f"{path.relative_to(run_dir)} is damaged"
     if f"{path.parent.name}/.metadata" not in noted:
         return f"{path.relative_to(run_dir)} lacks .metadata"
