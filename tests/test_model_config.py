@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llava_sft.errors import CheckpointError, SettingsError
 from llava_sft.model.config import PUBLISHED_TOKEN_IDS, ModelConfig, load_model_config
@@ -103,3 +104,12 @@ def test_a_missing_model_file_names_those_there_are():
 def test_importing_the_config_does_not_import_torch():
     code = "import sys, llava_sft.model.config, llava_sft.model.export_files; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("patch_size", 16), ("spatial_merge_size", 4), ("patch_size", 7)])
+def test_patches_that_the_data_does_not_cut_are_refused_by_name(tmp_path, key, value):
+    path = tmp_path / "other.yaml"
+    content = yaml.safe_load((MODELS / "tiny.yaml").read_text())
+    path.write_text(yaml.safe_dump({**content, "vision": {**content["vision"], key: value}}))
+    with pytest.raises(SettingsError, match=rf"{key}.*(14|2)"):
+        load_model_config(path)

@@ -129,8 +129,8 @@ class VisionConfig(_Frozen):
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
-    patch_size: PositiveInt = 14
-    spatial_merge_size: PositiveInt = 2
+    patch_size: Literal[14] = 14  # data/images.py cuts and merges patches of these sizes
+    spatial_merge_size: Literal[2] = 2
     rotary_base: PositiveFloat = 1e4
     layernorm_epsilon: PositiveFloat = 1e-5
 
