@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.hub import download
 from llava_sft.checkpoint.safetensors_io import old_name
-from llava_sft.checkpoint.start import check_load, converted_name, is_hub, needs_conversion
+from llava_sft.checkpoint.start import (
+    TRACKER,
+    check_load,
+    converted_name,
+    existing_checkpoint,
+    is_hub,
+    needs_conversion,
+)
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
 
@@ -187,3 +194,10 @@ def test_wrong_parts_are_refused_before_any_job(small_checkpoint, parts, mention
         check_load(str(small_checkpoint), parts, None, made_here=False)
     named = converted_name("models/Qwen3-4B", {"vision": "models/rice", "adapter": "random"})
     assert named == "Qwen3-4B+adapter=random+vision=rice_mcore_tp1_pp1"
+
+
+def test_a_run_without_its_tracker_is_said_with_the_checkpoint_to_name(tmp_path):
+    for number in (200, 400):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+    with pytest.raises(CheckpointError, match=rf"{TRACKER}: missing\n.*iter_0000400 itself"):
+        existing_checkpoint(tmp_path)

@@ -67,14 +67,13 @@ def newest_checkpoint(folder: Path) -> Path:
 
 def existing_checkpoint(folder: Path) -> Path:
     """`newest_checkpoint`, or CheckpointError where there is no such folder."""
+    others = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
+    if others and not is_megatron(folder):
+        raise CheckpointError(f"{folder / TRACKER}: missing", f"name {folder / others[-1]} itself")
     found = newest_checkpoint(folder)
     if not found.is_dir():
-        others = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
-        what = (
-            f"{folder / TRACKER} names {found.name}, which is not there"
-            if is_megatron(folder)
-            else f"{found}: no such folder"
-        )
+        named = is_megatron(folder)
+        what = f"{folder / TRACKER} names {found.name}, which is not there" if named else f"{found}: no such folder"
         raise CheckpointError(what, f"name {folder / others[-1]} itself" if others else "copy the folder again")
     return found
 
