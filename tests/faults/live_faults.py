@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -119,7 +120,7 @@ def full_disks(reference: Reference, folder: Path, chance: random.Random) -> Ite
             code, said = chain.wait(), chain.said()
             subprocess.run(["mount", "-o", "remount,size=1g", output], check=True)
             found = finish(reference, project, rule)
-            told = "No space left" in said or "disk has" in said or "free" in said
+            told = re.search(r"no space left|disk has|disk is full|disk may be full|free some", said, re.IGNORECASE)
             if code and not told:
                 found |= {"outcome": "unnamed", "message": last_words(said)}
             elif TRACEBACK.search(said):
