@@ -79,6 +79,18 @@ def test_full_disk_ends_in_one_message_and_other_trouble_of_the_system_keeps_its
         exits_cleanly(fails)(errno.EMFILE)
 
 
+@pytest.mark.parametrize(
+    "words", ["database or disk is full", "[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"]
+)
+def test_full_disk_is_said_in_the_words_of_libraries_too(capsys, words):
+    def fails():
+        raise RuntimeError(words)
+
+    with pytest.raises(SystemExit):
+        exits_cleanly(fails)()
+    assert "the disk may be full" in capsys.readouterr().err
+
+
 def test_damaged_tokenizer_of_a_run_is_copied_again_from_its_start_checkpoint(tmp_path, capsys):
     start, run = tmp_path / "start", tmp_path / "run"
     start.mkdir()

@@ -53,7 +53,8 @@ class Asked:
         data = json.dumps(request).encode() + b"\n"
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         sent = self.connection.sendmsg([data], ancillary)
-        self.connection.sendall(data[sent:])
+        if sent < len(data):  # a short step may have ended by now, and closed the connection
+            self.connection.sendall(data[sent:])
         self.answers = self.connection.makefile("r")
         self.pid, self.returncode, self.args = int(self.answers.readline()), None, request["argv"]
         self.stdin = self.stdout = self.stderr = None

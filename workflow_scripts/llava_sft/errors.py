@@ -7,11 +7,14 @@ its traceback: hiding those would hide the cause.
 import errno
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = re.compile(r"disk is full|inline_container\.cc:\d+\] \. unexpected pos")  # SQLite's words, and torch's
+MORE_SPACE = "free some space on that disk; the same command goes on"
 SHOWN = 200  # characters of a user's string in a message, at most
 
 
@@ -67,10 +70,13 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except SftError as error:
             told: Exception = error
-        except OSError as error:
-            if error.filename is None and error.errno not in NO_SPACE:
+        except Exception as error:
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
+                told = of_file(error)
+            elif DISK_FULL.search(str(error)):
+                told = SftError(f"the disk may be full: {str(error)[:SHOWN]}", MORE_SPACE)
+            else:
                 raise
-            told = of_file(error)
         print(f"error: {told}", file=sys.stderr, flush=True)
         sys.exit(1)
 
@@ -83,5 +89,5 @@ def of_file(error: OSError) -> SftError:
     name = error.filename2 or error.filename  # of a renaming: where the file was to be
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
-        return SftError(what, "free some space on that disk; the same command goes on")
+        return SftError(what, MORE_SPACE)
     return SftError(what, "restore it, or remove it where this workflow made it: the same command makes it again")
