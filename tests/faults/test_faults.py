@@ -56,6 +56,13 @@ def test_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_like_the_undist
     assert bench.try_case(case, CHECKPOINT)["outcome"] == "mended"
 
 
+def test_folder_in_the_place_of_a_file_that_the_training_writes_is_named(bench):
+    best = next(kind for kind in KINDS if kind.name == "best.json")
+    assert (
+        bench.try_case(Case(best.name, "resume", f"{RUN}/best.json", "folder", True, 1), best)["outcome"] == "reported"
+    )
+
+
 def test_check_that_was_broken_on_purpose_turns_up_as_silent(bench):
     case = Case(CHECKPOINT.name, "resume", f"{RUN}/iter_0000004/__0_0.distcp", "zero", True, 5)
     bench.baseline(case.use)

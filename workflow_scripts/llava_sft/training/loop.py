@@ -50,7 +50,7 @@ from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder  # noqa: E402
 from llava_sft.data.stream import Ranks, train_loader, worker_ended  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
-from llava_sft.errors import SftError  # noqa: E402
+from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.model.attention import packed_seq_params  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
@@ -375,7 +375,7 @@ class Trainer:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
             text in str(error) for text in NO_MEMORY
         ):
-            return None
+            return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
         memory = {name: size / 2**30 for name, size in state_bytes(self.model_config, self.values).items()}
         return remedies.out_of_memory(
             self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
