@@ -80,11 +80,19 @@ def test_full_disk_ends_in_one_message_and_other_trouble_of_the_system_keeps_its
 
 
 @pytest.mark.parametrize(
-    "words", ["database or disk is full", "[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"]
+    "words",
+    [
+        "database or disk is full",
+        "OSError: [Errno 28] No space left on device",
+        "[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598",
+    ],
 )
 def test_full_disk_is_said_in_the_words_of_libraries_too(capsys, words):
+    class OfTorch(BaseException):
+        pass
+
     def fails():
-        raise RuntimeError(words)
+        raise OfTorch(f"ranks:\n  Traceback …\n  {words}")
 
     with pytest.raises(SystemExit):
         exits_cleanly(fails)()

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-DISK_FULL = re.compile(r"disk is full|inline_container\.cc:\d+\] \. unexpected pos")  # SQLite's words, and torch's
-MORE_SPACE = "free some space on that disk; the same command goes on"
+DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
+MORE_SPACE = "free some space on that disk, then give the same command again"
 SHOWN = 200  # characters of a user's string in a message, at most
 
 
@@ -70,11 +70,11 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except SftError as error:
             told: Exception = error
-        except Exception as error:
+        except BaseException as error:  # torch derives what a checkpoint's writer raises from it
             if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
                 told = of_file(error)
-            elif DISK_FULL.search(str(error)):
-                told = SftError(f"the disk may be full: {str(error)[:SHOWN]}", MORE_SPACE)
+            elif not isinstance(error, SystemExit | KeyboardInterrupt) and (found := DISK_FULL.search(str(error))):
+                told = SftError(f"the disk may be full: {found[0][:SHOWN]}", MORE_SPACE)
             else:
                 raise
         print(f"error: {told}", file=sys.stderr, flush=True)
