@@ -70,10 +70,6 @@ class StoredShard(NamedTuple):
         where = f"sample {sample}: " if sample else ""
         return DataError(f"{self.folder / self.name}: {where}{what[:SHOWN]}", way_out(self.folder, self.name))
 
-    def samples(self) -> Iterator[tuple[str, Sample, int, dict[str, tuple[int, int]]]]:
-        """The same without the place in the tar."""
-        return (found[1:] for found in self.rows())
-
 
 def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
     """The tars of `split` ("train", "val"), of one source after the other."""
@@ -128,7 +124,7 @@ def read_split(folder: Path | str, split: str) -> Iterator[Sample]:
 
 
 def read_shard(shard: StoredShard) -> Iterator[Sample]:
-    for _, sample, file, members in shard.samples():
+    for _, _, sample, file, members in shard.rows():
         yield sample._replace(images=[read_at(file, members[image]) for image in sample.images])
 
 

@@ -17,7 +17,7 @@ from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.loader import Conversation
 from llava_sft.data.records import Rejected
-from llava_sft.data.tars import MEMBER, read_meta
+from llava_sft.data.tars import MEMBER, REINDEX, read_meta, way_out, without_images_like_it
 from llava_sft.errors import SHOWN, DataError, shown
 
 OPEN_TARS = 16  # at a time, in each process: some machines allow 256 files
@@ -45,14 +45,13 @@ class StoredSamples:
         self.ends = np.cumsum([count for _, count in sizes.shards])
         self.rows = np.asarray(sizes.rows, dtype=np.int32)
         self.lengths = np.asarray(sizes.tokens, dtype=np.int32)
-        self.converted_here = folder.with_name(f"{folder.name}.parts").is_dir()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, number: int) -> Conversation:
         """Errors: DamagedSample."""
-        shard = self.shards[int(np.searchsorted(self.ends, number, side="right"))]
+        shard = self.shard_of(number)
         row = int(self.rows[number])
         key = f"sample {row}"
         try:
@@ -65,24 +64,16 @@ class StoredSamples:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, Rejected) as error:
             raise self.damaged(shard, key, f"cannot be read: {type(error).__name__}: {error}", changed=True) from None
         return Conversation(
-            __key__=shard.source + key, __restore_key__=(), __subflavors__={"id": stored.id, "number": number},
+            __key__=shard.source + key, __restore_key__=(), __subflavors__={"id": stored.id},
             messages=stored.messages, images=images,
         )  # fmt: skip
 
     def damaged(self, shard: StoredShard, key: str, what: str, changed: bool) -> DamagedSample:
         """The error of a sample. `changed`: its bytes in the tar are at fault, not what was converted."""
-        tar = shard.folder / shard.name
-        again = f"restore {tar} from where it came, or"
-        if self.converted_here:
-            again = f"delete {tar} and run the same command, which converts it again, or"
-            if not changed:
-                again = (
-                    "set decode_images: true and a max_reject_fraction, and delete "
-                    f"{tar}: the conversion then rejects such images by name; or"
-                )
+        again = (way_out if changed else without_images_like_it)(shard.folder, shard.name)
         return DamagedSample(
-            f"{tar}: {shard.source}{key}: {what[:SHOWN]}",
-            f"{again} leave such samples out of the training with max_damaged_samples: 10",
+            f"{shard.folder / shard.name}: {shard.source}{key}: {what[:SHOWN]}",
+            f"{again}; or leave such samples out of the training with max_damaged_samples: 10",
         )
 
     def shard_of(self, number: int) -> StoredShard:
@@ -138,7 +129,7 @@ def _noted_hash(shard: StoredShard, row: int) -> bytes | None:
     except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
         raise DataError(
             f"{shard.folder}/.nv-meta/index.sqlite: cannot be read: {error}",
-            "delete the folder .nv-meta and run the same command: it is made again",
+            REINDEX,
         ) from None
     return found and found[0]
 
