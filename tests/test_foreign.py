@@ -191,7 +191,7 @@ def test_a_sample_changed_at_rest_is_named_with_tar_key_and_id(raw):
         list(read_split(raw.wds, "train"))
     assert all(word in str(told.value) for word in ("subtaskdata-00001.tar", "00001_", "'r", f"delete {tar}"))
     with sqlite3.connect(raw.wds / ".nv-meta/index.sqlite") as database:
-        database.execute("DROP TABLE sample_hashes")  # an index of an earlier version
+        database.execute("DROP TABLE sample_digests")  # an index of an earlier version
     assert len(list(read_split(raw.wds, "train"))) == 12
 
 

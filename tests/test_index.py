@@ -45,7 +45,7 @@ def test_index_and_training_order_equal_those_of_energon_prepare(tmp_path):
     for folder in (raw.wds, theirs):
         database = sqlite3.connect(folder / ".nv-meta" / "index.sqlite")
         names = database.execute(
-            "SELECT type, name FROM sqlite_master WHERE tbl_name != 'sample_hashes' ORDER BY name"
+            "SELECT type, name FROM sqlite_master WHERE tbl_name != 'sample_digests' ORDER BY name"
         ).fetchall()
         tables.append(
             (
@@ -178,19 +178,23 @@ def test_by_hand_a_message_and_no_traceback(tmp_path):
     assert json.loads((tmp_path / "wds.json").read_bytes())["rejected"] == 1
 
 
-def hashes_of(folder) -> list[tuple]:
-    """(found hash, noted hash) of all samples in an index, read from the tars at the places that it names."""
+def digests_of(folder) -> list[tuple[bytes, bytes]]:
+    """(found digest, noted digest) of all samples in an index, made from the tars' bytes at the places that it names."""
     names = list(json.loads((folder / ".nv-meta/.info.json").read_bytes())["shard_counts"])
     with sqlite3.connect(folder / ".nv-meta/index.sqlite") as database:
-        rows = database.execute("SELECT * FROM samples NATURAL JOIN sample_hashes").fetchall()
-    columns = ((row[0], row[3], row[4], row[5]) for row in rows)
-    return [
-        (xxhash.xxh3_64_digest((folder / names[tar]).read_bytes()[at : at + size]), noted)
-        for tar, at, size, noted in columns
-    ]
+        rows = database.execute("SELECT * FROM samples NATURAL JOIN sample_digests").fetchall()
+        parts = database.execute("SELECT * FROM sample_parts ORDER BY content_byte_offset").fetchall()
+    found = []
+    for tar, _, row, offset, size, noted in rows:
+        data, at, known = (folder / names[tar]).read_bytes(), offset, b""
+        for _, _, _, start, length in (part for part in parts if part[:2] == (tar, row)):
+            known += data[at:start] + xxhash.xxh3_128_digest(data[start : start + length])
+            at = start + length
+        found.append((xxhash.xxh3_64_digest(known + data[at : offset + size]), noted))
+    return found
 
 
-def test_the_index_has_the_hash_of_every_sample_merged_and_adopted_ones_too(tmp_path):
+def test_the_index_has_the_digest_of_every_sample_merged_and_adopted_ones_too(tmp_path):
     raw = Raw(tmp_path, [record(i, [None, "a.png", ["a.png", "b.jpg"]][i % 3]) for i in range(40)])
     for number in range(40):  # no two share an image
         (raw.images / f"{number}.png").write_bytes(picture(size=(28 + number, 28)))
@@ -199,6 +203,6 @@ def test_the_index_has_the_hash_of_every_sample_merged_and_adopted_ones_too(tmp_
     dataset = indexed(raw, val_fraction=0.2)
     adopt_webdataset(raw.wds, tmp_path / "adopted")
     for folder, count in ((raw.wds, 40 + dataset["heldout"]["samples"]), (tmp_path / "adopted", 40)):
-        hashes = hashes_of(folder)
-        assert len(hashes) >= count
-        assert all(found == noted for found, noted in hashes)
+        digests = digests_of(folder)
+        assert len(digests) >= count
+        assert all(found == noted for found, noted in digests)

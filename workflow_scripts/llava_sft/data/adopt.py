@@ -121,4 +121,4 @@ def _rows(tar: Path) -> Iterator[dict[str, Any]]:
     """Walked again when the index is written: all rows of all tars would not fit into memory."""
     with open(tar, "rb") as file:
         for sample in walk_tar(tar):
-            yield sample._asdict() | {"hash": sample.checksum(file.fileno()).hex()}
+            yield sample._asdict() | {"digest": sample.digest(file.fileno()).hex()}

@@ -14,7 +14,7 @@ from llava_sft.data.records import Rejected, Sample
 from llava_sft.data.tars import (
     METADATASET,
     REINDEX,
-    noted_hashes,
+    noted_digests,
     read_at,
     read_blend,
     read_meta,
@@ -39,12 +39,12 @@ class StoredShard(NamedTuple):
 
     def rows(self) -> Iterator[tuple[int, str, Sample, int, dict[str, tuple[int, int]]]]:
         """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
-        image taken out. Every sample's bytes are compared with the hash in the index, where there is one.
+        image taken out. Every sample's bytes are compared with the digest in the index, where there is one.
 
         Errors: DataError naming tar, key and id for anything that cannot be read or is not what was written.
         """
         tar = self.folder / self.name
-        hashes = noted_hashes(self.folder, self.number)
+        digests = noted_digests(self.folder, self.number)
         try:
             samples = walk_tar(tar)
             file = open(tar, "rb")  # noqa: SIM115 (closed below)
@@ -57,7 +57,7 @@ class StoredShard(NamedTuple):
                 if stored.key in self.excluded:
                     continue
                 try:
-                    changed = row in hashes and stored.checksum(file.fileno()) != hashes[row]
+                    changed = row in digests and stored.digest(file.fileno()) != digests[row]
                     sample, members = stored.read(file.fileno(), self.layout)
                 except (Rejected, OSError) as error:
                     raise self.damage(stored.key, str(error)) from None

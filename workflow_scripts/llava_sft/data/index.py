@@ -44,9 +44,9 @@ TABLES = (
     "CREATE TABLE sample_parts (tar_file_id INTEGER, sample_index INTEGER, part_name TEXT,"
     " content_byte_offset INTEGER, content_byte_size INTEGER)",
 )
-# Beside energon's tables: the xxh3_64 of each sample's bytes [byte_offset, byte_offset + byte_size), big-endian.
-HASHES = (
-    "CREATE TABLE sample_hashes (tar_file_id INTEGER, sample_index INTEGER, hash BLOB,"
+# Beside energon's tables: of each sample's bytes [byte_offset, byte_offset + byte_size), as tars.sample_digest makes it.
+DIGESTS = (
+    "CREATE TABLE sample_digests (tar_file_id INTEGER, sample_index INTEGER, digest BLOB,"
     " PRIMARY KEY (tar_file_id, sample_index)) WITHOUT ROWID"
 )
 INDEXES = (
@@ -447,17 +447,17 @@ def _write_sqlite(path: Path, tars: list[Tar]) -> None:
     # The file is thrown away with its folder when this fails, so it needs no journal.
     database.execute("PRAGMA journal_mode = OFF")
     database.execute("PRAGMA synchronous = OFF")
-    for statement in (*TABLES, HASHES):
+    for statement in (*TABLES, DIGESTS):
         database.execute(statement)
     for tar_id, tar in enumerate(tars):
         samples: list[tuple] = []
         members: list[tuple] = []
-        hashes: list[tuple] = []
+        digests: list[tuple] = []
         for row, sample in enumerate(tar.rows):
             samples.append((tar_id, sample["key"], row, sample["offset"], sample["size"]))
             members += ((tar_id, row, *part) for part in sample["parts"])
-            if checksum := sample.get("hash"):  # shards of earlier versions have none
-                hashes.append((tar_id, row, bytes.fromhex(checksum)))
+            if digest := sample.get("digest"):  # shards of earlier versions have none
+                digests.append((tar_id, row, bytes.fromhex(digest)))
         if len(samples) != tar.count:
             raise DataError(
                 f"{tar.name}.samples.jsonl has {len(samples)} rows, {tar.count} samples were written",
@@ -466,7 +466,7 @@ def _write_sqlite(path: Path, tars: list[Tar]) -> None:
         # Keys of ours are unique; packs of the original's hosts may bear the same ones.
         database.executemany("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?)", samples)
         database.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", members)
-        database.executemany("INSERT INTO sample_hashes VALUES (?, ?, ?)", hashes)
+        database.executemany("INSERT INTO sample_digests VALUES (?, ?, ?)", digests)
     for statement in INDEXES:
         database.execute(statement)
     database.commit()

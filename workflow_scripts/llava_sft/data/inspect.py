@@ -29,7 +29,7 @@ from llava_sft.data.tars import (
     Meta,
     TarSample,
     find_layout,
-    noted_hashes,
+    noted_digests,
     read_at,
     read_meta,
     source_folders,
@@ -175,11 +175,11 @@ def _inspect_folder(folder: Path, tars: list[str], parts: list[dict[str, Any]], 
             kept = [sample for sample in samples if f"{name}/{sample.key}" not in meta.exclude]
             found.excluded += len(samples) - len(kept)
             layout = meta.layout if split_of else find_layout(folder / name, samples) or "own"
-            noted = noted_hashes(folder, numbers[name]) if database and name in numbers else {}
+            noted = noted_digests(folder, numbers[name]) if database and name in numbers else {}
             written = {sample.key: noted[row] for row, sample in enumerate(samples) if row in noted}
             with open(folder / name, "rb") as file:
                 for sample in kept:
-                    if sample.key in written and sample.checksum(file.fileno()) != written[sample.key]:
+                    if sample.key in written and sample.digest(file.fileno()) != written[sample.key]:
                         found.problem(SAMPLES, f"{name}: {sample.key}", CHANGED)
                     _check_sample(file.fileno(), name, split or "all", sample, layout, found)
             if name in hashes and file_hash(folder / name) != hashes[name]:

@@ -48,10 +48,11 @@ class TarWriter:
         self._pending: list[bytes] = []
         self._pending_end = WRITE_BYTES
         self._hash = xxhash.xxh3_128()
-        self._sample_hash = xxhash.xxh3_64()
+        self._sample: list[bytes] = []  # what its digest is made of, as `tars.sample_digest` has it
 
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes."""
+    def add(self, name: str, data: bytes, digest: bytes | None = None) -> int:
+        """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes, `digest` is the
+        xxh3_128 of `data` where it is known already."""
         name_bytes, size = name.encode(), len(data)
         size_bytes = b"%011o\0" % size
         checksum = self._FIXED_SUM + sum(name_bytes) + sum(size_bytes)
@@ -59,8 +60,7 @@ class TarWriter:
             name_bytes.ljust(100, b"\0"), self._IDS, size_bytes, self._TIME, checksum, self._TAIL
         )  # fmt: skip
         padding = bytes(-size % TAR_BLOCK)
-        for block in (header, data, padding):
-            self._sample_hash.update(block)
+        self._sample += (header, digest or xxhash.xxh3_128_digest(data), padding)
         self._pending += (header, data, padding)
         content = self.offset + TAR_BLOCK
         self.offset = content + size + -size % TAR_BLOCK
@@ -69,9 +69,9 @@ class TarWriter:
         return content
 
     def end_sample(self) -> str:
-        """The xxh3_64 of all bytes since the last call, in hexadecimal: headers, contents and padding of a sample."""
-        digest = self._sample_hash.hexdigest()
-        self._sample_hash.reset()
+        """The digest of the members since the last call, in hexadecimal (see `tars.sample_digest`)."""
+        digest = xxhash.xxh3_64_hexdigest(b"".join(self._sample))
+        self._sample.clear()
         return digest
 
     def finish(self) -> str:
@@ -209,7 +209,11 @@ def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], in
     """Write a sample's members; return its line of `.samples.jsonl`."""
     offset = tar.offset
     names = [f"{number:03d}.{info.extension}" for number, info in enumerate(infos)]
-    parts = [(name, tar.add(f"{key}.{name}", blob), len(blob)) for name, blob in zip(names, blobs, strict=True)]
+    hashes = [xxhash.xxh3_128_digest(blob) for blob in blobs]
+    parts = [
+        (name, tar.add(f"{key}.{name}", blob, digest), len(blob))
+        for name, blob, digest in zip(names, blobs, hashes, strict=True)
+    ]
     name = sample.id or key
     content = orjson.dumps({"id": name, "messages": sample.messages, "images": names, "meta": sample.meta})
     parts.append(("json", tar.add(f"{key}.json", content), len(content)))
@@ -218,12 +222,12 @@ def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], in
         "id": name,
         "offset": offset,
         "size": tar.offset - offset,
-        "hash": tar.end_sample(),
+        "digest": tar.end_sample(),
         "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
         "parts": parts,
         "images": [
-            {"hash": xxhash.xxh3_128_hexdigest(blob), "width": info.width, "height": info.height}
-            for blob, info in zip(blobs, infos, strict=True)
+            {"hash": digest.hex(), "width": info.width, "height": info.height}
+            for digest, info in zip(hashes, infos, strict=True)
         ],
         "meta": sample.meta,
     }

@@ -87,8 +87,8 @@ def merge_heldout(
                     (part, tar.add(f"{key}.{part}", os.pread(source, size, at)), size)
                     for part, at, size in row["parts"]
                 ]
-                size, checksum = tar.offset - offset, tar.end_sample()
-                written.append({"key": key, "offset": offset, "size": size, "hash": checksum, "parts": parts})
+                size, digest = tar.offset - offset, tar.end_sample()
+                written.append({"key": key, "offset": offset, "size": size, "digest": digest, "parts": parts})
                 if tar.offset >= HELDOUT_BYTES:
                     break
             write_idx(idx, [row["offset"] for row in written], tar.offset)

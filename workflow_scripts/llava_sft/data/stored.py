@@ -10,14 +10,13 @@ from typing import BinaryIO
 
 import numpy as np
 import orjson
-import xxhash
 
 from llava_sft.data.heldout import StoredShard, stored_shards
 from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.loader import Conversation
 from llava_sft.data.records import Rejected
-from llava_sft.data.tars import MEMBER, REINDEX, read_meta, way_out, without_images_like_it
+from llava_sft.data.tars import MEMBER, REINDEX, read_meta, sample_digest, way_out, without_images_like_it
 from llava_sft.errors import SHOWN, DataError, shown
 
 OPEN_TARS = 16  # at a time, in each process: some machines allow 256 files
@@ -56,9 +55,11 @@ class StoredSamples:
         key = f"sample {row}"
         try:
             data = _bytes_of(shard, row)
-            key, members = _members(data)
-            if (noted := _noted_hash(shard, row)) is not None and xxhash.xxh3_64_digest(data) != noted:
+            key, parts = _members(data)
+            noted = _noted_digest(shard, row)
+            if noted and sample_digest(data, [(offset, size) for _, offset, size in parts]) != noted:
                 raise self.damaged(shard, key, "does not hold what was written", changed=True)
+            members = {name: data[offset : offset + size] for name, offset, size in parts}
             stored = LAYOUTS[shard.layout](key, orjson.loads(members["json"]), set(members) - {"json"})
             images = [members[name] for name in stored.images]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, Rejected) as error:
@@ -96,9 +97,9 @@ def _bytes_of(shard: StoredShard, row: int) -> bytes:
     return os.pread(file, stop - start, start)
 
 
-def _members(data: bytes) -> tuple[str, dict[str, bytes]]:
-    """Key and members of a sample."""
-    found: dict[str, bytes] = {}
+def _members(data: bytes) -> tuple[str, list[tuple[str, int, int]]]:
+    """Key of a sample, and of each member its name without the key, offset and size of its content."""
+    found: list[tuple[str, int, int]] = []
     key = ""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
@@ -106,25 +107,25 @@ def _members(data: bytes) -> tuple[str, dict[str, bytes]]:
                 if key and match[1] != key:
                     raise ValueError(f"members of {key} and {match[1]} in one sample")
                 key = match[1]
-                found[match[2]] = tar.extractfile(member).read()
+                found.append((match[2], member.offset_data, member.size))
     return key, found
 
 
 @lru_cache(OPEN_TARS)
 def _index(folder: Path) -> tuple[sqlite3.Connection | None, dict[str, int]]:
-    """The index of a folder where it notes the samples' hashes, and the number of each tar in it."""
+    """The index of a folder where it notes the samples' digests, and the number of each tar in it."""
     path = (folder / ".nv-meta" / "index.sqlite").resolve()
     connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    noted = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sample_hashes'").fetchone()
+    noted = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sample_digests'").fetchone()
     return (connection if noted else None), {name: number for number, name in enumerate(read_meta(folder).counts)}
 
 
-def _noted_hash(shard: StoredShard, row: int) -> bytes | None:
+def _noted_digest(shard: StoredShard, row: int) -> bytes | None:
     try:
         connection, numbers = _index(shard.folder)
         if connection is None:
             return None
-        query = "SELECT hash FROM sample_hashes WHERE tar_file_id = ? AND sample_index = ?"
+        query = "SELECT digest FROM sample_digests WHERE tar_file_id = ? AND sample_index = ?"
         found = connection.execute(query, (numbers[shard.name], row)).fetchone()
     except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
         raise DataError(

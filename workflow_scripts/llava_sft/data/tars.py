@@ -6,7 +6,8 @@ import os
 import re
 import sqlite3
 import tarfile
-from collections.abc import Callable, Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +37,10 @@ class TarSample(NamedTuple):
     size: int  # bytes, to the next sample
     parts: list[tuple[str, int, int]]  # member name without the key; offset and size of the content in bytes
 
-    def checksum(self, file: int) -> bytes:
-        """The xxh3_64 of its bytes as they are now, as the table sample_hashes of our index has it."""
-        return xxhash.xxh3_64_digest(read_at(file, (self.offset, self.size)))
+    def digest(self, file: int) -> bytes:
+        """The digest of its bytes as they are now, as the table sample_digests of our index has it."""
+        places = [(offset - self.offset, size) for _, offset, size in self.parts]
+        return sample_digest(read_at(file, (self.offset, self.size)), places)
 
     def read(self, file: int, layout: str) -> tuple[Sample, dict[str, tuple[int, int]]]:
         """Its content under the rules of raw records, and where its members lie. Errors: `Rejected`."""
@@ -56,6 +58,21 @@ class TarSample(NamedTuple):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Rejected("not the expected JSON", f"{type(error).__name__}: {error}") from None
         return sample, members
+
+
+def sample_digest(data: bytes, places: Iterable[tuple[int, int]]) -> bytes:
+    """The xxh3_64 of a sample's bytes in a tar, in which the xxh3_128 of each member's content stands for the content.
+
+    A conversion knows these already, as the images' hashes, so that noting a sample's digest costs next to nothing.
+    `places`: offset and size in `data` of each content, in order.
+    """
+    view, known, at = memoryview(data), bytearray(), 0
+    for offset, size in places:
+        known += view[at:offset]
+        known += xxhash.xxh3_128_digest(view[offset : offset + size])
+        at = offset + size
+    known += view[at:]
+    return xxhash.xxh3_64_digest(known)
 
 
 def read_at(file: int, place: tuple[int, int]) -> bytes:
@@ -168,19 +185,34 @@ def without_images_like_it(folder: Path, name: str) -> str:
     return "run the data step again with a max_reject_fraction, which leaves such samples out; by hand: index_webdataset.py"
 
 
-def noted_hashes(folder: Path, number: int) -> dict[int, bytes]:
-    """The hash of each sample of a tar, by its place; empty for an index without them. `number`: place in .info.json.
+def noted_digests(folder: Path, number: int) -> dict[int, bytes]:
+    """The digest of each sample of a tar, by its place; empty for an index without them. `number`: place in .info.json.
 
     Errors: DataError for an index that cannot be read.
     """
+    if _of_index(folder, "SELECT 1 FROM sqlite_master WHERE name = ?", "sample_digests"):
+        return dict(_of_index(folder, "SELECT sample_index, digest FROM sample_digests WHERE tar_file_id = ?", number))
+    _of_index(folder, "SELECT 1 FROM samples WHERE tar_file_id = ? LIMIT 1", number)  # damage shows here
+    return {}
+
+
+def noted_places(folder: Path, number: int) -> dict[int, list[tuple[int, int]]]:
+    """Where the members of each sample of a tar lie, by the sample's place: offset and size, in order.
+
+    Errors: DataError for an index that cannot be read.
+    """
+    places: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    query = "SELECT sample_index, content_byte_offset, content_byte_size FROM sample_parts WHERE tar_file_id = ?"
+    for row, *place in _of_index(folder, f"{query} ORDER BY sample_index, content_byte_offset", number):
+        places[row].append(tuple(place))
+    return places
+
+
+def _of_index(folder: Path, query: str, value: int | str) -> list[tuple]:
     path = (folder / ".nv-meta" / "index.sqlite").resolve()
     try:
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as index:
-            if not index.execute("SELECT 1 FROM sqlite_master WHERE name = 'sample_hashes'").fetchone():
-                index.execute("SELECT 1 FROM samples LIMIT 1")
-                return {}
-            rows = index.execute("SELECT sample_index, hash FROM sample_hashes WHERE tar_file_id = ?", (number,))
-            return dict(rows.fetchall())
+            return index.execute(query, (value,)).fetchall()
     except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
         raise DataError(f"{path}: can not be read: {error}", REINDEX) from None
 

@@ -1,7 +1,7 @@
 """Whether a data set still is what was converted and indexed, and which shards a change makes out of date.
 
 Notable: `DATASET.files.json` beside the dataset file holds what the index step found: a checksum of each small file,
-size and date of each tar. Where they agree nothing is read; a tar of another date is read, and compared with the hashes
+size and date of each tar. Where they agree nothing is read; a tar of another date is read, and compared with the digests
 of its samples in the index. A raw file counts as changed when its size or any of its dates is another, not a later one,
 and then the hash of each range decides. No torch.
 """
@@ -16,11 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from llava_sft.checksums import find_damage, note
 from llava_sft.data.index import hash_range, is_whole
-from llava_sft.data.tars import METADATASET, REINDEX, noted_hashes, read_meta, source_folders, walk_tar, way_out
+from llava_sft.data.tars import (
+    METADATASET,
+    REINDEX,
+    noted_digests,
+    noted_places,
+    read_meta,
+    sample_digest,
+    source_folders,
+    walk_tar,
+    way_out,
+)
 from llava_sft.errors import DamagedFileError, DataError, shown
 from llava_sft.files import read_json, write_json
 from llava_sft.paths import Paths
@@ -74,7 +82,7 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
             if what := find_damage(wds_dir, {name: entry}):
                 found.append(_small_damage(wds_dir, name, what))
     if found:
-        return found  # the hashes of the samples stand in one of these
+        return found  # the digests of the samples stand in one of these
     whole: dict[str, list[int]] = {}
     with contextlib.suppress(DamagedFileError):
         whole = read_json(memo, {})
@@ -89,7 +97,7 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
             if not full and (state[:2] == [size, date] or whole.get(key) == state):
                 continue
             what = f"has {state[0]:,} bytes, {size:,} were written" if state[0] != size else None
-            what = what or find_changed_sample(path, noted_hashes(folder, number), count)
+            what = what or find_changed_sample(path, folder, number, count)
         except OSError as error:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         if what:
@@ -117,21 +125,23 @@ def _tars(wds_dir: Path) -> Iterator[tuple[str, int, Path, int]]:
             yield str((folder / name).relative_to(wds_dir)), number, folder, count
 
 
-def find_changed_sample(tar: Path, hashes: dict[int, bytes], count: int) -> str | None:
-    """What is wrong with a tar, by the hashes of its samples (all bytes are read).
+def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str | None:
+    """What is wrong with a tar, by the digests of its samples in the index of `folder` (all bytes are read).
 
     Where every sample has one, their places are those of the `.tar.idx`, which is far faster than to look for headers.
     """
     try:
-        if len(hashes) == count:
+        digests = noted_digests(folder, number)
+        if len(digests) == count:
             data = Path(f"{tar}.idx").read_bytes()
             if len(data) != 8 * (count + 1):
                 return f"its .idx has {len(data):,} bytes, {8 * (count + 1):,} are due"
-            places, size = struct.unpack(f"<{count + 1}Q", data), os.path.getsize(tar)
+            starts, size = struct.unpack(f"<{count + 1}Q", data), os.path.getsize(tar)
+            members = noted_places(folder, number)
             with open(tar, "rb") as file:
-                for row, (start, stop) in enumerate(itertools.pairwise(places)):
+                for row, (start, stop) in enumerate(itertools.pairwise(starts)):
                     sample = os.pread(file.fileno(), max(0, stop - start), start) if stop <= size else b""
-                    if xxhash.xxh3_64_digest(sample) != hashes[row]:
+                    if sample_digest(sample, [(at - start, size) for at, size in members[row]]) != digests[row]:
                         return f"sample {row} (counted from 0) does not hold what was written"
             return None
         samples = walk_tar(tar)
