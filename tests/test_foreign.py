@@ -1,10 +1,14 @@
 """What others wrote is parsed and completed, never trusted; damage at rest is named, mended or harmless."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import random
 import shutil
 import sqlite3
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +127,24 @@ def test_names_are_never_patterns(tmp_path):
     assert len(list(read_split(tmp_path / "ours", "train"))) == 5
     assert inspect_webdataset(tmp_path / "ours", dataset=dataset)[0]["ok"]
     assert all(expand([literal(name)]) == [name] for name in names)
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("name", ["a.tar", "it's a.tar", "a.tar.gz", "a.tgz", "b/a.tar.xz", "a.tar.bz2"])
+def test_a_packed_tar_is_named_as_such_and_the_fix_unpacks_it(tmp_path, name):
+    tar_of(tmp_path / "plain.tar", {"k.jpg": picture("JPEG"), "k.json": turns(0)})
+    packed = tmp_path / "theirs" / name
+    packed.parent.mkdir(parents=True)
+    packed.write_bytes(PACKERS.get(packed.suffix[1:], gzip.compress)((tmp_path / "plain.tar").read_bytes()))
+    with pytest.raises(DataError, match=r"is (gzip|xz|bzip2)\b.* plain tar") as told:
+        adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")
+    command = told.value.fix.partition(": ")[2]
+    if not shutil.which(command.split()[0]):
+        pytest.skip(f"no {command.split()[0]} here")
+    subprocess.run(command, shell=True, check=True)
+    assert adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")["train"]["samples"] == 1
 
 
 def test_odd_members_are_a_note_and_bad_images_are_left_out_when_adopting(tmp_path):

@@ -167,11 +167,16 @@ def test_by_hand_exit_code_and_files(raw):
     assert "is whole" in done.stdout
     assert json.loads((raw.folder / "i.json").read_bytes())["ok"]
     (raw.wds / "subtaskdata-00001.tar.idx").unlink()
-    broken = subprocess.run(script, capture_output=True, text=True)
+    broken = subprocess.run([*script, "--html", raw.folder / "i.html"], capture_output=True, text=True)
     assert broken.returncode == 1
     assert "subtaskdata-00001.tar.idx: is missing" in broken.stderr
     assert "Traceback" not in broken.stderr
     assert not json.loads((raw.folder / "i.json").read_bytes())["ok"]
+    kept = raw.folder / "i.broken.html"  # Snakemake deletes i.json and i.html, which are the failed rule's outputs
+    assert f"all: {kept}" in broken.stderr
+    assert "subtaskdata-00001.tar.idx" in kept.read_text()
+    assert json.loads(kept.with_suffix(".json").read_bytes()) == json.loads((raw.folder / "i.json").read_bytes())
+    assert not (raw.folder / "i.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,9 @@ def main() -> None:
     if args.tokenizer:
         tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
     report, gallery = inspect_webdataset(args.wds_dir, parts_dir, dataset, args.seed, tokens)
-    page = args.html and args.html.with_stem(f"{args.html.stem}.broken")  # Snakemake deletes what a failed rule wrote
     if args.json:
         write_json(args.json, report, sealed=True)
-    if args.html:
-        page.unlink(missing_ok=True)
-        write_text(args.html if report["ok"] else page, render_html(report, gallery))
+    page = args.html and write_page(args.html, report, gallery)
 
     for split, counts in report["splits"].items():
         print(f"{split}: {counts['samples']:,} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB")
@@ -75,6 +72,22 @@ def main() -> None:
             fix_of(args.wds_dir, report["problems"]),
         )
     print(f"{args.wds_dir} is whole" + (f"; see {args.html}" if args.html else ""))
+
+
+def write_page(page: Path, report: dict[str, Any], gallery: list[dict[str, Any]]) -> Path:
+    """Write the page, and return where it lies: of a failed check it is `NAME.broken.html`, with the report as
+    `NAME.broken.json` beside it, because Snakemake deletes what a failed rule wrote under the rule's own names."""
+    broken = page.with_stem(f"{page.stem}.broken")
+    kept = broken.with_suffix(".json")
+    if report["ok"]:
+        write_text(page, render_html(report, gallery))
+        broken.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
+        return page
+    write_text(broken, render_html(report, gallery))
+    write_json(kept, report, sealed=True)
+    page.unlink(missing_ok=True)
+    return broken
 
 
 def fix_of(wds_dir: Path, problems: list[dict[str, str]]) -> str:

@@ -5,21 +5,25 @@ ours with an index of our own, hashes of the samples included; samples that trai
 several `.nv-meta` (the original's parts and their parent) is one file, and counted once.
 """
 
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_sft.data.formats import other_kind
 from llava_sft.data.image_checks import check_image
 from llava_sft.data.index import FIRST_REASONS, Tar, read_finished, too_many_rejects, write_meta
 from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.plan import HELDOUT_PREFIX
 from llava_sft.data.records import Rejected
 from llava_sft.data.shards import write_idx
-from llava_sft.data.tars import find_layout, is_finished, read_at, read_meta, walk_tar
+from llava_sft.data.tars import TarSample, find_layout, is_finished, read_at, read_meta, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
+
+PACKED = re.compile(r".*\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)")
 
 
 def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0.0) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     """
     names = {path.resolve(): path.relative_to(source).as_posix() for path in sorted(source.rglob("*.tar"))}
     if not names:
-        raise DataError(f"{source} holds no .tar file", "name the folder that holds the tars")
+        raise _no_tar(source)
     indexed = (path.parent.parent for path in source.rglob(".nv-meta/.info.json"))
     known = {folder: read_meta(folder) for folder in indexed if is_finished(folder)}
     tars: list[Tar] = []
@@ -42,10 +46,7 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     reasons: Counter[str] = Counter()
     layouts: dict[str, str] = {}
     for real, name in names.items():
-        try:
-            samples = walk_tar(real)
-        except (OSError, tarfile.TarError) as error:
-            raise DataError(f"{real} can not be read: {error}", "copy or make that tar again") from None
+        samples = _samples_of(real)
         layout = find_layout(real, samples)
         if layout:
             layouts.setdefault(layout, name)
@@ -95,6 +96,25 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     with write_meta(wds_dir, tars, *splits.values(), exclude, content, next(iter(layouts), "own")):
         pass
     return read_finished(wds_dir) | {"images": images, "read": read, "rejected": rejected, "reasons": dict(reasons)}
+
+
+def _no_tar(source: Path) -> DataError:
+    packed = next((path for path in sorted(source.rglob("*.t*")) if PACKED.fullmatch(path.name)), None)
+    if other := packed and packed.is_file() and other_kind(packed):
+        where = f"{source} holds no .tar file, and {packed.name} is {other[0]}"
+        return DataError(f"{where}: samples are read at their places, which only a plain tar has", other[1])
+    return DataError(f"{source} holds no .tar file", "name the folder that holds the tars")
+
+
+def _samples_of(tar: Path) -> list[TarSample]:
+    try:
+        return walk_tar(tar)
+    except OSError as error:
+        raise DataError(f"{tar} can not be read: {error}", "copy or make that tar again") from None
+    except tarfile.TarError as error:
+        if other := other_kind(tar):
+            raise DataError(f"{tar} is {other[0]}, not a plain tar", other[1]) from None
+        raise DataError(f"{tar} can not be read: {error}", "copy or make that tar again") from None
 
 
 def _rows(tar: Path) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ Notable:
 - plans are made while Snakemake builds its DAG: numpy and pyarrow are imported only for files that need them.
 """
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,15 +25,35 @@ EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 # Whole files of another kind, by how they begin: one message in place of a reject for each line.
 OTHER_FILES = {
-    b"\x1f\x8b": ("gzip", "unpack it: gunzip -k"), b"PK\3\4": ("a zip archive or an Excel file", "unpack it, or save it as JSONL"),
-    b"BZh": ("bzip2", "unpack it: bunzip2 -k"), b"\xfd7zXZ": ("xz", "unpack it: xz -dk"), b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: zstd -dk"),
+    b"\x1f\x8b": ("gzip", "gunzip -c"), b"PK\3\4": ("a zip archive or an Excel file", "unpack it, or save it as JSONL"),
+    b"BZh": ("bzip2", "bunzip2 -c"), b"\xfd7zXZ": ("xz", "xz -dc"), b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
     b"7z\xbc\xaf": ("a 7z archive", "unpack it"), b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as JSONL"),
     b"SQLite format": ("an SQLite database", "export it as JSONL"), b"ARROW1": ("an Arrow file", "save it as Parquet"),
     b"version https://git-lfs": ("a Git LFS pointer", "git lfs pull"), b"<!DO": ("a web page", "download the file itself"),
     b"<htm": ("a web page", "download the file itself"),
 }  # fmt: skip
+PACKED_AS = dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "") | dict.fromkeys((".tgz", ".tbz2", ".txz"), ".tar")
 UTF_16_32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")  # that a text which is no UTF-8 is tried as
+
+
+def other_kind(path: Path | str) -> tuple[str, str] | None:
+    """What a file of another kind is, and how to get at what it holds; None for a kind that is not known."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    kind, fix = next((known for start, known in OTHER_FILES.items() if head.startswith(start)), (None, ""))
+    if kind and fix.endswith((" -c", " -dc")):  # writes to its standard output, whatever the file is named
+        fix = _unpacking(fix, Path(path))
+    return (kind, fix) if kind else None
+
+
+def _unpacking(command: str, path: Path) -> str:
+    here = shlex.quote(str(path))
+    if path.suffix.lower() in PACKED_AS:
+        plain = shlex.quote(str(path.with_suffix(PACKED_AS[path.suffix.lower()])))
+        return f"unpack it, and use {plain}: {command} {here} > {plain}"
+    new = shlex.quote(f"{path}.new")
+    return f"unpack it: {command} {here} > {new} && mv {new} {here}"
 
 
 def format_of(path: Path | str) -> str:
@@ -41,7 +62,7 @@ def format_of(path: Path | str) -> str:
         head = file.read(1 << 16)
     if head.startswith(b"PAR1"):
         return "parquet"
-    if other := next((known for start, known in OTHER_FILES.items() if head.startswith(start)), None):
+    if other := other_kind(path):
         raise DataError(f"{path} is {other[0]}, not JSONL, JSON or Parquet", other[1])
     if head.startswith(UTF_16_32):
         code = "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
