@@ -124,7 +124,7 @@ def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatc
     for name, answer in answers.items():
         monkeypatch.setattr(train, name, lambda *args, answer=answer, **named: answer)
     settings = {"train_iters": 9, "keep_last": None, "keep_every": None}
-    (tmp_path / "resolved.json").write_text(json.dumps({"settings": settings, "start": {"folder": None}}))
+    (tmp_path / "resolved.json").write_text(json.dumps({"settings": settings, "start": {"folder": None}, "data": {}}))
     arguments = [str(tmp_path / "resolved.json"), "--run-dir", str(tmp_path), "--done", str(tmp_path / "done.json")]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as end:

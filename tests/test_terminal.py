@@ -153,8 +153,8 @@ def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number)
 
 
 def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
-    (project / "mine.csv").write_text("image,question,answer\n0.jpg,q,a\n")
-    (project / "config/experiments/bad.yaml").write_text("raw_data: mine.csv\nload: x\nmodel: tiny\n")
+    (project / "mine.jsonl").write_text('{"id": 1, "caption": "a"}\n{"id": 2, "caption": "b"}\n')
+    (project / "config/experiments/bad.yaml").write_text("raw_data: mine.jsonl\nload: x\nmodel: tiny\n")
     done = snakemake(project, "inspect_bad")
     lines = done.stdout.rstrip().splitlines()
     assert done.returncode == 1 and lines[-1] == f"  then: {terminal.GO_ON}", done.stdout
