@@ -5,7 +5,6 @@ ours with an index of our own, hashes of the samples included; samples that trai
 several `.nv-meta` (the original's parts and their parent) is one file, and counted once.
 """
 
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,11 +18,9 @@ from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.plan import HELDOUT_PREFIX
 from llava_sft.data.records import Rejected
 from llava_sft.data.shards import write_idx
-from llava_sft.data.tars import TarSample, find_layout, is_finished, read_at, read_meta, walk_tar
+from llava_sft.data.tars import TarSample, find_layout, is_finished, no_tar, read_at, read_meta, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
-
-PACKED = re.compile(r".*\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)")
 
 
 def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0.0) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     """
     names = {path.resolve(): path.relative_to(source).as_posix() for path in sorted(source.rglob("*.tar"))}
     if not names:
-        raise _no_tar(source)
+        raise no_tar("", source)
     indexed = (path.parent.parent for path in source.rglob(".nv-meta/.info.json"))
     known = {folder: read_meta(folder) for folder in indexed if is_finished(folder)}
     tars: list[Tar] = []
@@ -96,14 +93,6 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     with write_meta(wds_dir, tars, *splits.values(), exclude, content, next(iter(layouts), "own")):
         pass
     return read_finished(wds_dir) | {"images": images, "read": read, "rejected": rejected, "reasons": dict(reasons)}
-
-
-def _no_tar(source: Path) -> DataError:
-    packed = next((path for path in sorted(source.rglob("*.t*")) if PACKED.fullmatch(path.name)), None)
-    if other := packed and packed.is_file() and other_kind(packed):
-        where = f"{source} holds no .tar file, and {packed.name} is {other[0]}"
-        return DataError(f"{where}: samples are read at their places, which only a plain tar has", other[1])
-    return DataError(f"{source} holds no .tar file", "name the folder that holds the tars")
 
 
 def _samples_of(tar: Path) -> list[TarSample]:
