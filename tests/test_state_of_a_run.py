@@ -293,6 +293,7 @@ saved = []
 signal.signal(signal.SIGTERM, lambda *args: saved.append(1))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 while not saved: time.sleep(0.05)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the trainer: it may be asked again while it ends
 assert os.waitpid(worker, os.WNOHANG) == (0, 0), "the worker is dead"
 os.kill(worker, signal.SIGKILL)
 print("saved", flush=True)

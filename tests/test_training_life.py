@@ -30,7 +30,8 @@ def base(prepared_project):
     """Resolved settings of the embedded experiment, its data and start checkpoint made."""
     project = prepared_project
     resolved = read_json(project / "output/stage2_sft_vqa_results/resolved.json")
-    resolved["data"]["path"] = str(project / resolved["data"]["path"])
+    for name in ("path", "sizes"):
+        resolved["data"][name] = str(project / resolved["data"][name])
     resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
     return resolved
 
