@@ -574,3 +574,19 @@ def test_sources_are_named_by_their_files_and_the_name_that_stands_twice_is_told
     assert [source.name for source in Paths(load_settings("mine", {})).sources] == ["first", "my_data_2_"]
     write_experiment("mine", raw_data=None, image_root=None, sources=[{"path": name} for name in names])
     assert "2 would be named 'my_data_2_'" in mistake().problem
+
+
+def test_shards_that_exist_keep_their_cut_where_new_ones_are_cut_by_images(project):
+    row = {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A cat."}],
+    }
+    (project / "raw.jsonl").write_text((json.dumps(row) + "\n") * 30_000)
+    size = (project / "raw.jsonl").stat().st_size
+    cut = Paths(load_settings("mine", {})).shards
+    assert len(cut) > 2
+    assert len(Paths(load_settings("mine", {"shard_bytes": 8 << 20})).shards) == 1
+    stats = project / "output/data/mine/webdatasets.parts/subtaskdata-00000.stats.json"
+    stats.parent.mkdir(parents=True)
+    stats.write_text(json.dumps({"raw": {"path": "raw.jsonl", "start": 0, "end": size}}))
+    assert len(Paths(load_settings("mine", {})).shards) == 1

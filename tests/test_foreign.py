@@ -19,7 +19,7 @@ from llava_sft.data.foreign import expand, literal
 from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset, read_finished
 from llava_sft.data.inspect import inspect_webdataset
-from llava_sft.data.tars import is_finished, read_meta
+from llava_sft.data.tars import is_finished, no_tar, read_meta
 from llava_sft.data.verify import find_damages, note_dataset, notes_of
 from llava_sft.errors import DataError, SftError
 from llava_sft.files import read_json, write_json
@@ -140,11 +140,16 @@ def test_a_packed_tar_is_named_as_such_and_the_fix_unpacks_it(tmp_path, name):
     packed.write_bytes(PACKERS.get(packed.suffix[1:], gzip.compress)((tmp_path / "plain.tar").read_bytes()))
     with pytest.raises(DataError, match=r"is (gzip|xz|bzip2)\b.* plain tar") as told:
         adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")
+    if not name.endswith(".tar"):
+        assert str(no_tar("", tmp_path / "theirs")) == str(told.value)  # what `webdatasets` is told before any job
     command = told.value.fix.partition(": ")[2]
     if not shutil.which(command.split()[0]):
         pytest.skip(f"no {command.split()[0]} here")
     subprocess.run(command, shell=True, check=True)
-    assert adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")["train"]["samples"] == 1
+    dataset = adopt_webdataset(tmp_path / "theirs", tmp_path / "ours")
+    assert dataset["train"]["samples"] == 1
+    # Unpacked to another name, the packed one lies beside it.
+    assert dataset.get("packed_tars", []) == ([] if name.endswith(".tar") else [name])
 
 
 def test_odd_members_are_a_note_and_bad_images_are_left_out_when_adopting(tmp_path):

@@ -18,6 +18,7 @@ from llava_sft.data.plan import plan_ranges
 from llava_sft.data.records import Rejected, parse_json, parse_record
 from llava_sft.data.shards import convert_range
 from llava_sft.errors import DataError
+from llava_sft.files import write_json
 from webdataset_helpers import Raw, contents, picture, record
 
 
@@ -151,6 +152,52 @@ def test_appending_to_an_array_and_adding_row_groups_changes_the_last_range_only
         assert len(before) > 3
         write(path, records)
         assert plan_ranges(path, 600)[: len(before) - 1] == before[:-1]
+
+
+def short_records(count: int, image: bool = True, words: int = 1) -> list[bytes]:
+    asked = "<image>" * image + "What? " * words
+    rest = {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "A cat."}]}
+    return [json.dumps({"id": n, "image": "a.png" if image else None} | rest).encode() for n in range(count)]
+
+
+@pytest.mark.parametrize(("name", "glue"), [("raw.jsonl", b"\n"), ("raw.json", b",\n")])
+def test_short_records_with_images_are_cut_by_images_and_every_other_text_by_bytes(tmp_path, name, glue):
+    def plan(records: list[bytes]) -> list:
+        begin, end = (b"[", b"]") if glue != b"\n" else (b"", b"\n")
+        (tmp_path / name).write_bytes(begin + glue.join(records) + end)
+        return plan_ranges(tmp_path / name, stats_of=lambda shard: tmp_path / f"{shard}.stats.json")
+
+    records = short_records(50_000)
+    cut = plan(records)
+    assert 5 <= len(cut) <= 10
+    assert plan([*records, *short_records(9_000)])[: len(cut) - 1] == cut[:-1]
+    assert len(plan(short_records(50_000, image=False))) == 1
+    assert len(plan(short_records(5_000, words=200))) == 1
+    assert len(plan(short_records(1_000))) == 1
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_data_set_that_is_cut_by_bytes_stays_cut_so(tmp_path, damaged):
+    def stats_of(shard: int) -> Path:
+        return tmp_path / f"{shard}.stats.json"
+
+    raw = tmp_path / "raw.jsonl"
+    raw.write_bytes(b"\n".join(short_records(100_000)))
+    before = plan_ranges(raw, file_number=1)
+    assert [part.end - part.start > 4 << 20 for part in before] == [True, True]
+    for part in before:
+        noted = {"path": str(raw), "start": part.start, "end": part.end}
+        write_json(stats_of(part.index), {"raw": noted}, sealed=True)
+    if damaged:
+        os.truncate(stats_of(before[0].index), 30)
+    assert plan_ranges(raw, file_number=1, stats_of=stats_of) == before
+    for part in before:
+        stats_of(part.index).unlink()
+    cut = plan_ranges(raw, file_number=1, stats_of=stats_of)
+    assert len(cut) > 8
+    first = {"path": str(raw), "start": 0, "end": cut[0].end}
+    write_json(stats_of(cut[0].index), {"raw": first}, sealed=True)
+    assert plan_ranges(raw, file_number=1, stats_of=stats_of) == cut
 
 
 def test_the_plan_of_an_array_is_kept_until_the_file_changes(tmp_path, monkeypatch):

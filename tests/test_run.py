@@ -19,7 +19,7 @@ from llava_sft.model.config import load_model_config
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
 from llava_sft.training.launcher import command, node_command, rendezvous
-from llava_sft.training.run import lock, open_run, start_dir
+from llava_sft.training.run import lock, open_run, same_run, start_dir
 from llava_sft.training.slurm import Job
 from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
 from test_model_config import ROOT
@@ -96,6 +96,22 @@ def test_settings_that_change_nothing_that_is_learned_may_change_on_the_way(run_
     assert open_run(run_dir, changed(resolved, **free)) == 40
     assert read_json(run_dir / "run.json")["settings"]["log_interval"] == 3
     assert open_run(run_dir, resolved | {"versions": {"torch": "3"}}) == 40
+
+
+def test_the_run_of_a_renamed_experiment_is_found_and_goes_on_where_it_is_moved(run_dir, resolved, tmp_path):
+    open_run(run_dir, resolved)
+    saved(run_dir, 40)
+    for name, text in (("other", json.dumps(changed(resolved, lr=2e-5))), ("odd", "["), ("none", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    renamed = changed(resolved, experiment="ocr") | {"run_name": "stage2_sft_ocr"}
+    new = run_dir.with_name("stage2_sft_ocr")
+    assert same_run(new, renamed) == (run_dir, 40)
+    assert same_run(run_dir, resolved) is None
+    assert same_run(new, changed(renamed, seed=7)) is None
+    run_dir.rename(new)
+    assert same_run(new, renamed) is None
+    assert open_run(new, renamed) == 40
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from llava_sft.data.index import index_webdataset, read_finished, told_leak
 from llava_sft.data.plan import default_parts_dir
 from llava_sft.data.tars import is_finished
 from llava_sft.data.verify import note_dataset, require_whole
-from llava_sft.errors import exits_cleanly
+from llava_sft.errors import exits_cleanly, shown
 from llava_sft.files import write_json
 
 
@@ -62,6 +62,10 @@ def main() -> None:
     )
     for key, count in dataset.get("unread", {}).items():
         print(f"note: {count:,} records have the key {key}, which is not read")
+    if packed := dataset.get("packed_tars"):
+        print(
+            f"note: {len(packed)} packed tars are left out, which have no places to read a sample at: {shown(packed[0])} …"
+        )
     if told := told_leak(dataset):
         print(f"note: {told}")
     print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")

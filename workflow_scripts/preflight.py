@@ -6,6 +6,7 @@ machine than this one (--gpu) it only shows what would be.
 
 import argparse
 import os
+import shlex
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,7 @@ from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
 from llava_sft.training import predict
-from llava_sft.training.run import refuse_other_run
+from llava_sft.training.run import refuse_other_run, same_run
 from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
@@ -135,6 +136,11 @@ def main() -> None:
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
+        if other := same_run(paths.run_dir, resolved):
+            notes.append(
+                f"{other[0]} holds {other[1]:,} steps of this very run, under another name: to go on with them, stop now, "
+                f"`mv {shlex.quote(str(other[0]))} {shlex.quote(str(paths.run_dir))}` and give the same command again"
+            )
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
         write_json(paths.resolved, resolved, sealed=True)

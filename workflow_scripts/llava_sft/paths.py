@@ -24,7 +24,7 @@ from pathlib import Path
 from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion, sidecars_of
 from llava_sft.config import CONFIG_DIR, Settings, SourceSettings, check_batch, check_parallel_sizes, gpu_count
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
-from llava_sft.data.tars import METADATASET, is_finished
+from llava_sft.data.tars import METADATASET, is_finished, no_tar
 from llava_sft.errors import DataError, SettingsError, shown
 from llava_sft.files import fingerprint
 from llava_sft.model.config import load_model_config
@@ -227,16 +227,17 @@ class Paths:
             for prefix in (TRAIN_PREFIX, HELDOUT_PREFIX)
             for source in self.sources
             for number, raw in enumerate(source.files.get(prefix, []))
-            for part in self._ranges(raw, number)
+            for part in self._ranges(raw, number, source, prefix)
         ]
         return {shard.name: shard for shard in shards}
 
-    def _ranges(self, raw: Path, number: int) -> list[Range]:
-        step = self.settings.shard_bytes
-        if raw.parent == self.demo and not raw.is_file() and raw.name in DEMO_BYTES:
+    def _ranges(self, raw: Path, number: int, source: Source, prefix: str) -> list[Range]:
+        step, cache = self.settings.shard_bytes, self.settings.exp_dir / "data" / ".plans"
+        if raw.parent == self.demo and raw.name in DEMO_BYTES:
             size = DEMO_BYTES[raw.name]
-            return ranges_of(range(0, size, step or 8 << 20), size)
-        return plan_ranges(raw, step, number, self.settings.exp_dir / "data" / ".plans")
+            return plan_ranges(raw, step, number) if raw.is_file() else ranges_of(range(0, size, step or 8 << 20), size)
+        parts = self.webdatasets.with_name(f"{self.webdatasets.name}.parts") / source.name
+        return plan_ranges(raw, step, number, cache, lambda shard: parts / f"{shard_name(prefix, shard)}.stats.json")
 
     def plan(self) -> list[dict]:
         """For the index: of each source its name, weight and, by prefix, the number of shards of each raw file."""
@@ -287,10 +288,7 @@ class Paths:
         if self.demo and any(self.is_demo(path) for path in self.user_paths().values()) and not self.demo_done.exists():
             check_demo(self.demo)
         if settings.webdatasets and not next(settings.webdatasets.rglob("*.tar"), None):
-            raise DataError(
-                f"webdatasets: {settings.webdatasets}: no such folder, or no .tar file (and .nv-meta) in it",
-                "name a finished webdatasets folder, or set raw_data to convert your own records",
-            )
+            raise no_tar("webdatasets: ", settings.webdatasets)
         for source in self.sources:
             if not source.image_root.is_dir() and not self.is_demo(source.image_root):
                 raise DataError(

@@ -1,11 +1,11 @@
 """A finished WebDataset of another make → a data set for this workflow, without touching it.
 
 Notable: the tars are read once (their JSON and images put to the same checks as raw records) and linked into a folder of
-ours with an index of our own, hashes of the samples included; samples that training could not use are excluded and counted like rejects of a conversion. A tar below
-several `.nv-meta` (the original's parts and their parent) is one file, and counted once.
+ours with an index of our own, digests of the samples included; samples that training could not use are excluded and
+counted like rejects of a conversion. A tar below several `.nv-meta` (the original's parts and their parent) is one file,
+and counted once. Packed tars have no places to read a sample at; beside plain ones they are named as left out.
 """
 
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,11 +19,9 @@ from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.plan import HELDOUT_PREFIX
 from llava_sft.data.records import Rejected
 from llava_sft.data.shards import write_idx
-from llava_sft.data.tars import TarSample, find_layout, is_finished, read_at, read_meta, walk_tar
+from llava_sft.data.tars import TarSample, find_layout, is_finished, no_tar, packed_tars, read_at, read_meta, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
-
-PACKED = re.compile(r".*\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)")
 
 
 def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0.0) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     """
     names = {path.resolve(): path.relative_to(source).as_posix() for path in sorted(source.rglob("*.tar"))}
     if not names:
-        raise _no_tar(source)
+        raise no_tar("", source)
     indexed = (path.parent.parent for path in source.rglob(".nv-meta/.info.json"))
     known = {folder: read_meta(folder) for folder in indexed if is_finished(folder)}
     tars: list[Tar] = []
@@ -95,15 +93,9 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     content = fingerprint([[tar.name, tar.count] for tar in tars])
     with write_meta(wds_dir, tars, *splits.values(), exclude, content, next(iter(layouts), "own")):
         pass
-    return read_finished(wds_dir) | {"images": images, "read": read, "rejected": rejected, "reasons": dict(reasons)}
-
-
-def _no_tar(source: Path) -> DataError:
-    packed = next((path for path in sorted(source.rglob("*.t*")) if PACKED.fullmatch(path.name)), None)
-    if other := packed and packed.is_file() and other_kind(packed):
-        where = f"{source} holds no .tar file, and {packed.name} is {other[0]}"
-        return DataError(f"{where}: samples are read at their places, which only a plain tar has", other[1])
-    return DataError(f"{source} holds no .tar file", "name the folder that holds the tars")
+    counts = {"images": images, "read": read, "rejected": rejected, "reasons": dict(reasons)}
+    left_out = [str(path.relative_to(source)) for path in packed_tars(source)]
+    return read_finished(wds_dir) | counts | ({"packed_tars": left_out} if left_out else {})
 
 
 def _samples_of(tar: Path) -> list[TarSample]:

@@ -1,5 +1,5 @@
 """The cut of raw files into jobs, made while Snakemake builds the DAG: from sizes and Parquet footers; a JSON array is
-scanned once and its plan kept.
+scanned once and its plan kept. Text whose first records are short and name images is cut finer, by images.
 
 Notable: appending to a raw file changes its last range and adds new ones, and no other. The number of a shard is
 100,000 × its file's place among the source's files + the number of the range: when one file grows, the others' shards
@@ -8,7 +8,8 @@ keep their names. Imports only the standard library as long as there are JSON li
 
 import contextlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,10 @@ from llava_sft.files import read_json, write_json
 
 TRAIN_PREFIX, HELDOUT_PREFIX = "subtaskdata", "heldout"
 FILE_STEP = 100_000  # shard numbers a raw file has to itself
+HEAD_BYTES = 256 << 10  # at the beginning of a raw file, where images are counted
+IMAGES_PER_RANGE = 10_000  # at most, as far as the beginning of the file tells: minutes of a slow disk
+NAMED_IMAGE = re.compile(rb'"image(?:s|_url)?"\s*:(?!\s*(?:null|""|\[\s*\]))')
+SHARDS_ASKED = 4  # the first of a file, of which one tells how it was cut
 
 
 class Range(NamedTuple):
@@ -29,11 +34,17 @@ class Range(NamedTuple):
 
 
 def plan_ranges(
-    path: Path | str, range_bytes: int | None = None, file_number: int = 0, cache: Path | None = None
+    path: Path | str,
+    range_bytes: int | None = None,
+    file_number: int = 0,
+    cache: Path | None = None,
+    stats_of: Callable[[int], Path] | None = None,
 ) -> list[Range]:
     """Cut a raw file into ranges of about `range_bytes` (None: the format's own size).
 
-    `cache` is the folder where the plan of a JSON array is kept. Errors: DataError if missing, empty, or in too many.
+    `cache` is the folder where the plan of a JSON array is kept. `stats_of` says where the statistics of a shard lie, by
+    its number: with it and without `range_bytes`, text is cut by images too, unless its shards are cut otherwise already.
+    Errors: DataError if missing, empty, or in too many.
     """
     from llava_sft.data.formats import FORMATS, format_of
 
@@ -42,6 +53,8 @@ def plan_ranges(
         raise DataError(f"raw file {path} is empty", "give a file with at least one record")
     name = format_of(path)
     step = range_bytes or FORMATS[name].range_bytes
+    if stats_of and not range_bytes and name != "parquet":
+        step = _step_by_images(path, step, [stats_of(file_number * FILE_STEP + n) for n in range(SHARDS_ASKED)])
     if step < 1:
         raise SettingsError(f"range_bytes is {step}; it must be at least 1", "leave it out for the default")
     status = os.stat(path)
@@ -60,6 +73,25 @@ def plan_ranges(
         if kept:
             write_json(kept, {"path": str(path), "key": key, "starts": starts}, sealed=True)
     return ranges_of(starts, size, file_number)
+
+
+def _step_by_images(path: Path | str, step: int, stats: Sequence[Path]) -> int:
+    """The power of two of bytes that holds IMAGES_PER_RANGE, at most `step`; `step` for a file cut by it already.
+
+    The beginning of the file decides: appending changes nothing.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    images = max(head.count(b"<image>"), len(NAMED_IMAGE.findall(head)))
+    if not images or len(head) < HEAD_BYTES:
+        return step
+    finer = 1 << (HEAD_BYTES * IMAGES_PER_RANGE // images).bit_length() - 1
+    for shard in stats if finer < step else ():
+        with contextlib.suppress(DamagedFileError, OSError, KeyError, TypeError):
+            raw = read_json(shard)["raw"]
+            if raw["path"] == str(path):
+                return step if raw["end"] - raw["start"] > 1.5 * finer else finer
+    return min(finer, step)
 
 
 def ranges_of(starts: Sequence[int], size: int, file_number: int = 0) -> list[Range]:

@@ -15,6 +15,7 @@ import orjson
 import xxhash
 
 from llava_sft.data.foreign import check_blend, check_dataset, expand, load_yaml
+from llava_sft.data.formats import other_kind
 from llava_sft.data.layouts import LAYOUTS, layout_of
 from llava_sft.data.records import Rejected, Sample, check_sample
 from llava_sft.errors import DataError
@@ -22,6 +23,7 @@ from llava_sft.files import read_json
 
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # energon's: the key ends at the first dot of the file's name
 ENERGON_SPLITS = {"train": "train", "heldout": "val"}  # by our names
+PACKED = re.compile(r".*\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)")
 FIRST_MEMBERS = 1000  # of a tar, among which its first JSON stands
 REINDEX = (
     "delete the folder .nv-meta and run the same command, which writes it anew; by hand: inspect_webdataset.py --fix"
@@ -161,6 +163,23 @@ def is_finished(folder: Path) -> bool:
         return False
     first = next((name for name in meta.splits.get("train", []) if meta.counts.get(name)), None)
     return first is None or not (folder / first).is_file() or first_layout(folder / first) == meta.layout
+
+
+def packed_tars(folder: Path) -> list[Path]:
+    """The compressed tars in a folder, by their names."""
+    return [path for path in sorted(folder.rglob("*.t*")) if PACKED.fullmatch(path.name) and path.is_file()]
+
+
+def no_tar(setting: str, folder: Path) -> DataError:
+    """What is wrong with a folder without any .tar; `setting` names what the folder was given as."""
+    packed = next(iter(packed_tars(folder)), None)
+    if other := packed and other_kind(packed):
+        where = f"{setting}{folder} holds no .tar file, and {packed.name} is {other[0]}"
+        return DataError(f"{where}: samples are read at their places, which only a plain tar has", other[1])
+    return DataError(
+        f"{setting}{folder}: no such folder, or no .tar file (and .nv-meta) in it",
+        "name the folder that holds the tars, or set raw_data to convert your own records",
+    )
 
 
 def way_out(folder: Path, name: str) -> str:

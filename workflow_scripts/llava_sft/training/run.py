@@ -175,6 +175,23 @@ def refuse_other_run(run_dir: Path, resolved: dict[str, Any]) -> None:
         )
 
 
+def same_run(run_dir: Path, resolved: dict[str, Any]) -> tuple[Path, int] | None:
+    """Another directory beside `run_dir`, which is not there yet, that holds this very run, and its steps: the experiment
+    was renamed."""
+    if run_dir.exists():
+        return None
+    now = identity(json.loads(json.dumps(resolved)))
+    for path in sorted(run_dir.parent.glob(f"*/{RUN_FILE}")):
+        with contextlib.suppress(DamagedFileError, OSError, RunError, KeyError, TypeError, AttributeError):
+            if (
+                path.parent != run_dir
+                and identity(read_run(path.parent)) == now
+                and (done := iterations_done(path.parent))
+            ):
+                return path.parent, done
+    return None
+
+
 def open_run(run_dir: Path, resolved: dict[str, Any]) -> int:
     """Check that `run_dir` holds this run, or make it; returns the step it goes on from.
 
