@@ -56,11 +56,11 @@ def measure(work: Path, size: str, old_names: bool) -> list[dict]:
     settings = {"model": size, "dtype": "bfloat16", "gigabytes": round(gigabytes, 1), "old_names": old_names}
     for direction, source, target in (("hf2mcore", hf, mcore), ("mcore2hf", mcore, back)):
         forget(source)
-        copied, _ = timed("bash", "-c", f"cp -r {source} {work}/copy && sync -f {work}/copy && sync {work}/copy/*")
+        copied = timed("bash", "-c", f"cp -r {source} {work}/copy && sync -f {work}/copy && sync {work}/copy/*").seconds
         shutil.rmtree(work / "copy")
         forget(source)
         script, model_file = ROOT / "workflow_scripts/convert_checkpoint.py", ROOT / f"config/models/{size}.yaml"
-        seconds, peak = timed(sys.executable, script, direction, source, target, "--model", model_file)
+        seconds, peak, _ = timed(sys.executable, script, direction, source, target, "--model", model_file)
         peak /= 1000
         note = f"{seconds:.1f} s against {copied:.1f} s, {gigabytes / seconds:.2f} GB/s"
         print(direction, note, f"peak {peak:.2f} GB", flush=True)

@@ -7,13 +7,10 @@ about them, in LLaVA form. Sizes and text lengths follow an image-heavy SFT mix;
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "workflow_scripts"))
 
 from llava_sft.data.demo import load_digits
 

@@ -22,9 +22,10 @@ from pathlib import Path
 from llava_sft.files import read_json, write_json
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
 from llava_sft.training.watch import read_jsonl
-from results import ROOT, row, write_results
+from results import DEMO_RUN, ROOT, row, write_results
 
 SMALL = {"micro_batch_size": 8, "global_batch_size": 16, "log_interval": 1, "log_samples": True, "log_answers": 1}
+CASES = ["fp32_dp1", "fp32_dp1_packed", "fp32_dp2", "bf16_dp1", "bf16_dp2"]
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -42,13 +43,11 @@ class Run:
 
     def start(self, *before: str, **environment: str) -> subprocess.Popen:
         """`before`: words in front of the command; `environment`: variables on top of ours."""
-        script = list(before)
-        script += [sys.executable, str(ROOT / "workflow_scripts/train.py"), str(self.resolved)]
-        script += ["--run-dir", str(self.folder), "--done", str(self.folder.with_suffix(".done.json"))]
-        log = open(self.folder.with_suffix(".log"), "ab")  # noqa: SIM115 (the child's)
-        return subprocess.Popen(
-            script, cwd=ROOT, env=ENVIRONMENT | environment, stdout=log, stderr=log, start_new_session=True
-        )
+        script = [*before, sys.executable, ROOT / "workflow_scripts/train.py", self.resolved]
+        script += ["--run-dir", self.folder, "--done", self.folder.with_suffix(".done.json")]
+        env = ENVIRONMENT | environment
+        with open(self.folder.with_suffix(".log"), "ab") as log:
+            return subprocess.Popen(script, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
 
     def finish(self, *before: str, **environment: str) -> int:
         return self.start(*before, **environment).wait()
@@ -76,10 +75,8 @@ class Run:
         write_json(self.resolved, resolved)
 
     def losses(self) -> list:
-        return [
-            (record["iteration"], record["lm loss"], record["grad-norm"])
-            for record in read_jsonl(self.folder / "metrics.jsonl")
-        ]
+        records = read_jsonl(self.folder / "metrics.jsonl")
+        return [(record["iteration"], record["lm loss"], record["grad-norm"]) for record in records]
 
     def samples(self) -> dict:
         return {path.name: read_jsonl(path) for path in sorted((self.folder / "samples").glob("*.jsonl"))}
@@ -172,11 +169,9 @@ def kills(base: dict, out: Path, count: int, steps: int = 120) -> Iterator[dict]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["table", "kills"])
-    parser.add_argument(
-        "--cases", nargs="*", default=["fp32_dp1", "fp32_dp1_packed", "fp32_dp2", "bf16_dp1", "bf16_dp2"]
-    )
+    parser.add_argument("--cases", nargs="*", default=CASES)
     parser.add_argument("--count", type=int, default=30)
-    parser.add_argument("--resolved", type=Path, default=ROOT / "output/stage2_sft_vqa_results/resolved.json")
+    parser.add_argument("--resolved", type=Path, default=DEMO_RUN)
     parser.add_argument("--out", type=Path, default=Path("/tmp/llava_sft_resume"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
