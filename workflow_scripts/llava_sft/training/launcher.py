@@ -2,7 +2,7 @@
 
 On one machine, one process is started directly, several through torchrun; they meet in a file, and nothing listens beyond
 the loopback device. In a Slurm job srun starts one task a node,
-`python -m llava_sft.training.launcher ADDRESS:PORT NPROC RUN_JSON RUN_DIR START_DIR`, and each does the same for its
+`python -m llava_sft.training.launcher ADDRESS:PORT NPROC RUN_JSON RUN_DIR`, and each does the same for its
 node. What they print goes to the run's log; the terminal gets a line per log
 interval, read from the same `metrics.jsonl` that the report draws.
 """
@@ -170,7 +170,7 @@ def _before_training() -> None:
 
 
 def hold_back() -> None:
-    """Block the signal that asks to save. Training processes let it through when Megatron listens (loop.py); their
+    """Block the signal that asks to save. Training processes let it through when the loop listens (loop.py); their
     helpers, loader workers among them, never do: torch's own handler would end them, and the training with them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
