@@ -10,10 +10,10 @@ transformer with one step of 300 times the gradient; `optimizer_step_ms` for the
 import time
 
 import torch
-from llava_sft.megatron.adam import round_evenly
 from torch import nn
 from transformer_engine.pytorch.optimizers import FusedAdam
 
+from llava_sft.megatron.adam import round_evenly
 from results import row, write_results
 
 BETAS2 = (0.95, 0.99, 0.995, 0.999)

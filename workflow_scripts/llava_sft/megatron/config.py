@@ -41,7 +41,6 @@ def transformer_config(model: ModelConfig, values: dict[str, Any]) -> Transforme
         tensor_model_parallel_size=values["tensor_model_parallel_size"],
         pipeline_model_parallel_size=stages,
         pipeline_dtype=dtype,
-        variable_seq_lengths=stages > 1,  # batches are as long as their longest sequence
         deallocate_pipeline_outputs=True,
         bf16=values["bf16"],
         params_dtype=dtype,
@@ -56,6 +55,8 @@ def transformer_config(model: ModelConfig, values: dict[str, Any]) -> Transforme
         **_recomputation(values.get("recompute_language", "none")),
         **({} if fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": fp8}),
     )
+    # Batches are as long as their longest sequence. Not above: it would be refused for the sake of experts, which none has.
+    config.variable_seq_lengths = stages > 1
     return config
 
 
