@@ -112,7 +112,7 @@ def run(
 ) -> int:  # fmt: skip
     """Run a command to its end; returns its exit code, STOPPED where it was ended at once.
 
-    A stop signal asks the training processes, once a second, to save and end: they hold it back until Megatron listens,
+    A stop signal asks the training processes, once a second, to save and end: they hold it back until the loop listens,
     and their helpers, which a batch system signals as well, ignore it. A second SIGINT ends them at once.
     """
     asked: list[float] = []
@@ -209,7 +209,7 @@ def rendezvous(place: str, environment: Mapping[str, str]) -> list[str]:
 
 def main(place: str, count: str, *arguments: str) -> int:
     """One node of a training, under srun. Slurm signals every process of the step, but only once, and a training process
-    ignores it until Megatron listens: so the signal is taken here and handed on as on one machine."""
+    ignores it until the loop listens: so the signal is taken here and handed on as on one machine."""
     with tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True) as store:
         argv, environment = command(int(count), list(arguments), store, rendezvous(place, os.environ))
         return run(argv, environment, lambda training: ask_workers(training, int(count)))
