@@ -20,7 +20,7 @@ from pathlib import Path
 from llava_sft.config import first_epoch, load_settings, packing_window, resolve
 from llava_sft.data.lengths import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
-from llava_sft.training import predict, run
+from llava_sft.training import predict
 from llava_sft.training.watch import read_metrics
 from results import DEMO_RUN, RESULTS, ROOT, row, single_process, write_results
 
@@ -73,9 +73,8 @@ def record() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / "run.json", before | {"settings": values})
-        start = run.start_dir(folder, before["start"]["folder"])
         environment = single_process() | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
-        command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder, start]
+        command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder]
         with open(OUT / "log", "w") as log:
             subprocess.run(command, env=os.environ | environment, check=True, stdout=log, stderr=log)
         metrics = read_metrics(folder)
