@@ -21,9 +21,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = [
-    *(ROOT / "workflow_scripts").rglob("*.py"), *(ROOT / "workflow_scripts").rglob("*.jinja"),
-    ROOT / "Snakefile", *(ROOT / "rules").glob("*.smk"),
-]  # fmt: skip
+    *(ROOT / "workflow_scripts").rglob("*.py"),
+    *(ROOT / "workflow_scripts").rglob("*.jinja"),
+    ROOT / "Snakefile",
+    *(ROOT / "rules").glob("*.smk"),
+]
 
 
 class Seam(NamedTuple):
