@@ -26,7 +26,6 @@ OURS = [
 ]
 PROFILE = [
     {"name": "bf16 profile", "profile": True},
-    {"name": "language profile", "images": False, "profile": True, "steps": 5},
     {"name": "fp8 profile", "fp8": "tensorwise", "profile": True, "steps": 5},
 ]
 FULL = {"recompute_language": "full", "recompute_vision": "full"}

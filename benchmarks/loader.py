@@ -1,4 +1,4 @@
-"""Samples and megapixels a second out of the real loader, and how long a consumer of known speed waits for them.
+"""Megapixels a second out of the real loader, and how long a consumer of known speed waits for them.
 
     python benchmarks/make_photos.py PHOTOS        # photograph-sized pictures with records; convert and index them
     python benchmarks/loader.py WEBDATASETS TOKENIZER [--workers 1 2 4 8]     # writes results/loader.json
@@ -42,12 +42,8 @@ def measure(folder: Path, tokenizer: Path, workers: int) -> list[dict]:
     began = time.perf_counter()
     batches = [next(packs) for _ in range(COUNTED)]
     seconds = time.perf_counter() - began
-    samples = sum(len(batch.lengths) for batch in batches)
     megapixels = sum(len(batch.pixels) for batch in batches) * PATCH_PIXELS / 1e6
-    rows = [
-        row("loader_samples_per_s", samples / seconds, "samples/s", None, "higher", "", workers=workers),
-        row("loader_mpixel_per_s", megapixels / seconds, "MPixel/s", None, "higher", "", workers=workers),
-    ]
+    rows = [row("loader_mpixel_per_s", megapixels / seconds, "MPixel/s", None, "higher", "", workers=workers)]
     consumers = {f"takes {SHARE:.0%} of what they deliver": seconds / COUNTED / SHARE, "4B on an H200": STEP_S}
     for name, step in consumers.items():
         waits = []

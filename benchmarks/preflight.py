@@ -40,17 +40,8 @@ RUNS = [
     {"micro_batch_size": 128, "recompute_language": "full"},
 ]
 # What the settings of a recorded run are made of: all that the formulas look at.
-RECORDED = [
-    "model",
-    "seq_length",
-    "micro_batch_size",
-    "global_batch_size",
-    "packing",
-    "pack_chunk_tokens",
-    "bf16",
-    "fp8",
-]
-RECORDED += ["optimizer_precision", "recompute_language", "recompute_vision", "trainable_modules"]
+RECORDED = ["model", "seq_length", "micro_batch_size", "global_batch_size", "packing", "pack_chunk_tokens"]
+RECORDED += ["bf16", "fp8", "optimizer_precision", "recompute_language", "recompute_vision", "trainable_modules"]
 RECORDED += ["gpus_per_node", "nodes", "nproc_per_node", "tensor_model_parallel_size", "pipeline_model_parallel_size"]
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,8 +69,8 @@ def single_process() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Where a figure comes from: hardware and versions."""
-    versions = {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}
-    return {"hardware": hardware(), "versions": versions}
+    installed = {each.name: each.version for each in distributions() if each.name in PACKAGES}
+    return {"hardware": hardware(), "versions": {"python": platform.python_version(), **installed}}
 
 
 def hardware() -> dict[str, Any]:
@@ -118,13 +118,6 @@ def _output(*command: str) -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def reached(row: dict) -> bool:
