@@ -1,18 +1,9 @@
 """What benchmarks/training.py trains with: a case is CASE, or PEER in transformers, with what it names."""
 
 PEAK = 989e12  # FLOP/s, dense bf16 of an H100 or H200
-CASE = {
-    "seq_length": 8192,
-    "micro_batch_size": 1,
-    "micro_batches": 4,
-    "steps": 6,
-    "warm": 2,  # steps that are not timed: compilation, the allocator
-    "fp8": "none",
-    "recompute_language": "none",
-    "recompute_vision": "none",
-    "pack_chunk_tokens": 8192,
-    "images": True,
-}
+CASE = {"seq_length": 8192, "micro_batch_size": 1, "micro_batches": 4, "pack_chunk_tokens": 8192, "images": True}
+CASE |= {"fp8": "none", "recompute_language": "none", "recompute_vision": "none"}
+CASE |= {"steps": 6, "warm": 2}  # the warm ones are not timed: compilation, the allocator
 # GBS 16: the optimizer's share of a step is that of a usual run, or more.
 BIG = {"micro_batches": 16, "steps": 4, "warm": 1}
 LONG = {"seq_length": 32768, "micro_batches": 4, "steps": 4, "warm": 1}
@@ -61,10 +52,7 @@ CHECKPOINT = [
     {"name": "bf16_8192 80 GB gbs 4", **SMALL, "steps": 5},
     {"name": "fp8_8192 80 GB", **SMALL_FP8, **BIG, "steps": 3, "checkpoint": True},
 ]
-TWO_GPUS = [
-    {"name": "two gpus gbs 4", **SMALL, "steps": 5},
-    {"name": "two gpus", **SMALL, **BIG, "steps": 3},
-]
+TWO_GPUS = [{"name": "two gpus gbs 4", **SMALL, "steps": 5}, {"name": "two gpus", **SMALL, **BIG, "steps": 3}]
 # `recompute`: what is tried in turn until it fits.
 PEER = {"seq_length": 8192, "accumulate": 16, "warm": 1, "steps": 2, "recompute": ["none", "vision", "full"]}
 FLEX, PLAIN = {"packed": True, "attention": "flex_attention"}, {"packed": False, "attention": "sdpa"}
@@ -74,9 +62,7 @@ PEERS = {
         # At 8,192 tokens the vision tower has to be recomputed, and 100 GiB are in use: here all has to be.
         {"name": "transformers flex 32768", **FLEX, "seq_length": 32768, "accumulate": 4, "recompute": ["full"]},
     ],
-    "unpacked": [
-        {"name": "transformers unpacked", **PLAIN, "accumulate": 144, "steps": 1, "recompute": ["full"]},
-    ],
+    "unpacked": [{"name": "transformers unpacked", **PLAIN, "accumulate": 144, "steps": 1, "recompute": ["full"]}],
 }
 # Settings of our runs: no validation, no checkpoint, a loader that keeps up.
 RUN = {"load": "random", "packing": True, "gpus_per_node": 1, "num_workers": 6, "packing_buffer_size": 1000}

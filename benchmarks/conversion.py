@@ -138,9 +138,8 @@ def text_only(work: Path, name: str, records: int, length: int) -> Iterator[dict
     yield row("conversion_seconds", converted.seconds, "s", None, "lower", note, **settings)
     yield row("conversion_plan_s", plan.seconds, "s", 10, "lower", "a process of its own", **settings)
     index = [sys.executable, SCRIPTS / "index_webdataset.py", out, "--output", work / "dataset.json"]
-    indexed = timed(*index, "--val-fraction", 0)
-    note = f"peak {indexed.peak_mb:.0f} MB"
-    yield row("index_seconds", indexed.seconds, "s", None, "lower", note, **settings, val_fraction=0)
+    seconds, peak, _ = timed(*index, "--val-fraction", 0)
+    yield row("index_seconds", seconds, "s", None, "lower", f"peak {peak:.0f} MB", **settings, val_fraction=0)
     shutil.rmtree(out)
     shutil.rmtree(work / "out.parts")
     raw.unlink()

@@ -82,7 +82,6 @@ def main() -> None:
                 gradients = "1.0, then noise of 0.01" if noise else "1.0, then 0.01"
                 settings = {"variant": variant, "adam_beta2": beta2, "gradients": gradients}
                 rows.append(row("second_moment_error", error, "", 0.05 if used else None, "lower", **settings))
-            print(rows[-2:], flush=True)
         if variant != "float32 moments":  # 85 GB
             milliseconds, gib = optimizer_step_ms(variant)
             rows.append(row("optimizer_step_ms", milliseconds, "ms", None, "lower", f"{gib:.1f} GiB", variant=variant))

@@ -5,6 +5,7 @@ in the same order (`Cases.step`). Figures are written after each case.
 """
 
 import collections
+import gc
 import itertools
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from cases import CASE, PEAK, run_settings
 from kernels import kernel_times
 from llava_sft.data.loader import VlmBatch
 from llava_sft.data.template import ChatTemplate
-from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.config import load_model_config
 from llava_sft.model.flops import matmul_parameters, training_flops
 from llava_sft.training import process
 from llava_sft.training.checkpoints import checkpoint_dir
@@ -91,6 +93,7 @@ class Cases:
     def run(self, case: dict) -> dict:
         """The case and its figures: `steps`, and the memory at their peak and between them."""
         self.apply(case)
+        gc.collect()  # the loop has switched off what Python does by itself
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         last = case["steps"] - 1
@@ -138,16 +141,14 @@ class Cases:
         torch.cuda.synchronize()
         self.batches, self.waited, self.phases.marks = [], 0.0, []
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profiled else None
-        if profiler:
-            profiler.__enter__()
-        began = time.perf_counter()
-        self.step()
-        torch.cuda.synchronize()
-        result: dict[str, Any] = {"seconds": time.perf_counter() - began, "waited": self.waited}
+        with profiler or nullcontext():
+            began = time.perf_counter()
+            self.step()
+            torch.cuda.synchronize()
+            result: dict[str, Any] = {"seconds": time.perf_counter() - began, "waited": self.waited}
         if self.phases.on:
             result["phases"] = self.phases.milliseconds()
         if profiler:
-            profiler.__exit__(None, None, None)
             with tempfile.TemporaryDirectory() as folder:
                 profiler.export_chrome_trace(f"{folder}/trace.json")
                 result["kernels"] = kernel_times(json.loads(Path(f"{folder}/trace.json").read_text()))
@@ -229,22 +230,21 @@ def vision_alone(loop: Loop) -> dict[str, dict]:
 def limit_memory(gib: float) -> None:
     """Of this process on its GPU, as if that had no more."""
     device = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(device)
     whole = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1, gib * GIB / whole), device)
 
 
 def train(args) -> None:
     cases = [CASE | case for case in args.cases]
-    model: ModelConfig = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
     resolved = {
         "settings": run_settings(args.model, {"train_iters": sum(case["steps"] for case in cases)} | args.values),
-        "model": model.model_dump(),
+        "model": load_model_config(ROOT / "config/models" / f"{args.model}.yaml").model_dump(),
         "data": {"path": str(args.webdatasets), "fingerprint": "benchmark"},
         "start": {"sidecars": str(args.tokenizer), "folder": None, "untrained": True, "old_names": False},
     }
-    report: dict[str, Any] = {"model": args.model, "machine": machine(), "gpu": torch.cuda.get_device_name()}
+    report: dict[str, Any] = {"model": args.model, "machine": machine(), "cases": {}}
     report |= {"optimizer_precision": args.values.get("optimizer_precision", "bf16")}
-    report |= {"gpus": int(os.environ["WORLD_SIZE"]), "cases": {}, "vision": {}}
     run_dir = Path(tempfile.mkdtemp(prefix="llava_sft_training_"))
 
     def write(message: str) -> None:
@@ -255,6 +255,7 @@ def train(args) -> None:
     if gib := cases[0].get("gpu_gib"):
         limit_memory(gib)
     loop = process.set_up(resolved, run_dir)
+    report |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.distributed.get_world_size()}
     loop.model.train()
     trainer = Cases(loop, cases, resolved, run_dir)
     for case in cases:

@@ -74,8 +74,8 @@ def shares() -> Iterator[dict]:
         share = sum(lengths) / (packs(lengths, capacity) * capacity)
         each = 1e6 * (time.perf_counter() - began) / SAMPLES
         note = f"{each:.2f} µs a sample, buffer of {auto_packing_buffer(lengths, capacity):,}"
-        known = settings | {"mean_length": round(sum(lengths) / SAMPLES)}
-        yield row(f"packing_{capacity}", share, "useful", goal, "higher", note, **known)
+        mean = round(sum(lengths) / SAMPLES)
+        yield row(f"packing_{capacity}", share, "useful", goal, "higher", note, **settings, mean_length=mean)
         few = lengths[:SMALL]
         share = sum(few) / (packs(few, capacity) * capacity)
         yield row(f"packing_{capacity}", share, "useful", goal, "higher", "", **settings, samples=SMALL)

@@ -74,18 +74,12 @@ def recompute(model: torch.nn.Module, what: str) -> None:
 
 def train_once(model: torch.nn.Module, case: dict, inputs: list[dict]) -> list[float]:
     """Times at which the steps ended; none when memory ran out."""
-    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": case["accumulate"]}
-    optimizer = {"optim": "adamw_torch_fused", "learning_rate": 1e-5, "max_grad_norm": 1.0}
-    quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=case["warm"] + case["steps"],
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        **(batch | optimizer | quiet),
-    )
+    options = {"max_steps": case["warm"] + case["steps"], "bf16": True, "use_cpu": not torch.cuda.is_available()}
+    options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": case["accumulate"]}
+    options |= {"optim": "adamw_torch_fused", "learning_rate": 1e-5, "max_grad_norm": 1.0}
+    options |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    options |= {"remove_unused_columns": False, "dataloader_num_workers": 0}
+    arguments = TrainingArguments(output_dir=tempfile.mkdtemp(), **options)
     clock = Clock()
     trainer = Trainer(
         model, arguments, data_collator=lambda samples: samples[0], train_dataset=inputs, callbacks=[clock]

@@ -69,20 +69,16 @@ def single_process() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Where a figure comes from: hardware and versions."""
-    installed = {each.name: each.version for each in distributions() if each.name in PACKAGES}
-    return {"hardware": hardware(), "versions": {"python": platform.python_version(), **installed}}
-
-
-def hardware() -> dict[str, Any]:
     models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
+    hardware = {
         "cpu": models[0] if models else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
         "load_before": round(os.getloadavg()[0], 1),
     }
+    installed = {each.name: each.version for each in distributions() if each.name in PACKAGES}
+    return {"hardware": hardware, "versions": {"python": platform.python_version(), **installed}}
 
 
 def write_results(name: str, rows: list[dict[str, Any]], command: str = "", **elsewhere: Any) -> Path:

@@ -54,9 +54,9 @@ def table(base: dict, out: Path, cases: list[str], steps: int = 20) -> Iterator[
             equal = same(run, undisturbed, steps)
             note = ", ".join(f"{key} {'equal' if value else 'DIFFER'}" for key, value in equal.items())
             note = f"exit code {code}, resumed at step {reached}: {note}"
-            where = {"interruption": what, "precision": "bf16" if bf16 else "fp32", "data_parallel": ranks}
-            where |= {"packing": packing}
-            yield row("resume_is_exact", all(equal.values()), "", 1, "higher", note, **where)
+            where = {"precision": "bf16" if bf16 else "fp32", "data_parallel": ranks, "packing": packing}
+            equal = all(equal.values())
+            yield row("resume_is_exact", equal, "", 1, "higher", note, interruption=what, **where)
 
 
 def kills(base: dict, out: Path, count: int, steps: int = 120) -> Iterator[dict]:

@@ -26,8 +26,7 @@ import mini_slurm
 
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 LINE = 512  # bytes of a record, and of a job's range
-JOBS = 10_000
-PLAN_GOAL_S = 20
+JOBS, PLAN_GOAL_S = 10_000, 20
 ONE_BY_ONE_S = 132  # 10,000 jobs of a toy workflow, submitted singly
 
 
@@ -70,12 +69,12 @@ def submit(project: Path, cluster: mini_slurm.MiniSlurm) -> tuple[float, int]:
     with open(project / "submit.log", "w") as log:
         command = [SNAKEMAKE, "--profile", "slurm", "data_big"]
         running = subprocess.Popen(command, cwd=project, stdout=log, stderr=log, start_new_session=True)
-    seen, last, planned = 0, began, None
-    while planned is None or time.monotonic() < last + 10:  # ten seconds without a new one: that was the last
+    seen, last = 0, began
+    while not seen or time.monotonic() < last + 10:  # ten seconds without a new one: that was the last
         time.sleep(0.5)
         count = len(cluster.jobs())
         if count > seen:
-            seen, last, planned = count, time.monotonic(), True
+            seen, last = count, time.monotonic()
         if running.poll() is not None:
             raise SystemExit((project / "submit.log").read_text()[-3000:])
     os.killpg(running.pid, signal.SIGKILL)

@@ -86,9 +86,9 @@ def speed(processes: list[dict]) -> list[dict]:
     rows += ratios(cases, peers)
     for name, peer in peers.items():
         rows.append(measured("peer_mfu", peer["mfu"], "", None, "higher", name, peer))
-        rate = peer["useful_tokens_per_s"]
+        rate, memory = peer["useful_tokens_per_s"], peer["peak_gib"]
         rows.append(measured("peer_useful_tokens_per_s", rate, "tokens/s", None, "higher", name, peer))
-        rows.append(measured("peer_peak_memory_gib", peer["peak_gib"], "GiB", None, "lower", name, peer))
+        rows.append(measured("peer_peak_memory_gib", memory, "GiB", None, "lower", name, peer))
     for process in processes:
         rows += vision_rows(process) + checkpoint_rows(process)
     return rows
