@@ -45,7 +45,7 @@ def memory_and_time(processes: list[dict]) -> list[dict]:
                 "parameters": parameters[process["model"]],
                 "optimizer_precision": process["optimizer_precision"],
                 "gpus": process.get("gpus", 1),
-                **{key: case[key] for key in CASE.keys() - {"steps", "warm", "images"}},
+                **{key: case[key] for key in CASE if key not in ("steps", "warm", "images")},
                 **amounts(case["steps"], median),
                 "gpu": process["gpu"],
             }
