@@ -22,11 +22,11 @@ from typing import BinaryIO
 
 import psutil
 
-from llava_sft.config import gpu_count
 from llava_sft.data.tars import METADATASET
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DamagedFileError, RunError, SftError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
+from llava_sft.machine import gpu_count
 from llava_sft.model.config import ModelConfig
 from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, iterations_done, prune
