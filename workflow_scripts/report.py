@@ -17,7 +17,7 @@ from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
 from llava_sft.report.html import render
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.coverage import SAMPLE_COUNTS
+from llava_sft.training.coverage import SAMPLE_COUNTS, count_samples
 from llava_sft.training.watch import VALIDATION, read_jsonl, read_metrics
 
 OPTIONAL = {
@@ -68,9 +68,11 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
     files = {name: getattr(args, name, None) for name in KEYS}
     files["counts"] = args.run_dir / SAMPLE_COUNTS
     files["parity"] = args.export and args.export / "parity.json"
-    found = {}
+    found: dict[str, Any] = {}
     for name, path in files.items():
         needed = name not in ("counts", "parity")  # the others are looked for, and given only where they exist
+        if name == "counts" and found["train_done"] and "data" in found["resolved"] and not path.is_file():
+            count_samples(args.run_dir, found["resolved"])  # it was damaged, and deleted
         found[name] = read_json(path, *(() if needed else (None,))) if path else None
         if path and found[name] is None:
             print(f"note: {path}: no such file; the page says so")
