@@ -21,6 +21,7 @@ from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
+from llava_sft.inputs import check_inputs
 from llava_sft.machine import gpu_count
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
@@ -54,13 +55,13 @@ def main() -> None:
         overrides["gpus_per_node"] = args.gpus_per_node
     paths = Workflow(overrides, [], cluster).paths(args.experiment)
     settings = paths.settings
-    paths.check_inputs()
+    check_inputs(paths)
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     dataset = read_json(paths.dataset)
     require_whole(paths.webdatasets, paths.dataset)
     model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
-    start = open_start(settings.load, paths.converted, settings.tokenizer)
+    start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
     sizes, prepared = sizes_of(paths, dataset, start.sidecars, keep=not args.gpu)
     if not sizes.tokens:
         raise DataError(

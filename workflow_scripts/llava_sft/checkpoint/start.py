@@ -1,7 +1,7 @@
 """What training starts from: a Hugging Face folder or hub id, a Megatron folder, or one `iter_` folder of an earlier run.
 
-`Checkpoint.of(load)` says once which of them it is. What is not in our own format (`torch_dist`) is converted first, by the `hf2mcore` rule.
-Imported while Snakemake builds its DAG: no torch.
+`Checkpoint.of(load)` says once which of them it is. What is not in our own format (`torch_dist`) is converted first, by
+the `hf2mcore` rule. Imported while Snakemake builds its DAG: no torch.
 """
 
 import re
@@ -91,25 +91,30 @@ def _kind(name: str) -> Kind:
     return "megatron" if _has_tracker(Path(name)) else "huggingface"
 
 
+def old_part_name(part: str) -> str:
+    """The name of a part of the model in the names of converted folders, and in what they depend on."""
+    return next((old for old, new in OLD_PART_NAMES.items() if new == part), part)
+
+
 def with_old_names(parts: dict[str, str]) -> dict[str, str]:
-    """Parts of the model under the names that they have in the names of converted folders, in order."""
-    old = {new: old for old, new in OLD_PART_NAMES.items()}
-    return dict(sorted((old.get(part, part), source) for part, source in parts.items()))
+    return dict(sorted((old_part_name(part), source) for part, source in parts.items()))
 
 
-def named_parts(given: Iterable[tuple[str, str]]) -> dict[str, Checkpoint]:
-    """Part of the model → where its weights come from; `language` and `vision` are names that were used earlier.
+def named_parts(given: Iterable[tuple[str, str]], spelled: str = "load_parts: {}: {}") -> dict[str, Checkpoint]:
+    """Part of the model → where its weights come from. `language` and `vision`, as parts were called, are understood.
 
-    Raises CheckpointError for a part that there is not, that stands twice, or that cannot be random.
+    Raises CheckpointError, with the entry `spelled` as it was given, for a part that there is not, that stands twice, or
+    that cannot be random.
     """
     parts: dict[str, Checkpoint] = {}
     for name, source in given:
         part = OLD_PART_NAMES.get(name, name)
         if part not in PARTS or part in parts or not source or (source == RANDOM and part != "adapter"):
-            again = f"; {part} is given already" if part in parts else ""
+            twice = f": {part} stands twice" if part in parts else ""
             raise CheckpointError(
-                f"load_parts: {name}: {source}{again}",
-                f"{' | '.join(PARTS)}: a folder or hub id; adapter: random is allowed too",
+                f"{spelled.format(name, source)}{twice}",
+                f"one entry for each of {', '.join(PARTS)} that comes from elsewhere: a folder or hub id; adapter: random is "
+                "allowed too",
             )
         parts[part] = Checkpoint.of(source)
     return parts
