@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT / "workflow_scripts"))
 from llava_sft.config import first_epoch, load_settings, packing_window, resolve  # noqa: E402
 from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.run.records import read_metrics  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
-from llava_sft.training.watch import read_metrics  # noqa: E402
 from results import RESULTS, row, write_results  # noqa: E402
 
 OUT = Path("/tmp/llava_sft_preflight")

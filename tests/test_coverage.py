@@ -14,7 +14,7 @@ from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.data.tars import METADATASET
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError, RunError
-from llava_sft.training.coverage import sample_counts, told
+from llava_sft.run.coverage import sample_counts, told
 from llava_sft.training.watch import Watch
 from webdataset_helpers import Raw, record
 

@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import MODELS
-from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
+from llava_sft.run.records import forget_after, progress_line, read_jsonl, read_metrics
 from llava_sft.training.arguments import megatron_arguments
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
 from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.run import lock, open_run, same_run, start_dir
 from llava_sft.training.slurm import Job
-from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
+from llava_sft.training.watch import Watch
 from test_model_config import ROOT
 
 

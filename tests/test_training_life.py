@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from llava_sft.files import read_json
-from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, damage, iterations_done
-from llava_sft.training.watch import read_jsonl
+from llava_sft.run.checkpoints import damage, iterations_done
+from llava_sft.run.layout import checkpoint_dir, checkpoints
+from llava_sft.run.records import read_jsonl
 from project_runs import snakemake
 from resume import Run, kill, same
 

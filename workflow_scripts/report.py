@@ -16,9 +16,9 @@ from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
 from llava_sft.report.html import render
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.coverage import SAMPLE_COUNTS
-from llava_sft.training.watch import VALIDATION, read_jsonl, read_metrics
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import SAMPLE_COUNTS, VALIDATION, checkpoint_dir
+from llava_sft.run.records import read_jsonl, read_metrics
 
 OPTIONAL = {
     "prediction": "what preflight predicted",

@@ -28,13 +28,14 @@ from llava_sft.data.verify import require_whole
 from llava_sft.errors import DamagedFileError, RunError, SftError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
+from llava_sft.run.checkpoints import check_disk, iterations_done, prune
+from llava_sft.run.coverage import sample_counts, told
+from llava_sft.run.layout import FAILURE, METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
+from llava_sft.run.records import forget_after, read_metrics
 from llava_sft.training import predict
-from llava_sft.training.checkpoints import check_disk, checkpoint_dir, iterations_done, prune
-from llava_sft.training.coverage import SAMPLE_COUNTS, sample_counts, told
 from llava_sft.training.launcher import STOPPED, launch
-from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
+from llava_sft.training.run import DEAD_AFTER_S, give_back, identity, lock, open_run, start_dir
 from llava_sft.training.slurm import Job, this_job
-from llava_sft.training.watch import FAILURE, METRICS, forget_after, read_metrics
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is somebody else's
 
@@ -131,7 +132,7 @@ def check_what_is_loaded(run_dir: Path, step: int, start: str | None) -> None:
     from llava_sft.checkpoint.pickles import check_pickles  # imports torch, which a finished run need not wait for
 
     if step:
-        positions = sorted((run_dir / "dataloader" / f"iter_{step:07d}").rglob("*.pt"))
+        positions = sorted(data_dir(run_dir, step).rglob("*.pt"))
         check_pickles(checkpoint_dir(run_dir, step), *positions)
     elif start:
         check_pickles(Path(start))

@@ -22,8 +22,8 @@ from typing import BinaryIO
 
 import psutil
 
+from llava_sft.run.records import Tail
 from llava_sft.training import slurm
-from llava_sft.training.watch import Tail
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 TERMINALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

@@ -57,19 +57,15 @@ from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.flops import training_flops  # noqa: E402
 from llava_sft.model.kernels import scale_  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
-from llava_sft.training import adam, remedies, validation  # noqa: E402
+from llava_sft.run import remedies  # noqa: E402
+from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal  # noqa: E402
+from llava_sft.run.layout import FAILURE, checkpoints  # noqa: E402
+from llava_sft.training import adam, validation  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
-from llava_sft.training.checkpoints import (  # noqa: E402
-    check_disk,
-    checkpoint_bytes,
-    checkpoints,
-    prune,
-    seal,
-)
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
 from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
-from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
+from llava_sft.training.watch import PEAK_FLOPS, Watch  # noqa: E402
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 

@@ -25,7 +25,7 @@ from llava_sft.errors import SettingsError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.flops import matmul_parameters
-from llava_sft.training.checkpoints import expected_bytes
+from llava_sft.run.checkpoints import expected_bytes
 from llava_sft.training.watch import PEAK_FLOPS
 
 RECORDED = CONFIG_DIR.parent / "benchmarks" / "results" / "preflight.json"
