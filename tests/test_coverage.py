@@ -2,9 +2,11 @@
 
 import json
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 
+import report
 from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.index import index_webdataset
@@ -13,8 +15,10 @@ from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.data.tars import METADATASET
 from llava_sft.data.template import ChatTemplate
-from llava_sft.errors import DataError, RunError
-from llava_sft.run.coverage import sample_counts, told
+from llava_sft.errors import DamagedFileError, DataError, RunError
+from llava_sft.files import write_json
+from llava_sft.run.coverage import count_samples, sample_counts, told
+from llava_sft.run.layout import SAMPLE_COUNTS
 from llava_sft.training.watch import Watch
 from webdataset_helpers import Raw, record
 
@@ -78,6 +82,25 @@ def test_of_the_ranks_that_share_samples_the_one_that_logs_keeps_its_lines(wds, 
         logging.step(step, 1.0, {"learning-rate": 0.1}, 1.0, 1.0)
     counts = sample_counts(tmp_path, wds, 2)
     assert (counts["epochs"], counts["seen"]) == (2, {"2": 6})
+
+
+def test_a_report_makes_the_counts_again_that_were_damaged_and_deleted(wds, tmp_path):
+    ids = sorted(sample_ids(wds, "train")[""])
+    note(tmp_path, [ids, ids[:3]])
+    resolved = {"run_name": "run", "settings": {"train_iters": 2}, "why": {}, "data": {"path": str(wds)}}
+    write_json(tmp_path / "resolved.json", resolved)
+    write_json(tmp_path / "done.json", {"iteration": 2})
+    asked = SimpleNamespace(
+        run_dir=tmp_path, resolved=tmp_path / "resolved.json", train_done=tmp_path / "done.json", export=None
+    )
+    count_samples(tmp_path, resolved)
+    made = (tmp_path / SAMPLE_COUNTS).read_bytes()
+    (tmp_path / SAMPLE_COUNTS).write_text("")
+    with pytest.raises(DamagedFileError, match=SAMPLE_COUNTS):
+        report.read_inputs(asked)
+    (tmp_path / SAMPLE_COUNTS).unlink()
+    assert report.read_inputs(asked)["counts"]["seen"] == {"1": 3, "2": 3}
+    assert (tmp_path / SAMPLE_COUNTS).read_bytes() == made
 
 
 def test_samples_that_the_index_can_not_tell_apart_are_an_error(wds, tmp_path):

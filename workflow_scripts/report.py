@@ -17,6 +17,7 @@ from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
 from llava_sft.report.html import render
 from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.coverage import count_samples
 from llava_sft.run.layout import SAMPLE_COUNTS, VALIDATION, checkpoint_dir
 from llava_sft.run.records import read_jsonl, read_metrics
 
@@ -68,9 +69,11 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
     files = {name: getattr(args, name, None) for name in KEYS}
     files["counts"] = args.run_dir / SAMPLE_COUNTS
     files["parity"] = args.export and args.export / "parity.json"
-    found = {}
+    found: dict[str, Any] = {}
     for name, path in files.items():
         needed = name not in ("counts", "parity")  # the others are looked for, and given only where they exist
+        if name == "counts" and found["train_done"] and "data" in found["resolved"] and not path.is_file():
+            count_samples(args.run_dir, found["resolved"])  # it was damaged, and deleted
         found[name] = read_json(path, *(() if needed else (None,))) if path else None
         if path and found[name] is None:
             print(f"note: {path}: no such file; the page says so")

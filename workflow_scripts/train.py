@@ -13,7 +13,6 @@ import os
 import platform
 import shlex
 import shutil
-import sqlite3
 import sys
 import time
 from importlib.metadata import version
@@ -25,11 +24,11 @@ import psutil
 from llava_sft.config import gpu_count
 from llava_sft.data.tars import METADATASET
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import DamagedFileError, RunError, SftError, exits_cleanly
+from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.run.checkpoints import check_disk, iterations_done, prune
-from llava_sft.run.coverage import sample_counts, told
+from llava_sft.run.coverage import count_samples
 from llava_sft.run.layout import FAILURE, METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
 from llava_sft.run.records import forget_after, read_metrics
 from llava_sft.training import predict
@@ -62,13 +61,13 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, resolved: dict, job: Job | None, held: BinaryIO) -> None:
-    settings, run_dir, sizes = resolved["settings"], args.run_dir, args.resolved.with_name("sizes.json")
+    settings, run_dir = resolved["settings"], args.run_dir
     train_iters = settings["train_iters"]
     start = open_run(run_dir, resolved)
     if start == train_iters:
         print(f"{run_dir}: all {train_iters} steps are done, with the same data and settings: nothing to train")
         if settings["log_samples"] and not (run_dir / SAMPLE_COUNTS).is_file():
-            count_samples(run_dir, resolved, sizes)
+            count_samples(run_dir, resolved)
         finish(args.done, run_dir, resolved)
         return
 
@@ -92,7 +91,7 @@ def train(args: argparse.Namespace, resolved: dict, job: Job | None, held: Binar
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)
-        count_samples(run_dir, resolved, sizes)
+        count_samples(run_dir, resolved)
     elif code == 0:
         if job and reached == start:
             raise RunError(
@@ -153,21 +152,6 @@ def finish(done: Path, run_dir: Path, resolved: dict) -> None:
         "fingerprint": fingerprint([identity(resolved), train_iters]),
     }
     write_json(done, marker, sealed=True)
-
-
-def count_samples(run_dir: Path, resolved: dict, sizes: Path) -> None:
-    """Say how often the training's samples were seen, and name those that an epoch left over or repeated."""
-    (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
-    train_iters = resolved["settings"]["train_iters"]
-    try:
-        left_out = read_json(sizes, {"left_out": []})["left_out"]
-        counts = sample_counts(run_dir, Path(resolved["data"]["path"]), train_iters, left_out)
-    except (SftError, OSError, sqlite3.Error) as error:  # the training itself is done
-        print(f"how often samples were seen is not known: {error}")
-        return
-    if counts:
-        write_json(run_dir / SAMPLE_COUNTS, counts, sealed=True)
-        print(f"{told(counts)} ({run_dir / SAMPLE_COUNTS})")
 
 
 def check_machine(resolved: dict, job: Job | None) -> None:

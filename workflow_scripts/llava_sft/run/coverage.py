@@ -4,6 +4,7 @@ A pass ends before the next begins (data/order.py), so counts differ by one at m
 are counted when all steps are done.
 """
 
+import sqlite3
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.tars import METADATASET
-from llava_sft.errors import RunError
-from llava_sft.run.layout import SAMPLES
+from llava_sft.errors import RunError, SftError
+from llava_sft.files import read_json, write_json
+from llava_sft.run.layout import SAMPLE_COUNTS, SAMPLES
 from llava_sft.run.records import read_jsonl
 
 NAMED = 1000  # ids at most, of each kind
@@ -52,6 +54,21 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
         **{f"{what}_samples": len(ids) for what, ids in named.items()},
         **{what: ids[:NAMED] for what, ids in named.items()},
     }
+
+
+def count_samples(run_dir: Path, resolved: dict[str, Any]) -> None:
+    """Write SAMPLE_COUNTS of a run whose steps are all done, and say what is in it; or why it is not known."""
+    (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
+    data = resolved["data"]
+    try:
+        left_out = read_json(data["sizes"], {"left_out": []})["left_out"] if "sizes" in data else []
+        counts = sample_counts(run_dir, Path(data["path"]), resolved["settings"]["train_iters"], left_out)
+    except (SftError, OSError, sqlite3.Error) as error:  # the training itself is done
+        print(f"how often samples were seen is not known: {error}")
+        return
+    if counts:
+        write_json(run_dir / SAMPLE_COUNTS, counts, sealed=True)
+        print(f"{told(counts)} ({run_dir / SAMPLE_COUNTS})")
 
 
 def told(counts: dict[str, Any]) -> str:
