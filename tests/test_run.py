@@ -412,12 +412,12 @@ def test_a_folder_that_a_killed_process_left_half_written_goes_with_the_next_try
 
 
 def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monkeypatch):
-    import train
+    from llava_sft.training import checks
 
     run_dir.mkdir(exist_ok=True)
     weights = 4 * load_model_config(MODELS / "tiny.yaml").parameter_count()  # bytes; with moments, three times as many
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
     with pytest.raises(RunError, match="a checkpoint needs"):
-        train.check_space(run_dir, resolved)
+        checks.check_space(run_dir, resolved)
     resolved["settings"]["trainable_modules"] = ["adapter"]
-    train.check_space(run_dir, resolved)
+    checks.check_space(run_dir, resolved)

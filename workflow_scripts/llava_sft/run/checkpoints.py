@@ -89,7 +89,7 @@ def newest_whole(run_dir: Path, deep: bool = True, say: Callable[[str], None] = 
         if fault := damage(run_dir, iteration, deep):
             faults[folder] = fault
             if CHECKSUMS in fault:
-                again += f"; or delete {folder / CHECKSUMS} to go on from this checkpoint unchecked"
+                again += f"; or delete {folder / CHECKSUMS} to resume from this checkpoint unchecked"
             continue
         break
     else:
@@ -103,7 +103,7 @@ def newest_whole(run_dir: Path, deep: bool = True, say: Callable[[str], None] = 
             shutil.rmtree(folder)
     for folder, fault in faults.items():
         say(
-            f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as damaged_{folder.name}; going on from step {iteration}"
+            f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as damaged_{folder.name}; resuming from step {iteration}"
         )
         aside = folder.with_name(f"damaged_{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -156,5 +156,5 @@ def check_disk(run_dir: Path, needed: int, what: str) -> None:
             fix += f", or set keep_last to less than the {count} checkpoints there are"
         raise RunError(
             f"{run_dir}: {what} needs {needed / mib:,.0f} MiB, the disk has {free / mib:,.0f} MiB free",
-            f"{fix}; the same command goes on",
+            f"{fix}; the same command resumes",
         )

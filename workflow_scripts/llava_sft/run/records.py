@@ -30,7 +30,7 @@ def append(path: Path, record: dict) -> None:
         with open(path, "ab") as file:
             file.write(lines.encode())
     except OSError as error:
-        warn_once(f"warning: {path} cannot be written: {error.strerror}; the training goes on")
+        warn_once(f"warning: {path} cannot be written: {error.strerror}; the training continues")
         _waiting[path] = "\n" + lines.lstrip()  # a part of it may stand there
 
 

@@ -21,7 +21,7 @@ def not_written(run_dir: Path, iteration: int) -> RunError:
     free = shutil.disk_usage(run_dir).free >> 20
     return RunError(
         f"{run_dir}: the checkpoint of step {iteration} could not be written; the disk has {free:,} MiB free",
-        f"free space there, or see the newest {run_dir}/run_*.log; the same command goes on from step {iterations_done(run_dir)}",
+        f"free space there, or see the newest {run_dir}/run_*.log; the same command resumes from step {iterations_done(run_dir)}",
     )
 
 

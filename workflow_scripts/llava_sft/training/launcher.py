@@ -123,7 +123,7 @@ def run(
         if not asked:
             say(f"{signal.Signals(number).name}: saving a checkpoint and ending; Ctrl-C once more ends without one")
         elif number == signal.SIGINT and now > asked[-1] + AT_ONCE_S and not at_once:
-            say("SIGINT again: ending at once; the same command goes on from the newest checkpoint")
+            say("SIGINT again: ending at once; the same command resumes from the newest checkpoint")
             at_once.append(now)
             training.kill()
         asked.append(now)

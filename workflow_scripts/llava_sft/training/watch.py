@@ -23,9 +23,6 @@ from llava_sft.run.records import append, forget_after_in, warn_once
 from llava_sft.run.remedies import exploded, slow_loading
 
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
-# Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is counted against it.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
-
 
 SUMS = ("losses", "waited", "tokens", "padded", "flops")  # since the last record
 
@@ -35,7 +32,7 @@ class Watch:
 
     Args:
         values: the resolved settings. data_rank: this rank's number among the data-parallel ones, of `replicas`.
-        first: the step that the run goes on from.
+        first: the step that the run resumes from.
         writes: whether this rank writes the records that are the same on all ranks.
         peak: FLOP/s of the devices of one replica, None if unknown.
         tensorboard: Megatron's writer, or None.
@@ -181,7 +178,7 @@ def purge(tensorboard: Any, first: int) -> None:
         try:
             function(*args, **named)
         except (OSError, ValueError) as error:
-            warn_once(f"warning: TensorBoard's file cannot be written: {error}; the training goes on")
+            warn_once(f"warning: TensorBoard's file cannot be written: {error}; the training continues")
 
     writer.add_event = lambda *args, **named: going_on(add, *args, **named)
     writer.flush = lambda: going_on(flush)
