@@ -20,11 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from llava_sft.config import first_epoch, load_settings, packing_window, resolve  # noqa: E402
 from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.machine import gpu, this_machine  # noqa: E402
 from llava_sft.run.records import read_metrics  # noqa: E402
+from llava_sft.settings.layers import load_settings  # noqa: E402
+from llava_sft.settings.resolve import first_epoch, packing_window, resolve  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
 from results import RESULTS, row, write_results  # noqa: E402
 
@@ -62,7 +63,7 @@ def record() -> None:
         window = packing_window(settings, sizes.tokens)
         capacity = settings.seq_length if settings.packing else None
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
-        values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
+        values = resolve(settings, len(sizes.tokens), epoch=epoch)[0].dump()
         values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
         mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
         machine = this_machine(values)

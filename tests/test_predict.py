@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_sft.config import CONFIG_DIR, load_settings, resolve
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.order import Passes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config
+from llava_sft.settings.layers import CONFIG_DIR, load_settings
+from llava_sft.settings.resolve import resolve
 from llava_sft.training import checks, predict
 from llava_sft.training.checks import check_memory
 
@@ -28,7 +29,7 @@ def sizes() -> SampleSizes:
 def settings(sizes: SampleSizes, **changed) -> dict:
     wanted = {"model": "4b", "packing": True, "seq_length": 8192, "micro_batch_size": 1, "gpus_per_node": 1}
     wanted |= {"global_batch_size": "auto", "train_iters": "auto"} | changed
-    return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0]
+    return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0].dump()
 
 
 def batches(sizes: SampleSizes, values: dict) -> tuple[predict.Load, predict.Load]:

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import MODELS
-from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
 from llava_sft.run.records import forget_after, progress_line, read_jsonl, read_metrics
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import resolve
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.run import lock, open_run, same_run, start_dir
@@ -31,7 +32,7 @@ def shipped_settings():
     """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return json.loads(json.dumps(resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0]))
+        return resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0].dump()
 
 
 @pytest.fixture
@@ -301,7 +302,7 @@ def test_numbers_reach_megatron_as_they_were_set(resolved, tmp_path):
 )
 def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypatch, asked, count):
     monkeypatch.chdir(ROOT)
-    values, _ = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)
+    values = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)[0].dump()
     assert values["nproc_per_node"] == count
     argv, environment = command(count, ["a", "b"], "/tmp/store")
     assert ("torch.distributed.run" in argv) == (count > 1)

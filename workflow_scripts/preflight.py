@@ -15,37 +15,23 @@ from typing import Any
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.config import (
-    CONFIG_DIR,
-    Settings,
-    auto_num_workers,
-    first_epoch,
-    gpu_count,
-    packing_window,
-    resolve,
-    warnings,
-)
 from llava_sft.data import lengths
 from llava_sft.data.index import told_leak
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
-from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, this_machine
+from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import Paths
+from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.resolve import auto_num_workers, first_epoch, packing_window, resolve, warnings
+from llava_sft.settings.schema import Settings
 from llava_sft.training import predict
 from llava_sft.training.run import refuse_other_run, same_run
 from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
-
-NOT_SHOWN = {
-    "experiment", "model", "load", "tokenizer", "exp_dir", "raw_data", "heldout_data", "image_root", "webdatasets",
-}  # fmt: skip
-ALWAYS_SHOWN = {
-    "stage", "trainable_modules", "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "lr",
-}  # fmt: skip
 
 
 @exits_cleanly
@@ -88,7 +74,8 @@ def main() -> None:
     epoch = first_epoch(order, window)
     counts = len(sizes.tokens), dataset["heldout"]["samples"]
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
-    values, why = resolve(settings, *counts, epoch, cores=cores)
+    settled, why = resolve(settings, *counts, epoch, cores=cores)
+    values = settled.dump()
     mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values)
     forecast = predict.forecast(model, values, machine, mean, largest)
@@ -238,9 +225,9 @@ def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, st
     )
     defaults = str(CONFIG_DIR / "config.yaml")
     given = {name for name in values if origin.get(name, defaults) != defaults}
-    shown = (ALWAYS_SHOWN | why.keys() | given) - NOT_SHOWN
     for name, value in values.items():
-        if name in shown:
+        always = Settings.about(name).shown
+        if always or (always is None and (name in why or name in given)):
             print(f"  {name:26} {spelled(value):14} {f'auto: {why[name]}' if name in why else origin[name]}")
     for note in notes:
         print(f"  warning: {note}")

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,23 @@ def this_machine(values: dict[str, Any]) -> Machine | None:
     processes = values["nproc_per_node"]
     memory = psutil.virtual_memory().total / GIB
     return Machine("CPU", memory / processes, CPU_FLOPS * max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def gpu_count() -> int:
+    """GPUs of this machine (`CUDA_VISIBLE_DEVICES` is respected)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return _installed_gpus()
+
+
+@cache
+def _installed_gpus() -> int:
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
 def gpus() -> list[Gpu]:

@@ -5,9 +5,8 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from llava_sft.config import gpu_count
 from llava_sft.errors import RunError
-from llava_sft.machine import GIB, free_memory, gpus, this_machine
+from llava_sft.machine import GIB, free_memory, gpu_count, gpus, this_machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.run.checkpoints import check_disk
 from llava_sft.training import predict

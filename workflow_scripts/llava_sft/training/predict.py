@@ -14,7 +14,6 @@ from functools import cache
 from itertools import chain, product
 from typing import Any, NamedTuple
 
-from llava_sft.config import CONFIG_DIR, data_parallel_size
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.packing import cut_between
 from llava_sft.files import read_json
@@ -22,6 +21,8 @@ from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.flops import matmul_parameters
 from llava_sft.run.checkpoints import expected_bytes
+from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.resolve import data_parallel_size
 
 RECORDED = CONFIG_DIR.parent / "benchmarks" / "results" / "preflight.json"
 # Bytes a parameter, of the weights in FP8 and their transposes beside the bf16 ones; measured on the 4B model.
