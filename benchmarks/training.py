@@ -76,8 +76,8 @@ def train(args) -> None:
     from llava_sft.data.stream import Ranks, train_loader
     from llava_sft.data.template import ChatTemplate
     from llava_sft.model.flops import matmul_parameters, training_flops
+    from llava_sft.run.layout import checkpoint_dir
     from llava_sft.training import loop
-    from llava_sft.training.checkpoints import checkpoint_dir
 
     cases = [CASE | case for case in args.cases]
     about = {"model": args.model, "optimizer_precision": args.values.get("optimizer_precision", "bf16")}

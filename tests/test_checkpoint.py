@@ -18,10 +18,11 @@ from llava_sft.checkpoint import safetensors_io
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.names import mapping
 from llava_sft.checkpoint.safetensors_io import INDEX, write_safetensors
-from llava_sft.checkpoint.start import SIDECARS, Checkpoint, newest_checkpoint, open_start
+from llava_sft.checkpoint.start import Checkpoint, newest_checkpoint, open_start
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.errors import CheckpointError
 from llava_sft.model.config import load_model_config
+from llava_sft.run.layout import SIDECARS
 from test_model_config import ROOT, published_names
 
 

@@ -11,18 +11,19 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import MODELS
-from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
+from llava_sft.run.records import forget_after, progress_line, read_jsonl, read_metrics
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import resolve
 from llava_sft.training.arguments import megatron_arguments
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
 from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.run import lock, open_run, same_run, start_dir
 from llava_sft.training.slurm import Job
-from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
+from llava_sft.training.watch import Watch
 from test_model_config import ROOT
 
 
@@ -412,12 +413,12 @@ def test_a_folder_that_a_killed_process_left_half_written_goes_with_the_next_try
 
 
 def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monkeypatch):
-    import train
+    from llava_sft.training import checks
 
     run_dir.mkdir(exist_ok=True)
     weights = 4 * load_model_config(MODELS / "tiny.yaml").parameter_count()  # bytes; with moments, three times as many
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
     with pytest.raises(RunError, match="a checkpoint needs"):
-        train.check_space(run_dir, resolved)
+        checks.check_space(run_dir, resolved)
     resolved["settings"]["trainable_modules"] = ["adapter"]
-    train.check_space(run_dir, resolved)
+    checks.check_space(run_dir, resolved)

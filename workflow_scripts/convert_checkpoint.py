@@ -16,8 +16,6 @@ from pathlib import Path
 
 from llava_sft.checkpoint.hub import download
 from llava_sft.checkpoint.start import (
-    RUN_FILE,
-    SIDECARS,
     Checkpoint,
     existing_checkpoint,
     is_legacy,
@@ -30,6 +28,7 @@ from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
+from llava_sft.run.layout import RUN_FILE, SIDECARS
 
 DEFAULT_LIMITS = 3136, 1_000_000
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew

@@ -22,8 +22,6 @@ from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, ten
 from llava_sft.checkpoint.start import (
     PARTS,
     RANDOM,
-    SIDECARS,
-    TRACKER,
     copy_sidecars,
     is_legacy,
     newest_checkpoint,
@@ -37,6 +35,7 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
 from llava_sft.model.config import MODEL_TYPE, TOKEN_ID_KEYS, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
+from llava_sft.run.layout import SIDECARS, TRACKER
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 

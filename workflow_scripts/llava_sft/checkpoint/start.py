@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava_sft.checkpoint.verify import CHECKSUMS, MARKER, require_whole
+from llava_sft.checkpoint.verify import MARKER, require_whole
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.config import ModelConfig
+from llava_sft.run.layout import CHECKSUMS, ITERATION, RUN_FILE, SIDECARS, TRACKER, iteration_name
 
-TRACKER = "latest_checkpointed_iteration.txt"
-SIDECARS = "huggingface"
-RUN_FILE = "run.json"
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -140,7 +138,7 @@ class Start:
 
 
 def _is_iteration(folder: Path) -> bool:
-    return re.fullmatch(r"iter_\d+|release", folder.name) is not None
+    return folder.name == "release" or ITERATION.fullmatch(folder.name) is not None
 
 
 def _has_tracker(folder: Path) -> bool:
@@ -161,7 +159,7 @@ def newest_checkpoint(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder / TRACKER}: {shown(name, 40)} is neither a number nor `release`", "name the iter_ folder itself"
         )
-    return folder / (name if name == "release" else f"iter_{int(name):07d}")
+    return folder / (name if name == "release" else iteration_name(int(name)))
 
 
 def existing_checkpoint(folder: Path) -> Path:

@@ -18,13 +18,14 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars, newest_checkpoint
+from llava_sft.checkpoint.start import copy_sidecars, newest_checkpoint
 from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
+from llava_sft.run.checkpoints import iterations_done, newest_whole
+from llava_sft.run.layout import RUN_FILE, SIDECARS, TRACKER, checkpoint_dir, data_dir
 from llava_sft.settings.schema import Settings
-from llava_sft.training.checkpoints import checkpoint_dir, data_dir, iterations_done, newest_whole
 
 LOCK = ".lock"
 PER_RANK = " (the position in the data is kept per rank: samples would be lost or seen twice)"
