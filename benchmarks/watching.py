@@ -39,7 +39,8 @@ def main() -> None:
 
 
 def measure(resolved: dict) -> list[dict]:
-    from llava_sft.training import loop, run
+    from llava_sft.run.identity import start_dir
+    from llava_sft.training import loop
 
     ends: list[tuple[float, float]] = []
     on = {"training_flops": loop.training_flops, "step": loop.Watch.step, "batch": loop.Watch.batch}
@@ -55,7 +56,7 @@ def measure(resolved: dict) -> list[dict]:
         return flag
 
     loop.Trainer.training_log = training_log
-    start = run.start_dir(OUT, resolved["start"]["folder"])
+    start = start_dir(OUT, resolved["start"]["folder"])
     loop.main(str(OUT / "resolved.json"), str(OUT), str(start))
 
     rows = []

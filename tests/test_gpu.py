@@ -75,7 +75,7 @@ class Training:
     port = 10_000 + 8 * os.getpid() % 20_000
 
     def __init__(self, data, run_dir: Path, gpu: bool, model=None, start: Path | None = None, **values):
-        from llava_sft.training.run import start_dir
+        from llava_sft.run.identity import start_dir
 
         run_dir.mkdir(exist_ok=True)
         self.run_dir = run_dir

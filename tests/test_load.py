@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.hub import download
 from llava_sft.checkpoint.safetensors_io import old_name
-from llava_sft.checkpoint.start import Checkpoint, check_load, existing_checkpoint
+from llava_sft.checkpoint.start import Checkpoint, check_load, existing_checkpoint, named_parts
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
 from llava_sft.run.layout import TRACKER
@@ -190,6 +190,16 @@ def test_wrong_parts_are_refused_before_any_job(small_checkpoint, parts, mention
         check_load(Checkpoint.of(small_checkpoint), parts, None, made_here=False)
     named = Checkpoint.of("models/Qwen3-4B").converted_name({"vision": "models/rice", "adapter": "random"})
     assert named == "Qwen3-4B+adapter=random+vision=rice_mcore_tp1_pp1"
+
+
+def test_parts_go_by_the_names_of_the_models_modules_and_by_those_they_had(small_checkpoint):
+    new = {"vision_model": str(small_checkpoint), "adapter": "random"}
+    old = {"vision": str(small_checkpoint), "adapter": "random"}
+    assert named_parts(new.items()) == named_parts(old.items())
+    load = Checkpoint.of("models/Qwen3-4B")
+    assert load.converted_name(new) == load.converted_name(old)
+    with pytest.raises(CheckpointError, match="vision_model stands twice"):
+        named_parts((new | old).items())
 
 
 def test_a_run_without_its_tracker_is_said_with_the_checkpoint_to_name(tmp_path):

@@ -12,19 +12,30 @@ import pytest
 
 from conftest import MODELS
 from llava_sft.errors import RunError
-from llava_sft.files import atomic_dir, read_json
+from llava_sft.files import atomic_dir, read_json, write_json
 from llava_sft.model.config import load_model_config
+from llava_sft.run import identity
 from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.identity import start_dir
 from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
+from llava_sft.run.lock import lock
 from llava_sft.run.records import forget_after, progress_line, read_jsonl, read_metrics
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import resolve
+from llava_sft.settings.resolved import Resolved
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.launcher import command, node_command, rendezvous
-from llava_sft.training.run import lock, open_run, same_run, start_dir
 from llava_sft.training.slurm import Job
 from llava_sft.training.watch import Watch
 from test_model_config import ROOT
+
+
+def open_run(run_dir, values):
+    return identity.open_run(run_dir, Resolved.model_validate(values))
+
+
+def same_run(run_dir, values):
+    return identity.same_run(run_dir, Resolved.model_validate(values))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +54,7 @@ def resolved(shipped_settings, tmp_path):
         (sidecars / name).write_text("{}")
     return {
         "run_name": "stage2_sft_vqa",
+        "why": {},
         "settings": copy.deepcopy(shipped_settings) | {"train_iters": 100, "num_workers": 2, "lr": 1e-4},
         "model": load_model_config(MODELS / "tiny.yaml").model_dump(),
         "data": {"path": "wds", "fingerprint": "d1", "train_samples": 5000, "heldout_samples": 100},
@@ -188,6 +200,21 @@ def test_a_run_goes_on_with_another_number_of_loader_workers(run_dir, resolved):
     assert on_another_machine["settings"]["num_workers"] == 8
 
 
+def test_a_run_of_an_earlier_version_goes_on_and_what_it_did_not_say_is_a_difference(run_dir, resolved):
+    open_run(run_dir, resolved)
+    saved(run_dir, 40)
+    earlier = read_json(run_dir / "run.json")
+    del earlier["settings"]["nodes"], earlier["settings"]["memory_check"], earlier["why"]
+    earlier["settings"]["a_setting_that_is_gone"], earlier["more"] = 1, 2
+    write_json(run_dir / "run.json", earlier)
+    assert open_run(run_dir, resolved) == 40
+    assert read_json(run_dir / "run.json") == resolved  # as today's version writes it
+    del earlier["settings"]["fp8"]
+    write_json(run_dir / "run.json", earlier)
+    with pytest.raises(RunError, match="fp8: None → none"):
+        open_run(run_dir, resolved)
+
+
 def test_checkpoints_of_somebody_else_are_not_trained_on(run_dir, resolved):
     saved(run_dir, 40)
     with pytest.raises(RunError, match=r"without run\.json"):
@@ -196,7 +223,7 @@ def test_checkpoints_of_somebody_else_are_not_trained_on(run_dir, resolved):
 
 # --- one training at a time ------------------------------------------------------------------------------------------
 
-HOLD = "import sys, time, pathlib, llava_sft.training.run as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+HOLD = "import sys, time, pathlib, llava_sft.run.lock as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
 
 
 def test_a_second_training_is_kept_out_until_the_first_is_dead(run_dir):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from llava_sft.checkpoint.verify import MARKER, require_whole
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
@@ -118,8 +120,7 @@ def named_parts(given: Iterable[tuple[str, str]], spelled: str = "load_parts: {}
     return parts
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(BaseModel):
     """What training starts from.
 
     folder: one checkpoint folder (`release/`, `iter_0000400/`); None for random weights.
@@ -130,10 +131,13 @@ class Start:
         the export.
     """
 
-    folder: Path | None
+    model_config = ConfigDict(frozen=True)
+
+    load: str = ""
+    folder: Path | None = None
     sidecars: Path
     fingerprint: str
-    untrained: bool
+    untrained: bool = False
     old_names: bool = False
 
 
@@ -257,7 +261,9 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of it, if it did."""
     if checkpoint.kind == "random":
         assert tokenizer is not None, "check_load asks for it"
-        return Start(None, tokenizer, "random", True)
+        return Start(
+            load=RANDOM, folder=None, sidecars=tokenizer, fingerprint="random", untrained=True, old_names=False
+        )
     folder = converted / "release" if converted else existing_checkpoint(checkpoint.folder)
     require_whole(folder)
     top = folder.parent
@@ -270,7 +276,14 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
             )
     else:
         content, untrained = _fingerprint_of_iteration(folder), False
-    return Start(folder, sidecars, content, untrained, old_names(top))
+    return Start(
+        load=checkpoint.name,
+        folder=folder,
+        sidecars=sidecars,
+        fingerprint=content,
+        untrained=untrained,
+        old_names=old_names(top),
+    )
 
 
 def _fingerprint_of_iteration(folder: Path) -> str:
