@@ -24,7 +24,7 @@ from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.run.checkpoints import iterations_done, prune
 from llava_sft.run.coverage import count_samples
-from llava_sft.run.identity import identity, open_run, start_dir
+from llava_sft.run.identity import identity, open_run
 from llava_sft.run.layout import FAILURE, METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
 from llava_sft.run.lock import DEAD_AFTER_S, give_back, lock
 from llava_sft.run.records import forget_after, read_metrics
@@ -77,8 +77,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: B
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
     check_what_is_loaded(run_dir, start, resolved.start.folder)
-    start_folder = start_dir(run_dir, resolved.start.folder)
-    arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
+    arguments = [str(run_dir / RUN_FILE), str(run_dir)]
     code = launch(settings.dump(), arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
     if reached == train_iters:

@@ -6,17 +6,16 @@ named.
 
 import contextlib
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
-from llava_sft.checkpoint.start import Start, copy_sidecars, newest_checkpoint
+from llava_sft.checkpoint.start import Start, copy_sidecars
 from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.files import atomic_dir, fingerprint, write_json
 from llava_sft.run.checkpoints import iterations_done, newest_whole
-from llava_sft.run.layout import RUN_FILE, SIDECARS, TRACKER, checkpoint_dir, data_dir
+from llava_sft.run.layout import RUN_FILE, SIDECARS, checkpoint_dir, data_dir
 from llava_sft.settings.resolved import Resolved
 from llava_sft.settings.schema import ABOUT
 
@@ -146,18 +145,3 @@ def propose_tag(run_dir: Path, resolved: Resolved, key: str, value: Any) -> str:
     untagged = resolved.run_name.removesuffix(f"_{resolved.settings.run_tag}")
     tags = itertools.chain([tag], (f"{tag}-{number}" for number in itertools.count(2)))
     return next(tag for tag in tags if not run_dir.with_name(f"{untagged}_{tag}").exists())
-
-
-def start_dir(run_dir: Path, folder: str | Path | None) -> Path | None:
-    """A folder that Megatron can load `folder` from: it looks for a tracker file and ignores a bare `iter_` folder,
-    with the result that it trains from random weights and says nothing."""
-    if folder is None:
-        return None
-    source = Path(folder).resolve()
-    link_dir = run_dir / "start"
-    shutil.rmtree(link_dir, ignore_errors=True)
-    link_dir.mkdir(parents=True)
-    name = source.name.removeprefix("iter_")
-    (link_dir / TRACKER).write_text(name if name == "release" else str(int(name)))
-    newest_checkpoint(link_dir).symlink_to(source)
-    return link_dir

@@ -149,6 +149,13 @@ def data_parallel_size(values: Mapping[str, Any]) -> int:
     return max(1, values["nproc_per_node"] * values["nodes"] // model_parallel)
 
 
+def part_rates(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Trained part → (lr, min_lr). Every part's rate ends at the same share of where it began."""
+    rates = {"language_model": values["lr"], "adapter": values["lr_adapter"], "vision_model": values["lr_vision"]}
+    share = values["min_lr"] / values["lr"]
+    return {part: (rate, rate * share) for part, rate in rates.items() if part in values["trainable_modules"]}
+
+
 def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int:
     """Steps for `epochs` over `samples`, raised to two significant digits (3,125 → 3,200; 1,250 → 1,300)."""
     steps = math.ceil(epochs * samples / global_batch_size)
