@@ -127,7 +127,7 @@ def main() -> None:
         if other := same_run(paths.run_dir, resolved):
             notes.append(
                 f"{other[0]} holds {other[1]:,} steps of this very run, under another name: to go on with them, stop now, "
-                f"`mv {shlex.quote(str(other[0]))} {shlex.quote(str(paths.run_dir))}` and give the same command again"
+                f"`mv {shlex.quote(str(other[0]))} {shlex.quote(str(paths.run_dir))}` and run the same command again"
             )
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
