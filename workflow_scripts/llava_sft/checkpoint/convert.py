@@ -134,7 +134,7 @@ def hf2mcore(
 
     Args:
         sidecars: folder with config and tokenizer; by default the source itself.
-        parts: "language", "vision", "adapter" → the folder that this part comes from instead; "adapter" may be "random".
+        parts: part of the model → the folder that it comes from instead; "adapter" may be "random".
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than `model` has.
     """
@@ -267,7 +267,7 @@ def with_source_positions(model: ModelConfig, sidecars: Path) -> ModelConfig:
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:
     """Raise CheckpointError, naming the first difference, unless both describe the same sizes of these parts."""
-    for part in [part for part in ("language", "vision") if part in parts]:
+    for part in [part for part in ("language", "vision") if f"{part}_model" in parts]:
         ours, theirs = getattr(wanted, part).model_dump(), getattr(found, part).model_dump()
         for key, value in ours.items():
             if theirs[key] != value and key != "max_position_embeddings":

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -32,9 +33,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, validate_default=True)
 
-    @classmethod
-    def about(cls, name: str) -> About:
-        return About(**cls.model_fields[name].json_schema_extra["about"])
+
+def about_field(field: FieldInfo) -> About:
+    extra: Any = field.json_schema_extra
+    return About(**extra["about"])
 
 
 def setting(default: Any, text: str, shown: bool | None = None, megatron: bool = False, identity: bool = True) -> Any:

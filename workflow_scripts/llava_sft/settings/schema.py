@@ -21,6 +21,7 @@ from llava_sft.settings.fields import (
     Rate,
     Section,
     Tag,
+    about_field,
     free,
     setting,
 )
@@ -312,6 +313,7 @@ class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, Model, 
         return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
 
 
+ABOUT = {name: about_field(field) for name, field in AllSettings.model_fields.items()}
 DEFAULTS = {name: field.default for name, field in AllSettings.model_fields.items() if name not in Named.model_fields}
 
 
