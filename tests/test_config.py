@@ -27,7 +27,7 @@ from llava_sft.settings.resolve import (
     resolve,
     warnings,
 )
-from llava_sft.workflow import Workflow
+from llava_sft.workflow import Workflow, overview
 from test_model_config import MODELS, ROOT
 
 
@@ -471,7 +471,7 @@ def test_a_file_with_an_odd_name_disturbs_no_other_and_is_named_with_the_rule(pr
     flow = Workflow({}, ["data_mine"])
     assert flow.experiments == ["mine", "数据-2.v1"]
     assert re.fullmatch(flow.pattern("experiment"), "数据-2.v1")
-    assert "Left out: '$HOME'" in flow.overview()
+    assert "Left out: '$HOME'" in overview(flow)
     for name in ODD:
         with pytest.raises(SystemExit):
             Workflow({}, [f"data_{name}"])

@@ -84,7 +84,7 @@ def changed(resolved, **settings):
 
 def test_a_new_directory_takes_the_run_and_a_copy_of_all_but_the_weights(run_dir, resolved):
     assert open_run(run_dir, resolved) == 0
-    assert read_json(run_dir / "run.json") == resolved
+    assert Resolved.read(run_dir / "run.json") == Resolved.model_validate(resolved)
     assert {path.name for path in (run_dir / SIDECARS).iterdir()} == {
         "config.json",
         "tokenizer.json",
@@ -206,7 +206,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_what_it_did_not_say_is_a_differ
     earlier["settings"]["a_setting_that_is_gone"], earlier["more"] = 1, 2
     write_json(run_dir / "run.json", earlier)
     assert open_run(run_dir, resolved) == 40
-    assert read_json(run_dir / "run.json") == resolved  # as today's version writes it
+    assert Resolved.read(run_dir / "run.json") == Resolved.model_validate(resolved)
     del earlier["settings"]["fp8"]
     write_json(run_dir / "run.json", earlier)
     with pytest.raises(RunError, match="fp8: None → none"):

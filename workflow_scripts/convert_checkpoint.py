@@ -20,7 +20,6 @@ from llava_sft.checkpoint.start import (
     existing_checkpoint,
     is_legacy,
     named_parts,
-    old_part_name,
     read_hf_config,
 )
 from llava_sft.checkpoint.verify import MARKER, require_whole, verify
@@ -80,7 +79,7 @@ def convert(args: argparse.Namespace) -> None:
         {
             "direction": args.direction,
             "source": [source_fingerprint(each) for each in (source, *(part.name for part in parts.values()))],
-            "parts": [old_part_name(part) for part in parts],
+            "parts": [part.removesuffix("_model") for part in parts],  # as they were called: what is made stays
             "model": model and model.model_dump(),
             "export": [EXPORT_FORM, *limits, args.parity, bool(args.samples)] if limits else None,
         }

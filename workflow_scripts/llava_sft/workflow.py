@@ -53,6 +53,16 @@ def check_targets(words: list[str], known: Experiments) -> None:
         )
 
 
+def overview(known: Experiments) -> str:
+    width = max(map(len, STEPS)) + 2
+    lines = ["", "Targets: STEP_EXPERIMENT, as in `snakemake --cores 8 train_vqa`; `-n` shows what would run", ""]
+    lines += [f"  {step:{width}} {text}" for step, (_, text) in STEPS.items()]
+    lines += ["", "Experiments (config/experiments/): " + ", ".join(known.experiments), ""]
+    if known.misnamed:
+        lines[-1:] = [f"Left out: {', '.join(map(shown, known.misnamed))[:500]}: {NAME_RULE}", ""]
+    return "\n".join(lines) + "\n"
+
+
 class Workflow(Experiments):
     """The experiments as the rules see them; `words` is the whole command line, the rest is of `Experiments`."""
 
@@ -71,15 +81,6 @@ class Workflow(Experiments):
         self._checked: set[Path] = set()
         if "--allowed-rules" not in words:  # a job of Slurm names rules, not targets
             check_targets(words, self)
-
-    def overview(self) -> str:
-        width = max(map(len, STEPS)) + 2
-        lines = ["", "Targets: STEP_EXPERIMENT, as in `snakemake --cores 8 train_vqa`; `-n` shows what would run", ""]
-        lines += [f"  {step:{width}} {text}" for step, (_, text) in STEPS.items()]
-        lines += ["", "Experiments (config/experiments/): " + ", ".join(self.experiments), ""]
-        if self.misnamed:
-            lines[-1:] = [f"Left out: {', '.join(map(shown, self.misnamed))[:500]}: {NAME_RULE}", ""]
-        return "\n".join(lines) + "\n"
 
     def target(self, step: str, experiment: str) -> Callable:
         """Input function of the target `step_experiment`."""

@@ -23,7 +23,6 @@ RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 PARTS = ("language_model", "vision_model", "adapter")
-OLD_PART_NAMES = {"language": "language_model", "vision": "vision_model"}
 CHOICES = (
     "a Hugging Face folder, a hub id with its revision (org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 "
     "folder or its run directory, or `random`"
@@ -91,13 +90,9 @@ def _kind(name: str) -> Kind:
     return "megatron" if _has_tracker(Path(name)) else "huggingface"
 
 
-def old_part_name(part: str) -> str:
-    """The name of a part of the model in the names of converted folders, and in what they depend on."""
-    return next((old for old, new in OLD_PART_NAMES.items() if new == part), part)
-
-
 def with_old_names(parts: dict[str, str]) -> dict[str, str]:
-    return dict(sorted((old_part_name(part), source) for part, source in parts.items()))
+    """Parts under the names that stand in the names of converted folders: `language`, `vision`, `adapter`."""
+    return dict(sorted((part.removesuffix("_model"), source) for part, source in parts.items()))
 
 
 def named_parts(given: Iterable[tuple[str, str]], spelled: str = "load_parts: {}: {}") -> dict[str, Checkpoint]:
@@ -108,7 +103,7 @@ def named_parts(given: Iterable[tuple[str, str]], spelled: str = "load_parts: {}
     """
     parts: dict[str, Checkpoint] = {}
     for name, source in given:
-        part = OLD_PART_NAMES.get(name, name)
+        part = name if name in PARTS else f"{name}_model"
         if part not in PARTS or part in parts or not source or (source == RANDOM and part != "adapter"):
             twice = f": {part} stands twice" if part in parts else ""
             raise CheckpointError(
@@ -261,9 +256,7 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of it, if it did."""
     if checkpoint.kind == "random":
         assert tokenizer is not None, "check_load asks for it"
-        return Start(
-            load=RANDOM, folder=None, sidecars=tokenizer, fingerprint="random", untrained=True, old_names=False
-        )
+        return Start(load=RANDOM, sidecars=tokenizer, fingerprint="random", untrained=True)
     folder = converted / "release" if converted else existing_checkpoint(checkpoint.folder)
     require_whole(folder)
     top = folder.parent
@@ -276,14 +269,8 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
             )
     else:
         content, untrained = _fingerprint_of_iteration(folder), False
-    return Start(
-        load=checkpoint.name,
-        folder=folder,
-        sidecars=sidecars,
-        fingerprint=content,
-        untrained=untrained,
-        old_names=old_names(top),
-    )
+    names = {"old_names": old_names(top), "untrained": untrained}
+    return Start(load=checkpoint.name, folder=folder, sidecars=sidecars, fingerprint=content, **names)
 
 
 def _fingerprint_of_iteration(folder: Path) -> str:

@@ -57,5 +57,5 @@ class Resolved(BaseModel):
         write_json(path, self.dump(), sealed=True)
 
     def dump(self) -> dict[str, Any]:
-        """The content of the file: what was given, and all settings."""
-        return self.model_dump(mode="json", exclude_unset=True) | {"settings": self.settings.dump()}
+        """The content of the file."""
+        return self.model_dump(mode="json")
