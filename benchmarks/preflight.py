@@ -17,11 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava_sft.config import first_epoch, load_settings, packing_window, resolve
 from llava_sft.data.lengths import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
+from llava_sft.run.records import read_metrics
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import first_epoch, packing_window, resolve
 from llava_sft.training import predict
-from llava_sft.training.watch import read_metrics
 from results import DEMO_RUN, RESULTS, ROOT, row, single_process, write_results
 
 OUT = Path("/tmp/llava_sft_preflight")

@@ -19,11 +19,11 @@ SCRIPTS = ROOT / "workflow_scripts"
 FLOORS = [
     ["errors"],
     ["files"],
-    ["checksums", "embedded", "machine", "run.layout", "settings_file"],
+    ["checksums", "embedded", "machine", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],
     ["checkpoint", "report.pictures"],
-    ["config", "settings"],
+    ["settings"],
     ["run", "sources"],  # run directories, read without Megatron
     ["megatron"],  # the one wall of what is patched in Megatron and Transformer Engine
     ["paths", "preflight", "training"],
@@ -55,21 +55,15 @@ TOO_LONG = [
     "tests/test_megatron_model.py",
     "tests/test_run.py",
     "tests/test_run_directory.py",
-    "workflow_scripts/llava_sft/config.py",
-    "workflow_scripts/llava_sft/config.py:resolve",
     "workflow_scripts/llava_sft/data/adopt.py:adopt_webdataset",
     "workflow_scripts/llava_sft/data/index.py",
     "workflow_scripts/llava_sft/data/inspect.py",
     "workflow_scripts/llava_sft/data/shards.py:convert_range",
     "workflow_scripts/llava_sft/model/export_files.py:write_hf_sidecars",
     "workflow_scripts/llava_sft/model/kernels.py",
-    "workflow_scripts/llava_sft/paths.py:Paths",
-    "workflow_scripts/llava_sft/training/arguments.py:megatron_arguments",
     "workflow_scripts/llava_sft/training/loop.py",
     "workflow_scripts/llava_sft/training/loop.py:Trainer",
     "workflow_scripts/llava_sft/training/predict.py",
-    "workflow_scripts/llava_sft/workflow.py:Workflow",
-    "workflow_scripts/preflight.py:main",
 ]
 
 HEAVY = ("torch", "megatron", "transformer_engine", "transformers", "triton")  # seconds each, for every job

@@ -22,8 +22,6 @@ from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, ten
 from llava_sft.checkpoint.start import (
     PARTS,
     RANDOM,
-    SIDECARS,
-    TRACKER,
     copy_sidecars,
     is_legacy,
     newest_checkpoint,
@@ -37,6 +35,7 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
 from llava_sft.model.config import MODEL_TYPE, TOKEN_ID_KEYS, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
+from llava_sft.run.layout import SIDECARS, TRACKER
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
@@ -135,7 +134,7 @@ def hf2mcore(
 
     Args:
         sidecars: folder with config and tokenizer; by default the source itself.
-        parts: "language", "vision", "adapter" → the folder that this part comes from instead; "adapter" may be "random".
+        parts: part of the model → the folder that it comes from instead; "adapter" may be "random".
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than `model` has.
     """
@@ -268,7 +267,7 @@ def with_source_positions(model: ModelConfig, sidecars: Path) -> ModelConfig:
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:
     """Raise CheckpointError, naming the first difference, unless both describe the same sizes of these parts."""
-    for part in [part for part in ("language", "vision") if part in parts]:
+    for part in [part for part in ("language", "vision") if f"{part}_model" in parts]:
         ours, theirs = getattr(wanted, part).model_dump(), getattr(found, part).model_dump()
         for key, value in ours.items():
             if theirs[key] != value and key != "max_position_embeddings":

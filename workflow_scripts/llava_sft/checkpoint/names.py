@@ -34,8 +34,8 @@ class Row:
 
     @property
     def part(self) -> str:
-        """The part of the model it belongs to: language, vision or adapter."""
-        return {"language_model": "language", "vision_model": "vision"}.get(self.mcore.split(".")[0], "adapter")
+        """The part of the model it belongs to: language_model, vision_model or adapter."""
+        return self.mcore.split(".")[0]
 
 
 def mapping(model: ModelConfig) -> Iterator[Row]:

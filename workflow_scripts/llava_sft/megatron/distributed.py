@@ -18,11 +18,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 
-from llava_sft.config import part_rates
 from llava_sft.megatron import adam
 from llava_sft.megatron.config import ddp_config, optimizer_config
 from llava_sft.model.kernels import scale_
 from llava_sft.model.llava import LlavaOneVision
+from llava_sft.settings.resolve import part_rates
 
 
 def allow_gradient_fusion() -> None:

@@ -17,11 +17,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from llava_sft.config import part_rates
 from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.distributed import clip, reduce_gradients
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.flops import training_flops
+from llava_sft.settings.resolve import part_rates
 from llava_sft.training import validation
 from llava_sft.training.forward import Forward
 from llava_sft.training.saving import Saves

@@ -27,11 +27,13 @@ from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_en
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
-from llava_sft.training import remedies  # noqa: E402
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done  # noqa: E402
+from llava_sft.run import remedies  # noqa: E402
+from llava_sft.run.checkpoints import iterations_done  # noqa: E402
+from llava_sft.run.layout import FAILURE, checkpoint_dir  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
@@ -39,7 +41,7 @@ from llava_sft.training.position import note_damaged, restore_position  # noqa: 
 from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.saving import Saves  # noqa: E402
 from llava_sft.training.validation import HeldOut  # noqa: E402
-from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
+from llava_sft.training.watch import Watch  # noqa: E402
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
@@ -108,8 +110,8 @@ def meeting_place() -> torch.distributed.Store | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    name = "" if ON_CPU else torch.cuda.get_device_name(device)
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    name = None if ON_CPU else known_gpu(torch.cuda.get_device_name(device))
+    return PEAK_FLOPS[name] if name else None
 
 
 def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop: Loop | None) -> SftError | None:
