@@ -74,8 +74,8 @@ def train(args) -> None:
 
     from llava_sft.data.loader import VlmTaskEncoder
     from llava_sft.data.stream import Ranks, train_loader
-    from llava_sft.data.template import ChatTemplate
     from llava_sft.model.flops import matmul_parameters, training_flops
+    from llava_sft.model.template import ChatTemplate
     from llava_sft.training import loop
     from llava_sft.training.checkpoints import checkpoint_dir
 

@@ -20,9 +20,9 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.global_vars import set_args
 
 from llava_sft.data.loader import VlmTaskEncoder
-from llava_sft.data.template import ChatTemplate
 from llava_sft.model.config import load_model_config
 from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
+from llava_sft.model.template import ChatTemplate
 from llava_sft.training import loop
 from llava_sft.training.arguments import megatron_arguments
 from test_gpu import MODELS, VALUES, samples

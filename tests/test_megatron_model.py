@@ -120,7 +120,7 @@ def png(picture: Image.Image) -> bytes:
 def loader_batch(folder, conversations, packing=False, pad_multiple=1):
     """What the loader hands to the model for these conversations."""
     from llava_sft.data.loader import Conversation, VlmTaskEncoder
-    from llava_sft.data.template import ChatTemplate
+    from llava_sft.model.template import ChatTemplate
 
     encoder = VlmTaskEncoder(
         ChatTemplate(folder), VALUES["seq_length"], MIN_PIXELS, MAX_PIXELS, packing=packing, pad_multiple=pad_multiple

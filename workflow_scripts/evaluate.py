@@ -181,7 +181,8 @@ def answer(args: argparse.Namespace, questions: list[Sample]) -> list[Answer]:
 
     from llava_sft.checkpoint.parity import load_export
     from llava_sft.data.images import decode_rgb
-    from llava_sft.model.export_files import END_OF_TEXT, END_OF_TURN, tokenizer_token_ids
+    from llava_sft.model.export_files import tokenizer_token_ids
+    from llava_sft.model.tokens import END_OF_TEXT, END_OF_TURN
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = tokenizer_token_ids(args.model_dir)

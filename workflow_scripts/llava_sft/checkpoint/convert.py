@@ -35,8 +35,9 @@ from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
-from llava_sft.model.config import MODEL_TYPE, TOKEN_ID_KEYS, ModelConfig
+from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
+from llava_sft.model.tokens import TOKEN_ID_KEYS
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 

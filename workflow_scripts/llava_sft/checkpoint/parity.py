@@ -28,12 +28,14 @@ import torch
 from PIL import Image
 
 from llava_sft.data.heldout import read_split
-from llava_sft.data.images import decode_rgb, image_tokens, to_patches
-from llava_sft.data.records import IMAGE, Sample
-from llava_sft.data.template import ChatTemplate, UnusableSample
+from llava_sft.data.images import decode_rgb
+from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.processing import image_tokens, to_patches
+from llava_sft.model.template import ChatTemplate, UnusableSample
+from llava_sft.model.tokens import IMAGE
 from llava_sft.training.launcher import python_path
 
 FILE = "parity.json"

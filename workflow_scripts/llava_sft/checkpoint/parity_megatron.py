@@ -15,11 +15,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
-from llava_sft.data.images import image_tokens  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
+from llava_sft.model.processing import image_tokens  # noqa: E402
+from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.training.arguments import language_arguments  # noqa: E402
 
 

@@ -15,23 +15,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from llava_sft.errors import CheckpointError, SettingsError, shown
+from llava_sft.model.processing import CHANNELS, MERGE_SIZE, PATCH_SIZE
+from llava_sft.model.tokens import PUBLISHED_TOKEN_IDS, TOKEN_ID_KEYS
 
 MODEL_TYPE = "llavaonevision1_5"
-IN_CHANNELS = 3
-
-# config.json key -> the token it stands for, and the ids of the published (Qwen3) tokenizer.
-TOKEN_ID_KEYS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-PUBLISHED_TOKEN_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
 
 # Our field -> the key in config.json, one table for both directions.
 _LANGUAGE_KEYS = {
@@ -88,7 +75,7 @@ _LANGUAGE_FIXED = {
     "use_sliding_window": False,
     "tie_word_embeddings": False,
 }
-_VISION_FIXED = {"hidden_act": "gelu", "in_channels": IN_CHANNELS, "temporal_patch_size": 1}
+_VISION_FIXED = {"hidden_act": "gelu", "in_channels": CHANNELS, "temporal_patch_size": 1}
 
 
 class _Frozen(BaseModel):
@@ -129,8 +116,8 @@ class VisionConfig(_Frozen):
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
-    patch_size: Literal[14] = 14  # data/images.py cuts and merges patches of these sizes
-    spatial_merge_size: Literal[2] = 2
+    patch_size: Literal[14] = PATCH_SIZE  # a file of sizes may state them, but patches are cut in no other way
+    spatial_merge_size: Literal[2] = MERGE_SIZE
     rotary_base: PositiveFloat = 1e4
     layernorm_epsilon: PositiveFloat = 1e-5
 
@@ -175,7 +162,7 @@ class ModelConfig(_Frozen):
         visual = {
             "class_embedding": (v.hidden_size,),
             "class_pos_emb": (1, v.kv_channels // 2),
-            "patch_embed.proj.weight": (v.hidden_size, IN_CHANNELS, v.patch_size, v.patch_size),
+            "patch_embed.proj.weight": (v.hidden_size, CHANNELS, v.patch_size, v.patch_size),
             **_affine("pre_layernorm", v.hidden_size),
             **{f"blocks.{i}.{k}": s for i in range(v.num_layers) for k, s in vision_block.items()},
             **_affine("merger.ln_q", v.hidden_size),

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_sft.data.images import CLIP_MEAN, CLIP_STD
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import read_object, write_json
-from llava_sft.model.config import TOKEN_ID_KEYS, ModelConfig
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.processing import CLIP_MEAN, CLIP_STD
+from llava_sft.model.tokens import END_OF_TEXT, END_OF_TURN, START_OF_TURN, TOKEN_ID_KEYS
 
 HF_CODE_DIR = Path(__file__).parent / "hf"
 CHAT_TEMPLATE_FILE = HF_CODE_DIR / "chat_template.jinja"
@@ -26,7 +27,6 @@ CODE_FILES = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")  # taken over as they are
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # parsed and completed
-END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 PROCESSOR_CLASS = "LLaVAOneVision1_5_Processor"
 _AUTO_MAP = {
     "AutoProcessor": f"processing_llavaonevision1_5.{PROCESSOR_CLASS}",
@@ -180,7 +180,7 @@ def tokenizer_token_ids(hf_dir: Path | str) -> dict[str, int]:
             )
     read_object(hf_dir / "tokenizer_config.json")
     ids = tokenizer_added_tokens(hf_dir)
-    missing = [t for t in (*TOKEN_ID_KEYS.values(), "<|im_start|>", END_OF_TURN, END_OF_TEXT) if t not in ids]
+    missing = [t for t in (*TOKEN_ID_KEYS.values(), START_OF_TURN, END_OF_TURN, END_OF_TEXT) if t not in ids]
     if missing:
         raise CheckpointError(
             f"the tokenizer in {hf_dir} lacks {', '.join(missing)}", "use the tokenizer of LLaVA-OneVision-1.5"

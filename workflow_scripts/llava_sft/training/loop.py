@@ -49,7 +49,6 @@ from llava_sft.checkpoint.torch_dist import write_for_older_torch  # noqa: E402
 from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder  # noqa: E402
 from llava_sft.data.stream import Ranks, train_loader, worker_ended  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.model.attention import packed_seq_params  # noqa: E402
@@ -57,6 +56,7 @@ from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.flops import training_flops  # noqa: E402
 from llava_sft.model.kernels import scale_  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
+from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.training import adam, remedies, validation  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
 from llava_sft.training.checkpoints import (  # noqa: E402

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from llava_sft.errors import RunError
+from llava_sft.model.processing import PATCH_SIZE
 from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, iterations_done
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -63,7 +64,7 @@ def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int
         ways.append(f"pack_chunk_tokens: {chunk // 2} (the same gradients)")
     if mbs > 1:
         ways.append(f"micro_batch_size: {mbs // 2} (global_batch_size stays {values['global_batch_size']})")
-    if largest["image"] * 14 * 14 > values["max_pixels"] / 2 and largest["patches"] > largest["tokens"]:
+    if largest["image"] * PATCH_SIZE**2 > values["max_pixels"] / 2 and largest["patches"] > largest["tokens"]:
         ways.append(f"max_pixels: {values['max_pixels'] // 2}")
     if mbs == 1:
         ways.append(f"seq_length: {values['seq_length'] // 2}")
