@@ -35,6 +35,7 @@ from pathlib import Path
 from cases import CALIBRATION, CALIBRATION_8B, CASE, CHECKPOINT, OURS, PEAK, PROFILE, TWO_GPUS
 from kernels import kernel_times, profiles
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import parameter_count
 from peers import PEER, PEERS, transformers_trainer
 from results import ROOT, machine, row, write_results
 
@@ -453,7 +454,7 @@ def processes(part: str, args) -> list:
 def memory_and_time(found: list[dict]) -> list[dict]:
     """What preflight predicts from: for each setting a step's time and the peak memory, with all that decides them."""
     parameters = {
-        name: load_model_config(ROOT / f"config/models/{name}.yaml").parameter_count() for name in ("4b", "8b")
+        name: parameter_count(load_model_config(ROOT / f"config/models/{name}.yaml")) for name in ("4b", "8b")
     }
     result = []
     for process in found:

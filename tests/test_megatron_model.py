@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
 from llava_sft.checkpoint.convert import hf2mcore
-from llava_sft.checkpoint.names import mapping
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import tensor_rows
 from llava_sft.training import cpu
 from llava_sft.training.arguments import megatron_arguments
 
@@ -329,7 +329,7 @@ def test_gradients_of_the_masked_loss_equal_the_hugging_face_models(both, small_
     parameters = {value.key: value.data for value in both.mcore.sharded_state_dict().values()}
     gradients = {name: parameter.grad for name, parameter in both.hf.named_parameters()}
     worst = {}
-    for row in mapping(small_model):
+    for row in tensor_rows(small_model):
         ours = parameters[row.mcore].grad
         if ours is None:
             assert row.mcore in ("vision_model.class_embedding", "vision_model.class_pos_emb")
@@ -388,7 +388,7 @@ def test_published_sizes_build_with_exactly_their_tensors(megatron, monkeypatch,
     assert {parameter.device.type for parameter in built.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in built.parameters()) == count
     stored = {value.key: tuple(value.data.shape) for value in built.sharded_state_dict().values()}
-    assert stored == {row.mcore: row.shape for row in mapping(model)}
+    assert stored == {row.mcore: row.shape for row in tensor_rows(model)}
 
 
 def test_the_cpu_layer_stays_small_and_within_torch_and_megatron(megatron):

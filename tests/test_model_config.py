@@ -12,6 +12,7 @@ import yaml
 from llava_sft.errors import CheckpointError, SettingsError
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MERGE_SIZE, PATCH_SIZE
+from llava_sft.model.tensors import hf_shapes, parameter_count
 from llava_sft.model.tokens import CONTROL_TOKENS, IMAGE, IMAGE_PAD, IMAGE_TEXT, PUBLISHED_TOKEN_IDS, SYSTEM_PROMPT
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +28,9 @@ def published_names(size: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(("size", "count"), [("4b", 4_741_610_528), ("8b", 8_527_214_624)])
 def test_published_sizes_have_exactly_the_published_tensors(size, count):
     model = load_model_config(MODELS / f"{size}.yaml")
-    assert model.hf_tensor_shapes() == published_names(size)
-    assert len(model.hf_tensor_shapes()) == 698
-    assert model.parameter_count() == count
+    assert hf_shapes(model) == published_names(size)
+    assert len(hf_shapes(model)) == 698
+    assert parameter_count(model) == count
 
 
 @pytest.mark.parametrize("size", ["tiny", "4b", "8b"])

@@ -16,6 +16,7 @@ from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import parameter_count
 from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
 from llava_sft.training.launcher import command, node_command, rendezvous
@@ -414,7 +415,7 @@ def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monke
     import train
 
     run_dir.mkdir(exist_ok=True)
-    weights = 4 * load_model_config(MODELS / "tiny.yaml").parameter_count()  # bytes; with moments, three times as many
+    weights = 4 * parameter_count(load_model_config(MODELS / "tiny.yaml"))  # bytes; with moments, three times as many
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
     with pytest.raises(RunError, match="a checkpoint needs"):
         train.check_space(run_dir, resolved)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from llava_sft.checkpoint.hub import download
 from llava_sft.checkpoint.start import (
-    PARTS,
     RUN_FILE,
     SIDECARS,
     existing_checkpoint,
@@ -29,6 +28,7 @@ from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
+from llava_sft.model.tensors import OLD_PART_NAMES, PARTS
 
 DEFAULT_LIMITS = 3136, 1_000_000
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
@@ -46,7 +46,7 @@ def main() -> None:
     add("--model", help="config/models/<model>.yaml, or a path (default: what run.json or config.json says)")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
     add("--part", action="append", default=[], metavar="PART=FOLDER",
-        help="hf2mcore: take language, vision or adapter from there; adapter=random")  # fmt: skip
+        help="hf2mcore: take language_model, vision_model or adapter from there; adapter=random")  # fmt: skip
     add("--min-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
     add("--max-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
     add("--samples", type=Path,
@@ -132,7 +132,7 @@ def parts_of(given: list[str]) -> dict[str, str]:
     parts = {}
     for each in given:
         part, _, folder = each.partition("=")
-        if part not in PARTS or not folder:
+        if OLD_PART_NAMES.get(part, part) not in PARTS or not folder:
             raise SettingsError(f"--part {each}", f"--part PART=FOLDER, PART one of {', '.join(PARTS)}")
         parts[part] = folder
     return parts

@@ -32,6 +32,7 @@ from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
 from llava_sft.training import predict
 from llava_sft.training.run import refuse_other_run, same_run
@@ -144,11 +145,11 @@ def main() -> None:
     predicted, lines = told(model, values, machine, forecast)
     if not args.gpu:
         write_json(paths.resolved, resolved, sealed=True)
-        known = {"run_name": settings.run_name, "parameters": model.parameter_count()}
+        known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
         known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, model.parameter_count(), notes, settings.origin)
+    show(resolved, parameter_count(model), notes, settings.origin)
     for line in lines:
         print(f"  {line}")
 

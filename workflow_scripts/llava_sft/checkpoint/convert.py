@@ -1,4 +1,4 @@
-"""Hugging Face ↔ Megatron-Core, both ways through the table in names.py, one tensor in memory at a time.
+"""Hugging Face ↔ Megatron-Core, both ways through the table in model/tensors.py, one tensor in memory at a time.
 
 The way in also takes the original project's Megatron folders, and parts of the model from different folders.
 
@@ -16,11 +16,9 @@ import torch
 import xxhash
 
 from llava_sft.checkpoint.legacy import LegacySource
-from llava_sft.checkpoint.names import Row, check_tensors, mapping
 from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
 from llava_sft.checkpoint.start import (
-    PARTS,
     RANDOM,
     SIDECARS,
     TRACKER,
@@ -37,6 +35,7 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
 from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
+from llava_sft.model.tensors import OLD_PART_NAMES, PARTS, Row, check_tensors, hf_shapes, parameter_count, tensor_rows
 from llava_sft.model.tokens import TOKEN_ID_KEYS
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
@@ -63,11 +62,10 @@ class HfSource:
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {error.problem}", error.fix) from None
             check_same_architecture(self.model, config, self.folder, parts)
-        shapes = self.model.hf_tensor_shapes()
-        wanted = {name: shapes[name] for row in rows for name in row.hf}
+        wanted = {name: shape for row in rows for name, shape in row.hf.items()}
         found = {name: self.reader.shape(name) for name in self.reader.names()}
         found |= {name: found[other] for name, other in self.stand_ins.items()}
-        unwanted = set() if alone else shapes.keys() - wanted.keys()
+        unwanted = set() if alone else hf_shapes(self.model).keys() - wanted.keys()
         check_tensors({name: shape for name, shape in found.items() if name not in unwanted}, wanted, self.folder)
         self._tell(wanted)
 
@@ -136,16 +134,16 @@ def hf2mcore(
 
     Args:
         sidecars: folder with config and tokenizer; by default the source itself.
-        parts: "language", "vision", "adapter" → the folder that this part comes from instead; "adapter" may be "random".
+        parts: part of the model → the folder that it comes from instead; "adapter" may be "random".
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than `model` has.
     """
     if sidecars is not None:
         tokenizer_token_ids(sidecars)  # before weights are read, not when all is trained
-    parts = parts or {}
+    parts = {OLD_PART_NAMES.get(part, part): folder for part, folder in (parts or {}).items()}
     sources = {folder: open_source(folder, model) for folder in dict.fromkeys((source, *parts.values()))}
     source_of = {part: sources[parts.get(part, source)] for part in PARTS}
-    rows = {row.mcore: row for row in mapping(model)}
+    rows = {row.mcore: row for row in tensor_rows(model)}
     dtypes, origin = [], []
     for each in sources.values():
         taken = [part for part in PARTS if source_of[part] is each]
@@ -208,13 +206,12 @@ def mcore2hf(
     tokenizer_token_ids(sidecars)
     model = with_source_positions(model, sidecars)
     reader = TorchDistReader(source)
-    rows = list(mapping(model))
+    rows = tensor_rows(model)
     stored = reader.tensors()
     found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}
     check_tensors(found, {row.mcore: row.shape for row in rows}, source)
-    shapes = model.hf_tensor_shapes()
     spell = old_name if old_names(source.parent) else str
-    order = {spell(name): shapes[name] for row in rows for name in row.hf}
+    order = {spell(name): shape for name, shape in hf_shapes(model).items()}
 
     def tensors():
         for row in rows:
@@ -236,7 +233,7 @@ def mcore2hf(
 
 
 def _marker(source: Path, model: ModelConfig, dtype: torch.dtype) -> dict:
-    tensors, parameters = len(model.hf_tensor_shapes()), model.parameter_count()
+    tensors, parameters = len(hf_shapes(model)), parameter_count(model)
     return {"source": str(source), "tensors": tensors, "parameters": parameters, "dtype": str(dtype)[len("torch.") :]}
 
 
@@ -269,7 +266,7 @@ def with_source_positions(model: ModelConfig, sidecars: Path) -> ModelConfig:
 
 def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:
     """Raise CheckpointError, naming the first difference, unless both describe the same sizes of these parts."""
-    for part in [part for part in ("language", "vision") if part in parts]:
+    for part in [part for part in ("language", "vision") if f"{part}_model" in parts]:
         ours, theirs = getattr(wanted, part).model_dump(), getattr(found, part).model_dump()
         for key, value in ours.items():
             if theirs[key] != value and key != "max_position_embeddings":

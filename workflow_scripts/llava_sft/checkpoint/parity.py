@@ -35,6 +35,7 @@ from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.processing import image_tokens, to_patches
 from llava_sft.model.template import ChatTemplate, UnusableSample
+from llava_sft.model.tensors import parameter_count
 from llava_sft.model.tokens import IMAGE
 from llava_sft.training.launcher import python_path
 
@@ -98,7 +99,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
 def computing_dtype(model: ModelConfig, stored: str, device: str) -> str:
     """float32, whose rounding hides no fault, where the model fits into memory with a fifth to spare; else as stored."""
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    return "float32" if 4 * model.parameter_count() * 1.2 < free else stored
+    return "float32" if 4 * parameter_count(model) * 1.2 < free else stored
 
 
 # ------------------------------------------------------------------------------------------------- samples

@@ -13,13 +13,13 @@ from llava_sft.checkpoint.verify import CHECKSUMS, MARKER, require_whole
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.tensors import OLD_PART_NAMES, PARTS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 SIDECARS = "huggingface"
 RUN_FILE = "run.json"
 RANDOM = "random"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-PARTS = ("language", "vision", "adapter")
 CHOICES = (
     "a Hugging Face folder, a hub id with its revision (org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 "
     "folder or its run directory, or `random`"
@@ -138,7 +138,7 @@ def check_load(load: str, parts: dict[str, str], tokenizer: Path | None, made_he
             "load: a Hugging Face folder, or no load_parts",
         )
     for part, source in parts.items():
-        if part not in PARTS or (source == RANDOM and part != "adapter"):
+        if OLD_PART_NAMES.get(part, part) not in PARTS or (source == RANDOM and part != "adapter"):
             raise CheckpointError(
                 f"load_parts: {part}: {source}",
                 f"{' | '.join(PARTS)}: a folder or hub id; adapter: random is allowed too",

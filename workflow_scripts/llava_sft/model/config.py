@@ -2,11 +2,10 @@
 
 Notable here:
 - No torch: importing this module costs a tenth of a second, so planning and preflight can use it.
-- `hf_tensor_shapes` is the whole checkpoint in closed form: every tensor's name and shape without building a model.
+- Tensors with their names and shapes stand in tensors.py.
 - Token ids are not part of the architecture. They come from the tokenizer; `to_hf_config` takes them as an argument.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -142,61 +141,6 @@ class ModelConfig(_Frozen):
     language: LanguageConfig
     vision: VisionConfig
 
-    @property
-    def merged_hidden_size(self) -> int:
-        """Width inside the adapter: one merge block of patches side by side."""
-        return self.vision.hidden_size * self.vision.spatial_merge_size**2
-
-    def hf_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the Hugging Face checkpoint: name (as in memory, `model.visual.…`) -> shape."""
-        v, t, merged = self.vision, self.language, self.merged_hidden_size
-        q, kv = t.num_attention_heads * t.kv_channels, t.num_query_groups * t.kv_channels
-        vision_block = {
-            **_affine("norm1", v.hidden_size),
-            **_affine("norm2", v.hidden_size),
-            **_affine("attn.qkv", 3 * v.hidden_size, v.hidden_size),
-            **_affine("attn.proj", v.hidden_size, v.hidden_size),
-            **_affine("mlp.fc1", v.ffn_hidden_size, v.hidden_size),
-            **_affine("mlp.fc2", v.hidden_size, v.ffn_hidden_size),
-        }
-        visual = {
-            "class_embedding": (v.hidden_size,),
-            "class_pos_emb": (1, v.kv_channels // 2),
-            "patch_embed.proj.weight": (v.hidden_size, CHANNELS, v.patch_size, v.patch_size),
-            **_affine("pre_layernorm", v.hidden_size),
-            **{f"blocks.{i}.{k}": s for i in range(v.num_layers) for k, s in vision_block.items()},
-            **_affine("merger.ln_q", v.hidden_size),
-            **_affine("merger.mlp.0", merged, merged),
-            **_affine("merger.mlp.2", t.hidden_size, merged),
-        }
-        language_block = {
-            "self_attn.q_proj.weight": (q, t.hidden_size),
-            "self_attn.k_proj.weight": (kv, t.hidden_size),
-            "self_attn.v_proj.weight": (kv, t.hidden_size),
-            "self_attn.o_proj.weight": (t.hidden_size, q),
-            "self_attn.q_norm.weight": (t.kv_channels,),
-            "self_attn.k_norm.weight": (t.kv_channels,),
-            "mlp.gate_proj.weight": (t.ffn_hidden_size, t.hidden_size),
-            "mlp.up_proj.weight": (t.ffn_hidden_size, t.hidden_size),
-            "mlp.down_proj.weight": (t.hidden_size, t.ffn_hidden_size),
-            "input_layernorm.weight": (t.hidden_size,),
-            "post_attention_layernorm.weight": (t.hidden_size,),
-        }
-        language = {
-            "embed_tokens.weight": (t.vocab_size, t.hidden_size),
-            **{f"layers.{i}.{k}": s for i in range(t.num_layers) for k, s in language_block.items()},
-            "norm.weight": (t.hidden_size,),
-        }
-        return {
-            **{f"model.visual.{k}": s for k, s in visual.items()},
-            **{f"model.language_model.{k}": s for k, s in language.items()},
-            "lm_head.weight": (t.vocab_size, t.hidden_size),
-        }
-
-    def parameter_count(self) -> int:
-        """Number of values in the Hugging Face checkpoint, class token and its rotary vector included."""
-        return sum(math.prod(shape) for shape in self.hf_tensor_shapes().values())
-
     def to_hf_config(
         self, token_ids: Mapping[str, int] = PUBLISHED_TOKEN_IDS, dtype: str = "bfloat16"
     ) -> dict[str, Any]:
@@ -295,11 +239,6 @@ def load_model_config(path: Path | str) -> ModelConfig:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
         raise SettingsError(f"{path}: {_explain(error)}", "compare with config/models/4b.yaml") from None
-
-
-def _affine(name: str, *weight_shape: int) -> dict[str, tuple[int, ...]]:
-    """Weight and bias of a Linear [out, in] or a LayerNorm [hidden]."""
-    return {f"{name}.weight": weight_shape, f"{name}.bias": weight_shape[:1]}
 
 
 def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from functools import lru_cache
 from math import prod
 
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, tensor_rows
 
 
 @lru_cache(maxsize=4)
@@ -12,10 +13,9 @@ def matmul_parameters(model: ModelConfig) -> tuple[int, int, int, int]:
     """Weights that every token (language model), token of an answer (output layer), patch (vision model) and image
     token (adapter) is multiplied with."""
     sizes = {"language": 0, "output": 0, "vision": 0, "adapter": 0}
-    for name, shape in model.hf_tensor_shapes().items():
-        if len(shape) > 1 and "embed_tokens" not in name and "class_pos" not in name:
-            part = "adapter" if ".merger." in name else "vision" if ".visual." in name else "language"
-            sizes["output" if name.startswith("lm_head") else part] += prod(shape)
+    for row in tensor_rows(model):
+        if len(row.shape) > 1 and row.mcore.endswith("weight") and row.mcore != EMBEDDINGS:
+            sizes["output" if row.mcore == OUTPUT_LAYER else row.part.removesuffix("_model")] += prod(row.shape)
     return tuple(sizes.values())
 
 

@@ -5,6 +5,7 @@ Same texts, model and seed give the same bytes in every file.
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from llava_sft.errors import SettingsError
 from llava_sft.files import atomic_dir
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
+from llava_sft.model.tensors import tensor_rows
 from llava_sft.model.tokens import CONTROL_TOKENS, END_OF_TEXT, END_OF_TURN
 
 INIT_STD = 0.04
@@ -76,7 +78,9 @@ def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     """Norms one, biases zero, everything else normal with a standard deviation of 0.04: fp32, by name as in memory."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in model.hf_tensor_shapes().items():
+    # The order of the random numbers: with another one the same seed would give other weights.
+    rows = sorted(tensor_rows(model), key=lambda row: ("vision_model", "adapter", "language_model").index(row.part))
+    for name, shape in chain.from_iterable(row.hf.items() for row in rows):
         if name.endswith(".bias"):
             weights[name] = torch.zeros(shape)
         elif "norm" in name or "ln_q" in name:

@@ -25,6 +25,7 @@ from llava_sft.errors import SettingsError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.flops import matmul_parameters
+from llava_sft.model.tensors import parameter_count, parameters_by_part
 from llava_sft.training.checkpoints import expected_bytes
 from llava_sft.training.watch import PEAK_FLOPS
 
@@ -123,7 +124,7 @@ def _padded(each: list[Load], mbs: int) -> tuple[Load, Load]:
 
 def state_bytes(model: ModelConfig, values: dict[str, Any]) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state of the fullest process."""
-    total, trained = model.parameter_count(), trained_parameters(model, values["trainable_modules"])
+    total, trained = parameter_count(model), trained_parameters(model, values["trainable_modules"])
     weights, optimizer = expected_bytes(total, 0, values), expected_bytes(0, trained, values)  # as in a checkpoint
     gradients = 4 * trained
     if values["gpus_per_node"]:
@@ -137,17 +138,13 @@ def state_bytes(model: ModelConfig, values: dict[str, Any]) -> dict[str, float]:
 
 def trained_parameters(model: ModelConfig, modules: Iterable[str]) -> int:
     """Parameters of the parts that are trained."""
-    marks = {"adapter": ".merger.", "vision_model": ".visual."}
-    count = dict.fromkeys(("language_model", "adapter", "vision_model"), 0)
-    for name, shape in model.hf_tensor_shapes().items():
-        part = next((part for part, mark in marks.items() if mark in name), "language_model")
-        count[part] += math.prod(shape)
-    return sum(count[part] for part in modules)
+    counts = parameters_by_part(model)
+    return sum(counts[part] for part in modules)
 
 
 def checkpoint_size(model: ModelConfig, values: dict[str, Any]) -> int:
     """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained."""
-    return expected_bytes(model.parameter_count(), trained_parameters(model, values["trainable_modules"]), values)
+    return expected_bytes(parameter_count(model), trained_parameters(model, values["trainable_modules"]), values)
 
 
 def checkpoints_kept(values: dict[str, Any]) -> int:
