@@ -27,8 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from llava_sft.config import auto_packing_buffer  # noqa: E402
 from llava_sft.data.order import GlobalOrder, SourceLengths  # noqa: E402
+from llava_sft.settings.resolve import auto_packing_buffer  # noqa: E402
 from results import row, write_results  # noqa: E402
 
 SAMPLES = 100_000

@@ -20,11 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
-from llava_sft.config import first_epoch, load_settings, packing_window, resolve  # noqa: E402
 from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.machine import gpu, this_machine  # noqa: E402
+from llava_sft.run.records import read_metrics  # noqa: E402
+from llava_sft.settings.layers import load_settings  # noqa: E402
+from llava_sft.settings.resolve import first_epoch, packing_window, resolve  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
-from llava_sft.training.watch import read_metrics  # noqa: E402
 from results import RESULTS, row, write_results  # noqa: E402
 
 OUT = Path("/tmp/llava_sft_preflight")
@@ -61,10 +63,10 @@ def record() -> None:
         window = packing_window(settings, sizes.tokens)
         capacity = settings.seq_length if settings.packing else None
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
-        values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
+        values = resolve(settings, len(sizes.tokens), epoch=epoch)[0].dump()
         values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
         mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
-        machine = predict.this_machine(values)
+        machine = this_machine(values)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -115,7 +117,7 @@ def take_over() -> list[dict]:
             "run": f"{gpus} × {given['gpu']}, {given['model']}: "
             + ", ".join(f"{name} {given[name]}" for name in (*named, "recompute_vision", "optimizer_precision")),
             "values": values,
-            "machine": predict.gpu(given["gpu"]),
+            "machine": gpu(given["gpu"]),
             "mean": predict.Load(step[0], step[0] * of_sample, step[1], step[1] * of_image),
             "largest": predict.Load(tokens, tokens * of_sample, patches, patches * of_image),
         }

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava_sft.files import read_json, write_json
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.watch import read_jsonl
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import checkpoint_dir
+from llava_sft.run.records import read_jsonl
 from results import ROOT, row, write_results
 
 SMALL = {"micro_batch_size": 8, "global_batch_size": 16, "log_interval": 1, "log_samples": True, "log_answers": 1}

@@ -42,9 +42,9 @@ from results import ROOT, machine, row, write_results
 
 def settings_of(model: str, values: dict) -> dict:
     """Resolved settings of a run of `model` on one GPU; no validation, no checkpoint."""
-    from llava_sft import config
+    from llava_sft.settings import layers, resolve
 
-    config.CONFIG_DIR = ROOT / "config"
+    layers.CONFIG_DIR = ROOT / "config"
     own = {"model": model, "load": "random", "packing": True, "gpus_per_node": 1, "num_workers": 6, "log_interval": 1}
     far = {"save_interval": 10**6, "eval_interval": 10**6, "eval_iters": 0, "log_answers": 0, "max_bad_steps": 10**6}
     long = {
@@ -56,8 +56,8 @@ def settings_of(model: str, values: dict) -> dict:
         "train_iters": 1000,
         "lr": 1e-5,
     }
-    settings = config.load_settings("vqa", own | far | long | {"lr_warmup_fraction": 0.002, "adam_eps": 1e-5} | values)
-    return config.resolve(settings, 1000)[0]
+    settings = layers.load_settings("vqa", own | far | long | {"lr_warmup_fraction": 0.002, "adam_eps": 1e-5} | values)
+    return resolve.resolve(settings, 1000)[0].dump()
 
 
 def train(args) -> None:
@@ -77,8 +77,8 @@ def train(args) -> None:
     from llava_sft.data.stream import Ranks, train_loader
     from llava_sft.model.flops import matmul_parameters, training_flops
     from llava_sft.model.template import ChatTemplate
+    from llava_sft.run.layout import checkpoint_dir
     from llava_sft.training import loop
-    from llava_sft.training.checkpoints import checkpoint_dir
 
     cases = [CASE | case for case in args.cases]
     about = {"model": args.model, "optimizer_precision": args.values.get("optimizer_precision", "bf16")}

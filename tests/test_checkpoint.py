@@ -17,11 +17,12 @@ from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
 from llava_sft.checkpoint import safetensors_io
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.safetensors_io import INDEX, write_safetensors
-from llava_sft.checkpoint.start import SIDECARS, newest_checkpoint, open_start
+from llava_sft.checkpoint.start import newest_checkpoint, open_start
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.errors import CheckpointError
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import hf_shapes, parameter_count, tensor_rows
+from llava_sft.run.layout import SIDECARS
 from test_model_config import ROOT, published_names
 
 

@@ -17,7 +17,8 @@ from llava_sft.data.tars import METADATASET
 from llava_sft.errors import DamagedFileError, DataError, RunError
 from llava_sft.files import write_json
 from llava_sft.model.template import ChatTemplate
-from llava_sft.training.coverage import SAMPLE_COUNTS, count_samples, sample_counts, told
+from llava_sft.run.coverage import count_samples, sample_counts, told
+from llava_sft.run.layout import SAMPLE_COUNTS
 from llava_sft.training.watch import Watch
 from webdataset_helpers import Raw, record
 

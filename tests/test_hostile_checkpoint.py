@@ -27,11 +27,12 @@ from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.legacy import LegacySource
 from llava_sft.checkpoint.pickles import check_pickles, read_metadata
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader
-from llava_sft.checkpoint.start import SIDECARS, check_load, open_start
+from llava_sft.checkpoint.start import check_load, open_start
 from llava_sft.checkpoint.torch_dist import TorchDistReader
-from llava_sft.checkpoint.verify import MEMO, verify
+from llava_sft.checkpoint.verify import verify
 from llava_sft.errors import CheckpointError, SftError
 from llava_sft.model.export_files import write_hf_sidecars
+from llava_sft.run.layout import SIDECARS, VERIFIED
 from test_legacy import write_original
 
 
@@ -254,7 +255,7 @@ def test_no_damage_is_silent_or_a_traceback(kind, mcore, export, small_checkpoin
 
     generator = random.Random(7)
     top = whole.parent if kind == "converted" else whole
-    names = sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file() and p.name != MEMO)
+    names = sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file() and p.name != VERIFIED)
     for number in range(2 * len(names)):
         copy = shutil.copytree(top, tmp_path / f"copy{number}")
         spoil(copy / names[number % len(names)], generator)

@@ -13,16 +13,10 @@ from safetensors.torch import load_file, save_file
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.hub import download
 from llava_sft.checkpoint.safetensors_io import old_name
-from llava_sft.checkpoint.start import (
-    TRACKER,
-    check_load,
-    converted_name,
-    existing_checkpoint,
-    is_hub,
-    needs_conversion,
-)
+from llava_sft.checkpoint.start import check_load, converted_name, existing_checkpoint, is_hub, needs_conversion
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
+from llava_sft.run.layout import TRACKER
 
 HUB = "lmms-lab/LLaVA-OneVision-1.5-4B-Base@1a2b3c4d5e6f7a8b9c0d"
 NAMES = ("language_model", "vision_model", "adapter")

@@ -10,9 +10,9 @@ from conftest import MAX_PIXELS, MIN_PIXELS
 from llava_sft.checkpoint import parity
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.parity import check_parity
-from llava_sft.checkpoint.start import SIDECARS
 from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
+from llava_sft.run.layout import SIDECARS
 from webdataset_helpers import picture
 
 

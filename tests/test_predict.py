@@ -1,23 +1,22 @@
 """Preflight's prediction: near what was recorded, in step with the settings, and loud where a run can not fit."""
 
 import random
-import sys
 from types import SimpleNamespace
 
 import pytest
 
-from llava_sft.config import CONFIG_DIR, load_settings, resolve
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.order import Passes
 from llava_sft.errors import RunError, SettingsError
+from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config
-from llava_sft.training import predict
-
-sys.path.insert(0, str(CONFIG_DIR.parent / "workflow_scripts"))
-from train import check_memory
+from llava_sft.settings.layers import CONFIG_DIR, load_settings
+from llava_sft.settings.resolve import resolve
+from llava_sft.training import checks, predict
+from llava_sft.training.checks import check_memory
 
 MODEL = load_model_config(CONFIG_DIR / "models" / "4b.yaml")
-H200, H100 = predict.gpu("NVIDIA H200"), predict.gpu("NVIDIA H100 80GB HBM3")
+H200, H100 = gpu("NVIDIA H200"), gpu("NVIDIA H100 80GB HBM3")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def sizes() -> SampleSizes:
 def settings(sizes: SampleSizes, **changed) -> dict:
     wanted = {"model": "4b", "packing": True, "seq_length": 8192, "micro_batch_size": 1, "gpus_per_node": 1}
     wanted |= {"global_batch_size": "auto", "train_iters": "auto"} | changed
-    return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0]
+    return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0].dump()
 
 
 def batches(sizes: SampleSizes, values: dict) -> tuple[predict.Load, predict.Load]:
@@ -85,20 +84,20 @@ def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
 
 
 def with_memory(monkeypatch, gib: float) -> None:
-    monkeypatch.setattr(predict, "this_machine", lambda values: H100)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=gib * predict.GIB))
+    monkeypatch.setattr(checks, "this_machine", lambda values: H100)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=gib * GIB))
 
 
 def test_a_save_that_this_machines_memory_can_not_take_stops_the_run_before_it_starts(sizes, monkeypatch):
     values = settings(sizes)
     resolved = {"settings": values, "model": MODEL.model_dump(), "batch": dict.fromkeys(("mean", "largest"), [0.0] * 5)}
     with_memory(monkeypatch, 20)
-    with pytest.raises(RunError, match=r"memory of this machine: 4\d\.\d GiB, of 20\.0 GiB that are free"):
+    with pytest.raises(RunError, match=r"saving needs 4\d\.\d GiB of host memory.*; 20\.0 GiB are free"):
         check_memory(resolved)
     with_memory(monkeypatch, 200)
     check_memory(resolved)
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "16000")
-    with pytest.raises(RunError, match=r"of 15\.6 GiB that are free") as stopped:
+    with pytest.raises(RunError, match=r"; 15\.6 GiB are free") as stopped:
         check_memory(resolved)
     assert "mem_mb" in stopped.value.fix
 
@@ -139,4 +138,4 @@ def test_a_batch_may_hold_more_packs_than_the_data_makes(sizes):
 
 def test_a_gpu_that_nobody_measured_is_named():
     with pytest.raises(SettingsError, match="RTX"):
-        predict.gpu("RTX 9999")
+        gpu("RTX 9999")

@@ -11,18 +11,20 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import MODELS
-from llava_sft.checkpoint.start import SIDECARS, TRACKER
-from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import parameter_count
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
+from llava_sft.run.records import forget_after, progress_line, read_jsonl, read_metrics
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import resolve
 from llava_sft.training.arguments import megatron_arguments
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
 from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.run import lock, open_run, same_run, start_dir
 from llava_sft.training.slurm import Job
-from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
+from llava_sft.training.watch import Watch
 from test_model_config import ROOT
 
 
@@ -31,7 +33,7 @@ def shipped_settings():
     """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return json.loads(json.dumps(resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0]))
+        return resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0].dump()
 
 
 @pytest.fixture
@@ -301,7 +303,7 @@ def test_numbers_reach_megatron_as_they_were_set(resolved, tmp_path):
 )
 def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypatch, asked, count):
     monkeypatch.chdir(ROOT)
-    values, _ = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)
+    values = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)[0].dump()
     assert values["nproc_per_node"] == count
     argv, environment = command(count, ["a", "b"], "/tmp/store")
     assert ("torch.distributed.run" in argv) == (count > 1)
@@ -412,12 +414,12 @@ def test_a_folder_that_a_killed_process_left_half_written_goes_with_the_next_try
 
 
 def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monkeypatch):
-    import train
+    from llava_sft.training import checks
 
     run_dir.mkdir(exist_ok=True)
     weights = 4 * parameter_count(load_model_config(MODELS / "tiny.yaml"))  # bytes; with moments, three times as many
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
     with pytest.raises(RunError, match="a checkpoint needs"):
-        train.check_space(run_dir, resolved)
+        checks.check_space(run_dir, resolved)
     resolved["settings"]["trainable_modules"] = ["adapter"]
-    train.check_space(run_dir, resolved)
+    checks.check_space(run_dir, resolved)

@@ -12,27 +12,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_sft.config import CONFIG_DIR, STAGES, Settings, json_schema, load_settings, resolve
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.flops import matmul_parameters, training_flops
 from llava_sft.model.tensors import parameter_count
-from llava_sft.training import checkpoints as checkpoints_module
+from llava_sft.run import checkpoints as checkpoints_module
+from llava_sft.run.checkpoints import check_disk, expected_bytes, iterations_done, newest_whole, prune, seal
+from llava_sft.run.layout import checkpoint_dir, checkpoints
+from llava_sft.run.records import Tail, append, read_jsonl
+from llava_sft.run.remedies import exploded, lower_lr, out_of_memory, slow_loading
+from llava_sft.settings.layers import CONFIG_DIR, load_settings
+from llava_sft.settings.resolve import resolve
+from llava_sft.settings.schema import STAGES, Settings
 from llava_sft.training.arguments import part_rates
-from llava_sft.training.checkpoints import (
-    check_disk,
-    checkpoint_dir,
-    checkpoints,
-    expected_bytes,
-    iterations_done,
-    newest_whole,
-    prune,
-    seal,
-)
-from llava_sft.training.remedies import exploded, lower_lr, out_of_memory, slow_loading
 from llava_sft.training.run import give_back, is_running, lock
-from llava_sft.training.watch import Tail, Watch, append, read_jsonl
+from llava_sft.training.watch import Watch
+from write_schema import config_yaml, json_schema
 
 ROOT = Path(__file__).parents[1]
 
@@ -323,8 +319,8 @@ def stage_values(stage):
 
 def test_every_part_has_its_rate_and_ends_at_the_same_share_of_it(at_root):
     settings = load_settings("agriculture", {"lr_vision": 2e-6, "trainable_modules": ["adapter", "vision_model"]})
-    values, _ = resolve(settings, 1000)
-    rates = part_rates(values)
+    resolved, _ = resolve(settings, 1000)
+    rates = part_rates(resolved.dump())
     assert rates.keys() == {"adapter", "vision_model"}
     assert rates["adapter"] == pytest.approx((1e-5, 1e-6)) and rates["vision_model"] == pytest.approx((2e-6, 2e-7))
     with pytest.raises(SettingsError, match="vision_model is not trained"):
@@ -336,6 +332,7 @@ def test_the_schema_of_the_settings_is_current_and_knows_every_setting(at_root):
     assert "# yaml-language-server: $schema=../schema.json" in (CONFIG_DIR / "experiments/TEMPLATE.yaml").read_text()
     undescribed = [name for name, entry in json_schema()["properties"].items() if "description" not in entry]
     assert undescribed == []
+    assert (CONFIG_DIR / "config.yaml").read_text(encoding="utf-8") == config_yaml(), "run `make schema`"
 
 
 def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):

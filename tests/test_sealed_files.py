@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_sft.checkpoint.start import SIDECARS
 from llava_sft.checkpoint.verify import MARKER, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json, write_json
+from llava_sft.run.layout import SIDECARS
 from llava_sft.training.run import keep_sidecars
 
 VALUE = {"steps": 6, "loss": 5.25, "name": "数据", "nested": {"seal": "mine"}, "list": [1, 2, 3]}

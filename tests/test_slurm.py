@@ -130,7 +130,7 @@ def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatc
     with pytest.raises(SystemExit) as end:
         train.main()
     assert (end.value.code, queued) == (code, ["4711"] if code == 75 else [])
-    assert ("another would do no better" in capsys.readouterr().err) == (code == 1)
+    assert ("requeueing would not help" in capsys.readouterr().err) == (code == 1)
 
 
 # --- the short chain -------------------------------------------------------------------------------------------------

@@ -22,20 +22,13 @@ import preflight
 import train
 from llava_sft.errors import RunError, SettingsError, SftError
 from llava_sft.files import read_json, write_json
+from llava_sft.run.checkpoints import damage, iterations_done, newest_whole, prune, seal
+from llava_sft.run.coverage import sample_counts
+from llava_sft.run.layout import BAD_STEPS, METRICS, VALIDATION, checkpoint_dir
+from llava_sft.run.records import append, forget_after, read_jsonl, read_metrics
 from llava_sft.training import watch as watch_module
-from llava_sft.training.checkpoints import checkpoint_dir, damage, iterations_done, newest_whole, prune, seal
-from llava_sft.training.coverage import sample_counts
 from llava_sft.training.run import is_running, lock, open_run, refuse_other_run
-from llava_sft.training.watch import (
-    BAD_STEPS,
-    METRICS,
-    VALIDATION,
-    Watch,
-    append,
-    forget_after,
-    read_jsonl,
-    read_metrics,
-)
+from llava_sft.training.watch import Watch
 from test_run import resolved, run_dir, shipped_settings  # noqa: F401 (fixtures)
 from test_run_directory import VALUES, save
 

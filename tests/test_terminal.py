@@ -83,7 +83,7 @@ def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
 
 @pytest.mark.parametrize("failed", [True, False])
 def test_a_stopped_training_says_last_that_it_has_saved(handler, tmp_path, failed):
-    (tmp_path / "train.log").write_text("x\nrun: stopped at step 7 of 9; the same command goes on from there\n")
+    (tmp_path / "train.log").write_text("x\nrun: stopped at step 7 of 9; the same command resumes from there\n")
     start(handler)
     say(handler, None, "Terminating processes on user request, this might take some time.")
     if failed:
@@ -91,7 +91,7 @@ def test_a_stopped_training_says_last_that_it_has_saved(handler, tmp_path, faile
     lines = last_lines(handler)
     assert lines[-3:] == [
         "train stage2_sft_vqa was stopped and has saved:",
-        "run: stopped at step 7 of 9; the same command goes on from there",
+        "run: stopped at step 7 of 9; the same command resumes from there",
         "  log: train.log",
     ]
 

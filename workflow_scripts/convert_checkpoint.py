@@ -15,20 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.hub import download
-from llava_sft.checkpoint.start import (
-    RUN_FILE,
-    SIDECARS,
-    existing_checkpoint,
-    is_hub,
-    is_legacy,
-    read_hf_config,
-)
+from llava_sft.checkpoint.start import existing_checkpoint, is_hub, is_legacy, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
 from llava_sft.model.tensors import OLD_PART_NAMES, PARTS
+from llava_sft.run.layout import RUN_FILE, SIDECARS
 
 DEFAULT_LIMITS = 3136, 1_000_000
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew

@@ -10,9 +10,10 @@ import yaml
 
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json
-from llava_sft.training.checkpoints import iterations_done
-from llava_sft.training.run import RUN_FILE, is_running
-from llava_sft.training.watch import FAILURE, read_metrics
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import FAILURE, RUN_FILE
+from llava_sft.run.records import read_metrics
+from llava_sft.training.run import is_running
 
 
 def main() -> None:

@@ -15,37 +15,24 @@ from typing import Any
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.config import (
-    CONFIG_DIR,
-    Settings,
-    auto_num_workers,
-    first_epoch,
-    gpu_count,
-    packing_window,
-    resolve,
-    warnings,
-)
 from llava_sft.data import lengths
 from llava_sft.data.index import told_leak
 from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
+from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
+from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.resolve import auto_num_workers, first_epoch, packing_window, resolve, warnings
+from llava_sft.settings.schema import Settings
 from llava_sft.training import predict
 from llava_sft.training.run import refuse_other_run, same_run
 from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
-
-NOT_SHOWN = {
-    "experiment", "model", "load", "tokenizer", "exp_dir", "raw_data", "heldout_data", "image_root", "webdatasets",
-}  # fmt: skip
-ALWAYS_SHOWN = {
-    "stage", "trainable_modules", "seq_length", "micro_batch_size", "global_batch_size", "train_iters", "lr",
-}  # fmt: skip
 
 
 @exits_cleanly
@@ -55,7 +42,7 @@ def main() -> None:
     add("experiment", help="a file of config/experiments/, without .yaml")
     add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this run only")
     add("--cluster", nargs="*", default=[], metavar="KEY=NUMBER", help="what its profile says of a node")
-    add("--gpu", metavar="NAME", help=f"for this GPU, not this machine: {', '.join(predict.PEAK_FLOPS)}")
+    add("--gpu", metavar="NAME", help=f"for this GPU, not this machine: {', '.join(PEAK_FLOPS)}")
     add("--gpu-memory", type=float, metavar="GIB", help="its memory, if it has another than usual")
     add("--gpus-per-node", type=int, default=1, metavar="N", help="with --gpu: GPUs (%(default)s)")
     args = parser.parse_args()
@@ -88,9 +75,10 @@ def main() -> None:
     epoch = first_epoch(order, window)
     counts = len(sizes.tokens), dataset["heldout"]["samples"]
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
-    values, why = resolve(settings, *counts, epoch, cores=cores)
+    settled, why = resolve(settings, *counts, epoch, cores=cores)
+    values = settled.dump()
     mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
-    machine = predict.gpu(args.gpu, args.gpu_memory) if args.gpu else predict.this_machine(values)
+    machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values)
     forecast = predict.forecast(model, values, machine, mean, largest)
     if forecast and "num_workers" in why:
         wanted = forecast.prediction.tokens_per_s / predict.data_parallel_size(values)
@@ -195,7 +183,7 @@ def check_gpus(values: dict, cluster: bool) -> None:
 
 
 def told(
-    model: ModelConfig, values: dict, machine: predict.Machine | None, forecast: predict.Forecast | None
+    model: ModelConfig, values: dict, machine: Machine | None, forecast: predict.Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
     if forecast is None:
@@ -207,9 +195,9 @@ def told(
         lines += would_fit or ["nothing near these settings fits"]
     size = predict.checkpoint_size(model, values)
     kept = predict.checkpoints_kept(values)
-    lines.append(f"disk    {kept} × {size / predict.GIB:,.3g} GiB of checkpoints: {kept * size / predict.GIB:,.1f} GiB")
+    lines.append(f"disk    {kept} × {size / GIB:,.3g} GiB of checkpoints: {kept * size / GIB:,.1f} GiB")
     if copied := predict.save_copy(model, values):
-        lines.append(f"host    {copied / predict.GIB:,.1f} GiB of a node's memory, for the copy that a save makes")
+        lines.append(f"host    {copied / GIB:,.1f} GiB of a node's memory, for the copy that a save makes")
     facts = {
         "machine": machine._asdict(),
         "memory_gib": prediction.memory,
@@ -217,7 +205,7 @@ def told(
         "step_s": prediction.step_s,
         "tokens_per_s": prediction.tokens_per_s,
         "would_fit": [changed for changed, _ in found],
-        "checkpoint_gib": size / predict.GIB,
+        "checkpoint_gib": size / GIB,
         "checkpoints_kept": kept,
         "recorded_runs": len(runs),
     }
@@ -238,9 +226,9 @@ def show(resolved: dict, parameters: int, notes: list[str], origin: dict[str, st
     )
     defaults = str(CONFIG_DIR / "config.yaml")
     given = {name for name in values if origin.get(name, defaults) != defaults}
-    shown = (ALWAYS_SHOWN | why.keys() | given) - NOT_SHOWN
     for name, value in values.items():
-        if name in shown:
+        always = Settings.about(name).shown
+        if always or (always is None and (name in why or name in given)):
             print(f"  {name:26} {spelled(value):14} {f'auto: {why[name]}' if name in why else origin[name]}")
     for note in notes:
         print(f"  warning: {note}")

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_sft.config import CONFIG_DIR, Settings, load_settings
 from llava_sft.errors import SftError
+from llava_sft.settings.layers import CONFIG_DIR, load_settings
+from llava_sft.settings.schema import Settings
 from llava_sft.workflow import Workflow
 
 ROOT = Path(__file__).parents[2]

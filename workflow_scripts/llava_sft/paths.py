@@ -22,12 +22,15 @@ from functools import cached_property
 from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion, sidecars_of
-from llava_sft.config import CONFIG_DIR, Settings, SourceSettings, check_batch, check_parallel_sizes, gpu_count
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
 from llava_sft.data.tars import METADATASET, is_finished, no_tar
 from llava_sft.errors import DataError, SettingsError, shown
 from llava_sft.files import fingerprint
+from llava_sft.machine import gpu_count
 from llava_sft.model.config import load_model_config
+from llava_sft.settings.conflicts import check_parallel_sizes
+from llava_sft.settings.layers import CONFIG_DIR, check_batch
+from llava_sft.settings.schema import Settings, SourceSettings
 
 # The demo's files exist only once a rule has made them, but the conversion is planned before: their sizes are fixed.
 DEMO_BYTES = {"train.jsonl": 4165660, "heldout.jsonl": 127362}

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from llava_sft.checkpoint.start import MARKER, read_hf_config
-from llava_sft.config import CONFIG_DIR, NAME_RULE, experiments, load_settings
 from llava_sft.data.verify import out_of_date
 from llava_sft.errors import SettingsError, SftError, exits_cleanly, shown
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.paths import CONVERTED, EMBEDDED, Paths, Shard
+from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE, experiments, load_settings
 
 STEPS = {  # what is made at last, of Paths, and what for
     "data": ("dataset", "convert the raw data to a WebDataset and index it"),

@@ -28,7 +28,7 @@ NOISE = re.compile(
     r"|Elapsed time|Waiting at most|Will exit after|\[|Trying to restart"
 )
 SHOWN_LINES, SHOWN_BYTES = 25, 1 << 16
-SAVED = "same command goes on"  # of train.py's last line
+SAVED = "same command resumes"  # of train.py's last line
 GO_ON = "mend it and give the same command again: what is done stays done"
 
 

@@ -20,8 +20,6 @@ from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
 from llava_sft.checkpoint.start import (
     RANDOM,
-    SIDECARS,
-    TRACKER,
     copy_sidecars,
     is_legacy,
     newest_checkpoint,
@@ -37,6 +35,7 @@ from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
 from llava_sft.model.tensors import OLD_PART_NAMES, PARTS, Row, check_tensors, hf_shapes, parameter_count, tensor_rows
 from llava_sft.model.tokens import TOKEN_ID_KEYS
+from llava_sft.run.layout import SIDECARS, TRACKER
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 

@@ -9,15 +9,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_sft.checkpoint.verify import CHECKSUMS, MARKER, require_whole
+from llava_sft.checkpoint.verify import MARKER, require_whole
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import OLD_PART_NAMES, PARTS
+from llava_sft.run.layout import CHECKSUMS, ITERATION, RUN_FILE, SIDECARS, TRACKER, iteration_name
 
-TRACKER = "latest_checkpointed_iteration.txt"
-SIDECARS = "huggingface"
-RUN_FILE = "run.json"
 RANDOM = "random"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 CHOICES = (
@@ -41,7 +39,8 @@ class Start:
 
 def is_iteration(load: str | Path) -> bool:
     """Whether `load` names one checkpoint folder and not the folder above."""
-    return re.fullmatch(r"iter_\d+|release", Path(load).name) is not None
+    name = Path(load).name
+    return name == "release" or ITERATION.fullmatch(name) is not None
 
 
 def is_megatron(load: str | Path) -> bool:
@@ -62,7 +61,7 @@ def newest_checkpoint(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder / TRACKER}: {shown(name, 40)} is neither a number nor `release`", "name the iter_ folder itself"
         )
-    return folder / (name if name == "release" else f"iter_{int(name):07d}")
+    return folder / (name if name == "release" else iteration_name(int(name)))
 
 
 def existing_checkpoint(folder: Path) -> Path:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from llava_sft.config import data_parallel_size
 from llava_sft.model.config import ModelConfig
+from llava_sft.settings.resolve import data_parallel_size
 
 
 def megatron_arguments(values: dict[str, Any], model: ModelConfig, run_dir: Path, start_dir: Path | None) -> list[str]:

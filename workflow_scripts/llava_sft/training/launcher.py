@@ -22,8 +22,8 @@ from typing import BinaryIO
 
 import psutil
 
+from llava_sft.run.records import Tail
 from llava_sft.training import slurm
-from llava_sft.training.watch import Tail
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 TERMINALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -123,7 +123,7 @@ def run(
         if not asked:
             say(f"{signal.Signals(number).name}: saving a checkpoint and ending; Ctrl-C once more ends without one")
         elif number == signal.SIGINT and now > asked[-1] + AT_ONCE_S and not at_once:
-            say("SIGINT again: ending at once; the same command goes on from the newest checkpoint")
+            say("SIGINT again: ending at once; the same command resumes from the newest checkpoint")
             at_once.append(now)
             training.kill()
         asked.append(now)

@@ -51,25 +51,22 @@ from llava_sft.data.loader import VlmBatch, VlmTaskEncoder  # noqa: E402
 from llava_sft.data.stream import Ranks, train_loader, worker_ended  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.model.attention import packed_seq_params  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.flops import training_flops  # noqa: E402
 from llava_sft.model.kernels import scale_  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
-from llava_sft.training import adam, remedies, validation  # noqa: E402
+from llava_sft.run import remedies  # noqa: E402
+from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal  # noqa: E402
+from llava_sft.run.layout import FAILURE, checkpoints  # noqa: E402
+from llava_sft.training import adam, validation  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
-from llava_sft.training.checkpoints import (  # noqa: E402
-    check_disk,
-    checkpoint_bytes,
-    checkpoints,
-    prune,
-    seal,
-)
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
 from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
-from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
+from llava_sft.training.watch import Watch  # noqa: E402
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
@@ -395,8 +392,8 @@ def meeting_place() -> torch.distributed.Store | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    name = "" if ON_CPU else torch.cuda.get_device_name(device)
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    known = None if ON_CPU else known_gpu(torch.cuda.get_device_name(device))
+    return PEAK_FLOPS[known] if known else None
 
 
 def staged(stage, buckets: list) -> list:

@@ -7,7 +7,8 @@ import torch
 
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.errors import RunError
-from llava_sft.training.watch import DAMAGED_SAMPLES, append
+from llava_sft.run.layout import DAMAGED_SAMPLES
+from llava_sft.run.records import append
 
 
 def restore_position(loader: TrainingLoader, path: Path) -> None:

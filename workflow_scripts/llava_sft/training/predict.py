@@ -8,31 +8,27 @@ No torch: preflight runs where there is no GPU.
 """
 
 import math
-import os
 import random
-import subprocess
 from collections.abc import Iterable
 from functools import cache
 from itertools import chain, product
 from typing import Any, NamedTuple
 
-import psutil
-
-from llava_sft.config import CONFIG_DIR, data_parallel_size
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.packing import cut_between
-from llava_sft.errors import SettingsError
 from llava_sft.files import read_json
+from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.flops import matmul_parameters
 from llava_sft.model.tensors import parameter_count, parameters_by_part
-from llava_sft.training.checkpoints import expected_bytes
-from llava_sft.training.watch import PEAK_FLOPS
+from llava_sft.run.checkpoints import expected_bytes
+from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.resolve import data_parallel_size
 
 RECORDED = CONFIG_DIR.parent / "benchmarks" / "results" / "preflight.json"
-GIB = 2**30
 # Bytes a parameter, of the weights in FP8 and their transposes beside the bf16 ones; measured on the 4B model.
 FP8_COPIES = 1.52
+PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
 
 
@@ -45,14 +41,6 @@ class Load(NamedTuple):
     patches: float
     patch_squares: float
     segments: float = 0.0
-
-
-class Machine(NamedTuple):
-    """`device`: CPU, or a GPU by its name in the recorded runs (H100, H200); `memory_gib` and `peak` FLOP/s of one."""
-
-    device: str
-    memory_gib: float
-    peak: float
 
 
 class Prediction(NamedTuple):
@@ -318,48 +306,6 @@ def predict(
     seconds = sum(factor * term for factor, term in zip(calibration.time, terms, strict=True))
     replicas = data_parallel_size(values)
     return Prediction(memory, seconds, mean.tokens * _micro_batches(values) * replicas)
-
-
-# ---------------------------------------------------------------------------------------------------- machines
-
-PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
-GPU_MEMORY_GIB = {"H100": 79.1, "GH200": 94.5, "H200": 139.8, "B200": 178.4, "A100": 79.2, "L40S": 44.5}
-CPU_FLOPS = 3e10  # a core's share in float32; the recorded runs say how much of it is reached
-
-
-def gpu(name: str, memory_gib: float | None = None) -> Machine:
-    """A GPU by the name its maker gives it, or a part of that. Raises SettingsError for one whose peak is not known."""
-    known = next((key for key in sorted(PEAK_FLOPS, key=len, reverse=True) if key in name.upper()), None)
-    if known is None:
-        raise SettingsError(f"the peak of a GPU {name!r} is not known", f"one of {', '.join(PEAK_FLOPS)}")
-    return Machine(known, memory_gib or GPU_MEMORY_GIB[known], PEAK_FLOPS[known])
-
-
-def this_machine(values: dict[str, Any]) -> Machine | None:
-    """What one process of a training on this machine has; None for a GPU whose peak is not known."""
-    if values["gpus_per_node"]:
-        for name, total, _ in gpus_of_this_machine():
-            try:
-                return gpu(name, total)
-            except SettingsError:
-                return None
-        return None
-    processes = values["nproc_per_node"]
-    memory = psutil.virtual_memory().total / GIB
-    return Machine("CPU", memory / processes, CPU_FLOPS * max(1, len(os.sched_getaffinity(0)) // processes))
-
-
-def gpus_of_this_machine() -> list[tuple[str, float, float]]:
-    """Name, memory and memory in use (GiB) of each GPU that `CUDA_VISIBLE_DEVICES` leaves."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command += ["-i", visible]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.rsplit(", ", 2) for line in listing.splitlines()]
-    return [(name, float(total) / 1024, float(used) / 1024) for name, total, used in rows]
 
 
 # --------------------------------------------------------------------------------------------------- proposals

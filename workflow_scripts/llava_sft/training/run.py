@@ -18,29 +18,22 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars, newest_checkpoint
+from llava_sft.checkpoint.start import copy_sidecars, newest_checkpoint
 from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
-from llava_sft.training.checkpoints import checkpoint_dir, data_dir, iterations_done, newest_whole
+from llava_sft.run.checkpoints import iterations_done, newest_whole
+from llava_sft.run.layout import RUN_FILE, SIDECARS, TRACKER, checkpoint_dir, data_dir
+from llava_sft.settings.schema import Settings
 
 LOCK = ".lock"
 PER_RANK = " (the position in the data is kept per rank: samples would be lost or seen twice)"
-# Settings that may change while a run goes on: they change neither what is learned at a step nor its order.
-FREE_SETTINGS = {
-    "experiment", "exp_dir", "run_tag", "raw_data", "heldout_data", "image_root", "webdatasets", "shard_bytes", "sources",
-    "max_shard_bytes", "decode_images", "max_reject_fraction", "val_fraction", "split_seed", "load", "load_parts",
-    "tokenizer", "stage", "train_iters", "epochs", "lr_decay_iters", "save_interval", "keep_last", "keep_every",
-    "max_minutes", "log_interval", "eval_interval", "eval_iters", "log_answers", "log_samples", "max_bad_steps",
-    "num_workers", "max_damaged_samples", "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", "parity",
-    "recompute_language", "recompute_vision", "memory_check", "pack_chunk_tokens", "async_save",
-}  # fmt: skip
 
 
 def identity(resolved: dict[str, Any]) -> dict[str, Any]:
     """What makes a run this run and no other."""
-    settings = {key: value for key, value in resolved["settings"].items() if key not in FREE_SETTINGS}
+    settings = {key: value for key, value in resolved["settings"].items() if Settings.about(key).identity}
     return {
         "data": resolved["data"]["fingerprint"],
         "start": resolved["start"]["fingerprint"],

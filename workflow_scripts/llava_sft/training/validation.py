@@ -19,8 +19,8 @@ from llava_sft.data.records import Sample
 from llava_sft.errors import SHOWN, DataError, RunError
 from llava_sft.files import write_json
 from llava_sft.model.tokens import ANSWER_OPENING
-from llava_sft.training.checkpoints import BEST, checkpoint_dir
-from llava_sft.training.watch import VALIDATION, append, read_jsonl
+from llava_sft.run.layout import BEST, VALIDATION, checkpoint_dir
+from llava_sft.run.records import append, read_jsonl
 
 MOST_NEW_TOKENS = 32
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from llava_sft.errors import RunError
 from llava_sft.model.processing import PATCH_SIZE
-from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, iterations_done
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import BAD_STEPS, checkpoint_dir, checkpoints
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -21,7 +22,7 @@ def not_written(run_dir: Path, iteration: int) -> RunError:
     free = shutil.disk_usage(run_dir).free >> 20
     return RunError(
         f"{run_dir}: the checkpoint of step {iteration} could not be written; the disk has {free:,} MiB free",
-        f"free space there, or see the newest {run_dir}/run_*.log; the same command goes on from step {iterations_done(run_dir)}",
+        f"free space there, or see the newest {run_dir}/run_*.log; the same command resumes from step {iterations_done(run_dir)}",
     )
 
 
@@ -44,7 +45,7 @@ def exploded(values: dict, run_dir: Path, bad: list[dict], usual_loss: float | N
     return RunError(
         f"{len(bad)} bad steps in a row, {first['iteration']} … {last['iteration']} (max_bad_steps): loss {first['loss']:.3g} "
         f"… {last['loss']:.3g}{before}; grad norm {last['grad_norm'] or 0:.3g}; lr {values['lr']:g}. Ids of their samples: "
-        f"{run_dir / 'bad_steps.jsonl'}",
+        f"{run_dir / BAD_STEPS}",
         f"a lower learning rate, {origin}: --config lr={lr:g} run_tag=lr{lr:g}{load}. If it explodes again: longer "
         f"lr_warmup_fraction (now {values['lr_warmup_fraction']:g}), and look at those samples",
     )

@@ -14,9 +14,9 @@ from llava_sft.data.heldout import sample_ids
 from llava_sft.data.tars import METADATASET
 from llava_sft.errors import RunError, SftError
 from llava_sft.files import read_json, write_json
-from llava_sft.training.watch import read_jsonl
+from llava_sft.run.layout import SAMPLE_COUNTS, SAMPLES
+from llava_sft.run.records import read_jsonl
 
-SAMPLE_COUNTS = "sample_counts.json"
 NAMED = 1000  # ids at most, of each kind
 
 
@@ -28,7 +28,7 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
     RunError when not every step noted it, sqlite3.Error when the index does not tell the samples apart.
     """
     seen: Counter[str] = Counter()
-    for path in (run_dir / "samples").glob("rank*.jsonl"):
+    for path in (run_dir / SAMPLES).glob("rank*.jsonl"):
         records = read_jsonl(path)
         if len(records) != train_iters:
             raise RunError(f"{path}: {len(records)} of {train_iters} steps are noted there")

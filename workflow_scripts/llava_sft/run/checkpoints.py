@@ -15,29 +15,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_sft.checkpoint.start import TRACKER
 from llava_sft.checksums import find_damage, note
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.files import read_json, write_json, write_text
+from llava_sft.run.layout import BEST, CHECKSUMS, TRACKER, VERIFIED, checkpoint_dir, checkpoints, data_dir
 
-CHECKSUMS = "checksums.json"
-VERIFIED = ".verified.json"  # which files were found whole: they are not read again before they change
 TEMPORARY = re.compile(r"\..*\.tmp")  # files.py's, of a process that was killed
-BEST = "best.json"
-
-
-def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
-    return run_dir / f"iter_{iteration:07d}"
-
-
-def checkpoints(run_dir: Path) -> list[int]:
-    """Steps of all checkpoint folders, whole or not, oldest first."""
-    return sorted(int(p.name[5:]) for p in run_dir.glob("iter_*") if re.fullmatch(r"iter_\d+", p.name) and p.is_dir())
-
-
-def data_dir(run_dir: Path, iteration: int) -> Path:
-    """Beside the weights: the position in the data of every rank, and what the watch keeps."""
-    return run_dir / "dataloader" / f"iter_{iteration:07d}"
 
 
 def is_sealed(run_dir: Path, iteration: int) -> bool:
@@ -106,7 +89,7 @@ def newest_whole(run_dir: Path, deep: bool = True, say: Callable[[str], None] = 
         if fault := damage(run_dir, iteration, deep):
             faults[folder] = fault
             if CHECKSUMS in fault:
-                again += f"; or delete {folder / CHECKSUMS} to go on from this checkpoint unchecked"
+                again += f"; or delete {folder / CHECKSUMS} to resume from this checkpoint unchecked"
             continue
         break
     else:
@@ -120,7 +103,7 @@ def newest_whole(run_dir: Path, deep: bool = True, say: Callable[[str], None] = 
             shutil.rmtree(folder)
     for folder, fault in faults.items():
         say(
-            f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as damaged_{folder.name}; going on from step {iteration}"
+            f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as damaged_{folder.name}; resuming from step {iteration}"
         )
         aside = folder.with_name(f"damaged_{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -173,5 +156,5 @@ def check_disk(run_dir: Path, needed: int, what: str) -> None:
             fix += f", or set keep_last to less than the {count} checkpoints there are"
         raise RunError(
             f"{run_dir}: {what} needs {needed / mib:,.0f} MiB, the disk has {free / mib:,.0f} MiB free",
-            f"{fix}; the same command goes on",
+            f"{fix}; the same command resumes",
         )
