@@ -21,7 +21,7 @@ from llava_sft.run import checkpoints as checkpoints_module
 from llava_sft.run.checkpoints import check_disk, expected_bytes, iterations_done, newest_whole, prune, seal
 from llava_sft.run.layout import checkpoint_dir, checkpoints
 from llava_sft.run.records import Tail, append, read_jsonl
-from llava_sft.run.remedies import exploded, lower_lr, out_of_memory, slow_loading
+from llava_sft.run.remedies import exploded, less_memory, lower_lr, out_of_memory, slow_loading
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
 from llava_sft.settings.resolve import resolve
 from llava_sft.settings.schema import STAGES, Settings
@@ -184,7 +184,7 @@ VALUES = {
     "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
     "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
     "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
-    "pipeline_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1, "recompute_vision": "none", "recompute_language": "none", "optimizer_precision": "fp32",
 }  # fmt: skip
 
 
@@ -250,6 +250,23 @@ def test_out_of_memory_names_the_parts_and_the_setting():
     packed = alone | {"packing": True}
     largest = {"rows": 1, "tokens": 8192, "patches": 9, "image": 9}
     assert out_of_memory(packed, memory, largest, 1).fix.startswith("pack_chunk_tokens: 4096")
+
+
+def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
+    memory = {"weights": 1.0, "gradients": 1.0, "optimizer": 1.0, "total": 70.0}
+    largest = {"rows": 1, "tokens": 6000, "patches": 9, "image": 9}
+    packed = VALUES | {"packing": True, "micro_batch_size": 1, "gpus_per_node": 8}
+    smaller = less_memory(packed, largest["tokens"])
+    assert smaller["pack_chunk_tokens"] == [3000, 1500] and smaller["tensor_model_parallel_size"] == [2, 4]
+    fix = out_of_memory(packed, memory, largest, 8).fix
+    assert (
+        "pack_chunk_tokens: 3000" in fix and "recompute_language: full (slower" in fix and "recompute_vision" not in fix
+    )
+    assert "tensor_model_parallel_size" not in fix, "the weights are not what takes the memory"
+    done = packed | {"recompute_language": "full", "pipeline_model_parallel_size": 2, "gpus_per_node": 0}
+    smaller = less_memory(done, largest["tokens"])
+    assert {name for name, values in smaller.items() if values} == {"recompute_vision", "seq_length"}
+    assert less_memory(packed | {"tensor_model_parallel_size": 4}, 6000)["tensor_model_parallel_size"] == [8]
 
 
 def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):

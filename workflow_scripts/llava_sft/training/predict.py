@@ -22,6 +22,7 @@ from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.flops import matmul_parameters
 from llava_sft.model.tensors import parameter_count, parameters_by_part
 from llava_sft.run.checkpoints import expected_bytes
+from llava_sft.run.remedies import less_memory
 from llava_sft.settings.layers import CONFIG_DIR
 from llava_sft.settings.resolve import data_parallel_size
 
@@ -319,20 +320,10 @@ def proposals(
     model: ModelConfig, values: dict[str, Any], machine: Machine, mean: Load, largest: Load, calibration: Calibration
 ) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that keep seq_length before those that do not."""
-    tp, per_node = values["tensor_model_parallel_size"], max(1, values["gpus_per_node"])
-    choices: dict[str, list] = {
-        "seq_length": [values["seq_length"], values["seq_length"] // 2, values["seq_length"] // 4],
-        "pack_chunk_tokens": [values["pack_chunk_tokens"]],
-        "micro_batch_size": [values["micro_batch_size"], 1],
-        "recompute_vision": [values["recompute_vision"], "full"],
-        "recompute_language": [values["recompute_language"], "full"],
-        "tensor_model_parallel_size": [n for n in (tp, 2 * tp, 4 * tp) if per_node % n == 0 and _divides(model, n)],
-    }
     piece = min(values["seq_length"], chunk_tokens(values))  # what goes through the model at once
-    if chunk_tokens(values) < math.inf:
-        choices["pack_chunk_tokens"] += [piece // 2, piece // 4]
-    if values["optimizer_precision"] == "fp32":
-        choices["optimizer_precision"] = ["fp32", "bf16"]
+    choices = {name: [values[name], *smaller] for name, smaller in less_memory(values, values["seq_length"]).items()}
+    sizes = choices["tensor_model_parallel_size"]
+    choices["tensor_model_parallel_size"] = [size for size in sizes if _divides(model, size)]
     found = []
     for picked in product(*(dict.fromkeys(options) for options in choices.values())):
         changed = {name: value for name, value in zip(choices, picked, strict=True) if values[name] != value}
