@@ -9,7 +9,6 @@ import os
 import shutil
 from pathlib import Path
 
-from llava_sft.data.images import PATCH_SIZE
 from llava_sft.errors import RunError
 from llava_sft.model.processing import PATCH_SIZE
 from llava_sft.run.checkpoints import iterations_done
