@@ -13,7 +13,7 @@ two data scripts make WEBDATASETS, TOKENIZER is any folder with the model's toke
 - calibration: more for preflight: float32 moments, and 8B;
 - checkpoint: 4B trained in no more memory than an 80 GB GPU has, saved with its optimizer and loaded, timed;
 - two_gpus: the same on two GPUs, data parallel, as many packs for each.
-MFU: `llava_sft.model.flops.training_flops` (vision tower counted, attention causal and by segment, the output layer for
+MFU: `llava_sft.model.cost.training_flops` (vision tower counted, attention causal and by segment, the output layer for
 answers only, no recomputation) over step time and the GPU's dense bf16 peak, in FP8 too. Useful tokens: without padding.
 """
 
@@ -75,7 +75,7 @@ def train(args) -> None:
 
     from llava_sft.data.loader import VlmTaskEncoder
     from llava_sft.data.stream import Ranks, train_loader
-    from llava_sft.model.flops import matmul_parameters, training_flops
+    from llava_sft.model.cost import matmul_parameters, training_flops
     from llava_sft.model.template import ChatTemplate
     from llava_sft.run.layout import checkpoint_dir
     from llava_sft.training import loop

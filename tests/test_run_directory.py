@@ -15,10 +15,10 @@ import pytest
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
-from llava_sft.model.flops import matmul_parameters, training_flops
+from llava_sft.model.cost import expected_bytes, matmul_parameters, training_flops
 from llava_sft.model.tensors import parameter_count
 from llava_sft.run import checkpoints as checkpoints_module
-from llava_sft.run.checkpoints import check_disk, expected_bytes, iterations_done, newest_whole, prune, seal
+from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune, seal
 from llava_sft.run.layout import checkpoint_dir, checkpoints
 from llava_sft.run.records import Tail, append, read_jsonl
 from llava_sft.run.remedies import exploded, less_memory, lower_lr, out_of_memory, slow_loading

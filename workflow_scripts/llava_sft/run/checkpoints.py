@@ -137,15 +137,6 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list[
     return gone
 
 
-def expected_bytes(parameters: int, trained: int, settings: dict) -> int:
-    """Size of a checkpoint: weights, and of what is trained two moments and, where the weights are bf16, a float32 master
-    or the 16 bits of it that bf16 lacks."""
-    if not settings["bf16"]:
-        return parameters * 4 + trained * 8
-    reduced = settings["gpus_per_node"] and settings["optimizer_precision"] == "bf16"
-    return parameters * 2 + trained * (6 if reduced else 12)
-
-
 def check_disk(run_dir: Path, needed: int, what: str) -> None:
     """Raise RunError unless `needed` bytes, and a hundredth more, are free where `run_dir` lies."""
     free = shutil.disk_usage(run_dir).free

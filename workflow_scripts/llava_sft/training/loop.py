@@ -54,18 +54,18 @@ from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.model.attention import packed_seq_params  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
-from llava_sft.model.flops import training_flops  # noqa: E402
+from llava_sft.model.cost import checkpoint_size, state_bytes, training_flops  # noqa: E402
 from llava_sft.model.kernels import scale_  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal  # noqa: E402
 from llava_sft.run.layout import FAILURE, checkpoints  # noqa: E402
+from llava_sft.settings.resolve import data_parallel_size  # noqa: E402
 from llava_sft.training import adam, validation  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
-from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.watch import Watch  # noqa: E402
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
@@ -373,7 +373,8 @@ class Trainer:
             text in str(error) for text in NO_MEMORY
         ):
             return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
-        memory = {name: size / 2**30 for name, size in state_bytes(self.model_config, self.values).items()}
+        state = state_bytes(self.model_config, self.values, data_parallel_size(self.values))
+        memory = {name: size / 2**30 for name, size in state.items()}
         return remedies.out_of_memory(
             self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
         )
