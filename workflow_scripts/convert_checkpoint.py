@@ -97,7 +97,7 @@ def convert(args: argparse.Namespace) -> None:
     else:
         gate = None
         if args.samples:
-            from llava_sft.checkpoint.parity import check_parity
+            from llava_sft.evaluation.parity import check_parity
 
             gate = partial(check_parity, source, model, args.samples, args.parity)
         done = mcore2hf(source, args.target, args.sidecars, model, *limits, gate)
