@@ -29,7 +29,6 @@ from llava_sft.preflight import predict  # noqa: E402
 from llava_sft.run.records import read_metrics  # noqa: E402
 from llava_sft.settings.layers import load_settings  # noqa: E402
 from llava_sft.settings.resolve import first_epoch, packing_window, resolve  # noqa: E402
-from llava_sft.training import run  # noqa: E402
 from results import RESULTS, row, write_results  # noqa: E402
 
 OUT = Path("/tmp/llava_sft_preflight")
@@ -74,10 +73,9 @@ def record() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / "run.json", before | {"settings": values})
-        start = run.start_dir(folder, before["start"]["folder"])
         environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         environment |= {"MASTER_PORT": "29577", "PYTHONPATH": str(ROOT / "workflow_scripts")}
-        command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder, start]
+        command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder]
         with open(OUT / "log", "w") as log:
             subprocess.run(command, env=os.environ | environment, check=True, stdout=log, stderr=log)
         metrics = read_metrics(folder)

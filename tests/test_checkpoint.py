@@ -17,7 +17,7 @@ from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
 from llava_sft.checkpoint import safetensors_io
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.safetensors_io import INDEX, write_safetensors
-from llava_sft.checkpoint.start import newest_checkpoint, open_start
+from llava_sft.checkpoint.start import Checkpoint, newest_checkpoint, open_start
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.errors import CheckpointError
 from llava_sft.model.config import load_model_config
@@ -204,7 +204,7 @@ def test_the_fingerprint_depends_on_the_weights_and_not_on_how_they_are_stored(s
     rewrite(source, lambda w: w | {"lm_head.weight": w["lm_head.weight"] + 1e-3})
     assert hf2mcore(source, tmp_path / "c", small_model)["fingerprint"] != first["fingerprint"]
     assert first["untrained"] is True
-    start = open_start(str(source), tmp_path / "a", None)
+    start = open_start(Checkpoint.of(source), tmp_path / "a", None)
     assert (start.fingerprint, start.untrained, start.folder) == (first["fingerprint"], True, tmp_path / "a/release")
 
 
@@ -328,7 +328,7 @@ def test_an_export_without_a_tokenizer_is_refused(small_checkpoint, small_model,
         mcore2hf(there / "release", tmp_path / "hf", there / SIDECARS, small_model, MIN_PIXELS, MAX_PIXELS)
     with pytest.raises(CheckpointError, match="tokenizer"):
         (tmp_path / "mcore/converted.json").unlink()
-        open_start(str(tmp_path / "mcore"), None, None)
+        open_start(Checkpoint.of(tmp_path / "mcore"), None, None)
     assert os.listdir(tmp_path) == ["mcore"]
 
 

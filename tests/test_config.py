@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from llava_sft.data.order import GlobalOrder, SourceLengths
+from llava_sft.embedded import check_demo
 from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
+from llava_sft.inputs import check_inputs
 from llava_sft.machine import gpu_count
-from llava_sft.paths import Paths, check_demo
+from llava_sft.paths import Paths
 from llava_sft.settings import layers
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import (
@@ -25,7 +27,7 @@ from llava_sft.settings.resolve import (
     resolve,
     warnings,
 )
-from llava_sft.workflow import Workflow
+from llava_sft.workflow import Workflow, overview
 from test_model_config import MODELS, ROOT
 
 
@@ -58,7 +60,7 @@ def write_experiment(name, **settings):
 def mistake(name="mine", **overrides) -> SftError:
     """What the user is told who asks for this experiment."""
     with pytest.raises(SftError) as error:
-        Paths(load_settings(name, overrides)).check_inputs()
+        check_inputs(Paths(load_settings(name, overrides)))
     assert error.value.fix
     return error.value
 
@@ -128,7 +130,7 @@ def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
     assert load_settings("mine", {"nodes": 8, "gpus_per_node": 1}, cluster).nodes == 8  # a person comes first
     assert resolve(load_settings("mine"), train_samples=100)[0].nodes == 1
     with pytest.raises(SettingsError, match="data-parallel size 16 = 16"):
-        Paths(load_settings("mine", {"global_batch_size": 24}, cluster)).check_inputs()
+        check_inputs(Paths(load_settings("mine", {"global_batch_size": 24}, cluster)))
 
 
 def test_packed_sequences_are_counted_not_samples(project):
@@ -469,7 +471,7 @@ def test_a_file_with_an_odd_name_disturbs_no_other_and_is_named_with_the_rule(pr
     flow = Workflow({}, ["data_mine"])
     assert flow.experiments == ["mine", "数据-2.v1"]
     assert re.fullmatch(flow.pattern("experiment"), "数据-2.v1")
-    assert "Left out: '$HOME'" in flow.overview()
+    assert "Left out: '$HOME'" in overview(flow)
     for name in ODD:
         with pytest.raises(SystemExit):
             Workflow({}, [f"data_{name}"])
@@ -492,7 +494,7 @@ def test_the_demo_moves_with_exp_dir(monkeypatch):
     monkeypatch.chdir(ROOT)
     flow = Workflow({"exp_dir": "else where"}, [])
     paths = flow.paths("vqa")
-    paths.check_inputs()
+    check_inputs(paths)
     assert paths.sources[0].files["subtaskdata"] == [Path("else where/demo/train.jsonl")]
     assert str(paths.demo_done) == "else where/demo.done.json" and flow.pattern("demo") == re.escape("else where")
 
@@ -501,7 +503,7 @@ def test_the_demo_moves_with_exp_dir(monkeypatch):
 def test_the_demo_trains_on_any_number_of_gpus(monkeypatch, gpus):
     monkeypatch.chdir(ROOT)
     settings = load_settings("vqa", {"gpus_per_node": gpus})
-    Paths(settings).check_inputs()
+    check_inputs(Paths(settings))
     resolved, _ = resolve(settings, train_samples=19_200)
     replicas = max(1, gpus)
     assert resolved.global_batch_size == resolved.micro_batch_size * replicas >= 32

@@ -15,7 +15,7 @@ import torch
 
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader
-from llava_sft.checkpoint.start import check_load, converted_name, is_legacy, needs_conversion
+from llava_sft.checkpoint.start import Checkpoint, check_load, is_legacy
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
 from llava_sft.model.tensors import hf_shapes, tensor_rows
@@ -143,11 +143,11 @@ def test_load_takes_the_folder_above_or_the_checkpoint_itself_and_asks_for_a_tok
         (release.parent, "LLaVA-4B-stage0"),
         (trained, "stage1_run_iter_0000400"),
     ):
-        assert is_legacy(folder) and needs_conversion(str(folder))
-        assert converted_name(str(folder), {}) == f"{name}_mcore_tp1_pp1"
-        check_load(str(folder), {}, deep_checkpoint, made_here=False)
+        assert is_legacy(folder) and Checkpoint.of(folder).needs_conversion
+        assert Checkpoint.of(folder).converted_name({}) == f"{name}_mcore_tp1_pp1"
+        check_load(Checkpoint.of(folder), {}, deep_checkpoint, made_here=False)
         with pytest.raises(CheckpointError, match="no tokenizer"):
-            check_load(str(folder), {}, None, made_here=False)
+            check_load(Checkpoint.of(folder), {}, None, made_here=False)
 
 
 class Evil:

@@ -20,13 +20,12 @@ from llava_sft.model.tensors import parameter_count
 from llava_sft.run import checkpoints as checkpoints_module
 from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune, seal
 from llava_sft.run.layout import checkpoint_dir, checkpoints
+from llava_sft.run.lock import give_back, is_running, lock
 from llava_sft.run.records import Tail, append, read_jsonl
 from llava_sft.run.remedies import exploded, less_memory, lower_lr, out_of_memory, slow_loading
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
-from llava_sft.settings.resolve import resolve
+from llava_sft.settings.resolve import part_rates, resolve
 from llava_sft.settings.schema import STAGES, Settings
-from llava_sft.training.arguments import part_rates
-from llava_sft.training.run import give_back, is_running, lock
 from llava_sft.training.watch import Watch
 from write_schema import config_yaml, json_schema
 

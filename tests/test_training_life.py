@@ -198,7 +198,7 @@ def test_another_number_of_ranks_is_refused_and_another_number_of_workers_is_not
     asked = read_json(undisturbed.resolved)
     undisturbed.change(nproc_per_node=2)
     assert undisturbed.finish() == 1
-    assert "nproc_per_node: 1 → 2 (the position in the data is kept per rank" in undisturbed.said()
+    assert "nproc_per_node: 1 → 2 (the data position is stored per rank" in undisturbed.said()
     undisturbed.change(nproc_per_node=1, num_workers=2)
     assert undisturbed.finish() == 0
     assert "nothing to train" in undisturbed.said()

@@ -15,13 +15,18 @@ from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.hub import download
-from llava_sft.checkpoint.start import existing_checkpoint, is_hub, is_legacy, read_hf_config
+from llava_sft.checkpoint.start import (
+    Checkpoint,
+    existing_checkpoint,
+    is_legacy,
+    named_parts,
+    read_hf_config,
+)
 from llava_sft.checkpoint.verify import MARKER, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
-from llava_sft.model.tensors import OLD_PART_NAMES, PARTS
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 
 DEFAULT_LIMITS = 3136, 1_000_000
@@ -56,8 +61,9 @@ def main() -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    parts = parts_of(args.part)
-    source = args.source if is_hub(args.source) else existing_checkpoint(Path(args.source))
+    parts = named_parts((each.partition("=")[::2] for each in args.part), "--part {}={}")
+    checkpoint = Checkpoint.of(args.source)
+    source = checkpoint.name if checkpoint.kind == "hub" else existing_checkpoint(checkpoint.folder)
     if args.sidecars and not (args.sidecars / "tokenizer.json").is_file():
         raise CheckpointError(
             f"--sidecars {args.sidecars}: no tokenizer.json in it", "the Hugging Face folder of the model"
@@ -72,8 +78,8 @@ def convert(args: argparse.Namespace) -> None:
     depends = fingerprint(
         {
             "direction": args.direction,
-            "source": [source_fingerprint(each) for each in (source, *parts.values())],
-            "parts": list(parts),
+            "source": [source_fingerprint(each) for each in (source, *(part.name for part in parts.values()))],
+            "parts": [part.removesuffix("_model") for part in parts],  # as they were called: what is made stays
             "model": model and model.model_dump(),
             "export": [EXPORT_FORM, *limits, args.parity, bool(args.samples)] if limits else None,
         }
@@ -88,11 +94,10 @@ def convert(args: argparse.Namespace) -> None:
     from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 
     if args.direction == "hf2mcore":
-        local = lambda name: download(name) if is_hub(str(name)) else name  # noqa: E731
-        parts = {part: local(name) for part, name in parts.items()}
-        folder = local(source)
+        folders = {part: download(each.name) if each.kind == "hub" else each.name for part, each in parts.items()}
+        folder = download(source) if isinstance(source, str) else source
         model = model or ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
-        done = hf2mcore(folder, args.target, model, args.sidecars, parts)
+        done = hf2mcore(folder, args.target, model, args.sidecars, folders)
         done["source"] = args.source
     else:
         gate = None
@@ -120,16 +125,6 @@ def made_before(target: Path, depends: str) -> dict | None:
     except CheckpointError as error:
         print(f"{error.problem}: made anew", flush=True)
         return None
-
-
-def parts_of(given: list[str]) -> dict[str, str]:
-    parts = {}
-    for each in given:
-        part, _, folder = each.partition("=")
-        if OLD_PART_NAMES.get(part, part) not in PARTS or not folder:
-            raise SettingsError(f"--part {each}", f"--part PART=FOLDER, PART one of {', '.join(PARTS)}")
-        parts[part] = folder
-    return parts
 
 
 def run_settings(source: Path) -> dict:
@@ -169,7 +164,7 @@ def model_of(source: Path | str, args: argparse.Namespace) -> ModelConfig | None
     if args.model:
         path = Path(args.model)
         return load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
-    if is_hub(str(source)):
+    if isinstance(source, str):
         return None
     if args.direction == "mcore2hf" and (found := run_settings(source).get("model")):
         try:

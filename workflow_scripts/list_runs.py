@@ -12,8 +12,8 @@ from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import FAILURE, RUN_FILE
+from llava_sft.run.lock import is_running
 from llava_sft.run.records import read_metrics
-from llava_sft.training.run import is_running
 
 
 def main() -> None:

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 from llava_sft.data.demo import chat_texts, write_demo
+from llava_sft.embedded import DEMO_BYTES, DEMO_CHECKPOINT, EMBEDDED, check_demo
 from llava_sft.errors import exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import parameter_count
-from llava_sft.paths import DEMO_BYTES, DEMO_CHECKPOINT, EMBEDDED, check_demo
 from llava_sft.workflow import Workflow
 
 

@@ -24,11 +24,13 @@ from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.run.checkpoints import iterations_done, prune
 from llava_sft.run.coverage import count_samples
+from llava_sft.run.identity import identity, open_run
 from llava_sft.run.layout import FAILURE, METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
+from llava_sft.run.lock import DEAD_AFTER_S, give_back, lock
 from llava_sft.run.records import forget_after, read_metrics
+from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.training.checks import check_machine, check_space
 from llava_sft.training.launcher import STOPPED, launch
-from llava_sft.training.run import DEAD_AFTER_S, give_back, identity, lock, open_run, start_dir
 from llava_sft.training.slurm import Job, this_job
 
 EXIT_RESUMABLE = 75  # stopped cleanly before the last step: the same command resumes
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--srun-options", default="", help="of this cluster, for the srun that starts the nodes' tasks")
     args = parser.parse_args()
 
-    resolved = read_json(args.resolved)
+    resolved = Resolved.read(args.resolved)
     job = this_job()
     # A job that Slurm starts again may meet the last processes of its predecessor.
     held = lock(args.run_dir, patience_s=2 * DEAD_AFTER_S if job else 0)
@@ -53,36 +55,35 @@ def main() -> None:
         give_back(held)
 
 
-def train(args: argparse.Namespace, resolved: dict, job: Job | None, held: BinaryIO) -> None:
-    settings, run_dir = resolved["settings"], args.run_dir
-    train_iters = settings["train_iters"]
+def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: BinaryIO) -> None:
+    settings, run_dir, record = resolved.settings, args.run_dir, resolved.dump()
+    train_iters = settings.train_iters
     start = open_run(run_dir, resolved)
     if start == train_iters:
         print(f"{run_dir}: all {train_iters} steps are done, with the same data and settings: nothing to train")
-        if settings["log_samples"] and not (run_dir / SAMPLE_COUNTS).is_file():
-            count_samples(run_dir, resolved)
+        if settings.log_samples and not (run_dir / SAMPLE_COUNTS).is_file():
+            count_samples(run_dir, record)
         finish(args.done, run_dir, resolved)
         return
 
-    check_data(resolved["data"])
-    check_machine(resolved, job)
-    prune(run_dir, settings["keep_last"], settings["keep_every"])
-    check_space(run_dir, resolved)
+    check_data(resolved.data)
+    check_machine(record, job)
+    prune(run_dir, settings.keep_last, settings.keep_every)
+    check_space(run_dir, record)
     (run_dir / FAILURE).unlink(missing_ok=True)
     forget_after(run_dir, start)
     log = run_dir / f"run_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{platform.node()}.log"
     print(f"{run_dir}: " + (f"resuming from step {start} of {train_iters}" if start else f"{train_iters} steps"))
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
-    check_what_is_loaded(run_dir, start, resolved["start"]["folder"])
-    start_folder = start_dir(run_dir, resolved["start"]["folder"])
-    arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
-    code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
+    check_what_is_loaded(run_dir, start, resolved.start.folder)
+    arguments = [str(run_dir / RUN_FILE), str(run_dir)]
+    code = launch(settings.dump(), arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)
-        count_samples(run_dir, resolved)
+        count_samples(run_dir, record)
     elif code == STOPPED:
         sys.exit(STOPPED)
     elif code:
@@ -120,14 +121,14 @@ def last_lines(log: Path, count: int = 12) -> str:
     return "\n".join(f"    {line[:200]}" for line in lines[-count:])
 
 
-def check_data(data: dict) -> None:
+def check_data(data: ResolvedData) -> None:
     """Raise DataError unless the data set is what index_webdataset wrote."""
-    if dataset := data.get("dataset_file"):
-        path = Path(data["path"])
-        require_whole(path.parent if path.name == METADATASET else path, Path(dataset))
+    if data.dataset_file:
+        path = Path(data.path)
+        require_whole(path.parent if path.name == METADATASET else path, Path(data.dataset_file))
 
 
-def check_what_is_loaded(run_dir: Path, step: int, start: str | None) -> None:
+def check_what_is_loaded(run_dir: Path, step: int, start: Path | None) -> None:
     """Raise CheckpointError unless Megatron and energon can load what they start from without running code in it."""
     from llava_sft.checkpoint.pickles import check_pickles  # imports torch, which a finished run need not wait for
 
@@ -135,12 +136,12 @@ def check_what_is_loaded(run_dir: Path, step: int, start: str | None) -> None:
         positions = sorted(data_dir(run_dir, step).rglob("*.pt"))
         check_pickles(checkpoint_dir(run_dir, step), *positions)
     elif start:
-        check_pickles(Path(start))
+        check_pickles(start)
 
 
-def finish(done: Path, run_dir: Path, resolved: dict) -> None:
+def finish(done: Path, run_dir: Path, resolved: Resolved) -> None:
     """Write the marker: the same bytes for the same run, whenever and however often it was interrupted."""
-    train_iters = resolved["settings"]["train_iters"]
+    train_iters = resolved.settings.train_iters
     metrics = read_metrics(run_dir)
     if metrics and metrics[-1]["iteration"] != train_iters:
         print(f"warning: {run_dir / METRICS}: the record of step {train_iters} is lost, and its loss with it")

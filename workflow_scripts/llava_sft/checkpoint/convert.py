@@ -33,7 +33,7 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
 from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
-from llava_sft.model.tensors import OLD_PART_NAMES, PARTS, Row, check_tensors, hf_shapes, parameter_count, tensor_rows
+from llava_sft.model.tensors import PARTS, Row, check_tensors, hf_shapes, parameter_count, tensor_rows
 from llava_sft.model.tokens import TOKEN_ID_KEYS
 from llava_sft.run.layout import SIDECARS, TRACKER
 
@@ -139,7 +139,7 @@ def hf2mcore(
     """
     if sidecars is not None:
         tokenizer_token_ids(sidecars)  # before weights are read, not when all is trained
-    parts = {OLD_PART_NAMES.get(part, part): folder for part, folder in (parts or {}).items()}
+    parts = parts or {}
     sources = {folder: open_source(folder, model) for folder in dict.fromkeys((source, *parts.values()))}
     source_of = {part: sources[parts.get(part, source)] for part in PARTS}
     rows = {row.mcore: row for row in tensor_rows(model)}

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTS = ("language_model", "vision_model", "adapter")
-OLD_PART_NAMES = {"language": "language_model", "vision": "vision_model"}  # of `load_parts` in earlier releases
 EMBEDDINGS, OUTPUT_LAYER = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
 PADDED = {EMBEDDINGS, OUTPUT_LAYER}  # may have more rows: Megatron pads the vocabulary
 

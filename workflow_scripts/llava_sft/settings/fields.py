@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -19,12 +20,10 @@ class About(NamedTuple):
 
     identity: a change makes another run.
     shown: by preflight; None: where its value is not the default.
-    megatron: Megatron has an argument of this name and meaning.
     """
 
     identity: bool
     shown: bool | None
-    megatron: bool
 
 
 class Section(BaseModel):
@@ -32,17 +31,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, validate_default=True)
 
-    @classmethod
-    def about(cls, name: str) -> About:
-        return About(**cls.model_fields[name].json_schema_extra["about"])
+
+def about_field(field: FieldInfo) -> About:
+    extra: Any = field.json_schema_extra
+    return About(**extra["about"])
 
 
-def setting(default: Any, text: str, shown: bool | None = None, megatron: bool = False, identity: bool = True) -> Any:
+def setting(default: Any, text: str, shown: bool | None = None, identity: bool = True) -> Any:
     """A setting that is part of a run's identity. Returned is pydantic's field, which type checkers take for the value."""
-    about = About(identity, shown, megatron)
+    about = About(identity, shown)
     return Field(default, description=text, json_schema_extra={"about": about._asdict()})
 
 
-def free(default: Any, text: str, shown: bool | None = None, megatron: bool = False) -> Any:
+def free(default: Any, text: str, shown: bool | None = None) -> Any:
     """A setting that may change while a run goes on: it changes neither what is learned at a step nor the order of steps."""
-    return setting(default, text, shown, megatron, identity=False)
+    return setting(default, text, shown, identity=False)

@@ -19,30 +19,31 @@ PACKS_AT_ONCE, BUFFER_LIMITS = 200, (2_000, 10_000)
 
 
 class ResolvedSettings(AllSettings):
-    """The settings that a training uses: none is `auto`.
+    """The settings that a training uses: none is `auto`. Settings that are gone since a file was written are ignored.
 
-    Defaults here are for run directories of versions that did not have the setting yet; settings that are gone are ignored.
+    Defaults here are for files of versions that did not have the setting yet: what those versions did, and 0 for a setting
+    without which no file of theirs is taken for this run.
     """
 
     model_config = ConfigDict(extra="ignore")
 
     packing_buffer_size: int = 0
-    micro_batch_size: int
-    global_batch_size: int
-    train_iters: int
-    lr_vision: float
-    lr_adapter: float
-    min_lr: float
-    lr_decay_iters: int
-    bf16: bool
-    save_interval: int
+    micro_batch_size: int = 0
+    global_batch_size: int = 0
+    train_iters: int = 0
+    lr_vision: float = 0
+    lr_adapter: float = 0
+    min_lr: float = 0
+    lr_decay_iters: int = 0
+    bf16: bool = False
+    save_interval: int = 0
     async_save: bool = False
-    num_workers: int
+    num_workers: int = 1
     nodes: int = 1
-    gpus_per_node: int
-    nproc_per_node: int
-    eval_interval: int
-    eval_iters: int
+    gpus_per_node: int = 0
+    nproc_per_node: int = 0
+    eval_interval: int = 0
+    eval_iters: int = 0
 
     def dump(self) -> dict[str, Any]:
         """As resolved.json and run.json hold them."""
@@ -146,6 +147,13 @@ def data_parallel_size(values: Mapping[str, Any]) -> int:
     """Model replicas over all nodes, of resolved settings."""
     model_parallel = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
     return max(1, values["nproc_per_node"] * values["nodes"] // model_parallel)
+
+
+def part_rates(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Trained part → (lr, min_lr). Every part's rate ends at the same share of where it began."""
+    rates = {"language_model": values["lr"], "adapter": values["lr_adapter"], "vision_model": values["lr_vision"]}
+    share = values["min_lr"] / values["lr"]
+    return {part: (rate, rate * share) for part, rate in rates.items() if part in values["trainable_modules"]}
 
 
 def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int:

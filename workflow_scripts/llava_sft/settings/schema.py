@@ -21,6 +21,7 @@ from llava_sft.settings.fields import (
     Rate,
     Section,
     Tag,
+    about_field,
     free,
     setting,
 )
@@ -145,7 +146,7 @@ class Batches(Section):
     """batches and length"""
 
     seq_length: Positive = setting(
-        32768, "SEQ_LEN, tokens; a longer conversation is cut at the end of a turn", shown=True, megatron=True
+        32768, "SEQ_LEN, tokens; a longer conversation is cut at the end of a turn", shown=True
     )
     packing: bool = setting(
         True, "several samples in one sequence, none of which sees another; a batch then counts sequences"
@@ -157,19 +158,16 @@ class Batches(Section):
         1,
         "MBS; auto: global_batch_size / data-parallel size, which is raised to fit; for small models",
         shown=True,
-        megatron=True,
     )
     global_batch_size: Positive | Auto = setting(
         "auto",
         "GBS: 4 × data-parallel size × MBS; counts packs (packing: false: samples, as the guide does)",
         shown=True,
-        megatron=True,
     )
     train_iters: Positive | Auto = free(
         "auto",
         "NSTEP: epochs × packs / GBS (packing: false: samples), raised to two significant digits",
         shown=True,
-        megatron=True,
     )
     epochs: Rate = free(1, "passes over the data: in each, every sample is seen once, in an order of its own")
 
@@ -177,25 +175,23 @@ class Batches(Section):
 class Optimizer(Section):
     """optimizer"""
 
-    lr: Rate = setting(1e-5, "unstable or exploding: 5e-6 or 1e-6; too slow: 2e-5 or 5e-5", shown=True, megatron=True)
+    lr: Rate = setting(1e-5, "unstable or exploding: 5e-6 or 1e-6; too slow: 2e-5 or 5e-5", shown=True)
     lr_vision: Rate | Auto = setting("auto", "of the vision_model: lr")
     lr_adapter: Rate | Auto = setting("auto", "of the adapter: lr")
     min_lr: NonNegative | Auto = setting(
-        "auto", "the schedule ends here: lr / 10; other parts' rates end at the same share of theirs", megatron=True
+        "auto", "the schedule ends here: lr / 10; other parts' rates end at the same share of theirs"
     )
-    lr_decay_style: Literal["cosine", "linear", "constant"] = setting(
-        "cosine", "cosine | linear | constant", megatron=True
-    )
+    lr_decay_style: Literal["cosine", "linear", "constant"] = setting("cosine", "cosine | linear | constant")
     lr_decay_iters: Positive | Auto = free(
-        "auto", "length of the schedule: train_iters at the first start; after it the rate is min_lr", megatron=True
+        "auto", "length of the schedule: train_iters at the first start; after it the rate is min_lr"
     )
-    lr_warmup_fraction: Fraction = setting(0.002, "share of the schedule in which the rate rises from 0", megatron=True)
-    weight_decay: NonNegative = setting(0, "not of biases and norms", megatron=True)
-    adam_beta1: Fraction = setting(0.9, "Adam's decay of the mean gradient", megatron=True)
-    adam_beta2: Fraction = setting(0.99, "Adam's decay of the squared gradient", megatron=True)
-    adam_eps: Rate = setting(1e-5, "added to the root of the squared gradient", megatron=True)
-    clip_grad: NonNegative = setting(1.0, "greatest norm of the gradient; 0 does not clip", megatron=True)
-    seed: Natural = setting(42, "of the order of the samples", megatron=True)
+    lr_warmup_fraction: Fraction = setting(0.002, "share of the schedule in which the rate rises from 0")
+    weight_decay: NonNegative = setting(0, "not of biases and norms")
+    adam_beta1: Fraction = setting(0.9, "Adam's decay of the mean gradient")
+    adam_beta2: Fraction = setting(0.99, "Adam's decay of the squared gradient")
+    adam_eps: Rate = setting(1e-5, "added to the root of the squared gradient")
+    clip_grad: NonNegative = setting(1.0, "greatest norm of the gradient; 0 does not clip")
+    seed: Natural = setting(42, "of the order of the samples")
 
 
 class Run(Section):
@@ -227,9 +223,7 @@ class Run(Section):
     memory_check: Literal["stop", "warn"] = free(
         "stop", "stop | warn: what to do when a run, or a save, needs more memory than its machine or job has"
     )
-    save_interval: Positive | Auto = free(
-        "auto", "steps between checkpoints: 1, 2 or 5 × 10^k, at most 16 checkpoints", megatron=True
-    )
+    save_interval: Positive | Auto = free("auto", "steps between checkpoints: 1, 2 or 5 × 10^k, at most 16 checkpoints")
     async_save: bool | Auto = free(
         "auto", "the training goes on while a checkpoint is written, from a copy in host memory: on GPUs"
     )
@@ -252,19 +246,19 @@ class Run(Section):
     nproc_per_node: Positive | Auto = setting(
         "auto", "training processes: one a GPU; on a CPU TP × PP, or more for data parallelism"
     )
-    tensor_model_parallel_size: Positive = setting(1, "TP", megatron=True)
-    pipeline_model_parallel_size: Positive = setting(1, "PP", megatron=True)
+    tensor_model_parallel_size: Positive = setting(1, "TP")
+    pipeline_model_parallel_size: Positive = setting(1, "PP")
 
 
 class Watching(Section):
     """watching"""
 
-    log_interval: Positive = free(10, "steps from one progress line to the next", megatron=True)
+    log_interval: Positive = free(10, "steps from one progress line to the next")
     eval_interval: Positive | Auto = free(
-        "auto", "steps from one validation on the held-out split to the next: save_interval", megatron=True
+        "auto", "steps from one validation on the held-out split to the next: save_interval"
     )
     eval_iters: Natural | Auto = free(
-        "auto", "global batches of a validation: the held-out split, at most 10; 0 for none", megatron=True
+        "auto", "global batches of a validation: the held-out split, at most 10; 0 for none"
     )
     log_answers: Natural = free(
         4, "held-out samples that are answered at each validation, for the report and TensorBoard"
@@ -312,6 +306,7 @@ class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, Model, 
         return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
 
 
+ABOUT = {name: about_field(field) for name, field in AllSettings.model_fields.items()}
 DEFAULTS = {name: field.default for name, field in AllSettings.model_fields.items() if name not in Named.model_fields}
 
 
