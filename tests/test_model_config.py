@@ -11,7 +11,7 @@ import yaml
 
 from llava_sft.errors import CheckpointError, SettingsError
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MERGE_SIZE, PATCH_SIZE
+from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MERGE_SIZE, MIN_PIXELS, PATCH_SIZE
 from llava_sft.model.tensors import hf_shapes, parameter_count
 from llava_sft.model.tokens import CONTROL_TOKENS, IMAGE, IMAGE_PAD, IMAGE_TEXT, PUBLISHED_TOKEN_IDS, SYSTEM_PROMPT
 
@@ -137,6 +137,7 @@ def test_the_shipped_classes_have_the_constants_and_defaults_of_the_model():
     assert (processing.IMAGE_TOKEN, processing.IMAGE_PLACEHOLDER) == (IMAGE_PAD, IMAGE)
     images = processing.LLaVAOneVision1_5_ImageProcessor
     assert (images.patch_size, images.merge_size) == (PATCH_SIZE, MERGE_SIZE)
+    assert images.size == {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     assert (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)) == (CLIP_MEAN, CLIP_STD)
     shipped = configuration.Llavaonevision1_5Config()
     assert {key: getattr(shipped, key) for key in PUBLISHED_TOKEN_IDS} == PUBLISHED_TOKEN_IDS

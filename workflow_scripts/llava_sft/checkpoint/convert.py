@@ -33,11 +33,18 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
 from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
-from llava_sft.model.tensors import PARTS, Row, check_tensors, hf_shapes, parameter_count, tensor_rows
+from llava_sft.model.tensors import (
+    HF_EMBEDDINGS,
+    HF_OUTPUT_LAYER,
+    PARTS,
+    Row,
+    check_tensors,
+    hf_shapes,
+    parameter_count,
+    tensor_rows,
+)
 from llava_sft.model.tokens import TOKEN_ID_KEYS
 from llava_sft.run.layout import SIDECARS, TRACKER
-
-EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
 class HfSource:
@@ -48,10 +55,10 @@ class HfSource:
         self.reader = SafetensorsReader(folder)
         self.config = read_object(folder / "config.json", {})
         self.old_names = self.reader.old_names
-        names, head = self.reader.names(), "lm_head.weight"
+        names, head = self.reader.names(), HF_OUTPUT_LAYER
         # A tied language model (Qwen3-4B) does not store its output layer: here it becomes a tensor of its own.
         self.tied = self.config.get("model_type") == "qwen3" and bool(self.config.get("tie_word_embeddings"))
-        self.stand_ins = {head: EMBEDDINGS} if self.tied and head not in names else {}
+        self.stand_ins = {head: HF_EMBEDDINGS} if self.tied and head not in names else {}
 
     def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
         """Raise CheckpointError unless the folder holds exactly the tensors of `rows`; if not `alone`, at least those."""
@@ -72,9 +79,9 @@ class HfSource:
         """Say what a user may not expect of this folder."""
         if (self.folder / "adapter_config.json").is_file():
             print(f"{self.folder}: adapter_config.json: a LoRA adapter lies here; merge it first if it is to count")
-        head = "lm_head.weight"
-        both = self.tied and {head, EMBEDDINGS} <= self.reader.names() and head in wanted
-        if both and not torch.equal(self.reader.read(head), self.reader.read(EMBEDDINGS)):
+        head = HF_OUTPUT_LAYER
+        both = self.tied and {head, HF_EMBEDDINGS} <= self.reader.names() and head in wanted
+        if both and not torch.equal(self.reader.read(head), self.reader.read(HF_EMBEDDINGS)):
             print(f"{self.folder}: config.json ties lm_head to the embeddings, another {head} is stored: it is taken")
         if (self.folder / "tokenizer.json").is_file():
             added = tokenizer_added_tokens(self.folder)

@@ -17,6 +17,7 @@ CHANNELS = 3
 PATCH_SIZE = 14  # pixels, both sides
 MERGE_SIZE = 2  # patches, both sides, that become one token of the language model
 PATCH_VALUES = CHANNELS * PATCH_SIZE**2  # of one patch, flattened
+MIN_PIXELS, MAX_PIXELS = 3136, 1_000_000  # of a resized image, where nobody asks for other limits
 MAX_ASPECT_RATIO = 200  # what the Qwen2-VL image processor accepts
 
 

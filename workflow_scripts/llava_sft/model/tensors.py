@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from llava_sft.errors import CheckpointError
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
@@ -21,7 +21,9 @@ from llava_sft.model.processing import CHANNELS
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = ("language_model", "vision_model", "adapter")
+Part = Literal["language_model", "vision_model", "adapter"]
+PARTS = get_args(Part)
+HF_EMBEDDINGS, HF_OUTPUT_LAYER = "model.language_model.embed_tokens.weight", "lm_head.weight"
 EMBEDDINGS, OUTPUT_LAYER = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
 PADDED = {EMBEDDINGS, OUTPUT_LAYER}  # may have more rows: Megatron pads the vocabulary
 
@@ -75,7 +77,7 @@ def parameter_count(model: ModelConfig) -> int:
 def _language_model(sizes: LanguageConfig) -> Iterator[Row]:
     hidden, ffn, head = sizes.hidden_size, sizes.ffn_hidden_size, sizes.kv_channels
     q, kv = sizes.num_attention_heads * head, sizes.num_query_groups * head
-    yield same(EMBEDDINGS, "model.language_model.embed_tokens.weight", sizes.vocab_size, hidden)
+    yield same(EMBEDDINGS, HF_EMBEDDINGS, sizes.vocab_size, hidden)
     for i in range(sizes.num_layers):
         layer, hf = f"language_model.decoder.layers.{i}", f"model.language_model.layers.{i}"
         qkv = {f"{hf}.self_attn.{name}_proj.weight": (rows, hidden) for name, rows in (("q", q), ("k", kv), ("v", kv))}
@@ -89,7 +91,7 @@ def _language_model(sizes: LanguageConfig) -> Iterator[Row]:
         yield stacked(f"{layer}.mlp.linear_fc1.weight", gate_up)
         yield same(f"{layer}.mlp.linear_fc2.weight", f"{hf}.mlp.down_proj.weight", hidden, ffn)
     yield same("language_model.decoder.final_layernorm.weight", "model.language_model.norm.weight", hidden)
-    yield same(OUTPUT_LAYER, "lm_head.weight", sizes.vocab_size, hidden)
+    yield same(OUTPUT_LAYER, HF_OUTPUT_LAYER, sizes.vocab_size, hidden)
 
 
 def _vision_model(sizes: VisionConfig) -> Iterator[Row]:

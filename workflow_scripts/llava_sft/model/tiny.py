@@ -17,6 +17,7 @@ from llava_sft.errors import SettingsError
 from llava_sft.files import atomic_dir
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import write_hf_sidecars
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import tensor_rows
 from llava_sft.model.tokens import CONTROL_TOKENS, END_OF_TEXT, END_OF_TURN
 
@@ -28,8 +29,8 @@ def write_tiny_checkpoint(
     texts: Iterable[str],
     model: ModelConfig,
     seed: int,
-    min_pixels: int = 3136,
-    max_pixels: int = 1_000_000,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write the Hugging Face folder `directory`, whole or not at all. Its config.json says `"untrained": true`.
 
