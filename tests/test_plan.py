@@ -19,11 +19,11 @@ SCRIPTS = ROOT / "workflow_scripts"
 FLOORS = [
     ["errors"],
     ["files"],
-    ["checksums", "embedded", "machine", "run.layout", "settings_file"],
+    ["checksums", "embedded", "machine", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],
     ["checkpoint", "report.pictures"],
-    ["config", "settings"],
+    ["settings"],
     ["run", "sources"],  # run directories, read without Megatron
     ["preflight"],
     ["megatron"],  # the one wall of what is patched in Megatron and Transformer Engine

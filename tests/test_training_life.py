@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
             while True:
                 file.write(bytes(1 << 12))
         assert process.wait() == 1, run.said()
-        assert "lies on a full disk" in run.said() and "Traceback" not in run.said(), run.said()
+        assert "is on a full disk" in run.said() and "Traceback" not in run.said(), run.said()
         (folder / "filler").unlink()
         assert run.finish() == 0, run.said()
         assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)

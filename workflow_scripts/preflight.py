@@ -197,7 +197,7 @@ def renamed_run(run_dir: Path, resolved: Resolved) -> list[str]:
     other, steps = found
     return [
         f"{other} holds {steps:,} steps of this very run, under another name: to go on with them, stop now, "
-        f"`mv {shlex.quote(str(other))} {shlex.quote(str(run_dir))}` and give the same command again"
+        f"`mv {shlex.quote(str(other))} {shlex.quote(str(run_dir))}` and run the same command again"
     ]
 
 

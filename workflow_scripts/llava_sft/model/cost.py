@@ -103,8 +103,8 @@ def trained_parameters(model: ModelConfig, values: Mapping[str, Any]) -> int:
 
 
 def expected_bytes(parameters: int, trained: int, values: Mapping[str, Any]) -> int:
-    """Size of a checkpoint: weights, and of what is trained two moments and, where the weights are bf16, a float32 master
-    or the 16 bits of it that bf16 lacks."""
+    """Size of a checkpoint: the weights; of those trained also two moments and, where the weights are bf16, a float32 master
+    copy or the 16 bits of it that bf16 lacks."""
     if not values["bf16"]:
         return parameters * 4 + trained * 8
     reduced = values["gpus_per_node"] and values["optimizer_precision"] == "bf16"

@@ -1,11 +1,11 @@
-"""The checkpoints of a run: which is the newest whole one, which may go, and whether the next fits on the disk.
+"""The checkpoints of a run: which is the newest whole one, which may be deleted, and whether the next fits on the disk.
 
 Notable:
-- after a save the size and checksum of every file, the data position included, are noted in the checkpoint itself;
-- at a start they are checked, and a damaged checkpoint is set aside for the one before, loudly;
-- the tracker, or best.json, is not believed where it is damaged: what is sealed counts;
+- after a save, the size and checksum of every file, the data position included, are noted in the checkpoint (its seal);
+- at a start they are compared; a damaged checkpoint is set aside, loudly, and the one before it is used;
+- a damaged tracker or best.json is not believed: what is sealed counts;
 - the newest whole checkpoint and the best are never deleted.
-No torch: the launcher uses it too.
+No torch.
 """
 
 import contextlib
@@ -41,9 +41,10 @@ def iterations_done(run_dir: Path) -> int:
 
 
 def files_of(run_dir: Path, iteration: int) -> list[Path]:
-    """The files of a checkpoint: weights and optimizer, and what is kept beside them."""
-    found = (p for folder in (checkpoint_dir, data_dir) for p in folder(run_dir, iteration).rglob("*") if p.is_file())
-    return sorted(p for p in found if p.name != CHECKSUMS and not TEMPORARY.fullmatch(p.name))
+    """The files of a checkpoint: weights and optimizer, and those beside it in `data_dir`."""
+    folders = checkpoint_dir(run_dir, iteration), data_dir(run_dir, iteration)
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.name != CHECKSUMS and not TEMPORARY.fullmatch(path.name))
 
 
 def checkpoint_bytes(run_dir: Path, iteration: int) -> int:
@@ -59,11 +60,13 @@ def seal(run_dir: Path, iteration: int) -> None:
 
 
 def damage(run_dir: Path, iteration: int, deep: bool = True) -> str | None:
-    """What is wrong with a sealed checkpoint, None if nothing. Not `deep`: files that have not changed since they were
-    last found whole are not read again."""
+    """What is wrong with a sealed checkpoint, None if nothing.
+
+    Not `deep`: files that have not changed since they were last found whole are not read again.
+    """
     path = checkpoint_dir(run_dir, iteration) / CHECKSUMS
     try:
-        noted = {name: of for name, of in read_json(path).items() if not TEMPORARY.fullmatch(Path(name).name)}
+        noted = {name: entry for name, entry in read_json(path).items() if not TEMPORARY.fullmatch(Path(name).name)}
     except (DamagedFileError, AttributeError, OSError):
         return f"{path.relative_to(run_dir)} is damaged"
     if f"{path.parent.name}/.metadata" not in noted:
@@ -72,54 +75,56 @@ def damage(run_dir: Path, iteration: int, deep: bool = True) -> str | None:
 
 
 def newest_whole(run_dir: Path, deep: bool = True, say: Callable[[str], None] = print) -> int:
-    """The step of the newest whole checkpoint, 0 without one; Megatron's tracker then names it.
+    """The step of the newest whole checkpoint, 0 without one; afterwards Megatron's tracker names it.
 
-    Newer ones that are damaged are renamed. Raises RunError when there were finished checkpoints and none is whole.
+    Newer ones that are damaged are renamed, unfinished ones deleted. Raises RunError, and changes nothing, when there were
+    finished checkpoints and none is whole.
     """
-    named, faults, unfinished = iterations_done(run_dir), {}, []
-    again = "restore the files, or start anew: set a run_tag"
+    tracked, newest = iterations_done(run_dir), 0
+    faults: dict[Path, str] = {}
+    unfinished: list[int] = []
     for iteration in reversed(checkpoints(run_dir)):
         folder = checkpoint_dir(run_dir, iteration)
         if not is_sealed(run_dir, iteration):
-            if iteration == named and (folder / ".metadata").is_file():  # killed before it was sealed
-                seal(run_dir, iteration)
-            else:
-                unfinished.append(folder)
+            if iteration != tracked or not (folder / ".metadata").is_file():
+                unfinished.append(iteration)
                 continue
-        if fault := damage(run_dir, iteration, deep):
-            faults[folder] = fault
-            if CHECKSUMS in fault:
-                again += f"; or delete {folder / CHECKSUMS} to resume from this checkpoint unchecked"
-            continue
-        break
-    else:
-        iteration = 0
-    if faults and not iteration:
+            seal(run_dir, iteration)  # the training was killed between the last file and the seal
+        fault = damage(run_dir, iteration, deep)
+        if fault is None:
+            newest = iteration
+            break
+        faults[folder] = fault
+    if faults and not newest:
         listing = "\n    ".join(f"{folder.name}: {fault}" for folder, fault in faults.items())
-        raise RunError(f"{run_dir}: no whole checkpoint is left:\n    {listing}", again)
-    for folder in unfinished:
-        if int(folder.name[5:]) > iteration:
-            say(f"{folder}: not finished when the training was killed; deleted")
-            shutil.rmtree(folder)
-    for folder, fault in faults.items():
-        say(
-            f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as damaged_{folder.name}; resuming from step {iteration}"
+        unchecked = [
+            f"; or delete {f / CHECKSUMS} to resume from this checkpoint unchecked"
+            for f in faults
+            if CHECKSUMS in faults[f]
+        ]
+        raise RunError(
+            f"{run_dir}: no whole checkpoint is left:\n    {listing}",
+            "restore the files, or start anew: set a run_tag" + "".join(unchecked),
         )
+    for iteration in unfinished:
+        if iteration > newest:
+            say(f"{checkpoint_dir(run_dir, iteration)}: not finished when the training was killed; deleted")
+            shutil.rmtree(checkpoint_dir(run_dir, iteration))
+    for folder, fault in faults.items():
         aside = folder.with_name(f"damaged_{folder.name}")
+        say(f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as {aside.name}; resuming from step {newest}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     tracker = run_dir / TRACKER
-    if iteration != named or (
-        iteration and (not tracker.is_file() or tracker.read_bytes().strip() != b"%d" % iteration)
-    ):
-        write_text(tracker, str(iteration))
-    return iteration
+    if newest != tracked or (newest and (not tracker.is_file() or tracker.read_bytes().strip() != b"%d" % newest)):
+        write_text(tracker, str(newest))
+    return newest
 
 
 def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Delete all but the `keep_last` newest checkpoints, every `keep_every`-th step and the best; returns the deleted.
+    """Delete all but the `keep_last` newest checkpoints, every `keep_every`-th step and the best; return the deleted.
 
-    Only sealed checkpoints count and go, so that the newest whole one always stays.
+    Only sealed checkpoints count and are deleted, so that the newest whole one always stays.
     """
     if keep_last is None:
         return []
@@ -131,20 +136,20 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list[
         return []
     gone = [i for i in sealed[:-keep_last] if i != best and not (keep_every and i % keep_every == 0)]
     for iteration in gone:
-        (checkpoint_dir(run_dir, iteration) / CHECKSUMS).unlink()  # half-deleted is not whole
+        (checkpoint_dir(run_dir, iteration) / CHECKSUMS).unlink()  # first: a half-deleted one must not look whole
         shutil.rmtree(checkpoint_dir(run_dir, iteration))
         shutil.rmtree(data_dir(run_dir, iteration), ignore_errors=True)
     return gone
 
 
 def check_disk(run_dir: Path, needed: int, what: str) -> None:
-    """Raise RunError unless `needed` bytes, and a hundredth more, are free where `run_dir` lies."""
+    """Raise RunError unless `needed` bytes, and 1 % more, are free on the disk of `run_dir`."""
     free = shutil.disk_usage(run_dir).free
     if free < needed * 1.01:
         mib = 2**20
         fix = f"free {(needed * 1.01 - free) / mib + 1:,.0f} MiB"
         if (count := sum(is_sealed(run_dir, i) for i in checkpoints(run_dir))) > 1:
-            fix += f", or set keep_last to less than the {count} checkpoints there are"
+            fix += f", or set keep_last to less than the {count} checkpoints that exist"
         raise RunError(
             f"{run_dir}: {what} needs {needed / mib:,.0f} MiB, the disk has {free / mib:,.0f} MiB free",
             f"{fix}; the same command resumes",

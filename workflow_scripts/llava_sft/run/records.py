@@ -18,69 +18,73 @@ from llava_sft.run.layout import EVENTS, LOGS, METRICS, VALIDATION, data_dir
 CHECKED = re.compile(r'\{"crc": "([0-9a-f]{8})", ')
 
 _waiting: dict[Path, str] = {}  # lines that the disk did not take
-_said: set[str] = set()
+_warnings: set[str] = set()
 
 
 def append(path: Path, record: dict) -> None:
     """Add a record, with a checksum of its line. A line that a full disk does not take waits for the next one: a log
     does not cost the run."""
     text = json.dumps(record)[1:]
-    lines = _waiting.pop(path, "") + f'{{"crc": "{zlib.crc32(text.encode()):08x}", {text}\n'
+    lines = _waiting.pop(path, "") + f'{{"crc": "{_checksum(text)}", {text}\n'
     try:
         with open(path, "ab") as file:
             file.write(lines.encode())
     except OSError as error:
         warn_once(f"warning: {path} cannot be written: {error.strerror}; the training continues")
-        _waiting[path] = "\n" + lines.lstrip()  # a part of it may stand there
+        _waiting[path] = "\n" + lines.lstrip()  # a part of it may have been written
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def warn_once(message: str) -> None:
+    if message not in _warnings:
+        _warnings.add(message)
+        print(message, flush=True)
 
 
 def parse(line: str | bytes, checked: bool = False) -> dict:
     """The record of a line. Errors: ValueError where it is damaged. `checked`: it must have a checksum."""
     line = line.decode() if isinstance(line, bytes) else line
-    sum_ = CHECKED.match(line)
-    if (sum_ and f"{zlib.crc32(line[sum_.end() :].encode()):08x}" != sum_[1]) or (checked and not sum_):
+    prefix = CHECKED.match(line)
+    if (prefix and _checksum(line[prefix.end() :]) != prefix[1]) or (checked and not prefix):
         raise ValueError("not what was written")
     record = json.loads(line)
-    if not isinstance(record, dict) or ("crc" in record) != bool(sum_):
+    if not isinstance(record, dict) or ("crc" in record) != bool(prefix):
         raise ValueError("not a record")
-    if not sum_ and not isinstance(record.get("iteration"), int):  # of an earlier version
+    if not prefix and not isinstance(record.get("iteration"), int):  # of an earlier version
         raise ValueError("no step of a training")
     record.pop("crc", None)
     return record
 
 
 def _read(path: Path) -> tuple[dict[bytes, dict], int]:
-    """Whole lines with their records, and the number of damaged ones; what follows the last line end is being written."""
-    found: dict[bytes, dict] = {}
+    """Records by their lines, and the number of damaged lines. What follows the last line end is still being written."""
+    records: dict[bytes, dict] = {}
     damaged, checked = 0, False
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         try:
             if line:
-                found[line] = parse(line, checked)
-                checked = checked or line.startswith(b'{"crc"')  # lines of earlier versions may stand before it
+                records[line] = parse(line, checked)
+                checked = checked or line.startswith(b'{"crc"')  # only lines of earlier versions, before it, have none
         except (ValueError, RecursionError):
             damaged += 1
-    return found, damaged
+    return records, damaged
 
 
 def _lines(path: Path) -> dict[bytes, dict]:
-    """The lines of a log and their records. Damaged ones are left out, or taken from the newest checkpoint's copy."""
-    found, damaged = _read(path)
+    """Records by their lines. Damaged ones are taken from the newest checkpoint's copy, or skipped."""
+    records, damaged = _read(path)
     done = iterations_done(path.parent)
     copy = data_dir(path.parent, done) / path.name
-    kept, _ = _read(copy) if done else ({}, 0)
-    if kept.keys() - found.keys():
+    copied, _ = _read(copy) if done else ({}, 0)
+    if copied.keys() - records.keys():
         warn_once(f"warning: {path}: records are damaged or missing: taken from {copy}")
-        return kept | {line: record for line, record in found.items() if record["iteration"] > done}
+        return copied | {line: record for line, record in records.items() if record["iteration"] > done}
     if damaged:
-        warn_once(f"warning: {path}: {damaged} damaged lines are left out")
-    return found
-
-
-def warn_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        print(message, flush=True)
+        warn_once(f"warning: {path}: {damaged} damaged lines are skipped")
+    return records
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -91,40 +95,40 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return read_jsonl(run_dir / METRICS)
 
 
+def forget_after(run_dir: Path, iteration: int) -> None:
+    """Drop the records of steps that a run which resumes from `iteration` takes again."""
+    for name in LOGS:
+        forget_after_in(run_dir / name, iteration)
+
+
 def forget_after_in(path: Path, iteration: int) -> None:
-    """Drop the records of steps that a resume from `iteration` takes again."""
     lines = _lines(path)
     if lines or path.is_file():
         kept = [line.decode() + "\n" for line, record in lines.items() if record["iteration"] <= iteration]
         write_text(path, "".join(kept))
 
 
-def forget_after(run_dir: Path, iteration: int) -> None:
-    for name in LOGS:
-        forget_after_in(run_dir / name, iteration)
-
-
 class Tail:
-    """The lines for people of what is appended to the records of a run directory from now on."""
+    """A terminal line for each record that is appended to the logs of a run directory from now on."""
 
     def __init__(self, run_dir: Path):
-        lines = {METRICS: progress_line, VALIDATION: validation_line, EVENTS: event_line}
-        self.files = {run_dir / name: line for name, line in lines.items()}
-        self.read = {path: path.stat().st_size if path.is_file() else 0 for path in self.files}
+        formats = {METRICS: progress_line, VALIDATION: validation_line, EVENTS: event_line}
+        self.formats = {run_dir / name: line_of for name, line_of in formats.items()}
+        self.offsets = {path: path.stat().st_size if path.is_file() else 0 for path in self.formats}
 
     def new(self) -> list[str]:
-        said = []
-        for path, line in self.files.items():
-            if path.is_file() and path.stat().st_size > self.read[path]:
+        lines = []
+        for path, line_of in self.formats.items():
+            if path.is_file() and path.stat().st_size > self.offsets[path]:
                 with open(path, "rb") as file:
-                    file.seek(self.read[path])
+                    file.seek(self.offsets[path])
                     text = file.read()
                 text = text[: text.rfind(b"\n") + 1]  # a record may be half-written
-                self.read[path] += len(text)
+                self.offsets[path] += len(text)
                 for record in filter(None, text.split(b"\n")):
                     with contextlib.suppress(ValueError, KeyError, TypeError):
-                        said.append(line(parse(record)))
-        return said
+                        lines.append(line_of(parse(record)))
+        return lines
 
 
 def progress_line(record: dict) -> str:

@@ -1,17 +1,16 @@
-"""What a person watches: records in the run directory, and the lines that the terminal shows for them.
+"""What is measured while training: throughput, MFU, memory and bad steps, as records in the run directory.
 
-The trainer writes records, the launcher prints lines, the report draws curves: all from the same files.
-- metrics.jsonl: one record per log interval; validation.jsonl: one per validation;
-- events.jsonl: messages that are said once; bad_steps.jsonl: steps whose loss is NaN or far above those before, with
-  the ids of their samples; samples/rank000.jsonl: the ids of every step (`log_samples`).
-A line begins with its checksum. A checkpoint keeps what the next lines depend on, and a copy of those so far: the lines
-after an interruption are those of an undisturbed run, and one that was damaged since is taken from the copy.
+- metrics.jsonl: a record per log interval; validation.jsonl: one per validation;
+- events.jsonl: messages that are given once; bad_steps.jsonl: steps whose loss is NaN or far above those before, with the
+  ids of their samples; samples/rank000.jsonl: the sample ids of every step (`log_samples`).
+A checkpoint keeps what the next records depend on, so that those after an interruption are those of an undisturbed run.
 """
 
 import math
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,13 +27,14 @@ SUMS = ("losses", "waited", "tokens", "padded", "flops")  # since the last recor
 
 
 class Watch:
-    """Collects what Megatron does not count and writes a record at each log interval.
+    """Collects what Megatron does not count, and writes a record at each log interval.
 
     Args:
-        values: the resolved settings. data_rank: this rank's number among the data-parallel ones, of `replicas`.
+        values: the resolved settings.
+        data_rank: this rank's number among `replicas` data-parallel ones.
         first: the step that the run resumes from.
         writes: whether this rank writes the records that are the same on all ranks.
-        peak: FLOP/s of the devices of one replica, None if unknown.
+        peak: FLOP/s of all devices of one replica, None if unknown.
         tensorboard: Megatron's writer, or None.
     """
 
@@ -44,12 +44,12 @@ class Watch:
     ):  # fmt: skip
         self.run_dir, self.values, self.replicas, self.writes = run_dir, values, replicas, writes
         self.peak, self.tensorboard = peak, tensorboard
-        self.said_slow, self.warm = False, False  # the first interval has the start of the loader in it
+        self.said_slow, self.warm = False, False  # not warm: the first interval includes the start of the loader
         self.good: deque[float] = deque(maxlen=50)
         self.bad: list[dict] = []
-        self.trouble, self.last_bad = 0, -math.inf  # first step of the present bad time, and its last so far
+        self.trouble, self.last_bad = 0, -math.inf  # first and last step of the latest bad stretch
         self.ids: list[str] = []
-        self.samples_path, self.first, self.samples = samples_file(run_dir, data_rank), first, None
+        self.samples, self.samples_cut, self.first = samples_file(run_dir, data_rank), False, first
         self.state_file, self.steps = f"watch_dprank{data_rank:03d}.json", 0
         self.reset()
         if first:
@@ -62,11 +62,8 @@ class Watch:
         self.waited, self.tokens, self.padded, self.flops = 0.0, 0, 0, 0.0
 
     def save(self, iteration: int) -> None:
-        """Keep with the checkpoint of a step what the next records depend on, and the records so far.
-
-        Errors: OSError.
-        """
-        if not self.steps:  # of ranks that share their samples only one gets the losses
+        """Keep with the checkpoint of a step what the next records depend on, and a copy of the logs. Errors: OSError."""
+        if not self.steps:  # of the ranks that share their samples only one gets the losses
             return
         state = {name: getattr(self, name) for name in (*SUMS, "bad", "trouble", "last_bad", "said_slow")}
         state |= {"good": list(self.good), "elapsed": time.perf_counter() - self.started}
@@ -79,14 +76,14 @@ class Watch:
                     shutil.copyfile(self.run_dir / name, folder / name)
 
     def _restore(self, state: dict | None) -> None:
-        if state is None:  # of a version that kept none
+        if state is None:  # a checkpoint of a version that kept none
             return
         self.good.extend(state.pop("good"))
         self.started -= state.pop("elapsed")
         vars(self).update(state)
 
     def batch(self, waited: float, tokens: int, padded: int, flops: float, ids: list[str]) -> None:
-        """Note one micro-batch: seconds waited for it, its tokens, and with padding, its FLOPs, its samples' ids."""
+        """Count a micro-batch: seconds waited for it, its tokens without and with padding, its FLOPs, its samples' ids."""
         self.waited += waited
         self.tokens += tokens
         self.padded += padded
@@ -94,15 +91,15 @@ class Watch:
         self.ids += [one for packed in ids for one in packed.split(PACKED_IDS)]
 
     def pause(self, seconds: float) -> None:
-        """Time that is no part of the steps (a validation)."""
+        """Leave out time that is not spent on steps (a validation)."""
         self.started += seconds
 
     def step(
         self, iteration: int, loss: float, rates: dict[str, float], grad_norm: float | None, memory_gib: float
     ) -> None:
-        """Note one step; at a log interval write the record of the steps since the last.
+        """Count a step; at a log interval write the record of the steps since the last.
 
-        Raises RunError, with the remedies, after max_bad_steps bad steps in a row.
+        Raises RunError, with remedies, after max_bad_steps bad steps in a row.
         """
         self.steps += 1
         ids, self.ids = self.ids, []
@@ -139,10 +136,10 @@ class Watch:
         self.reset()
 
     def _note_samples(self, iteration: int, ids: list[str]) -> None:
-        if self.samples is None:  # not before: of the ranks that share these samples only one gets here
-            self.samples_path.parent.mkdir(exist_ok=True)
-            forget_after_in(self.samples_path, self.first)
-            self.samples = self.samples_path
+        if not self.samples_cut:  # not before: of the ranks that share these samples only one gets here
+            self.samples.parent.mkdir(exist_ok=True)
+            forget_after_in(self.samples, self.first)
+            self.samples_cut = True
         append(self.samples, {"iteration": iteration, "samples": ids})
 
     def _judge(self, iteration: int, loss: float, grad_norm: float | None, ids: list[str]) -> None:
@@ -170,18 +167,19 @@ class Watch:
 
 
 def purge(tensorboard: Any, first: int) -> None:
-    """Have TensorBoard forget the steps that are taken again; and a disk that takes no more events not end the training."""
+    """Have TensorBoard forget the steps that are taken again, and keep a full disk from ending the training."""
     writer = tensorboard._get_file_writer()
-    add, flush = writer.add_event, writer.flush
 
-    def going_on(function, *args, **named) -> None:
-        try:
-            function(*args, **named)
-        except (OSError, ValueError) as error:
-            warn_once(f"warning: TensorBoard's file cannot be written: {error}; the training continues")
+    def tolerant(function: Callable) -> Callable:
+        def call(*args, **named) -> None:
+            try:
+                function(*args, **named)
+            except (OSError, ValueError) as error:
+                warn_once(f"warning: TensorBoard's file cannot be written: {error}; the training continues")
 
-    writer.add_event = lambda *args, **named: going_on(add, *args, **named)
-    writer.flush = lambda: going_on(flush)
+        return call
+
+    writer.add_event, writer.flush = tolerant(writer.add_event), tolerant(writer.flush)
     if first:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # a tenth of a second, in the training alone
 
