@@ -26,7 +26,7 @@ from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.stream import Ranks, train_loader
-from llava_sft.data.template import ChatTemplate
+from llava_sft.model.template import ChatTemplate
 from results import row, write_results
 
 SEQ_LENGTH, PIXELS = 8192, (3136, 1_000_000)

@@ -25,9 +25,9 @@ import torch
 from cases import CASE, PEAK, run_settings
 from kernels import kernel_times
 from llava_sft.data.loader import VlmBatch
-from llava_sft.data.template import ChatTemplate
 from llava_sft.model.config import load_model_config
-from llava_sft.model.flops import matmul_parameters, training_flops
+from llava_sft.model.cost import matmul_parameters, training_flops
+from llava_sft.model.template import ChatTemplate
 from llava_sft.run.layout import checkpoint_dir
 from llava_sft.training import process
 from llava_sft.training.loop import Loop, pad_multiple
