@@ -1,6 +1,6 @@
 """The model of a training, and its forward pass on a micro-batch of the loader."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +77,12 @@ class Forward:
             output = output + torch.zeros((), device=output.device, requires_grad=True)
             output.register_hook(self._no_image_gradients)
         return output
+
+    def evaluate(self, batches: Iterable[VlmBatch]) -> Tensor:
+        """[2]: sum of losses, answer tokens."""
+        return torch.vstack([torch.stack((self(batch).sum(), self.count(batch).float())) for batch in batches]).sum(
+            dim=0
+        )
 
     def count(self, batch: VlmBatch) -> Tensor:
         """The answer tokens of a batch, [] int. Filled on the device: a copy from the host would wait for the whole forward

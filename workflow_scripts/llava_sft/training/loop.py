@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.distributed import clip, current_rates, reduce_gradients
+from llava_sft.megatron.parallel import any_rank
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.cost import training_flops
 from llava_sft.training import validation
@@ -27,7 +28,6 @@ from llava_sft.training.validation import HeldOut
 from llava_sft.training.watch import Watch
 
 COLLECT_EVERY = 100  # steps: a garbage collection at its own time would stop the host, and the GPU with it
-LOSS = "lm loss"
 BEGAN = time.monotonic()  # of the process: `max_minutes` counts from here
 
 
@@ -131,9 +131,6 @@ class Loop:
         size = parallel_state.get_tensor_model_parallel_world_size()
         if parallel_state.get_tensor_model_parallel_rank() == size - 1:
             loss, rates = float(sums[0] / sums[1]), current_rates(self.scheduler, self.values)
-            if self.watch.tensorboard:
-                for name, value in ((LOSS, loss), ("learning-rate", rates["learning-rate"]), ("grad-norm", norm)):
-                    self.watch.tensorboard.add_scalar(name, value, iteration)
             self.watch.step(iteration, loss, rates, norm, memory_gib(self.on_gpu))
 
     @torch.no_grad()
@@ -144,7 +141,8 @@ class Loop:
         self.model.eval()
         total = torch.zeros(2, device=self.forward.device)
         for _ in range(self.values["eval_iters"]):
-            sums = self._through_stages(self._next_held_out) if self.stages > 1 else self._evaluate()
+            batches = (next(self.held_out) for _ in range(self.micro_batches))
+            sums = self._through_stages(batches.__next__) if self.stages > 1 else self.forward.evaluate(batches)
             if sums is not None:
                 torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
                 total += sums
@@ -160,20 +158,11 @@ class Loop:
             found = validation.answers(self.model, self.held_out, len(examples), limit, self.forward.device)
         validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
 
-    def _evaluate(self) -> Tensor:
-        sums = []
-        for _ in range(self.micro_batches):
-            batch = next(self.held_out)
-            sums.append(torch.stack((self.forward(batch).sum(), self.forward.count(batch).float())))
-        return torch.vstack(sums).sum(dim=0)
-
     def must_stop(self) -> bool:
         """Whether any rank was asked to end, or has trained for max_minutes."""
         minutes = self.values["max_minutes"]
         over = minutes is not None and time.monotonic() - BEGAN > 60 * minutes
-        asked = torch.tensor(int(self.asked or over), device=self.forward.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return bool(asked)
+        return any_rank(self.asked or over, self.forward.device)
 
     def next_batch(self) -> VlmBatch:
         """The next micro-batch; the watch learns how long it took and what it holds."""
@@ -186,9 +175,6 @@ class Loop:
         )
         self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
         return batch
-
-    def _next_held_out(self) -> VlmBatch:
-        return next(self.held_out)
 
     def _through_stages(self, next_batch: Callable[[], VlmBatch]) -> Tensor | None:
         return through_stages(self.model, self.forward, next_batch, self.micro_batches, self.values)
