@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT / "workflow_scripts"))
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from llava_sft.data.heldout import read_split  # noqa: E402
 from llava_sft.data.images import decode_rgb, smart_resize, to_patches  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
+from llava_sft.data.stored import read_split  # noqa: E402
 from llava_sft.data.stream import Ranks, train_loader  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from results import row, write_results  # noqa: E402

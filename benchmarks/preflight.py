@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
 from llava_sft.config import first_epoch, load_settings, packing_window, resolve  # noqa: E402
-from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
+from llava_sft.data.sizes import Limits, global_order, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.training import predict, run  # noqa: E402
 from llava_sft.training.watch import read_metrics  # noqa: E402

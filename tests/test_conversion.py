@@ -21,8 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.plan import Range, plan_ranges
-from llava_sft.data.records import Rejected
-from llava_sft.data.shards import TarWriter, convert_range, write_idx
+from llava_sft.data.rejects import Rejected
+from llava_sft.data.shards import TarWriter, convert_range, idx_bytes
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, contents, picture, record
 
@@ -326,7 +326,7 @@ def test_any_members_are_read_back_and_the_index_holds_their_places(members):
     end = tar.offset
     tar.finish()
     idx = BytesIO()
-    write_idx(idx, starts, end)
+    idx.write(idx_bytes(starts, end))
     assert [int.from_bytes(idx.getvalue()[i : i + 8], "little") for i in range(0, len(idx.getvalue()), 8)] == [
         *starts,
         end,

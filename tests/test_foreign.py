@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from llava_sft.data.adopt import adopt_webdataset
-from llava_sft.data.foreign import expand, literal
-from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset, read_finished
 from llava_sft.data.inspect import inspect_webdataset
-from llava_sft.data.tars import is_finished, no_tar, read_meta
+from llava_sft.data.nv_meta import is_finished, read_meta
+from llava_sft.data.nv_meta_yaml import expand, literal
+from llava_sft.data.stored import read_split
+from llava_sft.data.tars import no_tar
 from llava_sft.data.verify import find_damages, note_dataset, notes_of
 from llava_sft.errors import DataError, SftError
 from llava_sft.files import read_json, write_json

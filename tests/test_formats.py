@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from llava_sft.data import formats
 from llava_sft.data.formats import FORMATS, format_of
-from llava_sft.data.index import index_webdataset, read_rejects
+from llava_sft.data.index import index_webdataset
 from llava_sft.data.plan import plan_ranges
-from llava_sft.data.records import Rejected, parse_json, parse_record
+from llava_sft.data.records import parse_json, parse_record
+from llava_sft.data.rejects import Rejected, read_rejects
 from llava_sft.data.shards import convert_range
 from llava_sft.errors import DataError
 from llava_sft.files import write_json

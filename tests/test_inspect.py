@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_sft.data.heldout import read_split
+from llava_sft.data.findings import TokenCounter, distribution
 from llava_sft.data.images import decode_rgb, image_tokens, to_patches
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.inspect import TokenCounter, distribution, inspect_webdataset, render_html
+from llava_sft.data.inspect import inspect_webdataset
+from llava_sft.data.stored import read_split
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError
+from llava_sft.report.inspection import inspection_page
+from llava_sft.report.pictures import thumbnail
 from webdataset_helpers import SCRIPTS, Raw, picture, record
 
 
@@ -57,7 +60,7 @@ def test_page_is_self_contained_and_escapes_what_the_data_holds(raw):
     shutil.rmtree(raw.wds)
     raw.convert()
     index_webdataset(raw.wds, raw.parts)
-    page = render_html(*inspect_webdataset(raw.wds, raw.parts))
+    page = inspection_page(*inspect_webdataset(raw.wds, raw.parts))
     assert "<script" not in page
     assert "Question 0?" in page
     assert all(target.startswith("data:image/") for target in re.findall(r'(?:src|href)="([^"]*)"', page))
@@ -136,7 +139,7 @@ def test_a_picture_damaged_within_is_told_and_not_shown(tmp_path):
     index_webdataset(raw.wds, raw.parts)
     report, gallery = inspect_webdataset(raw.wds, raw.parts)
     assert [problem["check"] for problem in report["problems"]] == ["images"]
-    assert gallery[0]["images"] == [""]
+    assert [thumbnail(image) for image in gallery[0]["images"]] == [""]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -220,4 +223,4 @@ def test_tokens_duplicates_and_scripts_are_counted(tmp_path, small_checkpoint):
     assert tokens.count(sample.messages, [(32, 28)]) == len(
         template.encode(sample.messages, [image_tokens(grid)], 10_000).input_ids
     )
-    assert "seq_length 200" in render_html(report, gallery)
+    assert "seq_length 200" in inspection_page(report, gallery)

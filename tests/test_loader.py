@@ -15,12 +15,12 @@ from megatron.energon import SkipSample
 from PIL import Image
 
 from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.lengths import Limits, sample_sizes
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.records import Sample
+from llava_sft.data.sizes import Limits, sample_sizes
+from llava_sft.data.stored import read_split
 from llava_sft.data.stream import Ranks, train_loader, worker_ended
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError, RunError

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from llava_sft.config import CONFIG_DIR, load_settings, resolve
-from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.order import Passes
+from llava_sft.data.sizes import SampleSizes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.model.config import load_model_config
 from llava_sft.training import predict

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 from llava_sft.checkpoint.start import MARKER
 from llava_sft.checkpoint.verify import require_whole as require_whole_export
-from llava_sft.data.heldout import data_uri, read_split
-from llava_sft.data.index import told_leak
+from llava_sft.data.index import leak_note
 from llava_sft.data.records import Sample
+from llava_sft.data.stored import read_split
 from llava_sft.data.verify import require_whole as require_whole_data
 from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json, write_text
+from llava_sft.report.pictures import data_uri
 
 WRONG_KEPT, RIGHT_KEPT = 24, 12  # answers kept with their pictures, which the report shows
 PREDICTIONS = "predictions.jsonl"
@@ -108,7 +109,7 @@ def tell(args: argparse.Namespace, result: dict[str, Any]) -> None:
             f"  {result['cut']:,} of {result['answers']:,} answers were cut after {args.max_new_tokens} tokens "
             "(max_new_tokens), which makes most of them wrong"
         )
-    if leak := told_leak(read_json(args.dataset)):
+    if leak := leak_note(read_json(args.dataset)):
         print(f"  {leak}")
 
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from llava_sft.checkpoint.verify import sidecars_damage
-from llava_sft.data.lengths import Limits, measure
+from llava_sft.data.sizes import Limits, measure
 from llava_sft.errors import CheckpointError, exits_cleanly
 from llava_sft.files import read_json, write_json
 

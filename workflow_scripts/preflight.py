@@ -25,9 +25,8 @@ from llava_sft.config import (
     resolve,
     warnings,
 )
-from llava_sft.data import lengths
-from llava_sft.data.index import told_leak
-from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
+from llava_sft.data.index import leak_note
+from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
@@ -127,7 +126,7 @@ def main() -> None:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {sizes.left_out[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
-    notes += filter(None, [told_leak(dataset)])
+    notes += filter(None, [leak_note(dataset)])
     if not dataset["heldout"]["samples"]:
         notes.append(
             "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
@@ -163,7 +162,7 @@ def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[
         known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
         if keep:
             write_json(paths.sizes, known, indent=None, sealed=True)
-    return lengths.sizes_of(known), known["prepared_tokens_per_s"]
+    return SampleSizes.of(known), known["prepared_tokens_per_s"]
 
 
 def length_warning(settings: Settings, values: dict, sequences: float) -> list[str]:

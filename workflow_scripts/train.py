@@ -22,7 +22,7 @@ from typing import BinaryIO
 import psutil
 
 from llava_sft.config import gpu_count
-from llava_sft.data.tars import METADATASET
+from llava_sft.data.nv_meta import METADATASET
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load, converted_name, needs_conversion, sidecars_of
 from llava_sft.config import CONFIG_DIR, Settings, SourceSettings, check_batch, check_parallel_sizes, gpu_count
+from llava_sft.data.nv_meta import METADATASET, is_finished
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
-from llava_sft.data.tars import METADATASET, is_finished, no_tar
+from llava_sft.data.tars import no_tar
 from llava_sft.errors import DataError, SettingsError, shown
 from llava_sft.files import fingerprint
 from llava_sft.model.config import load_model_config

@@ -27,9 +27,9 @@ import psutil
 import torch
 from PIL import Image
 
-from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb, image_tokens, to_patches
 from llava_sft.data.records import IMAGE, Sample
+from llava_sft.data.stored import read_split
 from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json, write_json

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.records import BOM, MAX_LINE_BYTES, Line, Rejected, read_lines
+from llava_sft.data.records import BOM, MAX_LINE_BYTES, Line, read_lines
+from llava_sft.data.rejects import Rejected
 from llava_sft.errors import SHOWN, DataError
 
 BLOCK = 1 << 20

@@ -18,13 +18,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 from llava_sft.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_IMAGE_PIXELS = 100_000_000  # a decompression bomb by default; a setting
+NO_PIXEL_LIMIT = 1 << 40  # of what is in a shard: the limit is the conversion's
 MIN_SIDE = 14  # pixels: the model's patch
 MAX_ASPECT_RATIO = 200  # what the Qwen2-VL image processor accepts (smart_resize)
 

@@ -13,46 +13,27 @@ import numpy as np
 import orjson
 import torch
 import torch.nn.functional as F
-from megatron.energon import (
-    Cooker,
-    Sample,
-    SkipSample,
-    TaskEncoder,
-    basic_sample_keys,
-    edataclass,
-    stateless,
-)
+from megatron import energon
+from megatron.energon import Cooker, SkipSample, TaskEncoder, basic_sample_keys, edataclass, stateless
 from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_grid, image_tokens, to_patches
 from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.packing import PACKED_IDS, cut_between
+from llava_sft.data.records import Sample
 from llava_sft.data.template import ChatTemplate, UnusableSample
 
 
 @edataclass
-class Conversation(Sample):
-    """A sample as it stands in the WebDataset: messages, and the encoded bytes of each image in order."""
+class Conversation(energon.Sample):
+    """A `Sample[bytes]` as stock energon hands it on."""
 
     messages: list[dict]
     images: list[bytes]
 
 
 @edataclass
-class TokenizedSample(Sample):
-    """Token ids and loss mask [tokens], and the images that are still in it: encoded bytes, (height, width) in patches.
-
-    What a packing buffer holds: decoded images would fill the memory (4,000 photographs are 12 GB).
-    """
-
-    input_ids: np.ndarray
-    answer_mask: np.ndarray
-    images: list[bytes]
-    grids: list[tuple[int, int]]
-
-
-@edataclass
-class EncodedSample(Sample):
+class EncodedSample(energon.Sample):
     """One sequence: token ids and loss mask [tokens], uint8 patches of its images, their grids, and the lengths of the
     samples that it was packed from."""
 
@@ -168,37 +149,32 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
         self.packing, self.pad_multiple, self.seed = packing, pad_multiple, seed
 
     @stateless
-    def preencode_sample(self, sample: Conversation) -> TokenizedSample:
-        """All that needs no pixels: the size in an image's header tells how many tokens it takes."""
+    def encode_sample(self, sample: Conversation) -> EncodedSample:
+        return self.encode(sample.__key__, Sample(None, sample.messages, sample.images, {}))
+
+    def encode(self, key: str, sample: Sample[bytes]) -> EncodedSample:
+        """Token ids and patches of a sample. Raises SkipSample, and prints why, when it cannot be trained on."""
+        # The size in an image's header tells how many tokens it takes: what is cut off need not be decoded.
         grids = [image_grid(data, self.min_pixels, self.max_pixels) for data in sample.images]
         try:
             encoded = self.template.encode(sample.messages, [image_tokens(grid) for grid in grids], self.seq_length)
         except UnusableSample as reason:
-            print(f"sample {sample.__key__} left out: {reason}", flush=True)
+            print(f"sample {key} left out: {reason}", flush=True)
             raise SkipSample from reason
-        return TokenizedSample.derive_from(
-            sample,
-            input_ids=encoded.input_ids,
-            answer_mask=encoded.answer_mask,
-            images=sample.images[: encoded.num_images],
-            grids=grids[: encoded.num_images],
-        )
-
-    @stateless
-    def postencode_sample(self, sample: TokenizedSample) -> EncodedSample:
-        patches = []
-        for number, (data, grid) in enumerate(zip(sample.images, sample.grids, strict=True), 1):
+        grids, patches = grids[: encoded.num_images], []
+        for number, (data, grid) in enumerate(zip(sample.images, grids, strict=False), 1):
             cut, decoded = to_patches(decode_rgb(data), self.min_pixels, self.max_pixels)
             if decoded != grid:
                 raise ValueError(f"image {number}: its header says {grid} patches, it decodes to {decoded}")
             patches.append(cut)
-        return EncodedSample.derive_from(
-            sample,
-            input_ids=sample.input_ids,
-            answer_mask=sample.answer_mask,
+        return EncodedSample(
+            __key__=key,
+            __restore_key__=(),
+            input_ids=encoded.input_ids,
+            answer_mask=encoded.answer_mask,
             patches=patches,
-            grids=sample.grids,
-            segments=[len(sample.input_ids)],
+            grids=grids,
+            segments=[len(encoded.input_ids)],
         )
 
     @stateless

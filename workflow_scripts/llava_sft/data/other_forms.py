@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 
 KNOWN_KEYS = {"id", "image", "images", "conversations", "messages"}
 TURN_KEYS = {"from", "value", "role", "content"}

@@ -114,7 +114,7 @@ def shard_name(prefix: str, shard: int) -> str:
     return f"{prefix}-{shard:05d}"
 
 
-def default_parts_dir(wds_dir: Path | str) -> Path:
-    """Where the per-shard statistics, rejects and index rows lie: beside the WebDataset, not in it."""
+def default_notes_dir(wds_dir: Path | str) -> Path:
+    """Where the conversion notes statistics, rejects and index rows of each shard: beside the WebDataset, not in it."""
     wds_dir = Path(wds_dir)
     return wds_dir.with_name(wds_dir.name + ".parts")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, is_empty, part_images
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 
 IMAGE = "<image>"
 BOM = b"\xef\xbb\xbf"
@@ -30,7 +30,6 @@ CONTROL_TOKENS = tuple(
 CONTROL_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FORMS = "LLaVA (conversations of from and value, image) or OpenAI (messages of role and content, images)"
 
 
 class Line(NamedTuple):
@@ -42,12 +41,13 @@ class Line(NamedTuple):
     word: str = "line"
 
 
-class Sample(NamedTuple):
-    """A record in the one form that the rest of the project knows."""
+class Sample[Image: str | bytes](NamedTuple):
+    """A record in the one form that the rest of the project knows. Its images, in the order of the placeholders, are
+    names of files or of members in a tar (`Sample[str]`), or encoded (`Sample[bytes]`); a raw record may have either."""
 
     id: str | None
     messages: list[dict[str, str]]  # role: system | user | assistant; content: text with <image> placeholders
-    images: list[str | bytes]  # names of files, or the encoded images themselves, in the order of the placeholders
+    images: list[Image]
     meta: dict[str, Any]  # the record's other keys, scalars only
 
     @property
@@ -58,11 +58,14 @@ class Sample(NamedTuple):
         """Places of the messages that a model has to give."""
         return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
 
-    def before(self, place: int) -> "Sample":
+    def before(self, place: int) -> "Sample[Image]":
         """What a model sees that is asked for the message at `place`: those before it, and their images."""
         messages = self.messages[:place]
         shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
         return self._replace(messages=messages, images=self.images[:shown])
+
+    def with_images[Other: str | bytes](self, images: list[Other]) -> "Sample[Other]":
+        return Sample(self.id, self.messages, images, self.meta)
 
 
 def read_lines(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any] = lambda _: None) -> Iterator[Line]:
@@ -121,7 +124,7 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     return record
 
 
-def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> Sample:
+def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> Sample[str | bytes]:
     """LLaVA (`conversations` of {from, value}, `image`) and ShareGPT/OpenAI (`messages` of {role, content}, `images`).
 
     Images are absent, one, or a list; each a path or, as the Hugging Face hub has it, {bytes, path}. A content may be a list
@@ -221,7 +224,7 @@ def _image_file(image: dict[str, Any]) -> Any:
     return image.get("path") if image.get("bytes") is None else image["bytes"]
 
 
-def check_sample(sample: Sample) -> Sample:
+def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
     """Apply the rules that no form of raw data may break; return the sample or raise `Rejected`."""
     messages = sample.messages
     if not messages:

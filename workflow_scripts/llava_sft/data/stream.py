@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from megatron.energon import SkipSample
 
-from llava_sft.data.heldout import StoredShard
-from llava_sft.data.lengths import Limits, SampleSizes, global_order, sample_sizes
 from llava_sft.data.loader import EncodedSample, VlmBatch, VlmTaskEncoder
 from llava_sft.data.order import GlobalOrder
-from llava_sft.data.stored import DamagedSample, StoredSamples, forget_open_files
+from llava_sft.data.random_access import DamagedSample, StoredSamples, forget_open_files
+from llava_sft.data.sizes import Limits, SampleSizes, global_order, sample_sizes
+from llava_sft.data.stored import StoredShard
 from llava_sft.errors import SHOWN, DataError, RunError, shown
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -81,13 +81,11 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def encode(self, number: int) -> EncodedSample:
         """Errors: DamagedSample; DataError when the sample has another length than was counted."""
-        conversation = self.samples.read(number)
+        key, sample = self.samples.read(number)
         shard = self.samples.shard_of(number)
-        key = conversation.__key__.removeprefix(shard.source)
-        name = conversation.__subflavors__["id"]
-        label = key if name in (None, key) else f"{key} (id {shown(name, 80)})"
+        label = key if sample.id in (None, key) else f"{key} (id {shown(sample.id, 80)})"
         try:
-            encoded = self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
+            encoded = self.encoder.encode(shard.source + key, sample)
         except SkipSample as error:
             raise self._of_other_settings(shard, label, str(error.__cause__ or error)) from None
         except Exception as error:  # Pillow raises errors of many kinds

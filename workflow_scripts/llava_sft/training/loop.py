@@ -46,8 +46,8 @@ from megatron.training.checkpointing import get_checkpoint_name  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 
 from llava_sft.checkpoint.torch_dist import write_for_older_torch  # noqa: E402
-from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder  # noqa: E402
+from llava_sft.data.sizes import read_sizes  # noqa: E402
 from llava_sft.data.stream import Ranks, train_loader, worker_ended  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from llava_sft.config import CONFIG_DIR, data_parallel_size
-from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.packing import cut_between
+from llava_sft.data.sizes import SampleSizes
 from llava_sft.errors import SettingsError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config

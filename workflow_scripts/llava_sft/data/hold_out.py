@@ -17,7 +17,7 @@ import orjson
 import xxhash
 
 from llava_sft.data.plan import HELDOUT_PREFIX, shard_name
-from llava_sft.data.shards import TarWriter, write_idx
+from llava_sft.data.shards import TarWriter, idx_bytes
 from llava_sft.errors import DataError
 
 HELDOUT_BYTES = 256 << 20  # of one merged tar, about
@@ -83,15 +83,15 @@ def merge_heldout(
             tar = TarWriter(file)
             for source, row in itertools.chain([first], samples):
                 key, offset = f"{HELDOUT_PREFIX[0]}{len(merged):05d}_{len(written):06d}", tar.offset
-                parts = [
-                    (part, tar.add(f"{key}.{part}", os.pread(source, size, at)), size)
-                    for part, at, size in row["parts"]
+                members = [
+                    (member, tar.add(f"{key}.{member}", os.pread(source, size, at)), size)
+                    for member, at, size in row["parts"]
                 ]
                 size, digest = tar.offset - offset, tar.end_sample()
-                written.append({"key": key, "offset": offset, "size": size, "digest": digest, "parts": parts})
+                written.append({"key": key, "offset": offset, "size": size, "digest": digest, "parts": members})
                 if tar.offset >= HELDOUT_BYTES:
                     break
-            write_idx(idx, [row["offset"] for row in written], tar.offset)
+            idx.write(idx_bytes([row["offset"] for row in written], tar.offset))
             merged.append((name, written, tar.finish()))
     return merged
 
