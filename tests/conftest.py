@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,14 @@ from hypothesis import settings
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
 from project_runs import copy_project, snakemake
 
+# nohup, and a shell that starts us in the background, have us ignore what a terminal sends; tests send it.
+for number, default in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGQUIT: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 MODELS = Path(__file__).parent.parent / "config/models"

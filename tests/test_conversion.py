@@ -255,7 +255,7 @@ def test_a_user_mistake_is_one_clear_message(tmp_path):
     for arguments, message in (
         ((tmp_path / "no.jsonl", raw.images, raw.wds, Range(0, 0, 1)), "does not exist"),
         ((raw.path, tmp_path / "no", raw.wds, Range(0, 0, size)), "is not a folder"),
-        ((raw.path, raw.images, tmp_path / "file" / "wds", Range(0, 0, size)), "can not write to"),
+        ((raw.path, raw.images, tmp_path / "file" / "wds", Range(0, 0, size)), "cannot write to"),
         ((raw.path, raw.images, raw.wds, Range(0, size, size + 5)), "does not lie in"),
     ):
         source, images, wds, part = arguments

@@ -87,13 +87,13 @@ DAMAGE = {
     ),
     "the index is no database": (
         lambda raw: (raw.wds / ".nv-meta/index.sqlite").write_bytes(b"x" * 5000),
-        "can not be read",
+        "cannot be read",
     ),
     "the index is missing": (lambda raw: (raw.wds / ".nv-meta/index.sqlite").unlink(), "is missing"),
     "no .nv-meta at all": (lambda raw: shutil.rmtree(raw.wds / ".nv-meta"), "is missing"),
     "split.yaml is no YAML": (
         lambda raw: (raw.wds / ".nv-meta/split.yaml").write_text("a: ["),
-        "can not be understood",
+        "cannot be understood",
     ),
     "a shard is gone": (lambda raw: (raw.wds / "subtaskdata-00001.tar").unlink(), "not in the folder"),
     "an .idx is gone": (lambda raw: (raw.wds / "subtaskdata-00001.tar.idx").unlink(), "is missing"),
@@ -103,7 +103,7 @@ DAMAGE = {
     ),
     "a tar is cut off": (
         lambda raw: os.truncate(raw.wds / "subtaskdata-00001.tar", 3000),
-        "can not be read",
+        "cannot be read",
     ),
     "a JSON is damaged": (
         lambda raw: overwrite(raw.wds / "subtaskdata-00000.tar", b'"role"', b'"rule"'),

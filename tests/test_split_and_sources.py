@@ -299,7 +299,7 @@ def test_what_can_not_be_adopted_is_one_message(tmp_path):
     for name, message in (
         ("odd", "known layout"),
         ("two", "mixes layouts"),
-        ("cut", "can not be read"),
+        ("cut", "cannot be read"),
         ("none", "no .tar"),
     ):
         with pytest.raises(DataError, match=message):

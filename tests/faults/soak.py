@@ -8,6 +8,7 @@ written after every round: the soak may be stopped at any time.
 
 import argparse
 import contextlib
+import difflib
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from faults.artefacts import words
 from faults.at_rest import TRACEBACK
 from faults.damage import FORMS, damage
 from faults.kinds import KINDS, USES
@@ -58,6 +60,9 @@ def soak(reference: Reference, folder: Path, minutes: float, seed: int) -> None:
         print(f"{spent:5.1f} min  {what}: {found['outcome']} {found['message'][-200:]} {found['differ']}", flush=True)
         if found["outcome"] != "mended":
             bad.append(f"{what}: {found['outcome']}")
+            for name in (name for name in found["differ"] if name.endswith(".html")):
+                pages = [words((root / name).read_text(), True).splitlines() for root in (reference.project, project)]
+                print("\n".join(line[:300] for line in difflib.unified_diff(*pages, lineterm="", n=0)), flush=True)
         if file or found["outcome"] != "mended":
             shutil.rmtree(project)
             project = reference.copy(folder / "soak", "report")

@@ -116,7 +116,7 @@ def _samples_of(tar: Path) -> list[TarSample]:
     except (OSError, tarfile.TarError) as error:
         if isinstance(error, tarfile.TarError) and (other := other_kind(tar)):
             raise DataError(f"{tar} is {other[0]}, not a plain tar", other[1]) from None
-        raise DataError(f"{tar} can not be read: {error}", "copy or make that tar again") from None
+        raise DataError(f"{tar} cannot be read: {error}", "copy or make that tar again") from None
 
 
 def _rows(tar: Path) -> Iterator[dict[str, Any]]:

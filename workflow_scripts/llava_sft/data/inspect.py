@@ -108,7 +108,7 @@ class _Inspection:
                 try:
                     self._check_tar(name)
                 except (OSError, tarfile.TarError) as error:
-                    self.findings.problem(SHARDS, name, f"can not be read: {error}")
+                    self.findings.problem(SHARDS, name, f"cannot be read: {error}")
                 except DataError as error:
                     self._index_unreadable(error)
                     break

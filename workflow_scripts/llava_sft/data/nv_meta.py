@@ -99,7 +99,7 @@ def read_meta(folder: Path) -> Meta:
             raise ValueError("has no `shard_counts` of whole numbers")
     except (ValueError, OSError) as error:
         problem = str(error) if isinstance(error, OSError) else f"{meta / name}: {_first_line(error)}"
-        raise DataError(f"{problem}: can not be understood", REINDEX) from None
+        raise DataError(f"{problem}: cannot be understood", REINDEX) from None
     return Meta(counts, tars, exclude, layout)
 
 
@@ -256,7 +256,7 @@ def read_blend(wds_dir: Path) -> dict[str, dict[str, float]]:
     try:
         return check_blend(load_yaml(path))
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: {_first_line(error)}: can not be understood", REINDEX) from None
+        raise DataError(f"{path}: {_first_line(error)}: cannot be understood", REINDEX) from None
 
 
 def source_folders(wds_dir: Path) -> list[Path]:

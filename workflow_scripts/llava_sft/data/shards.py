@@ -250,7 +250,7 @@ def _make_room(wds_dir: Path, notes_dir: Path, name: str) -> None:
             if not os.access(folder, os.W_OK):
                 raise PermissionError("no write permission")
         except OSError as error:
-            raise DataError(f"can not write to {folder}: {error}", "choose a folder that you may write to") from None
+            raise DataError(f"cannot write to {folder}: {error}", "choose a folder that you may write to") from None
         for leftover in folder.glob(f".{name}.*.tmp"):  # nobody else works on this shard
             leftover.unlink(missing_ok=True)
     (notes_dir / f"{name}.stats.json").unlink(missing_ok=True)

@@ -134,7 +134,7 @@ def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: Sto
         except OSError as error:  # Pillow's
             where = f"{tar}: sample {key} ({shown(sample.id)})"
             fix = without_images_like_it(shard.folder, shard.name)
-            raise DataError(f"{where}: an image can not be read: {error}", fix) from None
+            raise DataError(f"{where}: an image cannot be read: {error}", fix) from None
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
         sizes.rows.append(row)

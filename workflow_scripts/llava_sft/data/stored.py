@@ -40,7 +40,7 @@ class StoredShard(NamedTuple):
             samples = walk_tar(tar)
             file = open(tar, "rb")  # noqa: SIM115 (closed below)
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise self.damage("", f"can not be read: {error}") from None
+            raise self.damage("", f"cannot be read: {error}") from None
         if self.count is not None and len(samples) != self.count:
             raise self.damage("", f"holds {len(samples):,} samples, the index says {self.count:,}")
         with file:

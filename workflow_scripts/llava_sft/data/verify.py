@@ -155,7 +155,7 @@ def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str
         if len(samples) != count:
             return f"holds {len(samples):,} samples, {count:,} were written"
     except (OSError, OverflowError, tarfile.TarError) as error:
-        return f"can not be read: {error}"
+        return f"cannot be read: {error}"
     return None
 
 
