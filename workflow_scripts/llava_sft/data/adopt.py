@@ -41,7 +41,9 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     for tar, name in names.items():
         own = next((folder for folder in (source / name).parents if folder in known), None)
         samples = _samples_of(tar)
-        adopted.take(tar, name, samples, known[own] if own else None, (source / name).relative_to(own or source).as_posix())
+        adopted.take(
+            tar, name, samples, known[own] if own else None, (source / name).relative_to(own or source).as_posix()
+        )
         link = wds_dir / name
         if wds_dir.resolve() != source.resolve():
             link.parent.mkdir(parents=True, exist_ok=True)

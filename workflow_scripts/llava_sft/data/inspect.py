@@ -11,28 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from llava_sft.data.findings import (
-    DECODED_IMAGES,
-    IMAGES,
-    INDEX,
-    META,
-    SAMPLES,
-    SHARDS,
-    Findings,
-    TokenCounter,
-)
+from llava_sft.data.findings import DECODED_IMAGES, IMAGES, INDEX, META, SAMPLES, SHARDS, Findings, TokenCounter
 from llava_sft.data.image_checks import NO_PIXEL_LIMIT, check_image, decode_image
 from llava_sft.data.index import leak_note
 from llava_sft.data.notes import Stats, read_stats
-from llava_sft.data.nv_meta import (
-    ENERGON_SPLITS,
-    META_FILES,
-    NV_META,
-    Meta,
-    SampleIndex,
-    read_meta,
-    source_folders,
-)
+from llava_sft.data.nv_meta import ENERGON_SPLITS, META_FILES, NV_META, Meta, SampleIndex, read_meta, source_folders
 from llava_sft.data.rejects import Rejected
 from llava_sft.data.shards import idx_bytes
 from llava_sft.data.tars import TarSample, find_layout, read_at, walk_tar

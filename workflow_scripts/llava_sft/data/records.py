@@ -131,22 +131,18 @@ def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> 
     of parts, of which those of images may name them. `unread` counts keys that are not read.
     """
     unread = Counter() if unread is None else unread
-    turns = next(
-        (record[key] for key in ("conversations", "messages") if record.get(key) not in (None, [], "", {})), None
-    )
+    found = (record[key] for key in ("conversations", "messages") if record.get(key) not in (None, [], "", {}))
+    turns = next(found, None)
     if turns is None:
         if isinstance(record.get("conversations", record.get("messages")), list):
             raise Rejected("empty conversation")
         raise Rejected("missing key", f"conversations or messages; found: {', '.join(map(str, record))}")
     if isinstance(turns, str):
         raise Rejected("malformed conversation", "a string: store the list itself, not its JSON text")
+    if isinstance(turns, dict):
+        raise Rejected("malformed conversation", "a struct of lists: store a list of turns")
     if not isinstance(turns, list):
-        kind = (
-            "a struct of lists: store a list of turns"
-            if isinstance(turns, dict)
-            else f"a {type(turns).__name__}, not a list"
-        )
-        raise Rejected("malformed conversation", kind)
+        raise Rejected("malformed conversation", f"a {type(turns).__name__}, not a list")
     messages, in_parts = [], []
     for number, turn in enumerate(turns, 1):
         message, named = _message(turn, number)
@@ -201,7 +197,11 @@ def _listed(record: dict[str, Any], key: str) -> list[Any]:
         return []
     if any(is_empty(entry) for entry in entries):
         raise Rejected("empty image", f"entry {[is_empty(entry) for entry in entries].index(True) + 1} of {key}")
-    return [_image_file(entry) if isinstance(entry, dict) else entry for entry in entries]
+    return [_path_or_bytes(entry) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def _path_or_bytes(image: dict[str, Any]) -> Any:
+    return image.get("path") if image.get("bytes") is None else image["bytes"]
 
 
 def _join_parts(parts: list[Any]) -> Any:
@@ -218,10 +218,6 @@ def _join_parts(parts: list[Any]) -> Any:
         else:
             return parts
     return "".join(texts)
-
-
-def _image_file(image: dict[str, Any]) -> Any:
-    return image.get("path") if image.get("bytes") is None else image["bytes"]
 
 
 def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
