@@ -358,7 +358,7 @@ def test_twenty_kills_cost_nothing_but_time(tmp_path):
         "from llava_sft.data.shards import convert_range; raw, images, wds, parts = map(Path, sys.argv[1:]);"
         "print('ready', flush=True);"
         "[convert_range(raw, images, wds, parts, 'subtaskdata', part) for part in plan_ranges(raw, 40_000)"
-        " if not (parts / f'subtaskdata-{part.index:05d}.stats.json').exists()]"
+        " if not (parts / f'subtaskdata-{part.number:05d}.stats.json').exists()]"
     )
     command = [sys.executable, "-c", job, killed.path, killed.images, killed.wds, killed.parts]
     draw = random.Random(7)

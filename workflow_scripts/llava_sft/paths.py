@@ -80,7 +80,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return str(Path(self.source.name) / shard_name(self.prefix, self.range.index))
+        return str(Path(self.source.name) / shard_name(self.prefix, self.range.number))
 
 
 def _renamed(sources: list[Source], entries: list[SourceSettings]) -> list[Source]:

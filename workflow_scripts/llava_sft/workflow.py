@@ -258,7 +258,7 @@ class Workflow:
         return (
             f"{demo}--max-shard-bytes {settings.max_shard_bytes} --decode-images {settings.decode_images}"
             f" --image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
-            f" --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}"
         )
 
     @exits_cleanly

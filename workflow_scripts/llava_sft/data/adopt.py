@@ -54,11 +54,11 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
             idx.write(idx_bytes([sample.offset for sample in samples], end))
     if len(adopted.layouts) > 1:
         raise DataError(f"{source} mixes layouts: {adopted.layouts}", "name a folder of one layout")
-    read, reasons = sum(tar.count for tar in adopted.tars) - adopted.excluded_before, adopted.reasons
+    read, reasons = sum(tar.samples for tar in adopted.tars) - adopted.excluded_before, adopted.reasons
     if reasons.total() > max_reject_fraction * read:
         counts = ", ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
         raise too_many_rejects(reasons.total(), read, max_reject_fraction, adopted.first, counts)
-    content = fingerprint([[tar.name, tar.count] for tar in adopted.tars])
+    content = fingerprint([[tar.name, tar.samples] for tar in adopted.tars])
     layout = next(iter(adopted.layouts), "own")
     with write_meta(wds_dir, adopted.tars, adopted.splits, adopted.exclude, content, layout):
         pass

@@ -13,7 +13,7 @@ import xxhash
 
 from llava_sft.data.image_checks import ImageInfo
 from llava_sft.data.images import image_tokens, patch_grid
-from llava_sft.data.notes import Stats
+from llava_sft.data.notes import Stats, counted, total
 from llava_sft.data.records import Sample
 from llava_sft.data.rejects import read_rejects
 from llava_sft.data.template import ChatTemplate, UnusableSample
@@ -163,10 +163,14 @@ def _rejects(converted: list[tuple[Path, list[Stats]]]) -> dict[str, Any] | None
     shards = [stats for _, of_source in converted for stats in of_source]
     if not shards:
         return None
-    reasons = sum((Counter(stats["reasons"]) for stats in shards), Counter())
+    reasons = counted(shards, "reasons")
     first = [row for folder, of_source in converted for row in read_rejects(folder, of_source)][:REJECTS_KEPT]
-    read, rejected = (sum(stats[key] for stats in shards) for key in ("read", "rejected"))
-    return {"read": read, "rejected": rejected, "reasons": dict(reasons.most_common()), "first": first}
+    return {
+        "read": total(shards, "read"),
+        "rejected": total(shards, "rejected"),
+        "reasons": dict(reasons.most_common()),
+        "first": first,
+    }
 
 
 def script_of(text: str) -> str:

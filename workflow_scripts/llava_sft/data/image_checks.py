@@ -91,7 +91,7 @@ class ImageRoot:
             if error.errno == errno.ELOOP:
                 return self._read_link(path, full)
             if error.errno in RECORD_ERRORS:
-                raise Rejected("missing image", f"{path}: {os.strerror(error.errno)}") from None
+                raise Rejected("missing image", f"{path}: {error.strerror}") from None
             raise
         try:
             status = os.fstat(file)
@@ -135,7 +135,7 @@ class ImageRoot:
         try:
             real = os.path.realpath(full, strict=True)
         except OSError as error:
-            raise Rejected("missing image", f"{path}, a link: {os.strerror(error.errno)}") from None
+            raise Rejected("missing image", f"{path}, a link: {error.strerror}") from None
         if not self._holds(real):
             raise Rejected("image outside the image root", f"{path} is a link that leads out")
         return self.read(os.path.relpath(real, self.root))
@@ -183,7 +183,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:
             raise Rejected("unreadable image mode", str(error)) from None
     if sorted(image.size) != sorted(stored):
         raise Rejected("truncated or damaged image", f"its header says {stored}, it decodes to {image.size}")
-    return ImageInfo(EXTENSIONS[image.format], *stored)
+    return ImageInfo(EXTENSIONS[str(image.format)], *stored)
 
 
 def open_image(data: bytes) -> "Image.Image":

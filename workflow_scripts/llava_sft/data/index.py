@@ -8,8 +8,6 @@ of the present plan enter. Several sources are a folder each, and a blend of the
 import itertools
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import orjson
 import xxhash
 
 from llava_sft.data.hold_out import bound_by, choose_heldout, merge_heldout
-from llava_sft.data.notes import ConvertedSource, Stats, check_raw
+from llava_sft.data.notes import ConvertedSource, check_raw, counted, total
 from llava_sft.data.nv_meta import METADATASET, NV_META, Tar, read_meta, split_counts, write_blend, write_meta
 from llava_sft.data.plan import TRAIN_PREFIX
 from llava_sft.data.rejects import ALL_REJECTS, read_rejects, too_many_rejects, write_all_rejects
@@ -50,7 +48,7 @@ def index_webdataset(
             )
         for _, of_one_file in itertools.groupby(source.shards, lambda stats: stats["raw"]["path"]):
             check_raw(list(of_one_file))
-    rejected, read = (_total(shards, key) for key in ("rejected", "read"))
+    rejected, read = (total(shards, key) for key in ("rejected", "read"))
     rejects = (row for source in sources for row in read_rejects(source.notes_dir, source.shards))
     first = write_all_rejects(notes_dir / ALL_REJECTS, rejects)
     if rejected > max_reject_fraction * read:
@@ -71,11 +69,11 @@ def index_webdataset(
     return {
         "fingerprint": contents[""] if len(sources) == 1 else fingerprint([contents, weights]),
         **split_counts(metas.values()),
-        "images": _total(shards, "images"),
+        "images": total(shards, "images"),
         "read": read,
         "rejected": rejected,
-        **{key: dict(_counted(shards, key)) for key in ("reasons", "kinds")},
-        "unread": dict(_counted(shards, "unread").most_common(MOST_UNREAD)),
+        **{key: dict(counted(shards, key)) for key in ("reasons", "kinds")},
+        "unread": dict(counted(shards, "unread").most_common(MOST_UNREAD)),
         **({"split": record} if record else {}),
         **_leak(sources),
         # One pass over the blend: a record of weight 2 is seen twice.
@@ -87,14 +85,6 @@ def _plan_of(notes_dir: Path) -> list[dict[str, Any]]:
     """Of shards that were made by hand: one source, or one in each sub-folder."""
     names = sorted(path.name for path in notes_dir.glob("*/") if next(path.glob("*.stats.json"), None))
     return [{"name": name, "weight": 1.0} for name in names or [""]]
-
-
-def _total(shards: Iterable[Stats], key: str) -> int:
-    return sum(stats[key] for stats in shards)
-
-
-def _counted(shards: Iterable[Stats], key: str) -> Counter[str]:
-    return sum((Counter(stats.get(key, {})) for stats in shards), Counter())
 
 
 def _check_filled(sources: list[ConvertedSource]) -> None:
@@ -165,7 +155,8 @@ def _leak(sources: list[ConvertedSource]) -> dict[str, Any]:
     held = [row for source in sources for stats in source.filled("heldout") for row in source.parsed(stats)]
     if not held:
         return {}
-    images, records = set(), set()
+    images: set[str] = set()
+    records: set[int] = set()
     for source in sources:
         for stats in source.filled("train"):
             for row in source.parsed(stats):

@@ -6,7 +6,8 @@ still are what was converted.
 
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,15 @@ def hash_range(path: Path | str, raw: dict[str, Any]) -> str:
                 digest.update(block)
                 left -= len(block)
     return digest.hexdigest()
+
+
+def total(shards: Iterable[Stats], key: str) -> int:
+    return sum(stats[key] for stats in shards)
+
+
+def counted(shards: Iterable[Stats], key: str) -> Counter[str]:
+    """The counts under a key of all shards, which earlier versions may not have noted."""
+    return sum((Counter(stats.get(key, {})) for stats in shards), Counter())
 
 
 def some(names: list[str]) -> str:

@@ -171,10 +171,10 @@ class SampleIndex:
 
 
 class Tar(NamedTuple):
-    """A tar to be indexed: its name without `.tar`, its samples' number and rows {key, offset, size, parts, digest}."""
+    """A tar to be indexed: its name without `.tar`, how many samples it has, and their rows {key, offset, size, parts, digest}."""
 
     name: str
-    count: int
+    samples: int
     rows: Iterable[dict[str, Any]]
 
 
@@ -194,9 +194,9 @@ def _write_index(path: Path, tars: list[Tar]) -> None:
             members += ((number, row, *member) for member in sample["parts"])
             if digest := sample.get("digest"):  # shards of earlier versions have none
                 digests.append((number, row, bytes.fromhex(digest)))
-        if len(samples) != tar.count:
+        if len(samples) != tar.samples:
             raise DataError(
-                f"{tar.name}.samples.jsonl has {len(samples)} rows, {tar.count} samples were written",
+                f"{tar.name}.samples.jsonl has {len(samples)} rows, {tar.samples} samples were written",
                 f"delete {tar.name}.stats.json and convert that shard again",
             )
         # Keys of ours are unique; packs of the original's hosts may bear the same ones.
@@ -222,7 +222,7 @@ def write_meta(
     dataset = CRUDE | ({"subflavors": {"layout": layout}} if layout != "own" else {})
     info = {
         "energon_version": version("megatron-energon"),
-        "shard_counts": {f"{tar.name}.tar": tar.count for tar in tars},
+        "shard_counts": {f"{tar.name}.tar": tar.samples for tar in tars},
     }
     named = {ENERGON_SPLITS[split]: [literal(name) for name in names] for split, names in splits.items()}
     split_yaml = {"split_parts": named | {"test": []}, "exclude": [literal(name) for name in exclude]}

@@ -26,9 +26,9 @@ SHARDS_ASKED = 4  # the first of a file, of which one tells how it was cut
 
 
 class Range(NamedTuple):
-    """Bytes [start, end) of a raw file; `index` is the number of the shard that they become."""
+    """Bytes [start, end) of a raw file, and the number of the shard that they become."""
 
-    index: int
+    number: int
     start: int
     end: int
 

@@ -8,10 +8,10 @@ gives the same bytes: no dates, no owners. The statistics file is written last; 
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 import xxhash
@@ -34,6 +34,16 @@ PROGRESS_RECORDS = 256
 MOST_UNREAD = 50  # keys that are named, of those that are not read
 
 
+class Placed(NamedTuple):
+    """Where a sample lies in a tar: offset and size in bytes, its digest in hexadecimal (`tars.sample_digest`), and of each
+    member its name without the key, offset and size of its content."""
+
+    offset: int
+    size: int
+    digest: str
+    members: list[tuple[str, int, int]]
+
+
 class TarWriter:
     """Writes plain ustar members (mode 644, no owner, time 0) and hashes the file's bytes on the way."""
 
@@ -52,8 +62,7 @@ class TarWriter:
         self._sample: list[bytes] = []  # what its digest is made of, as `tars.sample_digest` has it
 
     def add(self, name: str, data: bytes, digest: bytes | None = None) -> int:
-        """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes, `digest` is the
-        xxh3_128 of `data` where it is known already."""
+        """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes."""
         name_bytes, size = name.encode(), len(data)
         size_bytes = b"%011o\0" % size
         checksum = self._FIXED_SUM + sum(name_bytes) + sum(size_bytes)
@@ -69,11 +78,13 @@ class TarWriter:
             self._flush()
         return content
 
-    def end_sample(self) -> str:
-        """The digest of the members since the last call, in hexadecimal (see `tars.sample_digest`)."""
+    def add_sample(self, key: str, contents: Iterable[tuple[str, bytes, bytes | None]]) -> Placed:
+        """Append a sample's members: name without the key, data, and the xxh3_128 of the data where it is known already."""
+        start = self.offset
+        members = [(name, self.add(f"{key}.{name}", data, digest), len(data)) for name, data, digest in contents]
         digest = xxhash.xxh3_64_hexdigest(b"".join(self._sample))
         self._sample.clear()
-        return digest
+        return Placed(start, self.offset - start, digest, members)
 
     def finish(self) -> str:
         """Write the end of the archive; return the xxh3_128 of the whole file, in hexadecimal."""
@@ -131,25 +142,20 @@ class Shard:
 
     def _add(self, sample: Sample, images: list[bytes], infos: list[ImageInfo]) -> None:
         """Write a sample's members and its line of `.samples.jsonl`."""
-        tar, offset = self.tar, self.tar.offset
         key = f"{self.key_prefix}_{len(self.starts):06d}"
         names = [f"{number:03d}.{info.extension}" for number, info in enumerate(infos)]
         hashes = [xxhash.xxh3_128_digest(image) for image in images]
-        members = [
-            (name, tar.add(f"{key}.{name}", image, digest), len(image))
-            for name, image, digest in zip(names, images, hashes, strict=True)
-        ]
         name = sample.id or key
         content = orjson.dumps({"id": name, "messages": sample.messages, "images": names, "meta": sample.meta})
-        members.append(("json", tar.add(f"{key}.json", content), len(content)))
+        placed = self.tar.add_sample(key, [*zip(names, images, hashes, strict=True), ("json", content, None)])
         row = {
             "key": key,
             "id": name,
-            "offset": offset,
-            "size": tar.offset - offset,
-            "digest": tar.end_sample(),
+            "offset": placed.offset,
+            "size": placed.size,
+            "digest": placed.digest,
             "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
-            "parts": members,
+            "parts": placed.members,
             "images": [
                 {"hash": digest.hex(), "width": info.width, "height": info.height}
                 for digest, info in zip(hashes, infos, strict=True)
@@ -157,7 +163,7 @@ class Shard:
             "meta": sample.meta,
         }
         self._rows.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-        self.starts.append(offset)
+        self.starts.append(placed.offset)
         self.images += len(images)
         if "kind" in sample.meta:
             self.kinds[str(sample.meta["kind"])] += 1
@@ -200,7 +206,7 @@ def convert_range(
         encoded = [image if isinstance(image, bytes) else image_files.read(image) for image in images]
         return encoded, [check(image, max_image_pixels) for image in encoded]
 
-    size, raw_format, name = raw_size(raw), format_of(raw), shard_name(prefix, cut.index)
+    size, raw_format, name = raw_size(raw), format_of(raw), shard_name(prefix, cut.number)
     if not 0 <= cut.start < cut.end <= size:
         raise DataError(
             f"range {cut.start}-{cut.end} does not lie in {raw}, which has {size} bytes",
@@ -208,7 +214,7 @@ def convert_range(
         )
     _make_room(wds_dir, notes_dir, name)
     key_prefix = (
-        f"{'' if prefix == TRAIN_PREFIX else prefix[0]}{cut.index:05d}"  # no other shard of either split has it
+        f"{'' if prefix == TRAIN_PREFIX else prefix[0]}{cut.number:05d}"  # no other shard of either split has it
     )
     raw_hash = xxhash.xxh3_128()
     with ExitStack() as files:

@@ -25,7 +25,7 @@ class StoredShard(NamedTuple):
     layout: str
     excluded: frozenset[str]
     number: int = 0  # its place in .info.json
-    count: int | None = None  # samples in it, the excluded ones too
+    samples: int | None = None  # in it, the excluded ones too
 
     def rows(self) -> Iterator[tuple[int, str, Sample[str], int, dict[str, Place]]]:
         """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
@@ -41,8 +41,8 @@ class StoredShard(NamedTuple):
             file = open(tar, "rb")  # noqa: SIM115 (closed below)
         except (OSError, ValueError, tarfile.TarError) as error:
             raise self.damage("", f"cannot be read: {error}") from None
-        if self.count is not None and len(samples) != self.count:
-            raise self.damage("", f"holds {len(samples):,} samples, the index says {self.count:,}")
+        if self.samples is not None and len(samples) != self.samples:
+            raise self.damage("", f"holds {len(samples):,} samples, the index says {self.samples:,}")
         with file:
             for row, stored in enumerate(samples):
                 if stored.key in self.excluded:
@@ -96,8 +96,8 @@ def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
 
 
 def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
-    for path in source_folders(Path(folder)):
-        yield path, "" if path == Path(folder) else f"{path.name}/"
+    for path in source_folders(folder):
+        yield path, "" if path == folder else f"{path.name}/"
 
 
 def source_weights(folder: Path) -> dict[str, float]:
@@ -108,7 +108,7 @@ def source_weights(folder: Path) -> dict[str, float]:
     return {name: draws / read_meta(folder / name).samples("train") for name, draws in blend.items()}
 
 
-def read_split(folder: Path | str, split: str) -> Iterator[Sample[bytes]]:
+def read_split(folder: Path, split: str) -> Iterator[Sample[bytes]]:
     """Yield the samples of `split` with their images, in the order of the shards."""
     return chain.from_iterable(map(read_shard, stored_shards(folder, split)))
 

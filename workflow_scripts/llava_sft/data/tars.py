@@ -83,7 +83,7 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
     samples: list[TarSample] = []
     with tarfile.open(path, "r:") as tar:
         for member in _members(tar):
-            tar.members = []  # tarfile would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if not member.isreg():
                 continue
             match = MEMBER.fullmatch(member.name)
@@ -127,8 +127,8 @@ def first_layout(tar: Path) -> str | None:
     with contextlib.suppress(OSError, tarfile.TarError, ValueError), tarfile.open(tar, "r:") as members:
         for member in itertools.islice(members, FIRST_MEMBERS):
             match = MEMBER.fullmatch(member.name)
-            if member.isreg() and match and match[2] == "json":
-                return layout_of(orjson.loads(members.extractfile(member).read()))
+            if member.isreg() and match and match[2] == "json" and (content := members.extractfile(member)):
+                return layout_of(orjson.loads(content.read()))
     return None
 
 

@@ -95,7 +95,8 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
         return found  # the digests of the samples stand in one of these
     whole = Memo(memo)
     for name, number, folder, count in _tars(wds_dir):
-        path, state = wds_dir / name, None
+        path = wds_dir / name
+        state: list[int] = []
         try:
             status = os.stat(path)
             state = [status.st_size, status.st_mtime_ns, status.st_ino]
@@ -207,10 +208,10 @@ def out_of_date(paths: Paths) -> tuple[list[Path], bool]:
         except (DataError, OSError):
             damages, index = [], True
         for damage in damages:
-            name = damage.redo.removesuffix(".tar") if damage.redo else None
-            if name in paths.shards:
-                stale.add(name)
-            elif name is None or paths.shards or damage.file.endswith(".idx"):
+            tar = damage.redo.removesuffix(".tar") if damage.redo else None
+            if tar in paths.shards:
+                stale.add(tar)
+            elif tar is None or paths.shards or damage.file.endswith(".idx"):
                 index = True  # a foreign folder's own tar is not ours to make again: training refuses it
     return [paths.webdatasets / f"{name}.tar" for name in sorted(stale)], index
 
