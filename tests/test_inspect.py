@@ -167,7 +167,7 @@ def test_by_hand_exit_code_and_files(raw):
     script = [sys.executable, SCRIPTS / "inspect_webdataset.py", raw.wds, "--json", raw.folder / "i.json"]
     done = subprocess.run([*script, "--html", raw.folder / "i.html"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "is whole" in done.stdout
+    assert "is complete" in done.stdout
     assert json.loads((raw.folder / "i.json").read_bytes())["ok"]
     (raw.wds / "subtaskdata-00001.tar.idx").unlink()
     broken = subprocess.run([*script, "--html", raw.folder / "i.html"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Look at a WebDataset: is it whole, does its index fit, what is in it. Exit code 1 when it is broken."""
+"""Look at a WebDataset: is it complete, does the index match the tars, what does it contain. Exit code 1 when it is broken."""
 
 import argparse
 from pathlib import Path
@@ -67,28 +67,28 @@ def main() -> None:
         print(f"note: {note}")
     for check in report["checks"]:
         verdict = f"{check['problems']:,} wrong" if check["problems"] else "ok"
-        print(f"{check['name']}: {check['looked_at']:,} looked at, {verdict}")
+        print(f"{check['name']}: {check['looked_at']:,} checked, {verdict}")
     if report["problems"]:
         first = "\n".join(f"  {p['where']}: {p['what']}" for p in report["problems"][:PROBLEMS_PRINTED])
         raise DataError(
             f"{args.wds_dir} is broken. The first problems:\n{first}" + (f"\nall: {page}" if page else ""),
             fix_of(args.wds_dir, report["problems"]),
         )
-    print(f"{args.wds_dir} is whole" + (f"; see {args.html}" if args.html else ""))
+    print(f"{args.wds_dir} is complete" + (f"; see {args.html}" if args.html else ""))
 
 
 def write_page(page: Path, report: dict[str, Any], gallery: list[dict[str, Any]]) -> Path:
     """Write the page, and return where it lies: of a failed check it is `NAME.broken.html`, with the report as
     `NAME.broken.json` beside it, because Snakemake deletes what a failed rule wrote under the rule's own names."""
     broken = page.with_stem(f"{page.stem}.broken")
-    kept = broken.with_suffix(".json")
+    broken_report = broken.with_suffix(".json")
     if report["ok"]:
         write_text(page, inspection_page(report, gallery))
         broken.unlink(missing_ok=True)
-        kept.unlink(missing_ok=True)
+        broken_report.unlink(missing_ok=True)
         return page
     write_text(broken, inspection_page(report, gallery))
-    write_json(kept, report, sealed=True)
+    write_json(broken_report, report, sealed=True)
     page.unlink(missing_ok=True)
     return broken
 

@@ -116,14 +116,14 @@ class _Inspection:
             passed_over = f"{len(odd):,} members without key and extension are passed over: {shown(odd[0])} …"
             findings.notes.append(f"{name}: {passed_over}")
         self._check_index(name, samples)
-        kept = [sample for sample in samples if f"{name}/{sample.key}" not in self.meta.exclude]
-        findings.excluded += len(samples) - len(kept)
+        included = [sample for sample in samples if f"{name}/{sample.key}" not in self.meta.exclude]
+        findings.excluded += len(samples) - len(included)
         layout = self.meta.layout if self.split_of else find_layout(tar, samples) or "own"
         split = self.split_of.get(name, "all")
         digests = self.index.digests(self.numbers[name]) if self.index and name in self.numbers else {}
         written = {sample.key: digests[row] for row, sample in enumerate(samples) if row in digests}
         with open(tar, "rb") as file:
-            for sample in kept:
+            for sample in included:
                 if sample.key in written and sample.digest(file.fileno()) != written[sample.key]:
                     findings.problem(SAMPLES, f"{name}: {sample.key}", CHANGED)
                 self._check_sample(file.fileno(), name, split, sample, layout)
@@ -131,7 +131,7 @@ class _Inspection:
             findings.problem(SHARDS, name, "its bytes are not those that the conversion wrote")
         findings.looked_at[SHARDS] += 1
         counts = findings.splits.setdefault(split, Counter())
-        counts.update(samples=len(kept), shards=1, bytes=tar.stat().st_size)
+        counts.update(samples=len(included), shards=1, bytes=tar.stat().st_size)
 
     def _check_sample(self, file: int, name: str, split: str, stored: TarSample, layout: str) -> None:
         findings, where = self.findings, f"{name}: {stored.key}"

@@ -71,15 +71,15 @@ class VlmBatch(Batch):
 
         No sample sees another, so the sums of their losses and gradients are those of the pack.
         """
-        parts = cut_between(self.segments, size)
-        if len(parts) == 1:
+        groups = cut_between(self.segments, size)
+        if len(groups) == 1:
             return [self]
         ends = np.cumsum(self.segments)
         merge = len(self.pixels) // max(1, len(self.image_index))  # patches that make one image token
         image_ends = self.grids.prod(1).cumsum(0)
-        found = []
-        for part in parts:
-            first, last = part[0], part[-1] + 1
+        chunks = []
+        for group in groups:
+            first, last = group[0], group[-1] + 1
             segments = self.segments[first:last]
             stop = int(ends[last - 1])
             span = torch.tensor((stop - sum(segments), stop))
@@ -90,7 +90,7 @@ class VlmBatch(Batch):
             pictures = torch.searchsorted(image_ends, torch.tensor((patches.start, patches.stop)), right=True)
             if padding := -sum(segments) % pad_multiple:
                 segments = [*segments, padding]
-            found.append(
+            chunks.append(
                 dataclasses.replace(
                     self,
                     input_ids=F.pad(self.input_ids[:, slice(*span.tolist())], (0, padding)),
@@ -103,7 +103,7 @@ class VlmBatch(Batch):
                     segments=segments,
                 )
             )
-        return found
+        return chunks
 
 
 def make_cook(layout: str) -> Callable[[dict], Conversation]:

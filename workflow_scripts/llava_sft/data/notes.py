@@ -15,6 +15,7 @@ import orjson
 import xxhash
 
 from llava_sft.checksums import find_damage
+from llava_sft.data.formats import read_blocks
 from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, default_notes_dir, shard_name
 from llava_sft.data.records import read_lines
 from llava_sft.data.shards import FORMAT_VERSION
@@ -49,7 +50,7 @@ class ConvertedSource:
         missing = [name for name in names if not (self.notes_dir / f"{name}.stats.json").exists()]
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(names)} {prefix} shards are not converted: {some(missing)}",
+                f"{len(missing)} of {len(names)} {prefix} shards are not converted: {_first_few(missing)}",
                 "run stage2_sftdata2webdataset.py for them",
             )
         shards = [read_json(self.notes_dir / f"{name}.stats.json") for name in names]
@@ -86,7 +87,7 @@ class ConvertedSource:
 
     def _damaged(self, what: str, names: list[str]) -> DataError:
         fix = f"delete {self.wds_dir}/{names[0]}.tar (and the same for each) and run the same command, which converts them again"
-        return DataError(f"{what}: {some(names)}", fix)
+        return DataError(f"{what}: {_first_few(names)}", fix)
 
 
 def read_stats(path: Path) -> Stats:
@@ -139,7 +140,7 @@ def check_raw(shards: list[Stats]) -> None:
     touched = [stats for stats in shards if stats["raw"]["mtime_ns"] != status.st_mtime_ns]
     if changed := [stats["shard"] for stats in touched if hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
         raise DataError(
-            f"{path} has changed within the ranges of {len(changed)} shards: {some(changed)}",
+            f"{path} has changed within the ranges of {len(changed)} shards: {_first_few(changed)}",
             "run the same command (snakemake data_EXPERIMENT), which converts these again; by hand: convert these ranges",
         )
 
@@ -152,11 +153,7 @@ def hash_range(path: Path | str, raw: dict[str, Any]) -> str:
             for _ in read_lines(file, raw["start"], raw["end"], digest.update):
                 pass
         else:
-            file.seek(raw["start"])
-            left = raw["end"] - raw["start"]
-            while left and (block := file.read(min(left, 1 << 20))):
-                digest.update(block)
-                left -= len(block)
+            read_blocks(file, raw["start"], raw["end"], digest.update)
     return digest.hexdigest()
 
 
@@ -169,7 +166,7 @@ def counted(shards: Iterable[Stats], key: str) -> Counter[str]:
     return sum((Counter(stats.get(key, {})) for stats in shards), Counter())
 
 
-def some(names: list[str]) -> str:
+def _first_few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

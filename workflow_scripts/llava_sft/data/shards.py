@@ -106,7 +106,7 @@ def idx_bytes(starts: list[int], end: int) -> bytes:
     return struct.pack(f"<{len(starts) + 1}Q", *starts, end)
 
 
-class Shard:
+class ShardWriter:
     """A shard as it is made: its files, which take their places when `files` closes without an error, and its counts.
 
     `raw`: the file that its records come from. `key_prefix`: of its samples' keys.
@@ -219,7 +219,7 @@ def convert_range(
     raw_hash = xxhash.xxh3_128()
     with ExitStack() as files:
         file = files.enter_context(open(raw, "rb", buffering=1 << 20))
-        shard = Shard(files, raw, wds_dir, notes_dir, name, key_prefix)
+        shard = ShardWriter(files, raw, wds_dir, notes_dir, name, key_prefix)
         before = os.fstat(file.fileno())
         for line in FORMATS[raw_format].read(file, cut.start, cut.end, raw_hash.update):
             shard.take(line, load)

@@ -1,8 +1,7 @@
-"""How many tokens and image patches each training sample has: what packing turns into steps, and preflight into memory
-and time. And how fast a loader process prepares them.
+"""Token and patch counts of every training sample, and how fast one loader process prepares samples.
 
-Notable: counted shard by shard and kept, so that new records, or another tokenizer, `seq_length` or image limits, cost what
-they change and no conversion. Of an image only the header is read.
+Notable: counted shard by shard and cached, so that new records, or another tokenizer, `seq_length` or image limits, cost
+what they change and no conversion. Of an image only the header is read.
 """
 
 import functools
