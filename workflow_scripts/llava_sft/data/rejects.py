@@ -4,15 +4,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
 from llava_sft.errors import SHOWN, DataError
 from llava_sft.files import atomic_file
-
-if TYPE_CHECKING:
-    from llava_sft.data.records import Line
 
 ALL_REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
 FIRST_REASONS = 10  # that a message quotes
@@ -27,14 +24,11 @@ class Rejected(Exception):
         super().__init__(f"{reason}: {self.detail}" if detail else reason)
 
 
-def reject_row(raw: Path | str, line: "Line", record: dict[str, Any] | None, rejected: Rejected) -> bytes:
-    """A line of a shard's `.rejects.jsonl`; `record`: what was read of it, None where it is no JSON object."""
+def reject_row(origin: dict[str, Any], record: dict[str, Any] | None, rejected: Rejected) -> bytes:
+    """A line of a shard's `.rejects.jsonl`. `origin`: {file, word, line_in_range, byte}; `record`: what was read of it, None
+    where it is no JSON object."""
     name = record.get("id") if record else None
-    row = {
-        "file": str(raw),
-        "word": line.word,
-        "line_in_range": line.number,
-        "byte": line.offset,
+    row = origin | {
         "id": None if name is None else str(name)[:SHOWN],
         "reason": rejected.reason,
         "detail": rejected.detail,

@@ -116,7 +116,7 @@ class ShardWriter:
         def new(path: Path) -> BinaryIO:
             return files.enter_context(atomic_file(path, durable=False))
 
-        self.raw, self.key_prefix = raw, key_prefix
+        self.raw, self.key_prefix = str(raw), key_prefix
         self._rows, self._rejects = new(notes_dir / f"{name}.samples.jsonl"), new(notes_dir / f"{name}.rejects.jsonl")
         self._idx, self.tar = new(wds_dir / f"{name}.tar.idx"), TarWriter(new(wds_dir / f"{name}.tar"))
         self.starts: list[int] = []  # byte offset of each sample in the tar
@@ -137,7 +137,8 @@ class ShardWriter:
             self._add(sample, *load(sample.images))
         except Rejected as rejected:
             self.reasons[rejected.reason] += 1
-            self._rejects.write(reject_row(self.raw, line, record, rejected))
+            origin = {"file": self.raw, "word": line.word, "line_in_range": line.number, "byte": line.offset}
+            self._rejects.write(reject_row(origin, record, rejected))
         self.read += 1
 
     def _add(self, sample: Sample, images: list[bytes], infos: list[ImageInfo]) -> None:

@@ -12,18 +12,17 @@ import os
 import struct
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_sft.checksums import find_damage, note
 from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
 from llava_sft.data.nv_meta import META_FILES, METADATASET, NV_META, REINDEX, SampleIndex, read_meta, source_folders
-from llava_sft.data.plan import default_notes_dir
+from llava_sft.data.plan import Range, default_notes_dir
 from llava_sft.data.tars import Place, sample_digest, walk_tar
 from llava_sft.errors import DamagedFileError, DataError
 from llava_sft.files import read_json, write_json
-from llava_sft.paths import Paths
 
 
 class Damage(NamedTuple):
@@ -167,29 +166,28 @@ def require_whole(wds_dir: Path, dataset: Path, full: bool = False) -> None:
         raise DataError(f"{first.file}: {first.what}{more}", first.fix)
 
 
-def out_of_date(paths: Paths) -> tuple[list[Path], bool]:
+def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Path, Range]]) -> tuple[list[Path], bool]:
     """The tars that exist and have to be made again, and whether the index has to be.
 
-    Snakemake finds what is missing or newer by itself; this adds what is damaged or gone beside a tar, and ranges of raw
-    files whose content is another, whatever their dates say.
+    `planned`: raw file and range of each shard, by its name with its source. Snakemake finds what is missing or newer by
+    itself; this adds what is damaged or gone beside a tar, and ranges of raw files whose content is another, whatever their
+    dates say.
     """
-    notes_dir = default_notes_dir(paths.webdatasets)
     stale: set[str] = set()
     made: dict[Path, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    for name, shard in paths.shards.items():
-        if not (paths.webdatasets / f"{name}.tar").exists():
+    for name, (raw, cut) in planned.items():
+        if not (webdatasets / f"{name}.tar").exists():
             continue
-        folder = (notes_dir / name).parent
+        notes_dir = (default_notes_dir(webdatasets) / name).parent
         try:
-            stats = read_stats(folder / f"{Path(name).name}.stats.json")
-            raw = stats["raw"]
-            if not is_whole((paths.webdatasets / name).parent, folder, stats):
+            stats = read_stats(notes_dir / f"{Path(name).name}.stats.json")
+            if not is_whole((webdatasets / name).parent, notes_dir, stats):
                 stale.add(name)
-            elif (raw["start"], raw["end"]) == (shard.range.start, shard.range.end) and shard.raw.is_file():
-                made[shard.raw].append((name, raw))
+            elif (stats["raw"]["start"], stats["raw"]["end"]) == (cut.start, cut.end) and raw.is_file():
+                made[raw].append((name, stats["raw"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             stale.add(name)
-    seen = Memo(paths.data / ".raw_files.json")
+    seen = Memo(dataset.with_name(".raw_files.json"))
     for raw, ranges in made.items():
         status = os.stat(raw)
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -202,18 +200,18 @@ def out_of_date(paths: Paths) -> tuple[list[Path], bool]:
             seen.add(raw, state)
     seen.save()
     index = False
-    if paths.dataset.is_file():
+    if dataset.is_file():
         try:
-            damages = find_damages(paths.webdatasets, paths.dataset)
+            damages = find_damages(webdatasets, dataset)
         except (DataError, OSError):
             damages, index = [], True
         for damage in damages:
             tar = damage.redo.removesuffix(".tar") if damage.redo else None
-            if tar in paths.shards:
+            if tar in planned:
                 stale.add(tar)
-            elif tar is None or paths.shards or damage.file.endswith(".idx"):
+            elif tar is None or planned or damage.file.endswith(".idx"):
                 index = True  # a foreign folder's own tar is not ours to make again: training refuses it
-    return [paths.webdatasets / f"{name}.tar" for name in sorted(stale)], index
+    return [webdatasets / f"{name}.tar" for name in sorted(stale)], index
 
 
 def _is_touched(noted: dict[str, Any], state: list[int]) -> bool:
