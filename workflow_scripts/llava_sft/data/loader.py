@@ -150,7 +150,9 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
 
     @stateless
     def encode_sample(self, sample: Conversation) -> EncodedSample:
-        return self.encode(sample.__key__, Sample(None, sample.messages, sample.images, {}))
+        encoded = self.encode(sample.__key__, Sample(None, sample.messages, sample.images, {}))
+        encoded.__restore_key__ = sample.__restore_key__
+        return encoded
 
     def encode(self, key: str, sample: Sample[bytes]) -> EncodedSample:
         """Token ids and patches of a sample. Raises SkipSample, and prints why, when it cannot be trained on."""

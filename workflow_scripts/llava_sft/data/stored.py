@@ -24,8 +24,8 @@ class StoredShard(NamedTuple):
     source: str
     layout: str
     excluded: frozenset[str]
-    number: int = 0  # its place in .info.json
-    samples: int | None = None  # in it, the excluded ones too
+    number: int  # its place in .info.json
+    samples: int  # in it, the excluded ones too
 
     def rows(self) -> Iterator[tuple[int, str, Sample[str], int, dict[str, Place]]]:
         """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
@@ -41,7 +41,7 @@ class StoredShard(NamedTuple):
             file = open(tar, "rb")  # noqa: SIM115 (closed below)
         except (OSError, ValueError, tarfile.TarError) as error:
             raise self.damage("", f"cannot be read: {error}") from None
-        if self.samples is not None and len(samples) != self.samples:
+        if len(samples) != self.samples:
             raise self.damage("", f"holds {len(samples):,} samples, the index says {self.samples:,}")
         with file:
             for row, stored in enumerate(samples):
@@ -108,9 +108,9 @@ def source_weights(folder: Path) -> dict[str, float]:
     return {name: draws / read_meta(folder / name).samples("train") for name, draws in blend.items()}
 
 
-def read_split(folder: Path, split: str) -> Iterator[Sample[bytes]]:
+def read_split(folder: Path | str, split: str) -> Iterator[Sample[bytes]]:
     """Yield the samples of `split` with their images, in the order of the shards."""
-    return chain.from_iterable(map(read_shard, stored_shards(folder, split)))
+    return chain.from_iterable(map(read_shard, stored_shards(Path(folder), split)))
 
 
 def read_shard(shard: StoredShard) -> Iterator[Sample[bytes]]:
