@@ -172,11 +172,11 @@ def _first_few(names: list[str]) -> str:
 
 def way_out(folder: Path, name: str) -> str:
     """How a damaged tar of `folder` is made whole: who made it can make it again."""
-    places = (default_notes_dir(folder), default_notes_dir(folder.parent) / folder.name)
+    notes_dirs = (default_notes_dir(folder), default_notes_dir(folder.parent) / folder.name)
     shard, tar = name.removesuffix(".tar"), folder / name
-    if any((place / f"{shard}.stats.json").exists() for place in places):
+    if any((path / f"{shard}.stats.json").exists() for path in notes_dirs):
         return f"delete {tar} and run the same command (snakemake data_EXPERIMENT), which converts it again"
-    if any(place.is_dir() for place in places):  # merged by val_fraction
+    if any(path.is_dir() for path in notes_dirs):  # merged by val_fraction
         return f"delete {folder}/.nv-meta and run the same command (snakemake data_EXPERIMENT), which makes it again"
     return f"copy or make {tar.resolve()} again, and run the same command"
 

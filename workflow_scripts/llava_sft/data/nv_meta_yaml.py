@@ -58,13 +58,13 @@ def check_blend(config: Any) -> dict[str, dict[str, float]]:
     if not isinstance(config, dict) or not isinstance(config.get("splits"), dict):
         raise ValueError("has no mapping `splits`")
     _exactly({key: value for key, value in config.items() if key != "splits"}, BLEND)
-    found: dict[str, dict[str, float]] = {}
+    draws: dict[str, dict[str, float]] = {}
     for split, entry in config["splits"].items():
         if split not in ("train", "val", "test") or not isinstance(entry, dict) or entry.keys() != {"blend"}:
             raise ValueError(f"split {shown(split)}: only a blend of train, val or test is known")
         if not isinstance(entry["blend"], list):
             raise ValueError(f"the blend of {split} is no list")
-        found[split] = {}
+        draws[split] = {}
         for source in entry["blend"]:
             name, weight = (source.get("path"), source.get("weight")) if isinstance(source, dict) else (None, None)
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
@@ -72,8 +72,8 @@ def check_blend(config: Any) -> dict[str, dict[str, float]]:
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < 1e18:
                 raise ValueError(f"{name}: weight {shown(weight)} is no number above 0")
             _exactly(source, {"path": name, "weight": weight, "subflavors": {"source": name}})
-            found[split][name] = weight
-    return found
+            draws[split][name] = weight
+    return draws
 
 
 def _exactly(config: dict, known: dict) -> None:

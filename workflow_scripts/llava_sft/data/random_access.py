@@ -17,7 +17,7 @@ from llava_sft.data.records import Sample
 from llava_sft.data.rejects import Rejected
 from llava_sft.data.sizes import SampleSizes
 from llava_sft.data.stored import StoredShard, stored_shards
-from llava_sft.data.tars import MEMBER, Place, sample_digest
+from llava_sft.data.tars import MEMBER, Extent, sample_digest
 from llava_sft.errors import SHOWN, DataError, shown
 
 OPEN_TARS = 16  # at a time, in each process: some machines allow 256 files
@@ -86,17 +86,17 @@ def _opened(path: Path) -> BinaryIO:
 def _bytes_of(shard: StoredShard, row: int) -> bytes:
     """A sample's headers and members, as energon's `.tar.idx` names their place."""
     tar = shard.folder / shard.name
-    places = os.pread(_opened(Path(f"{tar}.idx")).fileno(), 16, 8 * row)
-    start, stop = (int.from_bytes(places[at : at + 8], "little") for at in (0, 8))
+    bounds = os.pread(_opened(Path(f"{tar}.idx")).fileno(), 16, 8 * row)
+    start, stop = (int.from_bytes(bounds[at : at + 8], "little") for at in (0, 8))
     file = _opened(tar).fileno()
-    if len(places) != 16 or not 0 <= start < stop <= os.fstat(file).st_size:
+    if len(bounds) != 16 or not 0 <= start < stop <= os.fstat(file).st_size:
         raise ValueError(f"{tar}.idx names bytes {start:,} to {stop:,}")
     return os.pread(file, stop - start, start)
 
 
-def _members(data: bytes) -> tuple[str, dict[str, Place]]:
+def _members(data: bytes) -> tuple[str, dict[str, Extent]]:
     """Key of a sample, and where in `data` the content of each of its members lies."""
-    members: dict[str, Place] = {}
+    members: dict[str, Extent] = {}
     key = ""
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:

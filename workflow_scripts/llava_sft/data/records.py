@@ -55,12 +55,12 @@ class Sample[Image: str | bytes](NamedTuple):
         return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
 
     def answers(self) -> list[int]:
-        """Places of the messages that a model has to give."""
-        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """The numbers, from 0, of the messages that a model has to give."""
+        return [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
 
-    def before(self, place: int) -> "Sample[Image]":
-        """What a model sees that is asked for the message at `place`: those before it, and their images."""
-        messages = self.messages[:place]
+    def before(self, number: int) -> "Sample[Image]":
+        """What a model sees that is asked for the message at `number`: those before it, and their images."""
+        messages = self.messages[:number]
         shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
         return self._replace(messages=messages, images=self.images[:shown])
 
@@ -181,12 +181,12 @@ def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
     image, images = (_listed(record, key) for key in ("image", "images"))
     if image and images and image != images:
         raise Rejected("image and images differ", "keep one of the two keys")
-    found = image or images
+    entries = image or images
     if any(named is not None for named in in_parts):
-        if found and in_parts != found:
+        if entries and in_parts != entries:
             raise Rejected("image and images differ", "a part of a content names another picture than the record")
-        found = in_parts
-    return found
+        entries = in_parts
+    return entries
 
 
 def _listed(record: dict[str, Any], key: str) -> list[Any]:
@@ -236,10 +236,10 @@ def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
         if "<|" in content and (token := CONTROL_TOKEN.search(content)):
             raise Rejected("control token in the text", f"{token[0]} in turn {position + 1}")
         check_text(role, content, position + 1)
-        found = content.count(IMAGE)
-        if found and role != "user":
+        count = content.count(IMAGE)
+        if count and role != "user":
             raise Rejected("<image> outside a user turn", f"in turn {position + 1}, of {role}")
-        placeholders += found
+        placeholders += count
         if role == "system" and position == 0:
             continue
         if role != expected:

@@ -16,7 +16,7 @@ from llava_sft.data.images import MERGE_SIZE, decode_rgb, image_grid, image_toke
 from llava_sft.data.notes import without_images_like_it
 from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.data.stored import StoredShard, read_shard, source_weights, stored_shards
-from llava_sft.data.tars import Place, read_at
+from llava_sft.data.tars import Extent, read_at
 from llava_sft.data.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
 from llava_sft.errors import DataError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
@@ -108,10 +108,10 @@ def sample_sizes(
     )
     if processes > 1 and len(shards) > 1:
         with ProcessPoolExecutor(min(processes, len(shards))) as pool:
-            found = list(pool.map(count, shards))
+            counted = list(pool.map(count, shards))
     else:
-        found = [count(shard) for shard in shards]
-    return SampleSizes(*(list(chain.from_iterable(columns)) for columns in zip(*found, strict=True)))
+        counted = [count(shard) for shard in shards]
+    return SampleSizes(*(list(chain.from_iterable(columns)) for columns in zip(*counted, strict=True)))
 
 
 def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: StoredShard) -> SampleSizes:
@@ -143,12 +143,12 @@ def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: Sto
     return sizes
 
 
-def _grid(file: int, place: Place, limits: Limits) -> tuple[int, int]:
-    offset, size = place
+def _grid(file: int, extent: Extent, limits: Limits) -> tuple[int, int]:
+    offset, size = extent
     try:
         return image_grid(read_at(file, (offset, min(size, HEADER_BYTES))), limits.min_pixels, limits.max_pixels)
     except OSError:  # a profile or a comment longer than that
-        return image_grid(read_at(file, place), limits.min_pixels, limits.max_pixels)
+        return image_grid(read_at(file, extent), limits.min_pixels, limits.max_pixels)
 
 
 @functools.cache

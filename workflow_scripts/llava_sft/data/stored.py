@@ -11,7 +11,7 @@ from llava_sft.data.notes import way_out
 from llava_sft.data.nv_meta import METADATASET, REINDEX, SampleIndex, read_blend, read_meta, source_folders
 from llava_sft.data.records import Sample
 from llava_sft.data.rejects import Rejected
-from llava_sft.data.tars import Place, read_at, walk_tar
+from llava_sft.data.tars import Extent, read_at, walk_tar
 from llava_sft.errors import SHOWN, DataError, shown
 
 
@@ -27,7 +27,7 @@ class StoredShard(NamedTuple):
     number: int  # its place in .info.json
     samples: int  # in it, the excluded ones too
 
-    def rows(self) -> Iterator[tuple[int, str, Sample[str], int, dict[str, Place]]]:
+    def rows(self) -> Iterator[tuple[int, str, Sample[str], int, dict[str, Extent]]]:
         """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
         image taken out. Every sample's bytes are compared with the digest in the index, where there is one.
 
@@ -79,20 +79,20 @@ def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
 
 def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
     """The ids of all samples of `split`, by source, from the index alone. Errors: DataError when two samples share one."""
-    found = {}
+    ids = {}
     for path, source in _sources(folder):
         meta = read_meta(path)
         names, tars = list(meta.counts), set(meta.splits.get(split, []))
         with SampleIndex(path) as index:
             rows = index.rows("SELECT tar_file_id, sample_key FROM samples")
             here = ((names[number], key) for number, key in rows if names[number] in tars)
-            found[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
-        if len(found[source]) != meta.samples(split):
+            ids[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
+        if len(ids[source]) != meta.samples(split):
             raise DataError(
                 f"{path}: keys repeat from tar to tar",
                 f"make the tars of {path} again so that no sample's key stands in two of them",
             )
-    return found
+    return ids
 
 
 def _sources(folder: Path) -> Iterator[tuple[Path, str]]:

@@ -189,8 +189,8 @@ class TrainingLoader:
 
 def worker_ended(error: BaseException) -> RunError | None:
     """The message of torch's error that a loader process was killed, which it raises wherever the training is just then."""
-    found = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-    return killed_worker(str(error).splitlines()[0][:SHOWN]) if found else None
+    ended = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    return killed_worker(str(error).splitlines()[0][:SHOWN]) if ended else None
 
 
 def killed_worker(what: str) -> RunError:

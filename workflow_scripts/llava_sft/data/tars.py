@@ -22,7 +22,7 @@ MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # energon's: the key ends at 
 PACKED = re.compile(r".*\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)")
 FIRST_MEMBERS = 1000  # of a tar, among which its first JSON stands
 
-Place = tuple[int, int]  # offset and size in bytes
+Extent = tuple[int, int]  # offset and size in bytes
 
 
 class TarSample(NamedTuple):
@@ -35,10 +35,10 @@ class TarSample(NamedTuple):
 
     def digest(self, file: int) -> bytes:
         """The digest of its bytes as they are now, as the table sample_digests of our index has it."""
-        places = [(offset - self.offset, size) for _, offset, size in self.members]
-        return sample_digest(read_at(file, (self.offset, self.size)), places)
+        extents = [(offset - self.offset, size) for _, offset, size in self.members]
+        return sample_digest(read_at(file, (self.offset, self.size)), extents)
 
-    def read(self, file: int, layout: str) -> tuple[Sample[str], dict[str, Place]]:
+    def read(self, file: int, layout: str) -> tuple[Sample[str], dict[str, Extent]]:
         """Its content under the rules of raw records, and where its members lie. Errors: `Rejected`."""
         members = {name: (offset, size) for name, offset, size in self.members}
         if len(members) != len(self.members):
@@ -56,14 +56,14 @@ class TarSample(NamedTuple):
         return sample, members
 
 
-def sample_digest(data: bytes, places: Iterable[tuple[int, int]]) -> bytes:
+def sample_digest(data: bytes, extents: Iterable[tuple[int, int]]) -> bytes:
     """The xxh3_64 of a sample's bytes in a tar, in which the xxh3_128 of each member's content stands for the content.
 
     A conversion knows these already, as the images' hashes, so that noting a sample's digest costs next to nothing.
-    `places`: offset and size in `data` of each content, in order.
+    `extents`: offset and size in `data` of each content, in order.
     """
     view, known, at = memoryview(data), bytearray(), 0
-    for offset, size in places:
+    for offset, size in extents:
         known += view[at:offset]
         known += xxhash.xxh3_128_digest(view[offset : offset + size])
         at = offset + size
@@ -71,8 +71,8 @@ def sample_digest(data: bytes, places: Iterable[tuple[int, int]]) -> bytes:
     return xxhash.xxh3_64_digest(known)
 
 
-def read_at(file: int, place: Place) -> bytes:
-    return os.pread(file, place[1], place[0])
+def read_at(file: int, extent: Extent) -> bytes:
+    return os.pread(file, extent[1], extent[0])
 
 
 def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[TarSample]:
@@ -115,9 +115,9 @@ def find_layout(tar: Path, samples: list[TarSample]) -> str | None:
     """The layout of a tar, by the first sample whose JSON can be read."""
     with open(tar, "rb") as file:
         for sample in samples:
-            place = next(((offset, size) for name, offset, size in sample.members if name == "json"), None)
+            extent = next(((offset, size) for name, offset, size in sample.members if name == "json"), None)
             with contextlib.suppress(ValueError):
-                if place and (layout := layout_of(orjson.loads(read_at(file.fileno(), place)))):
+                if extent and (layout := layout_of(orjson.loads(read_at(file.fileno(), extent)))):
                     return layout
     return None
 

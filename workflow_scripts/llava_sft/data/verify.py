@@ -20,7 +20,7 @@ from llava_sft.checksums import find_damage, note
 from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
 from llava_sft.data.nv_meta import META_FILES, METADATASET, NV_META, REINDEX, SampleIndex, read_meta, source_folders
 from llava_sft.data.plan import Range, default_notes_dir
-from llava_sft.data.tars import Place, sample_digest, walk_tar
+from llava_sft.data.tars import Extent, sample_digest, walk_tar
 from llava_sft.errors import DamagedFileError, DataError
 from llava_sft.files import read_json, write_json
 
@@ -85,13 +85,13 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
     except (DamagedFileError, KeyError, TypeError, ValueError):
         return [Damage(str(notes_of(dataset)), "is damaged", f"delete {notes_of(dataset)} and run the same command")]
     memo = dataset.with_name(f".{dataset.stem}.whole.json")
-    found: list[Damage] = []
+    damages: list[Damage] = []
     if find_damage(wds_dir, files, memo, full):
         for name, entry in files.items():
             if what := find_damage(wds_dir, {name: entry}):
-                found.append(_small_damage(wds_dir, name, what))
-    if found:
-        return found  # the digests of the samples stand in one of these
+                damages.append(_small_damage(wds_dir, name, what))
+    if damages:
+        return damages  # the digests of the samples stand in one of these
     whole = Memo(memo)
     for name, number, folder, count in _tars(wds_dir):
         path = wds_dir / name
@@ -107,19 +107,19 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
         except OSError as error:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         if what:
-            found.append(Damage(str(path), what, way_out(folder, path.relative_to(folder).as_posix()), name))
+            damages.append(Damage(str(path), what, way_out(folder, path.relative_to(folder).as_posix()), name))
         else:
             whole.add(path.absolute(), state)
     whole.save()
-    return found
+    return damages
 
 
 def _small_damage(wds_dir: Path, name: str, what: str) -> Damage:
     tar = name.removesuffix(".idx")
     if tar == name:
         return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), REINDEX)
-    place = wds_dir / tar
-    return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), way_out(place.parent, place.name), tar)
+    path = wds_dir / tar
+    return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), way_out(path.parent, path.name), tar)
 
 
 def _tars(wds_dir: Path) -> Iterator[tuple[str, int, Path, int]]:
@@ -137,7 +137,7 @@ def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str
     try:
         with SampleIndex(folder) as index:
             digests = index.digests(number)
-            members: dict[int, list[Place]] = defaultdict(list)
+            members: dict[int, list[Extent]] = defaultdict(list)
             for row, _, offset, size in index.members(number) if len(digests) == count else ():
                 members[row].append((offset, size))
         if len(digests) == count:
