@@ -207,7 +207,7 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Pa
             damages, index = [], True
         for damage in damages:
             tar = damage.redo.removesuffix(".tar") if damage.redo else None
-            if tar in planned:
+            if tar and tar in planned:
                 stale.add(tar)
             elif tar is None or planned or damage.file.endswith(".idx"):
                 index = True  # a foreign folder's own tar is not ours to make again: training refuses it
