@@ -6,7 +6,6 @@ Notable: a key that is not read is counted (`unread`), and said when the data is
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from llava_sft.data.rejects import Rejected
@@ -109,18 +108,13 @@ def check_text(role: str, content: str, number: int) -> None:
     if found := IMAGE_TOKENS.search(content):
         raise Rejected("placeholder that is not read", f"{found[0][:80]} in turn {number}: write <image>")
     if found := MEDIA_TOKENS.search(content):
-        raise Rejected(
-            f"{'video' if found[1] == 'video' else 'audio'} is not supported", f"{found[0]} in turn {number}"
-        )
+        kind = "video" if found[1] == "video" else "audio"
+        raise Rejected(f"{kind} is not supported", f"{found[0]} in turn {number}")
 
 
-def part_images(parts: list[Any]) -> Iterator[Any]:
-    """The image that each image part of an OpenAI content names; None where it names none."""
-    for part in parts:
-        if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-            given = [value for key, value in part.items() if key != "type" and IMAGE_KEYS.fullmatch(plain(key))]
-            given += [part[key] for key in ("path", "url", "source", "bytes", "data") if key in part]
-            named = next((value for value in given if not is_empty(value)), None)
-            if isinstance(named, dict) and "url" in named:
-                named = named["url"]
-            yield named
+def image_of(part: dict[str, Any]) -> Any:
+    """The image that a part of an OpenAI content names; None where it names none."""
+    values = [value for key, value in part.items() if key != "type" and IMAGE_KEYS.fullmatch(plain(key))]
+    values += [part[key] for key in ("path", "url", "source", "bytes", "data") if key in part]
+    named = next((value for value in values if not is_empty(value)), None)
+    return named["url"] if isinstance(named, dict) and "url" in named else named

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, is_empty, part_images
+from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, image_of, is_empty
 from llava_sft.data.rejects import Rejected
 
 IMAGE = "<image>"
@@ -137,12 +137,12 @@ def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> 
         if isinstance(record.get("conversations", record.get("messages")), list):
             raise Rejected("empty conversation")
         raise Rejected("missing key", f"conversations or messages; found: {', '.join(map(str, record))}")
-    if isinstance(turns, str):
-        raise Rejected("malformed conversation", "a string: store the list itself, not its JSON text")
-    if isinstance(turns, dict):
-        raise Rejected("malformed conversation", "a struct of lists: store a list of turns")
     if not isinstance(turns, list):
-        raise Rejected("malformed conversation", f"a {type(turns).__name__}, not a list")
+        known = {
+            str: "a string: store the list itself, not its JSON text",
+            dict: "a struct of lists: store a list of turns",
+        }
+        raise Rejected("malformed conversation", known.get(type(turns), f"a {type(turns).__name__}, not a list"))
     messages, in_parts = [], []
     for number, turn in enumerate(turns, 1):
         message, named = _message(turn, number)
@@ -170,10 +170,9 @@ def _message(turn: Any, number: int) -> tuple[dict[str, Any], list[Any]]:
     if role is None:
         what = "is null" if speaker is None else f"{str(speaker)[:40]!r} is none of {', '.join(ROLES)}"
         raise Rejected("unknown role", f"of turn {number}: {what}")
-    if not isinstance(content, list):
-        return {"role": role, "content": content}, []
-    joined = _join_parts(content)
-    return {"role": role, "content": joined}, list(part_images(content)) if isinstance(joined, str) else []
+    read = _read_parts(content) if isinstance(content, list) else None
+    text, images = read or (content, [])
+    return {"role": role, "content": text}, images
 
 
 def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
@@ -193,10 +192,11 @@ def _listed(record: dict[str, Any], key: str) -> list[Any]:
     """What stands under a key of images; empty where it says nothing, as a cell of a table does."""
     value = record.get(key)
     entries = value if isinstance(value, list) else [value]
-    if all(is_empty(entry) for entry in entries):
+    empty = [is_empty(entry) for entry in entries]
+    if all(empty):
         return []
-    if any(is_empty(entry) for entry in entries):
-        raise Rejected("empty image", f"entry {[is_empty(entry) for entry in entries].index(True) + 1} of {key}")
+    if any(empty):
+        raise Rejected("empty image", f"entry {empty.index(True) + 1} of {key}")
     return [_path_or_bytes(entry) if isinstance(entry, dict) else entry for entry in entries]
 
 
@@ -204,20 +204,21 @@ def _path_or_bytes(image: dict[str, Any]) -> Any:
     return image.get("path") if image.get("bytes") is None else image["bytes"]
 
 
-def _join_parts(parts: list[Any]) -> Any:
-    """OpenAI's content as a list of parts → text with placeholders; anything else stays what it is, to be rejected."""
-    texts = []
+def _read_parts(parts: list[Any]) -> tuple[str, list[Any]] | None:
+    """OpenAI's content as a list of parts → text with placeholders, and what each image part names; None for other lists."""
+    texts, images = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("image", "image_url"):
             texts.append(IMAGE)
+            images.append(image_of(part))
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
             raise Rejected(f"{'video' if 'video' in kind else 'audio'} is not supported", f"a part of type {kind[:40]}")
         else:
-            return parts
-    return "".join(texts)
+            return None
+    return "".join(texts), images
 
 
 def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
