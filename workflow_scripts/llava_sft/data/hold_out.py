@@ -85,8 +85,7 @@ def merge_heldout(
             for source, row in itertools.chain([first], samples):
                 key = f"{HELDOUT_PREFIX[0]}{len(merged):05d}_{len(rows):06d}"
                 contents = ((name, os.pread(source, size, offset), None) for name, offset, size in row["parts"])
-                offset, size, digest, members = tar.add_sample(key, contents)
-                rows.append({"key": key, "offset": offset, "size": size, "digest": digest, "parts": members})
+                rows.append(tar.add_sample(key, contents))
                 if tar.offset >= HELDOUT_BYTES:
                     break
             idx.write(idx_bytes([row["offset"] for row in rows], tar.offset))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import orjson
 import xxhash
@@ -32,16 +32,6 @@ TAR_RECORD = 20 * TAR_BLOCK  # tar files are padded to whole records
 WRITE_BYTES = 16 << 10  # joined and written at once: with far larger ones Linux took up to three times as long
 PROGRESS_RECORDS = 256
 MOST_UNREAD = 50  # keys that are named, of those that are not read
-
-
-class Placed(NamedTuple):
-    """Where a sample lies in a tar: offset and size in bytes, its digest in hexadecimal (`tars.sample_digest`), and of each
-    member its name without the key, offset and size of its content."""
-
-    offset: int
-    size: int
-    digest: str
-    members: list[tuple[str, int, int]]
 
 
 class TarWriter:
@@ -78,13 +68,17 @@ class TarWriter:
             self._flush()
         return content
 
-    def add_sample(self, key: str, contents: Iterable[tuple[str, bytes, bytes | None]]) -> Placed:
-        """Append a sample's members: name without the key, data, and the xxh3_128 of the data where it is known already."""
+    def add_sample(self, key: str, contents: Iterable[tuple[str, bytes, bytes | None]]) -> dict[str, Any]:
+        """Append a sample's members: name without the key, data, and the xxh3_128 of the data where it is known already.
+
+        Returns what the index says of it: key, offset and size in bytes, digest in hexadecimal (`tars.sample_digest`), and
+        as "parts" the name, offset and size of each member's content.
+        """
         start = self.offset
         members = [(name, self.add(f"{key}.{name}", data, digest), len(data)) for name, data, digest in contents]
         digest = xxhash.xxh3_64_hexdigest(b"".join(self._sample))
         self._sample.clear()
-        return Placed(start, self.offset - start, digest, members)
+        return {"key": key, "offset": start, "size": self.offset - start, "digest": digest, "parts": members}
 
     def finish(self) -> str:
         """Write the end of the archive; return the xxh3_128 of the whole file, in hexadecimal."""
@@ -148,15 +142,11 @@ class ShardWriter:
         hashes = [xxhash.xxh3_128_digest(image) for image in images]
         name = sample.id or key
         content = orjson.dumps({"id": name, "messages": sample.messages, "images": names, "meta": sample.meta})
-        placed = self.tar.add_sample(key, [*zip(names, images, hashes, strict=True), ("json", content, None)])
-        row = {
-            "key": key,
+        row = self.tar.add_sample(key, [*zip(names, images, hashes, strict=True), ("json", content, None)])
+        self.starts.append(row["offset"])
+        row |= {
             "id": name,
-            "offset": placed.offset,
-            "size": placed.size,
-            "digest": placed.digest,
             "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
-            "parts": placed.members,
             "images": [
                 {"hash": digest.hex(), "width": info.width, "height": info.height}
                 for digest, info in zip(hashes, infos, strict=True)
@@ -164,7 +154,6 @@ class ShardWriter:
             "meta": sample.meta,
         }
         self._rows.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-        self.starts.append(placed.offset)
         self.images += len(images)
         if "kind" in sample.meta:
             self.kinds[str(sample.meta["kind"])] += 1
