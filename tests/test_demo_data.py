@@ -10,7 +10,7 @@ import pytest
 from llava_sft.data.demo import HELDOUT_RECORDS, TRAIN_RECORDS, write_demo
 from llava_sft.data.plan import plan_ranges
 from llava_sft.data.shards import convert_range
-from llava_sft.paths import DEMO_BYTES
+from llava_sft.embedded import DEMO_BYTES
 from webdataset_helpers import contents
 
 

@@ -22,8 +22,8 @@ from llava_sft.data.records import Sample
 from llava_sft.data.sizes import Limits, sample_sizes
 from llava_sft.data.stored import read_split
 from llava_sft.data.stream import Ranks, train_loader, worker_ended
-from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError, RunError
+from llava_sft.model.template import ChatTemplate
 from llava_sft.training import validation
 from webdataset_helpers import Raw, picture, record
 

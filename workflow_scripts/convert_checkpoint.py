@@ -16,12 +16,10 @@ from pathlib import Path
 
 from llava_sft.checkpoint.hub import download
 from llava_sft.checkpoint.start import (
-    PARTS,
-    RUN_FILE,
-    SIDECARS,
+    Checkpoint,
     existing_checkpoint,
-    is_hub,
     is_legacy,
+    named_parts,
     read_hf_config,
 )
 from llava_sft.checkpoint.verify import MARKER, require_whole, verify
@@ -29,8 +27,9 @@ from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.run.layout import RUN_FILE, SIDECARS
 
-DEFAULT_LIMITS = 3136, 1_000_000
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
 
@@ -46,7 +45,7 @@ def main() -> None:
     add("--model", help="config/models/<model>.yaml, or a path (default: what run.json or config.json says)")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
     add("--part", action="append", default=[], metavar="PART=FOLDER",
-        help="hf2mcore: take language, vision or adapter from there; adapter=random")  # fmt: skip
+        help="hf2mcore: take language_model, vision_model or adapter from there; adapter=random")  # fmt: skip
     add("--min-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
     add("--max-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
     add("--samples", type=Path,
@@ -62,8 +61,9 @@ def main() -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    parts = parts_of(args.part)
-    source = args.source if is_hub(args.source) else existing_checkpoint(Path(args.source))
+    parts = named_parts((each.partition("=")[::2] for each in args.part), "--part {}={}")
+    checkpoint = Checkpoint.of(args.source)
+    source = checkpoint.name if checkpoint.kind == "hub" else existing_checkpoint(checkpoint.folder)
     if args.sidecars and not (args.sidecars / "tokenizer.json").is_file():
         raise CheckpointError(
             f"--sidecars {args.sidecars}: no tokenizer.json in it", "the Hugging Face folder of the model"
@@ -78,8 +78,8 @@ def convert(args: argparse.Namespace) -> None:
     depends = fingerprint(
         {
             "direction": args.direction,
-            "source": [source_fingerprint(each) for each in (source, *parts.values())],
-            "parts": list(parts),
+            "source": [source_fingerprint(each) for each in (source, *(part.name for part in parts.values()))],
+            "parts": [part.removesuffix("_model") for part in parts],  # as they were called: what is made stays
             "model": model and model.model_dump(),
             "export": [EXPORT_FORM, *limits, args.parity, bool(args.samples)] if limits else None,
         }
@@ -94,16 +94,15 @@ def convert(args: argparse.Namespace) -> None:
     from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 
     if args.direction == "hf2mcore":
-        local = lambda name: download(name) if is_hub(str(name)) else name  # noqa: E731
-        parts = {part: local(name) for part, name in parts.items()}
-        folder = local(source)
+        folders = {part: download(each.name) if each.kind == "hub" else each.name for part, each in parts.items()}
+        folder = download(source) if isinstance(source, str) else source
         model = model or ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
-        done = hf2mcore(folder, args.target, model, args.sidecars, parts)
+        done = hf2mcore(folder, args.target, model, args.sidecars, folders)
         done["source"] = args.source
     else:
         gate = None
         if args.samples:
-            from llava_sft.checkpoint.parity import check_parity
+            from llava_sft.evaluation.parity import check_parity
 
             gate = partial(check_parity, source, model, args.samples, args.parity)
         done = mcore2hf(source, args.target, args.sidecars, model, *limits, gate)
@@ -128,16 +127,6 @@ def made_before(target: Path, depends: str) -> dict | None:
         return None
 
 
-def parts_of(given: list[str]) -> dict[str, str]:
-    parts = {}
-    for each in given:
-        part, _, folder = each.partition("=")
-        if part not in PARTS or not folder:
-            raise SettingsError(f"--part {each}", f"--part PART=FOLDER, PART one of {', '.join(PARTS)}")
-        parts[part] = folder
-    return parts
-
-
 def run_settings(source: Path) -> dict:
     """run.json of the run that a checkpoint folder belongs to; empty where it belongs to none."""
     return read_object(source.parent / RUN_FILE, {})
@@ -149,7 +138,9 @@ def limits_of(source: Path, args: argparse.Namespace) -> tuple[int, int]:
     trained = (settings.get("min_pixels"), settings.get("max_pixels")) if isinstance(settings, dict) else None
     known = trained or image_limits(args.sidecars)
     given = args.min_pixels, args.max_pixels
-    limits = tuple(mine if mine is not None else old for mine, old in zip(given, known or DEFAULT_LIMITS, strict=True))
+    limits = tuple(
+        mine if mine is not None else old for mine, old in zip(given, known or (MIN_PIXELS, MAX_PIXELS), strict=True)
+    )
     if not (all(type(x) is int for x in limits) and 0 < limits[0] <= limits[1]):
         raise SettingsError(
             f"image limits {limits[0]} to {limits[1]} pixels", "--min-pixels and --max-pixels, 0 < least <= most"
@@ -175,7 +166,7 @@ def model_of(source: Path | str, args: argparse.Namespace) -> ModelConfig | None
     if args.model:
         path = Path(args.model)
         return load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
-    if is_hub(str(source)):
+    if isinstance(source, str):
         return None
     if args.direction == "mcore2hf" and (found := run_settings(source).get("model")):
         try:

@@ -13,6 +13,7 @@ from llava_sft.data.nv_meta import REINDEX, source_folders
 from llava_sft.data.plan import default_notes_dir
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json, write_text
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.report.inspection import inspection_page
 
 PROBLEMS_PRINTED = 10
@@ -31,8 +32,8 @@ def main() -> None:
     add("--fix", action="store_true", help="write .nv-meta and .tar.idx anew first; no tar is touched")
     add("--tokenizer", type=Path, nargs="?", metavar="FOLDER", help="count tokens with this tokenizer.json")
     add("--seq-length", type=int, default=32768, help="… and what this length would cut (%(default)s)")
-    add("--min-pixels", type=int, default=3136, help="… with images of at least (%(default)s)")
-    add("--max-pixels", type=int, default=1_000_000, help="… and at most (%(default)s)")
+    add("--min-pixels", type=int, default=MIN_PIXELS, help="… with images of at least (%(default)s)")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="… and at most (%(default)s)")
     args = parser.parse_args()
     notes_dir = args.parts_dir or default_notes_dir(args.wds_dir)
     if args.dataset and not args.dataset.is_file():

@@ -12,11 +12,11 @@ from typing import Any
 import xxhash
 
 from llava_sft.data.image_checks import ImageInfo
-from llava_sft.data.images import image_tokens, patch_grid
 from llava_sft.data.notes import Stats, counted, total
 from llava_sft.data.records import Sample
 from llava_sft.data.rejects import read_rejects
-from llava_sft.data.template import ChatTemplate, UnusableSample
+from llava_sft.model.processing import image_tokens, patch_grid
+from llava_sft.model.template import ChatTemplate, UnusableSample
 
 DECODED_IMAGES = 500  # about so many are decoded in full
 PROBLEMS_KEPT, REJECTS_KEPT, GALLERY_SAMPLES = 50, 20, 12

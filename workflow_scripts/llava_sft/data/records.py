@@ -5,7 +5,6 @@ Notable: a reader yields raw records with their place, a `parse_…` function tu
 caller notes it and goes on with its neighbour.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -14,20 +13,10 @@ import orjson
 
 from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, image_of, is_empty
 from llava_sft.data.rejects import Rejected
+from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
-IMAGE = "<image>"
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # a longer line is most likely not JSONL at all; reading it whole would eat the memory
-
-# The tokens that the chat template and the image slots are made of: in a text they would forge a turn or an image.
-# Grounding tokens (<|box_start|> …) are content, and pass, though the published tokenizers call them special too.
-CONTROL_TOKENS = tuple(
-    f"<|{name}|>"
-    for name in (
-        "im_start", "im_end", "endoftext", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"
-    )
-)  # fmt: skip
-CONTROL_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -138,11 +127,12 @@ def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> 
             raise Rejected("empty conversation")
         raise Rejected("missing key", f"conversations or messages; found: {', '.join(map(str, record))}")
     if not isinstance(turns, list):
-        known = {
-            str: "a string: store the list itself, not its JSON text",
-            dict: "a struct of lists: store a list of turns",
+        kind = type(turns).__name__
+        why = {
+            "str": "a string: store the list itself, not its JSON text",
+            "dict": "a struct of lists: store a list of turns",
         }
-        raise Rejected("malformed conversation", known.get(type(turns), f"a {type(turns).__name__}, not a list"))
+        raise Rejected("malformed conversation", why.get(kind, f"a {kind}, not a list"))
     messages, in_parts = [], []
     for number, turn in enumerate(turns, 1):
         message, named = _message(turn, number)

@@ -14,7 +14,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llava_sft.checksums import find_damage, note
 from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
@@ -166,16 +166,23 @@ def require_whole(wds_dir: Path, dataset: Path, full: bool = False) -> None:
         raise DataError(f"{first.file}: {first.what}{more}", first.fix)
 
 
-def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Path, Range]]) -> tuple[list[Path], bool]:
+class PlannedShard(Protocol):
+    @property
+    def raw(self) -> Path: ...
+    @property
+    def range(self) -> Range: ...
+
+
+def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, PlannedShard]) -> tuple[list[Path], bool]:
     """The tars that exist and have to be made again, and whether the index has to be.
 
-    `planned`: raw file and range of each shard, by its name with its source. Snakemake finds what is missing or newer by
+    `planned`: the shards of the plan, by their names with their sources. Snakemake finds what is missing or newer by
     itself; this adds what is damaged or gone beside a tar, and ranges of raw files whose content is another, whatever their
     dates say.
     """
     stale: set[str] = set()
     made: dict[Path, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    for name, (raw, cut) in planned.items():
+    for name, shard in planned.items():
         if not (webdatasets / f"{name}.tar").exists():
             continue
         notes_dir = (default_notes_dir(webdatasets) / name).parent
@@ -183,8 +190,11 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Pa
             stats = read_stats(notes_dir / f"{Path(name).name}.stats.json")
             if not is_whole((webdatasets / name).parent, notes_dir, stats):
                 stale.add(name)
-            elif (stats["raw"]["start"], stats["raw"]["end"]) == (cut.start, cut.end) and raw.is_file():
-                made[raw].append((name, stats["raw"]))
+            elif (stats["raw"]["start"], stats["raw"]["end"]) == (
+                shard.range.start,
+                shard.range.end,
+            ) and shard.raw.is_file():
+                made[shard.raw].append((name, stats["raw"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             stale.add(name)
     seen = Memo(dataset.with_name(".raw_files.json"))
