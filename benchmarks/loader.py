@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.stored import read_split
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.model.template import ChatTemplate
 from results import row, write_results

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from calibration import Recorded, calibrate, of_device, recorded, write_factors
-from llava_sft.data.lengths import Limits, global_order, sample_sizes
+from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import gpu, this_machine
 from llava_sft.model.cost import MicroBatch

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.data import lengths
-from llava_sft.data.index import told_leak
-from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
+from llava_sft.data.index import leak_note
+from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
@@ -180,7 +179,7 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {excluded[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
-    notes += filter(None, [told_leak(samples.dataset)])
+    notes += filter(None, [leak_note(samples.dataset)])
     if not samples.dataset["heldout"]["samples"]:
         notes.append(
             "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
@@ -215,7 +214,7 @@ def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[
         known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
         if keep:
             write_json(paths.sizes, known, indent=None, sealed=True)
-    return lengths.sizes_of(known), known["prepared_tokens_per_s"]
+    return SampleSizes.of(known), known["prepared_tokens_per_s"]
 
 
 def length_warning(settings: Settings, values: ResolvedSettings, sequences: float) -> list[str]:

@@ -7,7 +7,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_sft.checkpoint.start import MARKER, read_hf_config
+from llava_sft.checkpoint.start import read_hf_config
+from llava_sft.checkpoint.verify import MARKER
 from llava_sft.embedded import EMBEDDED
 from llava_sft.errors import SettingsError, SftError, shown
 from llava_sft.files import read_json

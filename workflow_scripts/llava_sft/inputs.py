@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load
-from llava_sft.data.tars import is_finished, no_tar
+from llava_sft.data.nv_meta import is_finished
+from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
 from llava_sft.errors import DataError, SettingsError, shown
 from llava_sft.machine import gpu_count

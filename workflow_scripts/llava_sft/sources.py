@@ -36,7 +36,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return str(Path(self.source.name) / shard_name(self.prefix, self.range.index))
+        return str(Path(self.source.name) / shard_name(self.prefix, self.range.number))
 
 
 def find_sources(settings: Settings, made_here: Callable[[Path], bool]) -> list[Source]:
