@@ -88,7 +88,12 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
 
 
 def make_loader(
-    values: dict[str, Any], data: dict[str, Any], run_dir: Path, limits: tuple, rank: int, replicas: int
+    values: dict[str, Any],
+    data: dict[str, Any],
+    run_dir: Path,
+    limits: tuple[ChatTemplate, int, int, int],
+    rank: int,
+    replicas: int,
 ) -> TrainingLoader:
     """Micro-batches of this data-parallel rank."""
     return train_loader(

@@ -7,6 +7,7 @@ import contextlib
 import math
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class HeldOut:
 
     def encode(self, sample: Sample):
         try:
-            return self.encoder.encode(sample.id, sample)
+            return self.encoder.encode(sample.id or "", sample)
         except SkipSample:
             raise
         except Exception as error:  # Pillow raises errors of many kinds
@@ -133,7 +134,7 @@ def record(
         noted["images"] = {sample.id: [data_uri(image) for image in sample.images] for sample in examples}
     append(run_dir / VALIDATION, noted)
     finite = [one for one in read_jsonl(run_dir / VALIDATION) if math.isfinite(one["lm loss validation"])]
-    lowest = min(
+    lowest: dict[str, Any] = min(
         finite, key=lambda one: one["lm loss validation"], default={"iteration": iteration, "lm loss validation": loss}
     )
     checkpoint = str(checkpoint_dir(run_dir, lowest["iteration"]))  # saved right after, when the intervals are the same
