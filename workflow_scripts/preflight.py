@@ -240,7 +240,7 @@ def told(
     model: ModelConfig, values: dict, machine: Machine | None, forecast: predict.Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
-    if forecast is None:
+    if forecast is None or machine is None:
         return None, ["no prediction: no recorded run of such a machine"]
     prediction, runs, found = forecast
     lines = predict.table(prediction, machine, runs, values)

@@ -143,7 +143,7 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
     where = origin.get(key, experiment_file)
     if key == "sources" and len(fault["loc"]) > 2:
         entry, *inner = fault["loc"][1:]
-        key = f"sources: entry {entry + 1}: {shown('.'.join(map(str, inner)))[1:-1]}"
+        key = f"sources: entry {int(entry) + 1}: {shown('.'.join(map(str, inner)))[1:-1]}"
         return f"{where}: {key}: {fault['msg'].lower()}", "an entry has path, heldout, image_root, weight, name"
     if fault["type"] == "extra_forbidden":
         near = (
