@@ -28,6 +28,7 @@ from llava_sft.files import file_fingerprint, fingerprint, read_object, write_js
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
 from llava_sft.run.layout import RUN_FILE, SIDECARS
+from llava_sft.settings.layers import load_model
 
 DEFAULT_LIMITS = 3136, 1_000_000
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
@@ -180,8 +181,7 @@ def named_model(args: argparse.Namespace) -> ModelConfig | None:
     """The sizes that --model names."""
     if not args.model:
         return None
-    path = Path(args.model)
-    return load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
+    return load_model_config(args.model) if args.model.endswith(".yaml") else load_model(args.model)
 
 
 def model_of_run(source: Path) -> ModelConfig | None:

@@ -22,10 +22,10 @@ from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
-from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.config import ModelConfig
 from llava_sft.paths import Paths
 from llava_sft.run.identity import refuse_other_run, same_run
-from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
     ResolvedSettings,
@@ -68,7 +68,7 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
-    model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
+    model = load_model(settings.model)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
