@@ -14,12 +14,12 @@ import time
 import psutil
 import pytest
 
+from helpers.trainings import Run, kill, same
 from llava_sft.files import read_json
 from llava_sft.run.checkpoints import damage, iterations_done
 from llava_sft.run.layout import checkpoint_dir, checkpoints
 from llava_sft.run.records import read_jsonl
 from project_runs import snakemake
-from resume import Run, kill, same
 
 STEPS = 9
 HOW = {"train_iters": STEPS, "save_interval": 3, "async_save": True}

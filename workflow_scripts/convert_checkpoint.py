@@ -27,10 +27,10 @@ from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
 
-DEFAULT_LIMITS = 3136, 1_000_000
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
 
@@ -108,7 +108,7 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
 
     gate = None
     if args.samples:
-        from llava_sft.checkpoint.parity import check_parity
+        from llava_sft.evaluation.parity import check_parity
 
         gate = partial(check_parity, source, model, args.samples, args.parity)
     done = mcore2hf(source, args.target, sidecars, model, *limits, gate=gate)
@@ -162,7 +162,7 @@ def limits_of(source: Path, sidecars: Path, args: argparse.Namespace) -> tuple[i
     settings = run_settings(source).get("settings")
     trained = (settings.get("min_pixels"), settings.get("max_pixels")) if isinstance(settings, dict) else None
     known = trained or image_limits(sidecars)
-    least, most = known or DEFAULT_LIMITS
+    least, most = known or (MIN_PIXELS, MAX_PIXELS)
     least = args.min_pixels if args.min_pixels is not None else least
     most = args.max_pixels if args.max_pixels is not None else most
     if not (type(least) is int and type(most) is int and 0 < least <= most):
