@@ -104,7 +104,7 @@ def main() -> None:
         check_gpus(values.dump(), bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
-    predicted, lines = told(model, values.dump(), machine, forecast)
+    predicted, lines = describe(model, values.dump(), machine, forecast)
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
@@ -245,7 +245,7 @@ def check_gpus(values: dict, cluster: bool) -> None:
         )
 
 
-def told(
+def describe(
     model: ModelConfig, values: dict, machine: Machine | None, forecast: Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
