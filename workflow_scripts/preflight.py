@@ -21,7 +21,7 @@ from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
-from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.config import ModelConfig
 from llava_sft.model.cost import checkpoint_size
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
@@ -34,7 +34,7 @@ from llava_sft.preflight.predict import (
 )
 from llava_sft.preflight.proposals import Forecast, forecast_of, proposal_lines
 from llava_sft.run.identity import refuse_other_run, same_run
-from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
     ResolvedSettings,
@@ -76,7 +76,7 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
-    model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
+    model = load_model(settings.model)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
@@ -103,7 +103,7 @@ def main() -> None:
         check_gpus(values.dump(), bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
-    predicted, lines = told(model, values.dump(), machine, forecast)
+    predicted, lines = describe(model, values.dump(), machine, forecast)
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
@@ -244,11 +244,11 @@ def check_gpus(values: dict, cluster: bool) -> None:
         )
 
 
-def told(
+def describe(
     model: ModelConfig, values: dict, machine: Machine | None, forecast: Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
-    if forecast is None:
+    if forecast is None or machine is None:
         return None, ["no prediction: no recorded run of such a machine"]
     prediction, calibration, found = forecast
     lines = table(prediction, machine, calibration, values)

@@ -157,7 +157,7 @@ class Workflow(Experiments):
     def _made_first(self, wildcards, path: Path) -> Path:
         """A file of the demo stands for its marker, which a rule makes."""
         paths = self.of(wildcards)
-        return paths.demo_done if paths.is_demo(path) else path
+        return paths.demo_done if paths.demo_done and paths.is_demo(path) else path
 
     def job_of_shard(self, wildcards) -> str:
         shard, settings = self.shard(wildcards), self.of(wildcards).settings
