@@ -5,12 +5,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from llava_sft.model.cost import MicroBatch, state_bytes
 from scipy.optimize import nnls
 
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.model.cost import MicroBatch, state_bytes
 from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time_terms
 from llava_sft.settings.resolve import data_parallel_size
 from results import RESULTS, ROOT

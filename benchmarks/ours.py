@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llava_sft.model.cost import matmul_parameters, training_flops
 
 from cases import CASE, PEAK, run_settings
 from kernels import kernel_times
 from llava_sft.data.loader import VlmBatch
 from llava_sft.model.config import load_model_config
-from llava_sft.model.cost import matmul_parameters, training_flops
 from llava_sft.model.processing import PATCH_VALUES
 from llava_sft.model.template import ChatTemplate
 from llava_sft.run.layout import checkpoint_dir

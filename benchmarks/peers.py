@@ -10,13 +10,13 @@ import tempfile
 import time
 
 import torch
+from llava_sft.model.cost import training_flops
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cases import PEAK, run_settings
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.model.cost import training_flops
 from llava_sft.model.hf.configuration_llavaonevision1_5 import Llavaonevision1_5Config
 from llava_sft.model.hf.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
 from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, PATCH_SIZE

@@ -17,11 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llava_sft.model.cost import MicroBatch
+
 from calibration import Recorded, calibrate, of_device, recorded, write_factors
 from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import gpu, this_machine
-from llava_sft.model.cost import MicroBatch
 from llava_sft.preflight import predict
 from llava_sft.run.records import read_metrics
 from llava_sft.settings.layers import load_settings

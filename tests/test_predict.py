@@ -4,6 +4,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from llava_sft.model.cost import MicroBatch
 
 from calibration import all_factors, calibrate, of_device, recorded
 from llava_sft.data.order import Passes
@@ -11,7 +12,6 @@ from llava_sft.data.sizes import SampleSizes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config
-from llava_sft.model.cost import MicroBatch
 from llava_sft.preflight.predict import Prediction, calibration_for, fits, mean_and_largest, predict
 from llava_sft.preflight.proposals import proposal_lines, proposals
 from llava_sft.settings.layers import CONFIG_DIR, load_settings

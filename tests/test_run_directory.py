@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from llava_sft.model.cost import expected_bytes, matmul_parameters, training_flops
 
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
-from llava_sft.model.cost import expected_bytes, matmul_parameters, training_flops
 from llava_sft.model.tensors import parameter_count
 from llava_sft.run import checkpoints as checkpoints_module
 from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune, seal

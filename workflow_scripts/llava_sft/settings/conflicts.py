@@ -48,7 +48,7 @@ def processes_per_node(settings: Settings, gpus: int) -> int:
 
     Raises Conflict when replicas cannot be made of them.
     """
-    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    model_parallel = settings.model_parallel_size
     asked = settings.nproc_per_node
     if gpus and asked not in ("auto", gpus):
         raise Conflict("nproc_per_node", f"{asked} is not gpus_per_node {gpus}", "nproc_per_node: auto (one a GPU)")

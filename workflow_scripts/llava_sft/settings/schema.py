@@ -306,6 +306,11 @@ class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, Model, 
         """`stage2_sft_vqa`, or `stage2_sft_vqa_<run_tag>`."""
         return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that share one replica of the model, TP × PP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
 
 ABOUT = {name: about_field(field) for name, field in AllSettings.model_fields.items()}
 DEFAULTS = {name: field.default for name, field in AllSettings.model_fields.items() if name not in Named.model_fields}

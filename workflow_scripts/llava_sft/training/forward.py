@@ -1,7 +1,7 @@
 """The model of a training, and its forward pass on a micro-batch of the loader."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -16,9 +16,10 @@ from llava_sft.megatron.distributed import reduce_gradients, report_complete, un
 from llava_sft.model.attention import packed_seq_params
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.llava import LlavaOneVision
+from llava_sft.settings.resolve import ResolvedSettings
 
 
-def build_model(model: ModelConfig, values: dict[str, Any]) -> LlavaOneVision:
+def build_model(model: ModelConfig, values: ResolvedSettings) -> LlavaOneVision:
     """This rank's share of the model, with random weights; what is not in `trainable_modules` is frozen."""
     config = transformer_config(model, values)
     last = parallel_state.is_pipeline_last_stage()
@@ -26,18 +27,18 @@ def build_model(model: ModelConfig, values: dict[str, Any]) -> LlavaOneVision:
         config,
         model,
         vocab_size=model.language.vocab_size,
-        max_sequence_length=values["seq_length"],
+        max_sequence_length=values.seq_length,
         transformer_impl=config.transformer_impl,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last,
-        recompute_vision=values["recompute_vision"] == "full",
+        recompute_vision=values.recompute_vision == "full",
     )
     if config.gradient_accumulation_fusion and last:
         # Transformer Engine's layers add weight gradients in place; Megatron's output layer (TP > 1) would need Apex.
         built.language_model.output_layer.gradient_accumulation_fusion = False
     for name, part in built.named_children():
-        if name not in values["trainable_modules"]:
+        if name not in values.trainable_modules:
             part.requires_grad_(False)
     return built
 
@@ -102,7 +103,7 @@ class Forward:
 
 def through_stages(
     model: DistributedDataParallel, forward: Forward, next_batch: Callable[[], VlmBatch], micro_batches: int,
-    values: dict[str, Any],
+    values: ResolvedSettings,
 ) -> Tensor | None:  # fmt: skip
     """Forward, and backward where the model is trained, by Megatron's schedule for a model cut into pipeline stages.
 
@@ -126,8 +127,8 @@ def through_stages(
         data_iterator=None,
         model=[model],
         num_microbatches=micro_batches,
-        seq_length=values["seq_length"],
-        micro_batch_size=values["micro_batch_size"],
+        seq_length=values.seq_length,
+        micro_batch_size=values.micro_batch_size,
         forward_only=not model.training,
     )
     return torch.vstack(reports).sum(dim=0) if reports else None

@@ -2,7 +2,6 @@
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from llava_sft.files import write_text
 from llava_sft.megatron.checkpoint import Checkpoints
 from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal
 from llava_sft.run.layout import TRACKER, checkpoint_dir, checkpoints
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training.position import save_position
 from llava_sft.training.watch import Watch
 
@@ -21,7 +21,7 @@ class Saves:
     def __init__(
         self,
         run_dir: Path,
-        values: dict[str, Any],
+        values: ResolvedSettings,
         expected: int,
         states: Checkpoints,
         loader: TrainingLoader,
@@ -60,4 +60,4 @@ class Saves:
 
     def _seal(self, iteration: int) -> None:
         seal(self.run_dir, iteration)
-        prune(self.run_dir, self.values["keep_last"], self.values["keep_every"])
+        prune(self.run_dir, self.values.keep_last, self.values.keep_every)
