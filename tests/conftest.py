@@ -1,5 +1,7 @@
 """What several test files share: a small checkpoint whose sizes are all different, so that no mix-up goes unnoticed."""
 
+import copy
+import json
 import os
 import shutil
 import signal
@@ -12,8 +14,10 @@ if not Path("/dev/nvidia0").exists():  # the kernels of the GPU's layers, run by
 import pytest
 from hypothesis import settings
 
-from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
-from project_runs import copy_project, snakemake
+from helpers import MODELS, ROOT
+from helpers.projects import copy_project, snakemake
+from llava_sft.config import load_settings, resolve
+from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig, load_model_config
 
 # nohup, and a shell that starts us in the background, have us ignore what a terminal sends; tests send it.
 for number, default in {
@@ -25,9 +29,6 @@ for number, default in {
         signal.signal(number, default)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-MODELS = Path(__file__).parent.parent / "config/models"
-TEXTS = [f"Which digit is this? It is {i % 10}. The larger of the two digits is {i % 7}." for i in range(50)]
-MIN_PIXELS, MAX_PIXELS = 3136, 50_000
 
 
 @pytest.fixture(scope="session")
@@ -50,19 +51,40 @@ def small_model() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory, small_model) -> Path:
-    """A Hugging Face folder of `small_model`; norms and biases are random too, so that none can be forgotten."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    from helpers.models import write_noisy_checkpoint  # torch: only where it is needed
 
-    from llava_sft.model.tiny import write_tiny_checkpoint
+    return write_noisy_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", small_model)
 
-    folder = tmp_path_factory.mktemp("checkpoint") / "small"
-    write_tiny_checkpoint(folder, TEXTS, small_model, 1, MIN_PIXELS, MAX_PIXELS)
-    generator = torch.Generator().manual_seed(2)
-    weights = load_file(folder / "model.safetensors")
-    weights = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+
+@pytest.fixture(scope="module")
+def shipped_settings():
+    """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return json.loads(json.dumps(resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0]))
+
+
+@pytest.fixture
+def resolved(shipped_settings, tmp_path):
+    sidecars = tmp_path / "start_checkpoint"
+    sidecars.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (sidecars / name).write_text("{}")
+    return {
+        "run_name": "stage2_sft_vqa",
+        "settings": copy.deepcopy(shipped_settings) | {"train_iters": 100, "num_workers": 2, "lr": 1e-4},
+        "model": load_model_config(MODELS / "tiny.yaml").model_dump(),
+        "data": {"path": "wds", "fingerprint": "d1", "train_samples": 5000, "heldout_samples": 100},
+        "start": {"load": "hf", "folder": None, "sidecars": str(sidecars), "fingerprint": "s1", "untrained": True},
+        "versions": {"torch": "2"},
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "stage2_sft_vqa"
+    path.mkdir()
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from helpers import MODELS, ROOT
 from llava_sft import config
 from llava_sft.config import (
     auto_num_workers,
@@ -26,7 +27,6 @@ from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
 from llava_sft.paths import Paths, check_demo
 from llava_sft.workflow import Workflow
-from test_model_config import MODELS, ROOT
 
 
 @pytest.fixture

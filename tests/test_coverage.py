@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import report
-from conftest import MAX_PIXELS, MIN_PIXELS
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import Raw, record
 from llava_sft.data.heldout import sample_ids
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder
@@ -19,7 +20,6 @@ from llava_sft.errors import DamagedFileError, DataError, RunError
 from llava_sft.files import write_json
 from llava_sft.training.coverage import SAMPLE_COUNTS, count_samples, sample_counts, told
 from llava_sft.training.watch import Watch
-from webdataset_helpers import Raw, record
 
 
 def note(run_dir, *ranks):

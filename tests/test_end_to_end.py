@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from project_runs import environment, losses, planned, snakemake, snakemake_command
+from helpers.projects import environment, losses, planned, snakemake, snakemake_command
 
 SMALL = ["train_iters=40", "save_interval=10", "log_interval=5", "evaluate_samples=40"]
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"

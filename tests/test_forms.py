@@ -21,15 +21,14 @@ from transformers import Qwen2Tokenizer
 
 from faults import server
 from faults.project import ORDER, commands, environment, make_project
+from helpers.original_checkpoint import write_original
+from helpers.published_tokenizer import VOCABULARY, write_tokenizer
+from helpers.webdatasets import mix, picture, record, tar_of, turns
 from llava_sft.checkpoint.safetensors_io import old_name
 from llava_sft.data.lengths import sizes_of
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.tiny import random_weights, write_tiny_checkpoint
-from published_tokenizer import VOCABULARY, write_tokenizer
-from test_legacy import write_original
-from test_split_and_sources import mix, tar_of, turns
-from webdataset_helpers import picture, record
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb, image_tokens, to_patches
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import TokenCounter, distribution, inspect_webdataset, render_html
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, picture, record
 
 
 @pytest.fixture

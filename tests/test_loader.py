@@ -14,7 +14,8 @@ import torch
 from megatron.energon import SkipSample
 from PIL import Image
 
-from conftest import MAX_PIXELS, MIN_PIXELS
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.lengths import Limits, sample_sizes
@@ -25,7 +26,6 @@ from llava_sft.data.stream import Ranks, train_loader, worker_ended
 from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError, RunError
 from llava_sft.training import validation
-from webdataset_helpers import Raw, picture, record
 
 RECORDS = 24
 LOADERS = []

@@ -3,21 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers import MODELS
+from helpers.models import published_names
 from llava_sft.errors import CheckpointError, SettingsError
 from llava_sft.model.config import PUBLISHED_TOKEN_IDS, ModelConfig, load_model_config
-
-ROOT = Path(__file__).parent.parent
-MODELS = ROOT / "config/models"
-
-
-def published_names(size: str) -> dict[str, tuple[int, ...]]:
-    lines = (ROOT / f"tests/data/names_{size}.txt").read_text().splitlines()
-    return {name: tuple(map(int, shape.split(","))) for name, shape in (line.split("\t") for line in lines)}
 
 
 @pytest.mark.parametrize(("size", "count"), [("4b", 4_741_610_528), ("8b", 8_527_214_624)])

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import MAX_PIXELS, MIN_PIXELS, TEXTS
+from helpers import ROOT, SCRIPTS
+from helpers.models import MAX_PIXELS, MIN_PIXELS, TEXTS
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
@@ -62,8 +63,8 @@ def results(tmp_path_factory):
     steps += [(f"{name}, overlap", *how, OVERLAP) for name, how in TWO_REPLICAS.items()]
     job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs, "steps": steps}  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
-    worker = Path(__file__).with_name("parallel_worker.py")
-    paths = [str(worker.parent), str(worker.parents[1] / "workflow_scripts")]
+    worker = ROOT / "tests/helpers/parallel_worker.py"
+    paths = [str(ROOT / "tests"), str(SCRIPTS)]
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", worker, folder],
         env=os.environ

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MAX_PIXELS, MIN_PIXELS
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import picture
 from llava_sft.checkpoint import parity
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.parity import check_parity
 from llava_sft.checkpoint.start import SIDECARS
 from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
-from webdataset_helpers import picture
 
 
 @pytest.fixture(scope="module")

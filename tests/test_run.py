@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import MODELS
+from helpers import MODELS, ROOT
 from llava_sft.checkpoint.start import SIDECARS, TRACKER
 from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
@@ -22,38 +22,6 @@ from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.run import lock, open_run, same_run, start_dir
 from llava_sft.training.slurm import Job
 from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
-from test_model_config import ROOT
-
-
-@pytest.fixture(scope="module")
-def shipped_settings():
-    """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        return json.loads(json.dumps(resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0]))
-
-
-@pytest.fixture
-def resolved(shipped_settings, tmp_path):
-    sidecars = tmp_path / "start_checkpoint"
-    sidecars.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (sidecars / name).write_text("{}")
-    return {
-        "run_name": "stage2_sft_vqa",
-        "settings": copy.deepcopy(shipped_settings) | {"train_iters": 100, "num_workers": 2, "lr": 1e-4},
-        "model": load_model_config(MODELS / "tiny.yaml").model_dump(),
-        "data": {"path": "wds", "fingerprint": "d1", "train_samples": 5000, "heldout_samples": 100},
-        "start": {"load": "hf", "folder": None, "sidecars": str(sidecars), "fingerprint": "s1", "untrained": True},
-        "versions": {"torch": "2"},
-    }
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    path = tmp_path / "stage2_sft_vqa"
-    path.mkdir()
-    return path
 
 
 def saved(run_dir, iteration):

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers import ROOT
+from helpers.runs import VALUES, save
 from llava_sft.config import CONFIG_DIR, STAGES, Settings, json_schema, load_settings, resolve
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.files import read_json, write_json
@@ -21,36 +23,17 @@ from llava_sft.training import checkpoints as checkpoints_module
 from llava_sft.training.arguments import part_rates
 from llava_sft.training.checkpoints import (
     check_disk,
-    checkpoint_dir,
     checkpoints,
     expected_bytes,
     iterations_done,
     newest_whole,
     prune,
-    seal,
 )
 from llava_sft.training.remedies import exploded, lower_lr, out_of_memory, slow_loading
 from llava_sft.training.run import give_back, is_running, lock
 from llava_sft.training.watch import Tail, Watch, append, read_jsonl
 
-ROOT = Path(__file__).parents[1]
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def save(run_dir: Path, iteration: int, sealed: bool = True) -> Path:
-    """What Megatron leaves at a save, in small."""
-    folder, data = checkpoint_dir(run_dir, iteration), run_dir / f"dataloader/iter_{iteration:07d}"
-    folder.mkdir(parents=True)
-    data.mkdir(parents=True, exist_ok=True)
-    (folder / "__0_0.distcp").write_bytes(bytes([iteration]) * 1000)
-    (folder / ".metadata").write_bytes(b"metadata")
-    (data / "train_dataloader_dprank000.pt").write_bytes(b"position")
-    (run_dir / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    if sealed:
-        seal(run_dir, iteration)
-    return folder
 
 
 def flip(path: Path) -> None:
@@ -182,13 +165,6 @@ def test_a_lock_of_another_host_counts_as_long_as_its_heart_beats(tmp_path, caps
 
 
 # --- watching --------------------------------------------------------------------------------------------------------
-
-VALUES = {
-    "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
-    "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
-    "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
-    "pipeline_model_parallel_size": 1,
-}  # fmt: skip
 
 
 def test_bad_steps_are_recorded_with_their_samples_and_stop_the_run_with_the_numbers_to_change(tmp_path):

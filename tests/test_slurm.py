@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import mini_slurm
-from project_runs import losses, snakemake_command
+from helpers import ROOT, mini_slurm
+from helpers.projects import losses, snakemake_command
 from results import row, write_results
 from resume import Run
 
@@ -106,7 +106,7 @@ def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(proj
 
 
 def test_the_profile_keeps_what_differs_between_clusters_at_its_top():
-    text = (Path(__file__).parents[1] / "profiles/slurm/config.yaml").read_text()
+    text = (ROOT / "profiles/slurm/config.yaml").read_text()
     mine, _, common = text.partition("# --- the same everywhere")
     assert yaml.safe_load(mine).keys() == {"default-resources", "set-resources", "cores", "group-components"}
     assert yaml.safe_load(common.partition("\n")[2])["executor"] == "slurm"

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 import list_runs
 import preflight
 import train
+from helpers.runs import VALUES, save
 from llava_sft.errors import RunError, SettingsError, SftError
 from llava_sft.files import read_json, write_json
 from llava_sft.training import watch as watch_module
@@ -36,8 +37,6 @@ from llava_sft.training.watch import (
     read_jsonl,
     read_metrics,
 )
-from test_run import resolved, run_dir, shipped_settings  # noqa: F401 (fixtures)
-from test_run_directory import VALUES, save
 
 SETTINGS = VALUES | {"log_samples": True, "log_interval": 7, "train_iters": 30, "max_bad_steps": 4}
 LOSSES = [math.sin(i) + 3 for i in range(31)]
@@ -122,7 +121,7 @@ DAMAGED = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, shipped_settings):  # noqa: F811
+def whole(tmp_path_factory, shipped_settings):
     """A run of 30 steps, and its settings."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     folder.mkdir()

@@ -14,10 +14,10 @@ import time
 import psutil
 import pytest
 
+from helpers.projects import snakemake
 from llava_sft.files import read_json
 from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, damage, iterations_done
 from llava_sft.training.watch import read_jsonl
-from project_runs import snakemake
 from resume import Run, kill, same
 
 STEPS = 9

@@ -2,7 +2,7 @@
 one parallel layout after the other in the same process (importing Megatron takes longer than all of it); then some steps
 of packs in chunks, with and without reduction of the gradients during the backward pass.
 
-    torchrun --nproc-per-node=4 tests/parallel_worker.py JOB_DIR
+    torchrun --nproc-per-node=4 tests/helpers/parallel_worker.py JOB_DIR
 """
 
 import hashlib
@@ -34,9 +34,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args  
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron.training.global_vars import set_args, unset_global_variables  # noqa: E402
 
+from helpers.conversations import VALUES, conversation, loader_batch  # noqa: E402
 from llava_sft.training import loop  # noqa: E402
 from llava_sft.training.arguments import megatron_arguments  # noqa: E402
-from test_megatron_model import VALUES, conversation, loader_batch  # noqa: E402
 
 
 def build(job: dict, tp: int, pp: int, values: dict, extra: list[str]) -> tuple[loop.Trainer, DistributedDataParallel]:

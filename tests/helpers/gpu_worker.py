@@ -1,6 +1,6 @@
 """Comparisons inside one process on a GPU, for test_gpu.py: prints one JSON line of relative differences.
 
-python tests/gpu_worker.py HF_FOLDER RUN_DIR
+python tests/helpers/gpu_worker.py HF_FOLDER RUN_DIR
 """
 
 import json
@@ -19,13 +19,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.global_vars import set_args
 
+from helpers import MODELS
+from helpers.gpu import VALUES, samples
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.template import ChatTemplate
 from llava_sft.model.config import load_model_config
 from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
 from llava_sft.training import loop
 from llava_sft.training.arguments import megatron_arguments
-from test_gpu import MODELS, VALUES, samples
 
 
 def main(tokenizer: str, run_dir: str) -> None:
