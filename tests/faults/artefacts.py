@@ -105,6 +105,7 @@ def dump(path: Path) -> bytes:
 def words(page: str, timed: bool) -> str:
     """A page without dates and names of logs; `timed`: without its charts and the lines on speed, duration and memory too."""
     page = re.sub(r"run_\d{4}-\d\d-\d\d_[\w.-]+\.log", "LOG", page)
+    page = re.sub(r"(?m)^.*/LOG</code>.*\n", "", page)  # one of each start of the training
     page = re.sub(r"\d{4}-\d\d-\d\d[T ]?(\d\d:\d\d(:\d\d)?(\.\d+)?)?", "DATE", page)
     if timed:
         page = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
