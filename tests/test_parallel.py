@@ -63,17 +63,16 @@ def results(tmp_path_factory):
     steps += [(f"{name}, overlap", *how, OVERLAP) for name, how in TWO_REPLICAS.items()]
     job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs, "steps": steps}  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
-    worker = ROOT / "tests/helpers/parallel_worker.py"
-    paths = [str(ROOT / "tests"), str(SCRIPTS)]
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(SCRIPTS)]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTHONDONTWRITEBYTECODE": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", worker, folder],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "PYTHONDONTWRITEBYTECODE": "",
-        },
+        [sys.executable, ROOT / "tests/helpers/parallel_worker.py", folder, str(RANKS)],
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
