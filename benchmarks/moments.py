@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformer_engine.pytorch.optimizers import FusedAdam
 
-from llava_sft.training.adam import round_evenly
+from llava_sft.megatron.adam import round_evenly
 from results import row, write_results
 
 BETAS2 = (0.95, 0.99, 0.995, 0.999)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "workflow_scripts"))
 from llava_sft.config import first_epoch, load_settings, packing_window, resolve  # noqa: E402
 from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
-from llava_sft.training import predict, run  # noqa: E402
+from llava_sft.training import predict  # noqa: E402
 from llava_sft.training.watch import read_metrics  # noqa: E402
 from results import RESULTS, row, write_results  # noqa: E402
 
@@ -69,10 +69,9 @@ def record() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / "run.json", before | {"settings": values})
-        start = run.start_dir(folder, before["start"]["folder"])
         environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
         environment |= {"MASTER_PORT": "29577", "PYTHONPATH": str(ROOT / "workflow_scripts")}
-        command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder, start]
+        command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder]
         with open(OUT / "log", "w") as log:
             subprocess.run(command, env=os.environ | environment, check=True, stdout=log, stderr=log)
         metrics = read_metrics(folder)

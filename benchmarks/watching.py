@@ -39,28 +39,26 @@ def main() -> None:
 
 
 def measure(resolved: dict) -> list[dict]:
-    from llava_sft.training import loop, run
+    from llava_sft.training import loop, process
 
     ends: list[tuple[float, float]] = []
     on = {"training_flops": loop.training_flops, "step": loop.Watch.step, "batch": loop.Watch.batch}
-    original_log = loop.Trainer.training_log
+    original = loop.Loop.log
 
-    def training_log(self, original, *args, **named):
+    def log(self, *given):
         watched = (len(ends) - WARM) // BLOCK % 2 == 0
         loop.training_flops = on["training_flops"] if watched else lambda *shape: 0.0
         loop.Watch.batch = on["batch"] if watched else lambda *values: None
         loop.Watch.step = on["step"] if watched else lambda *values: None
-        flag = original_log(self, original, *args, **named) if watched else original(*args, **named)
+        original(self, *given)
         ends.append((time.perf_counter(), time.process_time()))
-        return flag
 
-    loop.Trainer.training_log = training_log
-    start = run.start_dir(OUT, resolved["start"]["folder"])
-    loop.main(str(OUT / "resolved.json"), str(OUT), str(start))
+    loop.Loop.log = log
+    process.main(str(OUT / "resolved.json"), str(OUT))
 
     rows = []
     for clock, name in enumerate(("wall", "cpu")):
-        # The switch falls between two steps: a block is the steps whose training_log ran under it.
+        # The switch falls between two steps: a block is the steps whose log ran under it.
         seconds = [ends[i + BLOCK - 1][clock] - ends[i - 1][clock] for i in range(WARM, len(ends) - BLOCK + 1, BLOCK)]
         pairs = list(zip(seconds[::2], seconds[1::2], strict=False))
         off = statistics.median(without for _, without in pairs)

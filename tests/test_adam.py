@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_sft.training.adam import RoundedAdam, adam_step, keep_precision, round_evenly
+from llava_sft.megatron.adam import RoundedAdam, adam_step, keep_precision, round_evenly
 
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "decay": 0.1, "bias_correction": True}
 

@@ -50,8 +50,6 @@ class Training:
     port = 10_000 + 8 * os.getpid() % 20_000
 
     def __init__(self, data, run_dir: Path, gpu: bool, model=None, start: Path | None = None, **values):
-        from llava_sft.training.run import start_dir
-
         run_dir.mkdir(exist_ok=True)
         self.run_dir = run_dir
         model = model or load_model_config(MODELS / "tiny.yaml")
@@ -59,7 +57,12 @@ class Training:
             "settings": VALUES | {"gpus_per_node": int(gpu), "bf16": gpu} | values,
             "model": model.model_dump(),
             "data": {"path": str(data["shards"]), "fingerprint": "test"},
-            "start": {"sidecars": str(data["tokenizer"]), "folder": None, "untrained": True, "old_names": False},
+            "start": {
+                "sidecars": str(data["tokenizer"]),
+                "folder": start and str(start),
+                "untrained": True,
+                "old_names": False,
+            },
         }
         (run_dir / "resolved.json").write_text(json.dumps(resolved))
         Training.port += 1
@@ -70,9 +73,8 @@ class Training:
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(self.port),
         }
-        begin = start_dir(run_dir, str(start) if start else None) or ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llava_sft.training", run_dir / "resolved.json", run_dir, str(begin)],
+            [sys.executable, "-m", "llava_sft.training", run_dir / "resolved.json", run_dir],
             env=os.environ | alone | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
@@ -85,8 +87,9 @@ class Training:
 
 
 def test_fused_layers_packs_and_chunks_agree_with_megatrons_layers(data, tmp_path):
-    worker = Path(__file__).parent / "helpers/gpu_worker.py"
-    run = subprocess.run([sys.executable, worker, data["tokenizer"], tmp_path], capture_output=True, text=True)
+    worker = ROOT / "tests/helpers/gpu_worker.py"
+    here = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    run = subprocess.run([sys.executable, worker, data["tokenizer"]], env=here, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-6000:]
     found = json.loads(run.stdout.split("RESULT ")[1].splitlines()[0])
     print(found)

@@ -37,8 +37,8 @@ compiled = []
 
 
 def launch_all() -> None:
+    from llava_sft.megatron import adam
     from llava_sft.model import kernels
-    from llava_sft.training import adam
 
     triton.JITFunction.run = compile_only
 

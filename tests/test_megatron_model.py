@@ -3,7 +3,6 @@
 Everything that needs Megatron in this process stands in this one file: its import takes most of the time.
 """
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,15 +15,14 @@ from helpers import MODELS
 from helpers.conversations import VALUES, conversation, loader_batch
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.names import mapping
+from llava_sft.megatron import cpu
 from llava_sft.model.config import load_model_config
-from llava_sft.training import cpu
-from llava_sft.training.arguments import megatron_arguments
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
 
 
 @pytest.fixture(scope="module")
-def megatron(tmp_path_factory):
+def megatron():
     """Megatron in this process, as training sets it up, and `build(model_config)`; taken back at the end."""
     with pytest.MonkeyPatch.context() as patch:
         real = {}
@@ -36,30 +34,15 @@ def megatron(tmp_path_factory):
 
         patch.setattr(cpu, "_replace", remember)
         from megatron.core import parallel_state
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-        from megatron.training.arguments import parse_and_validate_args
-        from megatron.training.global_vars import set_args, unset_global_variables
 
-        from llava_sft.training import loop
+        cpu.apply()
+        from llava_sft.megatron import parallel
+        from llava_sft.training.forward import build_model
 
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             patch.setenv(name, value)
-        folder = tmp_path_factory.mktemp("run")
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(1)
-
-        def build(model, **values):
-            patch.setattr(sys, "argv", ["train", *megatron_arguments(VALUES | values, model, folder, None)])
-            unset_global_variables()
-            set_args(parse_and_validate_args(loop.add_arguments, args_defaults={}))
-            resolved = {"settings": VALUES, "data": {}, "start": {"sidecars": ""}, "model": model.model_dump()}
-            groups = ProcessGroupCollection.use_mpu_process_groups()
-            return loop.Trainer(resolved, folder).build_model(pg_collection=groups)
-
-        yield SimpleNamespace(build=build, loop=loop)
-        unset_global_variables()
+        parallel.start(VALUES, torch.distributed.HashStore())
+        yield SimpleNamespace(build=lambda model: build_model(model, VALUES))
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
         for (owner, name), value in real.items():
@@ -344,11 +327,7 @@ def test_published_sizes_build_with_exactly_their_tensors(megatron, monkeypatch,
 def test_the_cpu_layer_stays_small_and_within_torch_and_megatron(megatron):
     assert len(cpu.PATCHED) == len(set(cpu.PATCHED)) <= 70
     assert [name for name in cpu.PATCHED if not name.startswith(("torch.", "megatron."))] == []
-    assert sorted(name.rpartition(".")[2] for name in cpu.PATCHED if name.startswith("megatron.")) == [
-        "_set_cuda_rng_state",
-        "initialize_megatron",
-        "set_jit_fusion_options",
-    ]
+    assert [name.rpartition(".")[2] for name in cpu.PATCHED if name.startswith("megatron.")] == ["_set_cuda_rng_state"]
 
 
 def test_the_cpu_layer_is_applied_once(megatron):

@@ -16,10 +16,9 @@ from llava_sft.config import load_settings, resolve
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json
 from llava_sft.model.config import load_model_config
-from llava_sft.training.arguments import megatron_arguments
 from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
 from llava_sft.training.launcher import command, node_command, rendezvous
-from llava_sft.training.run import lock, open_run, same_run, start_dir
+from llava_sft.training.run import lock, open_run, same_run
 from llava_sft.training.slurm import Job
 from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
 
@@ -194,67 +193,7 @@ def test_the_lock_holds_as_long_as_a_training_process_lives_even_when_its_launch
 # --- where it starts from --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "link", "tracker"),
-    [
-        ("release", "release", "release"),
-        ("iter_0000400", "iter_0000400", "400"),
-        ("iter_0400", "iter_0000400", "400"),
-    ],
-)
-def test_megatron_finds_the_start_checkpoint_by_a_tracker_whatever_the_folder_is_called(
-    run_dir, tmp_path, name, link, tracker
-):
-    source = tmp_path / "earlier" / name
-    source.mkdir(parents=True)
-    (source / ".metadata").write_text("x")
-    for _ in range(2):  # a second start of the run finds its own link
-        folder = start_dir(run_dir, str(source))
-        assert (folder / TRACKER).read_text() == tracker
-        assert (folder / link / ".metadata").read_text() == "x"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([TRACKER, link])
-
-
-def test_random_weights_have_no_start_folder(run_dir):
-    assert start_dir(run_dir, None) is None
-
-
-# --- what Megatron is told -------------------------------------------------------------------------------------------
-
-
-def names(arguments):
-    return [argument.partition("=")[0] for argument in arguments]
-
-
-@pytest.mark.parametrize("size", ["tiny", "4b", "8b"])
-@pytest.mark.parametrize("gpus", [0, 8])
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("start", [None, "start"])
-def test_no_argument_is_given_twice_and_each_only_when_it_is_meant(resolved, tmp_path, size, gpus, bf16, start):
-    values = resolved["settings"] | {"gpus_per_node": gpus, "nproc_per_node": gpus or 2, "bf16": bf16}
-    folder = tmp_path / start if start else None
-    arguments = megatron_arguments(values, load_model_config(MODELS / f"{size}.yaml"), tmp_path, folder)
-    given = names(arguments)
-    assert len(given) == len(set(given))
-    assert all(
-        argument.startswith("--")
-        and "None" not in argument
-        and "auto" not in argument.replace("--attention-backend=auto", "")
-        for argument in arguments
-    )
-    assert ("--bf16" in given) == bf16
-    assert ("--pretrained-checkpoint" in given) == (start is not None)
-    assert ("--use-distributed-optimizer" in given) == ("--overlap-grad-reduce" in given) == (gpus > 0)
-    assert f"--distributed-backend={'nccl' if gpus else 'gloo'}" in arguments
-    assert f"--save={tmp_path}" in arguments and f"--load={tmp_path}" in arguments  # the same: a rerun goes on
-
-
-def test_numbers_reach_megatron_as_they_were_set(resolved, tmp_path):
-    values = resolved["settings"] | {"lr": 1e-5, "min_lr": 1e-6, "adam_eps": 1e-8, "seed": 7}
-    arguments = megatron_arguments(values, load_model_config(MODELS / "4b.yaml"), tmp_path, None)
-    read = dict(argument.removeprefix("--").split("=", 1) for argument in arguments if "=" in argument)
-    assert [float(read[key]) for key in ("lr", "min-lr", "adam-eps", "seed")] == [1e-5, 1e-6, 1e-8, 7]
-    assert (read["rotary-base"], read["norm-epsilon"], read["kv-channels"]) == ("5000000", "1e-06", "128")
+# --- what is started ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,21 +222,21 @@ JOB = Job("4711", "10.0.0.1", nodes=8, cpus_per_node=96)
 def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypatch, nodes, gpus, count):
     monkeypatch.setattr("llava_sft.training.launcher._free_port", lambda: 29500)
     monkeypatch.setenv("OMP_NUM_THREADS", "12")
-    argv = node_command(JOB, nodes, count, gpus, ["--mpi=none"], ["run.json", "run_dir", "start"])
+    argv = node_command(JOB, nodes, count, gpus, ["--mpi=none"], ["run.json", "run_dir"])
     wanted = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task=96"
     wanted += f" --gres=gpu:{gpus}" if gpus else ""
     wanted += " --kill-on-bad-exit=1 --overlap" + (" --label" if nodes > 1 else "") + " --mpi=none"
-    wanted += f" {sys.executable} -m llava_sft.training.launcher 10.0.0.1:29500 {count} run.json run_dir start"
+    wanted += f" {sys.executable} -m llava_sft.training.launcher 10.0.0.1:29500 {count} run.json run_dir"
     assert " ".join(argv) == wanted
 
     last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}
-    argv, environment = command(count, ["run.json", "run_dir", "start"], "/tmp/s", rendezvous("10.0.0.1:29500", last))
-    one = f"{sys.executable} -m llava_sft.training run.json run_dir start"
+    argv, environment = command(count, ["run.json", "run_dir"], "/tmp/s", rendezvous("10.0.0.1:29500", last))
+    one = f"{sys.executable} -m llava_sft.training run.json run_dir"
     place = f"--nnodes={nodes} --node-rank={nodes - 1} --master-addr=10.0.0.1 --master-port=29500"
     here = "--rdzv-backend=c10d --rdzv-endpoint=/tmp/s/rendezvous --rdzv-conf=store_type=file"
     torchrun = (
         f"{sys.executable} -m torch.distributed.run {place if nodes > 1 else here} --nproc-per-node={count} "
-        "--signals-to-handle=SIGRTMAX -m llava_sft.training run.json run_dir start"
+        "--signals-to-handle=SIGRTMAX -m llava_sft.training run.json run_dir"
     )
     assert " ".join(argv) == (one if (nodes, count) == (1, 1) else torchrun)
     assert environment.get("OMP_NUM_THREADS", "12") == "12"

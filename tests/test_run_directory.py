@@ -14,13 +14,12 @@ import pytest
 
 from helpers import ROOT
 from helpers.runs import VALUES, save
-from llava_sft.config import CONFIG_DIR, STAGES, Settings, json_schema, load_settings, resolve
+from llava_sft.config import CONFIG_DIR, STAGES, Settings, json_schema, load_settings, part_rates, resolve
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.flops import matmul_parameters, training_flops
 from llava_sft.training import checkpoints as checkpoints_module
-from llava_sft.training.arguments import part_rates
 from llava_sft.training.checkpoints import (
     check_disk,
     checkpoints,

@@ -31,7 +31,7 @@ from llava_sft.training import predict
 from llava_sft.training.checkpoints import check_disk, checkpoint_dir, iterations_done, prune
 from llava_sft.training.coverage import SAMPLE_COUNTS, count_samples
 from llava_sft.training.launcher import STOPPED, launch
-from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run, start_dir
+from llava_sft.training.run import DEAD_AFTER_S, RUN_FILE, give_back, identity, lock, open_run
 from llava_sft.training.slurm import Job, this_job
 from llava_sft.training.watch import FAILURE, METRICS, forget_after, read_metrics
 
@@ -83,8 +83,7 @@ def train(args: argparse.Namespace, resolved: dict, job: Job | None, held: Binar
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
     check_what_is_loaded(run_dir, start, resolved["start"]["folder"])
-    start_folder = start_dir(run_dir, resolved["start"]["folder"])
-    arguments = [str(run_dir / RUN_FILE), str(run_dir), str(start_folder or "")]
+    arguments = [str(run_dir / RUN_FILE), str(run_dir)]
     code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
     if reached == train_iters:

@@ -33,7 +33,7 @@ PRELOAD = {
         "llava_sft.report.charts", "llava_sft.report.html", "llava_sft.training.run",
     ),
     "modules": (
-        "llava_sft.training.loop", "llava_sft.checkpoint.parity_megatron", "torch.utils.tensorboard", "megatron.energon",
+        "llava_sft.training.process", "llava_sft.checkpoint.parity_megatron", "torch.utils.tensorboard", "megatron.energon",
         "llava_sft.checkpoint.torch_dist",
     ),
 }  # fmt: skip

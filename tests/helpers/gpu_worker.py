@@ -1,48 +1,44 @@
 """Comparisons inside one process on a GPU, for test_gpu.py: prints one JSON line of relative differences.
 
-python tests/helpers/gpu_worker.py HF_FOLDER RUN_DIR
+python tests/helpers/gpu_worker.py HF_FOLDER
 """
 
 import json
 import os
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.training.arguments import parse_and_validate_args
-from megatron.training.global_vars import set_args
 
 from helpers import MODELS
 from helpers.gpu import VALUES, samples
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.template import ChatTemplate
+from llava_sft.megatron import distributed, parallel
 from llava_sft.model.config import load_model_config
 from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
-from llava_sft.training import loop
-from llava_sft.training.arguments import megatron_arguments
+from llava_sft.training import forward
 
 
-def main(tokenizer: str, run_dir: str) -> None:
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    model_config = load_model_config(MODELS / "tiny.yaml")
+def main(tokenizer: str) -> None:
     values = VALUES | {"gpus_per_node": 1, "bf16": True}
-    # Without Megatron's wrapper there is no gradient buffer to add to.
-    arguments = megatron_arguments(values, model_config, Path(run_dir), None)
-    sys.argv = ["train", *arguments, "--no-gradient-accumulation-fusion"]
-    set_args(parse_and_validate_args(loop.add_arguments, args_defaults={}))
-    resolved = {"settings": values, "data": {}, "start": {"sidecars": ""}, "model": model_config.model_dump()}
-    trainer = loop.Trainer(resolved, Path(run_dir))
-    model = trainer.build_model(pg_collection=ProcessGroupCollection.use_mpu_process_groups()).cuda().bfloat16()
-    trainer.device = torch.device("cuda", 0)
+    distributed.allow_gradient_fusion()
+    device = parallel.start(values, torch.distributed.HashStore())
+    made = forward.transformer_config
+
+    def without_buffer(*given):
+        config = made(*given)
+        config.gradient_accumulation_fusion = False  # without Megatron's wrapper there is no gradient buffer to add to
+        return config
+
+    forward.transformer_config = without_buffer
+    model = forward.build_model(load_model_config(MODELS / "tiny.yaml"), values).cuda().bfloat16()
+    model.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
+    answer_losses = forward.Forward(model, device)
 
     limits = ChatTemplate(tokenizer), 2048, 3136, 50_000
     packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)  # 128: FP8 wants 16
@@ -51,7 +47,7 @@ def main(tokenizer: str, run_dir: str) -> None:
 
     def losses_and_gradients(batches):
         model.zero_grad()
-        losses = torch.cat([trainer.answer_losses(model, batch) for batch in batches])
+        losses = torch.cat([answer_losses(batch) for batch in batches])
         losses.sum().backward()
         return losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
@@ -84,4 +80,4 @@ def main(tokenizer: str, run_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -359,6 +359,13 @@ def data_parallel_size(values: dict[str, Any]) -> int:
     return max(1, values["nproc_per_node"] * values["nodes"] // model_parallel)
 
 
+def part_rates(values: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Trained part → (lr, min_lr). Every part's rate ends at the same share of where it began."""
+    rates = {"language_model": values["lr"], "adapter": values["lr_adapter"], "vision_model": values["lr_vision"]}
+    share = values["min_lr"] / values["lr"]
+    return {part: (rate, rate * share) for part, rate in rates.items() if part in values["trainable_modules"]}
+
+
 def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
     """Raise SettingsError when the model can not be split as asked. The vocabulary too: padding would count in the loss."""
     tp, pp, language = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, model.language

@@ -5,22 +5,20 @@ from pathlib import Path
 
 import torch
 
-from llava_sft.training import cpu
+from llava_sft.megatron import cpu
 
 ON_CPU = cpu.apply()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.training.argument_utils import core_transformer_config_from_args  # noqa: E402
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
 from llava_sft.data.images import image_tokens  # noqa: E402
 from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
+from llava_sft.megatron.config import transformer_config  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
-from llava_sft.training.arguments import language_arguments  # noqa: E402
 
 
 def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVision:
@@ -29,15 +27,9 @@ def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVisi
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     length = model.language.max_position_embeddings
-    fixed = "--micro-batch-size=1 --transformer-impl=local --no-initialization --no-gradient-accumulation-fusion"
-    unfused = "--no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion"
-    sizes = [f"--seq-length={length}", f"--max-position-embeddings={length}"]
-    precision = ["--bf16"] if bf16 else []
-    sys.argv = [sys.argv[0], *language_arguments(model), *sizes, *fixed.split(), *unfused.split(), *precision]
-    args = parse_args()
-    validate_args(args)
-    config = core_transformer_config_from_args(args)
-    config.hetereogenous_dist_checkpoint = True
+    values = {"bf16": bf16, "gpus_per_node": 0, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    config = transformer_config(model, values)
+    config.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     shape = {"vocab_size": model.language.vocab_size, "max_sequence_length": length}
     built = LlavaOneVision(config, model, **shape, transformer_impl="local", pg_collection=groups)

@@ -1,4 +1,4 @@
-"""`python -m llava_sft.training RESOLVED RUN_DIR START_DIR`: one training process, started by the launcher.
+"""`python -m llava_sft.training RESOLVED RUN_DIR`: one training process, started by the launcher.
 
 A file of its own, with little but the call: Megatron's first save starts a helper process, which would import a
 `__main__` module once more, with all that it imports (a quarter of a minute).
@@ -34,6 +34,6 @@ sys.stdout, sys.stderr = (
     for number in (1, 2)
 )
 
-from llava_sft.training.loop import main  # noqa: E402
+from llava_sft.training.process import main  # noqa: E402
 
-main(*sys.argv[1:4])
+main(*sys.argv[1:3])

@@ -2,7 +2,7 @@
 
 On one machine, one process is started directly, several through torchrun; they meet in a file, and nothing listens beyond
 the loopback device. In a Slurm job srun starts one task a node,
-`python -m llava_sft.training.launcher ADDRESS:PORT NPROC RUN_JSON RUN_DIR START_DIR`, and each does the same for its
+`python -m llava_sft.training.launcher ADDRESS:PORT NPROC RUN_JSON RUN_DIR`, and each does the same for its
 node. What they print goes to the run's log; the terminal gets a line per log
 interval, read from the same `metrics.jsonl` that the report draws.
 """
@@ -112,7 +112,7 @@ def run(
 ) -> int:  # fmt: skip
     """Run a command to its end; returns its exit code, STOPPED where it was ended at once.
 
-    A stop signal asks the training processes, once a second, to save and end: they hold it back until Megatron listens,
+    A stop signal asks the training processes, once a second, to save and end: they hold it back until the loop listens,
     and their helpers, which a batch system signals as well, ignore it. A second SIGINT ends them at once.
     """
     asked: list[float] = []
@@ -170,7 +170,7 @@ def _before_training() -> None:
 
 
 def hold_back() -> None:
-    """Block the signal that asks to save. Training processes let it through when Megatron listens (loop.py); their
+    """Block the signal that asks to save. Training processes let it through when the loop listens (loop.py); their
     helpers, loader workers among them, never do: torch's own handler would end them, and the training with them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -209,7 +209,7 @@ def rendezvous(place: str, environment: Mapping[str, str]) -> list[str]:
 
 def main(place: str, count: str, *arguments: str) -> int:
     """One node of a training, under srun. Slurm signals every process of the step, but only once, and a training process
-    ignores it until Megatron listens: so the signal is taken here and handed on as on one machine."""
+    ignores it until the loop listens: so the signal is taken here and handed on as on one machine."""
     with tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True) as store:
         argv, environment = command(int(count), list(arguments), store, rendezvous(place, os.environ))
         return run(argv, environment, lambda training: ask_workers(training, int(count)))

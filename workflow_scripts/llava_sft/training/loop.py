@@ -1,283 +1,142 @@
-"""One training process: the glue between the resolved settings and `megatron.training.pretrain`.
+"""The training loop: batch → chunks → forward → backward → reduce → clip → step → log → validate → save."""
 
-The launcher starts it once per rank (`__main__.py`); what it prints goes to the run's log.
-"""
-
-import functools
-import inspect
+import gc
 import math
-import multiprocessing
-import os
 import resource
 import signal
-import sys
-import threading
 import time
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
 
-from llava_sft.training import cpu
+from llava_sft.config import part_rates
+from llava_sft.data.loader import VlmBatch
+from llava_sft.megatron.distributed import clip, reduce_gradients
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.flops import training_flops
+from llava_sft.training import validation
+from llava_sft.training.forward import Forward
+from llava_sft.training.saving import Saves
+from llava_sft.training.validation import HeldOut
+from llava_sft.training.watch import Watch
 
-ON_CPU = cpu.apply()
-
-from megatron.core import mpu, tensor_parallel  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue  # noqa: E402
-from megatron.core.distributed import param_and_grad_buffer  # noqa: E402
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.optimizer.optimizer_config import ParamKey  # noqa: E402
-from megatron.energon import SkipSample  # noqa: E402
-from megatron.training import (  # noqa: E402
-    checkpointing,
-    get_args,
-    get_tensorboard_writer,
-    initialize,
-    pretrain,
-    training,
-)
-from megatron.training.argument_utils import (  # noqa: E402
-    core_transformer_config_from_args,
-    pretrain_cfg_container_from_args,
-)
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-from megatron.training.async_utils import maybe_finalize_async_save  # noqa: E402
-from megatron.training.checkpointing import get_checkpoint_name  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
-
-from llava_sft.checkpoint.torch_dist import write_for_older_torch  # noqa: E402
-from llava_sft.data.lengths import read_sizes  # noqa: E402
-from llava_sft.data.loader import VlmBatch, VlmTaskEncoder  # noqa: E402
-from llava_sft.data.stream import Ranks, train_loader, worker_ended  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
-from llava_sft.errors import SftError, of_file  # noqa: E402
-from llava_sft.files import read_json, write_json  # noqa: E402
-from llava_sft.model.attention import packed_seq_params  # noqa: E402
-from llava_sft.model.config import ModelConfig  # noqa: E402
-from llava_sft.model.flops import training_flops  # noqa: E402
-from llava_sft.model.kernels import scale_  # noqa: E402
-from llava_sft.model.llava import LlavaOneVision  # noqa: E402
-from llava_sft.training import adam, remedies, validation  # noqa: E402
-from llava_sft.training.arguments import megatron_arguments, part_rates  # noqa: E402
-from llava_sft.training.checkpoints import (  # noqa: E402
-    check_disk,
-    checkpoint_bytes,
-    checkpoints,
-    prune,
-    seal,
-)
-from llava_sft.training.launcher import STORE  # noqa: E402
-from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
-from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
-from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
-
-NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
+COLLECT_EVERY = 100  # steps: a garbage collection at its own time would stop the host, and the GPU with it
+LOSS = "lm loss"
+BEGAN = time.monotonic()  # of the process: `max_minutes` counts from here
 
 
-class Trainer:
-    """The functions that `pretrain` asks for, and what they share."""
+class Loop:
+    """A training in this process, from step `first` on.
 
-    def __init__(self, resolved: dict, run_dir: Path):
-        self.values, self.data = resolved["settings"], resolved["data"]
-        self.sidecars = resolved["start"]["sidecars"]
-        self.model_config = ModelConfig(**resolved["model"])
-        self.run_dir = run_dir
-        self.parts = set(self.values["trainable_modules"])
-        self.watch: Watch | None = None
-        self.model: torch.nn.Module | None = None
-        self.text_only: torch.nn.Module | None = None  # the wrapped model, while it sees no image
-        self.image_parameters: list[torch.nn.Parameter] = []  # that are trained, where reduction overlaps
-        self.scheduler = None
-        self.grad_norm: float | None = None
-        self.saving = 0  # the step whose checkpoint was begun last
-        self.sealing: threading.Thread | None = None
-        self.largest = {"rows": 0, "tokens": 0, "patches": 0, "image": 0}
-        self.validated = -1
-        self.padding = 1 if ON_CPU else 128  # of packed sequences, in tokens: what matrix units like, and FP8 needs
+    Args:
+        values: settled settings. model, optimizer, scheduler: Megatron's, set up (megatron/distributed.py).
+        loader: micro-batches of this data-parallel rank, without end.
+        held_out: None without validation.
+    """
 
-    def build_model(self, pre_process=True, post_process=True, config=None, pg_collection=None, vp_stage=None):
-        args = get_args()
-        config = config or core_transformer_config_from_args(args)
-        config.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, as converted
-        config.variable_seq_lengths = args.pipeline_model_parallel_size > 1  # batches are as long as their longest
-        self.model = LlavaOneVision(
-            config,
-            self.model_config,
-            vocab_size=args.padded_vocab_size,
-            max_sequence_length=args.seq_length,
-            transformer_impl=args.transformer_impl,
-            pg_collection=pg_collection,
-            pre_process=pre_process,
-            post_process=post_process,
-            recompute_vision=self.values["recompute_vision"] == "full",
-        )
-        if config.gradient_accumulation_fusion and post_process:
-            # Transformer Engine's layers add weight gradients in place; Megatron's output layer (TP > 1) would need Apex.
-            self.model.language_model.output_layer.gradient_accumulation_fusion = False
-        for name, part in self.model.named_children():
-            if name not in self.parts:
-                part.requires_grad_(False)
-        if pre_process and args.overlap_grad_reduce:
-            parts = (self.model.vision_model, self.model.adapter)
-            self.image_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
-            self.model.language_model.embedding.register_forward_hook(self.after_embedding)
-        return self.model
+    def __init__(
+        self, values: dict[str, Any], model_config: ModelConfig, model: DistributedDataParallel, forward: Forward,
+        optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, loader: Iterator[VlmBatch],
+        watch: Watch, saves: Saves, held_out: HeldOut | None, first: int,
+    ):  # fmt: skip
+        self.values, self.model_config = values, model_config
+        self.model, self.forward, self.optimizer, self.scheduler = model, forward, optimizer, scheduler
+        self.loader, self.watch, self.saves, self.held_out, self.first = loader, watch, saves, held_out, first
+        self.replicas, self.on_gpu = parallel_state.get_data_parallel_world_size(), values["gpus_per_node"] > 0
+        self.micro_batches = values["global_batch_size"] // (values["micro_batch_size"] * self.replicas)
+        self.stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.asked = False  # to save and end
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back until now (launcher.py)
+        if self.on_gpu:
+            gc.disable()
 
-    def datasets(self, train_val_test_num_samples):
-        """(train, validation, test) loaders of this data-parallel rank; the training one goes on where it was."""
-        args, values = get_args(), self.values
-        sizes = ChatTemplate(self.sidecars), values["seq_length"], values["min_pixels"], values["max_pixels"]
-        encoder = VlmTaskEncoder(*sizes, values["packing"], self.padding, values["seed"])
-        rank, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        loader = train_loader(
-            self.data["path"],
-            encoder,
-            Ranks(rank, replicas, values["num_workers"]),
-            args.micro_batch_size,
-            values["packing_buffer_size"],
-            read_sizes(self.data),
-            max_damaged=values["max_damaged_samples"],
-            pin_memory=not ON_CPU,
-            found_damaged=functools.partial(note_damaged, self.run_dir),
-        )
-        if args.iteration > 0:
-            position = get_checkpoint_name(
-                args.dataloader_save,
-                args.iteration,
-                pipeline_parallel=mpu.get_pipeline_model_parallel_world_size() > 1,
-                tensor_rank=0,
-                pipeline_rank=0,
-                expert_parallel=False,
-                basename=f"train_dataloader_dprank{rank:03d}.pt",
-            )
-            restore_position(loader, Path(position))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Megatron listens by now (launcher.py)
-        self.device = torch.device("cpu") if ON_CPU else torch.device("cuda", torch.cuda.current_device())
-        self.tensorboard = get_tensorboard_writer()
-        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        ranks_per_replica = torch.distributed.get_world_size() // replicas
-        peak = peak_flops(self.device)
-        self.watch = Watch(
-            self.run_dir,
-            values,
-            rank,
-            replicas,
-            args.iteration,
-            last,
-            peak and peak * ranks_per_replica,
-            self.tensorboard,
-        )
-        self.held_out = None
-        if args.eval_iters:
-            batches = args.eval_iters * args.global_batch_size // (args.micro_batch_size * replicas)
-            self.held_out = validation.HeldOut(
-                self.data["path"], VlmTaskEncoder(*sizes), rank, replicas, args.micro_batch_size, batches
-            )
-        return loader, self.held_out, None
+    def run(self) -> None:
+        """Train to the last step, or until asked to end; every way out has a checkpoint."""
+        last, interval = self.values["train_iters"], self.values["save_interval"]
+        iteration = self.first
+        self.model.train()
+        while iteration < last:
+            self.saves.finish()
+            sums = self.forward_backward()
+            norm = self.update()
+            iteration += 1
+            self.log(iteration, sums, norm)
+            if self.held_out and iteration % self.values["eval_interval"] == 0:
+                self.validate(iteration)
+            if self.on_gpu and iteration % COLLECT_EVERY == 0:
+                gc.collect()
+            stop = self.must_stop()
+            if stop or iteration % interval == 0:
+                self.saves.save(iteration)
+            if stop:
+                break
+        else:
+            if last % interval and self.first < last:
+                self.saves.save(last)
+            if self.held_out and last % self.values["eval_interval"]:
+                self.validate(last)
+        self.saves.finish(wait=True)
 
-    def forward_step(self, data_iterator, model):
-        asked = time.perf_counter()
-        batch: VlmBatch = next(data_iterator)
-        waited = time.perf_counter() - asked
-        answers = len(batch.answer_labels)
-        if model.training:
-            grids = [tuple(grid) for grid in batch.grids.tolist()]
-            flops = training_flops(self.model_config, self.parts, batch.lengths, grids, answers)
-            self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
-        chunks = [batch]
-        if model.training and mpu.get_pipeline_model_parallel_world_size() == 1:
-            chunks = batch.chunks(self.values["pack_chunk_tokens"], self.padding)
-        done = torch.zeros((), device=self.device)  # loss of the chunks before the last
-        for chunk in chunks[:-1]:
-            total = self.answer_losses(model, chunk).sum()
-            # In a step's last micro-batch Megatron takes every gradient for the final one, and would reduce it.
-            last = model.bucket_groups[0].is_last_microbatch
-            with model.no_sync() if last else nullcontext():
-                total.backward()
-            done += total.detach()
-        output = self.answer_losses(model, chunks[-1])
+    def forward_backward(self) -> Tensor:
+        """Gradients of one step, as means over its answer tokens. Returns [2]: this rank's sum of losses, answer tokens."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if self.stages > 1:
+            return self._through_stages()
+        self.model.set_is_first_microbatch()  # weights are cast to FP8 once a step
+        sums = []
+        answers = torch.zeros((), dtype=torch.int, device=self.forward.device)
+        for number in range(self.micro_batches):
+            batch = self.next_batch()
+            chunks = batch.chunks(self.values["pack_chunk_tokens"], pad_multiple(self.on_gpu))
+            loss = torch.zeros((), device=self.forward.device)
+            for chunk in chunks:
+                total = self.forward(chunk).sum()
+                # Megatron takes the gradients of a backward pass for final, unless it is told otherwise.
+                final = number == self.micro_batches - 1 and chunk is chunks[-1]
+                with nullcontext() if final else self.model.no_sync():
+                    total.backward()
+                loss += total.detach()
+            count = self._count(batch)
+            sums.append(torch.stack((loss, count.float())))
+            answers += count
+        reduce_gradients([self.model], answers)
+        return torch.vstack(sums).sum(dim=0)
 
-        def loss(answer_losses):
-            """Sum over the answer tokens, their number, and both for the log."""
-            total = answer_losses.sum()
-            # Filled there: a copy from the host would wait for the whole forward pass.
-            count = torch.full((), answers, dtype=torch.int, device=self.device)
-            logged = torch.stack((done + total.detach(), count.float()))
-            return total, count, {"lm loss": logged}
+    def update(self) -> float:
+        """Clip the gradients and take a step of the optimizer; returns their norm.
 
-        return output, loss
-
-    def answer_losses(self, model, batch: VlmBatch) -> torch.Tensor:
-        """Loss of each answer token of a batch, or what the next pipeline stage takes."""
-        grids = [tuple(grid) for grid in batch.grids.tolist()]
-        rows, tokens = batch.input_ids.shape
-        image = max((height * width for height, width in grids), default=0)
-        self.text_only = model if model.training and not grids else None
-        self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
-        on_device = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
-        output = model(
-            on_device(batch.input_ids),
-            on_device(batch.pixels),
-            grids,
-            on_device(batch.image_index),
-            answer_index=on_device(batch.answer_index),
-            answer_labels=on_device(batch.answer_labels),
-            packed_seq_params=packed_seq_params(batch.segments, self.device) if batch.segments else None,
-        )
-        if model.training and not output.requires_grad:  # text alone, and only parts that see images are trained
-            output = output + torch.zeros((), device=output.device, requires_grad=True)
-            output.register_hook(functools.partial(self.no_image_gradients, model))
-        return output
-
-    def after_embedding(self, embedding, inputs, output) -> None:
-        if self.text_only is not None and output.requires_grad:
-            output.register_hook(functools.partial(self.no_image_gradients, self.text_only))
-
-    def no_image_gradients(self, model, gradient) -> None:
-        """Report the image parts' gradients as complete, in the backward pass of a text without images.
-
-        Where the reduction overlaps with it, Megatron reduces a bucket once all its parameters have reported, and every
-        rank must reduce the buckets in the same order. So this is done where images report theirs: after the language
-        layers and before the embedding, the last parameter first.
+        A gradient that is not a number would destroy the weights: that step is left out, and so is its step of the schedule.
         """
-        for param in reversed(self.image_parameters):
-            model.param_to_bucket_group[param].register_grad_ready(param)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(norm):
+            clip(self.optimizer, self.values["clip_grad"], norm)
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(increment=self.values["global_batch_size"])
+        return norm
 
-    # --- what Megatron calls, with ours before or after it ---------------------------------------------------------
-
-    def hook(self) -> None:
-        for name in ("training_log", "save_checkpoint", "evaluate", "evaluate_and_print_results"):
-            setattr(training, name, functools.partial(getattr(self, name), getattr(training, name)))
-        for name in ("get_megatron_optimizer_config", "get_optimizer_param_scheduler"):
-            setattr(training, name, functools.partial(getattr(self, name), getattr(training, name)))
-        schedule = checkpointing.schedule_async_save
-        checkpointing.schedule_async_save = functools.partial(self.schedule_async_save, schedule)
-
-    def get_megatron_optimizer_config(self, original, args):
-        """Parts with a learning rate of their own."""
-        config, overrides = original(args)
-        # With FP8 Megatron would keep a float32 master of its own beside bf16 weights: it expects FP8 weights there.
-        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = config.use_precision_aware_optimizer
-        for part, (lr, min_lr) in part_rates(self.values).items():
-            if lr != self.values["lr"]:
-                overrides[ParamKey(name=f"*{part}.*")] = {"max_lr": lr, "min_lr": min_lr}
-        return config, overrides
-
-    def get_optimizer_param_scheduler(self, original, optimizer):
-        """The schedule; and an update whose gradient is not a number is left out: it would destroy the weights."""
-        self.scheduler = original(optimizer)
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            adam.keep_precision(part.optimizer)
-            adam.round_evenly(part.optimizer, self.values["seed"])
-        for name in ("get_grad_norm", "clip_grad_norm"):
-            setattr(optimizer, name, functools.partial(self._note_norm, getattr(optimizer, name)))
-        update = optimizer.step_with_ready_grads
-        optimizer.step_with_ready_grads = lambda: math.isfinite(self.grad_norm or 0) and update()
-        return self.scheduler
-
-    def _note_norm(self, norm, *args):
-        self.grad_norm = norm(*args)
-        return self.grad_norm
+    def log(self, iteration: int, sums: Tensor | None, norm: float) -> None:
+        """Hand the step's loss to the watch, on one of the ranks that share the last pipeline stage."""
+        if sums is None:
+            return
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        if parallel_state.get_tensor_model_parallel_rank() == size - 1:
+            loss, rates = float(sums[0] / sums[1]), self.rates()
+            if self.watch.tensorboard:
+                for name, value in ((LOSS, loss), ("learning-rate", rates["learning-rate"]), ("grad-norm", norm)):
+                    self.watch.tensorboard.add_scalar(name, value, iteration)
+            self.watch.step(iteration, loss, rates, norm, memory_gib(self.on_gpu))
 
     def rates(self) -> dict[str, float]:
         """Current learning rates under Megatron's tag, and of each trained part when they differ."""
@@ -286,190 +145,96 @@ class Trainer:
         parts = {f"learning-rate-{part}": rate for part, rate in now.items()} if len(set(now.values())) > 1 else {}
         return {"learning-rate": next(iter(now.values())), **parts}
 
-    def training_log(self, original, *args, **named):
-        flag = original(*args, **named)
-        given = inspect.signature(original).bind(*args, **named).arguments
-        losses, iteration, grad_norm = (given[name] for name in ("loss_dict", "iteration", "grad_norm"))
-        if losses and mpu.get_tensor_model_parallel_rank() == mpu.get_tensor_model_parallel_world_size() - 1:
-            self.watch.step(iteration, float(losses["lm loss"]), self.rates(), grad_norm, memory_gib())
-        return flag
-
-    def save_checkpoint(self, original, iteration, *args, **kwargs):
-        """Stop before a full disk does, and when the save before could not be written."""
-        maybe_finalize_async_save(blocking=True)
-        if self.sealing:
-            self.sealing.join()
-        if torch.distributed.get_rank() == 0:
-            earlier = checkpoints(self.run_dir)
-            expected = checkpoint_size(self.model_config, self.values)
-            needed = checkpoint_bytes(self.run_dir, earlier[-1]) if earlier else expected
-            check_disk(self.run_dir, needed, f"the checkpoint of step {iteration}")
-        self.saving = iteration
-        self.watch.save(iteration)
-        original(iteration, *args, **kwargs)
-        if not self.values["async_save"]:
-            self.saved(iteration)
-
-    def schedule_async_save(self, original, request):
-        """Have a forked process write the checkpoint: it has the tensors as they are now. Megatron finishes it between
-        two steps, when all ranks have written, before the next save, and at the end."""
-        request.add_finalize_fn(functools.partial(self.saved, self.saving))
-        if request.async_fn:
-            write = functools.partial(write_apart, os.getpid(), request.async_fn)
-            stage = functools.partial(staged, request.preload_fn, request.async_fn_args[1])
-            request = request._replace(async_fn=write, preload_fn=stage)
-        original(request)
-
-    def saved(self, iteration: int) -> None:
-        """Note checksums and delete old checkpoints, beside the training."""
-        if torch.distributed.get_rank() == 0:
-
-            def finish():
-                seal(self.run_dir, iteration)
-                prune(self.run_dir, self.values["keep_last"], self.values["keep_every"])
-
-            self.sealing = threading.Thread(target=finish)
-            self.sealing.start()
-
-    def evaluate_and_print_results(
-        self, original, prefix, forward_step_func, data_iterator, model, iteration, *rest, **named
-    ):
-        """One validation of each step at most: Megatron does the last one twice."""
-        if iteration == self.validated:
-            return
-        began, self.validated = time.perf_counter(), iteration
+    @torch.no_grad()
+    def validate(self, iteration: int) -> None:
+        """The loss on the held-out samples, the same at every validation, and a few of them answered."""
+        began = time.perf_counter()
         self.held_out.rewind()
-        original(prefix, forward_step_func, data_iterator, model, iteration, *rest, **named)
+        self.model.eval()
+        total = torch.zeros(2, device=self.forward.device)
+        for _ in range(self.values["eval_iters"]):
+            sums = self._through_stages(training=False) if self.stages > 1 else self._evaluate()
+            if sums is not None:
+                torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+                total += sums
+        if sums is not None and self.watch.writes:
+            self._note(iteration, float(total[0] / total[1]))
+        self.model.train()
         self.watch.pause(time.perf_counter() - began)
 
-    def evaluate(self, original, *args, **kwargs):
-        losses, answers, out_of_time = original(*args, **kwargs)
-        if losses and self.watch.writes:
-            examples = self.held_out.examples(self.values["log_answers"])
-            loss = float(losses["lm loss"])
-            validation.record(self.run_dir, self.validated, loss, answers or [], examples, self.tensorboard)
-        return losses, answers, out_of_time
+    def _note(self, iteration: int, loss: float) -> None:
+        examples, found = self.held_out.examples(self.values["log_answers"]), []
+        if torch.distributed.get_world_size() == self.replicas:  # this rank has a whole model
+            limit = self.values["max_new_tokens"]
+            found = validation.answers(self.model, self.held_out, len(examples), limit, self.forward.device)
+        validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
 
-    def answers(self, model) -> list[dict]:
-        """Answers to fixed held-out samples, by the last rank, where one rank holds a whole model."""
-        found = []
-        if self.watch.writes and torch.distributed.get_world_size() == self.watch.replicas:
-            for sample in self.held_out.examples(self.values["log_answers"]):
-                try:
-                    found.append(
-                        validation.answer(model[0], self.held_out, sample, self.values["max_new_tokens"], self.device)
-                    )
-                except SkipSample:
-                    continue
-        return found
+    def _evaluate(self) -> Tensor:
+        batches = [next(self.held_out) for _ in range(self.micro_batches)]
+        return torch.vstack([torch.stack((self.forward(b).sum(), self._count(b).float())) for b in batches]).sum(dim=0)
 
-    def failure(self, error: BaseException) -> SftError | None:
-        """The error as a person can use it; None when it is none of those that are known."""
-        if isinstance(error, SftError):
-            return error
-        if ended := worker_ended(error):
-            return ended
-        full = isinstance(error, OSError) and error.errno in remedies.NO_SPACE
-        if full or (isinstance(error, CheckpointException) and error.failures):  # one rank has them, the others end
-            return remedies.not_written(self.run_dir, self.saving)
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
-            text in str(error) for text in NO_MEMORY
-        ):
-            return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
-        memory = {name: size / 2**30 for name, size in state_bytes(self.model_config, self.values).items()}
-        return remedies.out_of_memory(
-            self.values, memory | {"total": memory_gib()}, self.largest, self.values["gpus_per_node"]
+    def must_stop(self) -> bool:
+        """Whether any rank was asked to end, or has trained for max_minutes."""
+        minutes = self.values["max_minutes"]
+        over = minutes is not None and time.monotonic() - BEGAN > 60 * minutes
+        asked = torch.tensor(int(self.asked or over), device=self.forward.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked)
+
+    def next_batch(self) -> VlmBatch:
+        """The next micro-batch; the watch learns how long it took and what it holds."""
+        began = time.perf_counter()
+        batch = next(self.loader)
+        waited = time.perf_counter() - began
+        grids = [tuple(grid) for grid in batch.grids.tolist()]
+        flops = training_flops(
+            self.model_config, set(self.values["trainable_modules"]), batch.lengths, grids, len(batch.answer_labels)
         )
+        self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
+        return batch
+
+    def _through_stages(self, training: bool = True) -> Tensor | None:
+        """Forward and backward by Megatron's schedule, where the model is cut into pipeline stages. [2] as above, on the
+        last stage."""
+        self.model.config.finalize_model_grads_func = reduce_gradients
+        if self.model.ddp_config.overlap_grad_reduce:
+            self.model.config.no_sync_func = self.model.no_sync
+        reports = get_forward_backward_func()(
+            forward_step_func=self._stage,
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=self.micro_batches,
+            seq_length=self.values["seq_length"],
+            micro_batch_size=self.values["micro_batch_size"],
+            forward_only=not training,
+        )
+        return torch.vstack(reports).sum(dim=0) if reports else None
+
+    def _stage(self, data_iterator: None, model: DistributedDataParallel) -> tuple[Tensor, Callable[[Tensor], tuple]]:
+        """One stage's forward pass, as the schedule asks for it: what goes to the next stage, and how a loss is made of it."""
+        batch = self.next_batch() if model.training else next(self.held_out)
+
+        def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total, answers = losses.sum(), self._count(batch)
+            return total, answers, torch.stack((total.detach(), answers.float()))
+
+        return self.forward(batch), loss
+
+    def _count(self, batch: VlmBatch) -> Tensor:
+        # Filled on the device: a copy from the host would wait for the whole forward pass.
+        return torch.full((), len(batch.answer_labels), dtype=torch.int, device=self.forward.device)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
 
 
-def scale_gradients(buffer, factor: torch.Tensor) -> None:
-    """In Megatron's place, whose way takes 19 ms for 4B: the sums over all answer tokens become means."""
-    for gradients in (buffer.grad_data, *buffer.extra_main_grads):
-        scale_(gradients, factor)
+def pad_multiple(on_gpu: bool) -> int:
+    """Packs are padded to a multiple of so many tokens: what matrix units like, and FP8 needs."""
+    return 128 if on_gpu else 1
 
 
-def meeting_place() -> torch.distributed.Store | None:
-    """A file where all processes are of this machine: torch's default listens on every network, without a password."""
-    path = os.environ.get(STORE)
-    return torch.distributed.FileStore(path, int(os.environ["WORLD_SIZE"])) if path else None
-
-
-def peak_flops(device: torch.device) -> float | None:
-    name = "" if ON_CPU else torch.cuda.get_device_name(device)
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
-
-
-def staged(stage, buckets: list) -> list:
-    """The tensors of a checkpoint in host memory. Megatron holds on to `buckets` until all is written; on the GPU some of
-    their tensors were made for the save alone."""
-    copies = stage()
-    for (*_, (_, tensors)), (*_, (_, copied)) in zip(buckets, copies, strict=True):
-        tensors[:] = copied
-    return copies
-
-
-def write_apart(parent: int, write, *args) -> None:
-    """What the forked process does. Its parent may be dead already: the next training must not meet it (__main__.py)."""
-    if os.getppid() == parent:
-        os.nice(10)
-        write(*args)
-
-
-def memory_gib() -> float:
+def memory_gib(on_gpu: bool) -> float:
     """Greatest memory of this process so far: on the GPU where there is one, else resident, in GiB."""
-    if not ON_CPU:
+    if on_gpu:
         return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def add_arguments(parser):
-    parser.add_argument("--dataloader-save", type=str, help="folder for the loader's state")
-    return parser
-
-
-def main(resolved_path: str, run_dir: str, start_dir: str) -> None:
-    resolved = read_json(resolved_path)
-    trainer = Trainer(resolved, Path(run_dir))
-    arguments = megatron_arguments(
-        resolved["settings"], trainer.model_config, trainer.run_dir, Path(start_dir) if start_dir else None
-    )
-    sys.argv = [sys.argv[0], *arguments]
-    # The index builder of datasets that are not used here: Megatron would compile it, but the wheel has no Makefile.
-    initialize._compile_dependencies = lambda: None
-    write_for_older_torch()
-    get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
-    if resolved["settings"]["deterministic"]:
-        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    if not ON_CPU:
-        tensor_parallel.layers._grad_accum_fusion_available = True  # of Transformer Engine's layers, see build_model
-        param_and_grad_buffer._ParamAndGradBuffer.scale_gradients = scale_gradients
-    args = parse_and_validate_args(add_arguments, args_defaults={})
-    args.exit_duration_in_mins = resolved["settings"]["max_minutes"]  # Megatron's argument takes whole minutes only
-    if resolved["settings"]["async_save"]:
-        # The command line takes Megatron's persistent writer alone. It shares the tensors of a CPU with the training, which
-        # goes on changing them, and those of a GPU through a CUDA context of its own.
-        args.async_save, args.async_strategy, args.use_persistent_ckpt_worker = True, "mcore", False
-    trainer.hook()
-    trainer.datasets.__func__.is_distributed = True
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(args),
-            trainer.datasets,
-            ModelType.encoder_or_decoder,
-            trainer.forward_step,
-            trainer.build_model,
-            non_loss_data_func=trainer.answers,
-            store=meeting_place(),
-        )
-    except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
-        if failure := trainer.failure(error):
-            with suppress(OSError):  # a full disk: train.py says it
-                write_json(trainer.run_dir / FAILURE, {"problem": failure.problem, "fix": failure.fix})
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader worker that ends
-        for child in multiprocessing.active_children():  # they hear no SIGTERM, with which Python would end them
-            child.kill()
-    torch.distributed.destroy_process_group()

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, TRACKER, copy_sidecars, newest_checkpoint
+from llava_sft.checkpoint.start import RUN_FILE, SIDECARS, copy_sidecars
 from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, RunError
@@ -236,18 +235,3 @@ def propose_tag(run_dir: Path, resolved: dict[str, Any], key: str, value: Any) -
     untagged = resolved["run_name"].removesuffix(f"_{resolved['settings']['run_tag']}")
     tags = itertools.chain([tag], (f"{tag}-{number}" for number in itertools.count(2)))
     return next(tag for tag in tags if not run_dir.with_name(f"{untagged}_{tag}").exists())
-
-
-def start_dir(run_dir: Path, folder: str | None) -> Path | None:
-    """A folder that Megatron can load `folder` from: it looks for a tracker file and ignores a bare `iter_` folder,
-    with the result that it trains from random weights and says nothing."""
-    if folder is None:
-        return None
-    source = Path(folder).resolve()
-    link_dir = run_dir / "start"
-    shutil.rmtree(link_dir, ignore_errors=True)
-    link_dir.mkdir(parents=True)
-    name = source.name.removeprefix("iter_")
-    (link_dir / TRACKER).write_text(name if name == "release" else str(int(name)))
-    newest_checkpoint(link_dir).symlink_to(source)
-    return link_dir

@@ -85,6 +85,15 @@ class HeldOut:
         return self.stored[:: max(1, len(self.stored) // max(1, count))][:count]
 
 
+def answers(model, held_out: HeldOut, count: int, limit: int, device: torch.device) -> list[dict]:
+    """Answers to the first questions of `count` held-out samples, those left out whose question is too long."""
+    found = []
+    for sample in held_out.examples(count):
+        with contextlib.suppress(SkipSample):
+            found.append(answer(model, held_out, sample, limit, device))
+    return found
+
+
 @torch.no_grad()
 def answer(model, held_out: HeldOut, sample: Sample, limit: int, device: torch.device) -> dict:
     """The model's greedy answer to the first question of a sample: no cache, one forward per token.
@@ -117,7 +126,7 @@ def answer(model, held_out: HeldOut, sample: Sample, limit: int, device: torch.d
 def record(
     run_dir: Path, iteration: int, loss: float, answers: list[dict], examples: list[Sample], tensorboard
 ) -> None:
-    """Note a validation: validation.jsonl, best.json, and TensorBoard (Megatron writes the loss there itself)."""
+    """Note a validation: validation.jsonl, best.json, and TensorBoard."""
     earlier = read_jsonl(run_dir / VALIDATION)
     best = math.isfinite(loss) and all(not loss >= one["lm loss validation"] for one in earlier)
     noted = {"iteration": iteration, "lm loss validation": loss, "best": best, "answers": answers}
@@ -134,6 +143,8 @@ def record(
         {key: lowest[key] for key in ("iteration", "lm loss validation")} | {"checkpoint": checkpoint},
         sealed=True,
     )
+    if tensorboard:
+        tensorboard.add_scalar("lm loss validation", loss, iteration)
     for given in answers if tensorboard else ():
         text = f"{given['question']}\n\n**{given['prediction']}** (expected: {given['answer']})"
         tensorboard.add_text(f"answers/{given['id']}", text, iteration)

@@ -1,9 +1,9 @@
 """The one place that lets Megatron train without a GPU, so that a laptop runs the code a cluster runs.
 
-Megatron-Core and `megatron.training` name CUDA in three ways, and each is answered here:
+Megatron-Core names CUDA in three ways, and each is answered here:
 - questions to `torch.cuda` (how many devices, how much memory, streams, events, random state): one CPU "device" answers;
 - tensors made or moved with a CUDA device: they are made on the CPU;
-- four names of Megatron's own that would compile kernels or insist on a GPU.
+- one name of Megatron's own that insists on a GPU.
 `apply()` does nothing where a GPU is present. `PATCHED` lists every name that was changed.
 """
 
@@ -164,13 +164,9 @@ def _cpu_type(answer):
 
 def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as tp_random
-    import megatron.training.training as training
 
     _replace(
         tp_random,
         "_set_cuda_rng_state",
         lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
     )
-    with_gpu = training.initialize_megatron
-    _replace(training, "initialize_megatron", functools.partial(with_gpu, allow_no_cuda=True))
-    _replace(training, "set_jit_fusion_options", lambda *args, **kwargs: None)

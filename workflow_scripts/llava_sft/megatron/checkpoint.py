@@ -1,0 +1,127 @@
+"""Megatron's `torch_dist` checkpoints of a training: weights, optimizer and schedule, written beside the training.
+
+Notable: a forked process writes, and has the tensors as they were; Megatron's persistent writer would share the tensors
+of a CPU with the training, which goes on changing them, and those of a GPU through a CUDA context of its own. No random
+state is kept: nothing draws from it after the weights are made (no dropout; the order of the data has its own).
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from llava_sft.checkpoint.torch_dist import write_for_older_torch
+from llava_sft.megatron.distributed import unwrapped
+
+NICE = 10  # of the process that writes
+
+
+class Checkpoints:
+    """Saves and loads what is trained. `in_background`: the training goes on while a checkpoint is written."""
+
+    def __init__(
+        self, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
+        in_background: bool,
+    ):  # fmt: skip
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.queue = AsyncCallsQueue() if in_background else None
+        write_for_older_torch()
+        get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
+
+    def load_weights(self, folder: Path) -> None:
+        """Begin from the weights in a folder (`release/`, or `iter_…` of another run)."""
+        module = unwrapped(self.model)
+        metadata = self._metadata(folder)
+        state = dist_checkpointing.load({"model": module.sharded_state_dict(metadata=metadata)}, str(folder))
+        module.load_state_dict(state["model"])
+        self.optimizer.reload_model_params()  # its float32 masters
+        self._loaded()
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint of this run."""
+        state = dist_checkpointing.load(self._state(self._metadata(folder), loading=True), str(folder))
+        unwrapped(self.model).load_state_dict(state["model"])
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["opt_param_scheduler"])
+        self._loaded()
+
+    def save(self, folder: Path, iteration: int, done: Callable[[], None]) -> None:
+        """Write a checkpoint into `folder`; `done` is called on every rank when all ranks have written: at once, or by
+        `finish`."""
+        if torch.distributed.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        if self.model.ddp_config.use_distributed_optimizer:
+            metadata["distrib_optim_sharding_type"] = "dp_reshardable"
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        request = dist_checkpointing.save(
+            self._state(metadata | {"dp_cp_group": group}) | {"iteration": iteration},
+            str(folder),
+            FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), group),
+            async_sharded_save=self.queue is not None,
+            content_metadata=metadata,
+            async_strategy="mcore",
+        )
+        if self.queue is None:
+            torch.distributed.barrier()
+            done()
+            return
+        request.add_finalize_fn(done)
+        self.queue.schedule_async_request(_written_apart(request))
+
+    def finish(self, wait: bool = False) -> None:
+        """Let a checkpoint that all ranks have written count; `wait` until they have. All ranks call it together."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=wait)
+
+    def _metadata(self, folder: Path) -> dict[str, Any]:
+        noted = dist_checkpointing.load_content_metadata(str(folder)) or {}
+        return noted | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+    def _state(self, metadata: dict[str, Any], loading: bool = False) -> dict[str, Any]:
+        state: dict[str, Any] = {"checkpoint_version": 3.0}
+        state["model"] = unwrapped(self.model).sharded_state_dict(metadata=metadata)
+        if not self.optimizer.is_stub_optimizer:  # this rank trains nothing
+            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+        state["opt_param_scheduler"] = self.scheduler.state_dict()
+        return state
+
+    def _loaded(self) -> None:
+        torch.distributed.barrier()
+        torch.cuda.empty_cache()  # loading holds the state twice
+
+
+def _written_apart(request: AsyncRequest) -> AsyncRequest:
+    if not request.async_fn:  # another rank writes
+        return request
+    write = functools.partial(_write, os.getpid(), request.async_fn)
+    stage = functools.partial(_staged, request.preload_fn, request.async_fn_args[1])
+    return request._replace(async_fn=write, preload_fn=stage)
+
+
+def _staged(stage: Callable[[], list], buckets: list) -> list:
+    """Copy the checkpoint to host memory, and let go of the GPU tensors in `buckets`, which Megatron keeps until the write
+    is done: some of them were made for the save alone."""
+    copies = stage()
+    for (*_, (_, tensors)), (*_, (_, copied)) in zip(buckets, copies, strict=True):
+        tensors[:] = copied
+    return copies
+
+
+def _write(parent: int, write: Callable, *args: Any) -> None:
+    """What the forked process does. Its parent may be dead already: the next training must not meet it."""
+    if os.getppid() == parent:
+        os.nice(NICE)
+        write(*args)

@@ -1,0 +1,108 @@
+"""Settings → the configurations of Megatron-Core's parts."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from llava_sft.model.config import ModelConfig
+
+
+def transformer_config(model: ModelConfig, values: dict[str, Any]) -> TransformerConfig:
+    """The language model's TransformerConfig; the vision tower's is made from it (model/llava.py).
+
+    Args:
+        values: settled settings; of those read here `recompute_language` and `fp8` may be missing (a model that is asked
+            and not trained).
+    """
+    language, on_gpu = model.language, values["gpus_per_node"] > 0
+    dtype = torch.bfloat16 if values["bf16"] else torch.float32
+    stages = values["pipeline_model_parallel_size"]
+    fp8 = values.get("fp8", "none")
+    config = TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.kv_channels,
+        layernorm_epsilon=language.layernorm_epsilon,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=False,
+        tensor_model_parallel_size=values["tensor_model_parallel_size"],
+        pipeline_model_parallel_size=stages,
+        pipeline_dtype=dtype,
+        deallocate_pipeline_outputs=True,
+        bf16=values["bf16"],
+        params_dtype=dtype,
+        calculate_per_token_loss=True,  # every answer token counts the same, over micro-batches and ranks
+        hetereogenous_dist_checkpoint=True,  # one checkpoint key per layer, as converted (Megatron's spelling)
+        transformer_impl="transformer_engine" if on_gpu else "local",
+        gradient_accumulation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        persist_layer_norm=on_gpu,
+        apply_rope_fusion=on_gpu,
+        **_recomputation(values.get("recompute_language", "none")),
+        **({} if fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": fp8}),
+    )
+    # Batches are as long as their longest sequence. Not above: it would be refused for the sake of experts, which none has.
+    config.variable_seq_lengths = stages > 1
+    return config
+
+
+def _recomputation(how: str) -> dict[str, Any]:
+    if how == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if how == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def reduces_in_bf16(values: dict[str, Any]) -> bool:
+    """Whether gradients are kept and reduced in bf16, and Adam's moments with them."""
+    return values["gpus_per_node"] > 0 and values["optimizer_precision"] == "bf16"
+
+
+def ddp_config(values: dict[str, Any], replicas: int) -> DistributedDataParallelConfig:
+    """How gradients are kept and reduced over `replicas` data-parallel ranks."""
+    on_gpu = values["gpus_per_node"] > 0
+    # Without overlap_param_gather: it waits for weights in a module's forward, which fused layers do not call.
+    overlap = on_gpu and replicas > 1
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=values["bf16"] and not reduces_in_bf16(values),
+        overlap_grad_reduce=overlap,
+        use_distributed_optimizer=on_gpu,
+        bucket_size=max(40_000_000, 1_000_000 * replicas) if overlap else None,
+        check_for_nan_in_grad=False,  # it would end the run; training/loop.py leaves such a step out
+    )
+
+
+def optimizer_config(values: dict[str, Any]) -> OptimizerConfig:
+    """AdamW. In bf16 it takes 10 bytes a parameter in place of 18: moments, gradients, and of the float32 master weight
+    the 16 bits that the bf16 weight lacks."""
+    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+    dtype, moments = (torch.bfloat16 if on else torch.float32 for on in (values["bf16"], reduces_in_bf16(values)))
+    config = OptimizerConfig(
+        optimizer="adam",
+        **{name: values[name] for name in names},
+        bf16=values["bf16"],
+        params_dtype=dtype,
+        use_distributed_optimizer=values["gpus_per_node"] > 0,
+        use_precision_aware_optimizer=reduces_in_bf16(values),
+        main_grads_dtype=moments,
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
+    )
+    # With FP8 Megatron would keep a float32 master of its own beside bf16 weights: it expects FP8 weights there.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = config.use_precision_aware_optimizer
+    return config

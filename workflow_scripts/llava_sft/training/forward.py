@@ -1,0 +1,87 @@
+"""The model of a training, and its forward pass on a micro-batch of the loader."""
+
+from typing import Any, ClassVar
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from llava_sft.data.loader import VlmBatch
+from llava_sft.megatron.config import transformer_config
+from llava_sft.megatron.distributed import report_complete, unwrapped
+from llava_sft.model.attention import packed_seq_params
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.llava import LlavaOneVision
+
+
+def build_model(model: ModelConfig, values: dict[str, Any]) -> LlavaOneVision:
+    """This rank's share of the model, with random weights; what is not in `trainable_modules` is frozen."""
+    config = transformer_config(model, values)
+    last = parallel_state.is_pipeline_last_stage()
+    built = LlavaOneVision(
+        config,
+        model,
+        vocab_size=model.language.vocab_size,
+        max_sequence_length=values["seq_length"],
+        transformer_impl=config.transformer_impl,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=last,
+        recompute_vision=values["recompute_vision"] == "full",
+    )
+    if config.gradient_accumulation_fusion and last:
+        # Transformer Engine's layers add weight gradients in place; Megatron's output layer (TP > 1) would need Apex.
+        built.language_model.output_layer.gradient_accumulation_fusion = False
+    for name, part in built.named_children():
+        if name not in values["trainable_modules"]:
+            part.requires_grad_(False)
+    return built
+
+
+class Forward:
+    """Losses of micro-batches. Notes the shape of the largest tensors, for the message when memory runs out."""
+
+    NOTHING: ClassVar = {"rows": 0, "tokens": 0, "patches": 0, "image": 0}
+
+    def __init__(self, model: DistributedDataParallel, device: torch.device):
+        self.model, self.device, self.largest = model, device, self.NOTHING
+        self.text_only = False  # the model sees no image just now
+        self.image_parameters: list[torch.nn.Parameter] = []  # that are trained, where reduction overlaps
+        module = unwrapped(model)
+        if module.pre_process and model.ddp_config.overlap_grad_reduce:
+            parts = (module.vision_model, module.adapter)
+            self.image_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+            module.language_model.embedding.register_forward_hook(self._after_embedding)
+
+    def __call__(self, batch: VlmBatch) -> Tensor:
+        """Loss of each answer token [answer tokens] of a batch, or what the next pipeline stage takes."""
+        grids = [tuple(grid) for grid in batch.grids.tolist()]
+        rows, tokens = batch.input_ids.shape
+        image = max((height * width for height, width in grids), default=0)
+        self.text_only = self.model.training and not grids
+        self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
+        output = self.model(
+            self._on_device(batch.input_ids),
+            self._on_device(batch.pixels),
+            grids,
+            self._on_device(batch.image_index),
+            answer_index=self._on_device(batch.answer_index),
+            answer_labels=self._on_device(batch.answer_labels),
+            packed_seq_params=packed_seq_params(batch.segments, self.device) if batch.segments else None,
+        )
+        if self.model.training and not output.requires_grad:  # text alone, and only parts that see images are trained
+            output = output + torch.zeros((), device=output.device, requires_grad=True)
+            output.register_hook(self._no_image_gradients)
+        return output
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _after_embedding(self, embedding, inputs, output: Tensor) -> None:
+        if self.text_only and output.requires_grad:
+            output.register_hook(self._no_image_gradients)
+
+    def _no_image_gradients(self, gradient: Tensor) -> None:
+        report_complete(self.model, self.image_parameters)

@@ -1,0 +1,149 @@
+"""One training process: what the resolved settings ask for, set up, trained, and its failure said in words.
+
+The launcher starts it once per rank (`__main__.py`); what it prints goes to the run's log.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_sft.megatron import cpu
+
+ON_CPU = cpu.apply()
+
+from megatron.core import parallel_state  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+
+from llava_sft.data.lengths import read_sizes  # noqa: E402
+from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
+from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
+from llava_sft.data.template import ChatTemplate  # noqa: E402
+from llava_sft.errors import SftError, of_file  # noqa: E402
+from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.megatron import distributed, parallel  # noqa: E402
+from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
+from llava_sft.model.config import ModelConfig  # noqa: E402
+from llava_sft.training import remedies  # noqa: E402
+from llava_sft.training.checkpoints import checkpoint_dir, iterations_done  # noqa: E402
+from llava_sft.training.forward import Forward, build_model  # noqa: E402
+from llava_sft.training.launcher import STORE  # noqa: E402
+from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
+from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
+from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
+from llava_sft.training.saving import Saves  # noqa: E402
+from llava_sft.training.validation import HeldOut  # noqa: E402
+from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
+
+NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
+
+
+def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
+    """The training of the settled settings, as it stands at the newest checkpoint of the run."""
+    values, data, start = resolved["settings"], resolved["data"], resolved["start"]
+    model_config, first = ModelConfig(**resolved["model"]), iterations_done(run_dir)
+    if values["deterministic"]:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if not ON_CPU:
+        distributed.allow_gradient_fusion()
+    device = parallel.start(values, meeting_place())
+    model = distributed.wrap(build_model(model_config, values), values)
+    optimizer = distributed.make_optimizer(model, values)
+    scheduler = distributed.make_schedule(optimizer, values)
+    states = Checkpoints(model, optimizer, scheduler, in_background=values["async_save"])
+    if first:
+        states.load(checkpoint_dir(run_dir, first))
+    elif start.get("folder"):
+        states.load_weights(Path(start["folder"]))
+
+    rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    world_size = torch.distributed.get_world_size()
+    limits = ChatTemplate(start["sidecars"]), values["seq_length"], values["min_pixels"], values["max_pixels"]
+    loader = make_loader(values, data, run_dir, limits, rank, replicas)
+    if first:
+        restore_position(loader, run_dir, first)
+    writes = torch.distributed.get_rank() == world_size - 1
+    tensorboard = SummaryWriter(run_dir / "tensorboard", max_queue=1000) if writes else None
+    peak = peak_flops(device)
+    peak = peak and peak * world_size // replicas
+    watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
+    saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch)
+    held_out = None
+    if values["eval_iters"]:
+        batches = values["eval_iters"] * values["global_batch_size"] // (values["micro_batch_size"] * replicas)
+        encoder = VlmTaskEncoder(*limits)
+        held_out = HeldOut(data["path"], encoder, rank, replicas, values["micro_batch_size"], batches)
+    forward = Forward(model, device)
+    return Loop(values, model_config, model, forward, optimizer, scheduler, loader, watch, saves, held_out, first)
+
+
+def make_loader(
+    values: dict[str, Any], data: dict[str, Any], run_dir: Path, limits: tuple, rank: int, replicas: int
+) -> TrainingLoader:
+    """Micro-batches of this data-parallel rank."""
+    return train_loader(
+        data["path"],
+        VlmTaskEncoder(*limits, values["packing"], pad_multiple(not ON_CPU), values["seed"]),
+        Ranks(rank, replicas, values["num_workers"]),
+        values["micro_batch_size"],
+        values["packing_buffer_size"],
+        read_sizes(data),
+        max_damaged=values["max_damaged_samples"],
+        pin_memory=not ON_CPU,
+        found_damaged=functools.partial(note_damaged, run_dir),
+    )
+
+
+def meeting_place() -> torch.distributed.Store | None:
+    """A file where all processes are of this machine: torch's default listens on every network, without a password."""
+    path = os.environ.get(STORE)
+    return torch.distributed.FileStore(path, int(os.environ["WORLD_SIZE"])) if path else None
+
+
+def peak_flops(device: torch.device) -> float | None:
+    name = "" if ON_CPU else torch.cuda.get_device_name(device)
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop: Loop | None) -> SftError | None:
+    """The error as a person can use it; None when it is none of those that are known."""
+    if isinstance(error, SftError):
+        return error
+    if ended := worker_ended(error):
+        return ended
+    full = isinstance(error, OSError) and error.errno in remedies.NO_SPACE
+    if full or (isinstance(error, CheckpointException) and error.failures):  # one rank has them, the others end
+        return remedies.not_written(run_dir, loop.saves.begun if loop else 0)
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(
+        text in str(error) for text in NO_MEMORY
+    ):
+        return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
+    values = resolved["settings"]
+    memory = {name: size / 2**30 for name, size in state_bytes(ModelConfig(**resolved["model"]), values).items()}
+    largest = loop.forward.largest if loop else Forward.NOTHING
+    return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest, values["gpus_per_node"])
+
+
+def main(resolved_path: str, run_dir: str) -> None:
+    resolved, folder, loop = read_json(resolved_path), Path(run_dir), None
+    try:
+        loop = set_up(resolved, folder)
+        loop.run()
+    except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
+        if failure := explain(error, resolved, folder, loop):
+            with suppress(OSError):  # a full disk: train.py says it
+                write_json(folder / FAILURE, {"problem": failure.problem, "fix": failure.fix})
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader worker that ends
+        for child in multiprocessing.active_children():  # they hear no SIGTERM, with which Python would end them
+            child.kill()
+    torch.distributed.destroy_process_group()
