@@ -1,6 +1,7 @@
-"""What several test files share: a small checkpoint whose sizes are all different, so that no mix-up goes unnoticed."""
+"""Fixtures of several test files, and the order of the files where two processes share them."""
 
 import copy
+import fcntl
 import json
 import os
 import shutil
@@ -29,6 +30,20 @@ for number, default in {
         signal.signal(number, default)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+# Files that take longest, in the order in which `make test` hands them to its two processes. The first two need different
+# things: one prepares the project, which the third then finds.
+SLOWEST = (
+    "test_end_to_end", "test_parallel", "test_training_life", "test_redo", "test_forms", "test_faults", "test_megatron_model",
+    "test_data_workflow", "test_parity", "test_terminal",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if WORKER:
+        place = {name: number for number, name in enumerate(SLOWEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +110,17 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """A project in which the embedded experiment has got as far as preflight."""
-    project = copy_project(tmp_path_factory.mktemp("prepared"))
-    made = snakemake(project, "preflight_vqa")
-    assert made.returncode == 0, made.stdout
+    """A project in which the embedded experiment has got as far as preflight; made once for all processes of the tests."""
+    top = tmp_path_factory.getbasetemp()
+    shared = (top.parent if WORKER else top) / "shared"
+    shared.mkdir(exist_ok=True)
+    project, ready = shared / "prepared", shared / "ready"
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            made = snakemake(copy_project(project), "preflight_vqa")
+            assert made.returncode == 0, made.stdout
+            ready.touch()
     return project
 
 

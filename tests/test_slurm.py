@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from helpers import ROOT, mini_slurm
+from helpers import mini_slurm
 from helpers.projects import losses, snakemake_command
 from results import row, write_results
 from resume import Run
@@ -103,13 +102,6 @@ def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(proj
     assert code == 0, output
     asked = re.search(r"rule train:.*?resources: (.*?)\n", output, re.DOTALL)[1]
     assert "nodes=2, tasks=0, gres=gpu:4" in asked and "--signal=TERM@300" in asked
-
-
-def test_the_profile_keeps_what_differs_between_clusters_at_its_top():
-    text = (ROOT / "profiles/slurm/config.yaml").read_text()
-    mine, _, common = text.partition("# --- the same everywhere")
-    assert yaml.safe_load(mine).keys() == {"default-resources", "set-resources", "cores", "group-components"}
-    assert yaml.safe_load(common.partition("\n")[2])["executor"] == "slurm"
 
 
 @pytest.mark.parametrize(("reached", "code"), [(7, 75), (5, 1)])
