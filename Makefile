@@ -95,5 +95,5 @@ lock: $(READY)
 # What the embedded experiment made, and caches. Your own experiments' output stays.
 clean:
 	@[ ! -x $(VENV)/bin/python ] || $(VENV)/bin/python workflow_scripts/make_demo_vqa.py --clean $(ARGS)
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

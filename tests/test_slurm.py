@@ -18,8 +18,8 @@ import pytest
 
 from helpers import mini_slurm
 from helpers.projects import losses, snakemake_command
+from helpers.trainings import Run
 from results import row, write_results
-from resume import Run
 
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
 # Two data-parallel ranks, over two nodes or on one machine.

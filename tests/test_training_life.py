@@ -14,15 +14,14 @@ import time
 import psutil
 import pytest
 
-import resume
 from faults.project import environment
 from faults.server import Servers
-from helpers import ROOT, SCRIPTS
+from helpers import ROOT, trainings
 from helpers.projects import snakemake
+from helpers.trainings import kill, same
 from llava_sft.files import read_json
 from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, damage, iterations_done
 from llava_sft.training.watch import read_jsonl
-from resume import kill, same
 
 STEPS = 9
 HOW = {"train_iters": STEPS, "save_interval": 3, "async_save": True}
@@ -47,7 +46,7 @@ def servers(tmp_path_factory):
         yield servers
 
 
-class Run(resume.Run):
+class Run(trainings.Run):
     """A run whose starts that nothing happens to are forked from a process that has imported Megatron already."""
 
     servers: Servers
@@ -55,10 +54,8 @@ class Run(resume.Run):
     def finish(self, first: str = "") -> int:
         """Exit code. `first`: Python that the training processes run before anything else."""
         self.servers.wait()
-        argv = [str(SCRIPTS / "train.py"), str(self.resolved), "--run-dir", str(self.folder)]
-        argv += ["--done", str(self.folder.with_suffix(".done.json"))]
         with open(self.folder.with_suffix(".log"), "ab") as log:
-            return self.servers.ask(argv, ROOT, log.fileno(), first).wait()
+            return self.servers.ask(self.script(), ROOT, log.fileno(), first).wait()
 
     def limited(self, option: str) -> int:
         """Exit code of a start under `prlimit`."""
@@ -184,7 +181,7 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
 
 def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_lines(base, tmp_path):
     how = HOW | {"bf16": True, "nproc_per_node": 2, "log_interval": 4, "eval_interval": 5}
-    whole, run = resume.Run(base, tmp_path / "whole", **how), resume.Run(base, tmp_path / "killed", **how)
+    whole, run = trainings.Run(base, tmp_path / "whole", **how), trainings.Run(base, tmp_path / "killed", **how)
     assert whole.finish() == 0, whole.said()
     process = run.start()
     assert listening(run, process, 5) <= LOOPBACK

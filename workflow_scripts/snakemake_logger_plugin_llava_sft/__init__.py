@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from snakemake.logging import ColorizingTextHandler, DefaultFilter, DefaultFormatter, get_event
 from snakemake_interface_logger_plugins.base import LogHandlerBase
@@ -70,7 +71,7 @@ class LogHandler(LogHandlerBase):
 
     # --- what is remembered ---------------------------------------------------------------------------------------------
 
-    def _note(self, record: logging.LogRecord) -> None:
+    def _note(self, record: Any) -> None:  # a LogRecord with what Snakemake adds to it
         event = get_event(record)
         self.interrupted |= str(record.msg).startswith(("Terminating processes", "Will exit after finishing"))
         if event == LogEvent.JOB_INFO:
@@ -107,7 +108,7 @@ class LogHandler(LogHandlerBase):
 
     # --- what is printed ------------------------------------------------------------------------------------------------
 
-    def _line(self, record: logging.LogRecord) -> str:
+    def _line(self, record: Any) -> str:
         event, clock = get_event(record), time.strftime("%H:%M:%S")
         if event == LogEvent.JOB_INFO:
             return f"{clock}  {self.names[record.jobid]}" if record.rule_name != "targets" else ""
@@ -118,7 +119,7 @@ class LogHandler(LogHandlerBase):
             of = f", {self.done} of {self.total}" if self.total else ""
             return f"{clock}  {self.names.get(record.job_id, 'job')}: done in {took}{of}"
         if event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR):
-            name = self.names.get(getattr(record, "jobid", None), "a group of jobs")
+            name = self.names.get(getattr(record, "jobid", -1), "a group of jobs")
             return f"{clock}  {name}: failed"
         if event in (LogEvent.SHELLCMD, LogEvent.RUN_INFO, None) and record.levelno < logging.ERROR:
             text = str(record.msg or "").rstrip()
