@@ -187,29 +187,21 @@ class Bench:
             outcome = judge(code, said, named, differ, touched)
             if lost := sandbox.lost(case.file, use.without):
                 outcome = "lost"
-            if (
-                code
-                and use.goes_on
-                and kind.state_file
-                and case.form != "folder"
-                and outcome in ("reported", "unnamed")
-            ):
+            has_to_go_on = use.goes_on and kind.state_file and case.form != "folder"
+            if code and has_to_go_on and outcome in ("reported", "unnamed"):
                 outcome = "stuck" if self.run(sandbox, case.use)[0] else outcome
             if outcome == "silent" and any(limit.covers(*case[:2], case.form, case.keeps_mtime) for limit in LIMITS):
                 outcome = "documented"
-            last = [line for line in said.splitlines() if line.strip()][-1:]
-            message = next(
-                (line for line in said.splitlines() if re.match(r"error|warning", line, re.I)), *(last or [""])
-            )
-            return {
-                **case._asdict(),
-                "outcome": outcome,
-                "code": code,
-                "message": message[:300],
-                "differ": (lost or differ)[:6],
-            }
+            told = {"outcome": outcome, "code": code, "message": message(said)[:300], "differ": (lost or differ)[:6]}
+            return case._asdict() | told
         finally:
             sandbox.restore()
+
+
+def message(said: str) -> str:
+    """The first error or warning, else the last line."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    return next((line for line in lines if re.match(r"error|warning", line, re.I)), (lines or [""])[-1])
 
 
 def fresh(said: str, usual: str) -> list[str]:
