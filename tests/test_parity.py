@@ -1,12 +1,16 @@
 """The gate of the export: a right export passes and is named, a wrong one is not, and the figures say why."""
 
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from faults import server
+from faults.project import environment
+from helpers import ROOT
 from helpers.models import MAX_PIXELS, MIN_PIXELS
 from helpers.webdatasets import picture
 from llava_sft.checkpoint import parity
@@ -24,8 +28,16 @@ def mcore(small_checkpoint, small_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory):
+    """A process that has Megatron imported, of which the Megatron half of a comparison is forked."""
+    with server.Servers(ROOT, tmp_path_factory.mktemp("servers"), environment(), ("modules",)) as servers:
+        servers.wait()
+        yield servers
+
+
 @pytest.fixture
-def data(monkeypatch):
+def data(monkeypatch, megatron):
     """Held-out samples: one image each, as in the demo; those with 0 and 3 images have to be made."""
     messages = [
         {"role": "user", "content": "<image>\nWhich digit is this?"},
@@ -33,6 +45,8 @@ def data(monkeypatch):
     ]
     samples = [Sample(f"s{i}", messages, [picture(size=(60 + 30 * i, 90))], {}) for i in range(3)]
     monkeypatch.setattr(parity, "read_split", lambda folder, split: samples if split == "val" else [])
+    monkeypatch.setenv(server.MODULES, str(megatron.place / "modules"))
+    monkeypatch.setattr(subprocess, "Popen", server.Popen)
 
 
 def export(mcore, model, target, where="cpu", spoil=lambda folder: None):

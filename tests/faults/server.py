@@ -116,22 +116,24 @@ def ask(place: str, argv: list[str], cwd: Path, output: int, first: str = "") ->
 
 
 class Servers:
-    """Both servers of a project, started with `environment`; `place` is a folder for their sockets and logs."""
+    """The servers of a project, started with `environment`; `place` is a folder for their sockets and logs."""
 
-    def __init__(self, project: Path, place: Path, environment: dict[str, str]):
-        self.project, self.place = project, place
+    def __init__(
+        self, project: Path, place: Path, environment: dict[str, str], preloads: tuple[str, ...] = (*PRELOAD,)
+    ):
+        self.place, self.preloads = place, preloads
         place.mkdir(exist_ok=True)
         paths = (project / "workflow_scripts", Path(__file__).parents[1])
         here = {"PYTHONPATH": ":".join(map(str, paths)), MODULES: str(place / "modules")}
         self.processes = []
-        for preload in PRELOAD:
+        for preload in preloads:
             command = [sys.executable, "-m", "faults.server", str(place / preload), preload]
             with open(place / f"{preload}.log", "w") as log:
                 started = subprocess.Popen(command, cwd=project, env=environment | here, stdout=log, stderr=log)
             self.processes.append(started)
 
     def wait(self) -> None:
-        for preload in PRELOAD:
+        for preload in self.preloads:
             while not (self.place / preload).exists():
                 if any(process.poll() is not None for process in self.processes):
                     raise RuntimeError((self.place / f"{preload}.log").read_text())
