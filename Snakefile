@@ -13,9 +13,10 @@ sys.path.insert(0, str(SCRIPTS))
 # Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything.
 PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
 
+from llava_sft import paths
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers, overview
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
@@ -32,7 +33,7 @@ if workflow.is_main_process:
 rule targets:
     localrule: True
     params:
-        text=flow.overview(),
+        text=overview(flow),
     shell:
         "printf '%s' {params.text:q}"
 

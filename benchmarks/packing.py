@@ -20,8 +20,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from llava_sft.config import auto_packing_buffer
 from llava_sft.data.order import GlobalOrder, SourceLengths
+from llava_sft.settings.resolve import auto_packing_buffer
 from results import row, write_results
 
 SAMPLES = 100_000

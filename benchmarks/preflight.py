@@ -4,8 +4,8 @@
     python benchmarks/preflight.py gpu      # takes over the runs of results/memory_time.json (benchmarks/training.py)
     python benchmarks/preflight.py errors   # of all recorded rows, whatever machine they are from
 
-`run` needs `snakemake preflight_vqa` once. The rows of results/preflight.json are what preflight.py reads: change them by
-running this, not by hand.
+`run` needs `snakemake preflight_vqa` once. The factors that preflight predicts with (preflight/factors.json of the
+package) are fitted anew to the rows of results/preflight.json: change neither by hand.
 """
 
 import argparse
@@ -17,11 +17,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava_sft.config import first_epoch, load_settings, packing_window, resolve
-from llava_sft.data.lengths import Limits, global_order, sample_sizes
+from calibration import Recorded, calibrate, of_device, recorded, write_factors
+from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
-from llava_sft.training import predict
-from llava_sft.training.watch import read_metrics
+from llava_sft.machine import gpu, this_machine
+from llava_sft.model.cost import MicroBatch
+from llava_sft.preflight import predict
+from llava_sft.run.records import read_metrics
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import first_epoch, packing_window, resolve
 from results import DEMO_RUN, RESULTS, ROOT, row, single_process, write_results
 
 OUT = Path("/tmp/llava_sft_preflight")
@@ -56,10 +60,10 @@ def record() -> None:
         window = packing_window(settings, sizes.tokens)
         capacity = settings.seq_length if settings.packing else None
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
-        values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
-        values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
-        mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
-        machine = predict.this_machine(values)
+        settled, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
+        values = settled.dump() | {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
+        mean, largest = predict.mean_and_largest(sizes, values, epoch.packs if settings.packing else None)
+        machine = this_machine(values)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -71,9 +75,9 @@ def record() -> None:
         metrics = read_metrics(folder)
         seconds = [entry["step_s"] for entry in metrics[WARM:]]
         memory = max(entry["memory_gib"] for entry in metrics)
-        recorded = {name: values[name] for name in RECORDED if name in values}
+        of_run = {name: values[name] for name in RECORDED if name in values}
         name = ", ".join(f"{key} {value}" for key, value in overrides.items() if key != "packing_buffer_size")
-        known = {"run": f"CPU: {name}", "values": recorded, "machine": machine, "mean": mean, "largest": largest}
+        known = {"run": f"CPU: {name}", "values": of_run, "machine": machine, "mean": mean, "largest": largest}
         spread = f"{min(seconds):.2f} … {max(seconds):.2f} s in {len(seconds)} steps"
         peak = row("peak_memory_gib", memory, "GiB", None, "lower", "resident, libraries included", **known)
         step = row("step_s", statistics.median(seconds), "s", None, "lower", f"median; {spread}", **known)
@@ -111,9 +115,9 @@ def take_over() -> list[dict]:
             "run": f"{gpus} × {given['gpu']}, {given['model']}: "
             + ", ".join(f"{name} {given[name]}" for name in (*named, "recompute_vision", "optimizer_precision")),
             "values": values,
-            "machine": predict.gpu(given["gpu"]),
-            "mean": predict.Load(step[0], step[0] * of_sample, step[1], step[1] * of_image),
-            "largest": predict.Load(tokens, tokens * of_sample, patches, patches * of_image),
+            "machine": gpu(given["gpu"]),
+            "mean": MicroBatch(step[0], step[0] * of_sample, step[1], step[1] * of_image),
+            "largest": MicroBatch(tokens, tokens * of_sample, patches, patches * of_image),
         }
         note = "reserved by PyTorch, fragmentation included"
         rows.append(row("peak_memory_gib", measured["peak_reserved_gib"], "GiB", None, "lower", note, **known))
@@ -125,7 +129,7 @@ USUAL = {"model": "4b", "seq_length": 8192, "micro_batch_size": 1, "pack_chunk_t
 USUAL |= {"fp8": "none", "optimizer_precision": "bf16", "recompute_language": "none", "recompute_vision": "none"}
 
 
-def short(run: predict.Recorded) -> str:
+def short(run: Recorded) -> str:
     """What is unusual about a recorded run of a GPU, and its packs a step; of a CPU, its batch."""
     if run.machine.device == "CPU":
         what = "packs" if run.values["packing"] else "samples"
@@ -141,12 +145,12 @@ def short(run: predict.Recorded) -> str:
 def errors() -> list[dict]:
     """Of each recorded run: predicted from all others of its device, against what was measured. Prints the README's table."""
     rows = []
-    runs = predict.recorded()
+    runs = recorded()
     by_device: dict[str, list[tuple[float, float]]] = {}
     print("| device | run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|---|")
     for each in sorted(runs, key=lambda run: run.machine.device, reverse=True):
-        others = predict.of_device(each.machine.device, [other for other in runs if other is not each])
-        factors = predict.calibrate(others)
+        others = of_device(each.machine.device, [other for other in runs if other is not each])
+        factors = calibrate(others)
         guess = predict.predict(each.model, each.values, each.machine, each.mean, each.largest, factors)
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
         by_device.setdefault(each.machine.device, []).append(wrong)
@@ -170,7 +174,8 @@ def main() -> None:
         record()
     elif what == "gpu":
         write_results("preflight", take_over())
-    predict.recorded.cache_clear()
+    recorded.cache_clear()
+    write_factors()
     write_results("preflight", errors())
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava_sft.files import read_json
-from llava_sft.training.checkpoints import iterations_done
+from llava_sft.run.checkpoints import iterations_done
 from results import DEMO_RUN, ROOT, row, write_results
 
 sys.path.insert(0, str(ROOT / "tests"))

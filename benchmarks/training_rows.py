@@ -5,6 +5,7 @@ from typing import Any
 
 from cases import CALIBRATION, CASE, PEAK
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import parameter_count
 from results import ROOT, row
 
 GOALS = {"bf16_8192": 0.52, "bf16_32768": 0.50}  # MFU
@@ -30,7 +31,7 @@ def figures(case: dict) -> dict[str, float]:
 def memory_and_time(processes: list[dict]) -> list[dict]:
     """What preflight predicts from: step time and peak memory of each case, with all that decides them."""
     parameters = {
-        size: load_model_config(ROOT / f"config/models/{size}.yaml").parameter_count() for size in ("4b", "8b")
+        size: parameter_count(load_model_config(ROOT / f"config/models/{size}.yaml")) for size in ("4b", "8b")
     }
     note = "largest_chunk: tokens, patches, images, answers of the largest of the run; step_…: of the timed step"
     rows = []

@@ -5,13 +5,13 @@ rule convert_checkpoint_hf2mcore:
     input:
         flow.checkpoint_folders,
     output:
-        "{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1.done.json",
+        paths.CHECKPOINT_DONE,
     log:
         "{exp_dir}/logs/convert_checkpoint_hf2mcore/{checkpoint}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_hf2mcore/{checkpoint}.tsv"
     params:
-        folder="{exp_dir}/checkpoints/{checkpoint}_mcore_tp1_pp1",
+        folder=paths.CHECKPOINT,
         job=flow.checkpoint_job,
     shell:
         "{PYTHON}convert_checkpoint.py hf2mcore {params.job} --done {output:q} -- {params.folder:q} > {log:q} 2>&1"
@@ -21,13 +21,13 @@ rule convert_checkpoint_mcore2hf:
     input:
         flow.path("train_done"),
     output:
-        "{exp_dir}/{run_name}_results/export.done.json",
+        paths.EXPORT_DONE,
     log:
         "{exp_dir}/logs/convert_checkpoint_mcore2hf/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/convert_checkpoint_mcore2hf/{run_name}.tsv"
     params:
-        folder="{exp_dir}/{run_name}_results/huggingface",
+        folder=paths.EXPORT,
         run_dir=flow.path("run_dir"),
         webdatasets=flow.path("webdatasets"),
         options=flow.options("parity"),

@@ -13,7 +13,7 @@ wildcard_constraints:
 rule make_demo_vqa:
     output:
         # The files themselves are no output: Snakemake would delete what stands there, whoever made it.
-        "{exp_dir}/demo.done.json",
+        paths.DEMO_DONE,
     log:
         "{exp_dir}/logs/make_demo_vqa.log",
     benchmark:
@@ -30,11 +30,11 @@ rule stage2_sftdata2webdataset:
         # What changed in the raw file shows in the plan (params); its date alone reruns nothing.
         ancient(flow.raw_of_shard),
     output:
-        tar="{exp_dir}/data/{experiment}/webdatasets/{shard}.tar",
-        idx="{exp_dir}/data/{experiment}/webdatasets/{shard}.tar.idx",
-        samples="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.samples.jsonl",
-        stats="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.stats.json",
-        rejects="{exp_dir}/data/{experiment}/webdatasets.parts/{shard}.rejects.jsonl",
+        tar=paths.SHARD + ".tar",
+        idx=paths.SHARD + ".tar.idx",
+        samples=paths.SHARD_NOTES + ".samples.jsonl",
+        stats=paths.SHARD_NOTES + ".stats.json",
+        rejects=paths.SHARD_NOTES + ".rejects.jsonl",
     log:
         "{exp_dir}/logs/stage2_sftdata2webdataset/{experiment}/{shard}.log",
     benchmark:
@@ -52,7 +52,7 @@ rule index_webdataset:
         shards=flow.shard_files,
         raw=flow.raw_files,
     output:
-        "{exp_dir}/data/{experiment}/dataset.json",
+        paths.DATASET,
     log:
         "{exp_dir}/logs/index_webdataset/{experiment}.log",
     benchmark:
@@ -69,8 +69,8 @@ rule inspect_webdataset:
     input:
         flow.path("dataset"),
     output:
-        json="{exp_dir}/data/{experiment}/inspect.json",
-        html="{exp_dir}/data/{experiment}/inspect.html",
+        json=paths.INSPECTION,
+        html=paths.INSPECTION_PAGE,
     log:
         "{exp_dir}/logs/inspect_webdataset/{experiment}.log",
     benchmark:

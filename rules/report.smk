@@ -6,16 +6,18 @@ rule evaluate:
         export=flow.path("export_done"),
         dataset=flow.path("dataset"),
     output:
-        "{exp_dir}/{run_name}_results/evaluation.json",
+        paths.EVALUATION,
     log:
         "{exp_dir}/logs/evaluate/{run_name}.log",
     benchmark:
         "{exp_dir}/benchmarks/evaluate/{run_name}.tsv"
     threads: workflow.cores
     params:
-        folder="{exp_dir}/{run_name}_results/huggingface",
+        folder=paths.EXPORT,
         webdatasets=flow.path("webdatasets"),
-        options=flow.options("evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens"),
+        options=flow.options(
+            "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", without="evaluate_"
+        ),
     shell:
         "{PYTHON}evaluate.py {params.folder:q} {params.webdatasets:q} --dataset {input.dataset:q} {params.options}"
         " --output {output:q} 2>&1 | tee -i {log:q}"
@@ -30,7 +32,7 @@ rule report:
         train_done=flow.path("train_done"),
         evaluation=flow.path("evaluation"),
     output:
-        "{exp_dir}/{run_name}_results/report.html",
+        paths.REPORT,
     log:
         "{exp_dir}/logs/report/{run_name}.log",
     benchmark:

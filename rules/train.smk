@@ -6,7 +6,7 @@ rule measure_webdataset:
         flow.path("dataset"),
         flow.path("converted_done"),
     output:
-        "{exp_dir}/{run_name}_results/sizes.json",
+        paths.SIZES,
     log:
         "{exp_dir}/logs/measure_webdataset/{run_name}.log",
     benchmark:
@@ -29,8 +29,8 @@ rule preflight:
         flow.path("sizes"),
     output:
         # Those of a finished run stay when another in its directory is refused.
-        resolved=update("{exp_dir}/{run_name}_results/resolved.json"),
-        prediction=update("{exp_dir}/{run_name}_results/preflight.json"),
+        resolved=update(paths.RESOLVED),
+        prediction=update(paths.PREDICTION),
     log:
         "{exp_dir}/logs/preflight/{run_name}.log",
     benchmark:
@@ -48,7 +48,7 @@ rule train:
         flow.path("resolved"),
     output:
         # The run directory itself is no output: Snakemake would delete its checkpoints.
-        "{exp_dir}/{run_name}_results/train.done.json",
+        paths.TRAIN_DONE,
     log:
         "{exp_dir}/logs/train/{run_name}.log",
     benchmark:

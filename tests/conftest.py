@@ -2,7 +2,6 @@
 
 import copy
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -17,8 +16,9 @@ from hypothesis import settings
 
 from helpers import MODELS, ROOT
 from helpers.projects import copy_project, snakemake
-from llava_sft.config import load_settings, resolve
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig, load_model_config
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import resolve
 
 # nohup, and a shell that starts us in the background, have us ignore what a terminal sends; tests send it.
 for number, default in {
@@ -76,7 +76,7 @@ def shipped_settings():
     """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return json.loads(json.dumps(resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0]))
+        return resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0].dump()
 
 
 @pytest.fixture
@@ -87,6 +87,7 @@ def resolved(shipped_settings, tmp_path):
         (sidecars / name).write_text("{}")
     return {
         "run_name": "stage2_sft_vqa",
+        "why": {},
         "settings": copy.deepcopy(shipped_settings) | {"train_iters": 100, "num_workers": 2, "lr": 1e-4},
         "model": load_model_config(MODELS / "tiny.yaml").model_dump(),
         "data": {"path": "wds", "fingerprint": "d1", "train_samples": 5000, "heldout_samples": 100},

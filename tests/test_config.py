@@ -12,21 +12,23 @@ import pytest
 import yaml
 
 from helpers import MODELS, ROOT
-from llava_sft import config
-from llava_sft.config import (
+from llava_sft.data.order import GlobalOrder, SourceLengths
+from llava_sft.embedded import check_demo
+from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
+from llava_sft.inputs import check_inputs
+from llava_sft.machine import gpu_count
+from llava_sft.paths import Paths
+from llava_sft.settings import layers
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import (
     auto_num_workers,
     auto_save_interval,
     auto_train_iters,
     first_epoch,
-    gpu_count,
-    load_settings,
     resolve,
     warnings,
 )
-from llava_sft.data.order import GlobalOrder, SourceLengths
-from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
-from llava_sft.paths import Paths, check_demo
-from llava_sft.workflow import Workflow
+from llava_sft.workflow import Workflow, overview
 
 
 @pytest.fixture
@@ -52,13 +54,13 @@ SOUND = {"raw_data": "raw.jsonl", "image_root": "images", "load": "hf"}
 
 def write_experiment(name, **settings):
     values = {key: value for key, value in {**SOUND, **settings}.items() if value is not None}
-    (config.CONFIG_DIR / f"experiments/{name}.yaml").write_text(yaml.safe_dump(values))
+    (layers.CONFIG_DIR / f"experiments/{name}.yaml").write_text(yaml.safe_dump(values))
 
 
 def mistake(name="mine", **overrides) -> SftError:
     """What the user is told who asks for this experiment."""
     with pytest.raises(SftError) as error:
-        Paths(load_settings(name, overrides)).check_inputs()
+        check_inputs(Paths(load_settings(name, overrides)))
     assert error.value.fix
     return error.value
 
@@ -108,42 +110,42 @@ def test_num_workers_keep_up_on_at_most_half_of_the_cores(cores, processes, want
 
 def test_auto_values_are_worked_out_and_explained(project):
     settings = load_settings("mine", {"gpus_per_node": 8, "micro_batch_size": 2, "tensor_model_parallel_size": 2})
-    values, why = resolve(settings, train_samples=100_000)
-    assert values["global_batch_size"] == 4 * 4 * 2  # GPUs / TP, times MBS
-    assert values["train_iters"] == 3_200
-    assert values["save_interval"] == 200
-    assert values["bf16"] is True
-    assert values["min_lr"] == pytest.approx(1e-6)  # lr / 10
+    resolved, why = resolve(settings, train_samples=100_000)
+    assert resolved.global_batch_size == 4 * 4 * 2  # GPUs / TP, times MBS
+    assert resolved.train_iters == 3_200
+    assert resolved.save_interval == 200
+    assert resolved.bf16 is True
+    assert resolved.min_lr == pytest.approx(1e-6)  # lr / 10
     assert {"global_batch_size", "train_iters", "save_interval", "num_workers", "bf16"} <= set(why)
-    assert "auto" not in values.values()
-    assert json.loads(json.dumps(values)) == values
+    assert "auto" not in resolved.dump().values()
+    assert json.loads(json.dumps(resolved.dump())) == resolved.dump()
 
 
 def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
     cluster = {"nodes": 2, "gpus_per_node": 8, "cpus_per_task": 96}
     settings = load_settings("mine", {"tensor_model_parallel_size": 2}, cluster)
-    values, why = resolve(settings, train_samples=100_000, cores=96)
-    assert (values["nodes"], values["nproc_per_node"], values["global_batch_size"]) == (2, 8, 4 * 2 * 8 // 2)
-    assert values["num_workers"] == 4 and "nodes" not in why and settings.origin["nodes"] == "the profile"
+    resolved, why = resolve(settings, train_samples=100_000, cores=96)
+    assert (resolved.nodes, resolved.nproc_per_node, resolved.global_batch_size) == (2, 8, 4 * 2 * 8 // 2)
+    assert resolved.num_workers == 4 and "nodes" not in why and settings.origin["nodes"] == "the profile"
     assert load_settings("mine", {"nodes": 8, "gpus_per_node": 1}, cluster).nodes == 8  # a person comes first
-    assert resolve(load_settings("mine"), train_samples=100)[0]["nodes"] == 1
+    assert resolve(load_settings("mine"), train_samples=100)[0].nodes == 1
     with pytest.raises(SettingsError, match="data-parallel size 16 = 16"):
-        Paths(load_settings("mine", {"global_batch_size": 24}, cluster)).check_inputs()
+        check_inputs(Paths(load_settings("mine", {"global_batch_size": 24}, cluster)))
 
 
 def test_packed_sequences_are_counted_not_samples(project):
     given = {"seq_length": 1000, "global_batch_size": 10, "packing_buffer_size": 100}
     settings = load_settings("mine", given)
-    values, why = resolve(
+    resolved, why = resolve(
         settings, 20_000, epoch=first_epoch(GlobalOrder([SourceLengths([250] * 20_000)], 1000, 100, 1), 100)
     )
-    assert values["train_iters"] == 500  # four samples a sequence
+    assert resolved.train_iters == 500  # four samples a sequence
     assert "5,000 packed sequences (of 20,000 samples)" in why["train_iters"]
 
 
 def test_without_a_gpu_one_process_trains_in_float32(project):
-    values, _ = resolve(load_settings("mine"), train_samples=1_000)
-    assert (values["gpus_per_node"], values["global_batch_size"], values["bf16"]) == (0, 4, False)
+    resolved, _ = resolve(load_settings("mine"), train_samples=1_000)
+    assert (resolved.gpus_per_node, resolved.global_batch_size, resolved.bf16) == (0, 4, False)
 
 
 def test_given_values_are_not_worked_out_anew(project):
@@ -155,8 +157,8 @@ def test_given_values_are_not_worked_out_anew(project):
         "bf16": True,
         "min_lr": 0.0,
     }
-    values, why = resolve(load_settings("mine", given), train_samples=1_000)
-    assert given.items() <= values.items()
+    resolved, why = resolve(load_settings("mine", given), train_samples=1_000)
+    assert given.items() <= resolved.dump().items()
     assert why.keys().isdisjoint(given)
 
 
@@ -188,7 +190,7 @@ def test_the_command_line_wins_over_the_experiment_and_that_over_the_defaults(pr
 
 
 def test_an_exponent_without_a_point_is_a_number_wherever_it_stands(project):
-    path = config.CONFIG_DIR / "experiments/mine.yaml"
+    path = layers.CONFIG_DIR / "experiments/mine.yaml"
     path.write_text(path.read_text() + "lr: 2e-5\nmin_lr: 1e-6\nadam_eps: 1e-8\nclip_grad: 1e0\nepochs: 2e0\n")
     assert yaml.safe_load(path.read_text())["lr"] == "2e-5"  # this is how YAML reads it
     settings = load_settings("mine", {"weight_decay": "1e-2"})
@@ -202,7 +204,7 @@ def test_a_run_tag_may_be_a_number_as_dates_are(project):
 
 def test_shipped_experiments_hold_only_possible_settings(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name in config.experiments():
+    for name in layers.experiments():
         assert load_settings(name).experiment == name
 
 
@@ -322,9 +324,9 @@ def test_what_the_user_has_to_bring_is_named_when_it_is_not_there(project, setti
 
 
 def test_a_broken_experiment_file_is_named(project):
-    (config.CONFIG_DIR / "experiments/mine.yaml").write_text("lr: [1")
+    (layers.CONFIG_DIR / "experiments/mine.yaml").write_text("lr: [1")
     assert f"{EXPERIMENT}: not valid YAML" in str(mistake())
-    (config.CONFIG_DIR / "experiments/mine.yaml").write_text("- lr")
+    (layers.CONFIG_DIR / "experiments/mine.yaml").write_text("- lr")
     assert f"{EXPERIMENT}: holds a list" in str(mistake())
     assert "config/experiments/nobody.yaml: no such file" in str(mistake("nobody"))
 
@@ -359,7 +361,7 @@ def test_a_mistake_in_an_experiment_that_is_not_asked_for_disturbs_nobody(projec
 
 def conversions() -> dict[str, str]:
     """The job of each converted checkpoint, as a job on another machine finds it: by its wildcards, no target asked."""
-    names = {Workflow({}, []).paths(name).converted.name for name in config.experiments()}
+    names = {Workflow({}, []).paths(name).converted.name for name in layers.experiments()}
     stems = [name.removesuffix("_mcore_tp1_pp1") for name in names]
     return {stem: Workflow({}, []).checkpoint_job(SimpleNamespace(checkpoint=stem, exp_dir="output")) for stem in stems}
 
@@ -469,7 +471,7 @@ def test_a_file_with_an_odd_name_disturbs_no_other_and_is_named_with_the_rule(pr
     flow = Workflow({}, ["data_mine"])
     assert flow.experiments == ["mine", "数据-2.v1"]
     assert re.fullmatch(flow.pattern("experiment"), "数据-2.v1")
-    assert "Left out: '$HOME'" in flow.overview()
+    assert "Left out: '$HOME'" in overview(flow)
     for name in ODD:
         with pytest.raises(SystemExit):
             Workflow({}, [f"data_{name}"])
@@ -492,7 +494,7 @@ def test_the_demo_moves_with_exp_dir(monkeypatch):
     monkeypatch.chdir(ROOT)
     flow = Workflow({"exp_dir": "else where"}, [])
     paths = flow.paths("vqa")
-    paths.check_inputs()
+    check_inputs(paths)
     assert paths.sources[0].files["subtaskdata"] == [Path("else where/demo/train.jsonl")]
     assert str(paths.demo_done) == "else where/demo.done.json" and flow.pattern("demo") == re.escape("else where")
 
@@ -501,12 +503,12 @@ def test_the_demo_moves_with_exp_dir(monkeypatch):
 def test_the_demo_trains_on_any_number_of_gpus(monkeypatch, gpus):
     monkeypatch.chdir(ROOT)
     settings = load_settings("vqa", {"gpus_per_node": gpus})
-    Paths(settings).check_inputs()
-    values, _ = resolve(settings, train_samples=19_200)
+    check_inputs(Paths(settings))
+    resolved, _ = resolve(settings, train_samples=19_200)
     replicas = max(1, gpus)
-    assert values["global_batch_size"] == values["micro_batch_size"] * replicas >= 32
+    assert resolved.global_batch_size == resolved.micro_batch_size * replicas >= 32
     if gpus in (0, 1):
-        assert (values["micro_batch_size"], values["global_batch_size"]) == (32, 32)
+        assert (resolved.micro_batch_size, resolved.global_batch_size) == (32, 32)
 
 
 def test_data_alone_needs_neither_batches_that_fit_nor_a_checkpoint(project):

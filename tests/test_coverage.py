@@ -9,16 +9,17 @@ import pytest
 import report
 from helpers.models import MAX_PIXELS, MIN_PIXELS
 from helpers.webdatasets import Raw, record
-from llava_sft.data.heldout import sample_ids
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.nv_meta import METADATASET
 from llava_sft.data.packing import PACKED_IDS
+from llava_sft.data.stored import sample_ids
 from llava_sft.data.stream import Ranks, train_loader
-from llava_sft.data.tars import METADATASET
-from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DamagedFileError, DataError, RunError
 from llava_sft.files import write_json
-from llava_sft.training.coverage import SAMPLE_COUNTS, count_samples, sample_counts, told
+from llava_sft.model.template import ChatTemplate
+from llava_sft.run.coverage import count_samples, sample_counts, summary
+from llava_sft.run.layout import SAMPLE_COUNTS
 from llava_sft.training.watch import Watch
 
 
@@ -46,13 +47,13 @@ def test_left_over_and_repeated_samples_are_named(wds, tmp_path):
     assert (counts["left_over"], counts["repeated"], counts["left_out"]) == ([e], [a], [f])
     stale = sample_counts(tmp_path, wds, 2, left_out=["of other data"])
     assert (stale["left_out"], stale["epochs"]) == ([], 1) and stale["left_over"] == [e, f]
-    assert "1 not seen, 3 seen once, 1 seen 3 times; 1 can not be trained on" in told(counts)
+    assert "1 not seen, 3 seen once, 1 seen 3 times; 1 cannot be trained on" in summary(counts)
 
 
 def test_counts_are_not_known_of_a_run_whose_steps_were_not_all_noted(wds, tmp_path):
     assert sample_counts(tmp_path, wds, 2) is None
     note(tmp_path, [["a"]])
-    with pytest.raises(RunError, match="1 of 2 steps are noted"):
+    with pytest.raises(RunError, match="1 of 2 steps are in the log"):
         sample_counts(tmp_path, wds, 2)
 
 

@@ -11,7 +11,7 @@ from helpers.webdatasets import contents
 from llava_sft.data.demo import HELDOUT_RECORDS, TRAIN_RECORDS, write_demo
 from llava_sft.data.plan import plan_ranges
 from llava_sft.data.shards import convert_range
-from llava_sft.paths import DEMO_BYTES
+from llava_sft.embedded import DEMO_BYTES
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(prepared_project):
 
     second = snakemake(prepared_project, "train_vqa", "--config", *SMALL)
     assert second.returncode == 0, second.stdout
-    assert "going on from step" in second.stdout
+    assert "resuming from step" in second.stdout
     assert planned(second.stdout).keys().isdisjoint({"make_demo_vqa", "stage2_sftdata2webdataset"})
 
     undisturbed = snakemake(prepared_project, "export_vqa", "--config", *SMALL, "run_tag=undisturbed")

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 import evaluate
-from evaluate import Answer, judge, kept_result, main
+from evaluate import cached_result, main
 from helpers.webdatasets import Raw, record
-from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
+from llava_sft.data.stored import read_split
+from llava_sft.evaluation.answers import RIGHT_SHOWN, WRONG_SHOWN, Answer, generate, judge, read_answer
 from llava_sft.files import read_json, write_json
 
 
@@ -54,7 +55,7 @@ def test_the_wrong_ones_are_kept_first_with_as_many_as_the_report_shows():
     asked = [sample(str(n), "x") for n in range(60)]
     rows, examples = judge(asked, said(*("x" if n % 2 else "y" for n in range(60))), "kind")
     assert len(rows) == 60
-    assert [each["correct"] for each in examples] == [False] * evaluate.WRONG_KEPT + [True] * evaluate.RIGHT_KEPT
+    assert [each["correct"] for each in examples] == [False] * WRONG_SHOWN + [True] * RIGHT_SHOWN
 
 
 # --- the exported model -----------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def test_each_answer_meets_its_question_whatever_the_batches(export, data):
     assert len({str(row["turns"]) for row in rows}) > 4, "answers that are all alike would show no mix-up"
     samples = list(read_split(data / "wds", "val"))
     for n in (1, 2, 6):  # asked alone
-        (alone,) = evaluate.answer(arguments(export, data), [samples[n].before(1)])
+        (alone,) = generate(export, [samples[n].before(1)], 16, 4)
         assert alone.text == rows[n]["turns"][0]["prediction"]
     for size in (1, 4):
         assert content_of(evaluate.evaluate(arguments(export, data, batch_size=size))[1]) == content_of(rows)
@@ -127,9 +128,9 @@ def test_answers_end_at_either_end_token_whatever_the_export_says(export, data, 
     end, text_end, pad, word, other = map(
         tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>", "<|vision_pad|>", "7", "x")
     )
-    from llava_sft.checkpoint import parity
+    from llava_sft.evaluation import export as export_module
 
-    load = parity.load_export
+    load = export_module.load_export
 
     def scripted(folder, dtype, device):
         processor, model = load(folder, dtype, device)
@@ -149,7 +150,7 @@ def test_answers_end_at_either_end_token_whatever_the_export_says(export, data, 
         model.forward = forward
         return processor, model
 
-    monkeypatch.setattr(parity, "load_export", scripted)
+    monkeypatch.setattr(export_module, "load_export", scripted)
     try:
         for given in (
             {},
@@ -173,8 +174,8 @@ def test_grounding_tokens_are_part_of_an_answer():
             words = {1: "<|box_start|>", 2: "(1,2)", 3: "<|box_end|>", 9: "<|im_end|>"}
             return "".join(words[token] for token in tokens if not (skip_special_tokens and token != 2))
 
-    assert evaluate.read_answer(Tokenizer(), [1, 2, 3, 9, 2], [9]) == Answer("<|box_start|>(1,2)<|box_end|>", False)
-    assert evaluate.read_answer(Tokenizer(), [1, 2], [9]).cut
+    assert read_answer(Tokenizer(), [1, 2, 3, 9, 2], [9]) == Answer("<|box_start|>(1,2)<|box_end|>", False)
+    assert read_answer(Tokenizer(), [1, 2], [9]).cut
 
 
 def run(monkeypatch, export: Path, data: Path, output: Path, *words: str) -> None:
@@ -191,11 +192,11 @@ def test_kept_answers_are_used_for_the_same_model_data_and_options_alone(export,
     assert "of 9 right" in capsys.readouterr().out
     made = []
 
-    def answer(args, questions):
+    def answer(model_dir, questions, *options):
         made.append(len(questions))
         return [Answer("Answer 0.", False)] * len(questions)
 
-    monkeypatch.setattr(evaluate, "answer", answer)
+    monkeypatch.setattr(evaluate, "generate", answer)
     output.unlink()
     run(monkeypatch, export, data, output)
     assert (read_json(output), made) == (first, [])
@@ -215,14 +216,14 @@ def test_kept_answers_are_used_for_the_same_model_data_and_options_alone(export,
     run(monkeypatch, export, data, output)
     assert len(made) == 6 and (tmp_path / "predictions.jsonl").is_file()
     kept.write_text("[1]")
-    assert kept_result(kept, "x") is None
+    assert cached_result(kept, "x") is None
 
 
 def test_no_held_out_split_is_said_and_no_model_is_loaded(export, tmp_path, monkeypatch, capsys):
     raw = Raw(tmp_path, [record(n, None) for n in range(3)])
     raw.convert()
     write_json(tmp_path / "dataset.json", index_webdataset(raw.wds, raw.parts))
-    monkeypatch.setattr(evaluate, "answer", None)
+    monkeypatch.setattr(evaluate, "generate", None)
     run(monkeypatch, export, tmp_path, tmp_path / "e.json")
     assert "there is no accuracy" in capsys.readouterr().err
     assert (result := read_json(tmp_path / "e.json"))["samples"] == 0 and result["accuracy"] is None

@@ -28,11 +28,12 @@ from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.legacy import LegacySource
 from llava_sft.checkpoint.pickles import check_pickles, read_metadata
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader
-from llava_sft.checkpoint.start import SIDECARS, check_load, open_start
+from llava_sft.checkpoint.start import Checkpoint, check_load, open_start
 from llava_sft.checkpoint.torch_dist import TorchDistReader
-from llava_sft.checkpoint.verify import MEMO, verify
+from llava_sft.checkpoint.verify import verify
 from llava_sft.errors import CheckpointError, SftError
 from llava_sft.model.export_files import write_hf_sidecars
+from llava_sft.run.layout import SIDECARS, VERIFIED
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_no_damage_is_silent_or_a_traceback(kind, mcore, export, small_checkpoin
 
     def use(folder: Path) -> None:
         if kind == "converted":
-            open_start(str(folder.parent), None, None)
+            open_start(Checkpoint.of(folder.parent), None, None)
             mcore2hf(folder, tmp_path / "out", folder.parent / SIDECARS, small_model, MIN_PIXELS, MAX_PIXELS)
         elif kind == "export":
             verify(folder)
@@ -254,7 +255,7 @@ def test_no_damage_is_silent_or_a_traceback(kind, mcore, export, small_checkpoin
 
     generator = random.Random(7)
     top = whole.parent if kind == "converted" else whole
-    names = sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file() and p.name != MEMO)
+    names = sorted(str(p.relative_to(top)) for p in top.rglob("*") if p.is_file() and p.name != VERIFIED)
     for number in range(2 * len(names)):
         copy = shutil.copytree(top, tmp_path / f"copy{number}")
         spoil(copy / names[number % len(names)], generator)
@@ -419,7 +420,7 @@ ODD = {
 def test_odd_small_files_of_a_converted_folder_are_one_message(name, victim):
     change, mentioned = ODD[name]
     change(victim)
-    refused(lambda: open_start(str(victim), None, None), mentioned)
+    refused(lambda: open_start(Checkpoint.of(victim), None, None), mentioned)
 
 
 INDEX = "model.safetensors.index.json"
@@ -458,7 +459,7 @@ def test_unreadable_files_are_said_to_be_so(small_checkpoint, small_model, tmp_p
     rank = tmp_path / "x/release/mp_rank_00"
     rank.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=f"load: {rank.parent}$"):
-        check_load(str(rank), {}, small_checkpoint, made_here=False)
+        check_load(Checkpoint.of(rank), {}, small_checkpoint, made_here=False)
 
     def denied(self):
         raise PermissionError(13, "Permission denied", str(self))
@@ -468,7 +469,7 @@ def test_unreadable_files_are_said_to_be_so(small_checkpoint, small_model, tmp_p
         with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
             call()
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
-        check_load(str(rank.parent), {}, small_checkpoint, made_here=False)
+        check_load(Checkpoint.of(rank.parent), {}, small_checkpoint, made_here=False)
 
 
 def test_sidecars_are_looked_at_before_any_weight(small_checkpoint, small_model, tmp_path, monkeypatch):

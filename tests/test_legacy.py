@@ -14,9 +14,10 @@ import torch
 from helpers.models import MAX_PIXELS, MIN_PIXELS, TEXTS
 from helpers.original_checkpoint import write_original
 from llava_sft.checkpoint.convert import hf2mcore
-from llava_sft.checkpoint.start import check_load, converted_name, is_legacy, needs_conversion
+from llava_sft.checkpoint.start import Checkpoint, check_load, is_legacy
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
+from llava_sft.model.tensors import hf_shapes
 from llava_sft.model.tiny import write_tiny_checkpoint
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -63,11 +64,11 @@ def test_load_takes_the_folder_above_or_the_checkpoint_itself_and_asks_for_a_tok
         (release.parent, "LLaVA-4B-stage0"),
         (trained, "stage1_run_iter_0000400"),
     ):
-        assert is_legacy(folder) and needs_conversion(str(folder))
-        assert converted_name(str(folder), {}) == f"{name}_mcore_tp1_pp1"
-        check_load(str(folder), {}, deep_checkpoint, made_here=False)
+        assert is_legacy(folder) and Checkpoint.of(folder).needs_conversion
+        assert Checkpoint.of(folder).converted_name({}) == f"{name}_mcore_tp1_pp1"
+        check_load(Checkpoint.of(folder), {}, deep_checkpoint, made_here=False)
         with pytest.raises(CheckpointError, match="no tokenizer"):
-            check_load(str(folder), {}, None, made_here=False)
+            check_load(Checkpoint.of(folder), {}, None, made_here=False)
 
 
 class Evil:
@@ -102,7 +103,7 @@ def test_objects_of_packages_that_are_not_here_and_plain_builtins_do_no_harm(
     torch.save({**content, "args": harmless, "buffer": io.BytesIO(b"scales")}, file, pickle_protocol=2)
     monkeypatch.delitem(sys.modules, gone.__name__)
     marker = hf2mcore(tmp_path / "x", tmp_path / "out", deep, sidecars=deep_checkpoint)
-    assert marker["tensors"] == len(deep.hf_tensor_shapes())
+    assert marker["tensors"] == len(hf_shapes(deep))
 
 
 def lost_rank(folder):

@@ -13,16 +13,10 @@ from safetensors.torch import load_file, save_file
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.hub import download
 from llava_sft.checkpoint.safetensors_io import old_name
-from llava_sft.checkpoint.start import (
-    TRACKER,
-    check_load,
-    converted_name,
-    existing_checkpoint,
-    is_hub,
-    needs_conversion,
-)
+from llava_sft.checkpoint.start import Checkpoint, check_load, existing_checkpoint, named_parts
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
+from llava_sft.run.layout import TRACKER
 
 HUB = "lmms-lab/LLaVA-OneVision-1.5-4B-Base@1a2b3c4d5e6f7a8b9c0d"
 NAMES = ("language_model", "vision_model", "adapter")
@@ -33,14 +27,14 @@ NAMES = ("language_model", "vision_model", "adapter")
 
 def test_a_hub_id_needs_its_revision_and_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_hub(HUB) and needs_conversion(HUB)
-    check_load(HUB, {}, None, made_here=False)
-    assert converted_name(HUB, {}) == "LLaVA-OneVision-1.5-4B-Base@1a2b3c4d5e6f_mcore_tp1_pp1"
+    assert Checkpoint.of(HUB).kind == "hub" and Checkpoint.of(HUB).needs_conversion
+    check_load(Checkpoint.of(HUB), {}, None, made_here=False)
+    assert Checkpoint.of(HUB).converted_name({}) == "LLaVA-OneVision-1.5-4B-Base@1a2b3c4d5e6f_mcore_tp1_pp1"
     with pytest.raises(CheckpointError, match="no such folder") as error:
-        check_load(HUB.partition("@")[0], {}, None, made_here=False)
+        check_load(Checkpoint.of(HUB.partition("@")[0]), {}, None, made_here=False)
     assert "org/name@revision" in error.value.fix
     (tmp_path / HUB).mkdir(parents=True)
-    assert not is_hub(HUB)
+    assert Checkpoint.of(HUB).kind != "hub"
 
 
 def made(kind):
@@ -52,7 +46,7 @@ def made(kind):
     ("failure", "mentioned"),
     [
         (LocalEntryNotFoundError("no"), ["not in the hub's cache", "hf download lmms-lab/LLaVA-OneVision-1.5-4B-Base --revision"]),
-        (ConnectionError("no"), ["can not be reached", "hf download"]),
+        (ConnectionError("no"), ["cannot be reached", "hf download"]),
         (made(RepositoryNotFoundError), ["no lmms-lab"]),
         (made(RevisionNotFoundError), ["no revision 1a2b3c4d"]),
     ],
@@ -131,7 +125,9 @@ def tensors(folder):
 def test_parts_come_from_where_they_are_named_and_the_marker_says_so(small_checkpoint, small_model, folders, tmp_path):
     vision, language = folders
     whole = hf2mcore(small_checkpoint, tmp_path / "whole", small_model)
-    made = hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision, "adapter": small_checkpoint})
+    made = hf2mcore(
+        language, tmp_path / "made", small_model, parts={"vision_model": vision, "adapter": small_checkpoint}
+    )
     assert made["fingerprint"] == whole["fingerprint"]
     assert [("language" in line, str(source) in line) for line, source in zip(sorted(made["origin"]), [small_checkpoint, language, vision], strict=True)] == [(False, True), (True, True), (False, True)]  # fmt: skip
 
@@ -139,9 +135,9 @@ def test_parts_come_from_where_they_are_named_and_the_marker_says_so(small_check
 def test_a_random_adapter_is_made_only_when_asked_for(small_checkpoint, small_model, folders, tmp_path):
     vision, language = folders
     with pytest.raises(CheckpointError, match=r"merger\.ln_q"):
-        hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision})
+        hf2mcore(language, tmp_path / "made", small_model, parts={"vision_model": vision})
     for name in ("made", "again"):
-        hf2mcore(language, tmp_path / name, small_model, parts={"vision": vision, "adapter": "random"})
+        hf2mcore(language, tmp_path / name, small_model, parts={"vision_model": vision, "adapter": "random"})
     made, again, source = tensors(tmp_path / "made"), tensors(tmp_path / "again"), small_checkpoint
     hf2mcore(source, tmp_path / "whole", small_model)
     whole = tensors(tmp_path / "whole")
@@ -157,7 +153,7 @@ def test_a_tied_language_model_gets_an_output_layer_of_its_own(small_checkpoint,
     config = json.loads((language / "config.json").read_text())
     weights = load_file(language / "model.safetensors")
     save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, language / "model.safetensors")
-    parts = {"vision": vision, "adapter": "random"}
+    parts = {"vision_model": vision, "adapter": "random"}
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         hf2mcore(language, tmp_path / "made", small_model, parts=parts)
     (language / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -173,12 +169,12 @@ def test_another_rope_or_size_of_a_part_is_refused(small_model, folders, tmp_pat
     config = json.loads((language / "config.json").read_text())
     (language / "config.json").write_text(json.dumps(config | {"rope_theta": 5e6}))
     with pytest.raises(CheckpointError, match="rotary_base is 5000000"):
-        hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision, "adapter": "random"})
+        hf2mcore(language, tmp_path / "made", small_model, parts={"vision_model": vision, "adapter": "random"})
     (language / "config.json").write_text(json.dumps(config))
     extra = load_file(vision / "model.safetensors") | {"visual.blocks.7.norm1.weight": torch.ones(96)}
     save_file(extra, vision / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.visual\.blocks\.7\.norm1\.weight"):
-        hf2mcore(language, tmp_path / "made", small_model, parts={"vision": vision, "adapter": "random"})
+        hf2mcore(language, tmp_path / "made", small_model, parts={"vision_model": vision, "adapter": "random"})
 
 
 @pytest.mark.parametrize(
@@ -191,9 +187,19 @@ def test_another_rope_or_size_of_a_part_is_refused(small_model, folders, tmp_pat
 )
 def test_wrong_parts_are_refused_before_any_job(small_checkpoint, parts, mentioned):
     with pytest.raises(CheckpointError, match=mentioned):
-        check_load(str(small_checkpoint), parts, None, made_here=False)
-    named = converted_name("models/Qwen3-4B", {"vision": "models/rice", "adapter": "random"})
+        check_load(Checkpoint.of(small_checkpoint), parts, None, made_here=False)
+    named = Checkpoint.of("models/Qwen3-4B").converted_name({"vision": "models/rice", "adapter": "random"})
     assert named == "Qwen3-4B+adapter=random+vision=rice_mcore_tp1_pp1"
+
+
+def test_parts_go_by_the_names_of_the_models_modules_and_by_those_they_had(small_checkpoint):
+    new = {"vision_model": str(small_checkpoint), "adapter": "random"}
+    old = {"vision": str(small_checkpoint), "adapter": "random"}
+    assert named_parts(new.items()) == named_parts(old.items())
+    load = Checkpoint.of("models/Qwen3-4B")
+    assert load.converted_name(new) == load.converted_name(old)
+    with pytest.raises(CheckpointError, match="vision_model stands twice"):
+        named_parts((new | old).items())
 
 
 def test_a_run_without_its_tracker_is_said_with_the_checkpoint_to_name(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 
 from helpers.projects import planned, snakemake
 from helpers.webdatasets import picture, record
-from llava_sft.data.heldout import read_split
+from llava_sft.data.stored import read_split
 
 FORMATS = ("jsonl", "json", "parquet")
 DATASET = "output/data/redo/dataset.json"

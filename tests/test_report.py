@@ -12,7 +12,8 @@ from PIL import Image
 
 from llava_sft.errors import SftError
 from llava_sft.files import write_json
-from report import LOSS, OPTIONAL, main, page, wilson_interval
+from llava_sft.report.figures import LOSS, best_validation, measured, wilson_interval
+from report import OPTIONAL, main, page
 
 EVIL = "</div><script>alert(1)</script><img src=http://evil.example/x>"
 
@@ -204,3 +205,34 @@ def test_interval_is_that_of_wilson():
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert wilson_interval(0, 20)[0] == pytest.approx(0, abs=1e-12)
     assert wilson_interval(15, 15)[1] == pytest.approx(1)
+
+
+def test_figures_are_medians_of_the_records_and_the_greatest_memory():
+    records = [
+        {"tokens_per_s": 1.0, "step_s": 9.0, "memory_gib": 3.0},
+        {"tokens_per_s": 5.0, "step_s": 2.0, "memory_gib": 7.0},
+    ]
+    records += [{"tokens_per_s": 4.0, "step_s": None, "memory_gib": 1.0}, {"iteration": 4}]
+    assert measured(records) == {"speed": 4.0, "step_s": 5.5, "peak_gib": 7.0}
+    assert measured([{"iteration": 4}]) == {"speed": None, "step_s": None, "peak_gib": 0}
+
+
+def test_best_validation_is_the_lowest_loss_that_is_a_number():
+    records = [
+        {"iteration": n, LOSS: loss} for n, loss in enumerate([0.5, None, float("nan"), 0.25, float("-inf"), 0.75])
+    ]
+    assert best_validation(records)["iteration"] == 3
+    assert best_validation(records[1:3]) is None
+
+
+def test_page_orders_groups_weakest_first_and_counts_the_shares(run):
+    groups = {
+        "strong": {"samples": 4, "correct": 4},
+        "weak": {"samples": 8, "correct": 1},
+        "fair": {"samples": 2, "correct": 1},
+    }
+    text = text_of(run(*EVERYTHING, evaluation={"groups": groups, "samples": 14, "correct": 6, "accuracy": 6 / 14}))
+    assert "42.9 % held-out accuracy · 6 of 14" in text
+    assert re.findall(r"(weak|fair|strong) (\d+\.\d %) (\d of \d)", text) == [
+        ("weak", "12.5 %", "1 of 8"), ("fair", "50.0 %", "1 of 2"), ("strong", "100.0 %", "4 of 4"),
+    ]  # fmt: skip

@@ -11,16 +11,21 @@ from types import SimpleNamespace
 import pytest
 
 from helpers import MODELS, ROOT
-from llava_sft.checkpoint.start import SIDECARS, TRACKER
-from llava_sft.config import load_settings, resolve
+from helpers.runs import open_run, same_run
 from llava_sft.errors import RunError
-from llava_sft.files import atomic_dir, read_json
+from llava_sft.files import atomic_dir, read_json, write_json
 from llava_sft.model.config import load_model_config
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
+from llava_sft.model.tensors import parameter_count
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
+from llava_sft.run.lock import lock
+from llava_sft.run.records import forget_after, progress_line, read_jsonl, read_metrics
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import resolve
+from llava_sft.settings.resolved import Resolved
 from llava_sft.training.launcher import command, node_command, rendezvous
-from llava_sft.training.run import lock, open_run, same_run
 from llava_sft.training.slurm import Job
-from llava_sft.training.watch import METRICS, VALIDATION, Watch, forget_after, progress_line, read_jsonl, read_metrics
+from llava_sft.training.watch import Watch
 
 
 def saved(run_dir, iteration):
@@ -39,7 +44,7 @@ def changed(resolved, **settings):
 
 def test_a_new_directory_takes_the_run_and_a_copy_of_all_but_the_weights(run_dir, resolved):
     assert open_run(run_dir, resolved) == 0
-    assert read_json(run_dir / "run.json") == resolved
+    assert Resolved.read(run_dir / "run.json") == Resolved.model_validate(resolved)
     assert {path.name for path in (run_dir / SIDECARS).iterdir()} == {
         "config.json",
         "tokenizer.json",
@@ -153,6 +158,21 @@ def test_a_run_goes_on_with_another_number_of_loader_workers(run_dir, resolved):
     assert on_another_machine["settings"]["num_workers"] == 8
 
 
+def test_a_run_of_an_earlier_version_goes_on_and_what_it_did_not_say_is_a_difference(run_dir, resolved):
+    open_run(run_dir, resolved)
+    saved(run_dir, 40)
+    earlier = read_json(run_dir / "run.json")
+    del earlier["settings"]["nodes"], earlier["settings"]["memory_check"], earlier["why"]
+    earlier["settings"]["a_setting_that_is_gone"], earlier["more"] = 1, 2
+    write_json(run_dir / "run.json", earlier)
+    assert open_run(run_dir, resolved) == 40
+    assert Resolved.read(run_dir / "run.json") == Resolved.model_validate(resolved)
+    del earlier["settings"]["fp8"]
+    write_json(run_dir / "run.json", earlier)
+    with pytest.raises(RunError, match="fp8: None → none"):
+        open_run(run_dir, resolved)
+
+
 def test_checkpoints_of_somebody_else_are_not_trained_on(run_dir, resolved):
     saved(run_dir, 40)
     with pytest.raises(RunError, match=r"without run\.json"):
@@ -161,7 +181,7 @@ def test_checkpoints_of_somebody_else_are_not_trained_on(run_dir, resolved):
 
 # --- one training at a time ------------------------------------------------------------------------------------------
 
-HOLD = "import sys, time, pathlib, llava_sft.training.run as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+HOLD = "import sys, time, pathlib, llava_sft.run.lock as r; held = r.lock(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
 
 
 def test_a_second_training_is_kept_out_until_the_first_is_dead(run_dir):
@@ -207,7 +227,7 @@ def test_the_lock_holds_as_long_as_a_training_process_lives_even_when_its_launch
 )
 def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypatch, asked, count):
     monkeypatch.chdir(ROOT)
-    values, _ = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)
+    values = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)[0].dump()
     assert values["nproc_per_node"] == count
     argv, environment = command(count, ["a", "b"], "/tmp/store")
     assert ("torch.distributed.run" in argv) == (count > 1)
@@ -320,12 +340,12 @@ def test_a_folder_that_a_killed_process_left_half_written_goes_with_the_next_try
 
 
 def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monkeypatch):
-    import train
+    from llava_sft.training import checks
 
     run_dir.mkdir(exist_ok=True)
-    weights = 4 * load_model_config(MODELS / "tiny.yaml").parameter_count()  # bytes; with moments, three times as many
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
+    weights = 4 * parameter_count(load_model_config(MODELS / "tiny.yaml"))  # bytes; with moments, three times as many
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
     with pytest.raises(RunError, match="a checkpoint needs"):
-        train.check_space(run_dir, resolved)
+        checks.check_space(run_dir, resolved)
     resolved["settings"]["trainable_modules"] = ["adapter"]
-    train.check_space(run_dir, resolved)
+    checks.check_space(run_dir, resolved)

@@ -14,23 +14,22 @@ import pytest
 
 from helpers import ROOT
 from helpers.runs import VALUES, save
-from llava_sft.config import CONFIG_DIR, STAGES, Settings, json_schema, load_settings, part_rates, resolve
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
-from llava_sft.model.flops import matmul_parameters, training_flops
-from llava_sft.training import checkpoints as checkpoints_module
-from llava_sft.training.checkpoints import (
-    check_disk,
-    checkpoints,
-    expected_bytes,
-    iterations_done,
-    newest_whole,
-    prune,
-)
-from llava_sft.training.remedies import exploded, lower_lr, out_of_memory, slow_loading
-from llava_sft.training.run import give_back, is_running, lock
-from llava_sft.training.watch import Tail, Watch, append, read_jsonl
+from llava_sft.model.cost import expected_bytes, matmul_parameters, training_flops
+from llava_sft.model.tensors import parameter_count
+from llava_sft.run import checkpoints as checkpoints_module
+from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune
+from llava_sft.run.layout import checkpoints
+from llava_sft.run.lock import give_back, is_running, lock
+from llava_sft.run.records import Tail, append, read_jsonl
+from llava_sft.run.remedies import exploded, less_memory, lower_lr, out_of_memory, slow_loading
+from llava_sft.settings.layers import CONFIG_DIR, load_settings
+from llava_sft.settings.resolve import part_rates, resolve
+from llava_sft.settings.schema import STAGES, Settings
+from llava_sft.training.watch import Watch
+from write_schema import config_yaml, json_schema
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -230,6 +229,23 @@ def test_out_of_memory_names_the_parts_and_the_setting():
     assert out_of_memory(packed, memory, largest, 1).fix.startswith("pack_chunk_tokens: 4096")
 
 
+def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
+    memory = {"weights": 1.0, "gradients": 1.0, "optimizer": 1.0, "total": 70.0}
+    largest = {"rows": 1, "tokens": 6000, "patches": 9, "image": 9}
+    packed = VALUES | {"packing": True, "micro_batch_size": 1, "gpus_per_node": 8}
+    smaller = less_memory(packed, largest["tokens"])
+    assert smaller["pack_chunk_tokens"] == [3000, 1500] and smaller["tensor_model_parallel_size"] == [2, 4]
+    fix = out_of_memory(packed, memory, largest, 8).fix
+    assert (
+        "pack_chunk_tokens: 3000" in fix and "recompute_language: full (slower" in fix and "recompute_vision" not in fix
+    )
+    assert "tensor_model_parallel_size" not in fix, "the weights are not what takes the memory"
+    done = packed | {"recompute_language": "full", "pipeline_model_parallel_size": 2, "gpus_per_node": 0}
+    smaller = less_memory(done, largest["tokens"])
+    assert {name for name, values in smaller.items() if values} == {"recompute_vision", "seq_length"}
+    assert less_memory(packed | {"tensor_model_parallel_size": 4}, 6000)["tensor_model_parallel_size"] == [8]
+
+
 def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
     tail, path = Tail(tmp_path), tmp_path / "events.jsonl"
     append(path, {"iteration": 1, "message": "first"})
@@ -246,7 +262,7 @@ def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     language, output, vision, adapter = matmul_parameters(model)
     parts = ("language_model", "adapter", "vision_model")
     assert output == 151936 * 2560
-    assert 0 <= 1 - (language + output + vision + adapter + 151936 * 2560) / model.parameter_count() < 1e-3
+    assert 0 <= 1 - (language + output + vision + adapter + 151936 * 2560) / parameter_count(model) < 1e-3
     short = training_flops(model, parts, [1], [], 1)
     assert short == pytest.approx(6 * (language + output), rel=1e-3)
     long = training_flops(model, parts, [8192], [], 100)
@@ -297,8 +313,8 @@ def stage_values(stage):
 
 def test_every_part_has_its_rate_and_ends_at_the_same_share_of_it(at_root):
     settings = load_settings("agriculture", {"lr_vision": 2e-6, "trainable_modules": ["adapter", "vision_model"]})
-    values, _ = resolve(settings, 1000)
-    rates = part_rates(values)
+    resolved, _ = resolve(settings, 1000)
+    rates = part_rates(resolved.dump())
     assert rates.keys() == {"adapter", "vision_model"}
     assert rates["adapter"] == pytest.approx((1e-5, 1e-6)) and rates["vision_model"] == pytest.approx((2e-6, 2e-7))
     with pytest.raises(SettingsError, match="vision_model is not trained"):
@@ -310,6 +326,7 @@ def test_the_schema_of_the_settings_is_current_and_knows_every_setting(at_root):
     assert "# yaml-language-server: $schema=../schema.json" in (CONFIG_DIR / "experiments/TEMPLATE.yaml").read_text()
     undescribed = [name for name, entry in json_schema()["properties"].items() if "description" not in entry]
     assert undescribed == []
+    assert (CONFIG_DIR / "config.yaml").read_text(encoding="utf-8") == config_yaml(), "run `make schema`"
 
 
 def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):

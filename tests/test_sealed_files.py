@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_sft.checkpoint.start import SIDECARS
+from llava_sft.checkpoint.start import Start
 from llava_sft.checkpoint.verify import MARKER, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json, write_json
-from llava_sft.training.run import keep_sidecars
+from llava_sft.run.identity import keep_sidecars
+from llava_sft.run.layout import SIDECARS
 
 VALUE = {"steps": 6, "loss": 5.25, "name": "数据", "nested": {"seal": "mine"}, "list": [1, 2, 3]}
 
@@ -104,11 +105,11 @@ def test_damaged_tokenizer_of_a_run_is_copied_again_from_its_start_checkpoint(tm
     start.mkdir()
     (start / "tokenizer.json").write_text('{"vocab": 12}')
     run.mkdir()
-    resolved = {"start": {"sidecars": str(start), "folder": None}}
-    keep_sidecars(run, resolved, done=0)
+    begun = Start(sidecars=start, fingerprint="s")
+    keep_sidecars(run, begun, done=0)
     (run / SIDECARS / "tokenizer.json").write_text('{"vocab": 13}')
     assert "tokenizer.json" in sidecars_damage(run / SIDECARS)
-    keep_sidecars(run, resolved, done=4)
+    keep_sidecars(run, begun, done=4)
     assert (run / SIDECARS / "tokenizer.json").read_text() == '{"vocab": 12}'
     assert "copied from" in capsys.readouterr().out
     assert sidecars_damage(run / SIDECARS) is None

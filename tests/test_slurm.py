@@ -118,14 +118,20 @@ def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatc
     answers |= dict.fromkeys(("check_machine", "check_space", "check_what_is_loaded", "prune", "forget_after"))
     for name, answer in answers.items():
         monkeypatch.setattr(train, name, lambda *args, answer=answer, **named: answer)
-    settings = {"train_iters": 9, "keep_last": None, "keep_every": None}
-    (tmp_path / "resolved.json").write_text(json.dumps({"settings": settings, "start": {"folder": None}, "data": {}}))
+    start = {"sidecars": "hf", "fingerprint": "s"}
+    resolved = {
+        "settings": {"experiment": "x", "train_iters": 9},
+        "start": start,
+        "data": {"fingerprint": "d"},
+        "model": {},
+    }
+    (tmp_path / "resolved.json").write_text(json.dumps(resolved))
     arguments = [str(tmp_path / "resolved.json"), "--run-dir", str(tmp_path), "--done", str(tmp_path / "done.json")]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as end:
         train.main()
     assert (end.value.code, queued) == (code, ["4711"] if code == 75 else [])
-    assert ("another would do no better" in capsys.readouterr().err) == (code == 1)
+    assert ("requeueing would not help" in capsys.readouterr().err) == (code == 1)
 
 
 # --- the short chain -------------------------------------------------------------------------------------------------

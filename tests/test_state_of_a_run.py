@@ -20,23 +20,18 @@ from torch.utils.tensorboard import SummaryWriter
 import list_runs
 import preflight
 import train
-from helpers.runs import VALUES, save
+from helpers.runs import VALUES, open_run, save
 from llava_sft.errors import RunError, SettingsError, SftError
 from llava_sft.files import read_json, write_json
+from llava_sft.run.checkpoints import damage, iterations_done, newest_whole, prune, seal
+from llava_sft.run.coverage import sample_counts
+from llava_sft.run.identity import refuse_other_run
+from llava_sft.run.layout import BAD_STEPS, METRICS, VALIDATION, checkpoint_dir
+from llava_sft.run.lock import is_running, lock
+from llava_sft.run.records import append, forget_after, read_jsonl, read_metrics
+from llava_sft.settings.resolved import Resolved
 from llava_sft.training import watch as watch_module
-from llava_sft.training.checkpoints import checkpoint_dir, damage, iterations_done, newest_whole, prune, seal
-from llava_sft.training.coverage import sample_counts
-from llava_sft.training.run import is_running, lock, open_run, refuse_other_run
-from llava_sft.training.watch import (
-    BAD_STEPS,
-    METRICS,
-    VALIDATION,
-    Watch,
-    append,
-    forget_after,
-    read_jsonl,
-    read_metrics,
-)
+from llava_sft.training.watch import Watch
 
 SETTINGS = VALUES | {"log_samples": True, "log_interval": 7, "train_iters": 30, "max_bad_steps": 4}
 LOSSES = [math.sin(i) + 3 for i in range(31)]
@@ -218,7 +213,7 @@ def test_a_refused_run_changes_nothing_and_leaves_no_lock(whole, tmp_path, monke
     other = values | {"settings": values["settings"] | {"global_batch_size": 64}}
     before = state(folder)
     with pytest.raises(RunError, match="global_batch_size"):
-        refuse_other_run(folder, other)
+        refuse_other_run(folder, Resolved.model_validate(other))
     write_json(tmp_path / "resolved.json", other, sealed=True)
     done = tmp_path / "train.done.json"
     done.write_text("of the finished run")

@@ -60,7 +60,7 @@ def test_a_failed_job_ends_the_terminal_with_its_message_its_log_and_how_to_go_o
     lines = last_lines(handler)
     assert lines[-5:] == [
         "train stage2_sft_vqa failed:", "error: lr: 7: too high", "  fix: lr: 1e-5", "  log: train.log",
-        f"  then: {terminal.GO_ON}",
+        f"  then: {terminal.RERUN}",
     ]  # fmt: skip
     assert not any("CalledProcessError" in line or "Exiting" in line for line in lines)
 
@@ -83,7 +83,7 @@ def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
 
 @pytest.mark.parametrize("failed", [True, False])
 def test_a_stopped_training_says_last_that_it_has_saved(handler, tmp_path, failed):
-    (tmp_path / "train.log").write_text("x\nrun: stopped at step 7 of 9; the same command goes on from there\n")
+    (tmp_path / "train.log").write_text("x\nrun: stopped at step 7 of 9; the same command resumes from there\n")
     start(handler)
     say(handler, None, "Terminating processes on user request, this might take some time.")
     if failed:
@@ -91,7 +91,7 @@ def test_a_stopped_training_says_last_that_it_has_saved(handler, tmp_path, faile
     lines = last_lines(handler)
     assert lines[-3:] == [
         "train stage2_sft_vqa was stopped and has saved:",
-        "run: stopped at step 7 of 9; the same command goes on from there",
+        "run: stopped at step 7 of 9; the same command resumes from there",
         "  log: train.log",
     ]
 
@@ -157,7 +157,7 @@ def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
     (project / "config/experiments/bad.yaml").write_text("raw_data: mine.jsonl\nload: x\nmodel: tiny\n")
     done = snakemake(project, "inspect_bad")
     lines = done.stdout.rstrip().splitlines()
-    assert done.returncode == 1 and lines[-1] == f"  then: {terminal.GO_ON}", done.stdout
+    assert done.returncode == 1 and lines[-1] == f"  then: {terminal.RERUN}", done.stdout
     assert "error: 2 of 2 records were rejected" in done.stdout and "output/logs/index_webdataset/bad.log" in lines[-2]
     assert "CalledProcessError" not in done.stdout and "Traceback" not in done.stdout
 

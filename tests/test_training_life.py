@@ -20,8 +20,9 @@ from helpers import ROOT, trainings
 from helpers.projects import snakemake
 from helpers.trainings import kill, same
 from llava_sft.files import read_json
-from llava_sft.training.checkpoints import checkpoint_dir, checkpoints, damage, iterations_done
-from llava_sft.training.watch import read_jsonl
+from llava_sft.run.checkpoints import damage, iterations_done
+from llava_sft.run.layout import checkpoint_dir, checkpoints
+from llava_sft.run.records import read_jsonl
 
 STEPS = 9
 HOW = {"train_iters": STEPS, "save_interval": 3, "async_save": True}
@@ -97,12 +98,12 @@ def test_a_stopped_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_like_
     assert listening(run, process, 4) <= LOOPBACK
     os.killpg(process.pid, signal.SIGTERM)  # as systemd and batch systems do: loader workers get it too
     assert process.wait() == 75, run.said()
-    assert "the same command goes on" in run.said()
+    assert "the same command resumes" in run.said()
     before, newest = checkpoints(run.folder)[-2:]
     assert 4 <= newest < STEPS
     os.truncate(checkpoint_dir(run.folder, newest) / "__0_0.distcp", 1000)
     assert run.finish() == 0, run.said()
-    assert f"iter_{newest:07d} IS DAMAGED" in run.said() and f"going on from step {before}" in run.said()
+    assert f"iter_{newest:07d} IS DAMAGED" in run.said() and f"resuming from step {before}" in run.said()
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
 
 
@@ -135,7 +136,7 @@ def test_a_training_goes_on_while_a_checkpoint_is_written_and_one_that_is_killed
     interrupt_a_save(run, tmp_path, 6, signal.SIGKILL)
     assert run.finish() == 0, run.said()
     assert "iter_0000006: not finished when the training was killed; deleted" in run.said()
-    assert "going on from step 3" in run.said()
+    assert "resuming from step 3" in run.said()
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
     assert run.weights(6) == undisturbed.weights(6)
 
@@ -155,7 +156,7 @@ def test_a_checkpoint_that_can_not_be_written_ends_the_training_with_one_message
     run = Run(base, tmp_path / "unwritten", **HOW)
     assert run.limited(f"--fsize={1 << 20}") == 1  # a file system that takes no more
     assert "the checkpoint of step 3 could not be written" in run.said(), run.said()
-    assert "the same command goes on from step 0" in run.said() and "Traceback" not in run.said()
+    assert "the same command resumes from step 0" in run.said() and "Traceback" not in run.said()
 
 
 def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undisturbed, tmp_path):
@@ -171,7 +172,7 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
             while True:
                 file.write(bytes(1 << 12))
         assert process.wait() == 1, run.said()
-        assert "lies on a full disk" in run.said() and "Traceback" not in run.said(), run.said()
+        assert "is on a full disk" in run.said() and "Traceback" not in run.said(), run.said()
         (folder / "filler").unlink()
         assert run.finish() == 0, run.said()
         assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
@@ -223,7 +224,7 @@ def test_another_number_of_ranks_is_refused_and_another_number_of_workers_is_not
     asked = read_json(undisturbed.resolved)
     undisturbed.change(nproc_per_node=2)
     assert undisturbed.finish() == 1
-    assert "nproc_per_node: 1 → 2 (the position in the data is kept per rank" in undisturbed.said()
+    assert "nproc_per_node: 1 → 2 (the data position is stored per rank" in undisturbed.said()
     undisturbed.change(nproc_per_node=1, num_workers=2)
     assert undisturbed.finish() == 0
     assert "nothing to train" in undisturbed.said()

@@ -1,4 +1,4 @@
-"""List every run below the output folder: name, state, step, loss, size, and the command that goes on with it."""
+"""List every run in the output folder: name, state, step, loss, size, and the command that resumes it."""
 
 import argparse
 import contextlib
@@ -10,9 +10,10 @@ import yaml
 
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json
-from llava_sft.training.checkpoints import iterations_done
-from llava_sft.training.run import RUN_FILE, is_running
-from llava_sft.training.watch import FAILURE, read_metrics
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.layout import FAILURE, RUN_FILE
+from llava_sft.run.lock import is_running
+from llava_sft.run.records import read_metrics
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     if not rows:
         print(f"no runs in {args.exp_dir}/")
         return
-    rows.insert(0, ("name", "state", "step", "loss", "size", "to go on"))
+    rows.insert(0, ("name", "state", "step", "loss", "size", "to resume"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         print("  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[5]]))
@@ -53,7 +54,7 @@ def describe(run_dir: Path) -> tuple[str, ...]:
 
 
 def command(run_dir: Path, settings: dict) -> str:
-    """With the same --config as before, which preflight noted beside the run."""
+    """The command that resumes a run, with the same --config as before, which preflight noted beside it."""
     note = {}
     with contextlib.suppress(DamagedFileError):
         note = read_json(run_dir.with_name(f"{run_dir.name}_results") / "preflight.json", {})

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from llava_sft.data.demo import chat_texts, write_demo
+from llava_sft.embedded import DEMO_BYTES, DEMO_CHECKPOINT, EMBEDDED, check_demo
 from llava_sft.errors import exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
-from llava_sft.paths import DEMO_BYTES, DEMO_CHECKPOINT, EMBEDDED, check_demo
+from llava_sft.model.tensors import parameter_count
 from llava_sft.workflow import Workflow
 
 
@@ -40,7 +41,7 @@ def main() -> None:
 
         model = load_model_config(args.model)
         write_tiny_checkpoint(args.checkpoint_dir, chat_texts(args.output_dir / "train.jsonl"), model, args.seed)
-        print(f"{args.checkpoint_dir}: {model.parameter_count():,} parameters, random weights")
+        print(f"{args.checkpoint_dir}: {parameter_count(model):,} parameters, random weights")
     if args.done:
         write_json(args.done, {"records": counts})
 
@@ -49,10 +50,11 @@ def clean(overrides: dict[str, str]) -> None:
     """Remove the demo, and the data, runs and converted checkpoint of the embedded experiment. Raises DataError, before
     anything is removed, where somebody else's files stand in the demo's folder."""
     paths = Workflow(overrides, []).paths(EMBEDDED)
-    check_demo(paths.demo)
-    exp_dir = paths.settings.exp_dir
+    demo, exp_dir = paths.demo, paths.settings.exp_dir
+    assert demo  # the embedded experiment has one
+    check_demo(demo)
     gone = [paths.data, paths.demo_done, paths.converted, paths.converted_done]
-    gone += [paths.demo / name for name in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)]
+    gone += [demo / name for name in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)]
     for results in sorted(exp_dir.glob("*_results")):
         run_dir = results.with_name(results.name.removesuffix("_results"))
         notes = (read_json(run_dir / "run.json", {}), read_json(results / "resolved.json", {}))
@@ -61,7 +63,7 @@ def clean(overrides: dict[str, str]) -> None:
     for path in filter(None, gone):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: it holds files of the user's
-        paths.demo.rmdir()
+        demo.rmdir()
 
 
 if __name__ == "__main__":

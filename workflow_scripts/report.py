@@ -4,21 +4,21 @@ Every input but the resolved settings may be missing, and so may their keys: the
 """
 
 import argparse
-import math
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from markupsafe import Markup
 
-from llava_sft.data.index import told_leak
+from llava_sft.data.index import leak_note
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
+from llava_sft.report.figures import best_validation, measured, wilson_interval
 from llava_sft.report.html import render
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done
-from llava_sft.training.coverage import SAMPLE_COUNTS, count_samples
-from llava_sft.training.watch import VALIDATION, read_jsonl, read_metrics
+from llava_sft.run.checkpoints import iterations_done
+from llava_sft.run.coverage import count_samples
+from llava_sft.run.layout import SAMPLE_COUNTS, VALIDATION, checkpoint_dir
+from llava_sft.run.records import read_jsonl, read_metrics
 
 OPTIONAL = {
     "prediction": "what preflight predicted",
@@ -28,7 +28,7 @@ OPTIONAL = {
     "evaluation": "answers on held-out data (evaluate)",
 }
 # By option, keys that its file has had in every version, and the type of each: without them it is another file.
-KEYS = {
+KEYS: dict[str, dict[str, Any]] = {
     "resolved": {"settings": dict, "why": dict, "run_name": str},
     "prediction": {"parameters": int, "warnings": list},
     "dataset": {"train": dict, "heldout": dict},
@@ -38,8 +38,6 @@ KEYS = {
     "counts": {"epochs": (int, float), "seen": dict},
     "parity": {"passed": (bool, type(None))},
 }
-MEASURED = ("tokens_per_s", "step_s", "memory_gib")
-LOSS = "lm loss validation"
 DISTRIBUTIONS = ("images per sample", "question length", "answer length", "image width", "image height")
 
 
@@ -61,22 +59,25 @@ def main() -> None:
 
 
 def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
-    """What the files of the options hold, None where one is not given, by the names that the template knows them by.
+    """The content of each option's file, None where it is not given, by its name in the template.
 
-    Errors: DamagedFileError for a file that is damaged, or that is another one than its option says.
+    Errors: DamagedFileError for a damaged file, RunError for one of another run.
     """
-    files = {name: getattr(args, name, None) for name in KEYS}
+    files: dict[str, Path | None] = {name: getattr(args, name, None) for name in KEYS}
     files["counts"] = args.run_dir / SAMPLE_COUNTS
     files["parity"] = args.export and args.export / "parity.json"
     found: dict[str, Any] = {}
     for name, path in files.items():
         needed = name not in ("counts", "parity")  # the others are looked for, and given only where they exist
+        found[name] = None
+        if not path:
+            continue
         if name == "counts" and found["train_done"] and "data" in found["resolved"] and not path.is_file():
             count_samples(args.run_dir, found["resolved"])  # it was damaged, and deleted
-        found[name] = read_json(path, *(() if needed else (None,))) if path else None
-        if path and found[name] is None:
+        found[name] = read_json(path, *(() if needed else (None,)))
+        if found[name] is None:
             print(f"note: {path}: no such file; the page says so")
-        if found[name] is not None:
+        else:
             check_keys(path, found[name], KEYS[name])
     data, fingerprint = found["resolved"].get("data", {}), (found["dataset"] or {}).get("fingerprint")
     if fingerprint and data.get("fingerprint", fingerprint) != fingerprint:
@@ -104,46 +105,34 @@ def not_this_run(path: Path, why: str) -> RunError:
 
 def page(args: argparse.Namespace) -> str:
     """The page. In the template JSON files go by the names of their options, None where one is missing."""
-    run_dir, export, found = args.run_dir, args.export, read_inputs(args)
-    metrics, evaluation, resolved = read_metrics(run_dir), found["evaluation"] or {}, found["resolved"]
-    validations = read_jsonl(run_dir / VALIDATION)
-    settings, why = resolved["settings"], resolved["why"]
+    run_dir, found = args.run_dir, read_inputs(args)
+    metrics, validations = read_metrics(run_dir), read_jsonl(run_dir / VALIDATION)
+    evaluation, settings, why = found["evaluation"] or {}, found["resolved"]["settings"], found["resolved"]["why"]
     groups, examples = evaluation.get("groups", {}), evaluation.get("examples", [])
-    measured = {key: [each[key] for each in metrics if each.get(key) is not None] for key in MEASURED}
     return render(
         "report.html.j2",
         **found,
-        export=export,
+        **measured(metrics),
+        export=args.export,
         derived={name: settings.get(name) for name in why},
         given={name: value for name, value in settings.items() if name not in why},
         distributions=DISTRIBUTIONS,
         last={**(metrics[-1] if metrics else {}), **(found["train_done"] or {})},
-        speed=median(measured["tokens_per_s"]) if measured["tokens_per_s"] else None,
-        step_s=median(measured["step_s"]) if measured["step_s"] else None,
-        peak_gib=max(measured["memory_gib"], default=0),
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
         validations=validations,
-        best=min(
-            (each for each in validations if is_number(each.get(LOSS))), key=lambda each: each[LOSS], default=None
-        ),
+        best=best_validation(validations),
         interval=wilson_interval,
-        leak=found["dataset"] and told_leak(found["dataset"]),
+        leak=found["dataset"] and leak_note(found["dataset"]),
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example["correct"]],
         right=[example for example in examples if example["correct"]],
-        predictions=args.evaluation
-        and evaluation.get("predictions")
-        and args.evaluation.with_name("predictions.jsonl"),
-        paths=paths(run_dir, export),
+        predictions=evaluation.get("predictions") and args.evaluation.with_name("predictions.jsonl"),
+        paths=paths(run_dir, args.export),
     )
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
-    """What a reader may want to open next, of that which is there."""
+    """What a reader may want to open next, where it exists."""
     found = {"run": str(run_dir)}
     if step := iterations_done(run_dir):
         found["newest checkpoint"] = str(checkpoint_dir(run_dir, step))
@@ -154,14 +143,6 @@ def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
     if (run_dir / "tensorboard").is_dir():
         found["TensorBoard"] = f"tensorboard --logdir {run_dir}/tensorboard"
     return found
-
-
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927) of at least one sample: what a held-out set of this size can tell."""
-    z = 1.96
-    share, unit = correct / samples, z * z / samples
-    middle, half = share + unit / 2, z * math.sqrt(share * (1 - share) / samples + unit / (4 * samples))
-    return (middle - half) / (1 + unit), (middle + half) / (1 + unit)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ QUICK = {use for use in USES if use not in ("train", "resume", "export")}
 CHECKPOINT = next(kind for kind in KINDS if kind.name == "checkpoint shards")
 BROKEN_CHECK = """
 import contextlib, importlib
-for name in ("llava_sft.checksums", "llava_sft.training.checkpoints", "llava_sft.run.checkpoints"):
+for name in ("llava_sft.checksums", "llava_sft.run.checkpoints"):
     with contextlib.suppress(ImportError):
         module = importlib.import_module(name)
         for check in ("find_damage", "damage"):

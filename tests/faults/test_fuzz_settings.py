@@ -8,8 +8,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_sft.config import CONFIG_DIR, Settings, load_settings
 from llava_sft.errors import SftError
+from llava_sft.inputs import check_inputs
+from llava_sft.settings.layers import CONFIG_DIR, load_settings
+from llava_sft.settings.schema import Settings
 from llava_sft.workflow import Workflow
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +43,7 @@ def told(content: bytes, path: Path) -> None:
     path.write_bytes(content)
     try:
         load_settings("fuzz")
-        Workflow({}, []).paths("fuzz").check_inputs()
+        check_inputs(Workflow({}, []).paths("fuzz"))
     except SftError as error:
         assert error.fix and len(str(error)) <= 1000, (len(str(error)), str(error)[:300])
 

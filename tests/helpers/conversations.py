@@ -7,7 +7,7 @@ from PIL import Image
 
 from helpers.models import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.loader import Conversation, VlmTaskEncoder
-from llava_sft.data.template import ChatTemplate
+from llava_sft.model.template import ChatTemplate
 
 SIZES = [(56, 56), (60, 130), (200, 57), (84, 84), (28, 300)]  # height, width of pictures
 VALUES = {
@@ -53,4 +53,4 @@ def loader_batch(folder, conversations, packing=False, pad_multiple=1):
         Conversation(__key__=str(i), **keys, messages=messages, images=[png(p) for p in pictures])
         for i, (messages, pictures) in enumerate(conversations)
     ]
-    return encoder.batch([encoder.postencode_sample(encoder.preencode_sample(sample)) for sample in samples])
+    return encoder.batch([encoder.encode_sample(sample) for sample in samples])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llava_sft.checkpoint.names import mapping
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader
+from llava_sft.model.tensors import tensor_rows
 
 
 def shard(key: str, tensor: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def shard(key: str, tensor: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
 
 def write_original(top: Path, hf: Path, model, tp: int, pp: int, trained: bool = False) -> Path:
     reader = SafetensorsReader(hf)
-    whole = {row.mcore: row.join([reader.read(name) for name in row.hf]) for row in mapping(model)}
+    whole = {row.mcore: row.join([reader.read(name) for name in row.hf]) for row in tensor_rows(model)}
     for key in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
         padding = -len(whole[key]) % (128 * tp)
         whole[key] = torch.cat([whole[key], whole[key][-1:].expand(padding, -1)])

@@ -2,14 +2,25 @@
 
 from pathlib import Path
 
-from llava_sft.training.checkpoints import checkpoint_dir, seal
+from llava_sft.run import identity
+from llava_sft.run.checkpoints import seal
+from llava_sft.run.layout import checkpoint_dir
+from llava_sft.settings.resolved import Resolved
 
 VALUES = {
     "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
     "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
     "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
-    "pipeline_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1, "recompute_vision": "none", "recompute_language": "none", "optimizer_precision": "fp32",
 }  # fmt: skip
+
+
+def open_run(run_dir: Path, values: dict) -> int:
+    return identity.open_run(run_dir, Resolved.model_validate(values))
+
+
+def same_run(run_dir: Path, values: dict):
+    return identity.same_run(run_dir, Resolved.model_validate(values))
 
 
 def save(run_dir: Path, iteration: int, sealed: bool = True) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from helpers import ROOT, SCRIPTS
 from llava_sft.files import read_json, write_json
-from llava_sft.training.checkpoints import checkpoint_dir
-from llava_sft.training.watch import read_jsonl
+from llava_sft.run.layout import checkpoint_dir
+from llava_sft.run.records import read_jsonl
 
 SMALL = {"micro_batch_size": 8, "global_batch_size": 16, "log_interval": 1, "log_samples": True, "log_answers": 1}
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,7 @@
-"""Checksums that are noted when files are written, and compared before the files matter.
+"""Checksums that are noted when files are written, and compared before they are used.
 
-Notable: hashing is done again only where size, mtime, ctime or inode differ from the last time that a file was found whole, so
-that a finished target costs no second reading; `full` compares every byte. No torch.
+Notable: a file is hashed again only if its size, mtime, ctime or inode has changed since it was last found whole, so that a
+finished target is not read twice; `full` compares every byte. No torch.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ from typing import Any, BinaryIO
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import file_hash, read_json, write_json
 
-Noted = Mapping[str, Any]  # name relative to the root → [size in bytes, xxh3_128 in hexadecimal]
+Noted = Mapping[str, Any]  # path below the root → [size in bytes, xxh3_128 in hexadecimal]
 
 
 def note(root: Path, files: Iterable[Path]) -> dict[str, list]:
-    """Size and checksum of each of `files`, by its name below `root`."""
+    """Size and checksum of each of `files`, by its path below `root`."""
     return {str(path.relative_to(root)): [path.stat().st_size, file_hash(path)] for path in sorted(files)}
 
 
 class HashingFile:
-    """A binary file that is written from its beginning to its end, and whose checksum is taken on the way."""
+    """A binary file that is written from beginning to end and hashed on the way."""
 
     def __init__(self, file: BinaryIO):
         import xxhash
@@ -38,15 +38,16 @@ class HashingFile:
         self.file.flush()
 
     def noted(self) -> list:
-        """As `note` has it of a file."""
+        """The entry that `note` makes for a file."""
         return [self.size, self.digest.hexdigest()]
 
 
 def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool = False) -> str | None:
     """What is wrong with the files of `noted` below `root`; None when all hold what was written.
 
-    `memo`: a file of ours that keeps [size, mtime_ns, ctime_ns, inode] of each file that was last found whole, by its absolute
-    path; such a file is not read again unless `full`. A damaged or unwritable memo costs time alone.
+    Args:
+        memo: our file with [size, mtime_ns, ctime_ns, inode] of each file when it was last found whole, by absolute path;
+            such a file is not read again unless `full`. A damaged or unwritable memo only costs time.
     """
     known: dict[str, list[int]] = {}
     if memo is not None:
@@ -61,12 +62,10 @@ def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool =
         path = root / name
         try:
             status = os.stat(path)
+        except FileNotFoundError:
+            return f"{name} is missing"
         except OSError as error:
-            return (
-                f"{name} is missing"
-                if isinstance(error, FileNotFoundError)
-                else f"{name} cannot be read: {error.strerror}"
-            )
+            return f"{name} cannot be read: {error.strerror}"
         if status.st_size != size:
             return f"{name} has {status.st_size:,} bytes, {size:,} were written"
         # ctime too: a copying tool can set mtime back.
@@ -81,6 +80,6 @@ def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool =
             return f"{name} does not hold what was written"
         whole[key] = state
     if memo is not None and whole != known:
-        with contextlib.suppress(OSError):  # a folder that is not ours to write in
+        with contextlib.suppress(OSError):  # a folder that we may not write to
             write_json(memo, whole, indent=None)
     return None

@@ -1,7 +1,7 @@
-"""Errors that are the user's to mend. Each says the value, the rule it breaks and the fix; no traceback, exit code 1.
+"""Errors that the user can fix. Each names the value, the rule it breaks and the fix; no traceback, exit code 1.
 
-A full disk, and a file that cannot be read or written, are said in the same way. Everything else (a bug, a signal) keeps
-its traceback: hiding those would hide the cause.
+A full disk, and a file that cannot be read or written, are reported in the same way. Everything else (a bug, a signal)
+keeps its traceback: hiding that would hide the cause.
 """
 
 import errno
@@ -14,12 +14,12 @@ from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
-MORE_SPACE = "free some space on that disk, then give the same command again"
-SHOWN = 200  # characters of a user's string in a message, at most
+MORE_SPACE = "free some space on that disk, then run the same command again"
+SHOWN = 200  # characters of a user's string that a message quotes, at most
 
 
 class SftError(Exception):
-    """A mistake that the user can mend. `problem` quotes the value and the rule, `fix` says what to write instead."""
+    """A mistake that the user can fix. `problem` quotes the value and the rule, `fix` says what to write instead."""
 
     def __init__(self, problem: str, fix: str = ""):
         self.problem, self.fix = problem, fix
@@ -39,55 +39,59 @@ class CheckpointError(SftError):
 
 
 class RunError(SftError):
-    """A training run can not start or go on as asked."""
+    """A training run cannot start or resume as asked."""
 
 
 class DamagedFileError(SftError, ValueError):
-    """A small file that this project wrote, or takes over, does not hold what its format asks for."""
+    """A small file that this project wrote, or takes over, does not hold what its format requires."""
 
 
 def shown(value: Any, limit: int = SHOWN) -> str:
     """A value of the user's as a message quotes it: its repr, cut where it is long (an image in base64, say)."""
+    if not isinstance(value, str | bytes):
+        text = repr(value)
+        return text if len(text) <= limit else f"{text[:limit]}…"
     # Cut before the repr as well: that of a string of 100 MB takes a second and the memory of another copy.
-    text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
-    if len(text) <= limit and (not isinstance(value, str | bytes) or len(value) <= limit):
+    text = repr(value[: limit + 1])
+    if len(text) <= limit and len(value) <= limit:
         return text
-    size = (
-        f" ({len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'})"
-        if isinstance(value, str | bytes)
-        else ""
-    )
-    return f"{text[:limit]}…{size}"
+    return f"{text[:limit]}… ({len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'})"
 
 
 def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a script's `main`, or what Snakemake calls: an `SftError`, and an `OSError` about a file or the disk, become one
-    message on stderr and exit code 1."""
+    """Decorate a script's `main`, or a function that Snakemake calls: an `SftError`, and an `OSError` about a file or the
+    disk, become one message on stderr and exit code 1."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except SftError as error:
-            told: Exception = error
-        except BaseException as error:  # torch derives what a checkpoint's writer raises from it
-            if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
-                told = of_file(error)
-            elif not isinstance(error, SystemExit | KeyboardInterrupt) and (found := DISK_FULL.search(str(error))):
-                told = SftError(f"the disk may be full: {found[0][:SHOWN]}", MORE_SPACE)
-            else:
+        except BaseException as error:  # torch derives the error of a checkpoint's writer from BaseException
+            message = as_message(error)
+            if message is None:
                 raise
-        print(f"error: {told}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
-    wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
+    wrapped.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]  # Snakemake asks for it with every job
     return wrapped
+
+
+def as_message(error: BaseException) -> SftError | None:
+    """The error that the user can fix; None for a bug, a signal and the like."""
+    if isinstance(error, SftError):
+        return error
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
+        return of_file(error)
+    if not isinstance(error, SystemExit | KeyboardInterrupt) and (found := DISK_FULL.search(str(error))):
+        return SftError(f"the disk may be full: {found[0][:SHOWN]}", MORE_SPACE)
+    return None
 
 
 def of_file(error: OSError) -> SftError:
     """The message for a file that cannot be read or written, or a disk that is full."""
-    name = error.filename2 or error.filename  # of a renaming: where the file was to be
+    name = error.filename2 or error.filename  # of a renaming: the new name
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
         return SftError(what, MORE_SPACE)
-    return SftError(what, "restore it, or remove it where this workflow made it: the same command makes it again")
+    return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")

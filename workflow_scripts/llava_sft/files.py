@@ -1,4 +1,4 @@
-"""Whole files or none: everything is written beside its place and renamed, so a kill leaves no half-written file."""
+"""Whole files or none: everything is written under another name and renamed, so that a kill leaves no half-written file."""
 
 import contextlib
 import glob
@@ -16,9 +16,9 @@ from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a binary file that appears under `path` only when the block ends without an error.
+    """Open a binary file that appears as `path` only when the block ends without an error.
 
-    Not `durable`: without waiting for the disk, for files that count only together with one written later.
+    Not `durable`: without waiting for the disk, for files that count only together with one that is written later.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,12 +36,12 @@ def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` when the block ends without an error."""
+    """Yield an empty folder that replaces `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = leftover.name.split(".")[-2]  # of a killed process they go: each may be as large as a checkpoint
+        pid = leftover.name.split(".")[-2]  # those of dead processes go: each may be as large as a checkpoint
         if leftover == temporary or not os.path.exists(f"/proc/{pid}"):
             shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
@@ -59,9 +59,11 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any, indent: int | None = 1, sealed: bool = False) -> None:
-    """Write `value` with sorted keys: the same value gives the same bytes. `indent` None: in one line, for long lists.
+    """Write `value` with sorted keys: the same value gives the same bytes.
 
-    `sealed`: an object that only this project reads begins with a checksum of the rest, which `read_json` compares.
+    Args:
+        indent: None writes one line, for long lists.
+        sealed: begin the object with a checksum of the rest, which `read_json` compares; for files that only we read.
     """
     text = json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False) + "\n"
     if sealed and value:
@@ -70,9 +72,9 @@ def write_json(path: Path | str, value: Any, indent: int | None = 1, sealed: boo
 
 
 def read_json(path: Path | str, *default: Any) -> Any:
-    """What a JSON file holds, without its seal; where there is none, the `default` if one is given.
+    """The content of a JSON file without its seal; the `default`, if given, where there is no such file.
 
-    Errors: DamagedFileError (a ValueError too) naming the file when it holds no JSON, or not what its seal says; OSError.
+    Errors: DamagedFileError (also a ValueError) when it holds no JSON, or its seal does not match; OSError.
     """
     if default and not os.path.isfile(path):
         return default[0]
@@ -87,7 +89,7 @@ def read_json(path: Path | str, *default: Any) -> Any:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DamagedFileError(
             f"{path}: damaged, or cut off: {str(error)[:SHOWN]}",
-            "restore it from a copy, or delete it and run the same command: it makes the file again if it made it before",
+            "restore it from a copy, or delete it and run the same command, which makes it again if it made it before",
         ) from None
     if seal:
         del value["seal"]
@@ -99,16 +101,21 @@ def _seal(rest: bytes) -> str:
 
 
 def read_object(path: Path, *default: Any) -> dict[str, Any]:
-    """The JSON object that a small file of a checkpoint holds; the `default` where there is none. Raises CheckpointError naming the file for anything else."""
+    """The JSON object in a small file of a checkpoint; the `default`, if given, where there is no such file.
+
+    Errors: CheckpointError naming the file.
+    """
     try:
-        found = read_json(path, *default)
+        content = read_json(path, *default)
     except DamagedFileError as error:
         raise CheckpointError(error.problem, "copy the file again from where the folder came from") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", "a file that you may read") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: damaged: a JSON {type(found).__name__}, no object", "copy the file again")
-    return found
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}", "make it readable, or copy it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: damaged: a JSON {type(content).__name__}, no object", "copy the file again")
+    return content
 
 
 def fingerprint(value: Any) -> str:
@@ -123,7 +130,7 @@ def file_fingerprint(path: Path | str) -> str:
 
 def file_hash(path: Path | str) -> str:
     """The xxh3_128 of a file of any size, in hexadecimal."""
-    import xxhash  # the planning of a conversion gets along with the standard library
+    import xxhash  # here, because planning a conversion needs only the standard library
 
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:

@@ -21,7 +21,7 @@ from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
 
 STEPS = ("data", "inspect", "preflight", "train", "export", "evaluate", "report")
-# Said on every run, or said again, better, at the end.
+# Printed on every run, or printed again, better, at the end.
 NOISE = re.compile(
     r"Building DAG|Assuming unrestricted|Using shell|Provided |Using (workflow specific )?profile|Select jobs|Execute \d+ jobs"
     r"|Complete log|host: |Job counts|Rules claiming|singularity|Finished job|Conda env|Shutting down|Exiting because"
@@ -29,12 +29,12 @@ NOISE = re.compile(
     r"|Elapsed time|Waiting at most|Will exit after|\[|Trying to restart"
 )
 SHOWN_LINES, SHOWN_BYTES = 25, 1 << 16
-SAVED = "same command goes on"  # of train.py's last line
-GO_ON = "mend it and give the same command again: what is done stays done"
+SAVED = "same command resumes"  # of train.py's last line
+RERUN = "fix it and run the same command again: finished steps are kept"
 
 
 class LogHandler(LogHandlerBase):
-    """Prints records as they come and, when Snakemake closes it as its last act, what the user has to know."""
+    """Prints records as they come and, when Snakemake closes it at the very end, what the user has to know."""
 
     writes_to_stream, writes_to_file = True, False
     has_filter, has_formatter, needs_rulegraph = True, True, False
@@ -67,7 +67,7 @@ class LogHandler(LogHandlerBase):
             elif self.shown.filter(record) and (line := self._line(record)):
                 print(line, file=sys.stdout if self.common_settings.stdout else sys.stderr, flush=True)
         except BrokenPipeError:
-            pass  # the reader has gone: the work goes on
+            pass  # the reader has gone; the work continues
 
     # --- what is remembered ---------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class LogHandler(LogHandlerBase):
         if len(told) > 3:
             lines.append(f"… and {len(told) - 3} more")
         if SAVED not in told[-1][2]:
-            lines.append(f"  then: {GO_ON}")
+            lines.append(f"  then: {RERUN}")
         return lines
 
 

@@ -23,7 +23,7 @@ def download(load: str) -> Path:
         for kind, problem, fix in known:
             if isinstance(error, kind):
                 raise CheckpointError(f"load: {load}: {problem}", fix) from None
-        unreachable = f"the hub can not be reached ({type(error).__name__})"
+        unreachable = f"the hub cannot be reached ({type(error).__name__})"
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable
         raise CheckpointError(
             f"load: {load}: not in the hub's cache, and {why}",

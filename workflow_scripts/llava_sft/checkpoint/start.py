@@ -1,56 +1,152 @@
 """What training starts from: a Hugging Face folder or hub id, a Megatron folder, or one `iter_` folder of an earlier run.
 
-What is not in our own format (`torch_dist`) is converted first, by the `hf2mcore` rule.
-Imported while Snakemake builds its DAG: no torch.
+`Checkpoint.of(load)` says once which of them it is. What is not in our own format (`torch_dist`) is converted first, by
+the `hf2mcore` rule. Imported while Snakemake builds its DAG: no torch.
 """
 
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from llava_sft.checkpoint.verify import CHECKSUMS, MARKER, require_whole
+from pydantic import BaseModel, ConfigDict
+
+from llava_sft.checkpoint.verify import MARKER, require_whole
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.tensors import PARTS
+from llava_sft.run.layout import CHECKSUMS, ITERATION, RUN_FILE, SIDECARS, TRACKER, iteration_name
 
-TRACKER = "latest_checkpointed_iteration.txt"
-SIDECARS = "huggingface"
-RUN_FILE = "run.json"
 RANDOM = "random"
+CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-PARTS = ("language", "vision", "adapter")
 CHOICES = (
     "a Hugging Face folder, a hub id with its revision (org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 "
     "folder or its run directory, or `random`"
 )
+Kind = Literal["random", "hub", "huggingface", "megatron", "iteration", "legacy"]
 
 
 @dataclass(frozen=True)
-class Start:
-    """`folder` is one checkpoint folder (`release/`, `iter_0000400/`), None for random weights; `sidecars` holds the
-    config, tokenizer and the like; `fingerprint` stands for the content; `untrained`: the weights are random; `old_names`: the Hugging Face folder at the
-    very beginning spelled its tensors as transformers 4.53 does, and so will the export."""
+class Checkpoint:
+    """What `load` names, or an entry of `load_parts`.
 
-    folder: Path | None
+    kind:
+        random: random weights
+        hub: org/name@revision; the revision is asked for, so that the same settings mean the same weights
+        megatron: a folder with a tracker file: a run directory, or a converted checkpoint
+        iteration: one checkpoint folder of those, iter_0000400 or release
+        legacy: either of both in the original project's `torch` format: a folder per model-parallel rank
+        huggingface: any other folder, whether it is there or not
+    """
+
+    name: str  # as the user writes it
+    kind: Kind
+
+    @classmethod
+    def of(cls, name: str | Path) -> "Checkpoint":
+        """Raises CheckpointError for a folder that cannot be read."""
+        return cls(str(name), _kind(str(name)))
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.name)
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Whether it is not in our own format (`torch_dist`) yet: the `hf2mcore` rule converts it first."""
+        return self.kind in ("hub", "huggingface", "legacy")
+
+    def converted_name(self, parts: dict[str, str]) -> str:
+        """`LLaVA-OneVision-1.5-4B-stage0_mcore_tp1_pp1`, of whatever kind it is; parts from elsewhere add their names."""
+        path, _, revision = self.name.partition("@") if self.kind == "hub" else (self.name, "", "")
+        folder = Path(path)
+        if _is_iteration(folder):
+            top = folder.parent
+            folder = top if folder.name == "release" else folder.with_name(f"{top.name}_{folder.name}")
+        name = re.sub(r"_mcore_tp\d+_pp\d+$", "", folder.name) + (f"@{revision[:12]}" if revision else "")
+        names = [name, *(f"{part}={Path(source).name}" for part, source in with_old_names(parts).items())]
+        return "+".join(names).replace("/", "_") + CONVERTED
+
+    def hf_files(self, converted: Path | None, tokenizer: Path | None) -> Path:
+        """The folder with its tokenizer and config, there once it is converted."""
+        if tokenizer:
+            return tokenizer
+        return (converted or (self.folder.parent if self.kind == "iteration" else self.folder)) / SIDECARS
+
+
+def _kind(name: str) -> Kind:
+    if name == RANDOM:
+        return "random"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", name) and not Path(name).exists():
+        return "hub"
+    if is_legacy(Path(name)):
+        return "legacy"
+    if _is_iteration(Path(name)):
+        return "iteration"
+    return "megatron" if _has_tracker(Path(name)) else "huggingface"
+
+
+def with_old_names(parts: dict[str, str]) -> dict[str, str]:
+    """Parts under the names that stand in the names of converted folders: `language`, `vision`, `adapter`."""
+    return dict(sorted((part.removesuffix("_model"), source) for part, source in parts.items()))
+
+
+def named_parts(given: Iterable[tuple[str, str]], spelled: str = "load_parts: {}: {}") -> dict[str, Checkpoint]:
+    """Part of the model → where its weights come from. `language` and `vision`, as parts were called, are understood.
+
+    Raises CheckpointError, with the entry `spelled` as it was given, for a part that there is not, that stands twice, or
+    that cannot be random.
+    """
+    parts: dict[str, Checkpoint] = {}
+    for name, source in given:
+        part = name if name in PARTS else f"{name}_model"
+        if part not in PARTS or part in parts or not source or (source == RANDOM and part != "adapter"):
+            twice = f": {part} stands twice" if part in parts else ""
+            raise CheckpointError(
+                f"{spelled.format(name, source)}{twice}",
+                f"one entry for each of {', '.join(PARTS)} that comes from elsewhere: a folder or hub id; adapter: random is "
+                "allowed too",
+            )
+        parts[part] = Checkpoint.of(source)
+    return parts
+
+
+class Start(BaseModel):
+    """What training starts from.
+
+    folder: one checkpoint folder (`release/`, `iter_0000400/`); None for random weights.
+    sidecars: folder with config, tokenizer and the like.
+    fingerprint: stands for the content.
+    untrained: the weights are random.
+    old_names: the Hugging Face folder at the very beginning spelled its tensors as transformers 4.53 does, and so will
+        the export.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    load: str = ""
+    folder: Path | None = None
     sidecars: Path
     fingerprint: str
-    untrained: bool
+    untrained: bool = False
     old_names: bool = False
 
 
-def is_iteration(load: str | Path) -> bool:
-    """Whether `load` names one checkpoint folder and not the folder above."""
-    return re.fullmatch(r"iter_\d+|release", Path(load).name) is not None
+def _is_iteration(folder: Path) -> bool:
+    return folder.name == "release" or ITERATION.fullmatch(folder.name) is not None
 
 
-def is_megatron(load: str | Path) -> bool:
-    return (Path(load) / TRACKER).is_file()
+def _has_tracker(folder: Path) -> bool:
+    return (folder / TRACKER).is_file()
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """The checkpoint folder that the tracker of a Megatron folder names; the folder itself when it is one."""
-    if not is_megatron(folder):
+    if not _has_tracker(folder):
         return folder
     try:
         name = (folder / TRACKER).read_bytes().decode(errors="replace").strip()
@@ -62,52 +158,30 @@ def newest_checkpoint(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder / TRACKER}: {shown(name, 40)} is neither a number nor `release`", "name the iter_ folder itself"
         )
-    return folder / (name if name == "release" else f"iter_{int(name):07d}")
+    return folder / (name if name == "release" else iteration_name(int(name)))
 
 
 def existing_checkpoint(folder: Path) -> Path:
     """`newest_checkpoint`, or CheckpointError where there is no such folder."""
     others = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
-    if others and not is_megatron(folder):
+    if others and not _has_tracker(folder):
         raise CheckpointError(f"{folder / TRACKER}: missing", f"name {folder / others[-1]} itself")
     found = newest_checkpoint(folder)
     if not found.is_dir():
-        named = is_megatron(folder)
+        named = _has_tracker(folder)
         what = f"{folder / TRACKER} names {found.name}, which is not there" if named else f"{found}: no such folder"
         raise CheckpointError(what, f"name {folder / others[-1]} itself" if others else "copy the folder again")
     return found
 
 
-def is_legacy(load: str | Path) -> bool:
-    """Whether `load` is in the original project's `torch` format: a folder per model-parallel rank."""
-    folder = newest_checkpoint(Path(load))
+def is_legacy(folder: Path) -> bool:
+    """Whether a folder, or the checkpoint that its tracker names, is in the original project's format."""
     try:
-        return any(path.name.startswith("mp_rank_") for path in folder.iterdir())
+        return any(path.name.startswith("mp_rank_") for path in newest_checkpoint(folder).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", "a folder that you may read") from None
-
-
-def is_hub(load: str) -> bool:
-    """`org/name@revision`. The revision is asked for, so that the same settings mean the same weights."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", load) is not None and not Path(load).exists()
-
-
-def needs_conversion(load: str) -> bool:
-    """Whether `load` is not in our format yet: the `hf2mcore` rule converts it first."""
-    return load != RANDOM and (is_legacy(load) or not (is_iteration(load) or is_megatron(load)))
-
-
-def converted_name(load: str, parts: dict[str, str]) -> str:
-    """`LLaVA-OneVision-1.5-4B-stage0_mcore_tp1_pp1`, whatever kind of folder `load` is; parts from elsewhere add their names."""
-    path, _, revision = load.partition("@") if is_hub(load) else (load, "", "")
-    folder = Path(path)
-    if is_iteration(folder):
-        folder = folder.parent if folder.name == "release" else folder.with_name(f"{folder.parent.name}_{folder.name}")
-    name = re.sub(r"_mcore_tp\d+_pp\d+$", "", folder.name) + (f"@{revision[:12]}" if revision else "")
-    names = [name, *(f"{part}={Path(source).name}" for part, source in sorted(parts.items()))]
-    return "+".join(names).replace("/", "_") + "_mcore_tp1_pp1"
 
 
 def read_hf_config(folder: Path) -> dict:
@@ -120,78 +194,73 @@ def read_hf_config(folder: Path) -> dict:
     return read_object(path)
 
 
-def check_load(load: str, parts: dict[str, str], tokenizer: Path | None, made_here: bool) -> None:
+def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | None, made_here: bool) -> None:
     """Raise CheckpointError when there is nothing to start from. `made_here`: a rule will make it."""
+    load, kind = checkpoint.name, checkpoint.kind
     if not load:
         raise CheckpointError("load is empty: nothing to start from", f"load: {CHOICES}")
     if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
         raise CheckpointError(
             f"tokenizer: {tokenizer}: no tokenizer.json in it", "tokenizer: the Hugging Face folder of the model"
         )
-    if load == RANDOM and tokenizer is None:
+    if kind == "random" and tokenizer is None:
         raise CheckpointError(
             "load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from"
         )
-    if parts and not needs_conversion(load):
+    if parts and not checkpoint.needs_conversion:
         raise CheckpointError(
             f"load_parts, and load: {load} is a whole Megatron checkpoint",
             "load: a Hugging Face folder, or no load_parts",
         )
-    for part, source in parts.items():
-        if part not in PARTS or (source == RANDOM and part != "adapter"):
+    for part, source in named_parts(parts.items()).items():
+        if source.kind not in ("random", "hub") and not source.folder.is_dir():
             raise CheckpointError(
-                f"load_parts: {part}: {source}",
-                f"{' | '.join(PARTS)}: a folder or hub id; adapter: random is allowed too",
+                f"load_parts: {part}: {source.name}: no such folder", "a folder, or org/name@revision"
             )
-        if source != RANDOM and not is_hub(source) and not Path(source).is_dir():
-            raise CheckpointError(f"load_parts: {part}: {source}: no such folder", "a folder, or org/name@revision")
-    if load == RANDOM or made_here or is_hub(load):
-        return
-    folder = Path(load)
+    if kind not in ("random", "hub") and not made_here:
+        _check_folder(checkpoint, bool(parts), tokenizer)
+
+
+def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | None) -> None:
+    load, folder = checkpoint.name, checkpoint.folder
     if not folder.is_dir():
         raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
     if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
         raise CheckpointError(f"load: {load}: one rank of a checkpoint", f"load: {folder.parent}")
     existing_checkpoint(folder)
-    if is_legacy(load):
-        if tokenizer is None:
-            raise CheckpointError(
-                f"load: {load}: a checkpoint of the original project, which keeps no tokenizer beside it",
-                "tokenizer: the Hugging Face folder of the same model",
-            )
-    elif is_iteration(load):
-        if not (folder / ".metadata").is_file():
-            raise CheckpointError(
-                f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder"
-            )
-    elif not is_megatron(load):
+    if checkpoint.kind == "legacy" and tokenizer is None:
+        raise CheckpointError(
+            f"load: {load}: a checkpoint of the original project, which keeps no tokenizer beside it",
+            "tokenizer: the Hugging Face folder of the same model",
+        )
+    if checkpoint.kind == "iteration" and not (folder / ".metadata").is_file():
+        raise CheckpointError(
+            f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder"
+        )
+    if checkpoint.kind == "huggingface":
         if not (folder / "config.json").is_file():
             raise CheckpointError(
-                f"load: {load}: neither config.json (Hugging Face) nor {TRACKER} (Megatron) in it", f"load: {CHOICES}"
+                f"load: {load}: contains neither config.json (Hugging Face) nor {TRACKER} (Megatron)",
+                f"load: {CHOICES}",
             )
-        try:
-            if not parts:
+        if not has_parts:
+            try:
                 ModelConfig.from_hf_config(read_hf_config(folder))
-        except CheckpointError as error:
-            raise CheckpointError(f"load: {load}: {error.problem}", error.fix) from None
+            except CheckpointError as error:
+                raise CheckpointError(f"load: {load}: {error.problem}", error.fix) from None
         if tokenizer is None:
-            _sidecars(folder, load)
+            _with_tokenizer(folder, load)
 
 
-def sidecars_of(load: str, converted: Path | None, tokenizer: Path | None) -> Path:
-    """The folder with the start checkpoint's tokenizer, once it is converted."""
-    top = converted or (Path(load).parent if is_iteration(load) else Path(load))
-    return tokenizer or top / SIDECARS
-
-
-def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Start:
-    """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of `load`, if it did."""
-    if load == RANDOM:
-        return Start(None, tokenizer, "random", True)
-    folder = converted / "release" if converted else existing_checkpoint(Path(load))
+def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path | None) -> Start:
+    """The checkpoint to start from. `converted` is the folder that the `hf2mcore` rule made of it, if it did."""
+    if checkpoint.kind == "random":
+        assert tokenizer is not None, "check_load asks for it"
+        return Start(load=RANDOM, sidecars=tokenizer, fingerprint="random", untrained=True)
+    folder = converted / "release" if converted else existing_checkpoint(checkpoint.folder)
     require_whole(folder)
     top = folder.parent
-    sidecars = tokenizer or _sidecars(sidecars_of(load, converted, None), load)
+    sidecars = tokenizer or _with_tokenizer(checkpoint.hf_files(converted, None), checkpoint.name)
     if folder.name == "release" and (marker := read_object(top / MARKER, {})):
         content, untrained = marker.get("fingerprint"), bool(marker.get("untrained"))
         if not isinstance(content, str):
@@ -199,17 +268,27 @@ def open_start(load: str, converted: Path | None, tokenizer: Path | None) -> Sta
                 f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
             )
     else:
-        # Not what is noted about the checkpoint, nor what a killed process left.
-        kept = [p for p in folder.iterdir() if p.name == ".metadata" or not p.name.startswith((".", CHECKSUMS))]
-        try:
-            content = fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in kept)])
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: .metadata cannot be read: {error.strerror}: not a whole torch_dist checkpoint",
-                "use another iter_ folder",
-            ) from None
-        untrained = False
-    return Start(folder, sidecars, content, untrained, old_names(top))
+        content, untrained = _fingerprint_of_iteration(folder), False
+    return Start(
+        load=checkpoint.name,
+        folder=folder,
+        sidecars=sidecars,
+        fingerprint=content,
+        untrained=untrained,
+        old_names=old_names(top),
+    )
+
+
+def _fingerprint_of_iteration(folder: Path) -> str:
+    """Of its metadata and the sizes of its files; not of what is noted about them, nor what a killed process left."""
+    files = [p for p in folder.iterdir() if p.name == ".metadata" or not p.name.startswith((".", CHECKSUMS))]
+    try:
+        return fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in files)])
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: .metadata cannot be read: {error.strerror}: not a whole torch_dist checkpoint",
+            "use another iter_ folder",
+        ) from None
 
 
 def old_names(top: Path) -> bool:
@@ -218,7 +297,7 @@ def old_names(top: Path) -> bool:
     return isinstance(origin, dict) and bool(origin.get("old_names"))
 
 
-def _sidecars(folder: Path, load: str) -> Path:
+def _with_tokenizer(folder: Path, load: str) -> Path:
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"load: {load}: no tokenizer beside it ({folder})", "tokenizer: the Hugging Face folder of the same model"

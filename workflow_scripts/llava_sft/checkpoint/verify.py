@@ -9,10 +9,9 @@ from pathlib import Path
 from llava_sft.checksums import find_damage
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_object
+from llava_sft.run.layout import CHECKSUMS, VERIFIED
 
 MARKER = "converted.json"  # of a converted checkpoint and of an export
-CHECKSUMS = "checksums.json"  # of a run's checkpoint
-MEMO = ".verified.json"
 SIDECARS_NOTE = ".checksums.json"  # in a run's copy of the tokenizer and config
 WEIGHTS = (".safetensors", ".distcp")
 
@@ -39,7 +38,7 @@ def require_whole(folder: Path, full: bool = False) -> int:
     root, files = noted(folder)
     weights = {name: entry for name, entry in files.items() if name.endswith(WEIGHTS)}
     small = {name: entry for name, entry in files.items() if name not in weights}
-    memo = (folder.parent if folder.name.startswith("iter_") else root) / MEMO
+    memo = (folder.parent if folder.name.startswith("iter_") else root) / VERIFIED
     if damage := find_damage(root, small, full=True) or find_damage(root, weights, memo, full):
         again = (
             "use another iter_ folder" if folder.name.startswith("iter_") else f"delete {root} and run the same command"

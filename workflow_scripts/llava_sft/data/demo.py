@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from llava_sft.data.records import IMAGE, ROLES
-from llava_sft.data.template import SYSTEM_PROMPT
+from llava_sft.data.records import ROLES
 from llava_sft.files import atomic_dir, write_text
+from llava_sft.model.tokens import IMAGE, SYSTEM_PROMPT
 
 SEED = 20
 SCALE = 7  # 8 × 8 → 56 × 56 pixels: 16 patches of 14, the least that the 2 × 2 merger makes a grid of
@@ -87,9 +87,10 @@ def chat_texts(path: Path) -> Iterator[str]:
 
 def load_digits() -> tuple[list[int], list[bytes]]:
     """Labels and 8 × 8 grey bytes, from the file behind `load_digits`: importing scikit-learn takes 4 s, this 0.1 s."""
-    package = importlib.util.find_spec("sklearn").origin
-    with gzip.open(Path(package).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
-        rows = [[int(float(value)) for value in line.split(",")] for line in file]
+    package = importlib.util.find_spec("sklearn")
+    assert package and package.origin
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz") as file:
+        rows = [[int(float(value)) for value in line.split(b",")] for line in file]
     return [row[-1] for row in rows], [bytes(round(value * 255 / 16) for value in row[:-1]) for row in rows]
 
 

@@ -18,15 +18,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 from llava_sft.errors import DataError
+from llava_sft.model.processing import MAX_ASPECT_RATIO, PATCH_SIZE
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_IMAGE_PIXELS = 100_000_000  # a decompression bomb by default; a setting
-MIN_SIDE = 14  # pixels: the model's patch
-MAX_ASPECT_RATIO = 200  # what the Qwen2-VL image processor accepts (smart_resize)
+NO_PIXEL_LIMIT = 1 << 40  # of what is in a shard: the limit is the conversion's
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 # Pillow may open these and no other: some of its readers (EPS) start other programs.
@@ -90,7 +90,7 @@ class ImageRoot:
             if error.errno == errno.ELOOP:
                 return self._read_link(path, full)
             if error.errno in RECORD_ERRORS:
-                raise Rejected("missing image", f"{path}: {os.strerror(error.errno)}") from None
+                raise Rejected("missing image", f"{path}: {error.strerror}") from None
             raise
         try:
             status = os.fstat(file)
@@ -134,7 +134,7 @@ class ImageRoot:
         try:
             real = os.path.realpath(full, strict=True)
         except OSError as error:
-            raise Rejected("missing image", f"{path}, a link: {os.strerror(error.errno)}") from None
+            raise Rejected("missing image", f"{path}, a link: {error.strerror}") from None
         if not self._holds(real):
             raise Rejected("image outside the image root", f"{path} is a link that leads out")
         return self.read(os.path.relpath(real, self.root))
@@ -182,7 +182,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:
             raise Rejected("unreadable image mode", str(error)) from None
     if sorted(image.size) != sorted(stored):
         raise Rejected("truncated or damaged image", f"its header says {stored}, it decodes to {image.size}")
-    return ImageInfo(EXTENSIONS[image.format], *stored)
+    return ImageInfo(EXTENSIONS[str(image.format)], *stored)
 
 
 def open_image(data: bytes) -> "Image.Image":
@@ -237,8 +237,8 @@ def _kind_of(data: bytes) -> str | None:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise Rejected("image has too many pixels", f"{width} x {height}, allowed are {max_pixels:,}")
-    if min(width, height) < MIN_SIDE:
-        raise Rejected("image side under the patch size", f"{width} x {height}, a side needs {MIN_SIDE}")
+    if min(width, height) < PATCH_SIZE:
+        raise Rejected("image side under the patch size", f"{width} x {height}, a side needs {PATCH_SIZE}")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise Rejected("absurd aspect ratio", f"{width} x {height}, allowed is 1:{MAX_ASPECT_RATIO}")
 

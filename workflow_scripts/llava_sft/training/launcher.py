@@ -1,10 +1,10 @@
-"""Starts the training processes and shows their progress; light, so that it can say no in a second.
+"""Start the training processes and show their progress. Imports neither torch nor Megatron: a refusal takes a second.
 
 On one machine, one process is started directly, several through torchrun; they meet in a file, and nothing listens beyond
 the loopback device. In a Slurm job srun starts one task a node,
 `python -m llava_sft.training.launcher ADDRESS:PORT NPROC RUN_JSON RUN_DIR`, and each does the same for its
-node. What they print goes to the run's log; the terminal gets a line per log
-interval, read from the same `metrics.jsonl` that the report draws.
+node. Their output goes to the run's log; the terminal gets a line per log interval, read from the same `metrics.jsonl` that
+the report draws.
 """
 
 import contextlib
@@ -22,23 +22,25 @@ from typing import BinaryIO
 
 import psutil
 
+from llava_sft.run.records import Tail
 from llava_sft.training import slurm
-from llava_sft.training.watch import Tail
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 TERMINALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 STORE = "LLAVA_SFT_STORE"  # the file in which the processes of one machine meet
 STOPPED = 128 + signal.SIGINT
-AT_ONCE_S = 1.0  # one Ctrl-C may arrive twice: from the terminal, and handed on
+AT_ONCE_S = 1.0  # one Ctrl-C may arrive twice: from the terminal, and passed on
 
 
 def command(
     count: int, arguments: list[str], store: str, rendezvous: list[str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line that starts the `count` processes of this machine, and the environment it needs on top of ours.
+    """The command line that starts the processes of this machine, and what it needs in its environment besides ours.
 
-    `store`: a folder for the file in which they meet; `rendezvous`: torchrun's options for a training of several nodes,
-    which meet at an address instead.
+    Args:
+        count: processes of this machine.
+        store: folder for the file in which they meet.
+        rendezvous: torchrun's options for a training on several nodes, which meet at an address instead.
     """
     module = ["-m", "llava_sft.training", *arguments]
     environment = python_path()
@@ -49,7 +51,7 @@ def command(
         if count == 1:
             return [sys.executable, *module], environment | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count))
-    # torchrun must handle one: it would kill the training at any that reaches it, and nobody sends this one.
+    # torchrun kills the training at any signal that it handles, and it has to handle one: nobody sends this one.
     options = [*rendezvous, f"--nproc-per-node={count}", "--signals-to-handle=SIGRTMAX"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
     return [*torchrun, *module], environment | {"OMP_NUM_THREADS": threads}
@@ -58,9 +60,9 @@ def command(
 def node_command(
     job: slurm.Job, nodes: int, count: int, gpus: int, options: list[str], arguments: list[str]
 ) -> list[str]:
-    """The srun that starts one task on each node of a Slurm job, `count` processes a node.
+    """The srun command that starts one task on each node of a Slurm job, `count` processes a node.
 
-    One failed task ends the others. `options` are the user's, for this cluster's srun.
+    One failed task ends the others. `options`: the user's, for the srun of this cluster.
     """
     task = [sys.executable, "-m", "llava_sft.training.launcher", f"{job.first_address}:{_free_port()}", str(count)]
     return [
@@ -71,7 +73,7 @@ def node_command(
         f"--cpus-per-task={job.cpus_per_node}",
         *([f"--gres=gpu:{gpus}"] if gpus else []),
         "--kill-on-bad-exit=1",
-        "--overlap",  # with the step that a person may have opened in the job
+        "--overlap",  # with a step that somebody may have opened in the job
         *(["--label"] if nodes > 1 else []),
         *options,
         *task,
@@ -80,12 +82,17 @@ def node_command(
 
 
 def launch(
-    values: dict, arguments: list[str], run_dir: Path, log: Path, lock: BinaryIO,
-    job: slurm.Job | None, srun_options: list[str],
-) -> int:  # fmt: skip
-    """Run the training of the resolved settings `values` to its end; returns its exit code.
+    values: dict,
+    arguments: list[str],
+    run_dir: Path,
+    log: Path,
+    lock: BinaryIO,
+    job: slurm.Job | None,
+    srun_options: list[str],
+) -> int:
+    """Run the training of the resolved settings `values` to its end; return its exit code.
 
-    `lock` is inherited, so that the run directory stays locked as long as any of the processes of this machine lives.
+    The processes inherit `lock`: the run directory stays locked as long as any of them lives on this machine.
     """
     count, tail = values["nproc_per_node"], Tail(run_dir)
     store = tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True)
@@ -107,13 +114,18 @@ def launch(
 
 
 def run(
-    argv: list[str], environment: dict[str, str], ask: Callable[[subprocess.Popen], None],
-    show: Callable[[], None] = lambda: None, output: BinaryIO | None = None, pass_fds: tuple[int, ...] = (),
-) -> int:  # fmt: skip
-    """Run a command to its end; returns its exit code, STOPPED where it was ended at once.
+    argv: list[str],
+    environment: dict[str, str],
+    ask: Callable[[subprocess.Popen], None],
+    show: Callable[[], None] = lambda: None,
+    output: BinaryIO | None = None,
+    pass_fds: tuple[int, ...] = (),
+) -> int:
+    """Run a command to its end; return its exit code, or STOPPED when it was ended at once.
 
-    A stop signal asks the training processes, once a second, to save and end: they hold it back until the loop listens,
-    and their helpers, which a batch system signals as well, ignore it. A second SIGINT ends them at once.
+    After a stop signal the training processes are asked (`ask`), once a second, to save and end: they hold the signal back
+    until the loop listens, and their helpers, which a batch system signals as well, ignore it. A second SIGINT ends them at
+    once.
     """
     asked: list[float] = []
     at_once: list[float] = []
@@ -121,17 +133,19 @@ def run(
     def note(number, frame):
         now = time.monotonic()
         if not asked:
-            say(f"{signal.Signals(number).name}: saving a checkpoint and ending; Ctrl-C once more ends without one")
+            say(f"{signal.Signals(number).name}: saving a checkpoint, then ending; Ctrl-C again ends without one")
         elif number == signal.SIGINT and now > asked[-1] + AT_ONCE_S and not at_once:
-            say("SIGINT again: ending at once; the same command goes on from the newest checkpoint")
+            say("SIGINT again: ending at once; the same command resumes from the newest checkpoint")
             at_once.append(now)
             training.kill()
         asked.append(now)
 
-    streams = {"stdout": output, "stderr": subprocess.STDOUT} if output else {}
+    errors = subprocess.STDOUT if output else None
     environment = os.environ | environment
-    training = subprocess.Popen(argv, env=environment, pass_fds=pass_fds, preexec_fn=_before_training, **streams)
-    # What nohup, or a shell that starts us in the background, has us ignore stays ignored.
+    training = subprocess.Popen(
+        argv, env=environment, pass_fds=pass_fds, preexec_fn=_before_training, stdout=output, stderr=errors
+    )
+    # A signal that nohup, or a shell that started us in the background, has set to be ignored stays ignored.
     ignored = {n for n in TERMINALS if signal.getsignal(n) is signal.SIG_IGN}
     previous = {number: signal.signal(number, note) for number in STOP_SIGNALS if number not in ignored}
     try:
@@ -150,14 +164,14 @@ def run(
 
 
 def say(line: str) -> None:
-    """A line for the terminal, which may be closed, or full: that does not end a training."""
-    with contextlib.suppress(OSError, RuntimeError):  # the latter where a signal arrives while another line is printed
+    """Print a line. A closed terminal, or a full disk behind it, does not end a training."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a signal arrived while another line was printed
         print(line, flush=True)
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies: training processes that outlived a killed launcher or
-    torchrun would go on writing into a run directory that the next start believes to be its own (Linux)."""
+    """Have the kernel kill this process when its parent dies (Linux): training processes that outlived a killed launcher or
+    torchrun would keep writing into a run directory that the next start believes to be its own."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -165,7 +179,7 @@ def die_with_parent() -> None:
 def _before_training() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    hold_back()  # and not lost, as one that is ignored would be: Megatron hears it as soon as it listens
+    hold_back()  # an ignored signal would be lost; this one reaches Megatron as soon as it listens
     die_with_parent()
 
 
@@ -176,7 +190,7 @@ def hold_back() -> None:
 
 
 def ask_workers(training: subprocess.Popen, count: int) -> None:
-    """Signal the training processes themselves: torchrun would kill them half a minute after a signal of its own."""
+    """Signal the training processes directly: torchrun, if signalled, kills them after half a minute."""
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(training.pid)
         children = parent.children()
@@ -187,7 +201,7 @@ def ask_workers(training: subprocess.Popen, count: int) -> None:
 
 
 def python_path() -> dict[str, str]:
-    """PYTHONPATH with this package in it, for processes that do not start from its folder."""
+    """PYTHONPATH with this package on it, for processes that do not start in its folder."""
     root = Path(__file__).resolve().parents[2]
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
 
@@ -199,7 +213,7 @@ def _free_port() -> int:
 
 
 def rendezvous(place: str, environment: Mapping[str, str]) -> list[str]:
-    """torchrun's options, from the address of the first node and what Slurm tells its tasks; none for a single node."""
+    """torchrun's options, from the address of the first node and Slurm's variables of this task; none for a single node."""
     nodes, rank = environment["SLURM_NNODES"], environment["SLURM_NODEID"]
     address, _, port = place.rpartition(":")
     if nodes == "1":
@@ -209,7 +223,7 @@ def rendezvous(place: str, environment: Mapping[str, str]) -> list[str]:
 
 def main(place: str, count: str, *arguments: str) -> int:
     """One node of a training, under srun. Slurm signals every process of the step, but only once, and a training process
-    ignores it until the loop listens: so the signal is taken here and handed on as on one machine."""
+    ignores that until the loop listens: so the signal is caught here and passed on as on a single machine."""
     with tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True) as store:
         argv, environment = command(int(count), list(arguments), store, rendezvous(place, os.environ))
         return run(argv, environment, lambda training: ask_workers(training, int(count)))

@@ -8,8 +8,8 @@ from megatron.core import parallel_state
 
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.errors import RunError
-from llava_sft.training.checkpoints import checkpoint_dir, data_dir
-from llava_sft.training.watch import DAMAGED_SAMPLES, append
+from llava_sft.run.layout import DAMAGED_SAMPLES, checkpoint_dir, data_dir
+from llava_sft.run.records import append
 
 KEY = "dataloader_state_dict"  # Megatron's
 

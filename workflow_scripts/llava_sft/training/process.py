@@ -21,25 +21,28 @@ from megatron.core import parallel_state  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
-from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
+from llava_sft.data.sizes import read_sizes  # noqa: E402
 from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
-from llava_sft.training import remedies  # noqa: E402
-from llava_sft.training.checkpoints import checkpoint_dir, iterations_done  # noqa: E402
+from llava_sft.model.cost import checkpoint_size, state_bytes  # noqa: E402
+from llava_sft.model.template import ChatTemplate  # noqa: E402
+from llava_sft.run import remedies  # noqa: E402
+from llava_sft.run.checkpoints import iterations_done  # noqa: E402
+from llava_sft.run.layout import FAILURE, checkpoint_dir  # noqa: E402
+from llava_sft.settings.resolve import data_parallel_size  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
 from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
-from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.saving import Saves  # noqa: E402
 from llava_sft.training.validation import HeldOut  # noqa: E402
-from llava_sft.training.watch import FAILURE, PEAK_FLOPS, Watch  # noqa: E402
+from llava_sft.training.watch import Watch  # noqa: E402
 
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
@@ -85,7 +88,12 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
 
 
 def make_loader(
-    values: dict[str, Any], data: dict[str, Any], run_dir: Path, limits: tuple, rank: int, replicas: int
+    values: dict[str, Any],
+    data: dict[str, Any],
+    run_dir: Path,
+    limits: tuple[ChatTemplate, int, int, int],
+    rank: int,
+    replicas: int,
 ) -> TrainingLoader:
     """Micro-batches of this data-parallel rank."""
     return train_loader(
@@ -108,8 +116,8 @@ def meeting_place() -> torch.distributed.Store | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    name = "" if ON_CPU else torch.cuda.get_device_name(device)
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    name = None if ON_CPU else known_gpu(torch.cuda.get_device_name(device))
+    return PEAK_FLOPS[name] if name else None
 
 
 def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop: Loop | None) -> SftError | None:
@@ -126,7 +134,8 @@ def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop:
     ):
         return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
     values = resolved["settings"]
-    memory = {name: size / 2**30 for name, size in state_bytes(ModelConfig(**resolved["model"]), values).items()}
+    state = state_bytes(ModelConfig(**resolved["model"]), values, data_parallel_size(values))
+    memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
     return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest, values["gpus_per_node"])
 

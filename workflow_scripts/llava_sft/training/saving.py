@@ -6,18 +6,11 @@ from typing import Any
 
 import torch
 
-from llava_sft.checkpoint.start import TRACKER
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.files import write_text
 from llava_sft.megatron.checkpoint import Checkpoints
-from llava_sft.training.checkpoints import (
-    check_disk,
-    checkpoint_bytes,
-    checkpoint_dir,
-    checkpoints,
-    prune,
-    seal,
-)
+from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal
+from llava_sft.run.layout import TRACKER, checkpoint_dir, checkpoints
 from llava_sft.training.position import save_position
 from llava_sft.training.watch import Watch
 

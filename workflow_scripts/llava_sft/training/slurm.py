@@ -1,4 +1,4 @@
-"""What a training asks Slurm, from inside its job."""
+"""What a training asks of Slurm, from inside its job."""
 
 import os
 import platform
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from llava_sft.errors import RunError
 
-REQUEUE_WITHIN_S = 600  # after which a job that asked to be queued again and still runs gives up
+REQUEUE_WITHIN_S = 600  # a job that asked to be queued again and still runs after this gives up
+ASK_SLURM = "check `scontrol ping`: if it says UP, run the same command again; if DOWN, ask whoever runs the cluster"
 
 
 @dataclass(frozen=True)
 class Job:
-    """The job that this process runs in. Snakemake passes on no variable of Slurm but its number."""
+    """The job that this process runs in. Of Slurm's variables Snakemake passes on only the job id."""
 
     number: str
     first_address: str  # of the first node, where rank 0 listens
@@ -23,14 +24,11 @@ class Job:
     cpus_per_node: int
 
     def signal_steps(self) -> None:
-        """SIGTERM to all steps, and not to the batch script: never to srun, which would kill its tasks at once."""
+        """SIGTERM to all steps, not to the batch script; never to srun, which would kill its tasks at once."""
         subprocess.run(["scancel", "--signal=TERM", self.number], check=False)
 
     def requeue(self) -> None:
-        """Have this job queued again, and wait until Slurm ends us; returns when that can not be.
-
-        A job that somebody cancelled stays cancelled.
-        """
+        """Have this job queued again and wait until Slurm ends it; return when it cannot be. A cancelled job stays so."""
         state = _output("squeue", "--noheader", "--jobs", self.number, "--format=%T")  # or COMPLETING, out of time too
         if state == "RUNNING" and not subprocess.run(["scontrol", "requeue", self.number], check=False).returncode:
             time.sleep(REQUEUE_WITHIN_S)
@@ -42,27 +40,21 @@ def this_job() -> Job | None:
     if not number or not shutil.which("srun"):
         return None
     described = _output("scontrol", "--oneliner", "show", "job", number)
-    found = {key: re.search(rf"\b{key}=(\S+)", described) for key in ("NodeList", "NumNodes", "NumCPUs")}
-    if not all(found.values()):
-        raise RunError(
-            f"Slurm job {number}: `scontrol show job {number}` says: {described!r}",
-            "run `scontrol ping`: when it says UP, the same command again; when DOWN, ask who runs the cluster",
-        )
-    first = _output("scontrol", "show", "hostnames", found["NodeList"][1]).split("\n")[0]
+    found = dict(re.findall(r"\b(NodeList|NumNodes|NumCPUs)=(\S+)", described))
+    if len(found) < 3:
+        raise RunError(f"Slurm job {number}: `scontrol show job {number}` says: {described!r}", ASK_SLURM)
+    first = _output("scontrol", "show", "hostnames", found["NodeList"]).split("\n")[0]
     # The address by which Slurm itself reaches the node; its name need not resolve.
     address = re.search(r"\bNodeAddr=(\S+)", _output("scontrol", "--oneliner", "show", "node", first))
-    nodes, cpus = int(found["NumNodes"][1].split("-")[0]), int(found["NumCPUs"][1])
+    nodes, cpus = int(found["NumNodes"].split("-")[0]), int(found["NumCPUs"])
     return Job(number, address[1] if address else first or platform.node(), nodes, max(1, cpus // nodes))
 
 
 def _output(*command: str) -> str:
-    """What a command of Slurm prints, tried again for a minute: a busy controller does not answer at times."""
+    """The output of a Slurm command, retried for half a minute: a busy controller does not always answer."""
     for attempt in range(6):
         done = subprocess.run(command, capture_output=True, text=True)
         if not done.returncode:
             return done.stdout.strip()
         time.sleep(2 * attempt)
-    raise RunError(
-        f"`{' '.join(command)}`: {done.stderr.strip()}",
-        "run `scontrol ping`: when it says UP, the same command again; when DOWN, ask who runs the cluster",
-    )
+    raise RunError(f"`{' '.join(command)}`: {done.stderr.strip()}", ASK_SLURM)

@@ -13,12 +13,12 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
-from llava_sft.data.images import image_tokens  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
 from llava_sft.megatron.config import transformer_config  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
+from llava_sft.model.processing import image_tokens  # noqa: E402
+from llava_sft.model.template import ChatTemplate  # noqa: E402
 
 
 def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVision:
@@ -31,8 +31,14 @@ def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVisi
     config = transformer_config(model, values)
     config.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    shape = {"vocab_size": model.language.vocab_size, "max_sequence_length": length}
-    built = LlavaOneVision(config, model, **shape, transformer_impl="local", pg_collection=groups)
+    built = LlavaOneVision(
+        config,
+        model,
+        vocab_size=model.language.vocab_size,
+        max_sequence_length=length,
+        transformer_impl="local",
+        pg_collection=groups,
+    )
     built = built.to(torch.bfloat16 if bf16 else torch.float32).to("cpu" if ON_CPU else "cuda")
     built.load_state_dict(dist_checkpointing.load({"model": built.sharded_state_dict()}, str(checkpoint))["model"])
     return built.eval()

@@ -1,7 +1,7 @@
-"""Which samples a run has trained on, and how often: no sample is lost in silence, or seen more often than another.
+"""Which samples a run has trained on, and how often: none is lost in silence, or seen more often than another.
 
-A pass ends before the next begins (data/order.py), so counts differ by one at most. `log_samples` notes the ids; here they
-are counted when all steps are done.
+A pass ends before the next begins (data/order.py), so counts differ by one at most. `log_samples` notes the ids; they are
+counted here when all steps are done.
 """
 
 import sqlite3
@@ -10,28 +10,31 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llava_sft.data.heldout import sample_ids
-from llava_sft.data.tars import METADATASET
+from llava_sft.data.nv_meta import METADATASET
+from llava_sft.data.stored import sample_ids
 from llava_sft.errors import RunError, SftError
 from llava_sft.files import read_json, write_json
-from llava_sft.training.watch import read_jsonl
+from llava_sft.run.layout import SAMPLE_COUNTS, SAMPLES
+from llava_sft.run.records import read_jsonl
 
-SAMPLE_COUNTS = "sample_counts.json"
-NAMED = 1000  # ids at most, of each kind
+NAMED = 1000  # ids of each kind, at most
 
 
 def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collection[str] = ()) -> dict[str, Any] | None:
-    """How often each training sample of `data` (what energon opened) was seen; None when it was not noted.
+    """How often each training sample of `data` (the path passed to energon) was seen; None when that was not logged.
 
-    `left_out`: ids of samples that can not be trained on. Named are those, and after a whole epoch of their source the
-    samples that were seen less often than its whole epochs, or more often than those and a begun one. Errors: DataError,
-    RunError when not every step noted it, sqlite3.Error when the index does not tell the samples apart.
+    Args:
+        left_out: ids of samples that cannot be trained on.
+
+    Besides those, the result names the samples that were seen less often than the complete epochs of their source, or more
+    often than those and the epoch in progress. Errors: DataError, RunError when a step is missing from the log,
+    sqlite3.Error when the index does not tell the samples apart.
     """
     seen: Counter[str] = Counter()
-    for path in (run_dir / "samples").glob("rank*.jsonl"):
+    for path in (run_dir / SAMPLES).glob("rank*.jsonl"):
         records = read_jsonl(path)
         if len(records) != train_iters:
-            raise RunError(f"{path}: {len(records)} of {train_iters} steps are noted there")
+            raise RunError(f"{path}: {len(records)} of {train_iters} steps are in the log")
         for record in records:
             seen.update(record["samples"])
     if not seen:
@@ -57,25 +60,25 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
 
 
 def count_samples(run_dir: Path, resolved: dict[str, Any]) -> None:
-    """Write SAMPLE_COUNTS of a run whose steps are all done, and say what is in it; or why it is not known."""
+    """Write sample_counts.json of a run whose steps are all done, and print its summary; or why there is none."""
     (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
     data = resolved["data"]
     try:
         left_out = read_json(data["sizes"], {"left_out": []})["left_out"] if "sizes" in data else []
         counts = sample_counts(run_dir, Path(data["path"]), resolved["settings"]["train_iters"], left_out)
     except (SftError, OSError, sqlite3.Error) as error:  # the training itself is done
-        print(f"how often samples were seen is not known: {error}")
+        print(f"how often each sample was seen is not known: {error}")
         return
     if counts:
         write_json(run_dir / SAMPLE_COUNTS, counts, sealed=True)
-        print(f"{told(counts)} ({run_dir / SAMPLE_COUNTS})")
+        print(f"{summary(counts)} ({run_dir / SAMPLE_COUNTS})")
 
 
-def told(counts: dict[str, Any]) -> str:
-    """A line for the run's log."""
+def summary(counts: dict[str, Any]) -> str:
+    """One line for the run's log."""
     words = {"0": "not seen", "1": "seen once", "2": "seen twice"}
     often = ", ".join(
         f"{number:,} {words.get(times, f'seen {times} times')}" for times, number in counts["seen"].items()
     )
-    left_out = f"; {counts['left_out_samples']:,} can not be trained on" if counts["left_out"] else ""
+    left_out = f"; {counts['left_out_samples']:,} cannot be trained on" if counts["left_out"] else ""
     return f"{counts['epochs']:.2f} epochs of {counts['samples']:,} samples: {often}{left_out}"

@@ -1,0 +1,73 @@
+"""Whether what the user brings along is there, and does not lie where the workflow writes. No torch."""
+
+import os
+from pathlib import Path
+
+from llava_sft.checkpoint.start import check_load
+from llava_sft.data.nv_meta import is_finished
+from llava_sft.data.tars import no_tar
+from llava_sft.embedded import check_demo
+from llava_sft.errors import DataError, SettingsError, shown
+from llava_sft.machine import gpu_count
+from llava_sft.paths import Paths
+from llava_sft.settings.conflicts import check_parallel_sizes
+from llava_sft.settings.layers import check_batch, load_model
+from llava_sft.settings.schema import Settings
+
+
+def user_paths(settings: Settings) -> dict[str, Path]:
+    """By setting, what the user names as brought along (a glob's pattern up to its first magic folder)."""
+    given: dict[str, Path | str | None] = {
+        "raw_data": settings.raw_data, "heldout_data": settings.heldout_data, "image_root": settings.image_root,
+        "webdatasets": settings.webdatasets, "tokenizer": settings.tokenizer, "load": settings.load,
+    }  # fmt: skip
+    given |= {f"load_parts: {part}": source for part, source in settings.load_parts.items()}
+    for number, entry in enumerate(settings.sources, 1):
+        given |= {f"sources: entry {number}: path": entry.path, f"sources: entry {number}: heldout": entry.heldout}
+        given |= {f"sources: entry {number}: image_root": entry.image_root}
+    return {key: Path(value) for key, value in given.items() if value}
+
+
+def check_apart(paths: Paths, made: dict[Path, str]) -> None:
+    """Raise SettingsError when something that the user brings lies where a rule writes; `made`: these folders,
+    resolved, and whose they are."""
+    for key, path in user_paths(paths.settings).items():
+        place = Path(os.path.realpath(path))
+        folder = next((folder for folder in (place, *place.parents) if folder in made), None)
+        if folder and not _may_lie_there(paths, key, path):
+            raise SettingsError(
+                f"{key}: {shown(str(path))}: lies in the folder of {made[folder]}, which the workflow makes and deletes",
+                f"move it elsewhere and change {key}, or choose another exp_dir",
+            )
+
+
+def _may_lie_there(paths: Paths, key: str, path: Path) -> bool:
+    """An export to start from, a finished WebDataset: made, but no output that a rule deletes."""
+    if key == "webdatasets":
+        return is_finished(path) and os.path.realpath(path) != os.path.realpath(paths.data / "webdatasets")
+    return (key in ("load", "tokenizer") or key.startswith("load_parts")) and not path.is_file()
+
+
+def check_inputs(paths: Paths, trains: bool = True) -> None:
+    """Raise, with the fix, when something that the user has to bring is not there, or batches do not fit the machine.
+
+    Not `trains`: the data alone is asked for, which needs neither a checkpoint nor a batch size.
+    """
+    settings = paths.settings
+    reads_demo = any(paths.is_demo(path) for path in user_paths(settings).values())
+    if paths.demo and paths.demo_done and reads_demo and not paths.demo_done.exists():
+        check_demo(paths.demo)
+    if settings.webdatasets and not next(settings.webdatasets.rglob("*.tar"), None):
+        raise no_tar("webdatasets: ", settings.webdatasets)
+    for source in paths.sources:
+        if not source.image_root.is_dir() and not paths.is_demo(source.image_root):
+            raise DataError(
+                f"image_root: {source.image_root}: no such folder", "set image_root to the folder of the images"
+            )
+    _ = paths.shards  # an empty raw file is found here
+    if not trains:
+        return
+    check_parallel_sizes(settings, load_model(settings.model))
+    made_here = paths.is_demo(paths.checkpoint.folder)
+    check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
+    check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

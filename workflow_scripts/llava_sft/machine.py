@@ -1,0 +1,95 @@
+"""What the machine has: GPUs, their peak speed and memory, and the memory that is free. No torch."""
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from llava_sft.errors import SettingsError
+
+GIB = 2**30
+# Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is relative to it.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+GPU_MEMORY_GIB = {"H100": 79.1, "GH200": 94.5, "H200": 139.8, "B200": 178.4, "A100": 79.2, "L40S": 44.5}
+CPU_FLOPS = 3e10  # a core's share in float32; the recorded runs say how much of it is reached
+
+
+class Machine(NamedTuple):
+    """What one process has: `device` is CPU, or a GPU by its name in PEAK_FLOPS; `peak` in FLOP/s."""
+
+    device: str
+    memory_gib: float
+    peak: float
+
+
+class Gpu(NamedTuple):
+    name: str
+    memory_gib: float
+    used_gib: float
+
+
+def known_gpu(name: str) -> str | None:
+    """The key in PEAK_FLOPS of a GPU by its maker's name (`NVIDIA GH200 480GB`); None for one whose peak is not known."""
+    return next((key for key in sorted(PEAK_FLOPS, key=len, reverse=True) if key in name.upper()), None)
+
+
+def gpu(name: str, memory_gib: float | None = None) -> Machine:
+    """A GPU by its maker's name, or a part of it. Raises SettingsError for one whose peak is not known."""
+    known = known_gpu(name)
+    if known is None:
+        raise SettingsError(f"the peak of a GPU {name!r} is not known", f"one of {', '.join(PEAK_FLOPS)}")
+    return Machine(known, memory_gib or GPU_MEMORY_GIB[known], PEAK_FLOPS[known])
+
+
+def this_machine(values: dict[str, Any]) -> Machine | None:
+    """What one process of a training on this machine has; None for a GPU whose peak is not known."""
+    if values["gpus_per_node"]:
+        first = next(iter(gpus()), None)
+        return gpu(first.name, first.memory_gib) if first and known_gpu(first.name) else None
+    processes = values["nproc_per_node"]
+    memory = psutil.virtual_memory().total / GIB
+    return Machine("CPU", memory / processes, CPU_FLOPS * max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def gpu_count() -> int:
+    """GPUs of this machine (`CUDA_VISIBLE_DEVICES` is respected)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return _installed_gpus()
+
+
+@cache
+def _installed_gpus() -> int:
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["-i", visible]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.rsplit(", ", 2) for line in listing.splitlines()]
+    return [Gpu(name, float(total) / 1024, float(used) / 1024) for name, total, used in rows]
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, of the machine and of its Slurm job or container."""
+    free = psutil.virtual_memory().available
+    if job := os.environ.get("SLURM_MEM_PER_NODE"):
+        free = min(free, int(job) << 20)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free

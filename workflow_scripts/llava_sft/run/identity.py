@@ -1,0 +1,147 @@
+"""Which run a run directory holds: one set of data, model, start checkpoint and settings (`run.json`).
+
+The same run goes on from its newest whole checkpoint; another run in the same directory is refused with the difference
+named.
+"""
+
+import contextlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+from llava_sft.checkpoint.start import Start, copy_sidecars
+from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
+from llava_sft.checksums import note
+from llava_sft.errors import DamagedFileError, RunError
+from llava_sft.files import atomic_dir, fingerprint, write_json
+from llava_sft.run.checkpoints import iterations_done, newest_whole
+from llava_sft.run.layout import RUN_FILE, SIDECARS, checkpoint_dir, data_dir
+from llava_sft.settings.resolved import Resolved
+from llava_sft.settings.schema import ABOUT
+
+# The data position is stored per rank.
+PER_RANK = ("nodes", "gpus_per_node", "nproc_per_node")
+
+
+def identity(resolved: Resolved) -> dict[str, Any]:
+    """What makes a run this run and no other."""
+    settings, given = resolved.settings, resolved.settings.model_fields_set
+    return {
+        "data": resolved.data.fingerprint,
+        "start": resolved.start.fingerprint,
+        "nodes": 1,  # of runs that are older than this setting
+        # One that the file of an earlier version does not say is a difference: nobody knows what that version did.
+        **{name: value for name, value in settings.dump().items() if name in given and ABOUT[name].identity},
+        # Not the name alone, which `settings` holds: its file may have changed.
+        "model": f"{resolved.model['name']}-{fingerprint(resolved.model)}",
+    }
+
+
+def read_run(run_dir: Path, iteration: int = 0) -> Resolved:
+    """What run.json holds; where that is damaged or gone, the copy that the checkpoint of `iteration` keeps.
+
+    Raises DamagedFileError; RunError where there is neither.
+    """
+    path = run_dir / RUN_FILE
+    try:
+        return Resolved.read(path)
+    except (DamagedFileError, FileNotFoundError) as error:
+        copy = data_dir(run_dir, iteration) / RUN_FILE
+        if iteration and copy.is_file():
+            print(f"warning: {path} is damaged or missing: {copy} is taken")
+            return Resolved.read(copy)
+        if isinstance(error, FileNotFoundError):
+            raise RunError(
+                f"{run_dir}: checkpoints without {RUN_FILE}: not a run of this workflow", "set another run_tag"
+            ) from None
+        weights = f"; or move it away and start another run from the weights: --config run_tag=next load={checkpoint_dir(run_dir, iteration)}"
+        raise DamagedFileError(
+            f"{path}: damaged: what the run was started with is not known",
+            "restore it from a copy" + (weights if iteration else ""),
+        ) from None
+
+
+def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
+    """Raise RunError, with the difference and both ways on, when `run_dir` holds steps of another run. Changes nothing."""
+    done, train_iters = iterations_done(run_dir), resolved.settings.train_iters
+    if not done:
+        return
+    before, now = identity(read_run(run_dir, done)), identity(resolved)
+    changed = [key for key in now if before.get(key) != now[key]]
+    given = [key for key in changed if key not in resolved.why] or changed  # not what follows from them
+    if given:
+        differences = [f"{key}: {before.get(key)} → {now[key]}{_why_not(key)}" for key in given]
+        tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
+        raise RunError(
+            f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
+            f"restore the old value to continue this run, or start a separate one: --config run_tag={tag}",
+        )
+    if done > train_iters:
+        raise RunError(
+            f"train_iters {train_iters} is below the {done} steps that {run_dir} has done",
+            f"train_iters: {done} or more, or another run_tag",
+        )
+
+
+def _why_not(key: str) -> str:
+    stored = "the data position is stored per rank; changing this would lose or repeat samples"
+    return f" ({stored})" if key in PER_RANK else ""
+
+
+def same_run(run_dir: Path, resolved: Resolved) -> tuple[Path, int] | None:
+    """Another directory beside `run_dir`, which is not there yet, that holds this very run, and its steps: the experiment
+    was renamed."""
+    if run_dir.exists():
+        return None
+    now = identity(resolved)
+    for path in sorted(run_dir.parent.glob(f"*/{RUN_FILE}")):
+        with contextlib.suppress(DamagedFileError, OSError, RunError, KeyError):
+            other = path.parent
+            if other != run_dir and identity(read_run(other)) == now and (done := iterations_done(other)):
+                return other, done
+    return None
+
+
+def open_run(run_dir: Path, resolved: Resolved) -> int:
+    """Check that `run_dir` holds this run, or make it, and write run.json; returns the step it goes on from.
+
+    On a resume, unless lr_decay_iters is given, the run keeps the length of its schedule: a run that is made longer goes
+    on at its min_lr.
+    Raises RunError when the directory holds another run; its files are then as they were.
+    """
+    refuse_other_run(run_dir, resolved)
+    done = newest_whole(run_dir, deep=iterations_done(run_dir) != resolved.settings.train_iters)
+    if done and "lr_decay_iters" in resolved.why:
+        length = read_run(run_dir, done).settings.lr_decay_iters
+        if length != resolved.settings.lr_decay_iters:
+            print(f"the learning rate keeps its schedule of {length} steps and stays at min_lr after it")
+            settings = resolved.settings.model_copy(update={"lr_decay_iters": length})
+            resolved = resolved.model_copy(update={"settings": settings})
+    resolved.write(run_dir / RUN_FILE)
+    keep_sidecars(run_dir, resolved.start, done)
+    return done
+
+
+def keep_sidecars(run_dir: Path, start: Start, done: int) -> None:
+    """Copy the start checkpoint's tokenizer and config into the run, which the export takes them from."""
+    sidecars = run_dir / SIDECARS
+    if not done and start.folder:
+        require_whole(start.folder)
+    damage = sidecars_damage(sidecars)
+    if done and sidecars.is_dir() and not damage:
+        return  # before the first checkpoint they may be those of another run
+    if damage and done:
+        print(f"{sidecars}: {damage}: copied from {start.sidecars} again")
+    with atomic_dir(sidecars) as folder:
+        copy_sidecars(start.sidecars, folder)
+        write_json(folder / SIDECARS_NOTE, note(folder, list(folder.iterdir())), sealed=True)
+
+
+def propose_tag(run_dir: Path, resolved: Resolved, key: str, value: Any) -> str:
+    """A free run_tag made of a setting that differs, like `lr5e-06`."""
+    value = value if isinstance(value, int | float) else str(value)[:8]
+    tag = f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}"
+    tag = "".join(c if c.isalnum() or c in "._-" else "-" for c in tag)
+    untagged = resolved.run_name.removesuffix(f"_{resolved.settings.run_tag}")
+    tags = itertools.chain([tag], (f"{tag}-{number}" for number in itertools.count(2)))
+    return next(tag for tag in tags if not run_dir.with_name(f"{untagged}_{tag}").exists())

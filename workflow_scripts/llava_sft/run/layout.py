@@ -1,0 +1,54 @@
+"""The files and folders of a run directory, each name spelled once. No imports of this package: everyone may import it.
+
+    run.json                            the resolved settings: which run this is
+    latest_checkpointed_iteration.txt   Megatron's tracker: the step of the newest checkpoint
+    iter_0000400/                       a checkpoint; sealed by checksums.json once it is complete
+    dataloader/iter_0000400/            beside it: each rank's position in the data, and copies of the logs
+    huggingface/                        tokenizer and config, which the export takes along
+    metrics.jsonl, validation.jsonl, events.jsonl, bad_steps.jsonl, damaged_samples.jsonl, samples/rank000.jsonl: logs
+    best.json, failure.json, sample_counts.json, tensorboard/, run_<date>_<host>.log
+
+A converted checkpoint has the tracker, `release/` and `huggingface/` too.
+"""
+
+import re
+from pathlib import Path
+
+RUN_FILE = "run.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+SIDECARS = "huggingface"
+CHECKSUMS = "checksums.json"
+VERIFIED = ".verified.json"  # files that were found whole: not read again before they change
+BEST = "best.json"
+FAILURE = "failure.json"  # written by the training when it knows the cause
+SAMPLE_COUNTS = "sample_counts.json"
+METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
+LOGS = (METRICS, VALIDATION, EVENTS, BAD_STEPS)
+DAMAGED_SAMPLES = "damaged_samples.jsonl"  # those that the training skipped
+SAMPLES = "samples"  # a folder: the sample ids of every step, one file per data-parallel rank
+
+ITERATION = re.compile(r"iter_(\d+)")
+
+
+def iteration_name(iteration: int) -> str:
+    """Megatron's name of a checkpoint folder."""
+    return f"iter_{iteration:07d}"
+
+
+def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
+    return run_dir / iteration_name(iteration)
+
+
+def data_dir(run_dir: Path, iteration: int) -> Path:
+    """Beside the weights: the position in the data of every rank, and what the watch keeps."""
+    return run_dir / "dataloader" / iteration_name(iteration)
+
+
+def samples_file(run_dir: Path, data_rank: int) -> Path:
+    return run_dir / SAMPLES / f"rank{data_rank:03d}.jsonl"
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    """Steps of all checkpoint folders, whole or not, oldest first."""
+    found = ((ITERATION.fullmatch(path.name), path) for path in run_dir.glob("iter_*"))
+    return sorted(int(name[1]) for name, path in found if name and path.is_dir())

@@ -1,0 +1,204 @@
+"""The rules that work out what is left at `auto`, and the settings that a training uses. No torch."""
+
+import itertools
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import ConfigDict
+
+from llava_sft.data.order import GlobalOrder
+from llava_sft.errors import SettingsError
+from llava_sft.machine import gpu_count
+from llava_sft.settings.conflicts import check_global_batch_size, processes_per_node
+from llava_sft.settings.schema import AllSettings, Settings
+
+EVAL_ITERS = 10
+PACKS_AT_ONCE, BUFFER_LIMITS = 200, (2_000, 10_000)
+
+
+class ResolvedSettings(AllSettings):
+    """The settings that a training uses: none is `auto`. Settings that are gone since a file was written are ignored.
+
+    Defaults here are for files of versions that did not have the setting yet: what those versions did, and 0 for a setting
+    without which no file of theirs is taken for this run.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    packing_buffer_size: int = 0
+    micro_batch_size: int = 0
+    global_batch_size: int = 0
+    train_iters: int = 0
+    lr_vision: float = 0
+    lr_adapter: float = 0
+    min_lr: float = 0
+    lr_decay_iters: int = 0
+    bf16: bool = False
+    save_interval: int = 0
+    async_save: bool = False
+    num_workers: int = 1
+    nodes: int = 1
+    gpus_per_node: int = 0
+    nproc_per_node: int = 0
+    eval_interval: int = 0
+    eval_iters: int = 0
+
+    def dump(self) -> dict[str, Any]:
+        """As resolved.json and run.json hold them."""
+        return self.model_dump(mode="json")
+
+
+class Epoch(NamedTuple):
+    """One pass over the training samples.
+
+    buffer_size: samples that are packed at a time.
+    packs: of each source, as indices of its samples.
+    sequences: how many packs a pass takes, those of a source of weight 2 twice.
+    """
+
+    buffer_size: int
+    packs: list[list[int]]
+    sequences: float
+
+
+def first_epoch(order: GlobalOrder, buffer_size: int) -> Epoch:
+    return Epoch(buffer_size, *order.first_pass())
+
+
+class _Auto:
+    """Settings of which some are still `auto`, and for each that was, the sentence that says where its value came from."""
+
+    def __init__(self, settings: Settings):
+        self.values, self.why = settings.model_dump(mode="json"), dict[str, str]()
+
+    def settle(self, name: str, value: Any, reason: str) -> Any:
+        if self.values[name] == "auto":
+            self.values[name], self.why[name] = value, reason
+        return self.values[name]
+
+
+def resolve(
+    settings: Settings,
+    train_samples: int,
+    heldout_samples: int = 0,
+    epoch: Epoch | None = None,
+    cores: int | None = None,
+) -> tuple[ResolvedSettings, dict[str, str]]:
+    """All settings that training uses, and for each that was `auto` the sentence that says where it came from.
+
+    `epoch`: steps are counted in its sequences; without, in samples. `cores`: CPU cores of a training node; default: this
+    machine's. Raises SettingsError.
+    """
+    auto = _Auto(settings)
+    _settle_machine(auto, settings, cores or len(os.sched_getaffinity(0)))
+    gbs = _settle_batch(auto, settings)
+    buffer_size = epoch.buffer_size if epoch else auto_packing_buffer([], settings.seq_length)
+    of_packs = f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"
+    auto.settle("packing_buffer_size", buffer_size, of_packs)
+    sequences = round(epoch.sequences) if epoch else train_samples
+    what = f"packed sequences (of {train_samples:,} samples)" if settings.packing and epoch else "samples"
+    counted = f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits"
+    iters = auto.settle("train_iters", auto_train_iters(sequences, settings.epochs, gbs), counted)
+    auto.settle("min_lr", settings.lr / 10, "lr / 10")
+    auto.settle("lr_vision", settings.lr, "lr")
+    auto.settle("lr_adapter", settings.lr, "lr")
+    auto.settle("lr_decay_iters", iters, "train_iters; stays when the run is made longer")
+    save = auto.settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {iters:,} steps")
+    auto.settle("eval_interval", save, "save_interval: every checkpoint is validated")
+    eval_iters = min(EVAL_ITERS, max(1, heldout_samples // gbs)) if heldout_samples else 0
+    if not heldout_samples:
+        auto.values["eval_iters"] = "auto"  # there is nothing to validate on, whatever is asked for
+    auto.settle("eval_iters", eval_iters, f"{heldout_samples:,} held-out samples, at most {EVAL_ITERS} global batches")
+    return ResolvedSettings(**auto.values), auto.why
+
+
+def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
+    auto.settle("nodes", 1, "this machine")
+    found = gpu_count()
+    why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
+    gpus = auto.settle("gpus_per_node", found, why)
+    if settings.fp8 != "none" and not gpus:
+        raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Hopper or newer)")
+    processes = processes_per_node(settings, gpus)
+    processes = auto.settle("nproc_per_node", processes, "one a GPU" if gpus else "TP × PP on a CPU")
+    auto.settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {cores} cores")
+    auto.settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
+    why = "on GPUs, whose memory is copied in a second (the first time half a minute), and written in a minute"
+    auto.settle("async_save", gpus > 0, why)
+
+
+def _settle_batch(auto: _Auto, settings: Settings) -> int:
+    """The global batch size, which fits the micro batch size and the model's replicas."""
+    replicas, given = data_parallel_size(auto.values), settings.global_batch_size
+    share = 1 if given == "auto" else math.ceil(given / replicas)
+    mbs = auto.settle("micro_batch_size", share, f"a replica's share of the global batch, of {replicas}")
+    if "micro_batch_size" in auto.why and given != "auto" and given % replicas:
+        auto.values["global_batch_size"] = share * replicas
+        auto.why["global_batch_size"] = f"{given}, raised to a multiple of data-parallel size {replicas}"
+    why = f"4 × data-parallel size {replicas} × micro_batch_size {mbs}"
+    gbs = auto.settle("global_batch_size", 4 * replicas * mbs, why)
+    check_global_batch_size(gbs, mbs, replicas)
+    return gbs
+
+
+def data_parallel_size(values: Mapping[str, Any]) -> int:
+    """Model replicas over all nodes, of resolved settings."""
+    model_parallel = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
+    return max(1, values["nproc_per_node"] * values["nodes"] // model_parallel)
+
+
+def part_rates(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Trained part → (lr, min_lr). Every part's rate ends at the same share of where it began."""
+    rates = {"language_model": values["lr"], "adapter": values["lr_adapter"], "vision_model": values["lr_vision"]}
+    share = values["min_lr"] / values["lr"]
+    return {part: (rate, rate * share) for part, rate in rates.items() if part in values["trainable_modules"]}
+
+
+def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int:
+    """Steps for `epochs` over `samples`, raised to two significant digits (3,125 → 3,200; 1,250 → 1,300)."""
+    steps = math.ceil(epochs * samples / global_batch_size)
+    unit = 10 ** max(0, len(str(steps)) - 2)
+    return math.ceil(steps / unit) * unit
+
+
+def auto_save_interval(train_iters: int) -> int:
+    """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100)."""
+    intervals = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return next(interval for interval in intervals if math.ceil(train_iters / interval) <= 16)
+
+
+def auto_num_workers(cores: int, processes: int, wanted: float | None = None, prepared: float | None = None) -> int:
+    """Loader processes of each of a node's training `processes`, which may take half of its cores.
+
+    `wanted`: tokens a second that a process trains on; `prepared`: that one loader process delivers. Half as many again as
+    these ask for, raised to a power of two, so that another measurement seldom says something else; four when they are not known.
+    """
+    most = max(1, cores // 2 // processes)
+    if not (wanted and prepared):
+        return min(most, 4)
+    return min(most, 2 ** math.ceil(math.log2(max(1.0, 1.5 * wanted / prepared))))
+
+
+def auto_packing_buffer(lengths: list[int], seq_length: int) -> int:
+    """Samples that are packed at a time: of so many packs that the last one, which is not full, hardly counts."""
+    mean = sum(lengths) / len(lengths) if lengths else seq_length
+    low, high = BUFFER_LIMITS
+    return max(low, min(high, math.ceil(PACKS_AT_ONCE * seq_length / mean / 100) * 100))
+
+
+def packing_window(settings: Settings, lengths: list[int]) -> int:
+    """`packing_buffer_size`, worked out where it is `auto`."""
+    given = settings.packing_buffer_size
+    return auto_packing_buffer(lengths, settings.seq_length) if given == "auto" else given
+
+
+def warnings(settings: Settings, untrained: bool) -> list[str]:
+    """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
+    if not untrained and "language_model" in settings.trainable_modules and not 1e-6 <= settings.lr <= 5e-5:
+        return [
+            f"lr {settings.lr:g} is outside 1e-6 … 5e-5, the range for trained LLM weights: "
+            "5e-6 or 1e-6 if the loss is unstable, 2e-5 or 5e-5 if it falls too slowly"
+        ]
+    return []

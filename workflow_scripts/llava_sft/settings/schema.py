@@ -1,0 +1,324 @@
+"""Every setting, once: type, default, what it means, and what a change of it does.
+
+`setting` declares one whose change makes another run, `free` one that may change while a run goes on. config/config.yaml
+and config/schema.json are generated from here (`make schema`). Imported while Snakemake builds its DAG: no torch.
+"""
+
+import datetime
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.model.tensors import Part
+from llava_sft.settings.fields import (
+    Auto,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Section,
+    Tag,
+    about_field,
+    free,
+    setting,
+)
+
+# Names of run directories begin like this; the values of a stage are in config/stages/.
+STAGES = {"align": "stage1_align", "mid": "stage1.5_mid", "sft": "stage2_sft"}
+
+
+class SourceSettings(BaseModel):
+    """One entry of `sources`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    heldout: str | None = None
+    image_root: Path | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")] = ""
+
+
+class Named(Section):
+    """What the name of the experiment's file says."""
+
+    experiment: str = free(..., "name of the file in config/experiments/", shown=False)
+
+
+class Where(Section):
+    """where"""
+
+    exp_dir: Path = free(
+        "output", "EXP_DIR: everything the workflow makes; {exp_dir} in the paths below stands for it", shown=False
+    )
+    run_tag: Tag = free("", "free suffix that makes another run of the same experiment: stage2_sft_X_<run_tag>")
+
+    @field_validator("run_tag", mode="before")
+    @classmethod
+    def _tag_is_text(cls, value: Any) -> Any:
+        """`run_tag: 1220` is a number to YAML, and a date to people."""
+        return str(value) if isinstance(value, int | datetime.date) else value
+
+    @field_validator("exp_dir")
+    @classmethod
+    def _a_folder_for_rules(cls, exp_dir: Path) -> Path:
+        """Snakemake reads braces as wildcards, scripts a dash as an option, and no shell expands a `~`."""
+        if re.search(r"[{}]", str(exp_dir)) or str(exp_dir)[0] in "-~":
+            raise ValueError("a folder without braces that begins neither with - nor with ~")
+        return exp_dir
+
+
+class Data(Section):
+    """data: one of raw_data or sources (converted here), webdatasets (a finished folder)"""
+
+    raw_data: Path | None = free(
+        None, "JSONL, a JSON array or Parquet (glob: data/*.parquet); LLaVA or ShareGPT/OpenAI records", shown=False
+    )
+    heldout_data: Path | None = free(None, "the same formats: validation split, what `evaluate` answers", shown=False)
+    image_root: Path | None = free(
+        None, "folder that the records' image paths are relative to (default: beside raw_data)", shown=False
+    )
+    sources: tuple[SourceSettings, ...] = free(
+        (),
+        "several: a list of {path, heldout, image_root, weight, name}; only path is needed. A record of weight 2 is seen "
+        "twice as often as one of weight 1",
+    )
+    webdatasets: Path | None = free(
+        None, "DATA_PATH: a finished webdatasets/ folder; without a usable .nv-meta it is indexed", shown=False
+    )
+    shard_bytes: Positive | None = free(
+        None,
+        "bytes of raw data that one job makes one tar of (8 MiB of text or about 10,000 images, 256 MiB of Parquet)",
+    )
+    max_shard_bytes: Positive = free(
+        4 << 30, "a tar that grows beyond (large images) is an error that names the right shard_bytes"
+    )
+    decode_images: bool = free(
+        False, "decode every image while converting; false: header and end marker, odd ones in full"
+    )
+    max_reject_fraction: Fraction = free(
+        0, "share of records that may be rejected before the pipeline stops after the data step"
+    )
+    val_fraction: Fraction = free(
+        0, "share held out by image when there is no heldout_data: an image is on one side only"
+    )
+    split_seed: Natural = free(0, "of val_fraction")
+    min_pixels: Positive = setting(
+        MIN_PIXELS, "images are resized to between min_pixels and max_pixels, sides multiples of 28"
+    )
+    max_pixels: Positive = setting(MAX_PIXELS, "the larger limit of that")
+
+
+class Model(Section):
+    """model"""
+
+    model: str = setting("4b", "config/models/<model>.yaml", shown=False)
+    load: str = free(
+        "",
+        "CHECKPOINT_PATH: Hugging Face folder | org/name@revision on the hub | …_mcore_tp1_pp1 | an earlier run's "
+        "iter_0000400 | random. Megatron folders of the original project are converted, too",
+        shown=False,
+    )
+    load_parts: dict[str, str] = free(
+        {}, "parts that come from elsewhere: {vision_model: folder, language_model: folder, adapter: folder or random}"
+    )
+    tokenizer: Path | None = free(
+        None, "TOKENIZER_PATH: folder with tokenizer.json (default: that of the start checkpoint)", shown=False
+    )
+    stage: Literal["align", "mid", "sft"] = free(
+        "sft", "align (stage 1) | mid (stage 1.5) | sft (stage 2): config/stages/<stage>.yaml", shown=True
+    )
+    trainable_modules: Annotated[list[Part], Field(min_length=1)] = setting(
+        ["language_model", "adapter", "vision_model"], "what is trained; parts left out are frozen", shown=True
+    )
+
+    @field_validator("trainable_modules")
+    @classmethod
+    def _each_part_once(cls, parts: list[Part]) -> list[Part]:
+        """In one order: the same parts are the same run."""
+        return sorted(set(parts), reverse=True)
+
+
+class Batches(Section):
+    """batches and length"""
+
+    seq_length: Positive = setting(
+        32768, "SEQ_LEN, tokens; a longer conversation is cut at the end of a turn", shown=True
+    )
+    packing: bool = setting(
+        True, "several samples in one sequence, none of which sees another; a batch then counts sequences"
+    )
+    packing_buffer_size: Positive | Auto = setting(
+        "auto", "samples that are packed at a time: those of 200 packs, 2,000 to 10,000"
+    )
+    micro_batch_size: Positive | Auto = setting(
+        1,
+        "MBS; auto: global_batch_size / data-parallel size, which is raised to fit; for small models",
+        shown=True,
+    )
+    global_batch_size: Positive | Auto = setting(
+        "auto",
+        "GBS: 4 × data-parallel size × MBS; counts packs (packing: false: samples, as the guide does)",
+        shown=True,
+    )
+    train_iters: Positive | Auto = free(
+        "auto",
+        "NSTEP: epochs × packs / GBS (packing: false: samples), raised to two significant digits",
+        shown=True,
+    )
+    epochs: Rate = free(1, "passes over the data: in each, every sample is seen once, in an order of its own")
+
+
+class Optimizer(Section):
+    """optimizer"""
+
+    lr: Rate = setting(1e-5, "unstable or exploding: 5e-6 or 1e-6; too slow: 2e-5 or 5e-5", shown=True)
+    lr_vision: Rate | Auto = setting("auto", "of the vision_model: lr")
+    lr_adapter: Rate | Auto = setting("auto", "of the adapter: lr")
+    min_lr: NonNegative | Auto = setting(
+        "auto", "the schedule ends here: lr / 10; other parts' rates end at the same share of theirs"
+    )
+    lr_decay_style: Literal["cosine", "linear", "constant"] = setting("cosine", "cosine | linear | constant")
+    lr_decay_iters: Positive | Auto = free(
+        "auto", "length of the schedule: train_iters at the first start; after it the rate is min_lr"
+    )
+    lr_warmup_fraction: Fraction = setting(0.002, "share of the schedule in which the rate rises from 0")
+    weight_decay: NonNegative = setting(0, "not of biases and norms")
+    adam_beta1: Fraction = setting(0.9, "Adam's decay of the mean gradient")
+    adam_beta2: Fraction = setting(0.99, "Adam's decay of the squared gradient")
+    adam_eps: Rate = setting(1e-5, "added to the root of the squared gradient")
+    clip_grad: NonNegative = setting(1.0, "greatest norm of the gradient; 0 does not clip")
+    seed: Natural = setting(42, "of the order of the samples")
+
+
+class Run(Section):
+    """run"""
+
+    bf16: bool | Auto = setting("auto", "bf16 on GPUs, float32 on a CPU")
+    fp8: Literal["none", "tensorwise", "blockwise"] = setting(
+        "none", "none | tensorwise | blockwise: products of the language model in FP8 (Hopper or newer GPUs)"
+    )
+    optimizer_precision: Literal["bf16", "fp32"] = setting(
+        "bf16",
+        "of gradients and Adam's moments on GPUs: bf16 (10 bytes a parameter in all) | fp32 (18); the weights are "
+        "float32 in either: with bf16 moments as bf16 and what it lacks",
+    )
+    deterministic: bool = setting(False, "the same run gives the same bits on GPUs too; slower (CPU runs always do)")
+    pack_chunk_tokens: Positive = free(
+        8192,
+        "a longer pack goes through the model in chunks of about so many tokens, cut between samples: the same "
+        "gradients, and activations of one chunk. Not with pipeline parallelism",
+    )
+    recompute_language: Literal["none", "selective", "full"] = free(
+        "none",
+        "recompute activations in the backward pass: none | full: less memory, slower | selective: attention alone, in "
+        "Megatron's layers, slower still",
+    )
+    recompute_vision: Literal["none", "full"] = free(
+        "none", "none | full, for the vision tower: what a pack of many pictures wants first"
+    )
+    memory_check: Literal["stop", "warn"] = free(
+        "stop", "stop | warn: what to do when a run, or a save, needs more memory than its machine or job has"
+    )
+    save_interval: Positive | Auto = free("auto", "steps between checkpoints: 1, 2 or 5 × 10^k, at most 16 checkpoints")
+    async_save: bool | Auto = free(
+        "auto", "the training goes on while a checkpoint is written, from a copy in host memory: on GPUs"
+    )
+    keep_last: Positive | None = free(
+        None, "keep this many newest checkpoints (2 or more survive a damaged one); null keeps all"
+    )
+    keep_every: Positive | None = free(
+        None, "of those that keep_last would delete, keep each of this many steps; the best stays too"
+    )
+    max_minutes: Rate | None = free(None, "save and stop after this time, exit code 75; the same command goes on")
+    num_workers: Positive | Auto = free(
+        "auto", "loader processes of a training process: half as many again as keep up, by measurement"
+    )
+    nodes: Positive | Auto = setting(
+        "auto", "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says"
+    )
+    gpus_per_node: Natural | Auto = setting(
+        "auto", "GPUS_PER_NODE: those of this machine, with --profile slurm what the profile says; 0: CPU"
+    )
+    nproc_per_node: Positive | Auto = setting(
+        "auto", "training processes: one a GPU; on a CPU TP × PP, or more for data parallelism"
+    )
+    tensor_model_parallel_size: Positive = setting(1, "TP")
+    pipeline_model_parallel_size: Positive = setting(1, "PP")
+
+
+class Watching(Section):
+    """watching"""
+
+    log_interval: Positive = free(10, "steps from one progress line to the next")
+    eval_interval: Positive | Auto = free(
+        "auto", "steps from one validation on the held-out split to the next: save_interval"
+    )
+    eval_iters: Natural | Auto = free(
+        "auto", "global batches of a validation: the held-out split, at most 10; 0 for none"
+    )
+    log_answers: Natural = free(
+        4, "held-out samples that are answered at each validation, for the report and TensorBoard"
+    )
+    log_samples: bool = free(
+        True, "note the ids of every step's samples in samples/, and at the end how often each was seen"
+    )
+    max_damaged_samples: Natural = free(
+        0, "samples that the training may leave out because they cannot be read, each noted in damaged_samples.jsonl"
+    )
+    max_bad_steps: Positive = free(
+        20, "stop after so many bad steps in a row (NaN, or a loss far above the steps before)"
+    )
+
+
+class Evaluation(Section):
+    """evaluation on the held-out split"""
+
+    evaluate_by: str = free("kind", "the record's key that accuracy is reported by")
+    evaluate_samples: Positive | Literal["all"] = free("all", "or a number")
+    evaluate_batch_size: Positive = free(16, "questions answered at once")
+    max_new_tokens: Positive = free(32, "longest answer")
+
+
+class Export(Section):
+    """export"""
+
+    parity: Literal["check", "cpu", "gpu", "skip"] = free(
+        "check",
+        "the export is compared with the Megatron model before it gets its name: check | cpu | gpu | skip; check: on a "
+        "GPU if there is one. Needs memory for the whole model, in float32 where it fits",
+    )
+
+
+SECTIONS = (Where, Data, Model, Batches, Optimizer, Run, Watching, Evaluation, Export)
+
+
+# The experiment's name comes first, then the sections in order: pydantic collects the fields of the last base first.
+class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, Model, Data, Where, Named):
+    """The settings of one experiment, given or resolved."""
+
+    @property
+    def run_name(self) -> str:
+        """`stage2_sft_vqa`, or `stage2_sft_vqa_<run_tag>`."""
+        return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
+
+
+ABOUT = {name: about_field(field) for name, field in AllSettings.model_fields.items()}
+DEFAULTS = {name: field.default for name, field in AllSettings.model_fields.items() if name not in Named.model_fields}
+
+
+class Settings(AllSettings):
+    """One experiment's settings as the user gave them; `auto` is still `auto`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    _origin: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Setting → where its value was given: a file, or `--config`."""
+        return self._origin
