@@ -18,6 +18,7 @@ from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, wri
 from llava_sft.files import read_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.export_files import write_hf_sidecars
+from llava_sft.model.tensors import hf_shapes, parameter_count
 from llava_sft.model.tiny import train_tokenizer
 from results import ROOT, row, timed, write_results
 
@@ -47,12 +48,12 @@ def measure(work: Path, size: str, old_names: bool) -> list[dict]:
     write_hf_sidecars(hf, hf, model, 3136, 1_000_000)
     torch.manual_seed(1)
     spell = old_name if old_names else str
-    shapes = {spell(name): shape for name, shape in model.hf_tensor_shapes().items()}
+    shapes = {spell(name): shape for name, shape in hf_shapes(model).items()}
     stream = ((name, torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1)) for name, shape in shapes.items())
     write_safetensors(hf, shapes, torch.bfloat16, stream)
 
     rows = []
-    gigabytes = 2 * model.parameter_count() / 1e9
+    gigabytes = 2 * parameter_count(model) / 1e9
     settings = {"model": size, "dtype": "bfloat16", "gigabytes": round(gigabytes, 1), "old_names": old_names}
     for direction, source, target in (("hf2mcore", hf, mcore), ("mcore2hf", mcore, back)):
         forget(source)

@@ -29,15 +29,16 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from llava_sft.data.heldout import read_split  # noqa: E402
-from llava_sft.data.images import decode_rgb, smart_resize, to_patches  # noqa: E402
+from llava_sft.data.images import decode_rgb  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
 from llava_sft.data.stream import Ranks, train_loader  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
+from llava_sft.model.processing import PATCH_SIZE, smart_resize, to_patches  # noqa: E402
+from llava_sft.model.template import ChatTemplate  # noqa: E402
 from results import row, write_results  # noqa: E402
 
 SEQ_LENGTH, PIXELS = 8192, (3136, 1_000_000)
 WARM, COUNTED, SHARE, STEP_S = 3, 12, 0.7, 0.53
-PATCH_PIXELS = 14 * 14
+PATCH_PIXELS = PATCH_SIZE**2
 SMALL = 500_000  # pixels that pictures are scaled down to for the comparison
 
 

@@ -45,13 +45,13 @@ def transformers_trainer(args, values: dict, peak: float) -> None:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from llava_sft.data.images import CLIP_MEAN, CLIP_STD
     from llava_sft.data.loader import VlmTaskEncoder
     from llava_sft.data.stream import Ranks, train_loader
-    from llava_sft.data.template import ChatTemplate
-    from llava_sft.model.flops import training_flops
+    from llava_sft.model.cost import training_flops
     from llava_sft.model.hf.configuration_llavaonevision1_5 import Llavaonevision1_5Config
     from llava_sft.model.hf.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
+    from llava_sft.model.processing import CLIP_MEAN, CLIP_STD
+    from llava_sft.model.template import ChatTemplate
 
     case = args.cases[0]
     template = ChatTemplate(args.tokenizer)

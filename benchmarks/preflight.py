@@ -4,8 +4,8 @@
     python benchmarks/preflight.py gpu      # takes over the runs of results/memory_time.json (benchmarks/training.py)
     python benchmarks/preflight.py errors   # of all recorded rows, whatever machine they are from
 
-`run` needs `snakemake preflight_vqa` once. The rows of results/preflight.json are what preflight.py reads: change them by
-running this, not by hand.
+`run` needs `snakemake preflight_vqa` once. The factors that preflight predicts with (preflight/factors.json of the
+package) are fitted anew to the rows of results/preflight.json: change neither by hand.
 """
 
 import argparse
@@ -20,13 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "workflow_scripts"))
 
+from calibration import Recorded, calibrate, of_device, recorded, write_factors  # noqa: E402
 from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.machine import gpu, this_machine  # noqa: E402
+from llava_sft.model.cost import MicroBatch  # noqa: E402
+from llava_sft.preflight import predict  # noqa: E402
 from llava_sft.run.records import read_metrics  # noqa: E402
 from llava_sft.settings.layers import load_settings  # noqa: E402
 from llava_sft.settings.resolve import first_epoch, packing_window, resolve  # noqa: E402
-from llava_sft.training import predict  # noqa: E402
 from results import RESULTS, row, write_results  # noqa: E402
 
 OUT = Path("/tmp/llava_sft_preflight")
@@ -65,7 +67,7 @@ def record() -> None:
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
         values = resolve(settings, len(sizes.tokens), epoch=epoch)[0].dump()
         values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
-        mean, largest = predict.loads(sizes, values, epoch.packs if settings.packing else None)
+        mean, largest = predict.mean_and_largest(sizes, values, epoch.packs if settings.packing else None)
         machine = this_machine(values)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)
@@ -117,8 +119,8 @@ def take_over() -> list[dict]:
             + ", ".join(f"{name} {given[name]}" for name in (*named, "recompute_vision", "optimizer_precision")),
             "values": values,
             "machine": gpu(given["gpu"]),
-            "mean": predict.Load(step[0], step[0] * of_sample, step[1], step[1] * of_image),
-            "largest": predict.Load(tokens, tokens * of_sample, patches, patches * of_image),
+            "mean": MicroBatch(step[0], step[0] * of_sample, step[1], step[1] * of_image),
+            "largest": MicroBatch(tokens, tokens * of_sample, patches, patches * of_image),
         }
         note = "reserved by PyTorch, fragmentation included"
         rows.append(row("peak_memory_gib", measured["peak_reserved_gib"], "GiB", None, "lower", note, **known))
@@ -132,7 +134,7 @@ USUAL = {
 }  # fmt: skip
 
 
-def short(run: predict.Recorded) -> str:
+def short(run: Recorded) -> str:
     """What is unusual about a recorded run of a GPU, and its packs a step; of a CPU, its batch."""
     if run.machine.device == "CPU":
         what = "packs" if run.values["packing"] else "samples"
@@ -148,14 +150,12 @@ def short(run: predict.Recorded) -> str:
 def errors() -> list[dict]:
     """Of each recorded run: predicted from all others of its device, against what was measured. Prints the README's table."""
     rows = []
-    runs = predict.recorded()
+    runs = recorded()
     by_device: dict[str, list[tuple[float, float]]] = {}
     print("| device | run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|---|")
     for each in sorted(runs, key=lambda run: run.machine.device, reverse=True):
-        others = predict.of_device(each.machine.device, [other for other in runs if other is not each])
-        guess = predict.predict(
-            each.model, each.values, each.machine, each.mean, each.largest, predict.calibrate(others)
-        )
+        others = of_device(each.machine.device, [other for other in runs if other is not each])
+        guess = predict.predict(each.model, each.values, each.machine, each.mean, each.largest, calibrate(others))
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
         by_device.setdefault(each.machine.device, []).append(wrong)
         memory = f"{guess.memory_gib:.3g}, {each.memory_gib:.3g} ({wrong[0]:+.1%})"
@@ -180,7 +180,8 @@ def main() -> None:
         record()
     elif what == "gpu":
         write_results("preflight", take_over())
-    predict.recorded.cache_clear()
+    recorded.cache_clear()
+    write_factors()
     write_results("preflight", errors())
 
 

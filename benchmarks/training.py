@@ -13,7 +13,7 @@ two data scripts make WEBDATASETS, TOKENIZER is any folder with the model's toke
 - calibration: more for preflight: float32 moments, and 8B;
 - checkpoint: 4B trained in no more memory than an 80 GB GPU has, saved with its optimizer and loaded, timed;
 - two_gpus: the same on two GPUs, data parallel, as many packs for each.
-MFU: `llava_sft.model.flops.training_flops` (vision tower counted, attention causal and by segment, the output layer for
+MFU: `llava_sft.model.cost.training_flops` (vision tower counted, attention causal and by segment, the output layer for
 answers only, no recomputation) over step time and the GPU's dense bf16 peak, in FP8 too. Useful tokens: without padding.
 """
 
@@ -35,6 +35,7 @@ from pathlib import Path
 from cases import CALIBRATION, CALIBRATION_8B, CASE, CHECKPOINT, OURS, PEAK, PROFILE, TWO_GPUS
 from kernels import kernel_times, profiles
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import parameter_count
 from peers import PEER, PEERS, transformers_trainer
 from results import ROOT, machine, row, write_results
 
@@ -74,8 +75,8 @@ def train(args) -> None:
 
     from llava_sft.data.loader import VlmTaskEncoder
     from llava_sft.data.stream import Ranks, train_loader
-    from llava_sft.data.template import ChatTemplate
-    from llava_sft.model.flops import matmul_parameters, training_flops
+    from llava_sft.model.cost import matmul_parameters, training_flops
+    from llava_sft.model.template import ChatTemplate
     from llava_sft.run.layout import checkpoint_dir
     from llava_sft.training import loop
 
@@ -453,7 +454,7 @@ def processes(part: str, args) -> list:
 def memory_and_time(found: list[dict]) -> list[dict]:
     """What preflight predicts from: for each setting a step's time and the peak memory, with all that decides them."""
     parameters = {
-        name: load_model_config(ROOT / f"config/models/{name}.yaml").parameter_count() for name in ("4b", "8b")
+        name: parameter_count(load_model_config(ROOT / f"config/models/{name}.yaml")) for name in ("4b", "8b")
     }
     result = []
     for process in found:

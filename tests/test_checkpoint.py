@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
 from llava_sft.checkpoint import safetensors_io
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
-from llava_sft.checkpoint.names import mapping
 from llava_sft.checkpoint.safetensors_io import INDEX, write_safetensors
 from llava_sft.checkpoint.start import Checkpoint, newest_checkpoint, open_start
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.errors import CheckpointError
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import hf_shapes, parameter_count, tensor_rows
 from llava_sft.run.layout import SIDECARS
 from test_model_config import ROOT, published_names
 
@@ -57,7 +57,7 @@ def there_and_back(source, target, model):
 @pytest.mark.parametrize("size", ["4b", "8b"])
 def test_every_published_tensor_stands_in_one_row_and_every_shape_adds_up(size):
     model, published = load_model_config(MODELS / f"{size}.yaml"), published_names(size)
-    rows = list(mapping(model))
+    rows = tensor_rows(model)
     assert Counter(name for row in rows for name in row.hf) == Counter(list(published))
     assert len({row.mcore for row in rows}) == len(rows)
     for row in rows:
@@ -69,8 +69,8 @@ def test_every_published_tensor_stands_in_one_row_and_every_shape_adds_up(size):
 
 def test_joined_tensors_hold_what_megatron_expects_where_it_expects_it(small_model):
     """Each value says which tensor, head and row it comes from; heads, groups and head sizes all differ."""
-    rows = {row.mcore: row for row in mapping(small_model)}
-    shapes = small_model.hf_tensor_shapes()
+    rows = {row.mcore: row for row in tensor_rows(small_model)}
+    shapes = hf_shapes(small_model)
 
     def numbered(name, offset):
         return (torch.arange(shapes[name][0]) + offset)[:, None].expand(shapes[name]).contiguous()
@@ -90,14 +90,16 @@ def test_joined_tensors_hold_what_megatron_expects_where_it_expects_it(small_mod
     row = rows["vision_model.decoder.layers.0.self_attention.linear_qkv.weight"]
     heads, hidden = small_model.vision.num_attention_heads, small_model.vision.hidden_size
     head = hidden // heads
-    joined = row.join([numbered(row.hf[0], 0)])
+    joined = row.join([numbered(*row.hf, 0)])
     expected = [part * hidden + h * head + i for h in range(heads) for part in range(3) for i in range(head)]
     assert joined[:, 0].tolist() == expected
 
     row = rows["language_model.decoder.layers.0.mlp.linear_fc1.weight"]
     assert [name.split(".")[-2] for name in row.hf] == ["gate_proj", "up_proj"]
     ffn = small_model.language.ffn_hidden_size
-    assert row.join([numbered(row.hf[0], 0), numbered(row.hf[1], 5000)])[:, 0].tolist() == [
+    assert row.join([numbered(name, offset) for name, offset in zip(row.hf, (0, 5000), strict=True)])[
+        :, 0
+    ].tolist() == [
         *range(ffn),
         *range(5000, 5000 + ffn),
     ]
@@ -357,7 +359,7 @@ def test_the_script_converts_both_ways_and_says_when_there_is_nothing_to_do(smal
     again = script("hf2mcore", small_checkpoint, tmp_path / "mcore")
     assert "nothing to convert" in again.stdout
     assert script("mcore2hf", tmp_path / "mcore", tmp_path / "hf").returncode == 0
-    assert json.loads((tmp_path / "done.json").read_text())["parameters"] == small_model.parameter_count()
+    assert json.loads((tmp_path / "done.json").read_text())["parameters"] == parameter_count(small_model)
     assert all(torch.equal(weights(tmp_path / "hf")[k], v) for k, v in weights(small_checkpoint).items())
     missing = script("hf2mcore", tmp_path / "nowhere", tmp_path / "other")
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr

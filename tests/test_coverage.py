@@ -14,9 +14,9 @@ from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.data.tars import METADATASET
-from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DamagedFileError, DataError, RunError
 from llava_sft.files import write_json
+from llava_sft.model.template import ChatTemplate
 from llava_sft.run.coverage import count_samples, sample_counts, summary
 from llava_sft.run.layout import SAMPLE_COUNTS
 from llava_sft.training.watch import Watch

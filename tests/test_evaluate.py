@@ -128,9 +128,9 @@ def test_answers_end_at_either_end_token_whatever_the_export_says(export, data, 
     end, text_end, pad, word, other = map(
         tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>", "<|vision_pad|>", "7", "x")
     )
-    from llava_sft.checkpoint import parity
+    from llava_sft.evaluation import export as export_module
 
-    load = parity.load_export
+    load = export_module.load_export
 
     def scripted(folder, dtype, device):
         processor, model = load(folder, dtype, device)
@@ -150,7 +150,7 @@ def test_answers_end_at_either_end_token_whatever_the_export_says(export, data, 
         model.forward = forward
         return processor, model
 
-    monkeypatch.setattr(parity, "load_export", scripted)
+    monkeypatch.setattr(export_module, "load_export", scripted)
     try:
         for given in (
             {},

@@ -9,7 +9,8 @@ from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as published_smart_resize
 
 from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.data.images import CLIP_MEAN, CLIP_STD, decode_rgb, image_tokens, smart_resize, to_patches
+from llava_sft.data.images import decode_rgb
+from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, image_tokens, smart_resize, to_patches
 
 
 @pytest.fixture(scope="module")

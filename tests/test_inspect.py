@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from llava_sft.data.heldout import read_split
-from llava_sft.data.images import decode_rgb, image_tokens, to_patches
+from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import TokenCounter, distribution, inspect_webdataset, render_html
-from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError
+from llava_sft.model.processing import image_tokens, to_patches
+from llava_sft.model.template import ChatTemplate
 from webdataset_helpers import SCRIPTS, Raw, picture, record
 
 

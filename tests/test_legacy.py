@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from llava_sft.checkpoint.convert import hf2mcore
-from llava_sft.checkpoint.names import mapping
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader
 from llava_sft.checkpoint.start import Checkpoint, check_load, is_legacy
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
+from llava_sft.model.tensors import hf_shapes, tensor_rows
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
@@ -61,7 +61,7 @@ def shard(key: str, tensor: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
 
 def write_original(top: Path, hf: Path, model, tp: int, pp: int, trained: bool = False) -> Path:
     reader = SafetensorsReader(hf)
-    whole = {row.mcore: row.join([reader.read(name) for name in row.hf]) for row in mapping(model)}
+    whole = {row.mcore: row.join([reader.read(name) for name in row.hf]) for row in tensor_rows(model)}
     for key in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
         padding = -len(whole[key]) % (128 * tp)
         whole[key] = torch.cat([whole[key], whole[key][-1:].expand(padding, -1)])
@@ -182,7 +182,7 @@ def test_objects_of_packages_that_are_not_here_and_plain_builtins_do_no_harm(
     torch.save({**content, "args": harmless, "buffer": io.BytesIO(b"scales")}, file, pickle_protocol=2)
     monkeypatch.delitem(sys.modules, gone.__name__)
     marker = hf2mcore(tmp_path / "x", tmp_path / "out", deep, sidecars=deep_checkpoint)
-    assert marker["tensors"] == len(deep.hf_tensor_shapes())
+    assert marker["tensors"] == len(hf_shapes(deep))
 
 
 def lost_rank(folder):

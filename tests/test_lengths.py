@@ -10,8 +10,8 @@ from llava_sft.data.index import index_webdataset
 from llava_sft.data.lengths import Limits, prepared_tokens_per_s, sample_sizes
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.stream import Ranks, train_loader
-from llava_sft.data.template import ChatTemplate
 from llava_sft.files import read_json, write_json
+from llava_sft.model.template import ChatTemplate
 from webdataset_helpers import Raw, picture, record
 
 LIMITS = Limits(120, MIN_PIXELS, MAX_PIXELS)

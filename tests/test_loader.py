@@ -22,8 +22,8 @@ from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.records import Sample
 from llava_sft.data.stream import Ranks, train_loader, worker_ended
-from llava_sft.data.template import ChatTemplate
 from llava_sft.errors import DataError, RunError
+from llava_sft.model.template import ChatTemplate
 from llava_sft.training import validation
 from webdataset_helpers import Raw, picture, record
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
 from llava_sft.checkpoint.convert import hf2mcore
-from llava_sft.checkpoint.names import mapping
 from llava_sft.megatron import cpu
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import tensor_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
 
@@ -103,7 +103,7 @@ def png(picture: Image.Image) -> bytes:
 def loader_batch(folder, conversations, packing=False, pad_multiple=1):
     """What the loader hands to the model for these conversations."""
     from llava_sft.data.loader import Conversation, VlmTaskEncoder
-    from llava_sft.data.template import ChatTemplate
+    from llava_sft.model.template import ChatTemplate
 
     encoder = VlmTaskEncoder(
         ChatTemplate(folder), VALUES["seq_length"], MIN_PIXELS, MAX_PIXELS, packing=packing, pad_multiple=pad_multiple
@@ -312,7 +312,7 @@ def test_gradients_of_the_masked_loss_equal_the_hugging_face_models(both, small_
     parameters = {value.key: value.data for value in both.mcore.sharded_state_dict().values()}
     gradients = {name: parameter.grad for name, parameter in both.hf.named_parameters()}
     worst = {}
-    for row in mapping(small_model):
+    for row in tensor_rows(small_model):
         ours = parameters[row.mcore].grad
         if ours is None:
             assert row.mcore in ("vision_model.class_embedding", "vision_model.class_pos_emb")
@@ -371,7 +371,7 @@ def test_published_sizes_build_with_exactly_their_tensors(megatron, monkeypatch,
     assert {parameter.device.type for parameter in built.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in built.parameters()) == count
     stored = {value.key: tuple(value.data.shape) for value in built.sharded_state_dict().values()}
-    assert stored == {row.mcore: row.shape for row in mapping(model)}
+    assert stored == {row.mcore: row.shape for row in tensor_rows(model)}
 
 
 def test_the_cpu_layer_stays_small_and_within_torch_and_megatron(megatron):

@@ -1,6 +1,7 @@
 """The architecture tables: sizes, names, and reading of config.json as found in the wild."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,14 @@ import pytest
 import yaml
 
 from llava_sft.errors import CheckpointError, SettingsError
-from llava_sft.model.config import PUBLISHED_TOKEN_IDS, ModelConfig, load_model_config
+from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MERGE_SIZE, MIN_PIXELS, PATCH_SIZE
+from llava_sft.model.tensors import hf_shapes, parameter_count
+from llava_sft.model.tokens import CONTROL_TOKENS, IMAGE, IMAGE_PAD, IMAGE_TEXT, PUBLISHED_TOKEN_IDS, SYSTEM_PROMPT
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "config/models"
+SHIPPED = ROOT / "workflow_scripts/llava_sft/model/hf"
 
 
 def published_names(size: str) -> dict[str, tuple[int, ...]]:
@@ -23,9 +28,9 @@ def published_names(size: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(("size", "count"), [("4b", 4_741_610_528), ("8b", 8_527_214_624)])
 def test_published_sizes_have_exactly_the_published_tensors(size, count):
     model = load_model_config(MODELS / f"{size}.yaml")
-    assert model.hf_tensor_shapes() == published_names(size)
-    assert len(model.hf_tensor_shapes()) == 698
-    assert model.parameter_count() == count
+    assert hf_shapes(model) == published_names(size)
+    assert len(hf_shapes(model)) == 698
+    assert parameter_count(model) == count
 
 
 @pytest.mark.parametrize("size", ["tiny", "4b", "8b"])
@@ -113,3 +118,27 @@ def test_patches_that_the_data_does_not_cut_are_refused_by_name(tmp_path, key, v
     path.write_text(yaml.safe_dump({**content, "vision": {**content["vision"], key: value}}))
     with pytest.raises(SettingsError, match=rf"{key}.*(14|2)"):
         load_model_config(path)
+
+
+def test_the_shipped_files_spell_the_tokens_as_the_model_does():
+    texts = {path.name: path.read_text() for path in SHIPPED.iterdir() if path.is_file()}
+    assert {token for text in texts.values() for token in re.findall(r"<\|\w+\|>", text)} <= set(CONTROL_TOKENS)
+    template = texts["chat_template.jinja"]
+    assert f"set image = '{IMAGE_TEXT}'" in template and f"replace('{IMAGE}', image)" in template
+    assert SYSTEM_PROMPT in template
+
+
+def test_the_shipped_classes_have_the_constants_and_defaults_of_the_model():
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    from llava_sft.model.hf import configuration_llavaonevision1_5 as configuration
+    from llava_sft.model.hf import processing_llavaonevision1_5 as processing
+
+    assert (processing.IMAGE_TOKEN, processing.IMAGE_PLACEHOLDER) == (IMAGE_PAD, IMAGE)
+    images = processing.LLaVAOneVision1_5_ImageProcessor
+    assert (images.patch_size, images.merge_size) == (PATCH_SIZE, MERGE_SIZE)
+    assert images.size == {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
+    assert (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)) == (CLIP_MEAN, CLIP_STD)
+    shipped = configuration.Llavaonevision1_5Config()
+    assert {key: getattr(shipped, key) for key in PUBLISHED_TOKEN_IDS} == PUBLISHED_TOKEN_IDS
+    assert ModelConfig.from_hf_config(shipped.to_dict(), "4b") == load_model_config(MODELS / "4b.yaml")

@@ -1,18 +1,18 @@
 """The gate of the export: a right export passes and is named, a wrong one is not, and the figures say why."""
 
 import json
-from types import SimpleNamespace
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.checkpoint import parity
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
-from llava_sft.checkpoint.parity import check_parity
 from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
+from llava_sft.evaluation import parity
+from llava_sft.evaluation.parity import check_parity
 from llava_sft.run.layout import SIDECARS
 from webdataset_helpers import picture
 
@@ -85,14 +85,14 @@ def test_bf16_passes_within_its_bounds(mcore, small_model, data, tmp_path, monke
 
 def test_skipping_is_loud_and_written_down(mcore, small_model, tmp_path, capsys):
     export(mcore, small_model, tmp_path / "hf", where="skip")
-    assert "NOT CHECKED" in capsys.readouterr().out
+    assert "parity is not checked" in capsys.readouterr().out
     assert json.loads((tmp_path / "hf/parity.json").read_text())["passed"] is None
 
 
-def test_float32_is_used_where_it_fits(small_model):
+def test_float32_is_used_where_it_fits(small_model, monkeypatch):
     assert parity.computing_dtype(small_model, "bfloat16", "cpu") == "float32"
-    huge = SimpleNamespace(parameter_count=lambda: 10**14)
-    assert parity.computing_dtype(huge, "bfloat16", "cpu") == "bfloat16"
+    monkeypatch.setattr(parity, "parameter_count", lambda model: 10**14)
+    assert parity.computing_dtype(small_model, "bfloat16", "cpu") == "bfloat16"
 
 
 def test_data_without_any_image_still_gives_three_cases(small_checkpoint, tmp_path, monkeypatch):
@@ -104,3 +104,16 @@ def test_data_without_any_image_still_gives_three_cases(small_checkpoint, tmp_pa
     monkeypatch.setattr(parity, "read_split", lambda folder, split: [])
     with pytest.raises(CheckpointError, match="no sample"):
         list(parity.make_cases(small_checkpoint, tmp_path))
+
+
+def test_the_answer_is_the_greedy_one_whatever_the_start_folder_says_of_generating(
+    small_checkpoint, tmp_path, monkeypatch
+):
+    messages = [{"role": "user", "content": "Which digit is this?"}, {"role": "assistant", "content": "It is 7."}]
+    monkeypatch.setattr(parity, "read_split", lambda folder, split: [Sample("s", messages, [], {})])
+    cases = list(parity.make_cases(small_checkpoint, tmp_path))[:1]
+    plain = parity.run_export(small_checkpoint, cases, "cpu", "float32")[0]["reply"]
+    shutil.copytree(small_checkpoint, tmp_path / "other")
+    settings = {"repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0}
+    (tmp_path / "other/generation_config.json").write_text(json.dumps(settings))
+    assert torch.equal(parity.run_export(tmp_path / "other", cases, "cpu", "float32")[0]["reply"], plain)

@@ -5,14 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from calibration import all_factors, calibrate, of_device, recorded
 from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.order import Passes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config
+from llava_sft.model.cost import MicroBatch
+from llava_sft.preflight.predict import Prediction, calibration_for, fits, mean_and_largest, predict
+from llava_sft.preflight.proposals import proposal_lines, proposals
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
 from llava_sft.settings.resolve import resolve
-from llava_sft.training import checks, predict
+from llava_sft.training import checks
 from llava_sft.training.checks import check_memory
 
 MODEL = load_model_config(CONFIG_DIR / "models" / "4b.yaml")
@@ -32,24 +36,31 @@ def settings(sizes: SampleSizes, **changed) -> dict:
     return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0].dump()
 
 
-def batches(sizes: SampleSizes, values: dict) -> tuple[predict.Load, predict.Load]:
+def batches(sizes: SampleSizes, values: dict) -> tuple[MicroBatch, MicroBatch]:
     packs = list(Passes(sizes.tokens, values["seq_length"], 2000, seed="1").first_pass()) if values["packing"] else None
-    return predict.loads(sizes, values, packs)
+    return mean_and_largest(sizes, values, packs)
 
 
-def predicted(sizes: SampleSizes, machine=H200, **changed) -> predict.Prediction:
+def predicted(sizes: SampleSizes, machine=H200, **changed) -> Prediction:
     values = settings(sizes, **changed)
-    calibration = predict.calibrate(predict.of_device(machine.device, predict.recorded()))
-    return predict.predict(MODEL, values, machine, *batches(sizes, values), calibration)
+    calibration = calibration_for(machine.device)
+    return predict(MODEL, values, machine, *batches(sizes, values), calibration)
+
+
+def test_the_factors_are_those_of_the_recorded_runs():
+    for device, fitted in all_factors().items():
+        kept = calibration_for(device)
+        assert (kept.runs, kept.devices) == (fitted.runs, fitted.devices), "run benchmarks/preflight.py errors"
+        assert [*kept.memory, *kept.time] == pytest.approx([*fitted.memory, *fitted.time], rel=1e-6)
 
 
 def test_a_recorded_run_is_predicted_from_the_others():
-    runs = predict.of_device("H200", predict.recorded())
+    runs = of_device("H200", recorded())
     assert len(runs) >= 8
     for run in runs:
-        guess = predict.predict(
+        guess = predict(
             run.model, run.values, run.machine, run.mean, run.largest,
-            predict.calibrate([other for other in runs if other is not run]),
+            calibrate([other for other in runs if other is not run]),
         )  # fmt: skip
         assert guess.memory_gib == pytest.approx(run.memory_gib, rel=0.1)
         assert guess.step_s == pytest.approx(run.step_s, rel=0.2)
@@ -71,16 +82,16 @@ def test_frozen_parts_need_neither_gradients_nor_moments(sizes):
 def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
     values = settings(sizes)
     batch = batches(sizes, values)
-    calibration = predict.calibrate(predict.of_device("H100", predict.recorded()))
-    assert not predict.fits(predict.predict(MODEL, values, H100, *batch, calibration), H100)
-    found = predict.proposals(MODEL, values, H100, *batch, calibration)
+    calibration = calibration_for("H100")
+    assert not fits(predict(MODEL, values, H100, *batch, calibration), H100)
+    found = proposals(MODEL, values, H100, *batch, calibration)
     assert found
     for changed, prediction in found:
-        assert predict.fits(prediction, H100)
+        assert fits(prediction, H100)
         assert any(values[name] != value for name, value in changed.items())
     same_length = [prediction.tokens_per_s for changed, prediction in found if "seq_length" not in changed]
     assert same_length == sorted(same_length, reverse=True)
-    assert all(line for line in predict.proposal_lines(found))
+    assert all(line for line in proposal_lines(found))
 
 
 def with_memory(monkeypatch, gib: float) -> None:

@@ -8,8 +8,8 @@ from transformers import Qwen2Tokenizer
 
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import TokenCounter, inspect_webdataset
-from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.model.export_files import CHAT_TEMPLATE_FILE, tokenizer_token_ids
+from llava_sft.model.template import ChatTemplate, UnusableSample
 from published_tokenizer import ADDED, GROUNDING, PLAIN, VOCABULARY, ranks, write_tokenizer
 from webdataset_helpers import Raw, record
 

@@ -5,8 +5,9 @@ import os
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_sft.data.records import IMAGE, Line, parse_json, parse_record
+from llava_sft.data.records import Line, parse_json, parse_record
 from llava_sft.data.rejected import Rejected
+from llava_sft.model.tokens import IMAGE
 
 FUZZ = int(os.environ.get("LLAVA_SFT_FUZZ", "1"))  # times as many examples
 SCALARS = (

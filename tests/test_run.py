@@ -14,6 +14,7 @@ from conftest import MODELS
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json, write_json
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import parameter_count
 from llava_sft.run import identity
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
@@ -381,7 +382,7 @@ def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monke
     from llava_sft.training import checks
 
     run_dir.mkdir(exist_ok=True)
-    weights = 4 * load_model_config(MODELS / "tiny.yaml").parameter_count()  # bytes; with moments, three times as many
+    weights = 4 * parameter_count(load_model_config(MODELS / "tiny.yaml"))  # bytes; with moments, three times as many
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
     with pytest.raises(RunError, match="a checkpoint needs"):
         checks.check_space(run_dir, resolved)

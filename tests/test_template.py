@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from conftest import TEXTS
-from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.errors import DataError
+from llava_sft.model.template import ChatTemplate, UnusableSample
 
 LONG = 10**6
 

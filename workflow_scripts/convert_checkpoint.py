@@ -27,9 +27,9 @@ from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 
-DEFAULT_LIMITS = 3136, 1_000_000
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
 
@@ -102,7 +102,7 @@ def convert(args: argparse.Namespace) -> None:
     else:
         gate = None
         if args.samples:
-            from llava_sft.checkpoint.parity import check_parity
+            from llava_sft.evaluation.parity import check_parity
 
             gate = partial(check_parity, source, model, args.samples, args.parity)
         done = mcore2hf(source, args.target, args.sidecars, model, *limits, gate)
@@ -138,7 +138,9 @@ def limits_of(source: Path, args: argparse.Namespace) -> tuple[int, int]:
     trained = (settings.get("min_pixels"), settings.get("max_pixels")) if isinstance(settings, dict) else None
     known = trained or image_limits(args.sidecars)
     given = args.min_pixels, args.max_pixels
-    limits = tuple(mine if mine is not None else old for mine, old in zip(given, known or DEFAULT_LIMITS, strict=True))
+    limits = tuple(
+        mine if mine is not None else old for mine, old in zip(given, known or (MIN_PIXELS, MAX_PIXELS), strict=True)
+    )
     if not (all(type(x) is int for x in limits) and 0 < limits[0] <= limits[1]):
         raise SettingsError(
             f"image limits {limits[0]} to {limits[1]} pixels", "--min-pixels and --max-pixels, 0 < least <= most"

@@ -11,6 +11,7 @@ from llava_sft.data.plan import default_parts_dir
 from llava_sft.data.tars import REINDEX, source_folders, way_out, without_images_like_it
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json, write_text
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 
 PROBLEMS_PRINTED = 10
 
@@ -28,8 +29,8 @@ def main() -> None:
     add("--fix", action="store_true", help="write .nv-meta and .tar.idx anew first; no tar is touched")
     add("--tokenizer", type=Path, nargs="?", metavar="FOLDER", help="count tokens with this tokenizer.json")
     add("--seq-length", type=int, default=32768, help="… and what this length would cut (%(default)s)")
-    add("--min-pixels", type=int, default=3136, help="… with images of at least (%(default)s)")
-    add("--max-pixels", type=int, default=1_000_000, help="… and at most (%(default)s)")
+    add("--min-pixels", type=int, default=MIN_PIXELS, help="… with images of at least (%(default)s)")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="… and at most (%(default)s)")
     args = parser.parse_args()
     parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
     if args.dataset and not args.dataset.is_file():

@@ -11,6 +11,7 @@ from llava_sft.embedded import DEMO_BYTES, DEMO_CHECKPOINT, EMBEDDED, check_demo
 from llava_sft.errors import exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
+from llava_sft.model.tensors import parameter_count
 from llava_sft.workflow import Workflow
 
 
@@ -40,7 +41,7 @@ def main() -> None:
 
         model = load_model_config(args.model)
         write_tiny_checkpoint(args.checkpoint_dir, chat_texts(args.output_dir / "train.jsonl"), model, args.seed)
-        print(f"{args.checkpoint_dir}: {model.parameter_count():,} parameters, random weights")
+        print(f"{args.checkpoint_dir}: {parameter_count(model):,} parameters, random weights")
     if args.done:
         write_json(args.done, {"records": counts})
 

@@ -23,7 +23,17 @@ from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
 from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.cost import checkpoint_size
+from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
+from llava_sft.preflight.predict import (
+    checkpoints_kept,
+    fits,
+    host_bytes_for_save,
+    mean_and_largest,
+    table,
+)
+from llava_sft.preflight.proposals import Forecast, forecast_of, proposal_lines
 from llava_sft.run.identity import refuse_other_run, same_run
 from llava_sft.settings.layers import CONFIG_DIR
 from llava_sft.settings.resolve import (
@@ -38,7 +48,6 @@ from llava_sft.settings.resolve import (
 )
 from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.settings.schema import ABOUT, Settings
-from llava_sft.training import predict
 from llava_sft.workflow import Workflow
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
@@ -75,9 +84,9 @@ def main() -> None:
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
     counts = len(samples.sizes.tokens), samples.dataset["heldout"]["samples"]
     values, why = resolve(settings, *counts, samples.epoch, cores=cores)
-    batch = predict.loads(samples.sizes, values.dump(), samples.epoch.packs if settings.packing else None)
+    batch = mean_and_largest(samples.sizes, values.dump(), samples.epoch.packs if settings.packing else None)
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.dump())
-    forecast = predict.forecast(model, values.dump(), machine, *batch)
+    forecast = forecast_of(model, values.dump(), machine, *batch)
     if forecast and "num_workers" in why:
         values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
     resolved = Resolved(
@@ -98,11 +107,11 @@ def main() -> None:
     predicted, lines = told(model, values.dump(), machine, forecast)
     if not args.gpu:
         resolved.write(paths.resolved)
-        known = {"run_name": settings.run_name, "parameters": model.parameter_count()}
+        known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
         known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, model.parameter_count(), notes, settings.origin)
+    show(resolved, parameter_count(model), notes, settings.origin)
     for line in lines:
         print(f"  {line}")
 
@@ -237,31 +246,31 @@ def check_gpus(values: dict, cluster: bool) -> None:
 
 
 def told(
-    model: ModelConfig, values: dict, machine: Machine | None, forecast: predict.Forecast | None
+    model: ModelConfig, values: dict, machine: Machine | None, forecast: Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
     if forecast is None:
         return None, ["no prediction: no recorded run of such a machine"]
-    prediction, runs, found = forecast
-    lines = predict.table(prediction, machine, runs, values)
-    if not predict.fits(prediction, machine):
-        would_fit = [f"would fit: {line}" for line in predict.proposal_lines(found)]
+    prediction, calibration, found = forecast
+    lines = table(prediction, machine, calibration, values)
+    if not fits(prediction, machine):
+        would_fit = [f"would fit: {line}" for line in proposal_lines(found)]
         lines += would_fit or ["nothing near these settings fits"]
-    size = predict.checkpoint_size(model, values)
-    kept = predict.checkpoints_kept(values)
+    size = checkpoint_size(model, values)
+    kept = checkpoints_kept(values)
     lines.append(f"disk    {kept} × {size / GIB:,.3g} GiB of checkpoints: {kept * size / GIB:,.1f} GiB")
-    if copied := predict.save_copy(model, values):
+    if copied := host_bytes_for_save(model, values):
         lines.append(f"host    {copied / GIB:,.1f} GiB of a node's memory, for the copy that a save makes")
     facts = {
         "machine": machine._asdict(),
         "memory_gib": prediction.memory,
-        "fits": predict.fits(prediction, machine),
+        "fits": fits(prediction, machine),
         "step_s": prediction.step_s,
         "tokens_per_s": prediction.tokens_per_s,
         "would_fit": [changed for changed, _ in found],
         "checkpoint_gib": size / GIB,
         "checkpoints_kept": kept,
-        "recorded_runs": len(runs),
+        "recorded_runs": calibration.runs,
     }
     return facts, lines
 

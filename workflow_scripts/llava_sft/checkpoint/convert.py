@@ -1,4 +1,4 @@
-"""Hugging Face ↔ Megatron-Core, both ways through the table in names.py, one tensor in memory at a time.
+"""Hugging Face ↔ Megatron-Core, both ways through the table in model/tensors.py, one tensor in memory at a time.
 
 The way in also takes the original project's Megatron folders, and parts of the model from different folders.
 
@@ -16,11 +16,9 @@ import torch
 import xxhash
 
 from llava_sft.checkpoint.legacy import LegacySource
-from llava_sft.checkpoint.names import Row, check_tensors, mapping
 from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
 from llava_sft.checkpoint.start import (
-    PARTS,
     RANDOM,
     copy_sidecars,
     is_legacy,
@@ -33,11 +31,20 @@ from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
-from llava_sft.model.config import MODEL_TYPE, TOKEN_ID_KEYS, ModelConfig
+from llava_sft.model.config import MODEL_TYPE, ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
+from llava_sft.model.tensors import (
+    HF_EMBEDDINGS,
+    HF_OUTPUT_LAYER,
+    PARTS,
+    Row,
+    check_tensors,
+    hf_shapes,
+    parameter_count,
+    tensor_rows,
+)
+from llava_sft.model.tokens import TOKEN_ID_KEYS
 from llava_sft.run.layout import SIDECARS, TRACKER
-
-EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 
 class HfSource:
@@ -48,10 +55,10 @@ class HfSource:
         self.reader = SafetensorsReader(folder)
         self.config = read_object(folder / "config.json", {})
         self.old_names = self.reader.old_names
-        names, head = self.reader.names(), "lm_head.weight"
+        names, head = self.reader.names(), HF_OUTPUT_LAYER
         # A tied language model (Qwen3-4B) does not store its output layer: here it becomes a tensor of its own.
         self.tied = self.config.get("model_type") == "qwen3" and bool(self.config.get("tie_word_embeddings"))
-        self.stand_ins = {head: EMBEDDINGS} if self.tied and head not in names else {}
+        self.stand_ins = {head: HF_EMBEDDINGS} if self.tied and head not in names else {}
 
     def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
         """Raise CheckpointError unless the folder holds exactly the tensors of `rows`; if not `alone`, at least those."""
@@ -61,11 +68,10 @@ class HfSource:
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {error.problem}", error.fix) from None
             check_same_architecture(self.model, config, self.folder, parts)
-        shapes = self.model.hf_tensor_shapes()
-        wanted = {name: shapes[name] for row in rows for name in row.hf}
+        wanted = {name: shape for row in rows for name, shape in row.hf.items()}
         found = {name: self.reader.shape(name) for name in self.reader.names()}
         found |= {name: found[other] for name, other in self.stand_ins.items()}
-        unwanted = set() if alone else shapes.keys() - wanted.keys()
+        unwanted = set() if alone else hf_shapes(self.model).keys() - wanted.keys()
         check_tensors({name: shape for name, shape in found.items() if name not in unwanted}, wanted, self.folder)
         self._tell(wanted)
 
@@ -73,9 +79,9 @@ class HfSource:
         """Say what a user may not expect of this folder."""
         if (self.folder / "adapter_config.json").is_file():
             print(f"{self.folder}: adapter_config.json: a LoRA adapter lies here; merge it first if it is to count")
-        head = "lm_head.weight"
-        both = self.tied and {head, EMBEDDINGS} <= self.reader.names() and head in wanted
-        if both and not torch.equal(self.reader.read(head), self.reader.read(EMBEDDINGS)):
+        head = HF_OUTPUT_LAYER
+        both = self.tied and {head, HF_EMBEDDINGS} <= self.reader.names() and head in wanted
+        if both and not torch.equal(self.reader.read(head), self.reader.read(HF_EMBEDDINGS)):
             print(f"{self.folder}: config.json ties lm_head to the embeddings, another {head} is stored: it is taken")
         if (self.folder / "tokenizer.json").is_file():
             added = tokenizer_added_tokens(self.folder)
@@ -143,7 +149,7 @@ def hf2mcore(
     parts = parts or {}
     sources = {folder: open_source(folder, model) for folder in dict.fromkeys((source, *parts.values()))}
     source_of = {part: sources[parts.get(part, source)] for part in PARTS}
-    rows = {row.mcore: row for row in mapping(model)}
+    rows = {row.mcore: row for row in tensor_rows(model)}
     dtypes, origin = [], []
     for each in sources.values():
         taken = [part for part in PARTS if source_of[part] is each]
@@ -206,13 +212,12 @@ def mcore2hf(
     tokenizer_token_ids(sidecars)
     model = with_source_positions(model, sidecars)
     reader = TorchDistReader(source)
-    rows = list(mapping(model))
+    rows = tensor_rows(model)
     stored = reader.tensors()
     found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}
     check_tensors(found, {row.mcore: row.shape for row in rows}, source)
-    shapes = model.hf_tensor_shapes()
     spell = old_name if old_names(source.parent) else str
-    order = {spell(name): shapes[name] for row in rows for name in row.hf}
+    order = {spell(name): shape for name, shape in hf_shapes(model).items()}
 
     def tensors():
         for row in rows:
@@ -234,7 +239,7 @@ def mcore2hf(
 
 
 def _marker(source: Path, model: ModelConfig, dtype: torch.dtype) -> dict:
-    tensors, parameters = len(model.hf_tensor_shapes()), model.parameter_count()
+    tensors, parameters = len(hf_shapes(model)), parameter_count(model)
     return {"source": str(source), "tensors": tensors, "parameters": parameters, "dtype": str(dtype)[len("torch.") :]}
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_sft.checkpoint.names import Row, check_tensors
 from llava_sft.checkpoint.pickles import (
     HARMLESS_BUILTINS,
     StandIn,
@@ -29,6 +28,7 @@ from llava_sft.checkpoint.pickles import (
     python3_name,
 )
 from llava_sft.errors import CheckpointError, shown
+from llava_sft.model.tensors import Row, check_tensors
 
 FILE = "model_optim_rng.pt"
 REBUILDS_TENSORS = {

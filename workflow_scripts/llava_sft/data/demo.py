@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from llava_sft.data.records import IMAGE, ROLES
-from llava_sft.data.template import SYSTEM_PROMPT
+from llava_sft.data.records import ROLES
 from llava_sft.files import atomic_dir, write_text
+from llava_sft.model.tokens import IMAGE, SYSTEM_PROMPT
 
 SEED = 20
 SCALE = 7  # 8 × 8 → 56 × 56 pixels: 16 patches of 14, the least that the 2 × 2 merger makes a grid of

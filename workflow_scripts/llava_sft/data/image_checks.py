@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llava_sft.data.rejected import Rejected
 from llava_sft.errors import DataError
+from llava_sft.model.processing import MAX_ASPECT_RATIO, PATCH_SIZE
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MAX_IMAGE_PIXELS = 100_000_000  # a decompression bomb by default; a setting
-MIN_SIDE = 14  # pixels: the model's patch
-MAX_ASPECT_RATIO = 200  # what the Qwen2-VL image processor accepts (smart_resize)
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 # Pillow may open these and no other: some of its readers (EPS) start other programs.
@@ -237,8 +236,8 @@ def _kind_of(data: bytes) -> str | None:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise Rejected("image has too many pixels", f"{width} x {height}, allowed are {max_pixels:,}")
-    if min(width, height) < MIN_SIDE:
-        raise Rejected("image side under the patch size", f"{width} x {height}, a side needs {MIN_SIDE}")
+    if min(width, height) < PATCH_SIZE:
+        raise Rejected("image side under the patch size", f"{width} x {height}, a side needs {PATCH_SIZE}")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise Rejected("absurd aspect ratio", f"{width} x {height}, allowed is 1:{MAX_ASPECT_RATIO}")
 

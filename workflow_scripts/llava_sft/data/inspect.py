@@ -21,7 +21,7 @@ import xxhash
 
 from llava_sft.data.heldout import data_uri
 from llava_sft.data.image_checks import check_image, decode_image
-from llava_sft.data.images import decode_rgb, image_tokens, patch_grid
+from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import read_rejects, told_leak
 from llava_sft.data.records import Rejected, Sample
 from llava_sft.data.tars import (
@@ -35,10 +35,11 @@ from llava_sft.data.tars import (
     source_folders,
     walk_tar,
 )
-from llava_sft.data.template import ChatTemplate, UnusableSample
 from llava_sft.data.verify import read_stats
 from llava_sft.errors import SHOWN, DataError, shown
 from llava_sft.files import file_hash
+from llava_sft.model.processing import image_tokens, patch_grid
+from llava_sft.model.template import ChatTemplate, UnusableSample
 from llava_sft.report.html import render
 
 CHANGED = "its bytes are not those that were written"

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_sft.data.heldout import StoredShard, read_shard, source_weights, stored_shards
-from llava_sft.data.images import MERGE_SIZE, decode_rgb, image_grid, image_tokens, to_patches
+from llava_sft.data.images import decode_rgb, image_grid
 from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.data.tars import read_at, without_images_like_it
-from llava_sft.data.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
 from llava_sft.errors import DataError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
+from llava_sft.model.processing import MERGE_SIZE, image_tokens, to_patches
+from llava_sft.model.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
 
 HEADER_BYTES = 256 << 10  # an image's size stands before that, behind its EXIF and its thumbnail
 SIZES_VERSION = 2  # of what is kept; 2: with each sample's place

@@ -24,10 +24,11 @@ from megatron.energon import (
 )
 from megatron.energon.task_encoder import Batch
 
-from llava_sft.data.images import decode_rgb, image_grid, image_tokens, to_patches
+from llava_sft.data.images import decode_rgb, image_grid
 from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.packing import PACKED_IDS, cut_between
-from llava_sft.data.template import ChatTemplate, UnusableSample
+from llava_sft.model.processing import PATCH_VALUES, image_tokens, to_patches
+from llava_sft.model.template import ChatTemplate, UnusableSample
 
 
 @edataclass
@@ -237,7 +238,9 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
             input_ids=torch.from_numpy(input_ids),
             answer_index=torch.from_numpy((answer_token - 1) * len(rows) + answer_row),
             answer_labels=torch.from_numpy(input_ids[answer_row, answer_token]),
-            pixels=torch.from_numpy(np.concatenate(patches) if patches else np.empty((0, 588), dtype=np.uint8)),
+            pixels=torch.from_numpy(
+                np.concatenate(patches) if patches else np.empty((0, PATCH_VALUES), dtype=np.uint8)
+            ),
             grids=torch.tensor([grid for row in rows for grid in row.grids], dtype=torch.int64).view(-1, 2),
             image_index=torch.from_numpy(token_index * len(rows) + batch_index),
             lengths=[length for row in rows for length in row.segments],

@@ -5,7 +5,6 @@ Notable: a reader yields raw records with their place, a `parse_…` function tu
 caller notes it and goes on with its neighbour.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -14,20 +13,10 @@ import orjson
 
 from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, is_empty, part_images
 from llava_sft.data.rejected import Rejected
+from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
-IMAGE = "<image>"
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # a longer line is most likely not JSONL at all; reading it whole would eat the memory
-
-# The tokens that the chat template and the image slots are made of: in a text they would forge a turn or an image.
-# Grounding tokens (<|box_start|> …) are content, and pass, though the published tokenizers call them special too.
-CONTROL_TOKENS = tuple(
-    f"<|{name}|>"
-    for name in (
-        "im_start", "im_end", "endoftext", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"
-    )
-)  # fmt: skip
-CONTROL_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FORMS = "LLaVA (conversations of from and value, image) or OpenAI (messages of role and content, images)"

@@ -27,15 +27,14 @@ def generate(model_dir: Path, questions: list[Sample], batch_size: int, max_new_
     """
     import torch
     from tqdm import tqdm
-    from transformers import GenerationConfig
 
-    from llava_sft.checkpoint.parity import load_export
     from llava_sft.data.images import decode_rgb
-    from llava_sft.model.export_files import END_OF_TEXT, END_OF_TURN, tokenizer_token_ids
+    from llava_sft.evaluation.export import answer_greedily, load_export
+    from llava_sft.model.export_files import tokenizer_token_ids
+    from llava_sft.model.tokens import END_OF_TEXT
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = tokenizer_token_ids(model_dir)
-    stop, pad = [ids[END_OF_TURN], ids[END_OF_TEXT]], ids[END_OF_TEXT]
+    token_ids = tokenizer_token_ids(model_dir)
     try:
         processor, model = load_export(model_dir, "auto", device)
     except Exception as error:  # of many libraries
@@ -45,11 +44,8 @@ def generate(model_dir: Path, questions: list[Sample], batch_size: int, max_new_
             f"{model_dir}: transformers cannot load this export: {str(error)[:300]}",
             "delete the folder and run the same command: it is exported again",
         ) from error
-    # Whatever generation_config.json and the tokenizer's own settings say: an answer ends, and it is the greedy one.
-    model.generation_config = GenerationConfig(
-        eos_token_id=stop, pad_token_id=pad, do_sample=False, max_new_tokens=max_new_tokens
-    )
-    processor.tokenizer.pad_token = END_OF_TEXT
+    ends = answer_greedily(model, token_ids, max_new_tokens)
+    processor.tokenizer.pad_token = END_OF_TEXT  # whatever tokenizer_config.json says
     render = partial(processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
     texts = [render(question.messages) for question in questions]
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(texts[i])))
@@ -67,7 +63,7 @@ def generate(model_dir: Path, questions: list[Sample], batch_size: int, max_new_
         with torch.inference_mode():
             output = model.generate(**inputs)
         for i, tokens in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            answers[i] = read_answer(processor.tokenizer, tokens, stop)
+            answers[i] = read_answer(processor.tokenizer, tokens, ends)
     return [answers[i] for i in range(len(questions))]
 
 

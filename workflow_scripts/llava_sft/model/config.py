@@ -2,11 +2,10 @@
 
 Notable here:
 - No torch: importing this module costs a tenth of a second, so planning and preflight can use it.
-- `hf_tensor_shapes` is the whole checkpoint in closed form: every tensor's name and shape without building a model.
+- Tensors with their names and shapes stand in tensors.py.
 - Token ids are not part of the architecture. They come from the tokenizer; `to_hf_config` takes them as an argument.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,23 +14,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from llava_sft.errors import CheckpointError, SettingsError, shown
+from llava_sft.model.processing import CHANNELS, MERGE_SIZE, PATCH_SIZE
+from llava_sft.model.tokens import PUBLISHED_TOKEN_IDS, TOKEN_ID_KEYS
 
 MODEL_TYPE = "llavaonevision1_5"
-IN_CHANNELS = 3
-
-# config.json key -> the token it stands for, and the ids of the published (Qwen3) tokenizer.
-TOKEN_ID_KEYS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-PUBLISHED_TOKEN_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
 
 # Our field -> the key in config.json, one table for both directions.
 _LANGUAGE_KEYS = {
@@ -88,7 +74,7 @@ _LANGUAGE_FIXED = {
     "use_sliding_window": False,
     "tie_word_embeddings": False,
 }
-_VISION_FIXED = {"hidden_act": "gelu", "in_channels": IN_CHANNELS, "temporal_patch_size": 1}
+_VISION_FIXED = {"hidden_act": "gelu", "in_channels": CHANNELS, "temporal_patch_size": 1}
 
 
 class _Frozen(BaseModel):
@@ -129,8 +115,8 @@ class VisionConfig(_Frozen):
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     num_attention_heads: PositiveInt
-    patch_size: Literal[14] = 14  # data/images.py cuts and merges patches of these sizes
-    spatial_merge_size: Literal[2] = 2
+    patch_size: Literal[14] = PATCH_SIZE  # a file of sizes may state them, but patches are cut in no other way
+    spatial_merge_size: Literal[2] = MERGE_SIZE
     rotary_base: PositiveFloat = 1e4
     layernorm_epsilon: PositiveFloat = 1e-5
 
@@ -154,61 +140,6 @@ class ModelConfig(_Frozen):
     name: str
     language: LanguageConfig
     vision: VisionConfig
-
-    @property
-    def merged_hidden_size(self) -> int:
-        """Width inside the adapter: one merge block of patches side by side."""
-        return self.vision.hidden_size * self.vision.spatial_merge_size**2
-
-    def hf_tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the Hugging Face checkpoint: name (as in memory, `model.visual.…`) -> shape."""
-        v, t, merged = self.vision, self.language, self.merged_hidden_size
-        q, kv = t.num_attention_heads * t.kv_channels, t.num_query_groups * t.kv_channels
-        vision_block = {
-            **_affine("norm1", v.hidden_size),
-            **_affine("norm2", v.hidden_size),
-            **_affine("attn.qkv", 3 * v.hidden_size, v.hidden_size),
-            **_affine("attn.proj", v.hidden_size, v.hidden_size),
-            **_affine("mlp.fc1", v.ffn_hidden_size, v.hidden_size),
-            **_affine("mlp.fc2", v.hidden_size, v.ffn_hidden_size),
-        }
-        visual = {
-            "class_embedding": (v.hidden_size,),
-            "class_pos_emb": (1, v.kv_channels // 2),
-            "patch_embed.proj.weight": (v.hidden_size, IN_CHANNELS, v.patch_size, v.patch_size),
-            **_affine("pre_layernorm", v.hidden_size),
-            **{f"blocks.{i}.{k}": s for i in range(v.num_layers) for k, s in vision_block.items()},
-            **_affine("merger.ln_q", v.hidden_size),
-            **_affine("merger.mlp.0", merged, merged),
-            **_affine("merger.mlp.2", t.hidden_size, merged),
-        }
-        language_block = {
-            "self_attn.q_proj.weight": (q, t.hidden_size),
-            "self_attn.k_proj.weight": (kv, t.hidden_size),
-            "self_attn.v_proj.weight": (kv, t.hidden_size),
-            "self_attn.o_proj.weight": (t.hidden_size, q),
-            "self_attn.q_norm.weight": (t.kv_channels,),
-            "self_attn.k_norm.weight": (t.kv_channels,),
-            "mlp.gate_proj.weight": (t.ffn_hidden_size, t.hidden_size),
-            "mlp.up_proj.weight": (t.ffn_hidden_size, t.hidden_size),
-            "mlp.down_proj.weight": (t.hidden_size, t.ffn_hidden_size),
-            "input_layernorm.weight": (t.hidden_size,),
-            "post_attention_layernorm.weight": (t.hidden_size,),
-        }
-        language = {
-            "embed_tokens.weight": (t.vocab_size, t.hidden_size),
-            **{f"layers.{i}.{k}": s for i in range(t.num_layers) for k, s in language_block.items()},
-            "norm.weight": (t.hidden_size,),
-        }
-        return {
-            **{f"model.visual.{k}": s for k, s in visual.items()},
-            **{f"model.language_model.{k}": s for k, s in language.items()},
-            "lm_head.weight": (t.vocab_size, t.hidden_size),
-        }
-
-    def parameter_count(self) -> int:
-        """Number of values in the Hugging Face checkpoint, class token and its rotary vector included."""
-        return sum(math.prod(shape) for shape in self.hf_tensor_shapes().values())
 
     def to_hf_config(
         self, token_ids: Mapping[str, int] = PUBLISHED_TOKEN_IDS, dtype: str = "bfloat16"
@@ -308,11 +239,6 @@ def load_model_config(path: Path | str) -> ModelConfig:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
         raise SettingsError(f"{path}: {_explain(error)}", "compare with config/models/4b.yaml") from None
-
-
-def _affine(name: str, *weight_shape: int) -> dict[str, tuple[int, ...]]:
-    """Weight and bias of a Linear [out, in] or a LayerNorm [hidden]."""
-    return {f"{name}.weight": weight_shape, f"{name}.bias": weight_shape[:1]}
 
 
 def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:

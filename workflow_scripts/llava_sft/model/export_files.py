@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_sft.data.images import CLIP_MEAN, CLIP_STD
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import read_object, write_json
-from llava_sft.model.config import TOKEN_ID_KEYS, ModelConfig
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MERGE_SIZE, PATCH_SIZE
+from llava_sft.model.tokens import END_OF_TEXT, END_OF_TURN, START_OF_TURN, TOKEN_ID_KEYS
 
 HF_CODE_DIR = Path(__file__).parent / "hf"
 CHAT_TEMPLATE_FILE = HF_CODE_DIR / "chat_template.jinja"
@@ -26,7 +27,6 @@ CODE_FILES = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")  # taken over as they are
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # parsed and completed
-END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 PROCESSOR_CLASS = "LLaVAOneVision1_5_Processor"
 _AUTO_MAP = {
     "AutoProcessor": f"processing_llavaonevision1_5.{PROCESSOR_CLASS}",
@@ -60,13 +60,42 @@ def write_hf_sidecars(
             f"{source_hf_dir}: the tokenizer has the id {max(ids.values())}, the model only {model.language.vocab_size} embeddings",
             "use the tokenizer that belongs to the model",
         )
-    if source_hf_dir.resolve() != target_dir.resolve():
-        for name in TOKENIZER_FILES:
-            if (source_hf_dir / name).is_file():
-                shutil.copyfile(source_hf_dir / name, target_dir / name)
     for name in CODE_FILES:
         shutil.copyfile(HF_CODE_DIR / name, target_dir / name)
+    _write_tokenizer_files(target_dir, source_hf_dir, ids)
+    hf_config = model.to_hf_config({key: ids[token] for key, token in TOKEN_ID_KEYS.items()}, dtype)
+    write_json(target_dir / "config.json", {**hf_config, **(extra_config or {})})
+    write_json(target_dir / "processor_config.json", {"processor_class": PROCESSOR_CLASS, "auto_map": _AUTO_MAP})
+    write_json(target_dir / "preprocessor_config.json", preprocessor_config(min_pixels, max_pixels))
 
+
+def preprocessor_config(min_pixels: int, max_pixels: int) -> dict[str, Any]:
+    """What processing.py does with an image, in the image processor's words."""
+    return {
+        "auto_map": _AUTO_MAP,
+        "processor_class": PROCESSOR_CLASS,
+        "image_processor_type": "LLaVAOneVision1_5_ImageProcessor",
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "patch_size": PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+        "temporal_patch_size": 1,
+        "do_resize": True,
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+        "do_convert_rgb": True,
+    }
+
+
+def _write_tokenizer_files(target_dir: Path, source_hf_dir: Path, ids: Mapping[str, int]) -> None:
+    """Tokenizer and settings of generating: taken over from the source and completed. Says what is changed."""
+    elsewhere = source_hf_dir.resolve() != target_dir.resolve()
+    for name in TOKENIZER_FILES if elsewhere else ():
+        if (source_hf_dir / name).is_file():
+            shutil.copyfile(source_hf_dir / name, target_dir / name)
     notes: list[str] = []
     given = {name: read_object(source_hf_dir / name, {}) for name in SETTINGS_FILES}
     tokenizer_config = complete_tokenizer_config(given["tokenizer_config.json"], ids, notes)
@@ -76,32 +105,8 @@ def write_hf_sidecars(
         write_json(target_dir / "special_tokens_map.json", special | ends)
     generation = complete_generation_config(given["generation_config.json"], ids, notes)
     write_json(target_dir / "generation_config.json", generation)
-    if source_hf_dir.resolve() != target_dir.resolve():
+    if elsewhere:
         print("".join(f"{source_hf_dir}: {note}\n" for note in notes), end="", flush=True)
-
-    hf_config = model.to_hf_config({key: ids[token] for key, token in TOKEN_ID_KEYS.items()}, dtype)
-    write_json(target_dir / "config.json", {**hf_config, **(extra_config or {})})
-    write_json(target_dir / "processor_config.json", {"processor_class": PROCESSOR_CLASS, "auto_map": _AUTO_MAP})
-    write_json(
-        target_dir / "preprocessor_config.json",
-        {
-            "auto_map": _AUTO_MAP,
-            "processor_class": PROCESSOR_CLASS,
-            "image_processor_type": "LLaVAOneVision1_5_ImageProcessor",
-            "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-            "patch_size": model.vision.patch_size,
-            "merge_size": model.vision.spatial_merge_size,
-            "temporal_patch_size": 1,
-            "do_resize": True,
-            "resample": 3,  # bicubic
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(CLIP_MEAN),
-            "image_std": list(CLIP_STD),
-            "do_convert_rgb": True,
-        },
-    )
 
 
 def complete_tokenizer_config(given: dict[str, Any], ids: Mapping[str, int], notes: list[str]) -> dict[str, Any]:
@@ -180,7 +185,7 @@ def tokenizer_token_ids(hf_dir: Path | str) -> dict[str, int]:
             )
     read_object(hf_dir / "tokenizer_config.json")
     ids = tokenizer_added_tokens(hf_dir)
-    missing = [t for t in (*TOKEN_ID_KEYS.values(), "<|im_start|>", END_OF_TURN, END_OF_TEXT) if t not in ids]
+    missing = [t for t in (*TOKEN_ID_KEYS.values(), START_OF_TURN, END_OF_TURN, END_OF_TEXT) if t not in ids]
     if missing:
         raise CheckpointError(
             f"the tokenizer in {hf_dir} lacks {', '.join(missing)}", "use the tokenizer of LLaVA-OneVision-1.5"

@@ -5,6 +5,7 @@ Same texts, model and seed give the same bytes in every file.
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,19 +16,11 @@ from transformers import Qwen2Tokenizer
 from llava_sft.errors import SettingsError
 from llava_sft.files import atomic_dir
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.export_files import END_OF_TEXT, END_OF_TURN, write_hf_sidecars
+from llava_sft.model.export_files import write_hf_sidecars
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.model.tensors import tensor_rows
+from llava_sft.model.tokens import CONTROL_TOKENS, END_OF_TEXT, END_OF_TURN
 
-# In the order of the published tokenizer, and like there after the learned vocabulary.
-SPECIAL_TOKENS = (
-    END_OF_TEXT,
-    "<|im_start|>",
-    END_OF_TURN,
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 INIT_STD = 0.04
 
 
@@ -36,8 +29,8 @@ def write_tiny_checkpoint(
     texts: Iterable[str],
     model: ModelConfig,
     seed: int,
-    min_pixels: int = 3136,
-    max_pixels: int = 1_000_000,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write the Hugging Face folder `directory`, whole or not at all. Its config.json says `"untrained": true`.
 
@@ -59,17 +52,18 @@ def write_tiny_checkpoint(
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> Qwen2Tokenizer:
     """Byte-level BPE with Qwen2's pre-tokenization (every digit alone) and at most `vocab_size` tokens in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learned_size = vocab_size - len(SPECIAL_TOKENS)
+    learned_size = vocab_size - len(CONTROL_TOKENS)
     if learned_size < len(alphabet):
         raise SettingsError(
             f"vocab_size {vocab_size} is too small for a byte-level tokenizer",
-            f"use at least {len(alphabet) + len(SPECIAL_TOKENS)}",
+            f"use at least {len(alphabet) + len(CONTROL_TOKENS)}",
         )
     backend = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=learned_size, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     bpe = json.loads(backend.to_str())["model"]
-    vocab = bpe["vocab"] | {token: len(bpe["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    # Like in the published tokenizer, after the learned vocabulary.
+    vocab = bpe["vocab"] | {token: len(bpe["vocab"]) + i for i, token in enumerate(CONTROL_TOKENS)}
     tokenizer = Qwen2Tokenizer(
         vocab=vocab,
         merges=[tuple(merge) for merge in bpe["merges"]],
@@ -77,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         pad_token=END_OF_TEXT,
         model_max_length=model_max_length,
     )
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     return tokenizer
 
 
@@ -85,7 +79,9 @@ def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     """Norms one, biases zero, everything else normal with a standard deviation of 0.04: fp32, by name as in memory."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, shape in model.hf_tensor_shapes().items():
+    # The order of the random numbers: with another one the same seed would give other weights.
+    rows = sorted(tensor_rows(model), key=lambda row: ("vision_model", "adapter", "language_model").index(row.part))
+    for name, shape in chain.from_iterable(row.hf.items() for row in rows):
         if name.endswith(".bias"):
             weights[name] = torch.zeros(shape)
         elif "norm" in name or "ln_q" in name:

@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from llava_sft.data.images import CLIP_MEAN, CLIP_STD
 from llava_sft.model.attention import VisionSeqParams, packed_seq_params
 from llava_sft.model.config import ModelConfig, VisionConfig
+from llava_sft.model.processing import CLIP_MEAN, CLIP_STD
 
 Grid = tuple[int, int]  # height and width of an image in patches
 

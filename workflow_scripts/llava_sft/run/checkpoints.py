@@ -142,15 +142,6 @@ def prune(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list[
     return gone
 
 
-def expected_bytes(parameters: int, trained: int, settings: dict) -> int:
-    """Size of a checkpoint: the weights; of those trained also two moments and, where the weights are bf16, a float32 master
-    copy or the 16 bits of it that bf16 lacks."""
-    if not settings["bf16"]:
-        return parameters * 4 + trained * 8
-    reduced = settings["gpus_per_node"] and settings["optimizer_precision"] == "bf16"
-    return parameters * 2 + trained * (6 if reduced else 12)
-
-
 def check_disk(run_dir: Path, needed: int, what: str) -> None:
     """Raise RunError unless `needed` bytes, and 1 % more, are free on the disk of `run_dir`."""
     free = shutil.disk_usage(run_dir).free

@@ -9,8 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
-from llava_sft.data.images import PATCH_SIZE
 from llava_sft.errors import RunError
+from llava_sft.model.processing import PATCH_SIZE
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import BAD_STEPS, checkpoint_dir, checkpoints
 

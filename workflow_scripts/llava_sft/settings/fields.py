@@ -11,7 +11,6 @@ Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]  # `1e-5` too, which is text to YAML
 NonNegative = Annotated[float, Field(ge=0)]
-Part = Literal["language_model", "adapter", "vision_model"]  # as the model's modules are named
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)]
 
 

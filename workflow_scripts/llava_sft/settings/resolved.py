@@ -36,7 +36,7 @@ class Resolved(BaseModel):
     settings: ResolvedSettings
     why: dict[str, str] = {}  # setting that was `auto` → where its value came from
     model: dict[str, Any]  # the fields of ModelConfig; as they are written, for they are part of the run's identity
-    batch: dict[str, tuple[int | float, ...]] = {}  # mean and largest micro-batch, predict.Load
+    batch: dict[str, tuple[int | float, ...]] = {}  # mean and largest micro-batch, cost.MicroBatch
     data: ResolvedData
     start: Start
     versions: dict[str, str] = {}

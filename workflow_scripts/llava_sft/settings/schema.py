@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.model.tensors import Part
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
     Natural,
     NonNegative,
-    Part,
     Positive,
     Rate,
     Section,
@@ -107,9 +108,9 @@ class Data(Section):
     )
     split_seed: Natural = free(0, "of val_fraction")
     min_pixels: Positive = setting(
-        3136, "images are resized to between min_pixels and max_pixels, sides multiples of 28"
+        MIN_PIXELS, "images are resized to between min_pixels and max_pixels, sides multiples of 28"
     )
-    max_pixels: Positive = setting(1_000_000, "the larger limit of that")
+    max_pixels: Positive = setting(MAX_PIXELS, "the larger limit of that")
 
 
 class Model(Section):

@@ -8,8 +8,10 @@ from pathlib import Path
 from llava_sft.errors import RunError
 from llava_sft.machine import GIB, free_memory, gpu_count, gpus, this_machine
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.cost import MicroBatch, checkpoint_size
+from llava_sft.preflight.predict import checkpoints_kept, host_bytes_for_save
+from llava_sft.preflight.proposals import forecast_of, proposal_lines
 from llava_sft.run.checkpoints import check_disk
-from llava_sft.training import predict
 from llava_sft.training.slurm import Job
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is another process's
@@ -50,7 +52,7 @@ def check_machine(resolved: dict, job: Job | None) -> None:
 def check_memory(resolved: dict) -> None:
     """Stop a run that is predicted to need more memory than a process, or a save, has here."""
     settings, model = resolved["settings"], ModelConfig(**resolved["model"])
-    copied, free = predict.save_copy(model, settings), free_memory()
+    copied, free = host_bytes_for_save(model, settings), free_memory()
     if copied > free:
         stop_or_warn(
             settings,
@@ -58,15 +60,15 @@ def check_memory(resolved: dict) -> None:
             "more memory for the job (mem_mb of train in the profile), fewer trainable_modules, or more nodes",
         )
     machine = this_machine(settings)
-    batch = [predict.Load(*resolved["batch"][name]) for name in ("mean", "largest")]
-    forecast = predict.forecast(model, settings, machine, *batch)
+    batch = [MicroBatch(*resolved["batch"][name]) for name in ("mean", "largest")]
+    forecast = forecast_of(model, settings, machine, *batch)
     if forecast and forecast.prediction.memory_gib > machine.memory_gib:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in forecast.prediction.memory.items())
         stop_or_warn(
             settings,
             f"each process is predicted to need {forecast.prediction.memory_gib:.1f} GiB ({parts}), and has "
             f"{machine.memory_gib:.1f}",
-            " | ".join(predict.proposal_lines(forecast.would_fit))
+            " | ".join(proposal_lines(forecast.would_fit))
             or "a smaller model, or more GPUs and a larger tensor_model_parallel_size",
         )
 
@@ -81,9 +83,9 @@ def stop_or_warn(settings: dict, problem: str, fix: str) -> None:
 def check_space(run_dir: Path, resolved: dict) -> None:
     """Raise RunError when not even one checkpoint fits on the disk; warn when not all of them do."""
     settings = resolved["settings"]
-    size = predict.checkpoint_size(ModelConfig(**resolved["model"]), settings)
+    size = checkpoint_size(ModelConfig(**resolved["model"]), settings)
     check_disk(run_dir, size, "a checkpoint")
-    kept = predict.checkpoints_kept(settings)
+    kept = checkpoints_kept(settings)
     free = shutil.disk_usage(run_dir).free
     if free < kept * size:
         print(

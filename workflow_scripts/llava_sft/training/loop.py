@@ -20,7 +20,7 @@ from torch import Tensor
 from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.distributed import clip, reduce_gradients
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.flops import training_flops
+from llava_sft.model.cost import training_flops
 from llava_sft.settings.resolve import part_rates
 from llava_sft.training import validation
 from llava_sft.training.forward import Forward

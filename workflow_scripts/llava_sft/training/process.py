@@ -24,21 +24,22 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
 from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
 from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
+from llava_sft.model.cost import checkpoint_size, state_bytes  # noqa: E402
+from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
 from llava_sft.run.layout import FAILURE, checkpoint_dir  # noqa: E402
+from llava_sft.settings.resolve import data_parallel_size  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
 from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
-from llava_sft.training.predict import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.training.saving import Saves  # noqa: E402
 from llava_sft.training.validation import HeldOut  # noqa: E402
 from llava_sft.training.watch import Watch  # noqa: E402
@@ -128,7 +129,8 @@ def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop:
     ):
         return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
     values = resolved["settings"]
-    memory = {name: size / 2**30 for name, size in state_bytes(ModelConfig(**resolved["model"]), values).items()}
+    state = state_bytes(ModelConfig(**resolved["model"]), values, data_parallel_size(values))
+    memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
     return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest, values["gpus_per_node"])
 

@@ -18,6 +18,7 @@ from llava_sft.data.loader import Conversation, VlmBatch, VlmTaskEncoder
 from llava_sft.data.records import Sample
 from llava_sft.errors import SHOWN, DataError, RunError
 from llava_sft.files import write_json
+from llava_sft.model.tokens import ANSWER_OPENING
 from llava_sft.run.layout import BEST, VALIDATION, checkpoint_dir
 from llava_sft.run.records import append, read_jsonl
 
@@ -104,7 +105,7 @@ def answer(model, held_out: HeldOut, sample: Sample, limit: int, device: torch.d
     turn = sample.answers()[0]
     question = sample.before(turn)
     batch = held_out.encoder.batch([held_out.encode(question)])
-    opening = torch.tensor([template.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False).ids])
+    opening = torch.tensor([template.tokenizer.encode(ANSWER_OPENING, add_special_tokens=False).ids])
     ids = torch.cat((batch.input_ids, opening), dim=1).to(device)
     pixels, index = batch.pixels.to(device), batch.image_index.to(device)
     grids = [tuple(grid) for grid in batch.grids.tolist()]

@@ -13,12 +13,12 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
-from llava_sft.data.images import image_tokens  # noqa: E402
-from llava_sft.data.template import ChatTemplate  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
 from llava_sft.megatron.config import transformer_config  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
+from llava_sft.model.processing import image_tokens  # noqa: E402
+from llava_sft.model.template import ChatTemplate  # noqa: E402
 
 
 def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVision:

@@ -15,16 +15,24 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from llava_sft.data.records import CONTROL_TOKEN, IMAGE
 from llava_sft.errors import DataError
+from llava_sft.model.tokens import (
+    ANSWER_OPENING,
+    CONTROL_TOKEN,
+    END_OF_TEXT,
+    END_OF_TURN,
+    IMAGE,
+    IMAGE_PAD,
+    IMAGE_TEXT,
+    START_OF_TURN,
+    SYSTEM_PROMPT,
+)
 
 TEMPLATE_VERSION = 2  # of what a conversation is rendered to: raised with a change, so that tokens are counted again
-SYSTEM_PROMPT = "You are a helpful assistant."
-IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 class UnusableSample(ValueError):
-    """This sample can not be trained on; the message says why."""
+    """This sample cannot be trained on; the message says why."""
 
 
 @dataclass
@@ -48,9 +56,9 @@ class ChatTemplate:
         self.tokenizer = Tokenizer.from_file(str(path))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.image_token_id = self._id("<|image_pad|>")
-        self.end_token_id = self._id("<|im_end|>")
-        self.pad_token_id = self._id("<|endoftext|>")
+        self.image_token_id = self._id(IMAGE_PAD)
+        self.end_token_id = self._id(END_OF_TURN)
+        self.pad_token_id = self._id(END_OF_TEXT)
 
     def _id(self, token: str) -> int:
         number = self.tokenizer.token_to_id(token)
@@ -66,23 +74,23 @@ class ChatTemplate:
         """The text, the character range [start, stop) of each answer with its `<|im_end|>`, and each turn's end."""
         text, answers, turn_ends = "", [], []
         if messages[0]["role"] != "system":
-            text = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n"
+            text = f"{START_OF_TURN}system\n{SYSTEM_PROMPT}{END_OF_TURN}\n"
         for message in messages:
             content = message["content"]
             if token := CONTROL_TOKEN.search(content):
                 raise UnusableSample(f"control token {token[0]} in the text of a message of {message['role']}")
-            text += f"<|im_start|>{message['role']}\n"
+            text += f"{START_OF_TURN}{message['role']}\n"
             start = len(text)
             if message["role"] == "user":  # elsewhere `<image>` is text, as in the chat template
                 content = content.replace(IMAGE, IMAGE_TEXT)
-            text += content + "<|im_end|>"
+            text += content + END_OF_TURN
             if message["role"] == "assistant":
                 answers.append((start, len(text)))
             text += "\n"
             if message["role"] == "assistant":
                 turn_ends.append(len(text))
         if generation_prompt:
-            text += "<|im_start|>assistant\n"
+            text += ANSWER_OPENING
         return text, answers, turn_ends
 
     def encode(self, messages: list[dict], image_tokens: list[int], seq_length: int) -> EncodedConversation:
@@ -91,8 +99,9 @@ class ChatTemplate:
         Raises UnusableSample when even the first answer does not fit into `seq_length` tokens.
         """
         text, answers, turn_ends = self.render(messages)
-        if text.count("<|image_pad|>") != len(image_tokens):
-            raise UnusableSample(f"{text.count('<|image_pad|>')} <image> placeholders, {len(image_tokens)} images")
+        placeholders = text.count(IMAGE_PAD)
+        if placeholders != len(image_tokens):
+            raise UnusableSample(f"{placeholders} {IMAGE} placeholders, {len(image_tokens)} images")
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int64)
         starts, stops = np.array(encoding.offsets, dtype=np.int64).T

@@ -21,19 +21,23 @@ import tempfile
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from PIL import Image
 
 from llava_sft.data.heldout import read_split
-from llava_sft.data.images import decode_rgb, image_tokens, to_patches
-from llava_sft.data.records import IMAGE, Sample
-from llava_sft.data.template import ChatTemplate, UnusableSample
+from llava_sft.data.images import decode_rgb
+from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
+from llava_sft.evaluation.export import answer_greedily, load_export
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.export_files import tokenizer_token_ids
+from llava_sft.model.processing import image_tokens, to_patches
+from llava_sft.model.template import ChatTemplate, UnusableSample
+from llava_sft.model.tensors import parameter_count
+from llava_sft.model.tokens import IMAGE
 from llava_sft.training.launcher import python_path
 
 FILE = "parity.json"
@@ -56,7 +60,9 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
     Raises CheckpointError, with the figures, when a difference is above its bound.
     """
     if where == "skip":
-        print("PARITY IS NOT CHECKED (parity: skip): nothing says that this export answers as the trained model")
+        print(
+            "warning: parity is not checked (parity: skip): nothing says that this export answers as the trained model"
+        )
         write_json(folder / FILE, {"passed": None, "note": "not checked: parity: skip"}, sealed=True)
         return
     if where == "gpu" and not torch.cuda.is_available():
@@ -96,7 +102,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
 def computing_dtype(model: ModelConfig, stored: str, device: str) -> str:
     """float32, whose rounding hides no fault, where the model fits into memory with a fifth to spare; else as stored."""
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    return "float32" if 4 * model.parameter_count() * 1.2 < free else stored
+    return "float32" if 4 * parameter_count(model) * 1.2 < free else stored
 
 
 # ------------------------------------------------------------------------------------------------- samples
@@ -153,21 +159,11 @@ def with_images(sample: Sample, count: int, pool: list[Sample]) -> Sample:
 # ------------------------------------------------------------------------------------------------- the two models
 
 
-def load_export(folder: Path, dtype: str, device: str) -> tuple[Any, torch.nn.Module]:
-    """Processor and model of an exported folder, as a user would load them."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of the weights
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
-    return processor, model.to(device).eval()
-
-
 @torch.inference_mode()
 def run_export(folder: Path, cases: list[dict], device: str, dtype: str) -> list[dict]:
     """What the exported folder makes of each case: its own `hf_ids`, `logits` at `positions`, and the greedy `reply`."""
     processor, model = load_export(folder, dtype, device)
+    answer_greedily(model, tokenizer_token_ids(folder), NEW_TOKENS)
     done = []
     for case in cases:
         images, messages = case["images"], case["messages"]
@@ -182,7 +178,7 @@ def run_export(folder: Path, cases: list[dict], device: str, dtype: str) -> list
         positions = torch.cat([answers[:POSITIONS], spread]).unique()
         logits = model(**inputs, logits_to_keep=positions.to(device)).logits[0]
         prompt = encode(messages[:-1], add_generation_prompt=True)
-        output = model.generate(**prompt, do_sample=False, max_new_tokens=NEW_TOKENS)[0]
+        output = model.generate(**prompt)[0]
         length = prompt["input_ids"].shape[1]
         made = {
             "prompt": length,
@@ -198,7 +194,7 @@ def run_export(folder: Path, cases: list[dict], device: str, dtype: str) -> list
 
 def start_megatron(work: Path, device: str) -> subprocess.Popen:
     environment = os.environ | python_path() | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    command = [sys.executable, "-m", "llava_sft.checkpoint.parity_megatron", str(work)]
+    command = [sys.executable, "-m", "llava_sft.evaluation.parity_megatron", str(work)]
     return subprocess.Popen(
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

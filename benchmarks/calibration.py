@@ -1,0 +1,91 @@
+"""Fits preflight's factors to the recorded runs, rows of results/preflight.json; see preflight.py."""
+
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from llava_sft.files import read_json, write_json
+from llava_sft.machine import GIB, Machine
+from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.cost import MicroBatch, state_bytes
+from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time_terms
+from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.resolve import data_parallel_size
+
+RECORDED = Path(__file__).parent / "results" / "preflight.json"
+ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
+
+
+class Recorded(NamedTuple):
+    """One measured run: its settings, the mean and largest micro-batch, GiB at the peak, seconds of a step."""
+
+    model: ModelConfig
+    values: dict[str, Any]
+    machine: Machine
+    mean: MicroBatch
+    largest: MicroBatch
+    memory_gib: float
+    step_s: float
+
+
+@cache
+def recorded() -> tuple[Recorded, ...]:
+    """The recorded runs."""
+    by_settings: dict[str, dict[str, Any]] = {}
+    for row in read_json(RECORDED, {"rows": []})["rows"]:
+        if row["metric"] in ("peak_memory_gib", "step_s"):
+            by_settings.setdefault(row["settings"]["run"], {"settings": row["settings"]})[row["metric"]] = row["value"]
+    return tuple(_recorded(**run) for run in by_settings.values())
+
+
+def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
+    model = load_model_config(CONFIG_DIR / "models" / f"{settings['values']['model']}.yaml")
+    mean, largest, machine = (
+        MicroBatch(*settings["mean"]),
+        MicroBatch(*settings["largest"]),
+        Machine(*settings["machine"]),
+    )
+    return Recorded(model, settings["values"], machine, mean, largest, peak_memory_gib, step_s)
+
+
+def calibrate(runs: Collection[Recorded]) -> Calibration:
+    """Non-negative factors with the least relative errors over `runs`."""
+    memory, time = [], []
+    for run in runs:
+        state = sum(state_bytes(run.model, run.values, data_parallel_size(run.values)).values()) / GIB
+        rest = max(run.memory_gib - state, 0.0)
+        terms = memory_terms(run.model, run.values, run.largest)
+        memory.append(([term / run.memory_gib for term in terms], rest / run.memory_gib))
+        terms = time_terms(run.model, run.values, run.mean, run.machine.peak)
+        time.append(([term / run.step_s for term in terms], 1.0))
+    return Calibration(_fit(memory), _fit(time), len(runs), sorted({run.machine.device for run in runs}))
+
+
+def _fit(rows: list[tuple[list[float], float]]) -> list[float]:
+    matrix, target = np.array([terms for terms, _ in rows]), np.array([value for _, value in rows])
+    scale = np.where(matrix.any(0), np.abs(matrix).max(0), 1.0)  # columns of one size: the fit is well-conditioned
+    return list(map(float, nnls(matrix / scale, target)[0] / scale))
+
+
+def of_device(device: str, runs: Collection[Recorded]) -> list[Recorded]:
+    """The runs of this device where they are enough, else those of all GPUs, scaled by the peaks; a CPU stands for no GPU and
+    no GPU for a CPU."""
+    kind = [run for run in runs if (run.machine.device == "CPU") == (device == "CPU")]
+    own = [run for run in kind if run.machine.device == device]
+    return own if len(own) >= ENOUGH_RUNS else kind
+
+
+def all_factors() -> dict[str, Calibration]:
+    """Of each device with enough runs, and of all GPUs."""
+    runs = recorded()
+    devices = [run.machine.device for run in runs]
+    own = [device for device in sorted(set(devices)) if devices.count(device) >= ENOUGH_RUNS]
+    return {device: calibrate(of_device(device, runs)) for device in (*own, "GPU")}
+
+
+def write_factors() -> None:
+    write_json(FACTORS, {device: fitted._asdict() for device, fitted in all_factors().items()})

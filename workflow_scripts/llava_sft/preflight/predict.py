@@ -1,0 +1,204 @@
+"""Memory and time of a training step before it runs.
+
+Notable:
+- what the architecture and the settings decide is computed (model/cost.py); what they do not is fitted to recorded runs:
+  how far a byte and a FLOP go on this kind of machine;
+- the factors of that fit stand in factors.json, made by benchmarks/preflight.py from the runs that it records.
+No torch: preflight runs where there is no GPU.
+"""
+
+import math
+import random
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_sft.data.lengths import SampleSizes
+from llava_sft.data.packing import cut_between
+from llava_sft.files import read_json
+from llava_sft.machine import GIB, Machine
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.cost import MicroBatch, activation_bytes, checkpoint_size, state_bytes, step_flops
+from llava_sft.settings.resolve import data_parallel_size
+
+FACTORS = Path(__file__).with_name("factors.json")
+PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
+RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
+
+
+class Prediction(NamedTuple):
+    """Of the fullest process: memory in GiB by part. Seconds of a global batch of `tokens_per_step` tokens."""
+
+    memory: dict[str, float]
+    step_s: float
+    tokens_per_step: float
+
+    @property
+    def memory_gib(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_step / self.step_s
+
+
+# ------------------------------------------------------------------------------------------- batches of an epoch
+
+
+def mean_and_largest(
+    sizes: SampleSizes, values: dict[str, Any], packs: list[list[int]] | None
+) -> tuple[MicroBatch, MicroBatch]:
+    """The mean micro-batch of an epoch, and the largest that goes through the model at once.
+
+    The largest has the most of each, tokens and patches, as no single one need have. `packs`: of indices into `sizes`,
+    with packing; they are put together and cut as the loader and the trainer do it, in one random order.
+    """
+    mbs = values["micro_batch_size"]
+    if packs is None:
+        return _padded([_micro_batch(sizes, [index]) for index in range(len(sizes.tokens))], mbs)
+    draw = random.Random(values["seed"])
+    packs = [draw.sample(pack, len(pack)) for pack in draw.sample(packs, len(packs))]
+    packs *= math.ceil(mbs / len(packs))  # at least one batch, as of an endless stream
+    starts = range(0, len(packs) - mbs + 1, mbs)
+    batches = [list(chain.from_iterable(packs[first : first + mbs])) for first in starts]
+    chunks = [
+        [batch[place] for place in places]
+        for batch in batches
+        for places in cut_between([sizes.tokens[index] for index in batch], chunk_tokens(values))
+    ]
+    whole, part = ([_micro_batch(sizes, rows) for rows in each] for each in (batches, chunks))
+    mean = MicroBatch(*(sum(column) / len(whole) for column in zip(*whole, strict=True)))
+    return mean, MicroBatch(*(max(column) for column in zip(*part, strict=True)))
+
+
+def _micro_batch(sizes: SampleSizes, row: list[int]) -> MicroBatch:
+    tokens = [sizes.tokens[index] for index in row]
+    patches = [count for index in row for count in sizes.patches[index]]
+    squares = sum(n * n for n in tokens), sum(n * n for n in patches)
+    return MicroBatch(sum(tokens), squares[0], sum(patches), squares[1], len(tokens))
+
+
+def _padded(each: list[MicroBatch], mbs: int) -> tuple[MicroBatch, MicroBatch]:
+    """Rows are padded to the longest of their batch: on average to the expected greatest of `mbs` random ones."""
+    lengths = sorted(batch.tokens for batch in each)
+    count = len(lengths)
+    width = sum(length * ((i + 1) ** mbs - i**mbs) for i, length in enumerate(lengths)) / count**mbs
+    mean = (mbs * sum(column) / count for column in zip(*each, strict=True))
+    most = (mbs * max(column) for column in zip(*each, strict=True))
+
+    def padded(batch: MicroBatch, width: float) -> MicroBatch:  # all rows in one call of attention
+        return batch._replace(tokens=mbs * width, token_squares=mbs * width**2, segments=0.0)
+
+    return padded(MicroBatch(*mean), width), padded(MicroBatch(*most), lengths[-1])
+
+
+# ---------------------------------------------------------------------------------------------- disk and host
+
+
+def checkpoints_kept(values: dict[str, Any]) -> int:
+    """How many checkpoints lie on the disk when all steps are done."""
+    count = -(-values["train_iters"] // values["save_interval"])
+    return min(count, values["keep_last"] or count)
+
+
+def host_bytes_for_save(model: ModelConfig, values: dict[str, Any]) -> float:
+    """Bytes of a node's memory that a save copies the GPUs' state to, and that stay taken."""
+    return bool(values["gpus_per_node"]) * PINNED * checkpoint_size(model, values) / values["nodes"]
+
+
+# ------------------------------------------------------------------------------------------------- prediction
+
+
+class Calibration(NamedTuple):
+    """Factors fitted to recorded runs of one kind of device, one for each of `memory_terms` and `time_terms`."""
+
+    memory: list[float]
+    time: list[float]
+    runs: int
+    devices: list[str]  # that the runs are of
+
+
+def calibration_for(device: str) -> Calibration:
+    """The factors of this device where enough of its runs are recorded, else those of all GPUs, which peaks scale."""
+    fitted = read_json(FACTORS)
+    return Calibration(**fitted.get(device) or fitted["GPU"])
+
+
+def memory_terms(model: ModelConfig, values: dict[str, Any], batch: MicroBatch) -> list[float]:
+    """GiB: what a process needs whatever it trains, language activations, vision activations."""
+    return [1.0, *(size / GIB for size in activation_bytes(model, values, batch).values())]
+
+
+def time_terms(model: ModelConfig, values: dict[str, Any], batch: MicroBatch, peak: float) -> list[float]:
+    """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then what
+    costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
+    to do), and of attention."""
+    llm, vit = step_flops(model, values, batch)
+    micro_batches = _micro_batches(values)
+    state = state_bytes(model, values, data_parallel_size(values))
+    calls = micro_batches * max(1.0, batch.tokens / chunk_tokens(values))
+    products, of_model = ([llm, 0.0], [calls, 0.0]) if values["fp8"] == "none" else ([0.0, llm], [0.0, calls])
+    attentions = 0.0
+    if not values["gpus_per_node"]:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
+        passes = 1 + (values["recompute_language"] == "full") / 3  # forward and backward, which takes twice as long
+        attentions = micro_batches * batch.segments * model.language.num_layers * passes
+    return [
+        *(micro_batches * flops / peak for flops in (*products, vit)),
+        (state["gradients"] + state["optimizer"]) / GIB,
+        *of_model,
+        attentions,
+    ]
+
+
+def chunk_tokens(values: dict[str, Any]) -> float:
+    """Tokens that go through the model at once: long packs are cut into chunks, but not with pipeline parallelism."""
+    cut = values["packing"] and values["pipeline_model_parallel_size"] == 1
+    return values["pack_chunk_tokens"] if cut else math.inf
+
+
+def _micro_batches(values: dict[str, Any]) -> int:
+    return values["global_batch_size"] // (values["micro_batch_size"] * data_parallel_size(values))
+
+
+def predict(
+    model: ModelConfig,
+    values: dict[str, Any],
+    machine: Machine,
+    mean: MicroBatch,
+    largest: MicroBatch,
+    calibration: Calibration,
+) -> Prediction:
+    """What one step of these settings takes on this machine."""
+    state = {name: size / GIB for name, size in state_bytes(model, values, data_parallel_size(values)).items()}
+    fixed, language, vision = (
+        factor * term for factor, term in zip(calibration.memory, memory_terms(model, values, largest), strict=True)
+    )
+    memory = state | {"language activations": language, "vision activations": vision, "libraries and the rest": fixed}
+    terms = time_terms(model, values, mean, machine.peak)
+    seconds = sum(factor * term for factor, term in zip(calibration.time, terms, strict=True))
+    replicas = data_parallel_size(values)
+    return Prediction(memory, seconds, mean.tokens * _micro_batches(values) * replicas)
+
+
+def fits(prediction: Prediction, machine: Machine) -> bool:
+    return prediction.memory_gib <= machine.memory_gib * (1 - RESERVE)
+
+
+# -------------------------------------------------------------------------------------------------- in words
+
+
+def table(prediction: Prediction, machine: Machine, calibration: Calibration, values: dict[str, Any]) -> list[str]:
+    """Lines for a terminal: memory by part, whether it fits, time."""
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
+    verdict = "fits" if fits(prediction, machine) else "DOES NOT FIT"
+    steps, devices = values["train_iters"], values["nodes"] * values["nproc_per_node"]
+    hours = steps * prediction.step_s / 3600
+    long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+    cost = "" if machine.device == "CPU" else f", {hours * devices:,.1f} GPU-hours"
+    return [
+        f"memory  {prediction.memory_gib:.1f} GiB of {machine.memory_gib:.1f} ({machine.device}): {verdict}",
+        f"        {parts}",
+        f"time    {prediction.step_s:.3g} s a step of {prediction.tokens_per_step:,.0f} tokens "
+        f"({prediction.tokens_per_s:,.0f} tokens/s), {long} for {steps:,} steps{cost}",
+        f"        from {calibration.runs} recorded runs ({', '.join(calibration.devices)}, benchmarks/results/preflight.json)",
+    ]

@@ -1,0 +1,77 @@
+"""Changed settings that would fit, where a run does not, and the forecast as a whole."""
+
+from itertools import product
+from typing import Any, NamedTuple
+
+from llava_sft.machine import Machine
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.cost import MicroBatch
+from llava_sft.preflight.predict import Calibration, Prediction, calibration_for, chunk_tokens, fits, predict
+from llava_sft.run.remedies import less_memory
+from llava_sft.settings.resolve import data_parallel_size
+
+
+def proposals(
+    model: ModelConfig,
+    values: dict[str, Any],
+    machine: Machine,
+    mean: MicroBatch,
+    largest: MicroBatch,
+    calibration: Calibration,
+) -> list[tuple[dict[str, Any], Prediction]]:
+    """Changed settings that would fit, the fastest first; those that keep seq_length before those that do not."""
+    piece = min(values["seq_length"], chunk_tokens(values))  # what goes through the model at once
+    choices = {name: [values[name], *smaller] for name, smaller in less_memory(values, values["seq_length"]).items()}
+    sizes = choices["tensor_model_parallel_size"]
+    choices["tensor_model_parallel_size"] = [size for size in sizes if _divides(model, size)]
+    found = []
+    for picked in product(*(dict.fromkeys(options) for options in choices.values())):
+        changed = {name: value for name, value in zip(choices, picked, strict=True) if values[name] != value}
+        tried = values | changed
+        rows = tried["micro_batch_size"] / values["micro_batch_size"]
+        scales = tried["seq_length"] / values["seq_length"], min(tried["seq_length"], chunk_tokens(tried)) / piece
+        if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size(tried)):
+            continue
+        scaled = [
+            MicroBatch(*(rows * scale * each for each in batch))
+            for scale, batch in zip(scales, (mean, largest), strict=True)
+        ]
+        prediction = predict(model, tried, machine, *scaled, calibration)
+        if fits(prediction, machine):
+            found.append((changed, prediction))
+    found.sort(key=lambda each: ("seq_length" in each[0], -each[1].tokens_per_s, len(each[0])))
+    needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
+    return [each for each in found if each[0] not in needless]
+
+
+def _divides(model: ModelConfig, size: int) -> bool:
+    return not (model.language.num_query_groups % size or model.vision.num_attention_heads % size)
+
+
+class Forecast(NamedTuple):
+    """A prediction, the fit behind it, and the changed settings that would fit where it does not."""
+
+    prediction: Prediction
+    calibration: Calibration
+    would_fit: list[tuple[dict[str, Any], Prediction]]
+
+
+def forecast_of(
+    model: ModelConfig, values: dict[str, Any], machine: Machine | None, mean: MicroBatch, largest: MicroBatch
+) -> Forecast | None:
+    """What a run takes on a machine; None for a machine that is not known."""
+    if machine is None:
+        return None
+    calibration = calibration_for(machine.device)
+    prediction = predict(model, values, machine, mean, largest, calibration)
+    near = [] if fits(prediction, machine) else proposals(model, values, machine, mean, largest, calibration)
+    return Forecast(prediction, calibration, near)
+
+
+def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
+    """The three fastest settings that would fit, a line each."""
+    return [
+        ", ".join(f"{name}: {value}" for name, value in changed.items())
+        + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
+        for changed, prediction in found[:3]
+    ]
