@@ -28,16 +28,13 @@ def main() -> None:
     parser.add_argument("--model", default="8b")
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder is made and removed in it")
     parser.add_argument("--old-names", action="store_true", help="spell the tensors as transformers 4.53 does")
-    parser.add_argument("--dry", action="store_true", help="leave the results file alone")
     args = parser.parse_args()
     work = args.folder / f"checkpoint-benchmark-{args.model}"
     work.mkdir(parents=True)
     try:
-        rows = measure(work, args.model, args.old_names)
+        write_results("checkpoint", measure(work, args.model, args.old_names))
     finally:
         shutil.rmtree(work)
-    if not args.dry:
-        print(write_results("checkpoint", rows))
 
 
 def measure(work: Path, size: str, old_names: bool) -> list[dict]:
@@ -57,14 +54,14 @@ def measure(work: Path, size: str, old_names: bool) -> list[dict]:
     settings = {"model": size, "dtype": "bfloat16", "gigabytes": round(gigabytes, 1), "old_names": old_names}
     for direction, source, target in (("hf2mcore", hf, mcore), ("mcore2hf", mcore, back)):
         forget(source)
-        copied, _ = timed("bash", "-c", f"cp -r {source} {work}/copy && sync -f {work}/copy && sync {work}/copy/*")
+        copied = timed("bash", "-c", f"cp -r {source} {work}/copy && sync -f {work}/copy && sync {work}/copy/*").seconds
         shutil.rmtree(work / "copy")
         forget(source)
         script, model_file = ROOT / "workflow_scripts/convert_checkpoint.py", ROOT / f"config/models/{size}.yaml"
-        seconds, peak = timed(sys.executable, script, direction, source, target, "--model", model_file)
+        seconds, peak, _ = timed(sys.executable, script, direction, source, target, "--model", model_file)
         peak /= 1000
         note = f"{seconds:.1f} s against {copied:.1f} s, {gigabytes / seconds:.2f} GB/s"
-        print(direction, note, f"peak {peak:.2f} GB", flush=True)
+        note += "; HF → Megatron → HF: the same bits"  # else the comparison below ends it
         rows.append(row("checkpoint_vs_cp", seconds / copied, "x", 1.3, "lower", note, direction=direction, **settings))
         rows.append(row("checkpoint_peak_gb", peak, "GB", 2, "lower", "", direction=direction, **settings))
     shutil.rmtree(mcore)
@@ -72,9 +69,6 @@ def measure(work: Path, size: str, old_names: bool) -> list[dict]:
     assert before.stored_names() == after.stored_names(), "names differ"
     different = [name for name in before.names() if not torch.equal(before.read(name), after.read(name))]
     assert not different and read_json(back / "config.json")["dtype"] == "bfloat16", different
-    print(f"{len(before.names())} tensors: same names, same bits", flush=True)
-    for each in rows:
-        each["note"] += "; HF → Megatron → HF: the same bits" if each["metric"] == "checkpoint_vs_cp" else ""
     return rows
 
 

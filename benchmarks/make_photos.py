@@ -7,13 +7,10 @@ about them, in LLaVA form. Sizes and text lengths follow an image-heavy SFT mix;
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "workflow_scripts"))
 
 from llava_sft.data.demo import load_digits
 
@@ -29,10 +26,8 @@ def main() -> None:
     args = parser.parse_args()
     rng, noise = random.Random(args.seed), np.random.default_rng(args.seed)
     labels, digits = load_digits()
-    tiles = [
-        np.asarray(Image.frombytes("L", (8, 8), pixels).resize((CELL, CELL), Image.Resampling.BICUBIC))
-        for pixels in digits
-    ]
+    small = [Image.frombytes("L", (8, 8), pixels) for pixels in digits]
+    tiles = [np.asarray(image.resize((CELL, CELL), Image.Resampling.BICUBIC)) for image in small]
     images = args.output_dir / "images"
     images.mkdir(parents=True, exist_ok=True)
     with open(args.output_dir / "train.jsonl", "w") as file:
@@ -41,9 +36,8 @@ def main() -> None:
             rows, columns = height // CELL, width // CELL
             shown = [[rng.randrange(len(tiles)) for _ in range(columns)] for _ in range(rows)]
             canvas = np.block([[tiles[tile] for tile in row] for row in shown]).astype(np.int16)
-            canvas = np.repeat(canvas[..., None], 3, axis=2) + noise.integers(
-                -24, 25, (*canvas.shape, 3), dtype=np.int16
-            )
+            canvas = np.repeat(canvas[..., None], 3, axis=2)
+            canvas += noise.integers(-24, 25, canvas.shape, dtype=np.int16)
             name = f"photo_{number:05d}.jpg"
             Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(images / name, quality=85)
             turns = []
@@ -51,10 +45,8 @@ def main() -> None:
                 row = rng.randrange(rows)
                 question = f"Read row {row + 1} from left to right, then say what you see in words."
                 answer = "The row shows " + ", ".join(f"a handwritten {labels[tile]}" for tile in shown[row]) + "."
-                turns += [
-                    {"from": "human", "value": question if turn else f"<image>\n{question}"},
-                    {"from": "gpt", "value": answer},
-                ]
+                turns.append({"from": "human", "value": question if turn else f"<image>\n{question}"})
+                turns.append({"from": "gpt", "value": answer})
             file.write(json.dumps({"id": name, "image": name, "conversations": turns}) + "\n")
     print(f"{args.output_dir}: {args.records:,} records")
 

@@ -1,35 +1,28 @@
-"""Useful tokens of packed sequences, and whether an epoch is one: no sample seen again before all others.
+"""Useful tokens of packs, and whether an epoch is one: no sample seen again before all others.
 
     python benchmarks/packing.py [share] [epoch]      # writes results/packing.json
 
-share: this project's packer (over a buffer of samples, online), against packing greedily in the order
-of the samples, against an offline pass with hash buckets over the whole set (each sequence takes the longest sample that
-still fits), and against one sample a sequence. Lengths are drawn from real ones, of which the percentiles stand below:
-short VQA: the answers with lectures to 4,241 ScienceQA questions, with a picture of 640 × 480; mixed: those, 240 answers
-of chat models about 1 to 4 pictures of a megapixel, and documents; long documents: 751 Python Enhancement Proposals.
-A token is taken as four characters. A sample longer than a sequence is cut to it, as a document of many turns would be.
+share: useful tokens of the packs made online, over a buffer of samples. Lengths are drawn from real ones, of which the
+percentiles stand below: short VQA: the answers with lectures to 4,241 ScienceQA questions, with a picture of 640 × 480;
+mixed: those, 240 answers of chat models about 1 to 4 pictures of a megapixel, and documents; long documents: 751 Python
+Enhancement Proposals. A token is taken as four characters. A sample longer than a pack is cut to it, as a document of
+many turns would be.
 
 epoch: how often each sample has been seen, in the order that the loader deals out (tests/test_loader.py: with any number
 of ranks and workers).
 """
 
 import argparse
-import bisect
 import itertools
 import math
 import random
-import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
-
-from llava_sft.data.order import GlobalOrder, SourceLengths  # noqa: E402
-from llava_sft.settings.resolve import auto_packing_buffer  # noqa: E402
-from results import row, write_results  # noqa: E402
+from llava_sft.data.order import GlobalOrder, SourceLengths
+from llava_sft.settings.resolve import auto_packing_buffer
+from results import row, write_results
 
 SAMPLES = 100_000
 SMALL = 20_000  # a set of this size packs as well
@@ -65,65 +58,27 @@ def mixed(draw: random.Random) -> int:
     return draw.randint(1, 4) * MEGAPIXEL + drawn(draw, ANSWERS) if kind < 0.8 else long_documents(draw)
 
 
-def online(lengths: list[int], capacity: int) -> Iterator[list[int]]:
+def packs(lengths: list[int], capacity: int) -> int:
+    """Number of packs of a first pass over samples of these lengths."""
     order = GlobalOrder([SourceLengths(lengths)], capacity, auto_packing_buffer(lengths, capacity), seed=0)
-    yield from order.first_pass()[0]
-
-
-def greedy(lengths: list[int], capacity: int) -> Iterator[list[int]]:
-    pack: list[int] = []
-    filled = 0
-    for index, length in enumerate(lengths):
-        if filled + length > capacity:
-            yield pack
-            pack, filled = [], 0
-        pack.append(index)
-        filled += length
-    yield pack
-
-
-def hash_buckets(lengths: list[int], capacity: int) -> Iterator[list[int]]:
-    buckets: dict[int, list[int]] = defaultdict(list)
-    for index, length in enumerate(lengths):
-        buckets[length].append(index)
-    keys = sorted(buckets)
-    while keys:
-        pack, room = [], capacity
-        while place := bisect.bisect_right(keys, room):
-            length = keys[place - 1]
-            pack.append(buckets[length].pop())
-            room -= length
-            if not buckets[length]:
-                del keys[place - 1]
-        yield pack
+    return sum(1 for _ in order.first_pass()[0])
 
 
 def shares() -> Iterator[dict]:
-    methods: dict[str, Callable] = {
-        "online": online,
-        "greedy": greedy,
-        "offline hash buckets": hash_buckets,
-        "one sample a sequence": lambda lengths, capacity: ([index] for index in range(len(lengths))),
-    }
-    for capacity, goal in GOALS.items():
-        for name, distribution in (("short VQA", short_vqa), ("mixed", mixed), ("long documents", long_documents)):
-            draw = random.Random(1)
-            lengths = [min(distribution(draw), capacity) for _ in range(SAMPLES)]
-            for method, pack in methods.items():
-                began = time.perf_counter()
-                packs = sum(1 for _ in pack(lengths, capacity))
-                each = 1e6 * (time.perf_counter() - began) / SAMPLES
-                share = sum(lengths) / (packs * capacity)
-                own = method == "online"
-                note = f"{each:.2f} µs a sample" + (
-                    f", buffer of {auto_packing_buffer(lengths, capacity):,}" if own else ""
-                )
-                settings = {"lengths": name, "method": method, "mean_length": round(sum(lengths) / SAMPLES)}
-                yield row(f"packing_{capacity}", share, "useful", goal if own else None, "higher", note, **settings)
-            few = lengths[:SMALL]
-            share = sum(few) / (sum(1 for _ in online(few, capacity)) * capacity)
-            settings = {"lengths": name, "method": "online", "samples": SMALL}
-            yield row(f"packing_{capacity}", share, "useful", goal, "higher", "", **settings)
+    distributions = {"short VQA": short_vqa, "mixed": mixed, "long documents": long_documents}
+    for (capacity, goal), (name, distribution) in itertools.product(GOALS.items(), distributions.items()):
+        draw = random.Random(1)
+        lengths = [min(distribution(draw), capacity) for _ in range(SAMPLES)]
+        settings = {"lengths": name, "method": "online"}
+        began = time.perf_counter()
+        share = sum(lengths) / (packs(lengths, capacity) * capacity)
+        each = 1e6 * (time.perf_counter() - began) / SAMPLES
+        note = f"{each:.2f} µs a sample, buffer of {auto_packing_buffer(lengths, capacity):,}"
+        mean = round(sum(lengths) / SAMPLES)
+        yield row(f"packing_{capacity}", share, "useful", goal, "higher", note, **settings, mean_length=mean)
+        few = lengths[:SMALL]
+        share = sum(few) / (packs(few, capacity) * capacity)
+        yield row(f"packing_{capacity}", share, "useful", goal, "higher", "", **settings, samples=SMALL)
 
 
 def exactness() -> Iterator[dict]:

@@ -17,19 +17,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflow_scripts"))
-
-from calibration import Recorded, calibrate, of_device, recorded, write_factors  # noqa: E402
-from llava_sft.data.lengths import Limits, global_order, sample_sizes  # noqa: E402
-from llava_sft.files import read_json, write_json  # noqa: E402
-from llava_sft.machine import gpu, this_machine  # noqa: E402
-from llava_sft.model.cost import MicroBatch  # noqa: E402
-from llava_sft.preflight import predict  # noqa: E402
-from llava_sft.run.records import read_metrics  # noqa: E402
-from llava_sft.settings.layers import load_settings  # noqa: E402
-from llava_sft.settings.resolve import first_epoch, packing_window, resolve  # noqa: E402
-from results import RESULTS, row, write_results  # noqa: E402
+from calibration import Recorded, calibrate, of_device, recorded, write_factors
+from llava_sft.data.sizes import Limits, global_order, sample_sizes
+from llava_sft.files import read_json, write_json
+from llava_sft.machine import gpu, this_machine
+from llava_sft.model.cost import MicroBatch
+from llava_sft.preflight import predict
+from llava_sft.run.records import read_metrics
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import first_epoch, packing_window, resolve
+from results import DEMO_RUN, RESULTS, ROOT, row, single_process, write_results
 
 OUT = Path("/tmp/llava_sft_preflight")
 STEPS, WARM = 9, 3
@@ -47,15 +44,13 @@ RUNS = [
     {"micro_batch_size": 128, "recompute_language": "full"},
 ]
 # What the settings of a recorded run are made of: all that the formulas look at.
-KEPT = (
-    "model", "seq_length", "micro_batch_size", "global_batch_size", "packing", "bf16", "fp8", "optimizer_precision",
-    "pack_chunk_tokens", "recompute_language", "recompute_vision", "trainable_modules", "gpus_per_node", "nodes", "nproc_per_node",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size",
-)  # fmt: skip
+RECORDED = ["model", "seq_length", "micro_batch_size", "global_batch_size", "packing", "pack_chunk_tokens"]
+RECORDED += ["bf16", "fp8", "optimizer_precision", "recompute_language", "recompute_vision", "trainable_modules"]
+RECORDED += ["gpus_per_node", "nodes", "nproc_per_node", "tensor_model_parallel_size", "pipeline_model_parallel_size"]
 
 
 def record() -> None:
-    before = read_json(ROOT / "output/stage2_sft_vqa_results/resolved.json")
+    before = read_json(DEMO_RUN)
     for overrides in RUNS:
         batch = overrides["micro_batch_size"]
         settings = load_settings("vqa", overrides | {"global_batch_size": 2 * batch, "train_iters": STEPS})
@@ -65,29 +60,32 @@ def record() -> None:
         window = packing_window(settings, sizes.tokens)
         capacity = settings.seq_length if settings.packing else None
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
-        values = resolve(settings, len(sizes.tokens), epoch=epoch)[0].dump()
-        values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
+        settled, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
+        values = settled.dump() | {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
         mean, largest = predict.mean_and_largest(sizes, values, epoch.packs if settings.packing else None)
         machine = this_machine(values)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / "run.json", before | {"settings": values})
-        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-        environment |= {"MASTER_PORT": "29577", "PYTHONPATH": str(ROOT / "workflow_scripts")}
+        environment = single_process() | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
         command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder]
         with open(OUT / "log", "w") as log:
             subprocess.run(command, env=os.environ | environment, check=True, stdout=log, stderr=log)
         metrics = read_metrics(folder)
         seconds = [entry["step_s"] for entry in metrics[WARM:]]
         memory = max(entry["memory_gib"] for entry in metrics)
-        kept = {name: values[name] for name in KEPT if name in values}
+        of_run = {name: values[name] for name in RECORDED if name in values}
         name = ", ".join(f"{key} {value}" for key, value in overrides.items() if key != "packing_buffer_size")
-        known = {"run": f"CPU: {name}", "values": kept, "machine": machine, "mean": mean, "largest": largest}
+        known = {"run": f"CPU: {name}", "values": of_run, "machine": machine, "mean": mean, "largest": largest}
         spread = f"{min(seconds):.2f} … {max(seconds):.2f} s in {len(seconds)} steps"
         peak = row("peak_memory_gib", memory, "GiB", None, "lower", "resident, libraries included", **known)
         step = row("step_s", statistics.median(seconds), "s", None, "lower", f"median; {spread}", **known)
         write_results("preflight", [peak, step])
+
+
+GPU_RUN = {"packing": True, "bf16": True, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+GPU_RUN |= {"trainable_modules": ["vision_model", "language_model", "adapter"]}
 
 
 def take_over() -> list[dict]:
@@ -107,12 +105,11 @@ def take_over() -> list[dict]:
         of_image, of_sample = patches / images, tokens / images
         step = given["step_padded_tokens"] / given["micro_batches"], given["step_patches"] / given["micro_batches"]
         gpus = given.get("gpus", 1)
-        values = {name: given[name] for name in KEPT if name in given} | {
+        values = {name: given[name] for name in RECORDED if name in given} | {
             "global_batch_size": given["micro_batches"] * given["micro_batch_size"] * gpus,
-            "packing": True, "bf16": True, "trainable_modules": ["vision_model", "language_model", "adapter"],
-            "gpus_per_node": gpus, "nodes": 1, "nproc_per_node": gpus,
-            "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
-        }  # fmt: skip
+            **{"gpus_per_node": gpus, "nodes": 1, "nproc_per_node": gpus},
+            **GPU_RUN,
+        }
         named = ("seq_length", "pack_chunk_tokens", "micro_batch_size", "micro_batches", "fp8", "recompute_language")
         known = {
             "run": f"{gpus} × {given['gpu']}, {given['model']}: "
@@ -128,10 +125,8 @@ def take_over() -> list[dict]:
     return rows
 
 
-USUAL = {
-    "model": "4b", "seq_length": 8192, "micro_batch_size": 1, "fp8": "none", "optimizer_precision": "bf16", "pack_chunk_tokens": 8192,
-    "recompute_language": "none", "recompute_vision": "none",
-}  # fmt: skip
+USUAL = {"model": "4b", "seq_length": 8192, "micro_batch_size": 1, "pack_chunk_tokens": 8192}
+USUAL |= {"fp8": "none", "optimizer_precision": "bf16", "recompute_language": "none", "recompute_vision": "none"}
 
 
 def short(run: Recorded) -> str:
@@ -155,19 +150,18 @@ def errors() -> list[dict]:
     print("| device | run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|---|")
     for each in sorted(runs, key=lambda run: run.machine.device, reverse=True):
         others = of_device(each.machine.device, [other for other in runs if other is not each])
-        guess = predict.predict(each.model, each.values, each.machine, each.mean, each.largest, calibrate(others))
+        factors = calibrate(others)
+        guess = predict.predict(each.model, each.values, each.machine, each.mean, each.largest, factors)
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
         by_device.setdefault(each.machine.device, []).append(wrong)
         memory = f"{guess.memory_gib:.3g}, {each.memory_gib:.3g} ({wrong[0]:+.1%})"
-        print(
-            f"| {each.machine.device} | {short(each)} | {memory} | {guess.step_s:.3g}, {each.step_s:.3g} ({wrong[1]:+.1%}) |"
-        )
+        seconds = f"{guess.step_s:.3g}, {each.step_s:.3g} ({wrong[1]:+.1%})"
+        print(f"| {each.machine.device} | {short(each)} | {memory} | {seconds} |")
     for device, found in by_device.items():
         for metric, goal, column in (("preflight_memory_error", 0.05, 0), ("preflight_time_error", 0.10, 1)):
             wrong = [abs(error[column]) for error in found]
-            note = (
-                f"worst of {len(wrong)} settings, each predicted from the others; median {statistics.median(wrong):.3f}"
-            )
+            median = statistics.median(wrong)
+            note = f"worst of {len(wrong)} settings, each predicted from the others; median {median:.3f}"
             rows.append(row(metric, max(wrong), "", goal, "lower", note, device=device))
     return rows
 

@@ -1,7 +1,8 @@
-"""What every benchmark shares: commands that are timed, a result file with where it comes from, and the table of all of them (`make figures`).
+"""What the benchmarks share: timed commands, result files with their provenance, and the table of all figures
+(`make figures`).
 
 A result is benchmarks/results/<name>.json: name, date, commit, command, hardware, versions, rows; a row is
-{metric, value, unit, goal, better: "higher" | "lower", settings, note}. Rows of metrics that were not measured again stay.
+{metric, value, unit, goal, better: "higher" | "lower", settings, note}. Rows that were not measured again stay.
 """
 
 import contextlib
@@ -11,14 +12,16 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 COMMAND = tuple(sys.argv)  # as typed: a training in the same process changes it
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
+DEMO_RUN = ROOT / "output/stage2_sft_vqa_results/resolved.json"  # written by `snakemake preflight_vqa`
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -38,48 +41,62 @@ def row(
     return dict(metric=metric, value=value, unit=unit, goal=goal, better=better, settings=settings, note=note)
 
 
-def timed(*command: Any, cwd: Path = ROOT) -> tuple[float, float]:
-    """Wall seconds and peak memory (resident, MB; not less than ours, which the kernel counts in) of a command."""
-    began = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+class Timed(NamedTuple):
+    seconds: float  # of the wall clock
+    peak_mb: float  # resident memory; this process's own peak counts in, the kernel has it so
+    output: str
+
+
+def timed(*command: Any, cwd: Path = ROOT) -> Timed:
+    """Run a command; ends with the last of its output when it fails."""
+    with tempfile.TemporaryFile("w+") as output:
+        began = time.perf_counter()
+        process = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        output.seek(0)
+        text = output.read()
     if status:
-        raise SystemExit(f"failed: {command}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e6
+        raise SystemExit(f"failed: {command}\n{text[-3000:]}")
+    return Timed(seconds, usage.ru_maxrss * 1024 / 1e6, text)
 
 
-def said(*command: Any, cwd: Path = ROOT) -> tuple[float, str]:
-    """Wall seconds of a command, and what it printed; ends with that when it fails."""
-    began = time.perf_counter()
-    run = subprocess.run(list(map(str, command)), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if run.returncode:
-        raise SystemExit(run.stdout[-3000:])
-    return time.perf_counter() - began, run.stdout
+def single_process() -> dict[str, str]:
+    """The variables with which torchrun would start a training of one process."""
+    port = str(29000 + os.getpid() % 9000)
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
 
 
 def machine() -> dict[str, Any]:
     """Where a figure comes from: hardware and versions."""
-    versions = {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))}
-    return {"hardware": hardware(), "versions": versions}
+    models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    hardware = {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
+        "load_before": round(os.getloadavg()[0], 1),
+    }
+    installed = {each.name: each.version for each in distributions() if each.name in PACKAGES}
+    return {"hardware": hardware, "versions": {"python": platform.python_version(), **installed}}
 
 
 def write_results(name: str, rows: list[dict[str, Any]], command: str = "", **elsewhere: Any) -> Path:
-    """Write the rows, each beside its goal on the terminal too; returns the file.
+    """Write the rows and print each beside its goal; returns the file.
 
-    `command`: if not a script here. `elsewhere`: `machine()` of another machine that the rows were measured on.
+    `command`: if it is not a script here. `elsewhere`: `machine()` of another machine on which the rows were measured.
     """
     path = RESULTS / f"{name}.json"
-    measured = {(row["metric"], json.dumps(row["settings"], sort_keys=True)) for row in rows}
+    measured = {_identity(row) for row in rows}
     before = json.loads(path.read_text())["rows"] if path.is_file() else []
-    kept = [r for r in before if (r["metric"], json.dumps(r["settings"], sort_keys=True)) not in measured]
+    changed = "+" if _output("git", "status", "--porcelain", "-uno") else ""
     result = {
         "name": name,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "HEAD")
-        + ("+" if _output("git", "status", "--porcelain", "-uno") else ""),
+        "commit": _output("git", "rev-parse", "HEAD") + changed,
         "command": command or " ".join(["python", f"benchmarks/{Path(COMMAND[0]).name}", *COMMAND[1:]]),
         **(elsewhere or machine()),
-        "rows": kept + rows,
+        "rows": [row for row in before if _identity(row) not in measured] + rows,
     }
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -88,17 +105,8 @@ def write_results(name: str, rows: list[dict[str, Any]], command: str = "", **el
     return path
 
 
-def hardware() -> dict[str, Any]:
-    models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory, 1),
-        "gpus": gpus,
-        "load_before": round(os.getloadavg()[0], 1),
-    }
+def _identity(row: dict) -> tuple[str, str]:
+    return row["metric"], json.dumps(row["settings"], sort_keys=True)
 
 
 def _output(*command: str) -> str:
@@ -108,17 +116,10 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def reached(row: dict) -> bool:
-    return row["goal"] is None or (
-        row["value"] >= row["goal"] if row["better"] == "higher" else row["value"] <= row["goal"]
-    )
+    if row["goal"] is None:
+        return True
+    return row["value"] >= row["goal"] if row["better"] == "higher" else row["value"] <= row["goal"]
 
 
 def line(row: dict, name: str) -> str:
@@ -128,7 +129,8 @@ def line(row: dict, name: str) -> str:
     shown = {"run": row["settings"]["run"]} if "run" in row["settings"] else row["settings"]  # a name for many settings
     settings = ", ".join(f"{key} {value}" for key, value in shown.items())
     measured = f"{row['value']:g} {row['unit']}".strip()
-    return f"{verdict:5} {row['metric']:28} {measured:>16}  {goal:9} {name}: {settings}{'; ' if row['note'] else ''}{row['note']}"
+    note = f"; {row['note']}" if row["note"] else ""
+    return f"{verdict:5} {row['metric']:28} {measured:>16}  {goal:9} {name}: {settings}{note}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Time to plan, to look through again, and to submit 10, 1,000 and 10,000 conversion jobs under `--profile slurm`.
+"""Time to plan, to look through again, and to submit 10,000 conversion jobs under `--profile slurm`.
 
     python benchmarks/slurm.py                   # submits to a Slurm of its own where it can be had (see tests/mini_slurm.py)
 
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import ROOT, row, said, write_results
+from results import ROOT, row, timed, write_results
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -26,22 +26,22 @@ import mini_slurm
 
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 LINE = 512  # bytes of a record, and of a job's range
-PLAN_GOAL = {10_000: 20}
+JOBS, PLAN_GOAL_S = 10_000, 20
 ONE_BY_ONE_S = 132  # 10,000 jobs of a toy workflow, submitted singly
 
 
 def copy_project(target: Path) -> None:
-    said("git", "clone", "--quiet", ROOT, target)
+    timed("git", "clone", "--quiet", ROOT, target)
     profile = target / "profiles/slurm/config.yaml"
     text = profile.read_text().replace("# slurm-status-command", "slurm-status-command")
     profile.write_text(re.sub(r"mem_mb: \d+", "mem_mb: 100", text))
 
 
-def write_data(project: Path, jobs: int) -> None:
-    """An experiment `big` whose raw file makes `jobs` shards."""
+def write_data(project: Path) -> None:
+    """An experiment `big` whose raw file makes JOBS shards."""
     conversations = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "One."}]
     record = json.dumps({"id": "0", "conversations": conversations})
-    (project / "big.jsonl").write_text((record + " " * (LINE - 1 - len(record)) + "\n") * jobs)
+    (project / "big.jsonl").write_text((record + " " * (LINE - 1 - len(record)) + "\n") * JOBS)
     for name in ("tokenizer.json", "config.json"):
         (project / name).write_text("{}")
     (project / "config/experiments/big.yaml").write_text(
@@ -49,16 +49,16 @@ def write_data(project: Path, jobs: int) -> None:
     )
 
 
-def make_outputs(project: Path, jobs: int) -> None:
+def make_outputs(project: Path) -> None:
     """Empty files for everything that `data_big` makes, noted by Snakemake as made."""
     folder = project / "output/data/big"
     kinds = {"webdatasets": ("tar", "tar.idx"), "webdatasets.parts": ("samples.jsonl", "stats.json", "rejects.jsonl")}
     for place, names in kinds.items():
         (folder / place).mkdir(parents=True)
-        for number, name in itertools.product(range(jobs), names):
+        for number, name in itertools.product(range(JOBS), names):
             (folder / place / f"subtaskdata-{number:05d}.{name}").touch()
     (folder / "dataset.json").touch()
-    said(SNAKEMAKE, "--cores", "1", "--touch", "data_big", cwd=project)
+    timed(SNAKEMAKE, "--cores", "1", "--touch", "data_big", cwd=project)
 
 
 def submit(project: Path, cluster: mini_slurm.MiniSlurm) -> tuple[float, int]:
@@ -69,12 +69,12 @@ def submit(project: Path, cluster: mini_slurm.MiniSlurm) -> tuple[float, int]:
     with open(project / "submit.log", "w") as log:
         command = [SNAKEMAKE, "--profile", "slurm", "data_big"]
         running = subprocess.Popen(command, cwd=project, stdout=log, stderr=log, start_new_session=True)
-    seen, last, planned = 0, began, None
-    while planned is None or time.monotonic() < last + 10:  # ten seconds without a new one: that was the last
+    seen, last = 0, began
+    while not seen or time.monotonic() < last + 10:  # ten seconds without a new one: that was the last
         time.sleep(0.5)
         count = len(cluster.jobs())
         if count > seen:
-            seen, last, planned = count, time.monotonic(), True
+            seen, last = count, time.monotonic()
         if running.poll() is not None:
             raise SystemExit((project / "submit.log").read_text()[-3000:])
     os.killpg(running.pid, signal.SIGKILL)
@@ -86,27 +86,25 @@ def submit(project: Path, cluster: mini_slurm.MiniSlurm) -> tuple[float, int]:
 
 
 def main() -> None:
-    rows, reason = [], mini_slurm.missing()
+    reason = mini_slurm.missing()
     with tempfile.TemporaryDirectory(prefix="slurm_plan_") as folder:
+        project = Path(folder) / "project"
+        copy_project(project)
+        write_data(project)
+        plan = timed(SNAKEMAKE, "data_big", "--profile", "slurm", "-n", "--quiet", "all", cwd=project)
+        rows = [row(f"plan_{JOBS}_jobs_s", plan.seconds, "s", PLAN_GOAL_S, "lower", "dry run", jobs=JOBS)]
         if reason:
             print(f"nothing is submitted: {reason}")
-        for jobs in (10_000, 1_000, 10):
-            project = Path(folder) / str(jobs)
-            copy_project(project)
-            write_data(project, jobs)
-            seconds, _ = said(SNAKEMAKE, "data_big", "--profile", "slurm", "-n", "--quiet", "all", cwd=project)
-            rows.append(row(f"plan_{jobs}_jobs_s", seconds, "s", PLAN_GOAL.get(jobs), "lower", "dry run", jobs=jobs))
-            if not reason:
-                with mini_slurm.MiniSlurm(Path(folder) / f"slurm_{jobs}") as cluster:
-                    seconds, count = submit(project, cluster)
-                note = f"{count} Slurm jobs, from the command to the last in the queue"
-                goal = ONE_BY_ONE_S if jobs == 10_000 else None
-                rows.append(row(f"submit_{jobs}_jobs_s", seconds, "s", goal, "lower", note, jobs=jobs))
-            make_outputs(project, jobs)
-            seconds, output = said(SNAKEMAKE, "--profile", "slurm", "data_big", cwd=project)
-            assert "Nothing to be done" in output, output
-            rows.append(row(f"noop_{jobs}_jobs_s", seconds, "s", PLAN_GOAL.get(jobs), "lower", "", jobs=jobs))
-            write_results("slurm", rows[-3:])
+        else:
+            with mini_slurm.MiniSlurm(Path(folder) / "slurm") as cluster:
+                seconds, count = submit(project, cluster)
+            note = f"{count} Slurm jobs, from the command to the last in the queue"
+            rows.append(row(f"submit_{JOBS}_jobs_s", seconds, "s", ONE_BY_ONE_S, "lower", note, jobs=JOBS))
+        make_outputs(project)
+        again = timed(SNAKEMAKE, "--profile", "slurm", "data_big", cwd=project)
+        assert "Nothing to be done" in again.output, again.output
+        rows.append(row(f"noop_{JOBS}_jobs_s", again.seconds, "s", PLAN_GOAL_S, "lower", "", jobs=JOBS))
+    write_results("slurm", rows)
 
 
 if __name__ == "__main__":

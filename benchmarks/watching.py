@@ -14,27 +14,21 @@ import time
 from pathlib import Path
 
 from llava_sft.files import read_json, write_json
-from results import ROOT, row, write_results
+from results import DEMO_RUN, row, single_process, write_results
 
 BLOCK, PAIRS, WARM = 10, 40, 20
 OUT = Path("/tmp/llava_sft_watching")
 
 
 def main() -> None:
-    resolved = read_json(ROOT / "output/stage2_sft_vqa_results/resolved.json")
+    resolved = read_json(DEMO_RUN)
     steps = WARM + 2 * BLOCK * PAIRS
-    resolved["settings"] |= {
-        "train_iters": steps,
-        "lr_decay_iters": steps,
-        "save_interval": 10 * steps,
-        "eval_iters": 0,
-        "log_interval": BLOCK,
-    }
+    resolved["settings"] |= {"train_iters": steps, "lr_decay_iters": steps, "save_interval": 10 * steps}
+    resolved["settings"] |= {"eval_iters": 0, "log_interval": BLOCK}
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     write_json(OUT / "resolved.json", resolved)
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
-    os.environ |= place
+    os.environ |= single_process()
     write_results("watching", measure(resolved))
 
 
@@ -65,7 +59,8 @@ def measure(resolved: dict) -> list[dict]:
         shares = sorted((with_it - without) / off for with_it, without in pairs)
         middle = statistics.median(shares)
         low, high = (shares[len(shares) // 2 + place] for place in (-6, 6))  # order statistics, about 95 % for 40 pairs
-        note = f"median of {len(pairs)} pairs of blocks of {BLOCK} steps, 95 % interval {low:.4f} … {high:.4f}; a step without is {1000 * off / BLOCK:.1f} ms"
+        note = f"median of {len(pairs)} pairs of blocks of {BLOCK} steps, 95 % interval {low:.4f} … {high:.4f}; "
+        note += f"a step without is {1000 * off / BLOCK:.1f} ms"
         rows.append(row("watching_overhead", middle, "of the step", 0.01, "lower", note, clock=name, experiment="vqa"))
     return rows
 

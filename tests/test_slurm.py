@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 import mini_slurm
+from helpers.trainings import Run
 from project_runs import losses, snakemake_command
 from results import row, write_results
-from resume import Run
 
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
 # Two data-parallel ranks, over two nodes or on one machine.

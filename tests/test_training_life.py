@@ -14,12 +14,12 @@ import time
 import psutil
 import pytest
 
+from helpers.trainings import Run, kill, same
 from llava_sft.files import read_json
 from llava_sft.run.checkpoints import damage, iterations_done
 from llava_sft.run.layout import checkpoint_dir, checkpoints
 from llava_sft.run.records import read_jsonl
 from project_runs import snakemake
-from resume import Run, kill, same
 
 STEPS = 9
 HOW = {"train_iters": STEPS, "save_interval": 3, "async_save": True}
@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
             while True:
                 file.write(bytes(1 << 12))
         assert process.wait() == 1, run.said()
-        assert "lies on a full disk" in run.said() and "Traceback" not in run.said(), run.said()
+        assert "is on a full disk" in run.said() and "Traceback" not in run.said(), run.said()
         (folder / "filler").unlink()
         assert run.finish() == 0, run.said()
         assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -108,7 +109,9 @@ class HfSource:
 class RandomAdapter:
     """`load_parts: {adapter: random}`, for stage 1: norms one, biases zero, the rest as Megatron starts a linear layer."""
 
-    folder, config, old_names = RANDOM, {}, False
+    folder = RANDOM
+    config: dict[str, Any] = {}
+    old_names = False
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(42)

@@ -64,7 +64,8 @@ class _SafePickle:
 class LegacySource:
     """One checkpoint folder, its ranks merged, as a source of Megatron tensors. Raises CheckpointError, naming the file."""
 
-    config, old_names = {}, False
+    config: dict[str, Any] = {}
+    old_names = False
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -163,7 +163,7 @@ def check_archive_members(file: Path | io.BytesIO, where: Path | str) -> Any:
     try:
         if stream:
             stream.seek(0)
-        head = stream.getvalue()[:4] if stream else _first_bytes(file, 4)
+        head = file.getvalue()[:4] if isinstance(file, io.BytesIO) else _first_bytes(file, 4)
     except OSError as error:
         raise damaged(where, error) from None
     if head != b"PK\x03\x04":
@@ -221,8 +221,8 @@ def check_crc(path: Path) -> None:
 
 
 def _crc_is_right(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    expected, member.CRC = member.CRC, None  # zipfile then leaves the comparing to us: it would stop at the first
-    crc = 0
+    expected, crc = member.CRC, 0
+    member.CRC = None  # type: ignore[assignment]  # zipfile then leaves the comparing to us: it would stop at the first
     with archive.open(member) as stream:
         while chunk := stream.read(1 << 22):
             crc = zlib.crc32(chunk, crc)

@@ -269,8 +269,14 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
             )
     else:
         content, untrained = _fingerprint_of_iteration(folder), False
-    names = {"old_names": old_names(top), "untrained": untrained}
-    return Start(load=checkpoint.name, folder=folder, sidecars=sidecars, fingerprint=content, **names)
+    return Start(
+        load=checkpoint.name,
+        folder=folder,
+        sidecars=sidecars,
+        fingerprint=content,
+        untrained=untrained,
+        old_names=old_names(top),
+    )
 
 
 def _fingerprint_of_iteration(folder: Path) -> str:

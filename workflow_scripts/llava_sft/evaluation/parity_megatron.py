@@ -31,8 +31,14 @@ def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVisi
     config = transformer_config(model, values)
     config.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    shape = {"vocab_size": model.language.vocab_size, "max_sequence_length": length}
-    built = LlavaOneVision(config, model, **shape, transformer_impl="local", pg_collection=groups)
+    built = LlavaOneVision(
+        config,
+        model,
+        vocab_size=model.language.vocab_size,
+        max_sequence_length=length,
+        transformer_impl="local",
+        pg_collection=groups,
+    )
     built = built.to(torch.bfloat16 if bf16 else torch.float32).to("cpu" if ON_CPU else "cuda")
     built.load_state_dict(dist_checkpointing.load({"model": built.sharded_state_dict()}, str(checkpoint))["model"])
     return built.eval()

@@ -130,3 +130,11 @@ def make_schedule(optimizer: MegatronOptimizer, values: dict[str, Any]) -> Optim
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def current_rates(schedule: OptimizerParamScheduler, values: dict[str, Any]) -> dict[str, float]:
+    """Learning rates now, under Megatron's tag, and of each trained part when they differ."""
+    trained = part_rates(values)
+    now = {part: schedule.get_lr({"max_lr": lr, "min_lr": low}) for part, (lr, low) in trained.items()}
+    parts = {f"learning-rate-{part}": rate for part, rate in now.items()} if len(set(now.values())) > 1 else {}
+    return {"learning-rate": next(iter(now.values())), **parts}

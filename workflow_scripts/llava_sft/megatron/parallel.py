@@ -41,3 +41,10 @@ def seed(number: int) -> None:
     np.random.seed(number)
     torch.manual_seed(number)
     tensor_parallel.model_parallel_cuda_manual_seed(number)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any rank of the training. All ranks call it together."""
+    flags = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags)

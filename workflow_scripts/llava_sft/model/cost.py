@@ -41,7 +41,7 @@ def matmul_parameters(model: ModelConfig) -> tuple[int, int, int, int]:
     for row in tensor_rows(model):
         if len(row.shape) > 1 and row.mcore.endswith("weight") and row.mcore != EMBEDDINGS:
             sizes["output" if row.mcore == OUTPUT_LAYER else row.part.removesuffix("_model")] += prod(row.shape)
-    return tuple(sizes.values())
+    return sizes["language"], sizes["output"], sizes["vision"], sizes["adapter"]
 
 
 def forward_flops(
@@ -103,8 +103,8 @@ def trained_parameters(model: ModelConfig, values: Mapping[str, Any]) -> int:
 
 
 def expected_bytes(parameters: int, trained: int, values: Mapping[str, Any]) -> int:
-    """Size of a checkpoint: weights, and of what is trained two moments and, where the weights are bf16, a float32 master
-    or the 16 bits of it that bf16 lacks."""
+    """Size of a checkpoint: the weights; of those trained also two moments and, where the weights are bf16, a float32 master
+    copy or the 16 bits of it that bf16 lacks."""
     if not values["bf16"]:
         return parameters * 4 + trained * 8
     reduced = values["gpus_per_node"] and values["optimizer_precision"] == "bf16"
@@ -119,7 +119,8 @@ def checkpoint_size(model: ModelConfig, values: Mapping[str, Any]) -> int:
 def state_bytes(model: ModelConfig, values: Mapping[str, Any], replicas: int) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state of the fullest process. `replicas` of the model share the last."""
     total, trained = parameter_count(model), trained_parameters(model, values)
-    weights, optimizer = expected_bytes(total, 0, values), expected_bytes(0, trained, values)  # as in a checkpoint
+    weights: float = expected_bytes(total, 0, values)  # as in a checkpoint
+    optimizer: float = expected_bytes(0, trained, values)
     gradients = 4 * trained
     if values["gpus_per_node"]:
         optimizer /= replicas

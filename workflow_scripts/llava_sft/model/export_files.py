@@ -207,10 +207,11 @@ def tokenizer_added_tokens(hf_dir: Path) -> dict[str, int]:
 def image_limits(folder: Path) -> tuple[int, int] | None:
     """Least and most pixels of an image after resizing, as a folder's preprocessor_config.json says; None if it does not."""
     given = read_object(folder / "preprocessor_config.json", {})
-    size = given.get("size") if isinstance(given.get("size"), dict) else {}
-    limits = [
-        size.get(key, given.get(old)) for key, old in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
-    ]
-    if all(type(limit) is int for limit in limits) and 0 < limits[0] <= limits[1]:
-        return limits[0], limits[1]
+    size = given.get("size")
+    if not isinstance(size, dict):
+        size = {}
+    least = size.get("shortest_edge", given.get("min_pixels"))
+    most = size.get("longest_edge", given.get("max_pixels"))
+    if type(least) is int and type(most) is int and 0 < least <= most:
+        return least, most
     return None

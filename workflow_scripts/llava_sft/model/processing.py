@@ -5,7 +5,7 @@ Conversion jobs ask for the limits alone: NumPy and Pillow are imported where pi
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CHANNELS = 3
-PATCH_SIZE = 14  # pixels, both sides
-MERGE_SIZE = 2  # patches, both sides, that become one token of the language model
+PATCH_SIZE: Final = 14  # pixels, both sides
+MERGE_SIZE: Final = 2  # patches, both sides, that become one token of the language model
 PATCH_VALUES = CHANNELS * PATCH_SIZE**2  # of one patch, flattened
 MIN_PIXELS, MAX_PIXELS = 3136, 1_000_000  # of a resized image, where nobody asks for other limits
 MAX_ASPECT_RATIO = 200  # what the Qwen2-VL image processor accepts

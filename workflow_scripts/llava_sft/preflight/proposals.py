@@ -32,11 +32,9 @@ def proposals(
         scales = tried["seq_length"] / values["seq_length"], min(tried["seq_length"], chunk_tokens(tried)) / piece
         if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size(tried)):
             continue
-        scaled = [
-            MicroBatch(*(rows * scale * each for each in batch))
-            for scale, batch in zip(scales, (mean, largest), strict=True)
-        ]
-        prediction = predict(model, tried, machine, *scaled, calibration)
+        of_mean = MicroBatch(*(rows * scales[0] * each for each in mean))
+        of_largest = MicroBatch(*(rows * scales[1] * each for each in largest))
+        prediction = predict(model, tried, machine, of_mean, of_largest, calibration)
         if fits(prediction, machine):
             found.append((changed, prediction))
     found.sort(key=lambda each: ("seq_length" in each[0], -each[1].tokens_per_s, len(each[0])))

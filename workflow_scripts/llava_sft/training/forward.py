@@ -1,16 +1,18 @@
 """The model of a training, and its forward pass on a micro-batch of the loader."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.config import transformer_config
-from llava_sft.megatron.distributed import report_complete, unwrapped
+from llava_sft.megatron.distributed import reduce_gradients, report_complete, unwrapped
 from llava_sft.model.attention import packed_seq_params
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.llava import LlavaOneVision
@@ -76,6 +78,17 @@ class Forward:
             output.register_hook(self._no_image_gradients)
         return output
 
+    def evaluate(self, batches: Iterable[VlmBatch]) -> Tensor:
+        """[2]: sum of losses, answer tokens."""
+        return torch.vstack([torch.stack((self(batch).sum(), self.count(batch).float())) for batch in batches]).sum(
+            dim=0
+        )
+
+    def count(self, batch: VlmBatch) -> Tensor:
+        """The answer tokens of a batch, [] int. Filled on the device: a copy from the host would wait for the whole forward
+        pass."""
+        return torch.full((), len(batch.answer_labels), dtype=torch.int, device=self.device)
+
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
@@ -85,3 +98,36 @@ class Forward:
 
     def _no_image_gradients(self, gradient: Tensor) -> None:
         report_complete(self.model, self.image_parameters)
+
+
+def through_stages(
+    model: DistributedDataParallel, forward: Forward, next_batch: Callable[[], VlmBatch], micro_batches: int,
+    values: dict[str, Any],
+) -> Tensor | None:  # fmt: skip
+    """Forward, and backward where the model is trained, by Megatron's schedule for a model cut into pipeline stages.
+
+    Returns [2]: this rank's sum of losses and answer tokens, on the last stage; None on the others.
+    """
+
+    def one(data_iterator: None, stage: DistributedDataParallel) -> tuple[Tensor, Callable[[Tensor], tuple]]:
+        batch = next_batch()
+
+        def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total, answers = losses.sum(), forward.count(batch)
+            return total, answers, torch.stack((total.detach(), answers.float()))
+
+        return forward(batch), loss
+
+    model.config.finalize_model_grads_func = reduce_gradients
+    if model.ddp_config.overlap_grad_reduce:
+        model.config.no_sync_func = model.no_sync
+    reports = get_forward_backward_func()(
+        forward_step_func=one,
+        data_iterator=None,
+        model=[model],
+        num_microbatches=micro_batches,
+        seq_length=values["seq_length"],
+        micro_batch_size=values["micro_batch_size"],
+        forward_only=not model.training,
+    )
+    return torch.vstack(reports).sum(dim=0) if reports else None

@@ -14,22 +14,20 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llava_sft.data.loader import VlmBatch
-from llava_sft.megatron.distributed import clip, reduce_gradients
+from llava_sft.megatron.distributed import clip, current_rates, reduce_gradients
+from llava_sft.megatron.parallel import any_rank
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.cost import training_flops
-from llava_sft.settings.resolve import part_rates
 from llava_sft.training import validation
-from llava_sft.training.forward import Forward
+from llava_sft.training.forward import Forward, through_stages
 from llava_sft.training.saving import Saves
 from llava_sft.training.validation import HeldOut
 from llava_sft.training.watch import Watch
 
 COLLECT_EVERY = 100  # steps: a garbage collection at its own time would stop the host, and the GPU with it
-LOSS = "lm loss"
 BEGAN = time.monotonic()  # of the process: `max_minutes` counts from here
 
 
@@ -71,7 +69,7 @@ class Loop:
             iteration += 1
             self.log(iteration, sums, norm)
             if self.held_out and iteration % self.values["eval_interval"] == 0:
-                self.validate(iteration)
+                self.validate(self.held_out, iteration)
             if self.on_gpu and iteration % COLLECT_EVERY == 0:
                 gc.collect()
             stop = self.must_stop()
@@ -80,10 +78,10 @@ class Loop:
             if stop:
                 break
         else:
+            if self.held_out and last % self.values["eval_interval"]:
+                self.validate(self.held_out, last)
             if last % interval and self.first < last:
                 self.saves.save(last)
-            if self.held_out and last % self.values["eval_interval"]:
-                self.validate(last)
         self.saves.finish(wait=True)
 
     def forward_backward(self) -> Tensor:
@@ -91,7 +89,7 @@ class Loop:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.stages > 1:
-            return self._through_stages()
+            return self._through_stages(self.next_batch)
         self.model.set_is_first_microbatch()  # weights are cast to FP8 once a step
         sums = []
         answers = torch.zeros((), dtype=torch.int, device=self.forward.device)
@@ -106,7 +104,7 @@ class Loop:
                 with nullcontext() if final else self.model.no_sync():
                     total.backward()
                 loss += total.detach()
-            count = self._count(batch)
+            count = self.forward.count(batch)
             sums.append(torch.stack((loss, count.float())))
             answers += count
         reduce_gradients([self.model], answers)
@@ -132,54 +130,39 @@ class Loop:
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         size = parallel_state.get_tensor_model_parallel_world_size()
         if parallel_state.get_tensor_model_parallel_rank() == size - 1:
-            loss, rates = float(sums[0] / sums[1]), self.rates()
-            if self.watch.tensorboard:
-                for name, value in ((LOSS, loss), ("learning-rate", rates["learning-rate"]), ("grad-norm", norm)):
-                    self.watch.tensorboard.add_scalar(name, value, iteration)
+            loss, rates = float(sums[0] / sums[1]), current_rates(self.scheduler, self.values)
             self.watch.step(iteration, loss, rates, norm, memory_gib(self.on_gpu))
 
-    def rates(self) -> dict[str, float]:
-        """Current learning rates under Megatron's tag, and of each trained part when they differ."""
-        trained = part_rates(self.values)
-        now = {part: self.scheduler.get_lr({"max_lr": lr, "min_lr": low}) for part, (lr, low) in trained.items()}
-        parts = {f"learning-rate-{part}": rate for part, rate in now.items()} if len(set(now.values())) > 1 else {}
-        return {"learning-rate": next(iter(now.values())), **parts}
-
     @torch.no_grad()
-    def validate(self, iteration: int) -> None:
+    def validate(self, held_out: HeldOut, iteration: int) -> None:
         """The loss on the held-out samples, the same at every validation, and a few of them answered."""
         began = time.perf_counter()
-        self.held_out.rewind()
+        held_out.rewind()
         self.model.eval()
         total = torch.zeros(2, device=self.forward.device)
         for _ in range(self.values["eval_iters"]):
-            sums = self._through_stages(training=False) if self.stages > 1 else self._evaluate()
+            batches = (next(held_out) for _ in range(self.micro_batches))
+            sums = self._through_stages(batches.__next__) if self.stages > 1 else self.forward.evaluate(batches)
             if sums is not None:
                 torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
                 total += sums
         if sums is not None and self.watch.writes:
-            self._note(iteration, float(total[0] / total[1]))
+            self._note(held_out, iteration, float(total[0] / total[1]))
         self.model.train()
         self.watch.pause(time.perf_counter() - began)
 
-    def _note(self, iteration: int, loss: float) -> None:
-        examples, found = self.held_out.examples(self.values["log_answers"]), []
+    def _note(self, held_out: HeldOut, iteration: int, loss: float) -> None:
+        examples, found = held_out.examples(self.values["log_answers"]), []
         if torch.distributed.get_world_size() == self.replicas:  # this rank has a whole model
             limit = self.values["max_new_tokens"]
-            found = validation.answers(self.model, self.held_out, len(examples), limit, self.forward.device)
+            found = validation.answers(self.model, held_out, len(examples), limit, self.forward.device)
         validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
-
-    def _evaluate(self) -> Tensor:
-        batches = [next(self.held_out) for _ in range(self.micro_batches)]
-        return torch.vstack([torch.stack((self.forward(b).sum(), self._count(b).float())) for b in batches]).sum(dim=0)
 
     def must_stop(self) -> bool:
         """Whether any rank was asked to end, or has trained for max_minutes."""
         minutes = self.values["max_minutes"]
         over = minutes is not None and time.monotonic() - BEGAN > 60 * minutes
-        asked = torch.tensor(int(self.asked or over), device=self.forward.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return bool(asked)
+        return any_rank(self.asked or over, self.forward.device)
 
     def next_batch(self) -> VlmBatch:
         """The next micro-batch; the watch learns how long it took and what it holds."""
@@ -193,36 +176,8 @@ class Loop:
         self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
         return batch
 
-    def _through_stages(self, training: bool = True) -> Tensor | None:
-        """Forward and backward by Megatron's schedule, where the model is cut into pipeline stages. [2] as above, on the
-        last stage."""
-        self.model.config.finalize_model_grads_func = reduce_gradients
-        if self.model.ddp_config.overlap_grad_reduce:
-            self.model.config.no_sync_func = self.model.no_sync
-        reports = get_forward_backward_func()(
-            forward_step_func=self._stage,
-            data_iterator=None,
-            model=[self.model],
-            num_microbatches=self.micro_batches,
-            seq_length=self.values["seq_length"],
-            micro_batch_size=self.values["micro_batch_size"],
-            forward_only=not training,
-        )
-        return torch.vstack(reports).sum(dim=0) if reports else None
-
-    def _stage(self, data_iterator: None, model: DistributedDataParallel) -> tuple[Tensor, Callable[[Tensor], tuple]]:
-        """One stage's forward pass, as the schedule asks for it: what goes to the next stage, and how a loss is made of it."""
-        batch = self.next_batch() if model.training else next(self.held_out)
-
-        def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, answers = losses.sum(), self._count(batch)
-            return total, answers, torch.stack((total.detach(), answers.float()))
-
-        return self.forward(batch), loss
-
-    def _count(self, batch: VlmBatch) -> Tensor:
-        # Filled on the device: a copy from the host would wait for the whole forward pass.
-        return torch.full((), len(batch.answer_labels), dtype=torch.int, device=self.forward.device)
+    def _through_stages(self, next_batch: Callable[[], VlmBatch]) -> Tensor | None:
+        return through_stages(self.model, self.forward, next_batch, self.micro_batches, self.values)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True

@@ -26,6 +26,9 @@ SLOW_LOADING = 0.2  # share of the time that steps wait for data
 SUMS = ("losses", "waited", "tokens", "padded", "flops")  # since the last record
 
 
+EVERY_STEP = ("lm loss", "learning-rate", "grad-norm")  # in TensorBoard; what else a record holds, at each log interval
+
+
 class Watch:
     """Collects what Megatron does not count, and writes a record at each log interval.
 
@@ -35,7 +38,7 @@ class Watch:
         first: the step that the run resumes from.
         writes: whether this rank writes the records that are the same on all ranks.
         peak: FLOP/s of all devices of one replica, None if unknown.
-        tensorboard: Megatron's writer, or None.
+        tensorboard: a SummaryWriter, or None on the ranks that write none.
     """
 
     def __init__(
@@ -58,7 +61,8 @@ class Watch:
             purge(tensorboard, first)
 
     def reset(self) -> None:
-        self.started, self.losses = time.perf_counter(), []
+        self.started = time.perf_counter()
+        self.losses: list[float] = []
         self.waited, self.tokens, self.padded, self.flops = 0.0, 0, 0, 0.0
 
     def save(self, iteration: int) -> None:
@@ -107,6 +111,7 @@ class Watch:
             self._note_samples(iteration, ids)
         self._judge(iteration, loss, grad_norm, ids)
         self.losses.append(loss)
+        self._draw(iteration, dict(zip(EVERY_STEP, (loss, rates["learning-rate"], grad_norm), strict=True)))
         if iteration % self.values["log_interval"] and iteration != self.values["train_iters"]:
             return
         seconds, steps = time.perf_counter() - self.started, len(self.losses)
@@ -126,14 +131,19 @@ class Watch:
             record["mfu"] = self.flops / seconds / self.peak
         if self.writes:
             append(self.run_dir / METRICS, record)
-            if self.tensorboard:  # what Megatron itself does not write
-                for key in record.keys() - {"iteration", "train_iters", "lm loss", "learning-rate", "grad-norm"}:
-                    self.tensorboard.add_scalar(key, record[key], iteration)
+            self._draw(
+                iteration, {key: record[key] for key in record.keys() - {"iteration", "train_iters", *EVERY_STEP}}
+            )
             if self.warm and not self.said_slow and record["data_wait_share"] > SLOW_LOADING:
                 self.said_slow = True
                 self.say(iteration, slow_loading(self.values, record["tokens_per_s"], record["data_wait_share"]))
         self.warm = True
         self.reset()
+
+    def _draw(self, iteration: int, values: dict[str, float | None]) -> None:
+        for name, value in values.items() if self.tensorboard else ():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, iteration)
 
     def _note_samples(self, iteration: int, ids: list[str]) -> None:
         if not self.samples_cut:  # not before: of the ranks that share these samples only one gets here
