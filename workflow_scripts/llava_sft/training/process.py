@@ -137,7 +137,7 @@ def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop:
     state = state_bytes(ModelConfig(**resolved["model"]), values, data_parallel_size(values))
     memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
-    return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest, values["gpus_per_node"])
+    return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest)
 
 
 def main(resolved_path: str, run_dir: str) -> None:
