@@ -212,21 +212,21 @@ def test_slow_loading_names_the_workers_that_keep_up(monkeypatch):
 
 def test_out_of_memory_names_the_parts_and_the_setting():
     memory = {"weights": 9.0, "gradients": 18.0, "optimizer": 54.0, "total": 90.0}
-    error = out_of_memory(VALUES, memory, {"rows": 4, "tokens": 1000, "patches": 200, "image": 16}, gpus=1)
+    error = out_of_memory(VALUES, memory, {"rows": 4, "tokens": 1000, "patches": 200, "image": 16})
     assert "4 × 1000 tokens" in error.problem and "activations and the rest 9.00" in error.problem
     assert "micro_batch_size: 2" in error.fix
     alone = VALUES | {"micro_batch_size": 1}
     assert (
         "tensor_model_parallel_size: 2"
-        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 9, "image": 9}, 8).fix
+        in out_of_memory(alone | {"gpus_per_node": 8}, memory, {"rows": 1, "tokens": 9, "patches": 9, "image": 9}).fix
     )
     assert (
         "max_pixels: 500000"
-        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}, 1).fix
+        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}).fix
     )
     packed = alone | {"packing": True}
     largest = {"rows": 1, "tokens": 8192, "patches": 9, "image": 9}
-    assert out_of_memory(packed, memory, largest, 1).fix.startswith("pack_chunk_tokens: 4096")
+    assert out_of_memory(packed, memory, largest).fix.startswith("pack_chunk_tokens: 4096")
 
 
 def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
@@ -235,7 +235,7 @@ def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
     packed = VALUES | {"packing": True, "micro_batch_size": 1, "gpus_per_node": 8}
     smaller = less_memory(packed, largest["tokens"])
     assert smaller["pack_chunk_tokens"] == [3000, 1500] and smaller["tensor_model_parallel_size"] == [2, 4]
-    fix = out_of_memory(packed, memory, largest, 8).fix
+    fix = out_of_memory(packed, memory, largest).fix
     assert (
         "pack_chunk_tokens: 3000" in fix and "recompute_language: full (slower" in fix and "recompute_vision" not in fix
     )

@@ -12,6 +12,7 @@ VALUES = {
     "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
     "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
     "pipeline_model_parallel_size": 1, "recompute_vision": "none", "recompute_language": "none", "optimizer_precision": "fp32",
+    "gpus_per_node": 1,
 }  # fmt: skip
 
 
