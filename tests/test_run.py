@@ -243,14 +243,13 @@ def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "12")
     arguments = ["run.json", "run_dir"]
     argv = node_command(JOB, nodes, count, gpus, ["--mpi=none"], arguments)
-    srun, task = argv[: argv.index(sys.executable)], argv[argv.index(sys.executable) + 1 :]
+    srun, (_, *task) = argv[: argv.index(sys.executable)], argv[argv.index(sys.executable) :]
     given = {f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--mpi=none", "--kill-on-bad-exit=1"}
     assert srun[0] == "srun" and given <= set(srun)
     assert [word for word in srun if "gres" in word] == ([f"--gres=gpu:{gpus}"] if gpus else [])
     address = task[2]
     assert task == ["-m", "llava_sft.training.launcher", address, str(count), *arguments]
     assert address.startswith(f"{JOB.first_address}:")
-
     last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}
     argv, environment = command(count, arguments, "/tmp/s", rendezvous(address, last))
     assert argv[-4:] == ["-m", "llava_sft.training", *arguments]
