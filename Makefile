@@ -24,8 +24,9 @@ $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 
 setup: $(READY)
 
+# A file of tests is run by one of two processes; ARGS="-n 0": one after the other.
 test: checks
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Time limits, scancel, a dead node and a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
 test-slurm: $(READY)

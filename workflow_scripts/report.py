@@ -17,7 +17,7 @@ from llava_sft.report.figures import best_validation, measured, wilson_interval
 from llava_sft.report.html import render
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.coverage import count_samples
-from llava_sft.run.layout import SAMPLE_COUNTS, VALIDATION, checkpoint_dir
+from llava_sft.run.layout import SAMPLE_COUNTS, TENSORBOARD, VALIDATION, checkpoint_dir
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import ResolvedData
 
@@ -142,8 +142,8 @@ def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
         found["export (Hugging Face)"] = str(export)
     logs = sorted(run_dir.glob("run_*.log"))
     found |= {"log" if len(logs) == 1 else f"log {n}": str(path) for n, path in enumerate(logs, 1)}
-    if (run_dir / "tensorboard").is_dir():
-        found["TensorBoard"] = f"tensorboard --logdir {run_dir}/tensorboard"
+    if (run_dir / TENSORBOARD).is_dir():
+        found["TensorBoard"] = f"tensorboard --logdir {run_dir / TENSORBOARD}"
     return found
 
 

@@ -33,7 +33,7 @@ from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.preflight.cost import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
-from llava_sft.run.layout import FAILURE, checkpoint_dir  # noqa: E402
+from llava_sft.run.layout import FAILURE, TENSORBOARD, checkpoint_dir  # noqa: E402
 from llava_sft.settings.resolve import ResolvedSettings  # noqa: E402
 from llava_sft.settings.resolved import Resolved, ResolvedData  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
@@ -73,7 +73,7 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
     if first:
         restore_position(loader, run_dir, first)
     writes = torch.distributed.get_rank() == world_size - 1
-    tensorboard = SummaryWriter(run_dir / "tensorboard", max_queue=1000) if writes else None
+    tensorboard = SummaryWriter(run_dir / TENSORBOARD, max_queue=1000) if writes else None
     peak = peak_flops(device)
     peak = peak and peak * world_size // replicas
     watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
