@@ -116,14 +116,14 @@ def checkpoint_size(model: ModelConfig, values: ResolvedSettings) -> int:
     return expected_bytes(parameter_count(model), trained_parameters(model, values), values)
 
 
-def state_bytes(model: ModelConfig, values: ResolvedSettings, replicas: int) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer state of the fullest process. `replicas` of the model share the last."""
+def state_bytes(model: ModelConfig, values: ResolvedSettings) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state of the fullest process. On GPUs all replicas share the last."""
     total, trained = parameter_count(model), trained_parameters(model, values)
     weights: float = expected_bytes(total, 0, values)  # as in a checkpoint
     optimizer: float = expected_bytes(0, trained, values)
     gradients = 4 * trained
     if values.on_gpu:
-        optimizer /= replicas
+        optimizer /= values.data_parallel_size
         weights += 0 if values.fp8 == "none" else FP8_COPIES * total
         gradients = (4 if values.optimizer_precision == "fp32" else 2) * trained
     split = values.model_parallel_size

@@ -135,7 +135,7 @@ def time_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, 
     to do), and of attention."""
     llm, vit = step_flops(model, values, batch)
     micro_batches = _micro_batches(values)
-    state = state_bytes(model, values, values.data_parallel_size)
+    state = state_bytes(model, values)
     calls = micro_batches * max(1.0, batch.tokens / chunk_tokens(values))
     products, of_model = ([llm, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([0.0, llm], [0.0, calls])
     attentions = 0.0
@@ -168,7 +168,7 @@ def predict(
     calibration: Calibration,
 ) -> Prediction:
     """What one step of these settings takes on this machine."""
-    state = {name: size / GIB for name, size in state_bytes(model, values, values.data_parallel_size).items()}
+    state = {name: size / GIB for name, size in state_bytes(model, values).items()}
     fixed, language, vision = (
         factor * term for factor, term in zip(calibration.memory, memory_terms(model, values, largest), strict=True)
     )

@@ -134,7 +134,7 @@ def explain(error: BaseException, resolved: Resolved, run_dir: Path, loop: Loop 
     ):
         return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
     values = resolved.settings
-    state = state_bytes(ModelConfig(**resolved.model), values, values.data_parallel_size)
+    state = state_bytes(ModelConfig(**resolved.model), values)
     memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
     return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest)
