@@ -62,8 +62,8 @@ def test_a_recorded_run_is_predicted_from_the_others():
             run.model, run.values, run.machine, run.mean, run.largest,
             calibrate([other for other in runs if other is not run]),
         )  # fmt: skip
-        assert guess.memory_gib == pytest.approx(run.memory_gib, rel=0.1)
-        assert guess.step_s == pytest.approx(run.step_s, rel=0.2)
+        assert guess.memory_gib == pytest.approx(run.memory_gib, rel=0.05)
+        assert guess.step_s == pytest.approx(run.step_s, rel=0.1)
 
 
 def test_recomputation_saves_memory_and_costs_time(sizes):
