@@ -222,7 +222,8 @@ def check_crc(path: Path) -> None:
 
 
 def _crc_is_right(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    expected, member.CRC = member.CRC, None  # zipfile then leaves the comparing to us: it would stop at the first
+    expected = member.CRC
+    member.CRC = None  # type: ignore[assignment]  # zipfile then leaves the comparing to us: it would stop at the first
     crc = 0
     with archive.open(member) as stream:
         while chunk := stream.read(1 << 22):
