@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +14,8 @@ from llava_sft.model.cost import MicroBatch, state_bytes
 from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time_terms
 from llava_sft.settings.layers import CONFIG_DIR
 from llava_sft.settings.resolve import data_parallel_size
+from results import RESULTS
 
-RECORDED = Path(__file__).parent / "results" / "preflight.json"
 ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
 
 
@@ -36,7 +35,7 @@ class Recorded(NamedTuple):
 def recorded() -> tuple[Recorded, ...]:
     """The recorded runs."""
     by_settings: dict[str, dict[str, Any]] = {}
-    for row in read_json(RECORDED, {"rows": []})["rows"]:
+    for row in read_json(RESULTS / "preflight.json", {"rows": []})["rows"]:
         if row["metric"] in ("peak_memory_gib", "step_s"):
             by_settings.setdefault(row["settings"]["run"], {"settings": row["settings"]})[row["metric"]] = row["value"]
     return tuple(_recorded(**run) for run in by_settings.values())
@@ -44,12 +43,8 @@ def recorded() -> tuple[Recorded, ...]:
 
 def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
     model = load_model_config(CONFIG_DIR / "models" / f"{settings['values']['model']}.yaml")
-    mean, largest, machine = (
-        MicroBatch(*settings["mean"]),
-        MicroBatch(*settings["largest"]),
-        Machine(*settings["machine"]),
-    )
-    return Recorded(model, settings["values"], machine, mean, largest, peak_memory_gib, step_s)
+    mean, largest = MicroBatch(*settings["mean"]), MicroBatch(*settings["largest"])
+    return Recorded(model, settings["values"], Machine(*settings["machine"]), mean, largest, peak_memory_gib, step_s)
 
 
 def calibrate(runs: Collection[Recorded]) -> Calibration:

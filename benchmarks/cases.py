@@ -77,4 +77,4 @@ def run_settings(model: str, overrides: dict) -> dict:
     from results import ROOT
 
     layers.CONFIG_DIR = ROOT / "config"
-    return resolve.resolve(layers.load_settings("vqa", RUN | {"model": model} | overrides), 1000)[0]
+    return resolve.resolve(layers.load_settings("vqa", RUN | {"model": model} | overrides), 1000)[0].dump()

@@ -60,7 +60,7 @@ def record() -> None:
         window = packing_window(settings, sizes.tokens)
         capacity = settings.seq_length if settings.packing else None
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
-        values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
+        values = resolve(settings, len(sizes.tokens), epoch=epoch)[0].dump()
         values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
         mean, largest = predict.mean_and_largest(sizes, values, epoch.packs if settings.packing else None)
         machine = this_machine(values)
