@@ -12,9 +12,8 @@ from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.cost import MicroBatch, state_bytes
 from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time_terms
-from llava_sft.settings.layers import CONFIG_DIR
 from llava_sft.settings.resolve import data_parallel_size
-from results import RESULTS
+from results import RESULTS, ROOT
 
 ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
 
@@ -42,7 +41,7 @@ def recorded() -> tuple[Recorded, ...]:
 
 
 def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
-    model = load_model_config(CONFIG_DIR / "models" / f"{settings['values']['model']}.yaml")
+    model = load_model_config(ROOT / "config/models" / f"{settings['values']['model']}.yaml")
     mean, largest = MicroBatch(*settings["mean"]), MicroBatch(*settings["largest"])
     return Recorded(model, settings["values"], Machine(*settings["machine"]), mean, largest, peak_memory_gib, step_s)
 

@@ -41,7 +41,7 @@ def main(tokenizer: str) -> None:
 
     limits = ChatTemplate(tokenizer), 2048, 3136, 50_000
     packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)  # 128: FP8 wants 16
-    encoded = [packing.postencode_sample(packing.preencode_sample(sample)) for sample in samples()]
+    encoded = [packing.encode_sample(sample) for sample in samples()]
     packed = packing.batch([packing.pack_selected_samples(encoded)])
 
     def losses_and_gradients(batches):

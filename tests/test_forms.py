@@ -22,7 +22,7 @@ from transformers import Qwen2Tokenizer
 from faults import server
 from faults.project import ORDER, commands, environment, make_project
 from llava_sft.checkpoint.safetensors_io import old_name
-from llava_sft.data.lengths import sizes_of
+from llava_sft.data.sizes import SampleSizes
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.tiny import random_weights, write_tiny_checkpoint
@@ -281,7 +281,7 @@ def test_a_folder_as_the_hub_serves_it_is_trained_and_exported_with_all_that_inf
         asked, answer = (turn["value"] for turn in json.loads(line)["conversations"])
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         lengths.append(len(tokenizer.apply_chat_template(turns)["input_ids"]))  # an image is one
-    sizes = sizes_of(read_json(results / "sizes.json"))
+    sizes = SampleSizes.of(read_json(results / "sizes.json"))
     images = [sum(patches) // 4 for patches in sizes.patches]
     assert [tokens - image + 1 for tokens, image in zip(sizes.tokens, images, strict=True)] == lengths
 

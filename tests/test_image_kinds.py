@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb, image_grid
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 from llava_sft.model.processing import to_patches
 from webdataset_helpers import picture
 

@@ -160,7 +160,7 @@ def test_a_failed_index_leaves_the_old_one(tmp_path, monkeypatch):
     def disk_full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("llava_sft.data.index._write_sqlite", disk_full)
+    monkeypatch.setattr("llava_sft.data.nv_meta._write_index", disk_full)
     with pytest.raises(OSError, match="disk full"):
         indexed(raw)
     assert contents(raw.wds) == before

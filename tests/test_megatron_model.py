@@ -113,7 +113,7 @@ def loader_batch(folder, conversations, packing=False, pad_multiple=1):
         Conversation(__key__=str(i), **keys, messages=messages, images=[png(p) for p in pictures])
         for i, (messages, pictures) in enumerate(conversations)
     ]
-    return encoder.batch([encoder.postencode_sample(encoder.preencode_sample(sample)) for sample in samples])
+    return encoder.batch([encoder.encode_sample(sample) for sample in samples])
 
 
 def answer_losses(model, batch):

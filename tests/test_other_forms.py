@@ -8,9 +8,9 @@ import pytest
 
 from llava_sft.data.formats import format_of
 from llava_sft.data.image_checks import ImageRoot
-from llava_sft.data.index import index_webdataset, too_many_rejects
+from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import parse_record
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected, too_many_rejects
 from llava_sft.errors import DataError
 from webdataset_helpers import Raw, record
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from calibration import all_factors, calibrate, of_device, recorded
-from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.order import Passes
+from llava_sft.data.sizes import SampleSizes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config

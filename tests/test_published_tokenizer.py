@@ -6,8 +6,9 @@ import json
 import pytest
 from transformers import Qwen2Tokenizer
 
+from llava_sft.data.findings import TokenCounter
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.inspect import TokenCounter, inspect_webdataset
+from llava_sft.data.inspect import inspect_webdataset
 from llava_sft.model.export_files import CHAT_TEMPLATE_FILE, tokenizer_token_ids
 from llava_sft.model.template import ChatTemplate, UnusableSample
 from published_tokenizer import ADDED, GROUNDING, PLAIN, VOCABULARY, ranks, write_tokenizer

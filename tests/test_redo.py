@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from llava_sft.data.heldout import read_split
+from llava_sft.data.stored import read_split
 from project_runs import planned, snakemake
 from webdataset_helpers import picture, record
 

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_sft.data.adopt import adopt_webdataset
-from llava_sft.data.heldout import read_split
+from llava_sft.data.hold_out import choose_heldout
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import inspect_webdataset
-from llava_sft.data.split import choose_heldout
-from llava_sft.data.tars import is_finished, read_meta
+from llava_sft.data.nv_meta import is_finished, read_meta
+from llava_sft.data.stored import read_split
 from llava_sft.errors import DataError
 from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
@@ -299,7 +299,7 @@ def test_what_can_not_be_adopted_is_one_message(tmp_path):
     for name, message in (
         ("odd", "known layout"),
         ("two", "mixes layouts"),
-        ("cut", "can not be read"),
+        ("cut", "cannot be read"),
         ("none", "no .tar"),
     ):
         with pytest.raises(DataError, match=message):

@@ -46,7 +46,7 @@ class Raw:
         return [
             convert_range(self.path, self.images, self.wds, self.parts, prefix, part)
             for part in plan_ranges(self.path, range_bytes)
-            if only is None or part.index in only
+            if only is None or part.number in only
         ]
 
 

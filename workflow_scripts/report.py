@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from llava_sft.data.index import told_leak
+from llava_sft.data.index import leak_note
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
@@ -119,7 +119,7 @@ def page(args: argparse.Namespace) -> str:
         validations=validations,
         best=best_validation(validations),
         interval=wilson_interval,
-        leak=found["dataset"] and told_leak(found["dataset"]),
+        leak=found["dataset"] and leak_note(found["dataset"]),
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example["correct"]],
         right=[example for example in examples if example["correct"]],

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import inspect_webdataset
-from llava_sft.data.tars import find_layout, first_layout, is_finished, walk_tar
+from llava_sft.data.nv_meta import is_finished
+from llava_sft.data.tars import find_layout, first_layout, walk_tar
 from llava_sft.errors import SftError
 from webdataset_helpers import Raw, record
 

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.data.heldout import data_uri
 from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
+from llava_sft.report.pictures import data_uri
 
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12  # samples whose answers the report shows, with their pictures
 

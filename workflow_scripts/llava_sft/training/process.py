@@ -21,8 +21,8 @@ from megatron.core import parallel_state  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
-from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
+from llava_sft.data.sizes import read_sizes  # noqa: E402
 from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
@@ -88,7 +88,12 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
 
 
 def make_loader(
-    values: dict[str, Any], data: dict[str, Any], run_dir: Path, limits: tuple, rank: int, replicas: int
+    values: dict[str, Any],
+    data: dict[str, Any],
+    run_dir: Path,
+    limits: tuple[ChatTemplate, int, int, int],
+    rank: int,
+    replicas: int,
 ) -> TrainingLoader:
     """Micro-batches of this data-parallel rank."""
     return train_loader(

@@ -58,22 +58,22 @@ def check_blend(config: Any) -> dict[str, dict[str, float]]:
     if not isinstance(config, dict) or not isinstance(config.get("splits"), dict):
         raise ValueError("has no mapping `splits`")
     _exactly({key: value for key, value in config.items() if key != "splits"}, BLEND)
-    found: dict[str, dict[str, float]] = {}
+    draws: dict[str, dict[str, float]] = {}
     for split, entry in config["splits"].items():
         if split not in ("train", "val", "test") or not isinstance(entry, dict) or entry.keys() != {"blend"}:
             raise ValueError(f"split {shown(split)}: only a blend of train, val or test is known")
         if not isinstance(entry["blend"], list):
             raise ValueError(f"the blend of {split} is no list")
-        found[split] = {}
-        for part in entry["blend"]:
-            name, weight = (part.get("path"), part.get("weight")) if isinstance(part, dict) else (None, None)
+        draws[split] = {}
+        for source in entry["blend"]:
+            name, weight = (source.get("path"), source.get("weight")) if isinstance(source, dict) else (None, None)
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
                 raise ValueError(f"path {shown(name)}: the name of a folder beside the file is due")
-            if type(weight) not in (int, float) or not 0 < weight < 1e18:
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < 1e18:
                 raise ValueError(f"{name}: weight {shown(weight)} is no number above 0")
-            _exactly(part, {"path": name, "weight": weight, "subflavors": {"source": name}})
-            found[split][name] = weight
-    return found
+            _exactly(source, {"path": name, "weight": weight, "subflavors": {"source": name}})
+            draws[split][name] = weight
+    return draws
 
 
 def _exactly(config: dict, known: dict) -> None:
