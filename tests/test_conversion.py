@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, contents, picture, record
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.plan import Range, plan_ranges
 from llava_sft.data.rejects import Rejected
 from llava_sft.data.shards import TarWriter, convert_range, idx_bytes
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, contents, picture, record
 
 
 def rows(raw: Raw, kind: str) -> list[dict]:

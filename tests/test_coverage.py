@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import report
-from conftest import MAX_PIXELS, MIN_PIXELS
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import Raw, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.nv_meta import METADATASET
@@ -20,7 +21,6 @@ from llava_sft.model.template import ChatTemplate
 from llava_sft.run.coverage import count_samples, sample_counts, summary
 from llava_sft.run.layout import SAMPLE_COUNTS
 from llava_sft.training.watch import Watch
-from webdataset_helpers import Raw, record
 
 
 def note(run_dir, *ranks):

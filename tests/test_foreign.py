@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.webdatasets import Raw, picture, record, tar_of, turns
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset, read_finished
 from llava_sft.data.inspect import inspect_webdataset
@@ -25,8 +26,6 @@ from llava_sft.data.verify import find_damages, note_dataset, notes_of
 from llava_sft.errors import DataError, SftError
 from llava_sft.files import read_json, write_json
 from llava_sft.paths import Paths
-from test_split_and_sources import tar_of, turns
-from webdataset_helpers import Raw, picture, record
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from helpers.webdatasets import Raw, contents, picture, record
 from llava_sft.data import formats
 from llava_sft.data.formats import FORMATS, format_of
 from llava_sft.data.index import index_webdataset
@@ -20,7 +21,6 @@ from llava_sft.data.rejects import Rejected, read_rejects
 from llava_sft.data.shards import convert_range
 from llava_sft.errors import DataError
 from llava_sft.files import write_json
-from webdataset_helpers import Raw, contents, picture, record
 
 
 def openai(number: int, image: str | None) -> dict:

@@ -10,10 +10,11 @@ import sys
 import pytest
 import xxhash
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, contents, picture, read_with_energon, record
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
 
 def indexed(raw: Raw, **options) -> dict:

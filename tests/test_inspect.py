@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.findings import TokenCounter, distribution
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import index_webdataset
@@ -25,7 +27,6 @@ from llava_sft.model.processing import image_tokens, to_patches
 from llava_sft.model.template import ChatTemplate
 from llava_sft.report.inspection import inspection_page
 from llava_sft.report.pictures import thumbnail
-from webdataset_helpers import SCRIPTS, Raw, picture, record
 
 
 @pytest.fixture

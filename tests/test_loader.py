@@ -14,7 +14,8 @@ import torch
 from megatron.energon import SkipSample, WorkerConfig, get_loader, get_train_dataset
 from PIL import Image
 
-from conftest import MAX_PIXELS, MIN_PIXELS
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.packing import PACKED_IDS
@@ -25,7 +26,6 @@ from llava_sft.data.stream import Ranks, train_loader, worker_ended
 from llava_sft.errors import DataError, RunError
 from llava_sft.model.template import ChatTemplate
 from llava_sft.training import validation
-from webdataset_helpers import Raw, picture, record
 
 RECORDS = 24
 LOADERS = []

@@ -4,9 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import Counter
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, contents, mix, picture, read_with_energon, record, tar_of, turns
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.hold_out import choose_heldout
 from llava_sft.data.index import index_webdataset
@@ -21,7 +21,6 @@ from llava_sft.data.inspect import inspect_webdataset
 from llava_sft.data.nv_meta import is_finished, read_meta
 from llava_sft.data.stored import read_split
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
 # ------------------------------------------------------------------------------------------------------ split
 
@@ -165,36 +164,6 @@ def test_a_source_that_is_held_out_whole_is_evaluated_and_inspected(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- adoption
-
-
-def tar_of(path: Path, members: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
-
-
-def turns(number: int, images: int = 1) -> list[dict[str, str]]:
-    question = "<image>" * images + f"Question {number}?"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": f"Answer {number}."}]
-
-
-def mix(path: Path, numbers: range, videos: int = 0) -> None:
-    members: dict[str, Any] = {}
-    for n in numbers:
-        names = [["0_photo.JPG", "1_é b.c.png"], ["0_photo"], []][n % 3]
-        key = f"{'image' if names else 'text'}_{n}"
-        members |= {f"{key}.{name}": picture("JPEG" if "J" in name else "PNG") for name in names}
-        members[f"{key}.json"] = {"texts": turns(n, len(names)), "media": key[:5].strip("_"), "name": names}
-    for n in range(videos):
-        members |= {
-            f"video_{n}.0_v.mp4": b"v",
-            f"video_{n}.json": {"texts": turns(n), "media": "video", "name": ["0_v.mp4"]},
-        }
-    tar_of(path, members)
 
 
 def original_meta(folder: Path, shards: list[str]) -> None:

@@ -71,7 +71,7 @@ def convert_all(ranges: list[tuple[str, Range]], convert: Callable[..., dict[str
     with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
         for raw, cut in ranges:
 
-            def show(raw_bytes: int, records: int, begun: int = bar.n) -> None:
+            def show(raw_bytes: int, records: int, begun: float = bar.n) -> None:
                 records += sum(stats["read"] for stats in all_stats)
                 bar.set_postfix_str(f"{records:,} records", refresh=False)
                 bar.update(begun + raw_bytes - bar.n)

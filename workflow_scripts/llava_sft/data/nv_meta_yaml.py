@@ -32,8 +32,9 @@ def load_yaml(path: Path) -> Any:
         if any(mark in data for mark in b"&*!"):
             for event in yaml.parse(data, LOADER):
                 odd = next((what for what in ("anchor", "tag") if getattr(event, what, None)), None)
-                if odd and not (odd == "tag" and event.tag == "!"):
-                    raise ValueError(f"line {event.start_mark.line + 1}: {odd}s are not accepted")
+                if odd and getattr(event, odd) != "!":
+                    line = event.start_mark.line + 1 if event.start_mark else "?"
+                    raise ValueError(f"line {line}: {odd}s are not accepted")
         return yaml.load(data, LOADER)
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise ValueError(f"is no YAML: {' '.join(str(error).split())[:200]}") from None

@@ -61,12 +61,12 @@ class MicroBatches(torch.utils.data.Dataset):
     def _row(self, pack: list[int], damaged: list[tuple[str, str]]) -> EncodedSample:
         """The samples of a pack in one sequence. Where none of them can be read, the next that can is in their place."""
         encoded = [sample for number in pack if (sample := self._encoded(number, damaged))]
-        following = iter(range(pack[-1] + 1, pack[-1] + len(self.samples)))
-        while not encoded:
-            number = next(following, None)
-            if number is None:
-                raise DataError("not one training sample can be read", "look at the messages above")
-            encoded = [sample for sample in [self._encoded(number % len(self.samples), damaged)] if sample]
+        for number in range(pack[-1] + 1, pack[-1] + len(self.samples)):
+            if encoded:
+                break
+            encoded += filter(None, [self._encoded(number % len(self.samples), damaged)])
+        if not encoded:
+            raise DataError("not one training sample can be read", "look at the messages above")
         return self.encoder.pack_selected_samples(encoded) if self.encoder.packing else encoded[0]
 
     def _encoded(self, number: int, damaged: list[tuple[str, str]]) -> EncodedSample | None:
@@ -118,7 +118,7 @@ class TrainingLoader:
         self.ahead: deque[dict[str, Any]] = deque()  # positions behind the batches that are being prepared
         self.position = order.position
         self.loader = torch.utils.data.DataLoader(
-            batches, batch_size=None, sampler=_Sampler(self.packs), num_workers=ranks.num_workers, pin_memory=pin_memory,
+            batches, batch_size=None, sampler=self.packs(), num_workers=ranks.num_workers, pin_memory=pin_memory,
             collate_fn=_as_it_is, worker_init_fn=_start_worker, persistent_workers=False,
         )  # fmt: skip
         self.iterator: Iterator[Prepared] | None = None
@@ -199,16 +199,6 @@ def killed_worker(what: str) -> RunError:
         "was it killed for want of memory (dmesg | tail)? Fewer num_workers or a smaller max_pixels need less; the same "
         "command goes on from the last checkpoint",
     )
-
-
-class _Sampler(torch.utils.data.Sampler):
-    """What torch's loader wants for an iterator that is begun with it."""
-
-    def __init__(self, begin: Callable[[], Iterator[list[list[int]]]]):
-        self.begin = begin
-
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        return self.begin()
 
 
 def _as_it_is(prepared: Prepared) -> Prepared:

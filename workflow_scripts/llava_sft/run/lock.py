@@ -45,7 +45,7 @@ def lock(run_dir: Path, patience_s: float = 0) -> BinaryIO:
             )
         time.sleep(1)
     if holder:
-        print(f"{run_dir}: stale lock of pid {holder['pid']} on {holder['host']}: that training is dead, going on")
+        print(f"{run_dir}: stale lock of pid {holder['pid']} on {holder['host']}: that training is dead, continuing")
     file.truncate(0)
     file.write(json.dumps({"host": platform.node(), "pid": os.getpid()}).encode())
     file.flush()

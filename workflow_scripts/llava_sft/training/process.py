@@ -34,7 +34,7 @@ from llava_sft.model.cost import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
-from llava_sft.run.layout import FAILURE, checkpoint_dir  # noqa: E402
+from llava_sft.run.layout import FAILURE, TENSORBOARD, checkpoint_dir  # noqa: E402
 from llava_sft.settings.resolve import data_parallel_size  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
@@ -73,7 +73,7 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
     if first:
         restore_position(loader, run_dir, first)
     writes = torch.distributed.get_rank() == world_size - 1
-    tensorboard = SummaryWriter(run_dir / "tensorboard", max_queue=1000) if writes else None
+    tensorboard = SummaryWriter(run_dir / TENSORBOARD, max_queue=1000) if writes else None
     peak = peak_flops(device)
     peak = peak and peak * world_size // replicas
     watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
@@ -137,7 +137,7 @@ def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop:
     state = state_bytes(ModelConfig(**resolved["model"]), values, data_parallel_size(values))
     memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
-    return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest, values["gpus_per_node"])
+    return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest)
 
 
 def main(resolved_path: str, run_dir: str) -> None:
