@@ -80,11 +80,11 @@ def ddp_config(values: ResolvedSettings, replicas: int) -> DistributedDataParall
 def optimizer_config(values: ResolvedSettings) -> OptimizerConfig:
     """AdamW. In bf16 it takes 10 bytes a parameter in place of 18: moments, gradients, and of the float32 master weight
     the 16 bits that the bf16 weight lacks."""
-    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+    names = {"lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
     dtype, moments = (torch.bfloat16 if on else torch.float32 for on in (values.bf16, values.reduces_in_bf16))
     config = OptimizerConfig(
         optimizer="adam",
-        **{name: getattr(values, name) for name in names},
+        **values.model_dump(include=names),
         bf16=values.bf16,
         params_dtype=dtype,
         use_distributed_optimizer=values.on_gpu,

@@ -16,9 +16,7 @@ from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, parameters_by_part, tensor_rows
 from llava_sft.settings.resolve import ResolvedSettings
 
-FP8_COPIES = (
-    1.52  # bytes a parameter, of FP8 weights and their transposes beside the bf16 ones; measured on the 4B model
-)
+FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
 
 
 class MicroBatch(NamedTuple):
@@ -91,8 +89,7 @@ def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) 
     llm, vit, merger = forward_flops(model, *batch[:4])
     llm *= (3 if "language_model" in trained else 2) + (values.recompute_language == "full")
     vit = (vit + merger) * (3 + (values.recompute_vision == "full") if "vision_model" in trained else 1)
-    split = values.model_parallel_size
-    return llm / split, vit / split
+    return llm / values.model_parallel_size, vit / values.model_parallel_size
 
 
 # ------------------------------------------------------------------------------------------------------- bytes
@@ -126,9 +123,8 @@ def state_bytes(model: ModelConfig, values: ResolvedSettings) -> dict[str, float
         optimizer /= values.data_parallel_size
         weights += 0 if values.fp8 == "none" else FP8_COPIES * total
         gradients = (4 if values.optimizer_precision == "fp32" else 2) * trained
-    split = values.model_parallel_size
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-    return {name: size / split for name, size in parts.items()}
+    return {name: size / values.model_parallel_size for name, size in parts.items()}
 
 
 def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> dict[str, float]:

@@ -64,7 +64,7 @@ def mean_and_largest(
     chunks = [
         [batch[place] for place in places]
         for batch in batches
-        for places in cut_between([sizes.tokens[index] for index in batch], chunk_tokens(values))
+        for places in cut_between([sizes.tokens[index] for index in batch], values.chunk_tokens)
     ]
     whole, part = ([_micro_batch(sizes, rows) for rows in each] for each in (batches, chunks))
     mean = MicroBatch(*(sum(column) / len(whole) for column in zip(*whole, strict=True)))
@@ -136,7 +136,7 @@ def time_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, 
     llm, vit = step_flops(model, values, batch)
     micro_batches = _micro_batches(values)
     state = state_bytes(model, values)
-    calls = micro_batches * max(1.0, batch.tokens / chunk_tokens(values))
+    calls = micro_batches * max(1.0, batch.tokens / values.chunk_tokens)
     products, of_model = ([llm, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([0.0, llm], [0.0, calls])
     attentions = 0.0
     if not values.on_gpu:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
@@ -148,11 +148,6 @@ def time_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, 
         *of_model,
         attentions,
     ]
-
-
-def chunk_tokens(values: ResolvedSettings) -> float:
-    """Tokens that go through the model at once."""
-    return values.pack_chunk_tokens if values.cuts_packs else math.inf
 
 
 def _micro_batches(values: ResolvedSettings) -> int:

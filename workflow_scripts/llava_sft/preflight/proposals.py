@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from llava_sft.machine import Machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.preflight.cost import MicroBatch
-from llava_sft.preflight.predict import Calibration, Prediction, calibration_for, chunk_tokens, fits, predict
+from llava_sft.preflight.predict import Calibration, Prediction, calibration_for, fits, predict
 from llava_sft.run.remedies import less_memory
 from llava_sft.settings.resolve import ResolvedSettings
 
@@ -20,10 +20,9 @@ def proposals(
     calibration: Calibration,
 ) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that keep seq_length before those that do not."""
-    piece = min(values.seq_length, chunk_tokens(values))  # what goes through the model at once
-    choices = {
-        name: [getattr(values, name), *smaller] for name, smaller in less_memory(values, values.seq_length).items()
-    }
+    piece = min(values.seq_length, values.chunk_tokens)  # what goes through the model at once
+    smaller = less_memory(values, values.seq_length)
+    choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
     sizes = choices["tensor_model_parallel_size"]
     choices["tensor_model_parallel_size"] = [size for size in sizes if _divides(model, size)]
     found = []
@@ -31,7 +30,7 @@ def proposals(
         changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
         tried = values.model_copy(update=changed)
         rows = tried.micro_batch_size / values.micro_batch_size
-        scales = tried.seq_length / values.seq_length, min(tried.seq_length, chunk_tokens(tried)) / piece
+        scales = tried.seq_length / values.seq_length, min(tried.seq_length, tried.chunk_tokens) / piece
         if not changed or tried.global_batch_size % (tried.micro_batch_size * tried.data_parallel_size):
             continue
         of_mean = MicroBatch(*(rows * scales[0] * each for each in mean))

@@ -67,9 +67,9 @@ def less_memory(values: ResolvedSettings, tokens: int) -> dict[str, list]:
     goes through the model.
     """
     parallel, batch, length = values.tensor_model_parallel_size, values.micro_batch_size, values.seq_length
-    chunk = min(tokens, values.pack_chunk_tokens)
+    chunk, chunked = min(tokens, values.pack_chunk_tokens), values.chunk_tokens < math.inf
     smaller: dict[str, list] = {
-        "pack_chunk_tokens": [chunk // 2, chunk // 4] if values.cuts_packs and chunk > SMALL_CHUNK else [],
+        "pack_chunk_tokens": [chunk // 2, chunk // 4] if chunked and chunk > SMALL_CHUNK else [],
         "micro_batch_size": [max(1, batch // 2), 1],
         "recompute_vision": ["full"],
         "recompute_language": ["full"],

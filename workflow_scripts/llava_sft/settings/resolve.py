@@ -59,9 +59,9 @@ class ResolvedSettings(AllSettings):
         return self.on_gpu and self.optimizer_precision == "bf16"
 
     @property
-    def cuts_packs(self) -> bool:
-        """Whether long packs go through the model in chunks: not with pipeline parallelism."""
-        return self.packing and self.pipeline_model_parallel_size == 1
+    def chunk_tokens(self) -> float:
+        """Tokens that go through the model at once: long packs are cut into chunks, but not with pipeline parallelism."""
+        return self.pack_chunk_tokens if self.packing and self.pipeline_model_parallel_size == 1 else math.inf
 
     def dump(self) -> dict[str, Any]:
         """As resolved.json and run.json hold them."""
