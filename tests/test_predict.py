@@ -1,4 +1,4 @@
-"""Preflight's prediction: near what was recorded, in step with the settings, and loud where a run can not fit."""
+"""Preflight's prediction: near what was recorded, in step with the settings, and loud where a run cannot fit."""
 
 import random
 import statistics
