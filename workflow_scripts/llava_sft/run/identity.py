@@ -29,9 +29,13 @@ def identity(resolved: Resolved) -> dict[str, Any]:
     return {
         "data": resolved.data.fingerprint,
         "start": resolved.start.fingerprint,
-        "nodes": 1,  # of runs that are older than this setting
-        # One that the file of an earlier version does not say is a difference: nobody knows what that version did.
-        **{name: value for name, value in settings.dump().items() if name in given and ABOUT[name].identity},
+        # One that an earlier version's file does not name is a difference, for nobody knows what that version did; a
+        # setting that is `later` stands at its default there.
+        **{
+            name: value
+            for name, value in settings.dump().items()
+            if ABOUT[name].identity and (name in given or ABOUT[name].later)
+        },
         # Not the name alone, which `settings` holds: its file may have changed.
         "model": f"{resolved.model['name']}-{fingerprint(resolved.model)}",
     }

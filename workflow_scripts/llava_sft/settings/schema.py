@@ -239,7 +239,9 @@ class Run(Section):
         "auto", "loader processes of a training process: half as many again as keep up, by measurement"
     )
     nodes: Positive | Auto = setting(
-        "auto", "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says"
+        "auto",
+        "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says",
+        later=True,
     )
     gpus_per_node: Natural | Auto = setting(
         "auto", "GPUS_PER_NODE: those of this machine, with --profile slurm what the profile says; 0: CPU"
