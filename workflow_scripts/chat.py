@@ -50,7 +50,9 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     if not args.model:
-        made = sorted({str(path.parent) for path in Path("output").glob("stage*_results/huggingface") if is_export(path)})
+        made = sorted(
+            {str(path.parent) for path in Path("output").glob("stage*_results/huggingface") if is_export(path)}
+        )
         raise SettingsError("no model is named", f"one of {', '.join(made)}" if made else CHOICES)
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise SettingsError("--max-new-tokens must be at least 1, --temperature at least 0", "the defaults: 1024 and 0")

@@ -28,6 +28,7 @@ from llava_sft.files import file_fingerprint, fingerprint, read_object, write_js
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.publish.card import write_card
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
 
@@ -111,8 +112,9 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
         from llava_sft.evaluation.parity import check_parity
 
         gate = partial(check_parity, source, model, args.samples, args.parity)
-    done = mcore2hf(source, args.target, sidecars, model, *limits, gate=gate)
-    return finish(args, done, depends)
+    done = finish(args, mcore2hf(source, args.target, sidecars, model, *limits, gate=gate), depends)
+    write_card(args.target)
+    return done
 
 
 def depends_on(

@@ -294,6 +294,13 @@ class Export(Section):
         "the export is compared with the Megatron model before it gets its name: check | cpu | gpu | skip; check: on a "
         "GPU if there is one. Needs memory for the whole model, in float32 where it fits",
     )
+    license: str | None = free(
+        None, "of the trained model, for its model card, as the hub spells it: apache-2.0, cc-by-nc-4.0, other …"
+    )
+    base_model: str | None = free(
+        None, "org/name on the hub that the model card names as its origin (default: `load`, where that is on the hub)"
+    )
+    language: tuple[str, ...] = free((), "languages of the data, for the model card: [en, zh]")
 
 
 SECTIONS = (Where, Data, Model, Batches, Optimizer, Run, Watching, Evaluation, Export)
