@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 KEPT_HERE = ("parity.json",)  # of the files that an export's checksums name
+AGAIN = "the same command goes on from here"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -72,7 +73,7 @@ def metadata(card: str) -> dict[str, Any]:
 
 def push(export: Path, repository: str, public: bool, dry_run: bool) -> None:
     """Show what is uploaded, and upload it. Errors: SftError for what the hub refuses."""
-    from huggingface_hub import HfApi, constants, errors, get_token
+    from huggingface_hub import HfApi, constants, get_token
 
     if not get_token():
         raise SettingsError("no token of the Hugging Face hub here", "`hf auth login`, or the variable HF_TOKEN")
@@ -93,22 +94,30 @@ def push(export: Path, repository: str, public: bool, dry_run: bool) -> None:
             repo_id=repository, folder_path=export, allow_patterns=names, delete_patterns=stale or None,
             commit_message=f"{export.parent.name.removesuffix('_results')}, by llava-sft",
         )  # fmt: skip
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        fix = {
-            401: "the hub does not accept the token: `hf auth login` with a valid one",
-            403: f"a token that may write to {repository.partition('/')[0]}",
-        }.get(status, "the same command goes on from here")
-        raise SftError(
-            f"{constants.ENDPOINT} refuses ({status}): {str(error.server_message or error)[:300]}", fix
-        ) from None
-    except (OSError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        raise SftError(
-            f"{constants.ENDPOINT} cannot be reached: {str(error)[:200]}", "the same command goes on from here"
-        ) from None
+    except Exception as error:  # of the client, or of its HTTP library
+        if message := refusal(error, constants.ENDPOINT, repository):
+            raise message from None
+        raise
     print(f"done: {constants.ENDPOINT}/{repository}")
+
+
+def refusal(error: BaseException, hub: str, repository: str) -> SftError | None:
+    """What the hub, or the way to it, has against a request; None for an error of another kind."""
+    from huggingface_hub import errors
+
+    if isinstance(error, RuntimeError) and error.__cause__:  # how the client passes on what became of an upload
+        error = error.__cause__
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else 0
+        fixes = {
+            401: "`hf auth login` with a valid token",
+            403: f"a token that may write to {repository.partition('/')[0]}",
+        }
+        reason = str(error.server_message or error)[:300]
+        return SftError(f"{hub} refuses the request ({status}): {reason}", fixes.get(status, AGAIN))
+    if type(error).__module__.startswith("http") or isinstance(error, errors.OfflineModeIsEnabled):
+        return SftError(f"{hub} cannot be reached: {str(error)[:200]}", AGAIN)
+    return None
 
 
 def existing(api: "HfApi", repository: str, public: bool) -> list[str] | None:
@@ -116,7 +125,7 @@ def existing(api: "HfApi", repository: str, public: bool) -> list[str] | None:
     from huggingface_hub import errors
 
     try:
-        found = api.repo_info(repository)
+        found = api.model_info(repository)
     except errors.RepositoryNotFoundError:
         return None
     if found.private == public:

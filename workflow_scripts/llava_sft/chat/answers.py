@@ -5,7 +5,7 @@ question, or where the question says `<image>`. Answers are greedy unless a temp
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +86,7 @@ class Model:
         """Whether the last answer came to no end."""
         return self.export.was_cut
 
-    def answer(self, turns: list[Turn]) -> Iterator[str]:
+    def answer(self, turns: list[Turn]) -> Generator[str]:
         """Yield the answer to the last turn in pieces; closing the iterator ends it.
 
         Errors: RunError where memory or the model's positions do not suffice.

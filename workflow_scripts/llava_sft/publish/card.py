@@ -54,7 +54,7 @@ def write_card(export: Path, model_id: str = "") -> bool:
 
 def is_ours(text: str) -> bool:
     found = SEAL.search(text)
-    return bool(found) and found[1] == _digest(text[: found.start()])
+    return found is not None and found[1] == _digest(text[: found.start()])
 
 
 def _digest(text: str) -> str:
