@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         model = Model(path, args.device, args.dtype, args.max_new_tokens, args.temperature)
     print(f"{folder}: {model}", file=sys.stderr, flush=True)
     if args.web:
-        serve(model, str(folder), first, args.port)
+        serve(model, args.model, first, args.port)
     elif asked:
         if say(model, [*first, asked])[1]:
             sys.exit(INTERRUPTED)

@@ -92,7 +92,7 @@ def readable(folder: Path) -> Iterator[Path]:
         require_whole(folder)
         yield folder
         return
-    from llava_sft.checkpoint.safetensors_io import SafetensorsReader
+    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header, weight_files
 
     config = read_hf_config(folder)
     try:
@@ -100,9 +100,16 @@ def readable(folder: Path) -> Iterator[Path]:
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error.problem}", error.fix) from None
     reader = SafetensorsReader(folder)
-    # transformers makes random weights of those that it does not find.
-    check_tensors({name: reader.shape(name) for name in reader.names()}, hf_shapes(model), folder)
-    dtype = str(reader.dtype(next(iter(hf_shapes(model))))).removeprefix("torch.")
+    wanted = hf_shapes(model)
+    check_tensors({name: reader.shape(name) for name in reader.names()}, wanted, folder)
+    # transformers makes random weights of those that it does not find: it knows these two spellings.
+    stored = {name for path in weight_files(folder) for name in read_header(path)}
+    if not (wanted.keys() <= stored or set(map(old_name, wanted)) <= stored):
+        raise CheckpointError(
+            f"{folder}: its tensors are named in another way than LLaVA-OneVision-1.5's",
+            f"convert it: convert_checkpoint.py hf2mcore {folder} {folder}_mcore_tp1_pp1, and name that folder",
+        )
+    dtype = str(reader.dtype(next(iter(wanted)))).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="chat-") as temporary:
         view = Path(temporary) / "model"  # transformers keeps a copy of the code by this name: always the same one
         view.mkdir()

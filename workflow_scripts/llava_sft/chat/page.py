@@ -42,7 +42,7 @@ if given := st.chat_input("Ask something; + adds pictures", accept_file="multipl
             if Shown.model.was_cut:
                 st.caption("cut: --max-new-tokens")
     except SftError as error:
-        st.error(f"{error.problem}. {error.fix}")
+        st.error(f"{error.problem}  \nfix: {error.fix}")
     finally:  # what was said before Stop, too
         if asked and pieces:
             turns += [asked, Turn("assistant", "".join(pieces).strip())]
