@@ -89,6 +89,7 @@ def test_the_answer_alone_stands_on_stdout_whatever_is_named(
         shutil.copytree(small_checkpoint, folder, ignore=shutil.ignore_patterns("converted.json"))
         for path in folder.glob("*.py"):
             path.write_text("raise SystemExit(7)")
+        (folder / "generation_config.json").write_text('{"custom": 1}')  # what is said of it goes to stderr
     if named == "published spelling":
         weights = load_file(folder / "model.safetensors")
         save_file({old_name(name): tensor for name, tensor in weights.items()}, folder / "model.safetensors")
@@ -262,7 +263,8 @@ def test_a_conversation_remembers_until_it_is_reset(pictures, monkeypatch, capsy
 
 
 def test_ctrl_c_ends_an_answer_and_twice_the_program(monkeypatch, capsys):
-    type_in(monkeypatch, "One?", "Two?", KeyboardInterrupt, "Three?", KeyboardInterrupt, KeyboardInterrupt)
+    once = KeyboardInterrupt
+    type_in(monkeypatch, "One?", "Two?", once, "", once, "Three?", once, once)
     model = Scripted(interrupt=1)
     with pytest.raises(KeyboardInterrupt):
         chat.converse(model, [], [])
