@@ -113,8 +113,12 @@ class Workflow(Experiments):
         @exits_cleanly
         def of_wildcards(wildcards) -> str:
             values = self.of(wildcards).settings
-            spelled = {name: name.removeprefix(without).replace("_", "-") for name in names}
-            return " ".join(f"--{option}={shlex.quote(str(getattr(values, name)))}" for name, option in spelled.items())
+            words = []
+            for name in names:
+                value, option = getattr(values, name), name.removeprefix(without).replace("_", "-")
+                for each in value if isinstance(value, tuple) else [value] if value is not None else []:
+                    words.append(f"--{option}={shlex.quote(str(each))}")
+            return " ".join(words)
 
         return of_wildcards
 
