@@ -20,7 +20,7 @@ from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
-from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
+from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, require_able_gpus, this_machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
@@ -241,6 +241,8 @@ def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
             f"gpus_per_node is {gpus}, this machine has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
         )
+    if not cluster:
+        require_able_gpus(gpus, values.fp8)
 
 
 def describe(

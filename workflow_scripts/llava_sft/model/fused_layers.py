@@ -6,7 +6,8 @@ Notable:
   that stands between two of them (kernels.py), with which residuals and the gradients of biases and norms go along;
 - products add weights' gradients to Megatron's gradient buffer in place;
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
-  cost the host 0.7 ms a call, and would fall back to a slow kernel without a word;
+  cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
+  (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
 - Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each.
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
@@ -44,7 +45,14 @@ with suppress(ImportError):  # a machine without them has Megatron's local layer
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
-def _kind(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
+@cache
+def has_cudnn_attention() -> bool:
+    """Whether cuDNN's attention is right for segments on this GPU. Transformer Engine's own rule is compute capability 9.0
+    and newer: below, gradients may be wrong without an error. On 12.0 it depends on cuDNN's version: not asked for."""
+    return torch.cuda.get_device_capability() >= (9, 0) and torch.cuda.get_device_capability() < (12, 0)
+
+
+def _cudnn(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
     ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
     return (longest, longest, ends, ends), {
         "cu_seqlens_q_padded": ends,
@@ -58,21 +66,31 @@ def _kind(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> tuple[Tensor, list]:
     """Scaled dot-product attention inside each segment: query [tokens, heads, head_dim], key and value with as many
-    heads or fewer → [tokens, heads, head_dim], and statistics for the gradient."""
-    sizes, kind = _kind(segments, causal)
-    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
-    return fused_attn_fwd(True, *sizes, query, key, value, query.dtype, backend, **kind)
+    heads or fewer → [tokens, heads, head_dim], and statistics for the gradient. Of cuDNN, or PyTorch's FlashAttention-2."""
+    sizes, kind = _cudnn(segments, causal)
+    if has_cudnn_attention():
+        backend = FusedAttnBackend["F16_arbitrary_seqlen"]
+        return fused_attn_fwd(True, *sizes, query, key, value, query.dtype, backend, **kind)
+    longest, _, *ends = sizes
+    flash = torch.ops.aten._flash_attention_forward
+    out, *statistics = flash(query, key, value, *ends, longest, longest, 0.0, causal, False)
+    return out, statistics[:3]  # log-sum-exp, and the state of a dropout that there is none of
 
 
 def attend_backward(
     grad: Tensor, inputs: tuple, out: Tensor, statistics: list, segments: PackedSeqParams, causal: bool
 ):
     """Gradients of query, key and value."""
-    sizes, kind = _kind(segments, causal)
-    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
-    exact = torch.are_deterministic_algorithms_enabled()
-    given = *sizes, *inputs, out, grad.view_as(out), grad.dtype, statistics, backend
-    return fused_attn_bwd(*given, do_format="thd", dqkv_layout="thd_thd_thd", deterministic=exact, **kind)[:3]
+    sizes, kind = _cudnn(segments, causal)
+    grad = grad.view_as(out)
+    if has_cudnn_attention():
+        backend, exact = FusedAttnBackend["F16_arbitrary_seqlen"], torch.are_deterministic_algorithms_enabled()
+        given = *sizes, *inputs, out, grad, grad.dtype, statistics, backend
+        return fused_attn_bwd(*given, do_format="thd", dqkv_layout="thd_thd_thd", deterministic=exact, **kind)[:3]
+    longest, _, *ends = sizes
+    sums, *state = statistics
+    flash = torch.ops.aten._flash_attention_backward
+    return flash(grad, *inputs, out, sums, *ends, longest, longest, 0.0, causal, *state)
 
 
 # --- matrix products -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llava_sft.errors import RunError
-from llava_sft.machine import GIB, free_memory, gpu_count, gpus, this_machine
+from llava_sft.machine import GIB, free_memory, gpu_count, gpus, require_able_gpus, this_machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size
 from llava_sft.preflight.predict import checkpoints_kept, host_bytes_for_save
@@ -33,6 +33,7 @@ def check_machine(resolved: Resolved, job: Job | None) -> None:
             f"gpus_per_node is {settings.gpus_per_node}, {platform.node()} has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
+    require_able_gpus(settings.gpus_per_node, settings.fp8)
     for number, gpu in enumerate(gpus()[: settings.gpus_per_node] if settings.on_gpu else []):
         if gpu.used_gib > GPU_IDLE_GIB:
             stop_or_warn(
