@@ -2,13 +2,16 @@
 
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from evaluate import cached_result, main
+from helpers.models import MAX_PIXELS, MIN_PIXELS
 from helpers.webdatasets import Raw, record
+from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
@@ -219,7 +222,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(export, data, tmp_path
     monkeypatch.setattr(answers_module, "generate", complete)
     run(monkeypatch, export, data, output)
     assert asked == [10, 5] and not partial.exists(), "question 5 and those from 3 on"
-    assert "5 of 10 questions answered before" in capsys.readouterr().out
+    assert "10 questions, of which 5 were answered before" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [turn["prediction"] for row in rows for turn in row["turns"]] == [
         *["Answer 0."] * 4, "Answer 0. 4", "Answer 0.", *(f"Answer 0. {n}" for n in (6, 7, 8, 9)),
@@ -249,6 +252,56 @@ def test_raw_records_of_any_format_are_a_test_set_of_their_own(export, data, tmp
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(raw.path), "--image-root", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
+
+
+@pytest.fixture(scope="module")
+def started(export, small_model, shipped_settings, tmp_path_factory) -> Path:
+    """A run that started from the weights of `export`."""
+    folder = tmp_path_factory.mktemp("started")
+    done = hf2mcore(export, folder / "start_mcore_tp1_pp1", small_model)
+    start = {"load": "start", "folder": str(folder / "start_mcore_tp1_pp1/release"), "fingerprint": done["fingerprint"]}
+    settings = shipped_settings | {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    content = {"settings": settings, "model": small_model.model_dump(), "data": {"fingerprint": "d"}}
+    start |= {"sidecars": str(folder / "start_mcore_tp1_pp1/huggingface")}
+    (folder / "run").mkdir()
+    write_json(folder / "run/run.json", content | {"start": start})
+    return folder / "run"
+
+
+def test_the_start_checkpoint_answers_the_same_questions_once_for_all_runs(
+    export, data, started, tmp_path, monkeypatch, capsys
+):
+    kept = tmp_path / "answers"
+    (kept / "start.4194305").mkdir(parents=True)  # of an evaluation that was killed; no process has this number
+    for name in ("one", "two"):
+        options = ["--start-of", str(started), "--base-answers", str(kept)]
+        run(monkeypatch, export, data, tmp_path / name / "evaluation.json", *options)
+        assert [path.suffix for path in kept.iterdir()] == [".json"], "answers, and no export"
+    assert capsys.readouterr().out.count("answered before") == 1
+    result = read_json(tmp_path / "two/evaluation.json")
+    rows = [json.loads(line) for line in (tmp_path / "two/predictions.jsonl").read_text().splitlines()]
+    assert all(turn["prediction"] == turn["base"] for row in rows for turn in row["turns"]), "the same weights"
+    assert result["base"] == {"name": "start checkpoint (start)", "cut": result["cut"]} and result["cut"] > 5
+    assert result["scores"][0]["difference"] == 0 and result["scores"][0]["p"] == 1
+
+
+def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
+    export, data, started, tmp_path, monkeypatch, capsys, asked
+):
+    content = read_json(started / "run.json")
+    for folder, said in ((None, "random weights"), ("/gone", "no longer there: /gone")):
+        start = content["start"] | {"folder": folder}
+        write_json(tmp_path / "run.json", content | {"start": start})
+        run(monkeypatch, export, data, tmp_path / "evaluation.json", "--start-of", str(tmp_path))
+        assert said in capsys.readouterr().err
+        assert said in read_json(tmp_path / "evaluation.json")["base"]["missing"]
+    damaged = shutil.copytree(started.parent / "start_mcore_tp1_pp1", tmp_path / "start") / "release"
+    next(damaged.glob("*.distcp")).write_bytes(b"")
+    write_json(tmp_path / "run.json", content | {"start": content["start"] | {"folder": str(damaged)}})
+    run(monkeypatch, export, data, tmp_path / "evaluation.json", "--start-of", str(tmp_path))
+    assert "damaged" in read_json(tmp_path / "evaluation.json")["base"]["missing"] and asked == [10]
+    run(monkeypatch, export, data, tmp_path / "evaluation.json", "--base", str(export))
+    assert read_json(tmp_path / "evaluation.json")["base"]["name"] == str(export)
 
 
 @pytest.mark.parametrize("case", ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples"])

@@ -58,8 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--batch-size", type=int, default=Options().batch_size, help="questions at once, of transformers (%(default)s)")
     add("--max-new-tokens", type=int, default=Options().max_new_tokens, help="longest answer (%(default)s)")
-    add("--with", dest="engine", choices=["auto", "transformers", "vllm"], default="auto",
-        help="who generates; auto: vLLM where it is installed and there is a GPU")  # fmt: skip
+    add("--with", dest="engine", choices=["transformers", "vllm"],
+        help="who generates (vLLM where there are it and a GPU)")  # fmt: skip
     add("--vllm-python", type=path, help="interpreter of an environment with vLLM (this one)")
     args = parser.parse_args()
     if args.samples != "all" and not (args.samples.isdecimal() and int(args.samples)):
@@ -172,7 +172,7 @@ def print_summary(args: argparse.Namespace, result: dict[str, Any], asked: Quest
         print(f"  {score_line(score)}")
     for name, group in result["groups"].items() if len(result["groups"]) > 1 else ():
         print(f"  {name:20} {group['correct']:5} of {group['samples']:5}  {score_line(group['scores'][0])}")
-    for whose, cut in (("", result["cut"]), (" before the training", result["base"].get("cut", 0))):
+    for whose, cut in (("", result["cut"]), (" of the base", result["base"].get("cut", 0))):
         if cut:
             print(
                 f"  {cut:,} of {result['answers']:,} answers{whose} were cut after {args.max_new_tokens} tokens "
@@ -183,12 +183,12 @@ def print_summary(args: argparse.Namespace, result: dict[str, Any], asked: Quest
 
 
 def score_line(score: dict[str, Any]) -> str:
-    """`exact 97.5 % (87.1 to 99.6), before 10.0 %: +87.5 (71.6 to 94.1)`"""
+    """`exact 97.5 % (87.1 to 99.6), base 10.0 %: +87.5 (71.6 to 94.1)`"""
     low, high = (100 * end for end in score["interval"])
     line = f"{score['name']} {100 * score['mean']:.1f} % ({low:.1f} to {high:.1f})"
     if "base" in score:
         low, high = (100 * end for end in score["interval_of_difference"])
-        line += f", before {100 * score['base']:.1f} %: {100 * score['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+        line += f", base {100 * score['base']:.1f} %: {100 * score['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
     return line
 
 

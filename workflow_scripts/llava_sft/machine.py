@@ -123,19 +123,19 @@ def free_memory() -> int:
     return free
 
 
-def vllm_interpreter(choice: str, python: Path | None) -> Path | None:
+def vllm_interpreter(choice: str | None, python: Path | None) -> Path | None:
     """The interpreter whose vLLM answers, as the settings evaluate_with and vllm_python choose; None: transformers do.
 
-    `auto` is vLLM where there are both it and a GPU. Raises SettingsError where it is asked for and not there.
+    Without a choice, vLLM does where there are both it and a GPU. Raises SettingsError where it is asked for and not there.
     """
     if python and not os.access(python, os.X_OK):
         raise SettingsError(f"vllm_python: {python}: no such program", "bin/python of an environment with vLLM")
-    if choice == "transformers" or (choice == "auto" and not gpu_count()):
+    if choice == "transformers" or (choice is None and not gpu_count()):
         return None
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     if subprocess.run([python, "-c", look], check=False).returncode == 0 if python else find_spec("vllm"):
         return python or Path(sys.executable)
-    if choice == "auto":
+    if choice is None:
         return None
     raise SettingsError(
         f"evaluate_with: vllm, and {python or sys.executable} has no vLLM",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from llava_sft.data.records import Sample
 from llava_sft.errors import DamagedFileError, RunError
@@ -54,38 +54,49 @@ def answers_of(model: Model, questions: list[Sample], data: str, options: Option
     except (DamagedFileError, KeyError, TypeError) as error:
         print(f"{getattr(error, 'problem', cache)}: answering again", flush=True)
     partial = cache.with_name(f"{cache.name}.partial")
-    found = _read_partial(partial, depends, len(questions))
-    left = [number for number in range(len(questions)) if number not in found]
-    if left:
-        print(
-            f"{model.name}: {f'{len(found):,} of ' if found else ''}{len(questions):,} questions{' answered before' if found else ''}",
-            flush=True,
-        )
+    found = _read_partial(partial, depends)
+    if len(found) < len(questions):
+        before = f", of which {len(found):,} were answered before" if found else ""
+        print(f"{model.name}: {len(questions):,} questions{before}", flush=True)
         cache.parent.mkdir(parents=True, exist_ok=True)
         with model.export() as folder, open(partial, "a" if found else "w") as file:
-            if not found:
-                file.write(json.dumps(depends) + "\n")
-            said = began = time.monotonic()
-            for number, answer in _generate(folder, [questions[i] for i in left], options):
-                found[left[number]] = answer
-                row = json.dumps([left[number], *answer])
-                file.write(f"{zlib.crc32(row.encode()):08x} {row}\n")
-                if time.monotonic() - said > SAID_EVERY_S:
-                    said = time.monotonic()
-                    file.flush()
-                    rate = (len(found) - len(questions) + len(left)) / (said - began)
-                    minutes, seconds = divmod(round((len(questions) - len(found)) / rate), 60)
-                    print(
-                        f"  {len(found):,} of {len(questions):,} answered, {rate:.1f}/s, {minutes}:{seconds:02d} left",
-                        flush=True,
-                    )
+            file.write("\n" if found else json.dumps(depends) + "\n")  # the last line may be half-written
+            _answer_the_rest(folder, questions, found, options, file)
     answers = [found[number] for number in range(len(questions))]
     write_json(cache, {"depends": depends, "answers": answers}, indent=None, sealed=True)
     partial.unlink(missing_ok=True)
     return answers
 
 
-def _read_partial(path: Path, depends: str, count: int) -> dict[int, Answer]:
+def _answer_the_rest(
+    folder: Path, questions: list[Sample], found: dict[int, Answer], options: Options, file: TextIO
+) -> None:
+    """Add to `found`, and to the file, the answers that are not there, and say now and then how many are."""
+    left = [number for number in range(len(questions)) if number not in found]
+    asked = [questions[number] for number in left]
+    generated = (
+        generate_with_vllm(folder, asked, options.vllm, options.max_new_tokens)
+        if options.vllm
+        else generate(folder, asked, options.batch_size, options.max_new_tokens)
+    )
+    began = said = 0.0
+    for count, (number, answer) in enumerate(generated):
+        began = began or time.monotonic()
+        found[left[number]] = answer
+        row = json.dumps([left[number], *answer])
+        file.write(f"{zlib.crc32(row.encode()):08x} {row}\n")
+        if count and time.monotonic() - max(said, began) > SAID_EVERY_S:
+            said = time.monotonic()
+            file.flush()
+            rate = count / (said - began)
+            minutes, seconds = divmod(round((len(left) - count) / rate), 60)
+            print(
+                f"  {len(found):,} of {len(questions):,} answered, {rate:.1f}/s, {minutes}:{seconds:02d} left",
+                flush=True,
+            )
+
+
+def _read_partial(path: Path, depends: str) -> dict[int, Answer]:
     """The answers of an evaluation that was interrupted, by the number of the question; a damaged line is left out."""
     found: dict[int, Answer] = {}
     if path.is_file():
@@ -96,12 +107,6 @@ def _read_partial(path: Path, depends: str, count: int) -> dict[int, Answer]:
                 number, text, cut = json.loads(row)
                 found[number] = Answer(text, cut)
     return found
-
-
-def _generate(folder: Path, questions: list[Sample], options: Options) -> Iterator[tuple[int, Answer]]:
-    if options.vllm:
-        return generate_with_vllm(folder, questions, options.vllm, options.max_new_tokens)
-    return generate(folder, questions, options.batch_size, options.max_new_tokens)
 
 
 def generate(

@@ -43,11 +43,12 @@ class Score(NamedTuple):
 
 
 def exact(prediction: str, answer: str, record: dict[str, Any]) -> bool:
+    """An answer is right when it is the expected text exactly, white space at both ends aside: “Temple.” is not “Temple”."""
     return prediction == answer
 
 
 def normalised(prediction: str, answer: str, record: dict[str, Any]) -> bool:
-    """Equal after the normalisation of the VQA evaluation (Antol et al. 2015, vqaEval.py): case, articles, punctuation and
+    """An answer is right when it is the expected text after the normalisation of the VQA evaluation (Antol et al. 2015, vqaEval.py): case, articles, punctuation and
     number words do not count. Apostrophes are dropped, in place of its list of contractions."""
     return vqa_normalised(prediction) == vqa_normalised(answer)
 
@@ -81,7 +82,7 @@ def as_number(text: str) -> float | None:
 
 
 def choice(prediction: str, answer: str, record: dict[str, Any]) -> bool:
-    """The same option of the question, named by its letter or its text, alone or in a sentence (as the heuristic matching of
+    """An answer is right when it names the same option of the question, by its letter or its text, alone or in a sentence (as the heuristic matching of
     MMBench, Liu et al. 2023, and MMMU, Yue et al. 2023). Options begin with `A.`, `A)`, `A:` or `(A)`."""
     options = options_of(record["question"])
     true, said = chosen(answer, options), chosen(prediction, options)
@@ -145,7 +146,7 @@ def squad_words(text: str) -> list[str]:
 
 
 def regex(prediction: str, answer: str, record: dict[str, Any]) -> bool:
-    """The true answer is a regular expression that the whole of the model's answer matches."""
+    """An answer is right when the whole of it matches the expected text, which is a regular expression."""
     try:
         return re.fullmatch(answer, prediction, re.DOTALL) is not None
     except re.error as error:
@@ -156,7 +157,7 @@ def regex(prediction: str, answer: str, record: dict[str, Any]) -> bool:
 
 
 def extracted(pattern: re.Pattern[str], prediction: str, answer: str, record: dict[str, Any]) -> bool:
-    """What the pattern's first group matches in the model's answer equals the true one, or what it matches in that."""
+    """An answer is right when what the pattern's first group matches in it is the expected text, or its match in that."""
 
     def extract(text: str) -> str | None:
         found = pattern.search(text)
@@ -200,6 +201,13 @@ def parse_score(spelled: str) -> Score | None:
 def function_file(spelled: str) -> Path | None:
     """The file of a user's function; None for a score of ours."""
     return None if parse_score(spelled) else Path(spelled.rpartition(":")[0])
+
+
+def explained(spelled: str) -> str:
+    """What counts as right, in words."""
+    score = parse_score(spelled)
+    rate = getattr(score.rate, "func", score.rate) if score else None
+    return " ".join((rate.__doc__ or "").replace("`", "").split()) if rate else f"As the function {spelled} scores it."
 
 
 def load_score(spelled: str) -> Score:

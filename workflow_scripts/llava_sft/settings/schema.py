@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
-from llava_sft.evaluation.scores import SPELLINGS, parse_score
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import Part
+from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
@@ -277,40 +277,6 @@ class Watching(Section):
     max_bad_steps: Positive = free(
         20, "stop after so many bad steps in a row (NaN, or a loss far above the steps before)"
     )
-
-
-class Evaluation(Section):
-    """evaluation on the held-out split"""
-
-    evaluate_scores: Annotated[tuple[str, ...], Field(min_length=1)] = free(
-        ("exact",), f"the first decides what is right: {SPELLINGS}"
-    )
-    evaluate_by: str = free("kind", "the record's key that scores are reported by")
-    evaluate_base: bool = free(
-        True,
-        "the start checkpoint answers the same questions, to show what the training changed; these answers are kept for other runs",
-    )
-    evaluate_samples: Positive | Literal["all"] = free("all", "or a number")
-    evaluate_batch_size: Positive = free(16, "questions answered at once, by transformers")
-    evaluate_with: Literal["auto", "transformers", "vllm"] = free(
-        "auto", "who generates: auto (vLLM where there are it and a GPU) | transformers | vllm"
-    )
-    vllm_python: Path | None = free(
-        None, "interpreter of an environment with vLLM, ENVIRONMENT/bin/python (default: the one of this workflow)"
-    )
-    max_new_tokens: Positive = free(32, "longest answer, in tokens")
-
-    @field_validator("evaluate_scores", mode="before")
-    @classmethod
-    def _one_or_several(cls, scores: Any) -> Any:
-        return (scores,) if isinstance(scores, str) else scores
-
-    @field_validator("evaluate_scores")
-    @classmethod
-    def _known_scores(cls, scores: tuple[str, ...]) -> tuple[str, ...]:
-        for spelled in scores:
-            parse_score(spelled)
-        return scores
 
 
 class Export(Section):
