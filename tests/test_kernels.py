@@ -67,17 +67,17 @@ def launch_all() -> None:
     def ones(*shape, dtype=torch.bfloat16):
         return torch.ones(shape, dtype=dtype)
 
-    sums = kernels.Sums(20_000, torch.device("cpu"))
+    sums = kernels.PartialSums(20_000, torch.device("cpu"))
     for width, bias in ((2560, None), (1024, ones(1024))):
         x, weight = ones(2, width), ones(width)
-        for change in (None, x):
-            _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, change)
+        for branch in (None, x):
+            _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, branch)
         kernels.norm_backward(x, x, weight, mean, scale, x, sums)
     kernels.norm_backward(x, x, weight, mean, scale, x, sums, biases=True)
     for heads, groups, head_dim, weights in ((32, 8, 128, (ones(128), ones(128))), (16, 16, 64, None)):
         qkv, angle = ones(2, (heads + 2 * groups) * head_dim), ones(2, 1, head_dim, dtype=torch.float32)
-        grads = kernels.turn(qkv, groups, angle, angle, weights, 1e-6)
-        kernels.turn_backward(grads, qkv, angle, angle, sums, weights, 1e-6)
+        grads = kernels.rope(qkv, groups, angle, angle, weights, 1e-6)
+        kernels.rope_backward(grads, qkv, angle, angle, sums, weights, 1e-6)
     kernels.swiglu_backward(ones(2, 2 * 9728), kernels.swiglu(ones(2, 2 * 9728)))
     kernels.gelu_backward(kernels.gelu(ones(2, 4096)), ones(2, 4096), sums)
     sums.totals([20_000], torch.bfloat16)
