@@ -99,7 +99,7 @@ def test_the_answer_alone_stands_on_stdout_whatever_is_named(
         "run": run_dir,
         "iteration": run_dir / "iter_0000100",
     }
-    monkeypatch.setattr(models, "download", lambda name: {"org/LLaVA": folder}[name])
+    monkeypatch.setattr(models, "fetch", lambda name: ({"org/LLaVA": folder}[name], ["commit 1"]))
     monkeypatch.setattr(models.subprocess, "run", None)  # nothing is exported: it is there
     name = "org/LLaVA" if named == "on the hub" else places.get(named, folder)
     code = run(monkeypatch, name, *with_pictures(pictures), "--max-new-tokens", 6, ASKED.replace("<image>\n", ""))

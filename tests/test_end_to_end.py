@@ -68,7 +68,7 @@ def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(prepared_project):
     for place in ("iter_0000020", "dataloader", "tensorboard", "run.json"):
         assert (prepared_project / RUN / place).exists()
     card = (prepared_project / RESULTS / "huggingface/README.md").read_text()
-    assert f"| {evaluation['correct']} of 40 |" in card and "19,200 training samples; 600 held out" in card
+    assert "| all | exact | 40 |" in card and "19,200 training samples; 600 held out" in card
     assert f"talk to it: make chat RUN={RUN}\n" in second.stdout
 
 

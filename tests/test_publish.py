@@ -45,8 +45,21 @@ def export(tmp_path, small_checkpoint, resolved, monkeypatch) -> Path:
         "weights": {"plants": 2.0, "a|b": 1.0}, "kinds": {"<b>x": 5, "y": 7},
     }  # fmt: skip
     write_json(tmp_path / "dataset.json", dataset)
-    groups = {"y": {"correct": 60, "samples": 70}, "<b>x": {"correct": 20, "samples": 30}}
-    evaluation = {"samples": 100, "correct": 80, "accuracy": 0.8, "groups": groups, "max_new_tokens": 32}
+    score = {
+        "name": "/home/me/own.py:rate", "mean": 0.8, "interval": [0.7, 0.9], "base": 0.1, "difference": 0.7,
+        "interval_of_difference": [0.6, 0.8],
+    }  # fmt: skip
+    groups = {name: {"correct": 1, "samples": 50, "scores": [score | {"mean": 0.5}]} for name in ("y", "<b>x")}
+    evaluation = {
+        "samples": 100,
+        "correct": 80,
+        "scores": [score],
+        "groups": groups,
+        "max_new_tokens": 32,
+        "cut": 7,
+        "answers": 90,
+    }
+    evaluation["model"] = "this export"
     write_json(results / "evaluation.json", evaluation)
     return export
 
@@ -66,7 +79,8 @@ def test_the_card_says_what_the_runs_files_say(export):
         "# plants-4b", "1,234,567 parameters", "[org/Base-4B](https://huggingface.co/org/Base-4B)", "| plants | 2 | – |",
         r"| a\|b | 1 | – |", "5,000 training samples; 100 held out. 7,000 pictures. 10 of 5,110 records were rejected.",
         "y (7), &lt;b>x (5)", "| lr | 0.0001 |", "| trainable_modules | vision_model, language_model, adapter |",
-        "| y | 60 of 70 | 85.7 % |", "| all | 80 of 100 | 80.0 % | 71.1 % to 86.7 % |", "between 3,136 and 50,000 pixels",
+        "| all | own.py:rate | 100 | 80.0 % (70.0 % to 90.0 %) | 10.0 % | +70.0 (+60.0 to +80.0) |\n| &lt;b>x |",
+        "| &lt;b>x | own.py:rate | 50 | 50.0 %", "7 of 90 answers were cut", "between 3,136 and 50,000 pixels",
         "vllm serve me/plants-4b", "chat.py me/plants-4b",
     ):  # fmt: skip
         assert said in text, said
@@ -92,9 +106,22 @@ def test_what_is_not_known_is_not_made_up(export, capsys):
 
 
 def test_scores_of_another_export_are_not_the_cards(export):
-    os.utime(export.parent / "evaluation.json", (0, 0))
-    write_card(export)
-    assert "Not evaluated" in (export / CARD).read_text()
+    path = export.parent / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    earlier = {
+        key: value for key, value in evaluation.items() if key not in ("model", "scores")
+    }  # of an earlier version
+    for content, old, shown in (
+        (evaluation | {"model": "x"}, False, False),
+        (earlier, False, True),
+        (earlier, True, False),
+    ):
+        write_json(path, content)
+        if old:
+            os.utime(path, (0, 0))
+        write_card(export)
+        text = (export / CARD).read_text()
+        assert ("Not evaluated" not in text) is ("| all | exact | 100 | 80.0 % (71.1 % to 86.7 %) |" in text) is shown
 
 
 def test_an_edited_card_stays_and_ours_is_written_again(export, capsys):

@@ -7,20 +7,19 @@ Notable:
 """
 
 import contextlib
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_sft.checkpoint.hub import download
+from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, require_whole
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_json
-from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import image_limits, write_hf_sidecars
+from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import check_tensors, hf_shapes
 from llava_sft.run.layout import SIDECARS
@@ -37,9 +36,11 @@ def find_model(name: str) -> Path:
     Errors: CheckpointError where there is no such model.
     """
     folder = Path(name)
+    if Checkpoint.of(name).kind == "hub":
+        found, notes = fetch(name)
+        print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+        return found
     if not folder.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) and not folder.exists():
-            return download(name)
         raise CheckpointError(f"{name}: no such folder", CHOICES)
     if export := next((path for path in (folder, folder / SIDECARS) if is_export(path)), None):
         return export
@@ -92,11 +93,12 @@ def readable(folder: Path) -> Iterator[Path]:
         require_whole(folder)
         yield folder
         return
-    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header, weight_files
+    from llava_sft.checkpoint.hf_folder import weight_files
+    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header
 
     config = read_hf_config(folder)
     try:
-        model = ModelConfig.from_hf_config(config, folder.name)
+        model = model_of_config(config, folder.name)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error.problem}", error.fix) from None
     reader = SafetensorsReader(folder)

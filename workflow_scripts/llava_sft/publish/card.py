@@ -20,8 +20,8 @@ from llava_sft.data.nv_meta import read_meta
 from llava_sft.errors import DamagedFileError, DataError, SftError
 from llava_sft.files import read_json, read_object, write_text
 from llava_sft.model.export_files import image_limits
-from llava_sft.report.figures import wilson_interval
-from llava_sft.report.html import number, percent
+from llava_sft.report.figures import with_scores
+from llava_sft.report.html import number, percent, points
 from llava_sft.run.layout import RUN_FILE
 from llava_sft.settings.resolved import Resolved
 
@@ -81,7 +81,7 @@ def render(export: Path, model_id: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, undefined=jinja2.ChainableUndefined
     )
-    environment.filters |= {"number": number, "percent": percent, "cell": cell}
+    environment.filters |= {each.__name__: each for each in (number, percent, points, cell, with_scores)}
     body = environment.get_template("card.md.j2").render(
         title=model_id.rpartition("/")[2] or run_dir.name,
         model_id=model_id or run_dir.name,
@@ -91,7 +91,6 @@ def render(export: Path, model_id: str) -> str:
         settings=run and {name: getattr(run.settings, name) for name in SETTINGS},
         data=run and data_of(run),
         evaluation=evaluation_of(export),
-        interval=wilson_interval,
         limits=image_limits(export),
     )
     return f"---\n{head}---\n\n{body.rstrip()}\n"
@@ -135,11 +134,13 @@ def data_of(run: Resolved) -> dict[str, Any] | None:
 
 
 def evaluation_of(export: Path) -> dict[str, Any] | None:
-    """evaluation.json beside an export, where it is newer than the export."""
-    path = export.parent / "evaluation.json"
+    """evaluation.json beside an export, where it is of that export: of an earlier version, where it is newer."""
+    path, marker = export.parent / "evaluation.json", export / MARKER
     with contextlib.suppress(DamagedFileError, OSError):
-        if path.stat().st_mtime >= (export / MARKER).stat().st_mtime:
-            return read_json(path)
+        found = read_json(path)
+        newer = path.stat().st_mtime >= marker.stat().st_mtime
+        if found["model"] == read_object(marker).get("depends") if "model" in found else newer:
+            return found
     return None
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import Part
+from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
@@ -119,12 +120,14 @@ class Model(Section):
     model: str = setting("4b", "config/models/<model>.yaml", shown=False)
     load: str = free(
         "",
-        "CHECKPOINT_PATH: Hugging Face folder | org/name@revision on the hub | …_mcore_tp1_pp1 | an earlier run's "
-        "iter_0000400 | random. Megatron folders of the original project are converted, too",
+        "CHECKPOINT_PATH: Hugging Face folder | org/name or org/name@revision on the hub | …_mcore_tp1_pp1 | an earlier "
+        "run's iter_0000400 | random. Megatron folders of the original project are converted, too",
         shown=False,
     )
     load_parts: dict[str, str] = free(
-        {}, "parts that come from elsewhere: {vision_model: folder, language_model: folder, adapter: folder or random}"
+        {},
+        "parts that come from elsewhere: {vision_model: RICE-ViT, language_model: Qwen3, adapter: random}; each a folder or "
+        "hub id of that model, or of a whole one",
     )
     tokenizer: Path | None = free(
         None, "TOKENIZER_PATH: folder with tokenizer.json (default: that of the start checkpoint)", shown=False
@@ -276,15 +279,6 @@ class Watching(Section):
     max_bad_steps: Positive = free(
         20, "stop after so many bad steps in a row (NaN, or a loss far above the steps before)"
     )
-
-
-class Evaluation(Section):
-    """evaluation on the held-out split"""
-
-    evaluate_by: str = free("kind", "the record's key that accuracy is reported by")
-    evaluate_samples: Positive | Literal["all"] = free("all", "or a number")
-    evaluate_batch_size: Positive = free(16, "questions answered at once")
-    max_new_tokens: Positive = free(32, "longest answer")
 
 
 class Export(Section):
