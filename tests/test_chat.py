@@ -73,7 +73,7 @@ def expected(run_dir, pictures) -> str:
     """What evaluate.py would count as this model's answer."""
     export = Export(run_dir.with_name("stage2_sft_x_results") / "huggingface", 6)
     images = [Image.open(path).convert("RGB") for path in pictures]
-    (answer,) = export.answer([export.render([{"role": "user", "content": ASKED}])], images)
+    (answer,) = export.answer(export.encode([export.render([{"role": "user", "content": ASKED}])], images))
     return answer.text
 
 

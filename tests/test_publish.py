@@ -14,6 +14,7 @@ from PIL import Image
 
 import push_to_hub
 from helpers.hub import TOKEN, Hub
+from llava_sft.checkpoint.start import Start
 from llava_sft.checkpoint.verify import verify
 from llava_sft.checksums import note
 from llava_sft.files import write_json
@@ -135,15 +136,18 @@ def test_an_edited_card_stays_and_ours_is_written_again(export, capsys):
 
 
 def test_the_origin_is_found_through_earlier_runs(tmp_path, resolved):
-    assert card.base_model("org/name@rev") == "org/name" and card.base_model("some/folder") is None
+    def origin(load: object, *notes: str) -> str | None:
+        return card.base_model(Start.model_validate(resolved["start"] | {"load": str(load), "notes": notes}))
+
+    assert origin("org/name@rev") == origin("org/name", "org/name names no revision: commit 1") == "org/name"
+    assert origin("some/folder") is None, "gone, and no id on the hub"
     first, second = tmp_path / "stage1_align_x", tmp_path / "stage2_sft_x"
-    for run_dir, load in ((first, "org/name@rev"), (second, str(first / "iter_0000100"))):
-        (run_dir / "iter_0000100").mkdir(parents=True)
-        (run_dir / "latest_checkpointed_iteration.txt").write_text("100")
-        write_json(run_dir / "run.json", resolved | {"start": resolved["start"] | {"load": load}})
-    assert card.base_model(str(second)) == "org/name"
+    for run_dir, load in ((first, "org/name@rev"), (second, first / "iter_0000100")):
+        run_dir.mkdir()
+        write_json(run_dir / "run.json", resolved | {"start": resolved["start"] | {"load": str(load)}})
+    assert origin(second) == "org/name"
     write_json(first / "run.json", resolved | {"start": resolved["start"] | {"load": str(second)}})
-    assert card.base_model(str(second)) is None, "a circle ends"
+    assert origin(second) is None, "a circle ends"
 
 
 # --- push_to_hub.py -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from llava_sft.checkpoint.start import Checkpoint
+from llava_sft.checkpoint.start import Start
 from llava_sft.checkpoint.verify import MARKER
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import read_meta
@@ -22,7 +22,7 @@ from llava_sft.files import read_json, read_object, write_text
 from llava_sft.model.export_files import image_limits
 from llava_sft.report.figures import with_scores
 from llava_sft.report.html import number, percent, points
-from llava_sft.run.layout import RUN_FILE
+from llava_sft.run.layout import ITERATION, RUN_FILE
 from llava_sft.settings.resolved import Resolved
 
 CARD = "README.md"
@@ -66,7 +66,7 @@ def render(export: Path, model_id: str) -> str:
     marker, results = read_object(export / MARKER), export.parent
     run_dir = Path(str(marker.get("source"))).parent
     run = newest_settings(results / "resolved.json", run_dir / RUN_FILE)
-    base = (run and run.settings.base_model) or (run and base_model(run.start.load))
+    base = (run and run.settings.base_model) or (run and base_model(run.start))
     started = Path(run.start.load.partition("@")[0]).name if run else "a checkpoint that is not recorded"
     metadata = {
         "license": run and run.settings.license,
@@ -104,15 +104,17 @@ def newest_settings(*paths: Path) -> Resolved | None:
     return None
 
 
-def base_model(load: str, depth: int = 10) -> str | None:
+def base_model(start: Start, depth: int = 10) -> str | None:
     """The model on the hub that a run, or the run before it …, started from; None where it was a folder."""
-    checkpoint = Checkpoint.of(load)
-    if checkpoint.kind == "hub":
+    load = start.load
+    # A folder that is gone may look like org/name: its conversion noted the commit of an id without a revision.
+    if "@" in load or any(note.startswith(f"{load} ") for note in start.notes):
         return load.partition("@")[0]
-    if depth and checkpoint.kind in ("megatron", "iteration"):
-        run_dir = checkpoint.folder.parent if checkpoint.kind == "iteration" else checkpoint.folder
+    folder = Path(load)
+    if depth:
         with contextlib.suppress(SftError, OSError):
-            return base_model(Resolved.read(run_dir / RUN_FILE).start.load, depth - 1)
+            run_dir = folder.parent if ITERATION.fullmatch(folder.name) else folder
+            return base_model(Resolved.read(run_dir / RUN_FILE).start, depth - 1)
     return None
 
 
