@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from consumers.calls import CALLS, Export
+from consumers import of_model, of_processor  # noqa: F401  their calls
+from consumers.export import CALLS, Export
 from helpers import SCRIPTS
 from llava_sft.checkpoint.safetensors_io import old_name
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from llava_sft.checkpoint.architecture import model_of_start
 from llava_sft.checkpoint.start import open_start
 from llava_sft.data.index import leak_note
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
@@ -20,18 +21,11 @@ from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
-from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
-from llava_sft.model.config import ModelConfig
+from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, this_machine
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
 from llava_sft.preflight.cost import checkpoint_size
-from llava_sft.preflight.predict import (
-    checkpoints_kept,
-    fits,
-    host_bytes_for_save,
-    mean_and_largest,
-    table,
-)
+from llava_sft.preflight.predict import Case, checkpoints_kept, fits, host_bytes_for_save, mean_and_largest, table
 from llava_sft.preflight.proposals import Forecast, forecast_of, proposal_lines
 from llava_sft.run.identity import refuse_other_run, same_run
 from llava_sft.settings.layers import CONFIG_DIR, load_model
@@ -75,8 +69,8 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
-    model = load_model(settings.model)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
+    model, own_values = model_of_start(start, load_model(settings.model), paths.converted is not None)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
@@ -84,7 +78,7 @@ def main() -> None:
     values, why = resolve(settings, *counts, samples.epoch, cores=cores)
     batch = mean_and_largest(samples.sizes, values, samples.epoch.packs if settings.packing else None)
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.gpus_per_node, values.nproc_per_node)
-    forecast = forecast_of(model, values, machine, *batch)
+    forecast = forecast_of(Case(model, values, machine, *batch)) if machine else None
     if forecast and "num_workers" in why:
         values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
     resolved = Resolved(
@@ -97,12 +91,12 @@ def main() -> None:
         start=start,
         versions={package: version(package) for package in PACKAGES},
     )
-    notes = notes_of(paths, samples, resolved)
+    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved)]
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
-    predicted, lines = describe(model, values, machine, forecast)
+    predicted, lines = describe(forecast) if forecast else (None, ["no prediction: no recorded run of such a machine"])
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
@@ -241,15 +235,14 @@ def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
             f"gpus_per_node is {gpus}, this machine has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
         )
+    if not cluster:
+        require_able_gpus(gpus, values.fp8)
 
 
-def describe(
-    model: ModelConfig, values: ResolvedSettings, machine: Machine | None, forecast: Forecast | None
-) -> tuple[dict | None, list[str]]:
+def describe(forecast: Forecast) -> tuple[dict, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
-    if forecast is None or machine is None:
-        return None, ["no prediction: no recorded run of such a machine"]
-    prediction, calibration, found = forecast
+    case, prediction, calibration, found = forecast
+    model, values, machine = case.model, case.values, case.machine
     lines = table(prediction, machine, calibration, values)
     if not fits(prediction, machine):
         would_fit = [f"would fit: {line}" for line in proposal_lines(found)]

@@ -23,6 +23,7 @@ CHAT_TEMPLATE_FILE = HF_CODE_DIR / "chat_template.jinja"
 CODE_FILES = (
     "configuration_llavaonevision1_5.py",
     "modeling_llavaonevision1_5.py",
+    "vision_llavaonevision1_5.py",
     "processing_llavaonevision1_5.py",
     CHAT_TEMPLATE_FILE.name,
 )

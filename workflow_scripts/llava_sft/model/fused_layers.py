@@ -6,7 +6,8 @@ Notable:
   that stands between two of them (kernels.py), with which residuals and the gradients of biases and norms go along;
 - products add weights' gradients to Megatron's gradient buffer in place;
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
-  cost the host 0.7 ms a call, and would fall back to a slow kernel without a word;
+  cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
+  (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
 - Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each.
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
@@ -23,15 +24,15 @@ from torch import Tensor
 
 from llava_sft.model.attention import VisionSeqParams
 from llava_sft.model.kernels import (
-    Sums,
+    PartialSums,
     gelu,
     gelu_backward,
     norm,
     norm_backward,
+    rope,
+    rope_backward,
     swiglu,
     swiglu_backward,
-    turn,
-    turn_backward,
 )
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
@@ -44,7 +45,14 @@ with suppress(ImportError):  # a machine without them has Megatron's local layer
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
-def _kind(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
+@cache
+def has_cudnn_attention() -> bool:
+    """Whether cuDNN's attention is right for segments on this GPU. Transformer Engine's own rule is compute capability 9.0
+    and newer: below, gradients may be wrong without an error. On 12.0 it depends on cuDNN's version: not asked for."""
+    return torch.cuda.get_device_capability() >= (9, 0) and torch.cuda.get_device_capability() < (12, 0)
+
+
+def _cudnn(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
     ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
     return (longest, longest, ends, ends), {
         "cu_seqlens_q_padded": ends,
@@ -58,21 +66,31 @@ def _kind(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> tuple[Tensor, list]:
     """Scaled dot-product attention inside each segment: query [tokens, heads, head_dim], key and value with as many
-    heads or fewer → [tokens, heads, head_dim], and statistics for the gradient."""
-    sizes, kind = _kind(segments, causal)
-    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
-    return fused_attn_fwd(True, *sizes, query, key, value, query.dtype, backend, **kind)
+    heads or fewer → [tokens, heads, head_dim], and statistics for the gradient. Of cuDNN, or PyTorch's FlashAttention-2."""
+    sizes, kind = _cudnn(segments, causal)
+    if has_cudnn_attention():
+        backend = FusedAttnBackend["F16_arbitrary_seqlen"]
+        return fused_attn_fwd(True, *sizes, query, key, value, query.dtype, backend, **kind)
+    longest, _, *ends = sizes
+    flash = torch.ops.aten._flash_attention_forward
+    out, *statistics = flash(query, key, value, *ends, longest, longest, 0.0, causal, False)
+    return out, statistics[:3]  # log-sum-exp, and the state of a dropout that there is none of
 
 
 def attend_backward(
     grad: Tensor, inputs: tuple, out: Tensor, statistics: list, segments: PackedSeqParams, causal: bool
 ):
     """Gradients of query, key and value."""
-    sizes, kind = _kind(segments, causal)
-    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
-    exact = torch.are_deterministic_algorithms_enabled()
-    given = *sizes, *inputs, out, grad.view_as(out), grad.dtype, statistics, backend
-    return fused_attn_bwd(*given, do_format="thd", dqkv_layout="thd_thd_thd", deterministic=exact, **kind)[:3]
+    sizes, kind = _cudnn(segments, causal)
+    grad = grad.view_as(out)
+    if has_cudnn_attention():
+        backend, exact = FusedAttnBackend["F16_arbitrary_seqlen"], torch.are_deterministic_algorithms_enabled()
+        given = *sizes, *inputs, out, grad, grad.dtype, statistics, backend
+        return fused_attn_bwd(*given, do_format="thd", dqkv_layout="thd_thd_thd", deterministic=exact, **kind)[:3]
+    longest, _, *ends = sizes
+    sums, *state = statistics
+    flash = torch.ops.aten._flash_attention_backward
+    return flash(grad, *inputs, out, sums, *ends, longest, longest, 0.0, causal, *state)
 
 
 # --- matrix products -----------------------------------------------------------------------------------------------
@@ -171,40 +189,40 @@ class LanguageLayer(torch.autograd.Function):
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
         _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps)
         qkv, for_qkv = product(x, attention.linear_qkv, recipe)
-        cos, sin = segments.turn
-        inputs = turn(qkv, config.num_query_groups, cos, sin, head_norms, eps)
+        cos, sin = segments.rope
+        inputs = rope(qkv, config.num_query_groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
-        change, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
-        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, change)
+        branch, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
+        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch)
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
-        change, for_fc2 = product(swiglu(gate_and_up), mlp.linear_fc2, recipe)
-        ctx.given = layer, segments, recipe, eps, head_norms
-        ctx.kept = hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up
+        branch, for_fc2 = product(swiglu(gate_and_up), mlp.linear_fc2, recipe)
+        ctx.constants = layer, segments, recipe, eps, head_norms
+        ctx.saved = hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
-        return middle + change
+        return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, recipe, eps, head_norms = ctx.given
-        hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up = ctx.kept
+        layer, segments, recipe, eps, head_norms = ctx.constants
+        hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up = ctx.saved
         for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
-        ctx.kept = ctx.operands = None  # or the inputs of all layers would live until the whole graph goes
+        ctx.saved = ctx.operands = None  # or the inputs of all layers would live until the whole graph goes
         attention, mlp, grad = layer.self_attention, layer.mlp, grad.contiguous()
         width, head_dim = hidden.size(1), head_norms[0].numel()
-        sums = Sums(2 * (width + head_dim), hidden.device)
-        change, of_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, recipe)
-        change, of_fc1 = product_backward(swiglu_backward(gate_and_up, change), for_fc1, mlp.linear_fc1, recipe)
+        sums = PartialSums(2 * (width + head_dim), hidden.device)
+        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, recipe)
+        d_x, d_fc1 = product_backward(swiglu_backward(gate_and_up, d_x), for_fc1, mlp.linear_fc1, recipe)
         weight = mlp.linear_fc1.layer_norm_weight
-        grad = norm_backward(change, middle, weight, None, second_scale, grad, sums)
-        change, of_proj = product_backward(grad, for_proj, attention.linear_proj, recipe)
-        changes = attend_backward(change, inputs, attended, statistics, segments, True)
-        cos, sin = segments.turn
-        change = turn_backward(changes, qkv, cos, sin, sums, head_norms, eps)
-        change, of_qkv = product_backward(change, for_qkv, attention.linear_qkv, recipe)
+        grad = norm_backward(d_x, middle, weight, None, second_scale, grad, sums)
+        d_x, d_proj = product_backward(grad, for_proj, attention.linear_proj, recipe)
+        d_inputs = attend_backward(d_x, inputs, attended, statistics, segments, True)
+        cos, sin = segments.rope
+        d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps)
+        d_x, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, recipe)
         weight = attention.linear_qkv.layer_norm_weight
-        grad = norm_backward(change, hidden, weight, None, first_scale, grad, sums)
-        of_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
-        return grad, None, None, *of_norms, of_qkv, of_proj, of_fc1, of_fc2
+        grad = norm_backward(d_x, hidden, weight, None, first_scale, grad, sums)
+        d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
+        return grad, None, None, *d_norms, d_qkv, d_proj, d_fc1, d_fc2
 
 
 class FusedLanguageLayer(TransformerLayer):
@@ -215,9 +233,9 @@ class FusedLanguageLayer(TransformerLayer):
         attention, mlp = self.self_attention, self.mlp
         if packed_seq_params is None or attention.checkpoint_core_attention:
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)
-        if packed_seq_params.turn is None:  # the same for all layers
+        if packed_seq_params.rope is None:  # the same for all layers
             angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]
-            packed_seq_params.turn = angles.cos(), angles.sin()
+            packed_seq_params.rope = angles.cos(), angles.sin()
         parameters = (
             mlp.linear_fc1.layer_norm_weight,
             attention.q_layernorm.weight,
@@ -244,39 +262,39 @@ class VisionLayer(torch.autograd.Function):
         linear_qkv, proj, eps = attention.linear_qkv, attention.linear_proj, layer.config.layernorm_epsilon
         angles = segments.rotary_cos, segments.rotary_sin
         _, first, *first_norm = norm(hidden, linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias, eps)
-        inputs = turn(F.linear(first, linear_qkv.weight, linear_qkv.bias), layer.config.num_query_groups, *angles)
+        inputs = rope(F.linear(first, linear_qkv.weight, linear_qkv.bias), layer.config.num_query_groups, *angles)
         attended, statistics = attend(*inputs, segments, False)
-        change = F.linear(attended.flatten(1), proj.weight, proj.bias)
-        middle, second, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, change)
+        branch = F.linear(attended.flatten(1), proj.weight, proj.bias)
+        middle, second, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch)
         before = F.linear(second, fc1.weight, fc1.bias)
         active = gelu(before)
-        ctx.given = layer, segments, angles
-        ctx.kept = hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active
+        ctx.constants = layer, segments, angles
+        ctx.saved = hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active
         return middle + F.linear(active, fc2.weight, fc2.bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, angles = ctx.given
-        hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active = ctx.kept
-        ctx.kept, grad = None, grad.contiguous()
+        layer, segments, angles = ctx.constants
+        hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active = ctx.saved
+        ctx.saved, grad = None, grad.contiguous()
         attention, fc1, fc2 = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2
         linear_qkv, proj = attention.linear_qkv, attention.linear_proj
         width, inner = hidden.size(1), before.size(1)
-        sums = Sums(9 * width + inner, hidden.device)
-        of_fc2 = weight_gradient(fc2.weight, grad, active)
-        change = gelu_backward(grad @ fc2.weight, before, sums)
-        of_fc1 = weight_gradient(fc1.weight, change, second)
+        sums = PartialSums(9 * width + inner, hidden.device)
+        d_fc2 = weight_gradient(fc2.weight, grad, active)
+        d_x = gelu_backward(grad @ fc2.weight, before, sums)
+        d_fc1 = weight_gradient(fc1.weight, d_x, second)
         mean, scale = second_norm
-        grad = norm_backward(change @ fc1.weight, middle, fc1.layer_norm_weight, mean, scale, grad, sums, biases=True)
-        of_proj = weight_gradient(proj.weight, grad, attended.flatten(1))
-        changes = attend_backward(grad @ proj.weight, inputs, attended, statistics, segments, False)
+        grad = norm_backward(d_x @ fc1.weight, middle, fc1.layer_norm_weight, mean, scale, grad, sums, biases=True)
+        d_proj = weight_gradient(proj.weight, grad, attended.flatten(1))
+        d_inputs = attend_backward(grad @ proj.weight, inputs, attended, statistics, segments, False)
         cos, sin = angles
-        change = turn_backward(changes, None, cos, sin, sums)
-        of_qkv = weight_gradient(linear_qkv.weight, change, first)
+        d_x = rope_backward(d_inputs, None, cos, sin, sums)
+        d_qkv = weight_gradient(linear_qkv.weight, d_x, first)
         mean, scale = first_norm
-        grad = norm_backward(change @ linear_qkv.weight, hidden, linear_qkv.layer_norm_weight, mean, scale, grad, sums)
+        grad = norm_backward(d_x @ linear_qkv.weight, hidden, linear_qkv.layer_norm_weight, mean, scale, grad, sums)
         totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
-        return grad, None, None, *totals, of_qkv, of_proj, of_fc1, of_fc2
+        return grad, None, None, *totals, d_qkv, d_proj, d_fc1, d_fc2
 
 
 class FusedVisionLayer(TransformerLayer):
