@@ -90,6 +90,8 @@ def test_the_card_says_what_the_runs_files_say(export):
 
 def test_its_code_runs_as_it_stands(export, capsys):
     write_card(export, str(export))
+    (needed,) = re.findall(r'NEEDED_TRANSFORMERS = "(.*)"', (export / "configuration_llavaonevision1_5.py").read_text())
+    assert f"needs transformers {needed} or newer" in (export / CARD).read_text()
     (code,) = re.findall(r"```python\n(.*?)```", (export / CARD).read_text(), re.DOTALL)
     Image.linear_gradient("L").resize((56, 56)).save("picture.png")
     exec(code.replace("256", "3"), {})
