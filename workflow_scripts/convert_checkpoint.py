@@ -24,6 +24,7 @@ from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.publish.card import write_card
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
 
@@ -114,7 +115,9 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
 
         gate = partial(check_parity, source, model, args.samples, args.parity)
     done = mcore2hf(source, args.target, sidecars, model, *limits, args.export_names, gate)
-    return finish(args, done, depends)
+    finish(args, done, depends)
+    write_card(args.target)
+    return done
 
 
 def depends_on(
