@@ -4,6 +4,7 @@ Notable: answers are kept as they come, so that an interrupted evaluation goes o
 run from the same start, asks nothing anew.
 """
 
+import gc
 import json
 import time
 import zlib
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 from llava_sft.data.records import Sample
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.evaluation.judge import Answer
-from llava_sft.evaluation.vllm import generate_with_vllm
+from llava_sft.evaluation.vllm_client import generate_with_vllm
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.export_files import image_limits
 
@@ -123,6 +124,8 @@ def generate(
     from llava_sft.evaluation.export import Export
     from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS, image_tokens
 
+    gc.collect()  # the model that answered before, if any
+    torch.cuda.empty_cache()
     export = Export(folder, max_new_tokens)
     texts = [export.render(question.messages) for question in questions]
     limits = image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)
