@@ -104,7 +104,7 @@ def main() -> None:
     result |= {"max_new_tokens": args.max_new_tokens, "engine": "vLLM" if options.vllm else "transformers"}
     predictions = args.output.with_name(PREDICTIONS)
     write_text(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    result |= {"depends": depends, "predictions": file_fingerprint(predictions)}
+    result |= {"depends": depends, "model": model.fingerprint, "predictions": file_fingerprint(predictions)}
     result["seconds"] = round(time.monotonic() - began, 1)
     write_json(cache, result, sealed=True)
     write_json(args.output, result, sealed=True)
