@@ -24,8 +24,17 @@ from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
 from llava_sft.preflight.cost import checkpoint_size
-from llava_sft.preflight.predict import Case, checkpoints_kept, fits, host_bytes_for_save, mean_and_largest, table
-from llava_sft.preflight.proposals import Forecast, forecast_of, proposal_lines
+from llava_sft.preflight.predict import (
+    Case,
+    Forecast,
+    checkpoints_kept,
+    fits,
+    forecast_of,
+    host_bytes_for_save,
+    mean_and_largest,
+    proposal_lines,
+    table,
+)
 from llava_sft.run.identity import refuse_other_run, same_run
 from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (

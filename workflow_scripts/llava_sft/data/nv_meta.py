@@ -259,10 +259,14 @@ def read_blend(wds_dir: Path) -> dict[str, dict[str, float]]:
         raise DataError(f"{path}: {_first_line(error)}: cannot be understood", REINDEX) from None
 
 
-def source_folders(wds_dir: Path) -> list[Path]:
-    """The folders of several sources, or the folder itself; `wds_dir` may also be the blend's own file."""
-    if wds_dir.name == METADATASET:
-        wds_dir = wds_dir.parent
+def folder_of(path: Path) -> Path:
+    """The WebDataset folder of the path passed to energon, which is the blend's file where there are several sources."""
+    return path.parent if path.name == METADATASET else path
+
+
+def source_folders(path: Path) -> list[Path]:
+    """The folders of several sources, or the folder itself."""
+    wds_dir = folder_of(path)
     if not (wds_dir / METADATASET).is_file():
         return [wds_dir]
     # In order, each once: all records of a small source may be held out.

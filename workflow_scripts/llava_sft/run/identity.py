@@ -19,7 +19,6 @@ from llava_sft.run.layout import RUN_FILE, SIDECARS, checkpoint_dir, data_dir
 from llava_sft.settings.resolved import Resolved
 from llava_sft.settings.schema import ABOUT
 
-# The data position is stored per rank.
 PER_RANK = ("nodes", "gpus_per_node", "nproc_per_node")
 
 
@@ -74,7 +73,8 @@ def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
     changed = [key for key in now if before.get(key) != now[key]]
     given = [key for key in changed if key not in resolved.why] or changed  # not what follows from them
     if given:
-        differences = [f"{key}: {before.get(key)} → {now[key]}{_why_not(key)}" for key in given]
+        stored = " (the data position is stored per rank; changing this would lose or repeat samples)"
+        differences = [f"{key}: {before.get(key)} → {now[key]}{stored if key in PER_RANK else ''}" for key in given]
         tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
         raise RunError(
             f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
@@ -85,11 +85,6 @@ def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
             f"train_iters {train_iters} is below the {done} steps that {run_dir} has done",
             f"train_iters: {done} or more, or another run_tag",
         )
-
-
-def _why_not(key: str) -> str:
-    stored = "the data position is stored per rank; changing this would lose or repeat samples"
-    return f" ({stored})" if key in PER_RANK else ""
 
 
 def same_run(run_dir: Path, resolved: Resolved) -> tuple[Path, int] | None:

@@ -38,8 +38,7 @@ from llava_sft.settings.resolved import Resolved, ResolvedData  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
-from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
-from llava_sft.training.saving import Saves  # noqa: E402
+from llava_sft.training.saving import Saves, note_damaged, restore_position  # noqa: E402
 from llava_sft.training.validation import HeldOut  # noqa: E402
 from llava_sft.training.watch import Watch  # noqa: E402
 
