@@ -89,7 +89,7 @@ class Training:
 
 def test_fused_layers_packs_and_chunks_agree_with_megatrons_layers(data, tmp_path):
     worker = ROOT / "tests/helpers/gpu_worker.py"
-    here = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])}
     run = subprocess.run([sys.executable, worker, data["tokenizer"]], env=here, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-6000:]
     found = json.loads(run.stdout.split("RESULT ")[1].splitlines()[0])
