@@ -15,6 +15,7 @@ import yaml
 
 from llava_sft.checkpoint.start import open_start
 from llava_sft.data.index import leak_note
+from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
@@ -56,7 +57,7 @@ PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snake
 class Samples(NamedTuple):
     """The data set as this experiment sees it; `prepared`: tokens/s that one loader process delivers."""
 
-    dataset: dict[str, Any]
+    dataset: Dataset
     sizes: SampleSizes
     prepared: float
     epoch: Epoch
@@ -205,7 +206,7 @@ def limits_of(settings: Settings) -> Limits:
     return Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
 
 
-def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[SampleSizes, float]:
+def sizes_of(paths: Paths, dataset: Dataset, tokenizer: Path, keep: bool) -> tuple[SampleSizes, float]:
     """The training samples' sizes, and what a loader process prepares, tokens/s: of sizes.json, or counted here for
     settings that it is not of; then written there if it is to be kept."""
     settings = paths.settings

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import orjson
 import yaml
@@ -66,7 +66,31 @@ class Meta(NamedTuple):
         return {name: number for number, name in enumerate(self.counts)}
 
 
-def split_counts(metas: Collection[Meta]) -> dict[str, dict[str, int]]:
+class Split(TypedDict):
+    samples: int
+    shards: int
+
+
+class Dataset(TypedDict):
+    """The dataset file: content alone, so that equal shards, made again, are the same data set to all that follows."""
+
+    fingerprint: str
+    train: Split
+    heldout: Split
+    images: int | None  # None, as the next two: not known of a folder that was indexed elsewhere
+    read: int | None  # records
+    rejected: int | None
+    reasons: dict[str, int]
+    kinds: dict[str, int]
+    unread: NotRequired[dict[str, int]]  # keys of records that nothing reads
+    split: NotRequired[dict[str, Any]]  # how val_fraction was carried out
+    heldout_trained_on: NotRequired[dict[str, int]]
+    weights: NotRequired[dict[str, float]]  # of several sources
+    epoch_samples: NotRequired[int]  # of one pass over their blend: a record of weight 2 is seen twice
+    packed_tars: NotRequired[list[str]]
+
+
+def split_counts(metas: Collection[Meta]) -> dict[str, Split]:
     """Samples and shards of "train" and "heldout", of several sources together."""
     return {
         split: {
