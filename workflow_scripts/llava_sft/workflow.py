@@ -185,8 +185,7 @@ class Workflow(Experiments):
         if self.force and paths.dataset not in self._checked:
             self._checked.add(paths.dataset)
             planned = {name: (shard.raw, shard.range) for name, shard in paths.shards.items()}
-            tars, index = out_of_date(paths.webdatasets, paths.dataset, planned)
-            self.force([str(path) for path in [*tars, *([paths.dataset] if index else [])]])
+            self.force(list(map(str, out_of_date(paths.webdatasets, paths.dataset, planned))))
 
     @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:

@@ -139,8 +139,8 @@ def require_whole(wds_dir: Path, dataset: Path, full: bool = False) -> None:
         raise DataError(f"{first.file}: {first.what}{more}", first.fix)
 
 
-def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Path, Range]]) -> tuple[list[Path], bool]:
-    """The tars that exist and have to be made again, and whether the index has to be.
+def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Path, Range]]) -> list[Path]:
+    """Of the tars and the dataset file those that exist and have to be made again.
 
     `planned`: raw file and range of each shard of the plan, by its name with its source. Snakemake finds what is missing or newer by
     itself; this adds what is damaged or gone beside a tar, and ranges of raw files whose content is another, whatever their
@@ -188,4 +188,4 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Pa
                 stale.add(tar)
             elif tar is None or planned or damage.file.endswith(".idx"):
                 index = True  # a foreign folder's own tar is not ours to make again: training refuses it
-    return [webdatasets / f"{name}.tar" for name in sorted(stale)], index
+    return [*(webdatasets / f"{name}.tar" for name in sorted(stale)), *([dataset] if index else [])]
