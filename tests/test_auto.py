@@ -13,10 +13,11 @@ from llava_sft.machine import gpu_count, require_able_gpus
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import (
+    Epoch,
+    ResolvedSettings,
     auto_num_workers,
     auto_save_interval,
     auto_train_iters,
-    first_epoch,
     resolve,
     warnings,
 )
@@ -95,9 +96,8 @@ def test_nodes_multiply_the_replicas_and_the_cluster_says_what_auto_is(project):
 def test_packed_sequences_are_counted_not_samples(project):
     given = {"seq_length": 1000, "global_batch_size": 10, "packing_buffer_size": 100}
     settings = load_settings("mine", given)
-    resolved, why = resolve(
-        settings, 20_000, epoch=first_epoch(GlobalOrder([SourceLengths([250] * 20_000)], 1000, 100, 1), 100)
-    )
+    order = GlobalOrder([SourceLengths([250] * 20_000)], 1000, 100, 1)
+    resolved, why = resolve(settings, 20_000, epoch=Epoch(100, *order.first_pass()))
     assert resolved.train_iters == 500  # four samples a sequence
     assert "5,000 packed sequences (of 20,000 samples)" in why["train_iters"]
 
@@ -119,6 +119,14 @@ def test_given_values_are_not_worked_out_anew(project):
     resolved, why = resolve(load_settings("mine", given), train_samples=1_000)
     assert given.items() <= resolved.dump().items()
     assert why.keys().isdisjoint(given)
+
+
+def test_selective_recomputation_is_refused_by_name_and_runs_that_used_it_go_on_with_full(project):
+    with pytest.raises(SettingsError, match="recompute_language: 'selective': input should be 'none' or 'full'"):
+        load_settings("mine", {"recompute_language": "selective"})
+    resolved, _ = resolve(load_settings("mine"), train_samples=1_000)
+    kept = resolved.dump() | {"recompute_language": "selective"}
+    assert ResolvedSettings.model_validate(kept).recompute_language == "full"
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0,3", 2), ("", 0), ("-1", 0), ("GPU-a", 1)])

@@ -42,7 +42,6 @@ from llava_sft.settings.resolve import (
     Epoch,
     ResolvedSettings,
     auto_num_workers,
-    first_epoch,
     packing_window,
     resolve,
     warnings,
@@ -141,7 +140,7 @@ def samples_of(paths: Paths, tokenizer: Path, keep: bool) -> Samples:
     window = packing_window(settings, sizes.tokens)
     capacity = settings.seq_length if settings.packing else None
     order = global_order(paths.webdatasets, sizes, capacity, window, settings.seed)
-    return Samples(dataset, sizes, prepared, first_epoch(order, window))
+    return Samples(dataset, sizes, prepared, Epoch(window, *order.first_pass()))
 
 
 def with_workers(

@@ -27,9 +27,7 @@ def build_model(model: ModelConfig, values: ResolvedSettings, random_weights: bo
     built = LlavaOneVision(
         config,
         model,
-        vocab_size=model.language.vocab_size,
         max_sequence_length=values.seq_length,
-        transformer_impl=config.transformer_impl,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last,
