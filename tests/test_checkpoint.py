@@ -16,7 +16,8 @@ from helpers import MODELS, ROOT
 from helpers.models import MAX_PIXELS, MIN_PIXELS, old_spelling, published_names, rewrite, weights
 from llava_sft.checkpoint import safetensors_io
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
-from llava_sft.checkpoint.safetensors_io import INDEX, write_safetensors
+from llava_sft.checkpoint.hf_folder import INDEX
+from llava_sft.checkpoint.safetensors_io import write_safetensors
 from llava_sft.checkpoint.start import Checkpoint, newest_checkpoint, open_start
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.model.config import load_model_config

@@ -14,19 +14,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from llava_sft.checkpoint.hub import download
-from llava_sft.checkpoint.start import (
-    Checkpoint,
-    existing_checkpoint,
-    is_legacy,
-    named_parts,
-    read_hf_config,
-)
+from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
+from llava_sft.checkpoint.hub import fetch
+from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
+from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
@@ -86,11 +82,14 @@ def to_megatron(args: argparse.Namespace) -> dict:
 
     from llava_sft.checkpoint.convert import hf2mcore
 
-    folders = {part: download(each.name) if each.kind == "hub" else each.name for part, each in parts.items()}
-    folder = download(checkpoint.name) if on_hub else source
-    model = model or ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
+    fetched = {each.name: fetch(each.name) for each in (checkpoint, *parts.values()) if each.kind == "hub"}
+    commits = [line for _, lines in fetched.values() for line in lines]
+    print("".join(f"{line}\n" for line in commits), end="", flush=True)
+    folders = {part: fetched.get(each.name, (each.name,))[0] for part, each in parts.items()}
+    folder = fetched[checkpoint.name][0] if on_hub else source
+    model = model or model_of_folder(args.sidecars or folder)
     done = hf2mcore(folder, args.target, model, args.sidecars, folders)
-    return finish(args, done | {"source": args.source}, depends)
+    return finish(args, done | {"source": args.source, "notes": commits + done["notes"]}, depends)
 
 
 def to_hugging_face(args: argparse.Namespace) -> dict:
@@ -98,7 +97,7 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
     source = existing_checkpoint(Path(args.source))
     sidecars = args.sidecars or source.parent / SIDECARS
     limits = limits_of(source, sidecars, args)
-    model = named_model(args) or model_of_run(source) or model_of_folder(sidecars)
+    model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
     export = [EXPORT_FORM, *limits, args.parity, bool(args.samples)]
     depends = depends_on(args.direction, [source], [], model, export)
     if made := made_before(args.target, depends):
@@ -106,6 +105,7 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
 
     from llava_sft.checkpoint.convert import mcore2hf
 
+    model = with_start_positions(model, source, sidecars)
     gate = None
     if args.samples:
         from llava_sft.evaluation.parity import check_parity
@@ -184,22 +184,10 @@ def named_model(args: argparse.Namespace) -> ModelConfig | None:
     return load_model_config(args.model) if args.model.endswith(".yaml") else load_model(args.model)
 
 
-def model_of_run(source: Path) -> ModelConfig | None:
-    """The sizes that run.json says."""
-    found = run_settings(source).get("model")
-    if not found:
-        return None
-    try:
-        return ModelConfig(**found)
-    except (TypeError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-        raise CheckpointError(f"{source.parent / RUN_FILE}: damaged: model: {problem}", "--model MODEL") from None
-
-
 def model_of_folder(folder: Path) -> ModelConfig:
     """The sizes that config.json says."""
     try:
-        return ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
+        return model_of_config(read_hf_config(folder), folder.name)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error.problem}", f"--model MODEL; or: {error.fix}") from None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from llava_sft.checkpoint.architecture import model_of_start
 from llava_sft.checkpoint.start import open_start
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import Dataset
@@ -77,8 +78,8 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
-    model = load_model(settings.model)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
+    model, own_values = model_of_start(start, load_model(settings.model), paths.converted is not None)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
@@ -99,7 +100,7 @@ def main() -> None:
         start=start,
         versions={package: version(package) for package in PACKAGES},
     )
-    notes = notes_of(paths, samples, resolved)
+    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved)]
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from llava_sft.checkpoint.architecture import check_sizes
 from llava_sft.checkpoint.start import check_load
 from llava_sft.data.nv_meta import is_finished
 from llava_sft.data.tars import no_tar
@@ -67,7 +68,10 @@ def check_inputs(paths: Paths, trains: bool = True) -> None:
     _ = paths.shards  # an empty raw file is found here
     if not trains:
         return
-    check_parallel_sizes(settings, load_model(settings.model))
+    model = load_model(settings.model)
+    check_parallel_sizes(settings, model)
     made_here = paths.is_demo(paths.checkpoint.folder)
     check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
+    if not made_here:
+        check_sizes(paths.checkpoint, settings.load_parts, model)
     check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

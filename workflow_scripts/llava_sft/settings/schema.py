@@ -119,12 +119,14 @@ class Model(Section):
     model: str = setting("4b", "config/models/<model>.yaml", shown=False)
     load: str = free(
         "",
-        "CHECKPOINT_PATH: Hugging Face folder | org/name@revision on the hub | …_mcore_tp1_pp1 | an earlier run's "
-        "iter_0000400 | random. Megatron folders of the original project are converted, too",
+        "CHECKPOINT_PATH: Hugging Face folder | org/name or org/name@revision on the hub | …_mcore_tp1_pp1 | an earlier "
+        "run's iter_0000400 | random. Megatron folders of the original project are converted, too",
         shown=False,
     )
     load_parts: dict[str, str] = free(
-        {}, "parts that come from elsewhere: {vision_model: folder, language_model: folder, adapter: folder or random}"
+        {},
+        "parts that come from elsewhere: {vision_model: RICE-ViT, language_model: Qwen3, adapter: random}; each a folder or "
+        "hub id of that model, or of a whole one",
     )
     tokenizer: Path | None = free(
         None, "TOKENIZER_PATH: folder with tokenizer.json (default: that of the start checkpoint)", shown=False
