@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.checksums import Memo, find_damage, note
+from llava_sft.checksums import Memo, damages, note
 from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
 from llava_sft.data.nv_meta import META_FILES, METADATASET, NV_META, REINDEX, SampleIndex, read_meta, source_folders
 from llava_sft.data.plan import Range, default_notes_dir
@@ -63,13 +63,9 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
     except (DamagedFileError, KeyError, TypeError, ValueError):
         return [Damage(str(notes_of(dataset)), "is damaged", f"delete {notes_of(dataset)} and run the same command")]
     memo = dataset.with_name(f".{dataset.stem}.whole.json")
-    damages: list[Damage] = []
-    if find_damage(wds_dir, files, memo, full):
-        for name, entry in files.items():
-            if what := find_damage(wds_dir, {name: entry}):
-                damages.append(_small_damage(wds_dir, name, what))
-    if damages:
-        return damages  # the digests of the samples stand in one of these
+    found = [_small_damage(wds_dir, name, what) for name, what in damages(wds_dir, files, memo, full)]
+    if found:
+        return found  # the digests of the samples stand in one of these
     whole = Memo(memo)
     indexed = ((f, *tar) for f in source_folders(wds_dir) for tar in enumerate(read_meta(f).counts.items()))
     for folder, number, (tar, count) in indexed:
@@ -87,19 +83,19 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
         except OSError as error:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         if what:
-            damages.append(Damage(str(path), what, way_out(folder, tar), name))
+            found.append(Damage(str(path), what, way_out(folder, tar), name))
         else:
             whole.add(path, state)
     whole.save()
-    return damages
+    return found
 
 
 def _small_damage(wds_dir: Path, name: str, what: str) -> Damage:
     tar = name.removesuffix(".idx")
     if tar == name:
-        return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), REINDEX)
+        return Damage(str(wds_dir / name), what, REINDEX)
     path = wds_dir / tar
-    return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), way_out(path.parent, path.name), tar)
+    return Damage(str(wds_dir / name), what, way_out(path.parent, path.name), tar)
 
 
 def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str | None:
@@ -134,8 +130,8 @@ def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str
 
 def require_whole(wds_dir: Path, dataset: Path, full: bool = False) -> None:
     """Errors: DataError naming the first file that is not what was indexed, and how many there are."""
-    if damages := find_damages(wds_dir, dataset, full):
-        first, more = damages[0], f" ({len(damages)} files in all)" if len(damages) > 1 else ""
+    if found := find_damages(wds_dir, dataset, full):
+        first, more = found[0], f" ({len(found)} files in all)" if len(found) > 1 else ""
         raise DataError(f"{first.file}: {first.what}{more}", first.fix)
 
 
@@ -179,10 +175,10 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Pa
     index = False
     if dataset.is_file():
         try:
-            damages = find_damages(webdatasets, dataset)
+            found = find_damages(webdatasets, dataset)
         except (DataError, OSError):
-            damages, index = [], True
-        for damage in damages:
+            found, index = [], True
+        for damage in found:
             tar = damage.redo.removesuffix(".tar") if damage.redo else None
             if tar and tar in planned:
                 stale.add(tar)
