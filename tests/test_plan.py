@@ -21,7 +21,7 @@ FLOORS = [
     ["checksums", "embedded", "machine", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],
-    ["checkpoint", "report.pictures"],
+    ["checkpoint", "evaluation.scores", "report.pictures"],
     ["settings"],
     ["run", "sources"],  # run directories, read without Megatron
     ["preflight"],

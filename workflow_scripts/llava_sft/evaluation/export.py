@@ -58,16 +58,12 @@ class Export:
 
     def encode(self, texts: list[str], images: list[Image.Image]) -> Any:
         """What `model.generate` takes: a batch of rendered conversations, padded on the left. `images`: of all, in order."""
-        inputs = self.processor(
-            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-        )
-        return inputs.to(self.device)
+        return self.processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
 
     @torch.inference_mode()
-    def answer(self, texts: list[str], images: list[Image.Image]) -> list[Answer]:
-        """The greedy answers to a batch of rendered conversations."""
-        inputs = self.encode(texts, images)
-        output = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    def answer(self, inputs: Any) -> list[Answer]:
+        """The greedy answers to an encoded batch."""
+        output = self.model.generate(**inputs.to(self.device))[:, inputs["input_ids"].shape[1] :]
         return [read_answer(self.processor.tokenizer, tokens, self.ends) for tokens in output.tolist()]
 
     def stream(self, messages: list[dict[str, str]], images: list[Image.Image], **options: Any) -> Iterator[str]:
@@ -78,7 +74,8 @@ class Export:
 
         Errors: whatever `generate` raises, after the pieces before it.
         """
-        inputs, closed, errors = self.encode([self.render(messages)], images), threading.Event(), list[Exception]()
+        inputs = self.encode([self.render(messages)], images).to(self.device)
+        closed, errors = threading.Event(), list[Exception]()
         tokenizer = self.processor.tokenizer
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
 

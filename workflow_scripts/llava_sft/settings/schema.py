@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import Part
+from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
@@ -276,15 +277,6 @@ class Watching(Section):
     max_bad_steps: Positive = free(
         20, "stop after so many bad steps in a row (NaN, or a loss far above the steps before)"
     )
-
-
-class Evaluation(Section):
-    """evaluation on the held-out split"""
-
-    evaluate_by: str = free("kind", "the record's key that accuracy is reported by")
-    evaluate_samples: Positive | Literal["all"] = free("all", "or a number")
-    evaluate_batch_size: Positive = free(16, "questions answered at once")
-    max_new_tokens: Positive = free(32, "longest answer")
 
 
 class Export(Section):
