@@ -7,6 +7,7 @@ of the present plan enter. Several sources are a folder each, and a blend of the
 import itertools
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def _asked(row: dict[str, Any]) -> int:
     return hash((row.get("asked"), *(image["hash"] for image in row["images"])))
 
 
-def leak_note(dataset: Dataset) -> str | None:
+def leak_note(dataset: Mapping[str, Any]) -> str | None:
     """What dataset.json says of held-out samples that are trained on, in words."""
     if not (leak := dataset.get("heldout_trained_on")):
         return None
