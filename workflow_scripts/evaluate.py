@@ -111,6 +111,7 @@ def main() -> None:
     write_text(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     result |= {
         "depends": depends,
+        "model": model.fingerprint,
         "predictions": file_fingerprint(predictions),
         "seconds": round(time.monotonic() - began, 1),
     }

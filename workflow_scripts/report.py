@@ -9,10 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from llava_sft.checkpoint.verify import MARKER
 from llava_sft.data.index import leak_note
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.evaluation.scores import explained
 from llava_sft.files import read_json, write_text
+from llava_sft.publish.card import write_card
 from llava_sft.report.charts import charts
 from llava_sft.report.figures import best_validation, measured, with_scores
 from llava_sft.report.html import render
@@ -58,6 +60,9 @@ def main() -> None:
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
     write_text(args.output, page(args))
     print(f"report: {args.output}")
+    if args.export and (args.export / MARKER).is_file():
+        write_card(args.export)  # again: the scores are known now
+        print(f"talk to it: make chat RUN={args.run_dir}")
 
 
 def read_inputs(args: argparse.Namespace) -> dict[str, Any]:

@@ -67,13 +67,15 @@ class Export:
         return [read_answer(self.processor.tokenizer, tokens, self.ends) for tokens in output.tolist()]
 
     def stream(self, messages: list[dict[str, str]], images: list[Image.Image], **options: Any) -> Iterator[str]:
-        """The answer to one conversation, piece by piece while it is made; it stops where the iterator is closed.
+        """The answer to one conversation, piece by piece while it is made; it stops where the iterator is closed. Then
+        `was_cut` says whether it came to no end.
 
         Args:
             options: of `model.generate`, over the greedy ones: `max_new_tokens`, `do_sample`, `temperature` …
 
         Errors: whatever `generate` raises, after the pieces before it.
         """
+        self.was_cut = True
         inputs = self.encode([self.render(messages)], images).to(self.device)
         closed, errors = threading.Event(), list[Exception]()
         tokenizer = self.processor.tokenizer
@@ -96,6 +98,7 @@ class Export:
         try:
             for piece in streamer:
                 for end in tokenizer.convert_ids_to_tokens(self.ends):
+                    self.was_cut &= not piece.endswith(end)
                     piece = piece.removesuffix(end)
                 if piece:
                     yield piece

@@ -287,6 +287,20 @@ class Export(Section):
         "the export is compared with the Megatron model before it gets its name: check | cpu | gpu | skip; check: on a "
         "GPU if there is one. Needs memory for the whole model, in float32 where it fits",
     )
+    export_names: Literal["model", "published"] = free(
+        "model",
+        "how the export spells the names of its tensors: model (model.visual.…, model.language_model.…, as transformers 5 "
+        "does) | published (visual.…, model.layers.…, for programs that look for the names of the published "
+        "checkpoints). transformers 5.0 to 5.11 would read the published ones with a random language model, which only the "
+        "code in the export's folder prevents",
+    )
+    license: str | None = free(
+        None, "of the trained model, for its model card, as the hub spells it: apache-2.0, cc-by-nc-4.0, other …"
+    )
+    base_model: str | None = free(
+        None, "org/name on the hub that the model card names as its origin (default: `load`, where that is on the hub)"
+    )
+    language: tuple[str, ...] = free((), "languages of the data, for the model card: [en, zh]")
 
 
 SECTIONS = (Where, Data, Model, Batches, Optimizer, Run, Watching, Evaluation, Export)

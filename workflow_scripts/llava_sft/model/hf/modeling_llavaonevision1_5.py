@@ -38,12 +38,22 @@ class LLaVAOneVision1_5_PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As transformers', for both spellings of the names.
+        """As transformers', for both spellings of the names, and never with weights that are left random.
 
-        transformers has mappings of its own for this, but before 5.12 not for code that comes with a checkpoint: the
-        language model would be left random, and only a report of missing weights would say so.
+        transformers has mappings of its own for names, but before 5.12 not for code that comes with a checkpoint: the
+        language model would be random, and only a report of missing weights would say so.
+
+        Raises ValueError when a weight is missing, unless `output_loading_info` is asked for.
         """
-        return super().from_pretrained(*args, **{"key_mapping": _PUBLISHED_NAMES, **kwargs})
+        asked = kwargs.pop("output_loading_info", False)
+        kwargs = {"key_mapping": _PUBLISHED_NAMES, **kwargs, "output_loading_info": True}
+        model, info = super().from_pretrained(*args, **kwargs)
+        if info["missing_keys"] and not asked:
+            first, count = min(info["missing_keys"]), len(info["missing_keys"])
+            raise ValueError(
+                f"{count} weights are missing in the checkpoint, the first is {first}: they would be random"
+            )
+        return (model, info) if asked else model
 
 
 class LLaVAOneVision1_5_DecoderLayer(Qwen3DecoderLayer):
