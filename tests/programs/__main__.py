@@ -134,9 +134,8 @@ def run(program: Program, python: Path, made: list[Exam]) -> list[Outcome]:
 
 
 def rows_of(tried: dict[str, list[Outcome]], missing: dict[str, str]) -> list[dict[str, Any]]:
-    exact = {name: [each for each in outcomes if each.dtype == "float32"] for name, outcomes in tried.items()}
-    failed = [name for name, outcomes in exact.items() if any(each.problems for each in outcomes)]
-    passed = 1 - len(failed) / len(exact)
+    failed = [name for name, outcomes in tried.items() if any(each.problems for each in outcomes)]
+    passed = 1 - len(failed) / len(tried)
     rows = [
         row(
             "consumers_passed",
@@ -144,7 +143,7 @@ def rows_of(tried: dict[str, list[Outcome]], missing: dict[str, str]) -> list[di
             "",
             1,
             "higher",
-            f"of {len(exact)} programs and versions; not: {failed or 'none'}",
+            f"of {len(tried)} programs and versions; not: {', '.join(failed) or 'none'}",
         ),
         row("consumers_not_tried", len(missing), "", None, "lower", "; ".join(f"{k}: {v}" for k, v in missing.items())),
     ]
