@@ -44,7 +44,7 @@ soak: $(READY)
 	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m faults.soak $(ARGS)
 
 # vLLM, lmms-eval, PEFT and others from the package index, each in an environment of its own, against an export: half an hour,
-# 15 GB. ARGS="--only vLLM", "--environments /scratch/programs".
+# 17 GB. ARGS="--only vLLM", "--environments /scratch/programs".
 test-consumers: train_vqa
 	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m programs $(ARGS)
 
