@@ -46,10 +46,10 @@ def old_spelling(name: str) -> str:
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
-def there_and_back(source, target, model):
+def there_and_back(source, target, model, names="model"):
     hf2mcore(source, target / "mcore", model)
     start = newest_checkpoint(target / "mcore")
-    return mcore2hf(start, target / "hf", target / "mcore" / SIDECARS, model, MIN_PIXELS, MAX_PIXELS)
+    return mcore2hf(start, target / "hf", target / "mcore" / SIDECARS, model, MIN_PIXELS, MAX_PIXELS, names)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -110,13 +110,16 @@ def test_joined_tensors_hold_what_megatron_expects_where_it_expects_it(small_mod
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spelling", [str, old_spelling], ids=["today's names", "old names"])
-def test_there_and_back_gives_the_same_bits(source, small_model, tmp_path, dtype, spelling):
+@pytest.mark.parametrize(("stored", "names"), [(str, "published"), (old_spelling, "model")], ids=["published", "model"])
+def test_there_and_back_gives_the_same_bits_and_the_names_asked_for(
+    source, small_model, tmp_path, dtype, stored, names
+):
+    spelling = old_spelling if names == "published" else str
     original = {name: value.to(dtype) for name, value in weights(source).items()}
-    rewrite(source, lambda w: {spelling(name): value.to(dtype) for name, value in w.items()})
-    marker = there_and_back(source, tmp_path, small_model)
+    rewrite(source, lambda w: {stored(name): value.to(dtype) for name, value in w.items()})
+    marker = there_and_back(source, tmp_path, small_model, names)
     back = weights(tmp_path / "hf")
-    assert back.keys() == {spelling(name) for name in original}  # as the source spells them
+    assert back.keys() == {spelling(name) for name in original}
     for name, value in original.items():
         assert back[spelling(name)].dtype == dtype
         assert torch.equal(back[spelling(name)], value), name

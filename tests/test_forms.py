@@ -237,8 +237,6 @@ def test_each_form_goes_from_raw_data_to_the_report(chain, name):
     if name in TRAINED_FROM:
         source, trained = TRAINED_FROM[name]
         start, export = weights(project / source), weights(results / "huggingface")
-        if name == "hub":
-            start = {old_name(key): value for key, value in start.items()}
         if name == "parts":
             start |= {key: value for key, value in weights(project / "other").items() if "visual" in key}
         changed = {key for key in start if not torch.equal(start[key], export[key])}

@@ -21,7 +21,7 @@ FLOORS = [
     ["checksums", "embedded", "machine", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],
-    ["checkpoint", "report.pictures"],
+    ["checkpoint", "evaluation.scores", "report.pictures"],
     ["settings"],
     ["run", "sources"],  # run directories, read without Megatron
     ["preflight"],
@@ -31,6 +31,7 @@ FLOORS = [
     ["experiments"],
     ["locks", "workflow"],
     ["report"],  # pages know the house, the house knows no pages
+    ["chat", "publish"],
 ]
 # Module → what it imports from above or beside, and why it still does.
 EXCEPTIONS = {}

@@ -25,10 +25,11 @@ from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.publish.card import write_card
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
 
-EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
+EXPORT_FORM = 3  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
 
 @exits_cleanly
@@ -49,6 +50,8 @@ def main() -> None:
     add("--samples", type=Path,
         help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model")  # fmt: skip
     add("--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare")
+    add("--export-names", choices=["model", "published"], default="model",
+        help="mcore2hf: spelling of the tensors' names, see config/config.yaml")  # fmt: skip
     add("--done", type=Path, help="also write the marker here")
     args = parser.parse_intermixed_args()  # the target comes after the options, behind a `--`
     if args.direction == "verify":
@@ -99,7 +102,7 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
     sidecars = args.sidecars or source.parent / SIDECARS
     limits = limits_of(source, sidecars, args)
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
-    export = [EXPORT_FORM, *limits, args.parity, bool(args.samples)]
+    export = [EXPORT_FORM, *limits, args.parity, bool(args.samples), args.export_names]
     depends = depends_on(args.direction, [source], [], model, export)
     if made := made_before(args.target, depends):
         return made
@@ -112,8 +115,10 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
         from llava_sft.evaluation.parity import check_parity
 
         gate = partial(check_parity, source, model, args.samples, args.parity)
-    done = mcore2hf(source, args.target, sidecars, model, *limits, gate=gate)
-    return finish(args, done, depends)
+    done = mcore2hf(source, args.target, sidecars, model, *limits, args.export_names, gate)
+    finish(args, done, depends)
+    write_card(args.target)
+    return done
 
 
 def depends_on(

@@ -9,7 +9,8 @@ from llava_sft.data.nv_meta import is_finished
 from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
 from llava_sft.errors import DataError, SettingsError, shown
-from llava_sft.machine import gpu_count
+from llava_sft.evaluation.scores import load_score
+from llava_sft.machine import gpu_count, vllm_interpreter
 from llava_sft.paths import Paths
 from llava_sft.settings.conflicts import check_parallel_sizes
 from llava_sft.settings.layers import check_batch, load_model
@@ -70,6 +71,9 @@ def check_inputs(paths: Paths, trains: bool = True) -> None:
         return
     model = load_model(settings.model)
     check_parallel_sizes(settings, model)
+    for score in settings.evaluate_scores:
+        load_score(score)
+    vllm_interpreter(settings.evaluate_with, settings.vllm_python)
     made_here = paths.is_demo(paths.checkpoint.folder)
     check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
     if not made_here:

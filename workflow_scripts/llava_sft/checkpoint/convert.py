@@ -26,7 +26,6 @@ from llava_sft.checkpoint.start import (
     copy_sidecars,
     is_legacy,
     newest_checkpoint,
-    old_names,
 )
 from llava_sft.checkpoint.torch_dist import write_torch_dist
 from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
@@ -61,7 +60,6 @@ class HfSource:
         self.folder, self.model = folder, model
         self.reader = SafetensorsReader(folder)
         self.config = read_object(folder / "config.json", {})
-        self.old_names = self.reader.old_names
         names, head = self.reader.names(), HF_OUTPUT_LAYER
         self.mlcd = is_mlcd(names)
         # A tied language model (Qwen3-4B) does not store its output layer: here it becomes a tensor of its own.
@@ -126,7 +124,6 @@ class RandomAdapter:
 
     folder = RANDOM
     config: dict[str, Any] = {}
-    old_names = False
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(42)
@@ -197,7 +194,6 @@ def hf2mcore(
         marker = _marker(source, model, dtype) | {
             "fingerprint": digest.hexdigest(),
             "untrained": bool(sources[source].config.get("untrained")),
-            "old_names": sources[source].old_names,
             "origin": said["origin"],
             "notes": said["notes"],
             "model": model.model_dump(),
@@ -237,13 +233,14 @@ def looked_at(
 
 def mcore2hf(
     source: Path, target: Path, sidecars: Path, model: ModelConfig, min_pixels: int, max_pixels: int,
-    gate: Callable[[Path], None] | None = None,
+    names: str = "model", gate: Callable[[Path], None] | None = None,
 ) -> dict:  # fmt: skip
     """Write the weights of one checkpoint folder (`iter_0000400/`, `release/`) as a Hugging Face folder.
 
     Args:
         sidecars: folder with config, tokenizer and the like that training started from.
         min_pixels, max_pixels: image limits of the training, written where inference will read them.
+        names: the spelling of the tensors' names, "model" or "published": see the setting `export_names`.
         gate: looks at the finished folder before it gets its name, and raises to keep it from getting one.
 
     Raises CheckpointError when the checkpoint is damaged, or would run code, or lacks a tensor.
@@ -260,7 +257,7 @@ def mcore2hf(
     stored = reader.tensors()
     found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}
     check_tensors(found, {row.mcore: row.shape for row in rows}, source)
-    spell = old_name if old_names(source.parent) else str
+    spell = old_name if names == "published" else str
     order = {spell(name): shape for name, shape in hf_shapes(model).items()}
 
     def tensors():

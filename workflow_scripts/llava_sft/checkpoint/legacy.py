@@ -66,7 +66,6 @@ class LegacySource:
     """One checkpoint folder, its ranks merged, as a source of Megatron tensors. Raises CheckpointError, naming the file."""
 
     config: dict[str, Any] = {}
-    old_names = False
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -45,7 +45,7 @@ def canonical(name: str) -> str:
 
 
 def old_name(name: str) -> str:
-    """The older spelling of an in-memory name, the inverse of `canonical`."""
+    """The older spelling of an in-memory name, which the published checkpoints have: the inverse of `canonical`."""
     return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
 
 
@@ -66,10 +66,6 @@ class SafetensorsReader:
                     problem = f"{path}: {name} is also in {self._place[canonical(name)][0].name}"
                     raise CheckpointError(problem, "keep the files of one checkpoint only")
                 self._place[canonical(name)] = (path, name, entry)
-
-    @property
-    def old_names(self) -> bool:
-        return any(name != stored == old_name(name) for name, (_, stored, _) in self._place.items())
 
     def names(self) -> set[str]:
         return set(self._place)

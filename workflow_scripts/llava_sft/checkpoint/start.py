@@ -19,7 +19,7 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.tensors import PARTS
-from llava_sft.run.layout import CHECKSUMS, ITERATION, RUN_FILE, SIDECARS, TRACKER, iteration_name
+from llava_sft.run.layout import CHECKSUMS, ITERATION, SIDECARS, TRACKER, iteration_name
 
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
@@ -133,8 +133,6 @@ class Start(BaseModel):
     sidecars: folder with config, tokenizer and the like.
     fingerprint: stands for the content.
     untrained: the weights are random.
-    old_names: the Hugging Face folder at the very beginning spelled its tensors as transformers 4.53 does, and so will
-        the export.
     notes: what its conversion found that the user may not expect, such as the commit that an id on the hub stood for.
     """
 
@@ -145,7 +143,6 @@ class Start(BaseModel):
     sidecars: Path
     fingerprint: str
     untrained: bool = False
-    old_names: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -293,7 +290,6 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
         sidecars=sidecars,
         fingerprint=content,
         untrained=untrained,
-        old_names=old_names(top),
         notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
     )
 
@@ -308,12 +304,6 @@ def _fingerprint_of_iteration(folder: Path) -> str:
             f"{folder}: .metadata cannot be read: {error.strerror}: not a whole torch_dist checkpoint",
             "use another iter_ folder",
         ) from None
-
-
-def old_names(top: Path) -> bool:
-    """The spelling that the export of a converted folder, or of a run, shall have: see `Start`."""
-    origin = read_object(top / MARKER, {}) or read_object(top / RUN_FILE, {}).get("start")
-    return isinstance(origin, dict) and bool(origin.get("old_names"))
 
 
 def _with_tokenizer(folder: Path, load: str) -> Path:

@@ -51,6 +51,8 @@ LANGUAGE_FIXED = {
     "tie_word_embeddings": False,
 }
 VISION_FIXED = {"hidden_act": "gelu", "in_channels": CHANNELS, "temporal_patch_size": 1}
+# Not used here, but written: converters of other programs index these keys.
+_LANGUAGE_UNUSED = {"initializer_range": 0.02, "use_cache": True, "sliding_window": None}
 
 
 Base = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # a checkpoint's config.json may give these
@@ -130,7 +132,11 @@ class ModelConfig(_Frozen):
             "architectures": ["LLaVAOneVision1_5_ForConditionalGeneration"],
             "auto_map": {
                 "AutoConfig": "configuration_llavaonevision1_5.Llavaonevision1_5Config",
-                "AutoModelForImageTextToText": "modeling_llavaonevision1_5.LLaVAOneVision1_5_ForConditionalGeneration",
+                "AutoModel": "modeling_llavaonevision1_5.LLaVAOneVision1_5_Model",
+                **{
+                    auto: "modeling_llavaonevision1_5.LLaVAOneVision1_5_ForConditionalGeneration"
+                    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+                },
             },
             "model_type": MODEL_TYPE,
             "dtype": dtype,
@@ -140,6 +146,8 @@ class ModelConfig(_Frozen):
                 "model_type": "LLaVAOneVision1_5_text",
                 **{hf: text[ours] for ours, hf in LANGUAGE_KEYS.items()},
                 **LANGUAGE_FIXED,
+                **_LANGUAGE_UNUSED,
+                "max_window_layers": self.language.num_layers,
             },
             "vision_config": {
                 "model_type": "rice_vit",
@@ -147,6 +155,7 @@ class ModelConfig(_Frozen):
                 "embed_dim": self.vision.hidden_size,
                 "text_hidden_size": self.language.hidden_size,
                 **VISION_FIXED,
+                "initializer_range": 0.02,
             },
         }
 

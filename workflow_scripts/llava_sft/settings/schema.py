@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import Part
+from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
@@ -280,15 +281,6 @@ class Watching(Section):
     )
 
 
-class Evaluation(Section):
-    """evaluation on the held-out split"""
-
-    evaluate_by: str = free("kind", "the record's key that accuracy is reported by")
-    evaluate_samples: Positive | Literal["all"] = free("all", "or a number")
-    evaluate_batch_size: Positive = free(16, "questions answered at once")
-    max_new_tokens: Positive = free(32, "longest answer")
-
-
 class Export(Section):
     """export"""
 
@@ -297,6 +289,20 @@ class Export(Section):
         "the export is compared with the Megatron model before it gets its name: check | cpu | gpu | skip; check: on a "
         "GPU if there is one. Needs memory for the whole model, in float32 where it fits",
     )
+    export_names: Literal["model", "published"] = free(
+        "model",
+        "how the export spells the names of its tensors: model (model.visual.…, model.language_model.…, as transformers 5 "
+        "does) | published (visual.…, model.layers.…, for programs that look for the names of the published "
+        "checkpoints). transformers 5.0 to 5.11 would read the published ones with a random language model, which only the "
+        "code in the export's folder prevents",
+    )
+    license: str | None = free(
+        None, "of the trained model, for its model card, as the hub spells it: apache-2.0, cc-by-nc-4.0, other …"
+    )
+    base_model: str | None = free(
+        None, "org/name on the hub that the model card names as its origin (default: `load`, where that is on the hub)"
+    )
+    language: tuple[str, ...] = free((), "languages of the data, for the model card: [en, zh]")
 
 
 SECTIONS = (Where, Data, Model, Batches, Optimizer, Run, Watching, Evaluation, Export)
