@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluate import cached_result, main
 from helpers.models import MAX_PIXELS, MIN_PIXELS
@@ -17,7 +18,7 @@ from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
 from llava_sft.evaluation import answers as answers_module
 from llava_sft.evaluation.answers import generate
-from llava_sft.evaluation.export import read_answer
+from llava_sft.evaluation.export import Export, read_answer
 from llava_sft.evaluation.judge import Answer
 from llava_sft.files import read_json, write_json
 
@@ -59,7 +60,7 @@ def answers(export: Path, questions: list[Sample], batch_size: int = 16, max_new
     return [found[number] for number in range(len(questions))]
 
 
-def test_each_answer_meets_its_question_whatever_the_batches(export, data):
+def test_each_answer_meets_its_question_whatever_the_batches(export, data, monkeypatch):
     questions = asked_of(data)
     together = answers(export, questions)
     assert len({answer.text for answer in together}) > 4, "answers that are all alike would show no mix-up"
@@ -67,6 +68,15 @@ def test_each_answer_meets_its_question_whatever_the_batches(export, data):
         assert answers(export, [questions[n]]) == [together[n]], "asked alone"
     for size in (1, 4):
         assert answers(export, questions, size) == together
+    complete = Export.answer
+
+    def small(self, inputs):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+        return complete(self, inputs)
+
+    monkeypatch.setattr(Export, "answer", small)
+    assert answers(export, questions) == together, "a batch that is too large is halved"
     # The last one comes after the true answer to the turn before it.
     assert "Answer 8." in [message["content"] for message in questions[9].messages]
 
@@ -77,7 +87,6 @@ def generation_config(export: Path, **content) -> None:
 
 def test_answers_end_at_either_end_token_whatever_the_export_says(export, data, monkeypatch):
     """The model is made to say: a grounding word, one of the two end tokens, and then more."""
-    import torch
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
@@ -133,7 +142,6 @@ def test_grounding_tokens_are_part_of_an_answer():
 
 def test_a_streamed_answer_is_the_greedy_one_and_stops_when_it_is_closed(export, data):
     from llava_sft.data.images import decode_rgb
-    from llava_sft.evaluation.export import Export
 
     question = list(read_split(data / "wds", "val"))[1].before(1)
     loaded, images = Export(export, 12), [decode_rgb(image) for image in question.images]

@@ -51,7 +51,7 @@ def test_a_score_is_what_its_definition_says(score, truth, prediction, value):
 
 @pytest.mark.parametrize("spelled", ["exakt", "exact:1", "number:5", "anls:", "regex:(", "f1:0.5", "a.txt:f", ""])
 def test_a_score_that_there_is_not_is_refused_with_its_rule(spelled):
-    with pytest.raises(ValueError, match=r"none of exact \||a number from 0 to 1|no regular expression"):
+    with pytest.raises(ValueError, match=r"is none of exact \||a number from 0 to 1|no regular expression"):
         parse_score(spelled)
 
 
@@ -191,7 +191,9 @@ def test_scores_and_vllm_are_checked_before_any_job_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("llava_sft.machine.gpu_count", lambda: 0)
     assert load_settings("vqa", {"evaluate_scores": "anls"}).evaluate_scores == ("anls",)
-    with pytest.raises(SettingsError, match=r"--config: evaluate_scores: 'exakt': none of exact \| normalised"):
+    with pytest.raises(
+        SettingsError, match=r"--config: evaluate_scores: 'exakt': 'exakt' is none of exact \| normalised"
+    ):
         load_settings("vqa", {"evaluate_scores": "exakt"})
 
     def check(**overrides) -> None:

@@ -50,12 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", default="all", help="all, or the number of samples")
     add("--base", type=Path, metavar="EXPORT", help="another export, to compare with")
     add("--start-of", type=path, metavar="RUN_DIR", help="compare with what this run started from")
-    add(
-        "--base-answers",
-        type=Path,
-        metavar="DIR",
-        help="keeps the answers of the model to compare with (beside the output)",
-    )
+    add("--base-answers", type=Path, metavar="DIR", help="keeps answers of what is compared with (beside the output)")
     add("--batch-size", type=int, default=Options().batch_size, help="questions at once, of transformers (%(default)s)")
     add("--max-new-tokens", type=int, default=Options().max_new_tokens, help="longest answer (%(default)s)")
     add("--with", dest="engine", choices=["transformers", "vllm"],
@@ -109,12 +104,8 @@ def main() -> None:
     result |= {"max_new_tokens": args.max_new_tokens, "engine": "vLLM" if options.vllm else "transformers"}
     predictions = args.output.with_name(PREDICTIONS)
     write_text(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    result |= {
-        "depends": depends,
-        "model": model.fingerprint,
-        "predictions": file_fingerprint(predictions),
-        "seconds": round(time.monotonic() - began, 1),
-    }
+    result |= {"depends": depends, "model": model.fingerprint, "predictions": file_fingerprint(predictions)}
+    result["seconds"] = round(time.monotonic() - began, 1)
     write_json(cache, result, sealed=True)
     write_json(args.output, result, sealed=True)
     print_summary(args, result, asked)
@@ -157,6 +148,8 @@ def cached_result(cache: Path, depends: str) -> dict[str, Any] | None:
         return None
     predictions = cache.with_name(PREDICTIONS)
     if not isinstance(earlier, dict) or earlier.get("depends") != depends:
+        if earlier:
+            print(f"{cache}: of another model, data or settings, or of an earlier version: evaluating again")
         return None
     if not predictions.is_file() or file_fingerprint(predictions) != earlier.get("predictions"):
         print(f"{predictions}: missing, or not what was written: evaluating again", file=sys.stderr)

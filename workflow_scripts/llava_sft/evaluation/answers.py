@@ -4,19 +4,20 @@ Notable: answers are kept as they come, so that an interrupted evaluation goes o
 run from the same start, asks nothing anew.
 """
 
+import gc
 import json
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from llava_sft.data.records import Sample
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.evaluation.judge import Answer
-from llava_sft.evaluation.vllm import generate_with_vllm
+from llava_sft.evaluation.vllm_client import generate_with_vllm
 from llava_sft.files import fingerprint, read_json, write_json
 from llava_sft.model.export_files import image_limits
 
@@ -27,7 +28,7 @@ SAID_EVERY_S = 10
 class Options(NamedTuple):
     """How answers are generated. `vllm`: the interpreter whose vLLM answers; None: transformers in this one."""
 
-    batch_size: int = 16
+    batch_size: int = 64
     max_new_tokens: int = 32
     vllm: Path | None = None
 
@@ -115,7 +116,7 @@ def generate(
     """Yield (number of the question, answer). Batches hold questions of similar length, so that little is padded; the longest
     come first, and need the most memory. The next batch's pictures are prepared meanwhile.
 
-    Errors: CheckpointError where transformers cannot load `folder`, RunError where a batch is too large for the GPU.
+    A batch that does not fit into the GPU's memory is halved. Errors: CheckpointError where transformers cannot load `folder`.
     """
     import torch
 
@@ -123,6 +124,8 @@ def generate(
     from llava_sft.evaluation.export import Export
     from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS, image_tokens
 
+    gc.collect()  # the model that answered before, if any
+    torch.cuda.empty_cache()
     export = Export(folder, max_new_tokens)
     texts = [export.render(question.messages) for question in questions]
     limits = image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)
@@ -135,17 +138,21 @@ def generate(
             [texts[i] for i in batch], [decode_rgb(data) for i in batch for data in questions[i].images]
         )
 
+    def answer(batch: list[int], inputs: Any) -> list[Answer]:
+        with suppress(torch.OutOfMemoryError):
+            return export.answer(inputs)
+        torch.cuda.empty_cache()
+        if len(batch) == 1:
+            raise RunError(
+                f"a question of {tokens[batch[0]]:,} image tokens does not fit into this GPU's memory", "a larger GPU"
+            )
+        halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+        return [each for half in halves for each in answer(half, encode(half))]
+
     with ThreadPoolExecutor(1) as pool:
         ready = pool.submit(encode, batches[0])
         for number, batch in enumerate(batches, 1):
             inputs = ready.result()
             if number < len(batches):
                 ready = pool.submit(encode, batches[number])
-            try:
-                answers = export.answer(inputs)
-            except torch.OutOfMemoryError:
-                raise RunError(
-                    f"{len(batch)} questions at once do not fit into the GPU's memory",
-                    f"evaluate_batch_size: {len(batch) // 2 or 1}",
-                ) from None
-            yield from zip(batch, answers, strict=True)
+            yield from zip(batch, answer(batch, inputs), strict=True)

@@ -195,7 +195,7 @@ def parse_score(spelled: str) -> Score | None:
         return Score(name, PLAIN[name])
     if ".py:" in spelled:
         return None
-    raise ValueError(f"none of {SPELLINGS}")
+    raise ValueError(f"{shown(spelled)} is none of {SPELLINGS}")
 
 
 def function_file(spelled: str) -> Path | None:

@@ -25,6 +25,7 @@ def questions(source: BinaryIO) -> Iterator[dict]:
 
 
 def main() -> None:
+    sys.path.pop(0)  # this folder, whose modules are none of vLLM's business
     job = json.loads(sys.stdin.buffer.readline())
     from vllm import LLM, SamplingParams
 

@@ -21,7 +21,9 @@ class Evaluation(Section):
         "the start checkpoint answers the same questions, to show what the training changed; these answers are kept for other runs",
     )
     evaluate_samples: Positive | Literal["all"] = free("all", "or a number")
-    evaluate_batch_size: Positive = free(16, "questions answered at once, by transformers")
+    evaluate_batch_size: Positive = free(
+        64, "questions answered at once by transformers; half as many where they do not fit"
+    )
     evaluate_with: Literal["transformers", "vllm"] | None = free(
         None, "who generates: transformers | vllm (default: vLLM where there are it and a GPU)"
     )
