@@ -37,7 +37,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("direction", choices=["hf2mcore", "mcore2hf", "verify"])
-    add("source", help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder")
+    add(
+        "source",
+        help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder",
+    )
     # An optional one would count as left out where options stand before it, as in the rules.
     optional = "?" if "verify" in sys.argv[1:] else None
     add("target", type=Path, nargs=optional, help="folder to write; it appears only when it is whole")
