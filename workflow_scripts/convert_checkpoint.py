@@ -203,19 +203,15 @@ def source_fingerprint(source: Path | str) -> str:
     if not folder.is_dir():
         return str(source)
     try:
-        return _fingerprint_of_folder(folder)
+        files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
+        small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
+        weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+        return fingerprint([[file_fingerprint(path) for path in small], stats])
     except OSError as error:
         raise CheckpointError(
             f"{error.filename}: cannot be read: {error.strerror}", "a folder that you may read"
         ) from None
-
-
-def _fingerprint_of_folder(folder: Path) -> str:
-    files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
-    small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
-    weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-    return fingerprint([[file_fingerprint(path) for path in small], stats])
 
 
 if __name__ == "__main__":

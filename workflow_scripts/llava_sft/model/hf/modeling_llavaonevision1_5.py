@@ -49,10 +49,9 @@ class LLaVAOneVision1_5_PreTrainedModel(PreTrainedModel):
         kwargs = {"key_mapping": _PUBLISHED_NAMES, **kwargs, "output_loading_info": True}
         model, info = super().from_pretrained(*args, **kwargs)
         if info["missing_keys"] and not asked:
-            first, count = min(info["missing_keys"]), len(info["missing_keys"])
-            raise ValueError(
-                f"{count} weights are missing in the checkpoint, the first is {first}: they would be random"
-            )
+            first, *others = sorted(info["missing_keys"])
+            more = f" and {len(others)} more" if others else ""
+            raise ValueError(f"missing in the checkpoint, and would be left random: {first}{more}")
         return (model, info) if asked else model
 
 
