@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import chat
-from helpers import SCRIPTS
+from helpers import ROOT, SCRIPTS
 from helpers.webdatasets import picture
 from llava_sft.chat import models, web
 from llava_sft.chat.answers import Model, Turn, question
@@ -166,6 +167,11 @@ def test_what_is_missing_or_broken_is_one_message(
     said = capsys.readouterr()
     assert said.out == "" and message in said.err.rpartition("error: ")[2]
     assert "\n  fix: " in said.err and "Traceback" not in said.err
+
+
+def test_the_message_installs_what_the_project_names():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert web.INSTALL.endswith("'.[web]'") and [name.partition(">")[0] for name in extras["web"]] == ["streamlit"]
 
 
 def test_a_port_in_use_is_said(monkeypatch):
@@ -319,9 +325,10 @@ def test_ctrl_c_on_a_real_terminal(small_checkpoint):
         until(b"?\r\n")
         time.sleep(1)
         os.write(main, b"\x03")
-        until(b"> ", 10)
+        until(b"^C", 20)  # the answer may hold a prompt's characters
+        until(b"> ", 20)
         os.write(main, b"\x03")
-        assert process.wait(10) == chat.INTERRUPTED
+        assert process.wait(60) == chat.INTERRUPTED
     finally:
         process.kill()
         os.close(main)

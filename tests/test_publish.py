@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 import push_to_hub
+from helpers import ROOT, SCRIPTS
 from helpers.hub import TOKEN, Hub
 from llava_sft.checkpoint.start import Start
 from llava_sft.checkpoint.verify import verify
@@ -96,6 +97,25 @@ def test_its_code_runs_as_it_stands(export, capsys):
     Image.linear_gradient("L").resize((56, 56)).save("picture.png")
     exec(code.replace("256", "3"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_guide_has_the_same_code_and_options_that_there_are(export):
+    write_card(export, "output/stage2_sft_vqa_results/huggingface")
+    (code,) = re.findall(r"```python\n(.*?)```", (export / CARD).read_text(), re.DOTALL)
+    code = code.replace("What is in this picture?", "Which digit is this?").replace(
+        "picture.png", "output/demo/images/digit_0003.png"
+    )
+    blocks = []
+    for name in ("use.md", "use_zh.md"):
+        text = (ROOT / "docs" / name).read_text()
+        assert code in text
+        blocks.append(
+            [re.sub(r" *#.*|…[^…]*…", "", block) for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)]
+        )
+        for script, line in re.findall(r"workflow_scripts/(\w+\.py)(.*)", text):
+            options = set(re.findall(r" (--[a-z-]+)", line.partition("#")[0]))
+            assert options <= set(re.findall(r'"(--[a-z-]+)"', (SCRIPTS / script).read_text())), line
+    assert blocks[0] == blocks[1]
 
 
 def test_what_is_not_known_is_not_made_up(export, capsys):

@@ -184,8 +184,8 @@ class Workflow(Experiments):
         """Let Snakemake run the jobs whose outputs are there and not what they should be, as `--forcerun` would."""
         if self.force and paths.dataset not in self._checked:
             self._checked.add(paths.dataset)
-            tars, index = out_of_date(paths.webdatasets, paths.dataset, paths.shards)
-            self.force([str(path) for path in [*tars, *([paths.dataset] if index else [])]])
+            planned = {name: (shard.raw, shard.range) for name, shard in paths.shards.items()}
+            self.force(list(map(str, out_of_date(paths.webdatasets, paths.dataset, planned))))
 
     @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:

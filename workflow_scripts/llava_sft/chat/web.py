@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llava_sft.chat.answers import Model, Turn
 
 ADDRESS = "127.0.0.1"
-INSTALL = ".venv/bin/uv pip install --python .venv/bin/python 'streamlit>=1.67,<2'"
+INSTALL = ".venv/bin/uv pip install -e '.[web]'"
 OPTIONS = {
     "global.developmentMode": "false",
     "server.address": ADDRESS,

@@ -217,10 +217,8 @@ class Run(Section):
         "a longer pack goes through the model in chunks of about so many tokens, cut between samples: the same "
         "gradients, and activations of one chunk. Not with pipeline parallelism",
     )
-    recompute_language: Literal["none", "selective", "full"] = free(
-        "none",
-        "recompute activations in the backward pass: none | full: less memory, slower | selective: attention alone, in "
-        "Megatron's layers, slower still",
+    recompute_language: Literal["none", "full"] = free(
+        "none", "recompute activations in the backward pass: none | full: less memory, slower"
     )
     recompute_vision: Literal["none", "full"] = free(
         "none", "none | full, for the vision tower: what a pack of many pictures wants first"
