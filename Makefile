@@ -26,7 +26,7 @@ setup: $(READY)
 
 # Questions to what a run has learned: make chat RUN=output/stage2_sft_vqa, ARGS="--web" for a page.
 chat: $(READY)
-	@$(VENV)/bin/python workflow_scripts/chat.py $(RUN) $(ARGS)
+	@$(VENV)/bin/python workflow_scripts/chat.py "$(RUN)" $(ARGS)
 
 # A file of tests is run by one of two processes; ARGS="-n 0": one after the other.
 test: checks

@@ -4,6 +4,7 @@ Every input but the resolved settings may be missing, and so may their keys: the
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main() -> None:
     print(f"report: {args.output}")
     if args.export and (args.export / MARKER).is_file():
         write_card(args.export)  # again: the scores are known now
-        print(f"talk to it: make chat RUN={args.run_dir}")
+        print(f"talk to it: {chat_command(args.run_dir)}")
 
 
 def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,7 +170,13 @@ def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
     found |= {"log" if len(logs) == 1 else f"log {n}": str(path) for n, path in enumerate(logs, 1)}
     if (run_dir / TENSORBOARD).is_dir():
         found["TensorBoard"] = f"tensorboard --logdir {run_dir / TENSORBOARD}"
+    if export and (export / MARKER).is_file():
+        found["talk to it"] = chat_command(run_dir)
     return found
+
+
+def chat_command(run_dir: Path) -> str:
+    return f"make chat RUN={shlex.quote(str(run_dir))}"
 
 
 if __name__ == "__main__":

@@ -7,14 +7,21 @@ every key that equals its default.
 import transformers
 from packaging.version import Version
 
-NEEDED_TRANSFORMERS = "4.57"  # the other files take this name, and so the check, before anything of transformers
-if Version(transformers.__version__) < Version(NEEDED_TRANSFORMERS):
-    raise ImportError(
-        f"LLaVA-OneVision-1.5 needs transformers {NEEDED_TRANSFORMERS} or newer, and {transformers.__version__} is "
-        "installed: pip install --upgrade transformers"
-    )
+NEEDED_TRANSFORMERS = "4.57"
 
-from transformers import PretrainedConfig, Qwen3Config  # noqa: E402  5 says PreTrainedConfig, and knows this name too
+
+def check_transformers() -> None:
+    """Raise ImportError, with what to do, where transformers is too old; before a name that it lacks is imported."""
+    if Version(transformers.__version__) < Version(NEEDED_TRANSFORMERS):
+        raise ImportError(
+            f"LLaVA-OneVision-1.5 needs transformers {NEEDED_TRANSFORMERS} or newer, and {transformers.__version__} is "
+            "installed: pip install --upgrade transformers"
+        )
+
+
+check_transformers()
+
+from transformers import PretrainedConfig, Qwen3Config  # 5 says PreTrainedConfig, and knows this name too
 
 _TEXT_DEFAULTS = {
     "vocab_size": 151936,

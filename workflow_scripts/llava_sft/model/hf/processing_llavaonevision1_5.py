@@ -1,6 +1,8 @@
 """Processor of LLaVA-OneVision-1.5 for transformers 4.57 and newer: Qwen2-VL's image preprocessing and a Qwen tokenizer."""
 
-from .configuration_llavaonevision1_5 import NEEDED_TRANSFORMERS  # noqa: F401, I001  first: it checks the version
+from .configuration_llavaonevision1_5 import check_transformers  # isort: skip
+
+check_transformers()
 
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, MultiModalData
