@@ -38,12 +38,19 @@ def test_what_cannot_be_installed_is_counted_apart():
     assert missing["value"] == 1 and missing["note"] == "C 3: no such package"
 
 
-def test_a_program_that_dies_has_its_last_error_as_the_problem(tmp_path):
-    (tmp_path / "dies.py").write_text("print('loading')\nraise KeyError('visual')\n")
-    program = Program("dies", str(tmp_path / "dies.py"), ())
-    outcome = ask(program, Path(sys.executable), EXAM, "float32", tmp_path)
-    assert outcome.problems == ["KeyError: 'visual'"] and not outcome.equal
-    assert json.loads((tmp_path / "embedded.job.json").read_text())["export"] == "export"
+def test_a_program_that_dies_has_its_last_error_as_the_problem_and_an_answer_is_kept(tmp_path):
+    (tmp_path / "export").mkdir()
+    exam = EXAM._replace(export=tmp_path / "export")
+    script, job = tmp_path / "script.py", (Path(sys.executable), exam, "float32", tmp_path)
+    script.write_text("print('loading')\nraise KeyError('visual')\n")
+    program = Program("dies", str(script), ())
+    assert ask(program, *job).problems == ["KeyError: 'visual'"]
+    answer = f"import sys; open(sys.argv[2], 'w').write({json.dumps(found('4', 'even', '12'))!r}); open('asked', 'a').write('x')"
+    script.write_text(answer)
+    assert [ask(program, *job).equal for _ in range(2)] == [3, 3]
+    assert (tmp_path / "asked").read_text() == "x"
+    (tmp_path / "export/config.json").write_text("another export")
+    assert ask(program, *job).equal == 3 and (tmp_path / "asked").read_text() == "xx"
 
 
 def test_an_environment_is_used_again_while_its_pins_stay(tmp_path, monkeypatch):

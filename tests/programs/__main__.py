@@ -8,6 +8,7 @@ and nothing else that its script looks at is wrong. In bfloat16 the share of equ
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -75,12 +76,17 @@ def plain(text: str) -> str:
 
 
 def ask(program: Program, python: Path, exam: Exam, dtype: str, folder: Path) -> Outcome:
-    job, output, log = (folder / f"{exam.name}.{kind}" for kind in ("job.json", "output.json", "log"))
     given = {"export": str(exam.export), "dtype": dtype, "max_new_tokens": MAX_NEW_TOKENS, "questions": exam.questions}
     # The calls hang on no weight: asked of one export.
     calls = program.name in ALL_CALLS and exam.name == "tiny" and dtype == "float32"
-    job.write_text(json.dumps(given | {"calls": calls}))
-    output.unlink(missing_ok=True)
+    text = json.dumps(given | {"calls": calls})
+    # What was answered before is not asked again: an interrupted run goes on.
+    asked = [text.encode(), *(path.read_bytes() for path in sorted([HERE / program.script, *exam.export.iterdir()]))]
+    key = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in asked)).hexdigest()[:12]
+    job, output, log = (folder / f"{exam.name}-{dtype}-{key}.{kind}" for kind in ("job.json", "output.json", "log"))
+    if output.is_file():
+        return judge(exam, dtype, json.loads(output.read_text()))
+    job.write_text(text)
     with log.open("w") as file:
         command = [str(python), str(HERE / program.script), str(job), str(output)]
         try:
