@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests:benchmarks python -m programs [--only vLLM] [--environments FOLDER]
 
-Writes benchmarks/results/consumers.json if all were asked. Needs the embedded experiment, trained: `make train_vqa`.
+Writes benchmarks/results/consumers.json if all were asked. Needs the embedded experiment, exported: `make export_vqa`.
 A program passes in float32 if it loads both exports, gives this project's answers to all questions that it has a form for,
 and nothing else that its script looks at is wrong. In bfloat16 the share of equal answers is a figure, not a test.
 """
@@ -178,7 +178,7 @@ def main() -> int:
     args = parser.parse_args()
     for needed in (EXPORT / "config.json", WEBDATASETS, START):
         if not needed.exists():
-            raise SystemExit(f"error: {needed}: no such file\n  fix: make train_vqa")
+            raise SystemExit(f"error: {needed}: no such file\n  fix: make export_vqa")
     folder = args.environments.resolve()
     made = exams(folder / "exams")
     missing, pythons = dict(NOT_TRIED), {}
