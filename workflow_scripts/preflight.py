@@ -79,7 +79,9 @@ def main() -> None:
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
-    model, own_values = model_of_start(start, load_model(settings.model), paths.converted is not None)
+    model, own_values = load_model(settings.model), list[str]()
+    if not args.gpu:  # what another machine would need may be asked for any size, whatever there is to start from
+        model, own_values = model_of_start(start, model, paths.converted is not None)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
