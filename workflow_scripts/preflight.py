@@ -74,7 +74,7 @@ def main() -> None:
         overrides["gpus_per_node"] = args.gpus_per_node
     paths = Workflow(overrides, [], cluster).paths(args.experiment)
     settings = paths.settings
-    check_inputs(paths)
+    check_inputs(paths, of_start=not args.gpu)
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
