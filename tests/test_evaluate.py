@@ -294,21 +294,29 @@ def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
     assert read_json(tmp_path / "evaluation.json")["base"]["name"] == str(export)
 
 
-@pytest.mark.parametrize("case", ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples"])
+WRONG = {
+    "samples": ["--samples", "half"], "batch": ["--batch-size", "0"], "tokens": ["--max-new-tokens", "-1"], "no record": [],
+    "output": ["--output", "."],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["no export", "marker", "weights", "config.json", "tokenizer.json", *WRONG])
 def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
     folder = tmp_path / "export"
     folder.mkdir()
     for path in export.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    words = ["--samples", "half"] if case == "samples" else []
+    if case == "no record":
+        data = tmp_path / "none.jsonl"
+        data.write_text("\n")
     if case == "no export":
         (folder / "converted.json").unlink()
     elif case == "marker":
         write_json(folder / "converted.json", {"fingerprint": 1})
-    elif case != "samples":
+    elif case not in WRONG:
         (folder / {"weights": "model.safetensors"}.get(case, case)).write_bytes(b"\0" * 30)
     with pytest.raises(SystemExit) as end:
-        run(monkeypatch, folder, data, tmp_path / "e.json", *words)
+        run(monkeypatch, folder, data, tmp_path / "e.json", *WRONG.get(case, []))
     said = capsys.readouterr().err
     assert end.value.code == 1 and "error: " in said and "Traceback" not in said
     assert not (tmp_path / "e.json").exists()

@@ -49,6 +49,11 @@ def test_a_score_is_what_its_definition_says(score, truth, prediction, value):
     assert found == pytest.approx(value) and isinstance(found, bool) == isinstance(value, bool)
 
 
+def test_a_question_without_options_has_none_to_choose():
+    rate, record = parse_score("choice").rate, {"id": "r1", "question": "What is on the picture?"}
+    assert rate("A cat.", "a cat", record) and rate("(b)", "B", record) and not rate("a dog", "a cat", record)
+
+
 @pytest.mark.parametrize("spelled", ["exakt", "exact:1", "number:5", "anls:", "regex:(", "f1:0.5", "a.txt:f", ""])
 def test_a_score_that_there_is_not_is_refused_with_its_rule(spelled):
     with pytest.raises(ValueError, match=r"is none of exact \||a number from 0 to 1|no regular expression"):
@@ -76,6 +81,7 @@ def test_a_users_function_gets_the_answers_and_if_it_wants_the_record(tmp_path):
         ("def score(a, b:", "the file cannot be run: SyntaxError: .* line 1"), ("import nothing_like_it", "No module named"),
         ("raise SystemExit(1)", "the file cannot be run: SystemExit"),
         ("def score(a, b): return 'yes'", "to sample 'r1': ValueError"), ("def score(a, b): return 2", "it returned 2"),
+        ("def score(a, b): raise SystemExit(0)", "to sample 'r1': SystemExit: 0"),
         ("def score(a, b): return 1 / 0", "answer 'a' to sample 'r1': ZeroDivisionError"),
     ],
 )  # fmt: skip

@@ -59,10 +59,14 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.samples != "all" and not (args.samples.isdecimal() and int(args.samples)):
         raise SettingsError(f"--samples {args.samples}: neither `all` nor a number of samples", "evaluate_samples: all")
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise SettingsError("--batch-size and --max-new-tokens must be at least 1", "leave them out for the defaults")
+    if args.output and args.output.is_dir():
+        raise SettingsError(f"--output {args.output}: a folder", f"--output {args.output / 'evaluation.json'}")
     if args.output is None:
         name = args.data.parent.name if args.data.name == "webdatasets" else args.data.stem
         args.output = args.model_dir.resolve().parent / "evaluations" / name / "evaluation.json"
-    args.scores = args.scores or ["exact"]
+    args.scores = list(dict.fromkeys(args.scores or ["exact"]))
     args.base_answers = args.base_answers or args.output.parent / "base_answers"
     return args
 

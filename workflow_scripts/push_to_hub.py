@@ -37,10 +37,17 @@ def main() -> None:
     add("--public", action="store_true", help="everyone may see it (default: private)")
     add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
     args = parser.parse_args()
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
         raise SettingsError(
             f"{args.repository}: no name of a repository", "org/name, or your user name before the slash"
         )
+    try:
+        validate_repo_id(args.repository)
+    except HFValidationError as error:
+        raise SettingsError(str(error), "another name for the repository") from None
     export = next((path for path in (args.export, args.export / "huggingface") if (path / MARKER).is_file()), None)
     if export is None:
         raise CheckpointError(

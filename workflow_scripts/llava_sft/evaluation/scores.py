@@ -95,7 +95,7 @@ def options_of(question: str) -> dict[str, str]:
     for mark in re.finditer(r"(?:^|(?<=\s))(?:\(([A-Z])\)|([A-Z])[.):])(?=\s)", question):
         if (mark[1] or mark[2]) == string.ascii_uppercase[len(marks) % 26]:
             marks.append(mark)
-    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    ends = [mark.start() for mark in marks[1:]] + [len(question)] * bool(marks)
     return {mark[1] or mark[2]: question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)}
 
 
@@ -240,7 +240,7 @@ def _own(spelled: str, function: Any, count: int, prediction: str, answer: str, 
     try:
         value = function(*(prediction, answer, record)[:count])
         share = float(value)
-    except Exception as error:  # of the user's code
+    except (Exception, SystemExit) as error:  # of the user's code
         raise _no_score(spelled, f"{where}: {_told(error)}", "mend the function, and run the same command") from error
     if not 0 <= share <= 1:
         raise _no_score(spelled, f"{where}: it returned {shown(value)}", "return True, False or a number from 0 to 1")
