@@ -170,6 +170,16 @@ def test_what_is_missing_or_broken_is_one_message(
     assert "\n  fix: " in said.err and "Traceback" not in said.err
 
 
+def test_no_code_of_a_folder_that_looks_like_an_export_is_executed(run_dir, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(run_dir.with_name("stage2_sft_x_results") / "huggingface", tmp_path / "theirs")
+    (folder / "converted.json").unlink()
+    for code in folder.glob("*.py"):
+        code.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    write_json(folder / "converted.json", {"files": note(folder, list(folder.iterdir()))}, sealed=True)
+    assert run(monkeypatch, folder, "What?", "--max-new-tokens", 2) == 0
+    assert not (tmp_path / "executed").exists()
+
+
 def test_the_message_installs_what_the_project_names():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert web.INSTALL.endswith("'.[web]'") and [name.partition(">")[0] for name in extras["web"]] == ["streamlit"]
