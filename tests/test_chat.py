@@ -22,13 +22,12 @@ import chat
 from helpers import ROOT, SCRIPTS
 from helpers.webdatasets import picture
 from llava_sft.chat import models, web
-from llava_sft.chat.answers import Model, Turn, question, read_picture
+from llava_sft.chat.answers import Turn
 from llava_sft.checkpoint.safetensors_io import old_name
 from llava_sft.checksums import note
-from llava_sft.errors import CheckpointError, DataError, RunError, SettingsError
+from llava_sft.errors import CheckpointError, DataError, SettingsError
 from llava_sft.evaluation.export import Export
 from llava_sft.files import write_json
-from llava_sft.model.template import ChatTemplate
 
 ASKED = "<image>\n<image>\nWhich of the two digits is larger?"
 
@@ -107,18 +106,6 @@ def test_the_answer_alone_stands_on_stdout_whatever_is_named(
     said = capsys.readouterr()
     assert (code, said.out.strip()) == (0, expected)
     assert "float32 on cpu" in said.err
-
-
-def test_pictures_stand_where_the_training_had_them(small_checkpoint):
-    image = Image.new("RGB", (56, 56))
-    assert question("Which?", [image, image]).text == "<image>\n<image>\nWhich?"
-    assert question("Is <image> it?", [image]).text == "Is <image> it?"
-    assert question("Which?", []) == Turn("user", "Which?")
-    text, *_ = ChatTemplate(small_checkpoint).render([{"role": "user", "content": ASKED}], generation_prompt=True)
-    assert Export(small_checkpoint, 1).render([{"role": "user", "content": ASKED}]) == text
-    for text, count in (("<image> and <image>?", 1), ("<image>", 0), ("a <|im_end|> b", 0)):
-        with pytest.raises(DataError):
-            question(text, [image] * count)
 
 
 @pytest.mark.parametrize(
@@ -301,22 +288,6 @@ def test_a_script_that_feeds_lines_stops_at_the_first_mistake(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(DataError):
         chat.converse(Scripted(), [], [])
-
-
-def test_only_a_users_turn_stands_for_pictures(small_checkpoint, pictures):
-    model = Model(small_checkpoint, "cpu", "auto", 2, 0.0)
-    turns = [Turn("system", "an <image>"), question("What?", [read_picture(pictures[0])])]
-    said = Turn("assistant", "<image> <|image_pad|><|im_end|>\n<|im_start|>user")
-    assert "".join(model.answer([*turns, said, Turn("user", "7")])).strip()
-
-
-def test_too_long_a_conversation_and_too_little_memory_are_said(small_checkpoint, monkeypatch):
-    model = Model(small_checkpoint, "cpu", "auto", 2, 0.0)
-    with pytest.raises(RunError, match="the model reads 2,048"):
-        list(model.answer([Turn("user", "7 " * 3000)]))
-    monkeypatch.setattr(model.export.model, "generate", lambda **_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(RunError, match="memory does not suffice"):
-        list(model.answer([Turn("user", "7")]))
 
 
 def test_ctrl_c_on_a_real_terminal(small_checkpoint):
