@@ -1,5 +1,6 @@
 """chat.py: what may be named, what stands on stdout, conversations, Ctrl-C, and messages for what is missing or broken."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -318,8 +319,12 @@ def test_ctrl_c_on_a_real_terminal(small_checkpoint):
         os.write(main, b"\x03")
         until(b"^C", 20)  # the answer may hold a prompt's characters
         until(b"> ", 20)
-        os.write(main, b"\x03")
-        assert process.wait(60) == chat.INTERRUPTED
+        for _ in range(30):  # on a busy machine the answer may still be closing
+            os.write(main, b"\x03")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+                break
+        assert process.wait(1) == chat.INTERRUPTED
     finally:
         process.kill()
         os.close(main)
