@@ -9,6 +9,7 @@ goes on; weights of an earlier upload that this export does not have are deleted
 """
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,18 +38,12 @@ def main() -> None:
     add("--public", action="store_true", help="everyone may see it (default: private)")
     add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
     args = parser.parse_args()
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
         raise SettingsError(
             f"{args.repository}: no name of a repository", "org/name, or your user name before the slash"
         )
-    try:
-        validate_repo_id(args.repository)
-    except HFValidationError as error:
-        raise SettingsError(str(error), "another name for the repository") from None
-    export = next((path for path in (args.export, args.export / "huggingface") if (path / MARKER).is_file()), None)
+    given = Path(os.path.abspath(args.export))  # the run's files are in the folder above, of `.` too
+    export = next((path for path in (given, given / "huggingface") if (path / MARKER).is_file()), None)
     if export is None:
         raise CheckpointError(
             f"{args.export}: no export in it", "snakemake export_X, or convert_checkpoint.py mcore2hf"
