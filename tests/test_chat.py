@@ -119,6 +119,7 @@ def test_the_answer_alone_stands_on_stdout_whatever_is_named(
         ("mixed spelling", "named in another way"),
         ("damaged export", "does not hold what was written"), ("no gpu", "no GPU here"), ("control token", "<|im_start|>"),
         ("legacy", "convert_checkpoint.py hf2mcore"), ("no streamlit", "--web needs Streamlit"), ("port", "--port 99999"),
+        ("temperature", "--temperature 0 or more"), ("bytes", "not UTF-8"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_broken_is_one_message(
@@ -149,6 +150,7 @@ def test_what_is_missing_or_broken_is_one_message(
     more = {
         "no picture": ["--image", "gone.png"], "broken picture": ["--image", "half.png"], "no gpu": ["--device", "cuda"],
         "no streamlit": ["--web"], "port": ["--web", "--port", "99999"],
+        "temperature": ["--temperature", "nan"], "bytes": ["--system", "\udcff"],
     }  # fmt: skip
     words = ["a <|im_start|> b"] if case == "control token" else words if named.get(case, True) else []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -282,6 +284,14 @@ def test_ctrl_c_ends_an_answer_and_twice_the_program(monkeypatch, capsys):
         chat.converse(Scripted(interrupt=1), [], [])
     type_in(monkeypatch, EOFError)
     chat.converse(Scripted(), [], [])
+
+
+@pytest.mark.parametrize("closed", ["<&-", "What? | exec 3>&-"])
+def test_streams_that_cannot_be_used_end_without_a_traceback(closed, small_checkpoint):
+    command = f"set -o pipefail; {sys.executable} {SCRIPTS / 'chat.py'} {small_checkpoint} --max-new-tokens 2 {closed}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+    assert ("stdin is closed" in ended.stderr) == (closed == "<&-")
 
 
 def test_a_script_that_feeds_lines_stops_at_the_first_mistake(monkeypatch):

@@ -38,6 +38,8 @@ OPTIONS = {"id": "r1", "question": "What is on the picture, Mr. A. Smith?\nA. a 
         ("choice", "B", "(B)", True), ("choice", "a dog", "B", True), ("choice", "B.", "The answer is B, as one sees", True),
         ("choice", "B", "A dog!", True), ("choice", "C", "b", False), ("choice", "A", "a cat or a dog", False),
         ("choice", "D", "D", True), ("choice", "A", "A dog", False),
+        ("choice", "B", "**B**", True), ("choice", "B", "B, because it barks", True), ("choice", "B", "I think it is B", True),
+        ("choice", "B", "\\boxed{B}", True), ("choice", "C", "**B**", False), ("choice", "B", "It is A dog", True),
         ("anls", "hallo", "Hello", 0.8), ("anls", "abcd", "abyz", 0.5), ("anls:0.6", "abcd", "abyz", 0.0), ("anls", "", "", 1.0),
         ("f1", "A cat", "the cat sat", 2 / 3), ("f1", "我喜欢猫。", "我喜欢狗", 0.75), ("f1", "x", "", 0.0), ("f1", "the", "a", 1.0),
         ("regex", "a.c|d", "abc", True), ("regex", "a.c|d", "abcd", False), ("regex", ".*", "two\nlines", True),

@@ -103,16 +103,18 @@ def options_of(question: str) -> dict[str, str]:
 
 def chosen(text: str, options: dict[str, str]) -> str | None:
     """The letter of the option that a text names; None where it names none, or several."""
-    alone = re.fullmatch(r"\(?([A-Za-z])\)?[.):]?", text) or re.match(r"(?:\(([A-Z])\)|([A-Z])[.):])\s", text)
-    said = alone or re.search(r"(?i:\b(?:answer|option|choice)(?:\s+is)?:?)\s*\(?([A-Z])\b", text)
+    bare = re.sub(r"[*`]+|\\boxed\{(.*?)\}", r"\1", text).strip()  # **B**, as chat models write
+    alone = re.fullmatch(r"\(?([A-Za-z])\)?[.):]?", bare) or re.match(r"(?:\(([A-Z])\)|([A-Z])[.):,])\s", bare)
+    named = r"(?i:\b(?:(?:answer|option|choice)(?:\s+is)?|it(?:\s+is|'s)):?)\s*\(?([B-Z]\b|A\b(?!\s[a-z]))"
+    said = alone or re.search(named, bare)
     letter = next((group for group in said.groups() if group), "").upper() if said else ""
     if letter and (letter in options or not options):
         return letter
     plain = {letter: vqa_normalised(option) for letter, option in options.items()}
     whole = vqa_normalised(text)
     same = [letter for letter, option in plain.items() if option == whole]
-    named = same or [letter for letter, option in plain.items() if option and f" {option} " in f" {whole} "]
-    return named[0] if len(named) == 1 else None
+    within = same or [letter for letter, option in plain.items() if option and f" {option} " in f" {whole} "]
+    return within[0] if len(within) == 1 else None
 
 
 def anls(threshold: float, prediction: str, answer: str, record: dict[str, Any]) -> float:
