@@ -13,7 +13,6 @@ from llava_sft.checkpoint.verify import require_whole as require_whole_export
 from llava_sft.errors import CheckpointError, RunError
 from llava_sft.evaluation.answers import Model
 from llava_sft.files import file_fingerprint, fingerprint, read_object
-from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import HF_CODE_DIR
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.resolved import Resolved
@@ -72,7 +71,7 @@ def _exported_start(resolved: Resolved, folder: Path) -> Iterator[Path]:
             start.folder,
             folder,
             start.sidecars,
-            ModelConfig(**resolved.model),
+            resolved.architecture,
             settings.min_pixels,
             settings.max_pixels,
         )
