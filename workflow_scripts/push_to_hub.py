@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llava_sft.checkpoint.verify import MARKER, require_whole
+from llava_sft.checkpoint.verify import MARKER, require_export, require_whole
 from llava_sft.errors import CheckpointError, SettingsError, SftError, exits_cleanly
 from llava_sft.files import read_json, read_object
 from llava_sft.publish.card import CARD, write_card
@@ -44,11 +44,7 @@ def main() -> None:
             f"{args.repository}: no name of a repository", "org/name, or your user name before the slash"
         )
     given = Path(os.path.abspath(args.export))  # the run's files are in the folder above, of `.` too
-    export = next((path for path in (given, given / "huggingface") if (path / MARKER).is_file()), None)
-    if export is None:
-        raise CheckpointError(
-            f"{args.export}: no export in it", "snakemake export_X, or convert_checkpoint.py mcore2hf"
-        )
+    export = require_export(given)
     require_whole(export, full=True)
     write_card(export, args.repository)
     warn(export)
