@@ -50,6 +50,7 @@ def pushed(folder: Path, monkeypatch) -> Path:
     found = []
     monkeypatch.setattr(push_to_hub, "push", lambda export, *_: found.append(export))
     monkeypatch.setattr(push_to_hub, "write_card", lambda *_: None)
+    monkeypatch.setattr(push_to_hub, "look", lambda *_: None)
     monkeypatch.setattr(push_to_hub, "warn", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["push_to_hub.py", str(folder), "me/x"])
     push_to_hub.main.__wrapped__()

@@ -83,13 +83,18 @@ def sidecars_damage(folder: Path) -> str | None:
         return error.problem
 
 
-def verify(folder: Path) -> str:
-    """Compare every byte, and say how fast that was. Raises CheckpointError."""
+def require_noted(folder: Path) -> None:
+    """Raise CheckpointError where no checksums are noted, so that nothing could be compared."""
     if not noted(folder)[1]:
         raise CheckpointError(
             f"{folder}: no checksums are noted in it",
             "name a converted folder, an iter_ folder, or an export of this version",
         )
+
+
+def verify(folder: Path) -> str:
+    """Compare every byte, and say how fast that was. Raises CheckpointError."""
+    require_noted(folder)
     began = time.perf_counter()
     size = require_whole(folder, full=True) / 1e9
     return f"{folder}: whole: {size:,.3f} GB compared at {size / (time.perf_counter() - began):,.2f} GB/s"
