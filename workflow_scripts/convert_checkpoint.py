@@ -37,7 +37,7 @@ EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("direction", choices=["hf2mcore", "mcore2hf", "verify"])
+    add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "verify"])
     add("source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder")
     # An optional one would count as left out where options stand before it, as in the rules.
     optional = {"nargs": "?"} if "verify" in sys.argv[1:] else {}
@@ -57,7 +57,19 @@ def main() -> None:
         folder = Path(args.source)
         print(verify(folder if (folder / MARKER).is_file() else existing_checkpoint(folder)))
         return
+    if args.direction == "mcore2peft":
+        export_peft(args)
+        return
     convert(args)
+
+
+def export_peft(args: argparse.Namespace) -> None:
+    from llava_sft.checkpoint.adapters import write_peft
+
+    source = existing_checkpoint(Path(args.source))
+    model = model_of(source, args)
+    write_peft(source, args.target, model, run_settings(source)["start"]["load"])
+    print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -168,7 +180,7 @@ def model_of(source: Path | str, args: argparse.Namespace) -> ModelConfig | None
         return load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
     if isinstance(source, str):
         return None
-    if args.direction == "mcore2hf" and (found := run_settings(source).get("model")):
+    if args.direction.startswith("mcore2") and (found := run_settings(source).get("model")):
         try:
             return ModelConfig(**found)
         except (TypeError, ValueError) as error:

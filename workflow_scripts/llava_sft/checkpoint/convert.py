@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
+from llava_sft.checkpoint.adapters import open_weights
 from llava_sft.checkpoint.legacy import LegacySource
 from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
@@ -27,7 +28,7 @@ from llava_sft.checkpoint.start import (
     old_names,
     read_hf_config,
 )
-from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
+from llava_sft.checkpoint.torch_dist import write_torch_dist
 from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, shown
@@ -214,7 +215,7 @@ def mcore2hf(
         )
     tokenizer_token_ids(sidecars)
     model = with_source_positions(model, sidecars)
-    reader = TorchDistReader(source)
+    reader = open_weights(source)
     rows = tensor_rows(model)
     stored = reader.tensors()
     found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}

@@ -13,7 +13,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, parameters_by_part, tensor_rows
+from llava_sft.model.lora import Lora
+from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, PARTS, parameter_count, parameters_by_part, tensor_rows
 
 FP8_COPIES = (
     1.52  # bytes a parameter, of FP8 weights and their transposes beside the bf16 ones; measured on the 4B model
@@ -60,8 +61,9 @@ def forward_flops(
 
 
 def training_flops(
-    model: ModelConfig, trained: Collection[str], lengths: list[int], grids: list[tuple[int, int]], answers: int
-) -> float:
+    model: ModelConfig, trained: Collection[str], lengths: list[int], grids: list[tuple[int, int]], answers: int,
+    lora: Lora | None = None,
+) -> float:  # fmt: skip
     """FLOPs that one micro-batch of samples needs: of `lengths` tokens (padding apart), `answers` of which are learned, and
     images of `grids` patches.
 
@@ -74,11 +76,39 @@ def training_flops(
     squares = sum(n * n for n in lengths), sum(n * n for n in patches)
     llm, vit, merger = forward_flops(model, sum(lengths), squares[0], sum(patches), squares[1])
     llm += 2 * matmul_parameters(model)[1] * answers
+    if lora:
+        return _lora_flops(model, trained, lora, (llm, vit, merger), squares, (sum(lengths), sum(patches)))
     return (
         llm * (3 if "language_model" in trained else 2)
         + merger * (3 if "adapter" in trained else 2 if "vision_model" in trained else 1)
         + vit * (3 if "vision_model" in trained else 1)
     )
+
+
+def _lora_flops(
+    model: ModelConfig, trained: Collection[str], lora: Lora, forward: tuple[float, float, float],
+    squares: tuple[int, int], rows: tuple[int, int],
+) -> float:  # fmt: skip
+    """A frozen product takes its forward pass twice, one of a pair three times; attention, which has no weights, three
+    times."""
+    t, v, (llm, vit, merger) = model.language, model.vision, forward
+    attention = 2 * t.num_layers * t.num_attention_heads * t.kv_channels * squares[0]
+    vit_attention = 4 * v.num_layers * v.hidden_size * squares[1]
+    passes = {part: 2 if part in lora.parts else 3 if part in trained else 1 for part in PARTS}
+    upstream = "vision_model" in trained
+    passes["language_model"] = max(2, passes["language_model"])
+    passes["adapter"] = max(1 + upstream, passes["adapter"])
+    tokens = {
+        "language_model": rows[0],
+        "vision_model": rows[1],
+        "adapter": rows[1] / v.spatial_merge_size**2,
+    }
+    pairs = sum(6 * lora.parameters(model, part) * tokens[part] for part in lora.parts)
+    return (
+        (llm - attention) * passes["language_model"] + 3 * attention
+        + (vit - vit_attention) * passes["vision_model"] + (3 if upstream else 1) * vit_attention
+        + merger * passes["adapter"] + pairs
+    )  # fmt: skip
 
 
 def step_flops(model: ModelConfig, values: Mapping[str, Any], batch: MicroBatch) -> tuple[float, float]:
@@ -88,7 +118,11 @@ def step_flops(model: ModelConfig, values: Mapping[str, Any], batch: MicroBatch)
     """
     trained = set(values["trainable_modules"])
     llm, vit, merger = forward_flops(model, *batch[:4])
-    llm *= (3 if "language_model" in trained else 2) + (values["recompute_language"] == "full")
+    lora = Lora.of(values)
+    weights = {part for part in trained if not (lora and part in lora.parts)}
+    llm *= (3 if "language_model" in weights else 2) + (values["recompute_language"] == "full")
+    if lora and "language_model" in lora.parts:
+        llm += 6 * lora.parameters(model, "language_model") * batch.tokens
     vit = (vit + merger) * (3 + (values["recompute_vision"] == "full") if "vision_model" in trained else 1)
     split = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
     return llm / split, vit / split
@@ -98,8 +132,16 @@ def step_flops(model: ModelConfig, values: Mapping[str, Any], batch: MicroBatch)
 
 
 def trained_parameters(model: ModelConfig, values: Mapping[str, Any]) -> int:
-    counts = parameters_by_part(model)
-    return sum(counts[part] for part in values["trainable_modules"])
+    """Of the parts that are trained whole, and of LoRA's pairs."""
+    counts, lora = parameters_by_part(model), Lora.of(values)
+    whole = [part for part in values["trainable_modules"] if not (lora and part in lora.parts)]
+    return sum(counts[part] for part in whole) + (lora.parameters(model) if lora else 0)
+
+
+def all_parameters(model: ModelConfig, values: Mapping[str, Any]) -> int:
+    """Of the model and of LoRA's pairs."""
+    lora = Lora.of(values)
+    return parameter_count(model) + (lora.parameters(model) if lora else 0)
 
 
 def expected_bytes(parameters: int, trained: int, values: Mapping[str, Any]) -> int:
@@ -112,13 +154,14 @@ def expected_bytes(parameters: int, trained: int, values: Mapping[str, Any]) -> 
 
 
 def checkpoint_size(model: ModelConfig, values: Mapping[str, Any]) -> int:
-    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained."""
-    return expected_bytes(parameter_count(model), trained_parameters(model, values), values)
+    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained; with LoRA of those alone."""
+    trained = trained_parameters(model, values)
+    return expected_bytes(trained if Lora.of(values) else parameter_count(model), trained, values)
 
 
 def state_bytes(model: ModelConfig, values: Mapping[str, Any], replicas: int) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state of the fullest process. `replicas` of the model share the last."""
-    total, trained = parameter_count(model), trained_parameters(model, values)
+    total, trained = all_parameters(model, values), trained_parameters(model, values)
     weights: float = expected_bytes(total, 0, values)  # as in a checkpoint
     optimizer: float = expected_bytes(0, trained, values)
     gradients = 4 * trained

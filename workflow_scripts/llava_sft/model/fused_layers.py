@@ -122,6 +122,34 @@ def quantizers(recipe: str) -> tuple:
 
 
 def product(x: Tensor, module: torch.nn.Module, recipe: str | None) -> tuple[Tensor, tuple]:
+    """The weight's product, and that of LoRA's pair, in the precision of x; with what the gradients need."""
+    out, operands = weight_product(x, module, recipe)
+    if not hasattr(module, "lora_a"):
+        return out, (operands, None)
+    low = module.lora_scale * F.linear(x, module.lora_a)
+    return out.addmm_(low, module.lora_b.t()), (operands, (x, low))
+
+
+def product_backward(
+    grad: Tensor, operands: tuple, module: torch.nn.Module, recipe: str | None
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Gradient of x, and those of `trainable(module)`."""
+    of_weight, of_pair = operands
+    x_grad, weight_grad = weight_product_backward(grad, of_weight, module, recipe)
+    if of_pair is None:
+        return x_grad, (weight_grad,)
+    x, low = of_pair
+    of_low = module.lora_scale * (grad @ module.lora_b)
+    grads = weight_grad, weight_gradient(module.lora_a, of_low, x), weight_gradient(module.lora_b, grad, low)
+    return x_grad.addmm_(of_low, module.lora_a), grads
+
+
+def trainable(module: torch.nn.Module) -> tuple[Tensor, ...]:
+    """The weight of a linear layer and LoRA's pair, where there is one."""
+    return (module.weight, module.lora_a, module.lora_b) if hasattr(module, "lora_a") else (module.weight,)
+
+
+def weight_product(x: Tensor, module: torch.nn.Module, recipe: str | None) -> tuple[Tensor, tuple]:
     """x [tokens, in] · weightᵀ, in FP8 where there is a recipe; and both operands, for the gradients (no x where the weight
     is frozen). A weight is cast once a step: `is_first_microbatch` is Megatron's flag."""
     weight = module.weight
@@ -138,7 +166,7 @@ def product(x: Tensor, module: torch.nn.Module, recipe: str | None) -> tuple[Ten
     return out, (x_in_fp8 if trained else None, module.weight_in_fp8)
 
 
-def product_backward(
+def weight_product_backward(
     grad: Tensor, operands: tuple, module: torch.nn.Module, recipe: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the weight."""
@@ -202,7 +230,7 @@ class LanguageLayer(torch.autograd.Function):
         weight = attention.linear_qkv.layer_norm_weight
         grad = norm_backward(change, hidden, weight, None, first_scale, grad, sums)
         of_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
-        return grad, None, None, *of_norms, of_qkv, of_proj, of_fc1, of_fc2
+        return grad, None, None, *of_norms, *of_qkv, *of_proj, *of_fc1, *of_fc2
 
 
 class FusedLanguageLayer(TransformerLayer):
@@ -221,10 +249,10 @@ class FusedLanguageLayer(TransformerLayer):
             attention.q_layernorm.weight,
             attention.k_layernorm.weight,
             attention.linear_qkv.layer_norm_weight,
-            attention.linear_qkv.weight,
-            attention.linear_proj.weight,
-            mlp.linear_fc1.weight,
-            mlp.linear_fc2.weight,
+            *trainable(attention.linear_qkv),
+            *trainable(attention.linear_proj),
+            *trainable(mlp.linear_fc1),
+            *trainable(mlp.linear_fc2),
         )
         hidden = LanguageLayer.apply(hidden_states.squeeze(1), self, packed_seq_params, *parameters)
         return hidden.unsqueeze(1), None

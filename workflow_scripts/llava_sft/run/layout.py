@@ -18,6 +18,7 @@ RUN_FILE = "run.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 SIDECARS = "huggingface"
 CHECKSUMS = "checksums.json"
+LORA = "lora.json"  # in a checkpoint that holds what is trained alone: what stands beside which base
 VERIFIED = ".verified.json"  # files that were found whole: not read again before they change
 BEST = "best.json"
 FAILURE = "failure.json"  # written by the training when it knows the cause

@@ -19,10 +19,12 @@ class About(NamedTuple):
 
     identity: a change makes another run.
     shown: by preflight; None: where its value is not the default.
+    later: added later: runs of earlier versions did what the default says.
     """
 
     identity: bool
     shown: bool | None
+    later: bool = False
 
 
 class Section(BaseModel):
@@ -36,9 +38,9 @@ def about_field(field: FieldInfo) -> About:
     return About(**extra["about"])
 
 
-def setting(default: Any, text: str, shown: bool | None = None, identity: bool = True) -> Any:
+def setting(default: Any, text: str, shown: bool | None = None, identity: bool = True, later: bool = False) -> Any:
     """A setting that is part of a run's identity. Returned is pydantic's field, which type checkers take for the value."""
-    about = About(identity, shown)
+    about = About(identity, shown, later)
     return Field(default, description=text, json_schema_extra={"about": about._asdict()})
 
 

@@ -196,6 +196,10 @@ def packing_window(settings: Settings, lengths: list[int]) -> int:
 
 def warnings(settings: Settings, untrained: bool) -> list[str]:
     """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
+    if settings.lora_rank and settings.lr < 5e-5:
+        return [f"lr {settings.lr:g} is low for LoRA, whose pairs begin at zero: 1e-4 or 2e-4"]
+    if settings.lora_rank:
+        return []
     if not untrained and "language_model" in settings.trainable_modules and not 1e-6 <= settings.lr <= 5e-5:
         return [
             f"lr {settings.lr:g} is outside 1e-6 … 5e-5, the range for trained LLM weights: "

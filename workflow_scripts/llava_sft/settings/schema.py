@@ -143,6 +143,17 @@ class Model(Section):
         return sorted(set(parts), reverse=True)
 
 
+class LoraSettings(Section):
+    """LoRA: low-rank pairs are trained beside frozen weights, for GPUs of 24 to 48 GB"""
+
+    lora_rank: Natural = setting(0, "of the pairs: 8 to 64; 0: weights themselves are trained", later=True)
+    lora_alpha: Rate = setting(32, "a pair counts alpha / rank", later=True)
+    lora_dropout: Fraction = setting(0, "share of a pair's input that is left out at a step", later=True)
+    lora_modules: Annotated[list[Part], Field(min_length=1)] = setting(
+        ["language_model"], "which of trainable_modules are trained by pairs; the others whole", later=True
+    )
+
+
 class Batches(Section):
     """batches and length"""
 
@@ -294,11 +305,11 @@ class Export(Section):
     )
 
 
-SECTIONS = (Where, Data, Model, Batches, Optimizer, Run, Watching, Evaluation, Export)
+SECTIONS = (Where, Data, Model, LoraSettings, Batches, Optimizer, Run, Watching, Evaluation, Export)
 
 
 # The experiment's name comes first, then the sections in order: pydantic collects the fields of the last base first.
-class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, Model, Data, Where, Named):
+class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, LoraSettings, Model, Data, Where, Named):
     """The settings of one experiment, given or resolved."""
 
     @property

@@ -13,9 +13,11 @@ from torch import Tensor
 from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.config import transformer_config
 from llava_sft.megatron.distributed import reduce_gradients, report_complete, unwrapped
+from llava_sft.model import lora_layers
 from llava_sft.model.attention import packed_seq_params
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.llava import LlavaOneVision
+from llava_sft.model.lora import Lora
 
 
 def build_model(model: ModelConfig, values: dict[str, Any]) -> LlavaOneVision:
@@ -39,6 +41,8 @@ def build_model(model: ModelConfig, values: dict[str, Any]) -> LlavaOneVision:
     for name, part in built.named_children():
         if name not in values["trainable_modules"]:
             part.requires_grad_(False)
+    if lora := Lora.of(values):
+        lora_layers.attach(built, lora, values["seed"])
     return built
 
 

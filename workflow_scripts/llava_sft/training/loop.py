@@ -21,6 +21,7 @@ from llava_sft.megatron.distributed import clip, current_rates, reduce_gradients
 from llava_sft.megatron.parallel import any_rank
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.cost import training_flops
+from llava_sft.model.lora import Lora
 from llava_sft.training import validation
 from llava_sft.training.forward import Forward, through_stages
 from llava_sft.training.saving import Saves
@@ -171,8 +172,9 @@ class Loop:
         waited = time.perf_counter() - began
         grids = [tuple(grid) for grid in batch.grids.tolist()]
         flops = training_flops(
-            self.model_config, set(self.values["trainable_modules"]), batch.lengths, grids, len(batch.answer_labels)
-        )
+            self.model_config, set(self.values["trainable_modules"]), batch.lengths, grids, len(batch.answer_labels),
+            Lora.of(self.values),
+        )  # fmt: skip
         self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
         return batch
 

@@ -21,6 +21,7 @@ from megatron.core import parallel_state  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
+from llava_sft.checkpoint.start import Start  # noqa: E402
 from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
 from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
@@ -31,6 +32,7 @@ from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.cost import checkpoint_size, state_bytes  # noqa: E402
+from llava_sft.model.lora import Lora  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
@@ -56,15 +58,16 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
         torch.use_deterministic_algorithms(True, warn_only=True)
     if not ON_CPU:
         distributed.allow_gradient_fusion()
+    lora = Lora.of(values)
     device = parallel.start(values, meeting_place())
     model = distributed.wrap(build_model(model_config, values), values)
     optimizer = distributed.make_optimizer(model, values)
     scheduler = distributed.make_schedule(optimizer, values)
-    states = Checkpoints(model, optimizer, scheduler, in_background=values["async_save"])
+    states = Checkpoints(model, optimizer, scheduler, in_background=values["async_save"], trained_only=lora is not None)
+    if start.get("folder") and (lora or not first):
+        states.load_weights(Path(start["folder"]))
     if first:
         states.load(checkpoint_dir(run_dir, first))
-    elif start.get("folder"):
-        states.load_weights(Path(start["folder"]))
 
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     world_size = torch.distributed.get_world_size()
@@ -77,7 +80,8 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
     peak = peak_flops(device)
     peak = peak and peak * world_size // replicas
     watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
-    saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch)
+    base = Start(**start) if lora else None
+    saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch, base)
     held_out = None
     if values["eval_iters"]:
         batches = values["eval_iters"] * values["global_batch_size"] // (values["micro_batch_size"] * replicas)

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from llava_sft.checkpoint.adapters import note_base
+from llava_sft.checkpoint.start import Start
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.files import write_text
 from llava_sft.megatron.checkpoint import Checkpoints
+from llava_sft.model.lora import Lora
 from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal
 from llava_sft.run.layout import TRACKER, checkpoint_dir, checkpoints
 from llava_sft.training.position import save_position
@@ -26,8 +29,10 @@ class Saves:
         states: Checkpoints,
         loader: TrainingLoader,
         watch: Watch,
+        base: Start | None = None,
     ):
         self.run_dir, self.values, self.expected = run_dir, values, expected
+        self.base = base  # with LoRA: what the checkpoints stand beside
         self.states, self.loader, self.watch = states, loader, watch
         self.first_rank = torch.distributed.get_rank() == 0
         self.begun = 0  # the step whose checkpoint was begun last
@@ -54,6 +59,8 @@ class Saves:
     def _written(self, iteration: int) -> None:
         """Have the tracker name it; note checksums and delete old checkpoints, beside the training."""
         if self.first_rank:
+            if self.base and (lora := Lora.of(self.values)):
+                note_base(checkpoint_dir(self.run_dir, iteration), lora, self.base)
             write_text(self.run_dir / TRACKER, str(iteration))
             self.sealing = threading.Thread(target=self._seal, args=(iteration,))
             self.sealing.start()

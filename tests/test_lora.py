@@ -1,0 +1,124 @@
+"""LoRA: a training on the CPU that moves pairs alone, goes on bit for bit, and is exported merged and as PEFT's pairs."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from helpers.trainings import ROOT, Run, same
+from llava_sft.files import read_json
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.lora import Lora
+from llava_sft.run.layout import checkpoint_dir
+
+STEPS = 20
+HOW = {
+    "train_iters": STEPS, "save_interval": 10, "async_save": True, "lora_rank": 8, "lora_alpha": 16.0, "lr": 5e-3,
+    "lora_modules": ["language_model"], "trainable_modules": ["language_model"], "lora_dropout": 0.0,
+    "lr_warmup_fraction": 0.0,
+}  # fmt: skip
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def base(prepared_project):
+    """Resolved settings of the embedded experiment, its data and start checkpoint made."""
+    project = prepared_project
+    resolved = read_json(project / "output/stage2_sft_vqa_results/resolved.json")
+    for name in ("path", "sizes"):
+        resolved["data"][name] = str(project / resolved["data"][name])
+    resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
+    return resolved
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    run = Run(base, tmp_path_factory.mktemp("runs") / "undisturbed", **HOW)
+    assert run.finish() == 0, run.said()
+    return run
+
+
+def script(*arguments) -> str:
+    command = [sys.executable, ROOT / "workflow_scripts/convert_checkpoint.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_pairs_lower_the_loss_and_a_checkpoint_holds_them_alone(base, undisturbed):
+    losses = [loss for _, loss, _ in undisturbed.losses()]
+    assert losses[-1] < losses[0] - 0.1, losses
+    model, lora = ModelConfig(**base["model"]), Lora.of(HOW)
+    shapes = {name: shape for row in lora.rows(model) for name, shape in lora.shapes(row).items()}
+    early, late = undisturbed.weights(10), undisturbed.weights(STEPS)
+    stored = {name for name in late if not name.startswith(("optimizer", "rng"))}
+    assert stored == shapes.keys()
+    assert all(early[name] != late[name] for name in stored)
+    assert {name: len(late[name]) for name in stored} == {
+        name: 4 * shape[0] * shape[1] for name, shape in shapes.items()
+    }
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(base, undisturbed, tmp_path):
+    run = Run(base, tmp_path / "stopped", **HOW)
+    run.interrupt(12, signal.SIGTERM)
+    assert run.finish() == 0, run.said()
+    assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+
+
+def test_the_merged_export_passes_parity_and_the_peft_folder_adds_up_to_it(base, undisturbed, tmp_path):
+    from safetensors.torch import load_file
+
+    source = checkpoint_dir(undisturbed.folder, STEPS)
+    said = script("mcore2hf", source, tmp_path / "merged", "--samples", base["data"]["path"])
+    assert read_json(tmp_path / "merged/parity.json")["passed"], said
+    print(said)
+    script("mcore2peft", source, tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter/adapter_config.json")
+    pairs = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    script("mcore2hf", base["start"]["folder"], tmp_path / "base", "--sidecars", base["start"]["sidecars"])
+    start = load_file(tmp_path / "base/model.safetensors")
+    changed = 0
+    for name, weight in start.items():
+        a = pairs.get(f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight")
+        if a is None:
+            assert merged[name].equal(weight), name
+            continue
+        b = pairs[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"]
+        change = config["lora_alpha"] / config["r"] * b @ a
+        assert change.abs().max() > 0 and (merged[name] - weight - change).abs().max() < 1e-6, name
+        changed += 1
+    assert len(pairs) == 2 * changed and name.rsplit(".", 2)[1] not in config["target_modules"]
+
+
+@pytest.mark.parametrize("sizes", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_two_ranks_of_a_model_train_the_pairs_of_one(base, undisturbed, tmp_path, sizes):
+    how = HOW | {"nproc_per_node": 2, "train_iters": 4, "lr_decay_iters": STEPS, "save_interval": 2, sizes: 2}
+    run = Run(base, tmp_path / "parallel", **how)
+    run.change(lr_decay_iters=STEPS)
+    assert run.finish() == 0, run.said()
+    for (_, loss, norm), (_, other, other_norm) in zip(run.losses(), undisturbed.losses(), strict=False):
+        assert loss == pytest.approx(other, rel=1e-6) and norm == pytest.approx(other_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_fused_products_of_a_pair_are_those_of_autograd(trained):
+    import torch
+
+    from llava_sft.model.fused_layers import product, product_backward, trainable
+
+    torch.manual_seed(0)
+    module = torch.nn.Linear(24, 40, bias=False).double().requires_grad_(trained)
+    module.lora_a, module.lora_b = (torch.nn.Parameter(torch.randn(shape).double()) for shape in ((4, 24), (40, 4)))
+    module.lora_scale = 0.5
+    x, grad = torch.randn(7, 24).double().requires_grad_(), torch.randn(7, 40).double()
+    expected = x @ (module.weight + 0.5 * module.lora_b @ module.lora_a).t()
+    needed = [x, *(parameter for parameter in trainable(module) if parameter.requires_grad)]
+    gradients = torch.autograd.grad(expected, needed, grad)
+    with torch.no_grad():
+        out, operands = product(x, module, None)
+        x_grad, of_module = product_backward(grad, operands, module, None)
+    torch.testing.assert_close(out, expected.detach())
+    torch.testing.assert_close([x_grad, *(each for each in of_module if each is not None)], list(gradients))

@@ -1,0 +1,83 @@
+"""LoRA's pairs in Megatron's linear layers, and in the adapter's of PyTorch.
+
+Notable:
+- a pair is two parameters of the linear layer itself: names of weights, and so checkpoints, stay as they are;
+- a forward hook adds the pair's product. The fused layers call no module: there `product` adds it (fused_layers.py);
+- A is drawn from a generator of the layer's own: the same pair whatever tensor and pipeline parallel sizes.
+"""
+
+import zlib
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from llava_sft.model.llava import LlavaOneVision
+from llava_sft.model.lora import LINEARS, Lora
+
+
+def attach(model: LlavaOneVision, lora: Lora, seed: int) -> None:
+    """Freeze the parts that LoRA trains, and give their linear layers trainable pairs."""
+    for part_name in lora.parts:
+        part = getattr(model, part_name, None)
+        if part is None:  # it lives in another pipeline stage
+            continue
+        part.requires_grad_(False)
+        layers = [(layer.layer_number, layer) for layer in part.modules() if isinstance(layer, TransformerLayer)]
+        for number, layer in layers or [(0, part)]:
+            for name, linear in layer.named_modules():
+                if name.endswith(LINEARS):
+                    _add_pair(linear, lora, seed ^ zlib.crc32(f"{part_name}.{number}.{name}".encode()))
+    if "language_model" in lora.parts and model.pre_process:
+        # Frozen embeddings need no gradient, and autograd would leave out recomputed layers, whose inputs they are.
+        model.language_model.embedding.register_forward_hook(_wants_gradient)
+
+
+def _wants_gradient(embedding: nn.Module, inputs: tuple, output: Tensor) -> None:
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+
+
+def _add_pair(linear: nn.Module, lora: Lora, seed: int) -> None:
+    weight = linear.weight
+    ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    split = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) and ranks > 1 else None
+    out, columns = weight.shape
+    columns *= ranks if split == 1 else 1
+    generator = torch.Generator().manual_seed(seed)
+    a = (torch.rand(lora.rank, columns, generator=generator) * 2 - 1) / columns**0.5
+    if split == 1:
+        a = a.chunk(ranks, dim=1)[rank].contiguous()
+    linear.lora_a = nn.Parameter(a.to(weight))
+    linear.lora_b = nn.Parameter(torch.zeros(out, lora.rank).to(weight))
+    if split is not None:
+        set_tensor_model_parallel_attributes(linear.lora_b if split == 0 else linear.lora_a, True, split, 1)
+    linear.lora_scale, linear.lora_split = lora.scale, split
+    linear.register_forward_hook(_add_product)
+
+
+def _add_product(linear: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    """out + alpha / rank · B·A·x. Megatron's linear layers answer with a bias beside the output, PyTorch's do not."""
+    x = inputs[0]
+    if hasattr(linear, "layer_norm_weight"):  # Transformer Engine's norms its input itself
+        x = _normed(linear, x)
+    low = F.linear(x, linear.lora_a)
+    if linear.lora_split == 0:  # each rank has rows of B: their gradients of `low` are summed
+        low = copy_to_tensor_model_parallel_region(low)
+    elif linear.lora_split == 1:  # each rank has columns of A
+        low = reduce_from_tensor_model_parallel_region(low)
+    change = linear.lora_scale * F.linear(low, linear.lora_b)
+    return (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
+
+
+def _normed(linear: nn.Module, x: Tensor) -> Tensor:
+    weight, bias, eps = linear.layer_norm_weight, getattr(linear, "layer_norm_bias", None), linear.eps
+    shape = (x.size(-1),)
+    return F.rms_norm(x, shape, weight, eps) if bias is None else F.layer_norm(x, shape, weight, bias, eps)
