@@ -24,8 +24,9 @@ $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 
 setup: $(READY)
 
+# A file of tests is run by one of two processes; ARGS="-n 0": one after the other.
 test: checks
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Time limits, scancel, a dead node and a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
 test-slurm: $(READY)
@@ -42,6 +43,7 @@ checks: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/snakefmt --check --compact-diff Snakefile rules
+	$(VENV)/bin/mypy
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

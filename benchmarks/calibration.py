@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +12,10 @@ from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.cost import MicroBatch, state_bytes
 from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time_terms
-from llava_sft.settings.layers import CONFIG_DIR
 from llava_sft.settings.resolve import data_parallel_size
+from results import RESULTS, ROOT
 
-RECORDED = Path(__file__).parent / "results" / "preflight.json"
+RECORDED = RESULTS / "preflight.json"
 ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
 
 
@@ -43,7 +42,7 @@ def recorded() -> tuple[Recorded, ...]:
 
 
 def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
-    model = load_model_config(CONFIG_DIR / "models" / f"{settings['values']['model']}.yaml")
+    model = load_model_config(ROOT / "config/models" / f"{settings['values']['model']}.yaml")
     mean, largest, machine = (
         MicroBatch(*settings["mean"]),
         MicroBatch(*settings["largest"]),

@@ -73,8 +73,9 @@ RUN |= {"log_interval": 1, "log_answers": 0, "save_interval": 10**6, "eval_inter
 
 def run_settings(model: str, overrides: dict) -> dict:
     """Resolved settings of a run of `model` on one GPU."""
-    from llava_sft.settings import layers, resolve
+    from llava_sft.settings import layers
+    from llava_sft.settings.resolve import resolve
     from results import ROOT
 
     layers.CONFIG_DIR = ROOT / "config"
-    return resolve.resolve(layers.load_settings("vqa", RUN | {"model": model} | overrides), 1000)[0]
+    return resolve(layers.load_settings("vqa", RUN | {"model": model} | overrides), 1000)[0].dump()

@@ -158,7 +158,7 @@ def trust(work: Path, count: int, size: int, rounds: int) -> Iterator[dict]:
         tar = out / f"{shard_name(TRAIN_PREFIX, 0)}.tar"
         samples = walk_tar(tar)
         with open(tar, "rb") as file:
-            texts = [read_at(file.fileno(), sample.parts[-1][1:]) for sample in samples]
+            texts = [read_at(file.fileno(), sample.members[-1][1:]) for sample in samples]
         header, digest, padding, pending = bytes(512), bytes(16), bytes(256), []
         began = time.process_time()
         for text in texts:

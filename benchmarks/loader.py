@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.stored import read_split
 from llava_sft.data.stream import Ranks, train_loader
+from llava_sft.model.processing import PATCH_SIZE
 from llava_sft.model.template import ChatTemplate
 from results import row, write_results
 
@@ -41,7 +42,7 @@ def measure(folder: Path, tokenizer: Path, workers: int) -> list[dict]:
     began = time.perf_counter()
     batches = [next(packs) for _ in range(COUNTED)]
     seconds = time.perf_counter() - began
-    megapixels = sum(len(batch.pixels) for batch in batches) * 14 * 14 / 1e6  # of patches
+    megapixels = sum(len(batch.pixels) for batch in batches) * PATCH_SIZE**2 / 1e6  # of patches
     rows = [row("loader_mpixel_per_s", megapixels / seconds, "MPixel/s", None, "higher", "", workers=workers)]
     consumers = {f"takes {SHARE:.0%} of what they deliver": seconds / COUNTED / SHARE, "4B on an H200": STEP_S}
     for name, step in consumers.items():

@@ -27,6 +27,7 @@ from kernels import kernel_times
 from llava_sft.data.loader import VlmBatch
 from llava_sft.model.config import load_model_config
 from llava_sft.model.cost import matmul_parameters, training_flops
+from llava_sft.model.processing import PATCH_VALUES
 from llava_sft.model.template import ChatTemplate
 from llava_sft.run.layout import checkpoint_dir
 from llava_sft.training import process
@@ -210,7 +211,7 @@ def vision_alone(loop: Loop) -> dict[str, dict]:
     vision, parameters = loop.model_config.vision, matmul_parameters(loop.model_config)[2]
     result = {}
     for images, side in ((24, 32), (6, 64), (96, 16)):
-        pixels = torch.randint(256, (images * side**2, 588), dtype=torch.uint8, device=loop.forward.device)
+        pixels = torch.randint(256, (images * side**2, PATCH_VALUES), dtype=torch.uint8, device=loop.forward.device)
         times = []
         for _ in range(12):
             torch.cuda.synchronize()

@@ -19,7 +19,7 @@ from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.cost import training_flops
 from llava_sft.model.hf.configuration_llavaonevision1_5 import Llavaonevision1_5Config
 from llava_sft.model.hf.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
-from llava_sft.model.processing import CLIP_MEAN, CLIP_STD
+from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, PATCH_SIZE
 from llava_sft.model.template import ChatTemplate
 from results import ROOT, machine
 
@@ -39,7 +39,7 @@ def model_inputs(batch: VlmBatch) -> dict[str, torch.Tensor]:
     """What the Hugging Face model takes, with pixels normalised."""
     labels = torch.full((batch.input_ids.numel(),), -100)
     labels[batch.answer_index + 1] = batch.answer_labels
-    mean, std = (torch.tensor(x).repeat_interleave(14 * 14) * 255 for x in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(x).repeat_interleave(PATCH_SIZE**2) * 255 for x in (CLIP_MEAN, CLIP_STD))
     return {
         "input_ids": batch.input_ids,
         "labels": labels[None],

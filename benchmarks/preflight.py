@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from calibration import Recorded, calibrate, of_device, recorded, write_factors
-from llava_sft.data.lengths import Limits, global_order, sample_sizes
+from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import gpu, this_machine
 from llava_sft.model.cost import MicroBatch
@@ -60,8 +60,8 @@ def record() -> None:
         window = packing_window(settings, sizes.tokens)
         capacity = settings.seq_length if settings.packing else None
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
-        values, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
-        values |= {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
+        settled, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
+        values = settled.dump() | {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
         mean, largest = predict.mean_and_largest(sizes, values, epoch.packs if settings.packing else None)
         machine = this_machine(values)
         folder = OUT / "run"
@@ -75,9 +75,9 @@ def record() -> None:
         metrics = read_metrics(folder)
         seconds = [entry["step_s"] for entry in metrics[WARM:]]
         memory = max(entry["memory_gib"] for entry in metrics)
-        recorded = {name: values[name] for name in RECORDED if name in values}
+        of_run = {name: values[name] for name in RECORDED if name in values}
         name = ", ".join(f"{key} {value}" for key, value in overrides.items() if key != "packing_buffer_size")
-        known = {"run": f"CPU: {name}", "values": recorded, "machine": machine, "mean": mean, "largest": largest}
+        known = {"run": f"CPU: {name}", "values": of_run, "machine": machine, "mean": mean, "largest": largest}
         spread = f"{min(seconds):.2f} … {max(seconds):.2f} s in {len(seconds)} steps"
         peak = row("peak_memory_gib", memory, "GiB", None, "lower", "resident, libraries included", **known)
         step = row("step_s", statistics.median(seconds), "s", None, "lower", f"median; {spread}", **known)
@@ -150,7 +150,8 @@ def errors() -> list[dict]:
     print("| device | run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|---|")
     for each in sorted(runs, key=lambda run: run.machine.device, reverse=True):
         others = of_device(each.machine.device, [other for other in runs if other is not each])
-        guess = predict.predict(each.model, each.values, each.machine, each.mean, each.largest, calibrate(others))
+        factors = calibrate(others)
+        guess = predict.predict(each.model, each.values, each.machine, each.mean, each.largest, factors)
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
         by_device.setdefault(each.machine.device, []).append(wrong)
         memory = f"{guess.memory_gib:.3g}, {each.memory_gib:.3g} ({wrong[0]:+.1%})"

@@ -1,6 +1,6 @@
 """Time to plan, to look through again, and to submit 10,000 conversion jobs under `--profile slurm`.
 
-    python benchmarks/slurm.py                   # submits to a Slurm of its own where it can be had (see tests/mini_slurm.py)
+    python benchmarks/slurm.py                   # submits to a Slurm of its own where it can be had (see tests/helpers/mini_slurm.py)
 
 Works in a clone of the project, on records as large as a shard. For the second look the outputs are made by hand; for the
 submission both nodes are drained, so that no job starts.
@@ -22,7 +22,7 @@ from results import ROOT, row, timed, write_results
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-import mini_slurm
+from helpers import mini_slurm
 
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 LINE = 512  # bytes of a record, and of a job's range

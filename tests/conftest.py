@@ -1,5 +1,7 @@
-"""What several test files share: a small checkpoint whose sizes are all different, so that no mix-up goes unnoticed."""
+"""Fixtures of several test files, and the order of the files where two processes share them."""
 
+import copy
+import fcntl
 import os
 import shutil
 import signal
@@ -12,8 +14,11 @@ if not Path("/dev/nvidia0").exists():  # the kernels of the GPU's layers, run by
 import pytest
 from hypothesis import settings
 
-from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
-from project_runs import copy_project, snakemake
+from helpers import MODELS, ROOT
+from helpers.projects import copy_project, snakemake
+from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig, load_model_config
+from llava_sft.settings.layers import load_settings
+from llava_sft.settings.resolve import resolve
 
 # nohup, and a shell that starts us in the background, have us ignore what a terminal sends; tests send it.
 for number, default in {
@@ -25,9 +30,20 @@ for number, default in {
         signal.signal(number, default)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-MODELS = Path(__file__).parent.parent / "config/models"
-TEXTS = [f"Which digit is this? It is {i % 10}. The larger of the two digits is {i % 7}." for i in range(50)]
-MIN_PIXELS, MAX_PIXELS = 3136, 50_000
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+# Files that take longest, in the order in which `make test` hands them to its two processes. The first two need different
+# things: one prepares the project, which the third then finds.
+SLOWEST = (
+    "test_end_to_end", "test_parallel", "test_training_life", "test_redo", "test_forms", "test_faults", "test_megatron_model",
+    "test_data_workflow", "test_parity", "test_terminal",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if WORKER:
+        place = {name: number for number, name in enumerate(SLOWEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -50,19 +66,41 @@ def small_model() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory, small_model) -> Path:
-    """A Hugging Face folder of `small_model`; norms and biases are random too, so that none can be forgotten."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    from helpers.models import write_noisy_checkpoint  # torch: only where it is needed
 
-    from llava_sft.model.tiny import write_tiny_checkpoint
+    return write_noisy_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", small_model)
 
-    folder = tmp_path_factory.mktemp("checkpoint") / "small"
-    write_tiny_checkpoint(folder, TEXTS, small_model, 1, MIN_PIXELS, MAX_PIXELS)
-    generator = torch.Generator().manual_seed(2)
-    weights = load_file(folder / "model.safetensors")
-    weights = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+
+@pytest.fixture(scope="module")
+def shipped_settings():
+    """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0].dump()
+
+
+@pytest.fixture
+def resolved(shipped_settings, tmp_path):
+    sidecars = tmp_path / "start_checkpoint"
+    sidecars.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (sidecars / name).write_text("{}")
+    return {
+        "run_name": "stage2_sft_vqa",
+        "why": {},
+        "settings": copy.deepcopy(shipped_settings) | {"train_iters": 100, "num_workers": 2, "lr": 1e-4},
+        "model": load_model_config(MODELS / "tiny.yaml").model_dump(),
+        "data": {"path": "wds", "fingerprint": "d1", "train_samples": 5000, "heldout_samples": 100},
+        "start": {"load": "hf", "folder": None, "sidecars": str(sidecars), "fingerprint": "s1", "untrained": True},
+        "versions": {"torch": "2"},
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "stage2_sft_vqa"
+    path.mkdir()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +111,17 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """A project in which the embedded experiment has got as far as preflight."""
-    project = copy_project(tmp_path_factory.mktemp("prepared"))
-    made = snakemake(project, "preflight_vqa")
-    assert made.returncode == 0, made.stdout
+    """A project in which the embedded experiment has got as far as preflight; made once for all processes of the tests."""
+    top = tmp_path_factory.getbasetemp()
+    shared = (top.parent if WORKER else top) / "shared"
+    shared.mkdir(exist_ok=True)
+    project, ready = shared / "prepared", shared / "ready"
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            made = snakemake(copy_project(project), "preflight_vqa")
+            assert made.returncode == 0, made.stdout
+            ready.touch()
     return project
 
 

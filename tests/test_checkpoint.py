@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
+from helpers import MODELS, ROOT
+from helpers.models import MAX_PIXELS, MIN_PIXELS, published_names
 from llava_sft.checkpoint import safetensors_io
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.safetensors_io import INDEX, write_safetensors
@@ -23,7 +24,6 @@ from llava_sft.errors import CheckpointError
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import hf_shapes, parameter_count, tensor_rows
 from llava_sft.run.layout import SIDECARS
-from test_model_config import ROOT, published_names
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from helpers import MODELS, ROOT
 from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.embedded import check_demo
 from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
@@ -28,7 +29,6 @@ from llava_sft.settings.resolve import (
     warnings,
 )
 from llava_sft.workflow import Workflow, overview
-from test_model_config import MODELS, ROOT
 
 
 @pytest.fixture

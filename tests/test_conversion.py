@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, contents, picture, record
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.plan import Range, plan_ranges
-from llava_sft.data.records import Rejected
-from llava_sft.data.shards import TarWriter, convert_range, write_idx
+from llava_sft.data.rejects import Rejected
+from llava_sft.data.shards import TarWriter, convert_range, idx_bytes
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, contents, picture, record
 
 
 def rows(raw: Raw, kind: str) -> list[dict]:
@@ -255,7 +256,7 @@ def test_a_user_mistake_is_one_clear_message(tmp_path):
     for arguments, message in (
         ((tmp_path / "no.jsonl", raw.images, raw.wds, Range(0, 0, 1)), "does not exist"),
         ((raw.path, tmp_path / "no", raw.wds, Range(0, 0, size)), "is not a folder"),
-        ((raw.path, raw.images, tmp_path / "file" / "wds", Range(0, 0, size)), "can not write to"),
+        ((raw.path, raw.images, tmp_path / "file" / "wds", Range(0, 0, size)), "cannot write to"),
         ((raw.path, raw.images, raw.wds, Range(0, size, size + 5)), "does not lie in"),
     ):
         source, images, wds, part = arguments
@@ -326,7 +327,7 @@ def test_any_members_are_read_back_and_the_index_holds_their_places(members):
     end = tar.offset
     tar.finish()
     idx = BytesIO()
-    write_idx(idx, starts, end)
+    idx.write(idx_bytes(starts, end))
     assert [int.from_bytes(idx.getvalue()[i : i + 8], "little") for i in range(0, len(idx.getvalue()), 8)] == [
         *starts,
         end,
@@ -358,7 +359,7 @@ def test_twenty_kills_cost_nothing_but_time(tmp_path):
         "from llava_sft.data.shards import convert_range; raw, images, wds, parts = map(Path, sys.argv[1:]);"
         "print('ready', flush=True);"
         "[convert_range(raw, images, wds, parts, 'subtaskdata', part) for part in plan_ranges(raw, 40_000)"
-        " if not (parts / f'subtaskdata-{part.index:05d}.stats.json').exists()]"
+        " if not (parts / f'subtaskdata-{part.number:05d}.stats.json').exists()]"
     )
     command = [sys.executable, "-c", job, killed.path, killed.images, killed.wds, killed.parts]
     draw = random.Random(7)

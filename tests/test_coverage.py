@@ -7,20 +7,20 @@ from types import SimpleNamespace
 import pytest
 
 import report
-from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.data.heldout import sample_ids
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import Raw, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.nv_meta import METADATASET
 from llava_sft.data.packing import PACKED_IDS
+from llava_sft.data.stored import sample_ids
 from llava_sft.data.stream import Ranks, train_loader
-from llava_sft.data.tars import METADATASET
 from llava_sft.errors import DamagedFileError, DataError, RunError
 from llava_sft.files import write_json
 from llava_sft.model.template import ChatTemplate
 from llava_sft.run.coverage import count_samples, sample_counts, summary
 from llava_sft.run.layout import SAMPLE_COUNTS
 from llava_sft.training.watch import Watch
-from webdataset_helpers import Raw, record
 
 
 def note(run_dir, *ranks):

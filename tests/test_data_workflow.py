@@ -7,9 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from project_runs import planned, snakemake
-from test_split_and_sources import mix
-from webdataset_helpers import picture, read_with_energon, record
+from helpers.projects import planned, snakemake
+from helpers.webdatasets import mix, picture, read_with_energon, record
 
 
 def write_sources(folder: Path) -> None:

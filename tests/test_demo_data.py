@@ -3,15 +3,15 @@
 import json
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
+from helpers.webdatasets import contents
 from llava_sft.data.demo import HELDOUT_RECORDS, TRAIN_RECORDS, write_demo
 from llava_sft.data.plan import plan_ranges
 from llava_sft.data.shards import convert_range
 from llava_sft.embedded import DEMO_BYTES
-from webdataset_helpers import contents
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_conversion_rejects_none_of_it(demo, tmp_path):
 def test_clean_removes_what_the_embedded_experiment_made_and_nothing_else(tmp_path, monkeypatch):
     import make_demo_vqa
 
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
     theirs = ["demo/notes.txt", "stage2_sft_vqa_mine_results/report.html", "data/mine/x.tar", "checkpoints/x/y"]
     ours = ["demo/images/digit_0001.png", "data/vqa/dataset.json", "stage2_sft_vqa_tag_results/report.html"]

@@ -12,12 +12,12 @@ from PIL import Image
 
 import evaluate
 from evaluate import cached_result, main
-from llava_sft.data.heldout import read_split
+from helpers.webdatasets import Raw, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
+from llava_sft.data.stored import read_split
 from llava_sft.evaluation.answers import RIGHT_SHOWN, WRONG_SHOWN, Answer, generate, judge, read_answer
 from llava_sft.files import read_json, write_json
-from webdataset_helpers import Raw, record
 
 
 def sample(name: str, *answers: str, kind: str | None = None) -> Sample:

@@ -14,18 +14,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.webdatasets import Raw, picture, record, tar_of, turns
 from llava_sft.data.adopt import adopt_webdataset
-from llava_sft.data.foreign import expand, literal
-from llava_sft.data.heldout import read_split
 from llava_sft.data.index import index_webdataset, read_finished
 from llava_sft.data.inspect import inspect_webdataset
-from llava_sft.data.tars import is_finished, no_tar, read_meta
+from llava_sft.data.nv_meta import is_finished, read_meta
+from llava_sft.data.nv_meta_yaml import expand, literal
+from llava_sft.data.stored import read_split
+from llava_sft.data.tars import no_tar
 from llava_sft.data.verify import find_damages, note_dataset, notes_of
 from llava_sft.errors import DataError, SftError
 from llava_sft.files import read_json, write_json
 from llava_sft.paths import Paths
-from test_split_and_sources import tar_of, turns
-from webdataset_helpers import Raw, picture, record
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_a_folder_whose_dataset_yaml_says_more_than_is_known_is_never_used_as_it
     assert is_finished(raw.wds)
     path.write_text(path.read_text() + DATASET_YAML[case] + "\n")
     assert not is_finished(raw.wds)
-    with pytest.raises(DataError, match="can not be understood"):
+    with pytest.raises(DataError, match="cannot be understood"):
         read_finished(raw.wds)
-    with pytest.raises(DataError, match="can not be understood"):
+    with pytest.raises(DataError, match="cannot be understood"):
         list(read_split(raw.wds, "train"))
     assert adopt_webdataset(raw.wds, tmp_path / "ours")["train"]["samples"] == 12
     assert "system" not in (tmp_path / "ours/.nv-meta/dataset.yaml").read_text()
@@ -76,7 +76,7 @@ def test_a_metadataset_that_names_other_paths_or_calls_is_refused(raw, blend):
     config = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": {"train": {"blend": blend}}}
     (raw.wds / "metadataset.yaml").write_text(json.dumps(config))
     assert not is_finished(raw.wds)
-    with pytest.raises(DataError, match=r"metadataset\.yaml: .*can not be understood"):
+    with pytest.raises(DataError, match=r"metadataset\.yaml: .*cannot be understood"):
         list(read_split(raw.wds, "train"))
 
 

@@ -11,15 +11,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from helpers.webdatasets import Raw, contents, picture, record
 from llava_sft.data import formats
 from llava_sft.data.formats import FORMATS, format_of
-from llava_sft.data.index import index_webdataset, read_rejects
+from llava_sft.data.index import index_webdataset
 from llava_sft.data.plan import plan_ranges
-from llava_sft.data.records import Rejected, parse_json, parse_record
+from llava_sft.data.records import parse_json, parse_record
+from llava_sft.data.rejects import Rejected, read_rejects
 from llava_sft.data.shards import convert_range
 from llava_sft.errors import DataError
 from llava_sft.files import write_json
-from webdataset_helpers import Raw, contents, picture, record
 
 
 def openai(number: int, image: str | None) -> dict:
@@ -187,16 +188,16 @@ def test_a_data_set_that_is_cut_by_bytes_stays_cut_so(tmp_path, damaged):
     assert [part.end - part.start > 4 << 20 for part in before] == [True, True]
     for part in before:
         noted = {"path": str(raw), "start": part.start, "end": part.end}
-        write_json(stats_of(part.index), {"raw": noted}, sealed=True)
+        write_json(stats_of(part.number), {"raw": noted}, sealed=True)
     if damaged:
-        os.truncate(stats_of(before[0].index), 30)
+        os.truncate(stats_of(before[0].number), 30)
     assert plan_ranges(raw, file_number=1, stats_of=stats_of) == before
     for part in before:
-        stats_of(part.index).unlink()
+        stats_of(part.number).unlink()
     cut = plan_ranges(raw, file_number=1, stats_of=stats_of)
     assert len(cut) > 8
     first = {"path": str(raw), "start": 0, "end": cut[0].end}
-    write_json(stats_of(cut[0].index), {"raw": first}, sealed=True)
+    write_json(stats_of(cut[0].number), {"raw": first}, sealed=True)
     assert plan_ranges(raw, file_number=1, stats_of=stats_of) == cut
 
 

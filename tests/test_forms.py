@@ -6,9 +6,6 @@ trained are the start's, bit for bit, and the others are not.
 
 import json
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,17 +16,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer
 
-from faults import server
 from faults.project import ORDER, commands, environment, make_project
+from faults.server import Servers
+from helpers.original_checkpoint import write_original
+from helpers.published_tokenizer import VOCABULARY, write_tokenizer
+from helpers.webdatasets import mix, picture, record, tar_of, turns
 from llava_sft.checkpoint.safetensors_io import old_name
-from llava_sft.data.lengths import sizes_of
+from llava_sft.data.sizes import SampleSizes
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.tiny import random_weights, write_tiny_checkpoint
-from published_tokenizer import VOCABULARY, write_tokenizer
-from test_legacy import write_original
-from test_split_and_sources import mix, tar_of, turns
-from webdataset_helpers import picture, record
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -182,19 +178,7 @@ class Chain:
 
     def __init__(self, project: Path, place: Path):
         self.project, self.place, self.failed = project, place, []
-        place.mkdir()
-        here = {
-            "PYTHONPATH": f"{project / 'workflow_scripts'}:{Path(__file__).parent}",
-            server.MODULES: str(place / "modules"),
-        }
-        here["HF_HUB_CACHE"] = str(project / "hub")
-        self.servers = [
-            subprocess.Popen(
-                [sys.executable, "-m", "faults.server", str(place / preload), preload],
-                cwd=project, env=environment() | here, stderr=subprocess.DEVNULL,
-            )
-            for preload in server.PRELOAD
-        ]  # fmt: skip
+        self.servers = Servers(project, place, environment() | {"HF_HUB_CACHE": str(project / "hub")})
 
     def run(self, experiments: dict[str, dict]) -> None:
         """All jobs that the reports of the experiments need, rule by rule; what fails is noted."""
@@ -202,21 +186,14 @@ class Chain:
             path = self.project / f"config/experiments/{name}.yaml"
             path.write_text(yaml.safe_dump(SMALL | given))
         jobs = commands(self.project, *(f"report_{name}" for name in experiments), "--rerun-triggers", "mtime")
-        while not all((self.place / preload).exists() for preload in server.PRELOAD):
-            assert all(process.poll() is None for process in self.servers)
-            time.sleep(0.1)
+        self.servers.wait()
         for rule in ORDER:
             for argv in jobs.get(rule, []):
                 with open(self.place / "said.txt", "w+") as said:
-                    code = server.ask(str(self.place / "steps"), argv, self.project, said.fileno()).wait()
+                    code = self.servers.ask(argv, self.project, said.fileno()).wait()
                     said.seek(0)
                     if code:
                         self.failed.append(f"{argv}\nended with {code}:\n{said.read()[-3000:]}")
-
-    def close(self) -> None:
-        for process in self.servers:
-            process.terminate()
-            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +212,7 @@ def chain(tmp_path_factory):
         chain.run(THEN)
         yield chain
     finally:
-        chain.close()
+        chain.servers.close()
 
 
 def weights(folder: Path) -> dict:
@@ -281,7 +258,7 @@ def test_a_folder_as_the_hub_serves_it_is_trained_and_exported_with_all_that_inf
         asked, answer = (turn["value"] for turn in json.loads(line)["conversations"])
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         lengths.append(len(tokenizer.apply_chat_template(turns)["input_ids"]))  # an image is one
-    sizes = sizes_of(read_json(results / "sizes.json"))
+    sizes = SampleSizes.of(read_json(results / "sizes.json"))
     images = [sum(patches) // 4 for patches in sizes.patches]
     assert [tokens - image + 1 for tokens, image in zip(sizes.tokens, images, strict=True)] == lengths
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,13 +22,13 @@ from transformers import (
     AutoTokenizer,
 )
 
+from helpers import MODELS, SCRIPTS
+from helpers.models import TEXTS, published_names
 from llava_sft.errors import CheckpointError
 from llava_sft.model.config import load_model_config
 from llava_sft.model.export_files import SETTINGS_FILES, TOKENIZER_FILES, write_hf_sidecars
 from llava_sft.model.tiny import write_tiny_checkpoint
-from test_model_config import MODELS, published_names
 
-TEXTS = [f"Which digit is this? It is {i % 10}. The larger of the two digits is {i % 7}." for i in range(50)]
 SIZES = [(56, 56), (60, 130), (200, 56), (84, 84)]  # height, width
 
 
@@ -172,7 +171,7 @@ def test_sidecars_replace_old_templates_and_keep_the_tokenizer(tiny_dir, tmp_pat
 
 
 def template() -> str:
-    return Path(MODELS.parent.parent, "workflow_scripts/llava_sft/model/hf/chat_template.jinja").read_text()
+    return (SCRIPTS / "llava_sft/model/hf/chat_template.jinja").read_text()
 
 
 # --- text and images to tensors --------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
 import convert_checkpoint
-from conftest import MAX_PIXELS, MIN_PIXELS
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.original_checkpoint import write_original
 from llava_sft.checkpoint import pickles
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.checkpoint.legacy import LegacySource
@@ -33,7 +34,6 @@ from llava_sft.checkpoint.verify import verify
 from llava_sft.errors import CheckpointError, SftError
 from llava_sft.model.export_files import write_hf_sidecars
 from llava_sft.run.layout import SIDECARS, VERIFIED
-from test_legacy import write_original
 
 
 @pytest.fixture(scope="module")

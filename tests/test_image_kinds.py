@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from helpers.webdatasets import picture
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb, image_grid
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 from llava_sft.model.processing import to_patches
-from webdataset_helpers import picture
 
 LIMITS = 3136, 1_000_000
 FUZZ = int(os.environ.get("LLAVA_SFT_FUZZ", "1"))  # times as many examples

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as published_smart_resize
 
-from conftest import MAX_PIXELS, MIN_PIXELS
+from helpers.models import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.images import decode_rgb
 from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, image_tokens, smart_resize, to_patches
 

@@ -10,10 +10,11 @@ import sys
 import pytest
 import xxhash
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, contents, picture, read_with_energon, record
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
 
 def indexed(raw: Raw, **options) -> dict:
@@ -160,7 +161,7 @@ def test_a_failed_index_leaves_the_old_one(tmp_path, monkeypatch):
     def disk_full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("llava_sft.data.index._write_sqlite", disk_full)
+    monkeypatch.setattr("llava_sft.data.nv_meta._write_index", disk_full)
     with pytest.raises(OSError, match="disk full"):
         indexed(raw)
     assert contents(raw.wds) == before

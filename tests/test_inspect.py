@@ -15,14 +15,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_sft.data.heldout import read_split
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, picture, record
+from llava_sft.data.findings import TokenCounter, distribution
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.inspect import TokenCounter, distribution, inspect_webdataset, render_html
+from llava_sft.data.inspect import inspect_webdataset
+from llava_sft.data.stored import read_split
 from llava_sft.errors import DataError
 from llava_sft.model.processing import image_tokens, to_patches
 from llava_sft.model.template import ChatTemplate
-from webdataset_helpers import SCRIPTS, Raw, picture, record
+from llava_sft.report.inspection import inspection_page
+from llava_sft.report.pictures import thumbnail
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def test_page_is_self_contained_and_escapes_what_the_data_holds(raw):
     shutil.rmtree(raw.wds)
     raw.convert()
     index_webdataset(raw.wds, raw.parts)
-    page = render_html(*inspect_webdataset(raw.wds, raw.parts))
+    page = inspection_page(*inspect_webdataset(raw.wds, raw.parts))
     assert "<script" not in page
     assert "Question 0?" in page
     assert all(target.startswith("data:image/") for target in re.findall(r'(?:src|href)="([^"]*)"', page))
@@ -85,13 +89,13 @@ DAMAGE = {
     ),
     "the index is no database": (
         lambda raw: (raw.wds / ".nv-meta/index.sqlite").write_bytes(b"x" * 5000),
-        "can not be read",
+        "cannot be read",
     ),
     "the index is missing": (lambda raw: (raw.wds / ".nv-meta/index.sqlite").unlink(), "is missing"),
     "no .nv-meta at all": (lambda raw: shutil.rmtree(raw.wds / ".nv-meta"), "is missing"),
     "split.yaml is no YAML": (
         lambda raw: (raw.wds / ".nv-meta/split.yaml").write_text("a: ["),
-        "can not be understood",
+        "cannot be understood",
     ),
     "a shard is gone": (lambda raw: (raw.wds / "subtaskdata-00001.tar").unlink(), "not in the folder"),
     "an .idx is gone": (lambda raw: (raw.wds / "subtaskdata-00001.tar.idx").unlink(), "is missing"),
@@ -101,7 +105,7 @@ DAMAGE = {
     ),
     "a tar is cut off": (
         lambda raw: os.truncate(raw.wds / "subtaskdata-00001.tar", 3000),
-        "can not be read",
+        "cannot be read",
     ),
     "a JSON is damaged": (
         lambda raw: overwrite(raw.wds / "subtaskdata-00000.tar", b'"role"', b'"rule"'),
@@ -137,7 +141,7 @@ def test_a_picture_damaged_within_is_told_and_not_shown(tmp_path):
     index_webdataset(raw.wds, raw.parts)
     report, gallery = inspect_webdataset(raw.wds, raw.parts)
     assert [problem["check"] for problem in report["problems"]] == ["images"]
-    assert gallery[0]["images"] == [""]
+    assert [thumbnail(image) for image in gallery[0]["images"]] == [""]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -165,7 +169,7 @@ def test_by_hand_exit_code_and_files(raw):
     script = [sys.executable, SCRIPTS / "inspect_webdataset.py", raw.wds, "--json", raw.folder / "i.json"]
     done = subprocess.run([*script, "--html", raw.folder / "i.html"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "is whole" in done.stdout
+    assert "is complete" in done.stdout
     assert json.loads((raw.folder / "i.json").read_bytes())["ok"]
     (raw.wds / "subtaskdata-00001.tar.idx").unlink()
     broken = subprocess.run([*script, "--html", raw.folder / "i.html"], capture_output=True, text=True)
@@ -221,4 +225,4 @@ def test_tokens_duplicates_and_scripts_are_counted(tmp_path, small_checkpoint):
     assert tokens.count(sample.messages, [(32, 28)]) == len(
         template.encode(sample.messages, [image_tokens(grid)], 10_000).input_ids
     )
-    assert "seq_length 200" in render_html(report, gallery)
+    assert "seq_length 200" in inspection_page(report, gallery)

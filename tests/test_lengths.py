@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 
-from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.data.heldout import sample_ids
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.lengths import Limits, prepared_tokens_per_s, sample_sizes
 from llava_sft.data.loader import VlmTaskEncoder
+from llava_sft.data.sizes import Limits, prepared_tokens_per_s, sample_sizes
+from llava_sft.data.stored import sample_ids
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.files import read_json, write_json
 from llava_sft.model.template import ChatTemplate
-from webdataset_helpers import Raw, picture, record
 
 LIMITS = Limits(120, MIN_PIXELS, MAX_PIXELS)
 

@@ -11,21 +11,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from megatron.energon import SkipSample
+from megatron.energon import SkipSample, WorkerConfig, get_loader, get_train_dataset
 from PIL import Image
 
-from conftest import MAX_PIXELS, MIN_PIXELS
-from llava_sft.data.heldout import read_split
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.lengths import Limits, sample_sizes
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.data.packing import PACKED_IDS
 from llava_sft.data.records import Sample
+from llava_sft.data.sizes import Limits, sample_sizes
+from llava_sft.data.stored import read_split
 from llava_sft.data.stream import Ranks, train_loader, worker_ended
 from llava_sft.errors import DataError, RunError
 from llava_sft.model.template import ChatTemplate
 from llava_sft.training import validation
-from webdataset_helpers import Raw, picture, record
 
 RECORDS = 24
 LOADERS = []
@@ -156,6 +156,16 @@ def test_a_batch_is_padded_to_its_own_longest_and_says_where_its_images_stand(wd
         assert (batch.image_index % rows).diff().min() >= 0  # row by row, as the images come
 
 
+def test_stock_energon_makes_batches_with_our_encoder(wds, small_checkpoint):
+    encoder = VlmTaskEncoder(ChatTemplate(small_checkpoint), 512, 3136, 1_000_000)
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    options = {"shuffle_buffer_size": 8, "max_samples_per_sequence": 5, "batch_size": 2}
+    batches = get_loader(get_train_dataset(wds.wds, worker_config=config, task_encoder=encoder, **options))
+    batch = next(iter(batches))
+    assert len(batch.__key__) == len(batch.input_ids) == 2
+    assert batch.num_tokens > 0 and batch.answer_labels.numel() > 0
+
+
 def test_a_sample_that_does_not_fit_is_never_dealt_out(small_checkpoint, tmp_path):
     long = record(7, None)
     long["conversations"][1]["value"] = "word " * 400
@@ -283,14 +293,15 @@ def test_a_validation_that_no_held_out_sample_fits_into_is_one_message(monkeypat
 
 
 @pytest.mark.parametrize("content", [b"", b"cut", pytest.param(None, id="of an earlier version")])
-def test_a_position_that_cannot_be_gone_on_from_names_the_way_on(wds, small_checkpoint, tmp_path, content):
-    from llava_sft.training.position import restore_position
+def test_a_position_that_cannot_be_gone_on_from_names_the_way_on(wds, small_checkpoint, tmp_path, content, monkeypatch):
+    from llava_sft.training import position
 
     path = tmp_path / "run" / "dataloader" / "iter_0000400" / "train_dataloader_dprank000.pt"
     path.parent.mkdir(parents=True)
     path.write_bytes(content or b"")
     if content is None:
         torch.save({"dataloader_state_dict": Ranks()}, path)  # a class, as energon's state is
+    monkeypatch.setattr(position, "position_file", lambda run_dir, iteration: path)  # asks Megatron for the rank
     with pytest.raises(RunError, match=r"(?s)earlier version .*load=\S+/run/iter_0000400") as error:
-        restore_position(loader(wds.wds, small_checkpoint), path)
+        position.restore_position(loader(wds.wds, small_checkpoint), tmp_path / "run", 400)
     assert "run_tag=next" in error.value.fix

@@ -3,35 +3,22 @@
 Everything that needs Megatron in this process stands in this one file: its import takes most of the time.
 """
 
-import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from conftest import MAX_PIXELS, MIN_PIXELS, MODELS
+from helpers import MODELS
+from helpers.conversations import VALUES, conversation, loader_batch
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.megatron import cpu
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import tensor_rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
-
-SIZES = [(56, 56), (60, 130), (200, 57), (84, 84), (28, 300)]  # height, width of pictures
-VALUES = {
-    "seq_length": 512, "micro_batch_size": 1, "global_batch_size": 4, "train_iters": 4, "save_interval": 2,
-    "log_interval": 1, "lr": 1e-4, "min_lr": 1e-5, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.1,
-    "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": 1e-5, "clip_grad": 1.0, "seed": 42,
-    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False, "gpus_per_node": 0,
-    "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "lr_decay_iters": 4, "eval_iters": 0, "eval_interval": 5,
-    "trainable_modules": ["language_model", "adapter", "vision_model"],
-    "recompute_language": "none", "recompute_vision": "none", "fp8": "none", "optimizer_precision": "bf16",
-    "deterministic": False, "pack_chunk_tokens": 8192,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,43 +64,6 @@ def both(megatron, small_checkpoint, small_model, tmp_path_factory):
     return SimpleNamespace(
         mcore=model, hf=hf, processor=AutoProcessor.from_pretrained(small_checkpoint, trust_remote_code=True)
     )
-
-
-def conversation(number_of_images: int, first: int = 0):
-    """(messages, pictures): the pictures are spread over two turns."""
-    rng = np.random.default_rng(first)
-    sizes = [SIZES[(first + i) % len(SIZES)] for i in range(number_of_images)]
-    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    early = number_of_images // 2
-    messages = [
-        {"role": "user", "content": "<image>" * early + "Which digit is this?"},
-        {"role": "assistant", "content": f"It is {first}."},
-        {"role": "user", "content": "<image>" * (number_of_images - early) + "\nWhich is the larger of the digits?"},
-        {"role": "assistant", "content": "The larger of the two digits is 7. " * (1 + first)},
-    ]
-    return messages, pictures
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def loader_batch(folder, conversations, packing=False, pad_multiple=1):
-    """What the loader hands to the model for these conversations."""
-    from llava_sft.data.loader import Conversation, VlmTaskEncoder
-    from llava_sft.model.template import ChatTemplate
-
-    encoder = VlmTaskEncoder(
-        ChatTemplate(folder), VALUES["seq_length"], MIN_PIXELS, MAX_PIXELS, packing=packing, pad_multiple=pad_multiple
-    )
-    keys = {"__restore_key__": (), "__subflavors__": {}}
-    samples = [
-        Conversation(__key__=str(i), **keys, messages=messages, images=[png(p) for p in pictures])
-        for i, (messages, pictures) in enumerate(conversations)
-    ]
-    return encoder.batch([encoder.postencode_sample(encoder.preencode_sample(sample)) for sample in samples])
 
 
 def answer_losses(model, batch):
@@ -195,14 +145,16 @@ def test_a_pack_in_chunks_has_the_losses_and_gradients_of_the_pack(both, pack, s
     assert packed.chunks(10_000) == [packed]
 
 
-def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
+def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypatch):
     """With PyTorch's attention in the place of cuDNN's, and the kernels run by Triton's interpreter."""
     from megatron.core.transformer.enums import AttnMaskType
 
     from llava_sft.model import fused_layers
     from llava_sft.model.attention import SegmentAttention
 
-    seen = set()
+    # Texts and pictures of several sizes, and no more: the interpreter takes most of this file's time.
+    conversations = [conversation(1), conversation(0, 1), conversation(2, 2)]
+    packed, seen = loader_batch(small_checkpoint, conversations, packing=True, pad_multiple=64), set()
 
     def attend(query, key, value, segments, causal):
         seen.add(causal)
@@ -219,7 +171,7 @@ def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
     monkeypatch.setattr(fused_layers, "attend", attend)
     monkeypatch.setattr(fused_layers, "attend_backward", attend_backward)
     model = both.mcore.train()
-    expected = losses_and_gradients(model, [pack[0]])
+    expected = losses_and_gradients(model, [packed])
     for kind, tower in (
         (fused_layers.FusedLanguageLayer, model.language_model),
         (fused_layers.FusedVisionLayer, model.vision_model),
@@ -232,13 +184,13 @@ def test_fused_layers_compute_what_megatrons_do(both, pack, monkeypatch):
             ):  # where Transformer Engine keeps them
                 monkeypatch.setitem(vars(linear), "layer_norm_weight", norm.weight)
                 monkeypatch.setitem(vars(linear), "layer_norm_bias", getattr(norm, "bias", None))
-    assert_same(losses_and_gradients(model, [pack[0]]), expected)
+    assert_same(losses_and_gradients(model, [packed]), expected)
     assert seen == {True, False}  # both towers
     for tower in (model.language_model, model.vision_model):
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         for name, value in recompute.items():
             monkeypatch.setattr(tower.decoder.config, name, value)
-    assert_same(losses_and_gradients(model, [pack[0]]), expected)
+    assert_same(losses_and_gradients(model, [packed]), expected)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -374,8 +326,8 @@ def test_published_sizes_build_with_exactly_their_tensors(megatron, monkeypatch,
     assert stored == {row.mcore: row.shape for row in tensor_rows(model)}
 
 
-def test_the_cpu_layer_stays_small_and_within_torch_and_megatron(megatron):
-    assert len(cpu.PATCHED) == len(set(cpu.PATCHED)) <= 70
+def test_the_cpu_layer_stays_within_torch_and_megatron(megatron):
+    assert len(cpu.PATCHED) == len(set(cpu.PATCHED))
     assert [name for name in cpu.PATCHED if not name.startswith(("torch.", "megatron."))] == []
     assert [name.rpartition(".")[2] for name in cpu.PATCHED if name.startswith("megatron.")] == ["_set_cuda_rng_state"]
 

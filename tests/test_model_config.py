@@ -4,25 +4,19 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers import MODELS, SCRIPTS
+from helpers.models import published_names
 from llava_sft.errors import CheckpointError, SettingsError
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MERGE_SIZE, MIN_PIXELS, PATCH_SIZE
 from llava_sft.model.tensors import hf_shapes, parameter_count
 from llava_sft.model.tokens import CONTROL_TOKENS, IMAGE, IMAGE_PAD, IMAGE_TEXT, PUBLISHED_TOKEN_IDS, SYSTEM_PROMPT
 
-ROOT = Path(__file__).parent.parent
-MODELS = ROOT / "config/models"
-SHIPPED = ROOT / "workflow_scripts/llava_sft/model/hf"
-
-
-def published_names(size: str) -> dict[str, tuple[int, ...]]:
-    lines = (ROOT / f"tests/data/names_{size}.txt").read_text().splitlines()
-    return {name: tuple(map(int, shape.split(","))) for name, shape in (line.split("\t") for line in lines)}
+SHIPPED = SCRIPTS / "llava_sft/model/hf"
 
 
 @pytest.mark.parametrize(("size", "count"), [("4b", 4_741_610_528), ("8b", 8_527_214_624)])

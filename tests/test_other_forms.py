@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
+from helpers.webdatasets import Raw, record
 from llava_sft.data.formats import format_of
 from llava_sft.data.image_checks import ImageRoot
-from llava_sft.data.index import index_webdataset, too_many_rejects
+from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import parse_record
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected, too_many_rejects
 from llava_sft.errors import DataError
-from webdataset_helpers import Raw, record
 
 Q, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Green."}
 

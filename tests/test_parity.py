@@ -2,19 +2,23 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MAX_PIXELS, MIN_PIXELS
+from faults import server
+from faults.project import environment
+from helpers import ROOT
+from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.webdatasets import picture
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
 from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
 from llava_sft.evaluation import parity
 from llava_sft.evaluation.parity import check_parity
 from llava_sft.run.layout import SIDECARS
-from webdataset_helpers import picture
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +28,16 @@ def mcore(small_checkpoint, small_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory):
+    """A process that has Megatron imported, of which the Megatron half of a comparison is forked."""
+    with server.Servers(ROOT, tmp_path_factory.mktemp("servers"), environment(), ("modules",)) as servers:
+        servers.wait()
+        yield servers
+
+
 @pytest.fixture
-def data(monkeypatch):
+def data(monkeypatch, megatron):
     """Held-out samples: one image each, as in the demo; those with 0 and 3 images have to be made."""
     messages = [
         {"role": "user", "content": "<image>\nWhich digit is this?"},
@@ -33,6 +45,8 @@ def data(monkeypatch):
     ]
     samples = [Sample(f"s{i}", messages, [picture(size=(60 + 30 * i, 90))], {}) for i in range(3)]
     monkeypatch.setattr(parity, "read_split", lambda folder, split: samples if split == "val" else [])
+    monkeypatch.setenv(server.MODULES, str(megatron.place / "modules"))
+    monkeypatch.setattr(subprocess, "Popen", server.Popen)
 
 
 def export(mcore, model, target, where="cpu", spoil=lambda folder: None):

@@ -6,12 +6,13 @@ import json
 import pytest
 from transformers import Qwen2Tokenizer
 
+from helpers.published_tokenizer import ADDED, GROUNDING, PLAIN, VOCABULARY, ranks, write_tokenizer
+from helpers.webdatasets import Raw, record
+from llava_sft.data.findings import TokenCounter
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.inspect import TokenCounter, inspect_webdataset
+from llava_sft.data.inspect import inspect_webdataset
 from llava_sft.model.export_files import CHAT_TEMPLATE_FILE, tokenizer_token_ids
 from llava_sft.model.template import ChatTemplate, UnusableSample
-from published_tokenizer import ADDED, GROUNDING, PLAIN, VOCABULARY, ranks, write_tokenizer
-from webdataset_helpers import Raw, record
 
 TEXTS = [
     "Hello, world!", "你好", "Größe? 你好，世界 — ¿qué?", "1234567 and 3.14", "def f(x):\n\n    return x  # <b>\n", "  spaces  \n\n",

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava_sft.data.records import Line, parse_json, parse_record
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 from llava_sft.model.tokens import IMAGE
 
 FUZZ = int(os.environ.get("LLAVA_SFT_FUZZ", "1"))  # times as many examples

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_sft.data import records
-from llava_sft.data.records import Line, Rejected, parse_json, parse_record, read_lines
+from llava_sft.data.records import Line, parse_json, parse_record, read_lines
+from llava_sft.data.rejects import Rejected
 
 GOOD = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A digit."}]
 

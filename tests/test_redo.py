@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from llava_sft.data.heldout import read_split
-from project_runs import planned, snakemake
-from webdataset_helpers import picture, record
+from helpers.projects import planned, snakemake
+from helpers.webdatasets import picture, record
+from llava_sft.data.stored import read_split
 
 FORMATS = ("jsonl", "json", "parquet")
 DATASET = "output/data/redo/dataset.json"

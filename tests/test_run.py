@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import MODELS
+from helpers import MODELS, ROOT
+from helpers.runs import open_run, same_run
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json, write_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import parameter_count
-from llava_sft.run import identity
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import METRICS, SIDECARS, TRACKER, VALIDATION, checkpoint_dir
 from llava_sft.run.lock import lock
@@ -26,47 +26,6 @@ from llava_sft.settings.resolved import Resolved
 from llava_sft.training.launcher import command, node_command, rendezvous
 from llava_sft.training.slurm import Job
 from llava_sft.training.watch import Watch
-from test_model_config import ROOT
-
-
-def open_run(run_dir, values):
-    return identity.open_run(run_dir, Resolved.model_validate(values))
-
-
-def same_run(run_dir, values):
-    return identity.same_run(run_dir, Resolved.model_validate(values))
-
-
-@pytest.fixture(scope="module")
-def shipped_settings():
-    """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        return resolve(load_settings("vqa", {"gpus_per_node": 0}), 5000)[0].dump()
-
-
-@pytest.fixture
-def resolved(shipped_settings, tmp_path):
-    sidecars = tmp_path / "start_checkpoint"
-    sidecars.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (sidecars / name).write_text("{}")
-    return {
-        "run_name": "stage2_sft_vqa",
-        "why": {},
-        "settings": copy.deepcopy(shipped_settings) | {"train_iters": 100, "num_workers": 2, "lr": 1e-4},
-        "model": load_model_config(MODELS / "tiny.yaml").model_dump(),
-        "data": {"path": "wds", "fingerprint": "d1", "train_samples": 5000, "heldout_samples": 100},
-        "start": {"load": "hf", "folder": None, "sidecars": str(sidecars), "fingerprint": "s1", "untrained": True},
-        "versions": {"torch": "2"},
-    }
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    path = tmp_path / "stage2_sft_vqa"
-    path.mkdir()
-    return path
 
 
 def saved(run_dir, iteration):
@@ -281,25 +240,26 @@ JOB = Job("4711", "10.0.0.1", nodes=8, cpus_per_node=96)
 
 @pytest.mark.parametrize(("nodes", "gpus", "count"), [(1, 1, 1), (1, 8, 8), (8, 8, 8), (2, 0, 1)])
 def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypatch, nodes, gpus, count):
-    monkeypatch.setattr("llava_sft.training.launcher._free_port", lambda: 29500)
     monkeypatch.setenv("OMP_NUM_THREADS", "12")
-    argv = node_command(JOB, nodes, count, gpus, ["--mpi=none"], ["run.json", "run_dir"])
-    wanted = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task=96"
-    wanted += f" --gres=gpu:{gpus}" if gpus else ""
-    wanted += " --kill-on-bad-exit=1 --overlap" + (" --label" if nodes > 1 else "") + " --mpi=none"
-    wanted += f" {sys.executable} -m llava_sft.training.launcher 10.0.0.1:29500 {count} run.json run_dir"
-    assert " ".join(argv) == wanted
-
+    arguments = ["run.json", "run_dir"]
+    argv = node_command(JOB, nodes, count, gpus, ["--mpi=none"], arguments)
+    srun, (_, *task) = argv[: argv.index(sys.executable)], argv[argv.index(sys.executable) :]
+    given = {f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--mpi=none", "--kill-on-bad-exit=1"}
+    assert srun[0] == "srun" and given <= set(srun)
+    assert [word for word in srun if "gres" in word] == ([f"--gres=gpu:{gpus}"] if gpus else [])
+    address = task[2]
+    assert task == ["-m", "llava_sft.training.launcher", address, str(count), *arguments]
+    assert address.startswith(f"{JOB.first_address}:")
     last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}
-    argv, environment = command(count, ["run.json", "run_dir"], "/tmp/s", rendezvous("10.0.0.1:29500", last))
-    one = f"{sys.executable} -m llava_sft.training run.json run_dir"
-    place = f"--nnodes={nodes} --node-rank={nodes - 1} --master-addr=10.0.0.1 --master-port=29500"
-    here = "--rdzv-backend=c10d --rdzv-endpoint=/tmp/s/rendezvous --rdzv-conf=store_type=file"
-    torchrun = (
-        f"{sys.executable} -m torch.distributed.run {place if nodes > 1 else here} --nproc-per-node={count} "
-        "--signals-to-handle=SIGRTMAX -m llava_sft.training run.json run_dir"
-    )
-    assert " ".join(argv) == (one if (nodes, count) == (1, 1) else torchrun)
+    argv, environment = command(count, arguments, "/tmp/s", rendezvous(address, last))
+    assert argv[-4:] == ["-m", "llava_sft.training", *arguments]
+    if (nodes, count) == (1, 1):
+        assert argv == [sys.executable, *argv[-4:]]
+    else:
+        assert argv[:3] == [sys.executable, "-m", "torch.distributed.run"] and f"--nproc-per-node={count}" in argv
+    if nodes > 1:
+        host, port = address.split(":")
+        assert {f"--node-rank={nodes - 1}", f"--master-addr={host}", f"--master-port={port}"} < set(argv)
     assert environment.get("OMP_NUM_THREADS", "12") == "12"
     # On one machine they meet in a file and talk over the loopback device; several nodes need the network.
     assert (environment.get("GLOO_SOCKET_IFNAME") == environment.get("NCCL_SOCKET_IFNAME") == "lo") == (nodes == 1)

@@ -12,41 +12,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_sft.errors import RunError, SettingsError
-from llava_sft.files import read_json, write_json
+from helpers import ROOT
+from helpers.runs import VALUES, save
+from llava_sft.errors import RunError
+from llava_sft.files import write_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.cost import expected_bytes, matmul_parameters, training_flops
 from llava_sft.model.tensors import parameter_count
 from llava_sft.run import checkpoints as checkpoints_module
-from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune, seal
-from llava_sft.run.layout import checkpoint_dir, checkpoints
+from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune
+from llava_sft.run.layout import checkpoints
 from llava_sft.run.lock import give_back, is_running, lock
 from llava_sft.run.records import Tail, append, read_jsonl
 from llava_sft.run.remedies import exploded, less_memory, lower_lr, out_of_memory, slow_loading
-from llava_sft.settings.layers import CONFIG_DIR, load_settings
-from llava_sft.settings.resolve import part_rates, resolve
-from llava_sft.settings.schema import STAGES, Settings
 from llava_sft.training.watch import Watch
-from write_schema import config_yaml, json_schema
-
-ROOT = Path(__file__).parents[1]
-
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def save(run_dir: Path, iteration: int, sealed: bool = True) -> Path:
-    """What Megatron leaves at a save, in small."""
-    folder, data = checkpoint_dir(run_dir, iteration), run_dir / f"dataloader/iter_{iteration:07d}"
-    folder.mkdir(parents=True)
-    data.mkdir(parents=True, exist_ok=True)
-    (folder / "__0_0.distcp").write_bytes(bytes([iteration]) * 1000)
-    (folder / ".metadata").write_bytes(b"metadata")
-    (data / "train_dataloader_dprank000.pt").write_bytes(b"position")
-    (run_dir / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    if sealed:
-        seal(run_dir, iteration)
-    return folder
 
 
 def flip(path: Path) -> None:
@@ -179,13 +160,6 @@ def test_a_lock_of_another_host_counts_as_long_as_its_heart_beats(tmp_path, caps
 
 # --- watching --------------------------------------------------------------------------------------------------------
 
-VALUES = {
-    "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
-    "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
-    "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
-    "pipeline_model_parallel_size": 1, "recompute_vision": "none", "recompute_language": "none", "optimizer_precision": "fp32",
-}  # fmt: skip
-
 
 def test_bad_steps_are_recorded_with_their_samples_and_stop_the_run_with_the_numbers_to_change(tmp_path):
     save(tmp_path, 10)
@@ -234,21 +208,21 @@ def test_slow_loading_names_the_workers_that_keep_up(monkeypatch):
 
 def test_out_of_memory_names_the_parts_and_the_setting():
     memory = {"weights": 9.0, "gradients": 18.0, "optimizer": 54.0, "total": 90.0}
-    error = out_of_memory(VALUES, memory, {"rows": 4, "tokens": 1000, "patches": 200, "image": 16}, gpus=1)
+    error = out_of_memory(VALUES, memory, {"rows": 4, "tokens": 1000, "patches": 200, "image": 16})
     assert "4 × 1000 tokens" in error.problem and "activations and the rest 9.00" in error.problem
     assert "micro_batch_size: 2" in error.fix
     alone = VALUES | {"micro_batch_size": 1}
     assert (
         "tensor_model_parallel_size: 2"
-        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 9, "image": 9}, 8).fix
+        in out_of_memory(alone | {"gpus_per_node": 8}, memory, {"rows": 1, "tokens": 9, "patches": 9, "image": 9}).fix
     )
     assert (
         "max_pixels: 500000"
-        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}, 1).fix
+        in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}).fix
     )
     packed = alone | {"packing": True}
     largest = {"rows": 1, "tokens": 8192, "patches": 9, "image": 9}
-    assert out_of_memory(packed, memory, largest, 1).fix.startswith("pack_chunk_tokens: 4096")
+    assert out_of_memory(packed, memory, largest).fix.startswith("pack_chunk_tokens: 4096")
 
 
 def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
@@ -257,7 +231,7 @@ def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
     packed = VALUES | {"packing": True, "micro_batch_size": 1, "gpus_per_node": 8}
     smaller = less_memory(packed, largest["tokens"])
     assert smaller["pack_chunk_tokens"] == [3000, 1500] and smaller["tensor_model_parallel_size"] == [2, 4]
-    fix = out_of_memory(packed, memory, largest, 8).fix
+    fix = out_of_memory(packed, memory, largest).fix
     assert (
         "pack_chunk_tokens: 3000" in fix and "recompute_language: full (slower" in fix and "recompute_vision" not in fix
     )
@@ -292,81 +266,6 @@ def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     grids = [(64, 64)] * 4
     frozen, trained = (training_flops(model, which, [8192], grids, 100) for which in (("adapter",), parts))
     assert frozen < 0.7 * trained
-
-
-# --- stages and schema -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.mark.parametrize(
-    ("stage", "name", "expected"),
-    [
-        ("align", "stage1_align_chemistry", {"trainable_modules": ["adapter"], "weight_decay": 0}),
-        ("mid", "stage1.5_mid_chemistry", {"weight_decay": 0.01, "adam_beta2": 0.95}),
-        ("sft", "stage2_sft_chemistry", {"weight_decay": 0, "adam_beta2": 0.99, "lr_warmup_fraction": 0.002}),
-    ],
-)
-def test_a_stage_is_a_layer_under_the_experiment(at_root, stage, name, expected):
-    settings = load_settings("chemistry", {"stage": stage})
-    assert settings.run_name == name and stage in STAGES
-    assert {key: getattr(settings, key) for key in expected} == expected
-    assert settings.lr == 5e-6 and settings.origin["lr"].endswith("chemistry.yaml")  # the experiment's word is the last
-    assert settings.origin["weight_decay"] == f"config/stages/{stage}.yaml"
-    assert load_settings("agriculture", {"stage": "align", "lr": 3e-4}).origin["lr"] == "--config"
-
-
-def test_the_published_rates_of_the_stages(at_root):
-    rates = {stage: Settings.model_validate(stage_values(stage)).lr for stage in STAGES}
-    assert rates == {"align": 1e-4, "mid": 1e-5, "sft": 1e-5}
-
-
-def stage_values(stage):
-    import yaml
-
-    layers = (CONFIG_DIR / "config.yaml", CONFIG_DIR / f"stages/{stage}.yaml")
-    values = {key: value for path in layers for key, value in yaml.safe_load(path.read_text()).items()}
-    return values | {"experiment": "x", "stage": stage, "raw_data": "x"}
-
-
-def test_every_part_has_its_rate_and_ends_at_the_same_share_of_it(at_root):
-    settings = load_settings("agriculture", {"lr_vision": 2e-6, "trainable_modules": ["adapter", "vision_model"]})
-    resolved, _ = resolve(settings, 1000)
-    rates = part_rates(resolved.dump())
-    assert rates.keys() == {"adapter", "vision_model"}
-    assert rates["adapter"] == pytest.approx((1e-5, 1e-6)) and rates["vision_model"] == pytest.approx((2e-6, 2e-7))
-    with pytest.raises(SettingsError, match="vision_model is not trained"):
-        load_settings("agriculture", {"lr_vision": 2e-6, "stage": "align"})
-
-
-def test_the_schema_of_the_settings_is_current_and_knows_every_setting(at_root):
-    assert read_json(CONFIG_DIR / "schema.json") == json.loads(json.dumps(json_schema())), "run `make schema`"
-    assert "# yaml-language-server: $schema=../schema.json" in (CONFIG_DIR / "experiments/TEMPLATE.yaml").read_text()
-    undescribed = [name for name, entry in json_schema()["properties"].items() if "description" not in entry]
-    assert undescribed == []
-    assert (CONFIG_DIR / "config.yaml").read_text(encoding="utf-8") == config_yaml(), "run `make schema`"
-
-
-def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):
-    import shutil
-
-    shutil.copytree(ROOT / "config", tmp_path / "config")
-    shutil.copy(ROOT / "Makefile", tmp_path)
-
-    def make(name):
-        command = ["make", "-s", "experiment", f"NAME={name}"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    assert make("leaves").returncode == 0
-    text = (tmp_path / "config/experiments/leaves.yaml").read_text()
-    assert "data/leaves/train.jsonl" in text and "NAME" not in text
-    again = make("leaves")
-    assert again.returncode != 0 and "is there already" in again.stderr
-    assert make("").returncode != 0
 
 
 def test_runs_are_listed_with_the_command_that_goes_on(tmp_path):

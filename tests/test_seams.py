@@ -19,7 +19,8 @@ from typing import NamedTuple
 import pytest
 from packaging.version import Version
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT
+
 PRODUCT = [
     *(ROOT / "workflow_scripts").rglob("*.py"),
     *(ROOT / "workflow_scripts").rglob("*.jinja"),

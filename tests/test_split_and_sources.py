@@ -4,9 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import Counter
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import SCRIPTS
+from helpers.webdatasets import Raw, contents, mix, picture, read_with_energon, record, tar_of, turns
 from llava_sft.data.adopt import adopt_webdataset
-from llava_sft.data.heldout import read_split
+from llava_sft.data.hold_out import choose_heldout
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import inspect_webdataset
-from llava_sft.data.split import choose_heldout
-from llava_sft.data.tars import is_finished, read_meta
+from llava_sft.data.nv_meta import is_finished, read_meta
+from llava_sft.data.stored import read_split
 from llava_sft.errors import DataError
-from webdataset_helpers import SCRIPTS, Raw, contents, picture, read_with_energon, record
 
 # ------------------------------------------------------------------------------------------------------ split
 
@@ -167,36 +166,6 @@ def test_a_source_that_is_held_out_whole_is_evaluated_and_inspected(tmp_path):
 # --------------------------------------------------------------------------------------------------- adoption
 
 
-def tar_of(path: Path, members: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
-
-
-def turns(number: int, images: int = 1) -> list[dict[str, str]]:
-    question = "<image>" * images + f"Question {number}?"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": f"Answer {number}."}]
-
-
-def mix(path: Path, numbers: range, videos: int = 0) -> None:
-    members: dict[str, Any] = {}
-    for n in numbers:
-        names = [["0_photo.JPG", "1_é b.c.png"], ["0_photo"], []][n % 3]
-        key = f"{'image' if names else 'text'}_{n}"
-        members |= {f"{key}.{name}": picture("JPEG" if "J" in name else "PNG") for name in names}
-        members[f"{key}.json"] = {"texts": turns(n, len(names)), "media": key[:5].strip("_"), "name": names}
-    for n in range(videos):
-        members |= {
-            f"video_{n}.0_v.mp4": b"v",
-            f"video_{n}.json": {"texts": turns(n), "media": "video", "name": ["0_v.mp4"]},
-        }
-    tar_of(path, members)
-
-
 def original_meta(folder: Path, shards: list[str]) -> None:
     meta = folder / ".nv-meta"
     meta.mkdir(parents=True)
@@ -299,7 +268,7 @@ def test_what_can_not_be_adopted_is_one_message(tmp_path):
     for name, message in (
         ("odd", "known layout"),
         ("two", "mixes layouts"),
-        ("cut", "can not be read"),
+        ("cut", "cannot be read"),
         ("none", "no .tar"),
     ):
         with pytest.raises(DataError, match=message):

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 import list_runs
 import preflight
 import train
+from helpers.runs import VALUES, open_run, save
 from llava_sft.errors import RunError, SettingsError, SftError
 from llava_sft.files import read_json, write_json
 from llava_sft.run.checkpoints import damage, iterations_done, newest_whole, prune, seal
@@ -31,8 +32,6 @@ from llava_sft.run.records import append, forget_after, read_jsonl, read_metrics
 from llava_sft.settings.resolved import Resolved
 from llava_sft.training import watch as watch_module
 from llava_sft.training.watch import Watch
-from test_run import open_run, resolved, run_dir, shipped_settings  # noqa: F401 (fixtures)
-from test_run_directory import VALUES, save
 
 SETTINGS = VALUES | {"log_samples": True, "log_interval": 7, "train_iters": 30, "max_bad_steps": 4}
 LOSSES = [math.sin(i) + 3 for i in range(31)]
@@ -117,7 +116,7 @@ DAMAGED = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, shipped_settings):  # noqa: F811
+def whole(tmp_path_factory, shipped_settings):
     """A run of 30 steps, and its settings."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     folder.mkdir()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from conftest import TEXTS
+from helpers.models import TEXTS
 from llava_sft.errors import DataError
 from llava_sft.model.template import ChatTemplate, UnusableSample
 

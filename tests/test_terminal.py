@@ -14,8 +14,8 @@ import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 
 import snakemake_logger_plugin_llava_sft as terminal
+from helpers.projects import snakemake
 from llava_sft import locks
-from project_runs import snakemake
 
 SETTINGS = SimpleNamespace(
     verbose=False, dryrun=False, debug_dag=False, stdout=False, nocolor=True, quiet=set(), show_failed_logs=True,

@@ -14,12 +14,15 @@ import time
 import psutil
 import pytest
 
-from helpers.trainings import Run, kill, same
+from faults.project import environment
+from faults.server import Servers
+from helpers import ROOT, trainings
+from helpers.projects import snakemake
+from helpers.trainings import kill, same
 from llava_sft.files import read_json
 from llava_sft.run.checkpoints import damage, iterations_done
 from llava_sft.run.layout import checkpoint_dir, checkpoints
 from llava_sft.run.records import read_jsonl
-from project_runs import snakemake
 
 STEPS = 9
 HOW = {"train_iters": STEPS, "save_interval": 3, "async_save": True}
@@ -35,6 +38,29 @@ def base(prepared_project):
         resolved["data"][name] = str(project / resolved["data"][name])
     resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
     return resolved
+
+
+@pytest.fixture(scope="module", autouse=True)
+def servers(tmp_path_factory):
+    with Servers(ROOT, tmp_path_factory.mktemp("servers"), environment()) as servers:
+        Run.servers = servers
+        yield servers
+
+
+class Run(trainings.Run):
+    """A run whose starts that nothing happens to are forked from a process that has imported Megatron already."""
+
+    servers: Servers
+
+    def finish(self, first: str = "") -> int:
+        """Exit code. `first`: Python that the training processes run before anything else."""
+        self.servers.wait()
+        with open(self.folder.with_suffix(".log"), "ab") as log:
+            return self.servers.ask(self.script(), ROOT, log.fileno(), first).wait()
+
+    def limited(self, option: str) -> int:
+        """Exit code of a start under `prlimit`."""
+        return super().finish("prlimit", option)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +154,7 @@ def test_a_training_stopped_while_a_checkpoint_is_written_ends_with_whole_ones(b
 
 def test_a_checkpoint_that_can_not_be_written_ends_the_training_with_one_message(base, tmp_path):
     run = Run(base, tmp_path / "unwritten", **HOW)
-    assert run.finish("prlimit", f"--fsize={1 << 20}") == 1  # a file system that takes no more
+    assert run.limited(f"--fsize={1 << 20}") == 1  # a file system that takes no more
     assert "the checkpoint of step 3 could not be written" in run.said(), run.said()
     assert "the same command resumes from step 0" in run.said() and "Traceback" not in run.said()
 
@@ -156,7 +182,7 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
 
 def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_lines(base, tmp_path):
     how = HOW | {"bf16": True, "nproc_per_node": 2, "log_interval": 4, "eval_interval": 5}
-    whole, run = Run(base, tmp_path / "whole", **how), Run(base, tmp_path / "killed", **how)
+    whole, run = trainings.Run(base, tmp_path / "whole", **how), trainings.Run(base, tmp_path / "killed", **how)
     assert whole.finish() == 0, whole.said()
     process = run.start()
     assert listening(run, process, 5) <= LOOPBACK
@@ -255,16 +281,15 @@ def test_too_little_memory_names_the_setting(base, tmp_path):
         global_batch_size=1024,
         eval_iters=0,
     )
-    assert run.finish("prlimit", f"--as={5 << 30}") == 1
+    assert run.limited(f"--as={5 << 30}") == 1
     assert "out of memory at a micro-batch of 1024" in run.said(), run.said()
     assert "micro_batch_size: 512 (global_batch_size stays 1024)" in run.said()
 
 
 def test_slow_loading_is_said_once_with_the_rates_and_the_workers_that_keep_up(base, tmp_path):
     slow = "import time, PIL.Image as I; o = I.open; I.open = lambda *a, **k: (time.sleep(0.02), o(*a, **k))[1]"
-    (tmp_path / "sitecustomize.py").write_text(slow)
     run = Run(base, tmp_path / "slow", train_iters=12, save_interval=12, eval_iters=0)
     run.change(log_interval=3)
-    assert run.finish(PYTHONPATH=str(tmp_path)) == 0, run.said()
+    assert run.finish(slow) == 0, run.said()
     said = [line for line in run.said().splitlines() if "slow loading" in line]
     assert len(said) == 1 and "num_workers 1 load" in said[0] and "workers" in said[0].split("model would take")[1]

@@ -29,6 +29,7 @@ from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.run.layout import RUN_FILE, SIDECARS
+from llava_sft.settings.layers import load_model
 
 EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
@@ -40,8 +41,8 @@ def main() -> None:
     add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "verify"])
     add("source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder")
     # An optional one would count as left out where options stand before it, as in the rules.
-    optional = {"nargs": "?"} if "verify" in sys.argv[1:] else {}
-    add("target", type=Path, **optional, help="folder to write; it appears only when it is whole")
+    optional = "?" if "verify" in sys.argv[1:] else None
+    add("target", type=Path, nargs=optional, help="folder to write; it appears only when it is whole")
     add("--model", help="config/models/<model>.yaml, or a path (default: what run.json or config.json says)")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
     add("--part", action="append", default=[], metavar="PART=FOLDER",
@@ -73,57 +74,80 @@ def export_peft(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    parts = named_parts((each.partition("=")[::2] for each in args.part), "--part {}={}")
-    checkpoint = Checkpoint.of(args.source)
-    source = checkpoint.name if checkpoint.kind == "hub" else existing_checkpoint(checkpoint.folder)
     if args.sidecars and not (args.sidecars / "tokenizer.json").is_file():
         raise CheckpointError(
             f"--sidecars {args.sidecars}: no tokenizer.json in it", "the Hugging Face folder of the model"
         )
-    limits = None
-    if args.direction == "mcore2hf":
-        args.sidecars = args.sidecars or source.parent / SIDECARS
-        limits = limits_of(source, args)
-    model = model_of(source, args)
-
-    # What the result depends on. When it is the same as last time there is nothing to do, and torch is not imported.
-    depends = fingerprint(
-        {
-            "direction": args.direction,
-            "source": [source_fingerprint(each) for each in (source, *(part.name for part in parts.values()))],
-            "parts": [part.removesuffix("_model") for part in parts],  # as they were called: what is made stays
-            "model": model and model.model_dump(),
-            "export": [EXPORT_FORM, *limits, args.parity, bool(args.samples)] if limits else None,
-        }
-    )
-    marker = args.target / MARKER
-    if made := made_before(args.target, depends):
-        print(f"{args.target}: made from the same source, nothing to convert")
-        if args.done:
-            write_json(args.done, made, sealed=True)
-        return
-
-    from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
-
-    if args.direction == "hf2mcore":
-        folders = {part: download(each.name) if each.kind == "hub" else each.name for part, each in parts.items()}
-        folder = download(source) if isinstance(source, str) else source
-        model = model or ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
-        done = hf2mcore(folder, args.target, model, args.sidecars, folders)
-        done["source"] = args.source
-    else:
-        gate = None
-        if args.samples:
-            from llava_sft.evaluation.parity import check_parity
-
-            gate = partial(check_parity, source, model, args.samples, args.parity)
-        done = mcore2hf(source, args.target, args.sidecars, model, *limits, gate)
-    done["depends"] = depends
-    write_json(marker, done, sealed=True)
+    done = to_megatron(args) if args.direction == "hf2mcore" else to_hugging_face(args)
     if args.done:
         write_json(args.done, done, sealed=True)
+
+
+def to_megatron(args: argparse.Namespace) -> dict:
+    """The marker of the converted folder, made anew only where what it depends on has changed."""
+    parts = named_parts((each.partition("=")[::2] for each in args.part), "--part {}={}")
+    checkpoint = Checkpoint.of(args.source)
+    on_hub = checkpoint.kind == "hub"
+    source = checkpoint.folder if on_hub else existing_checkpoint(checkpoint.folder)
+    model = named_model(args)
+    if model is None and not on_hub:
+        model = model_of_folder(args.sidecars or source)
+    depends = depends_on(args.direction, [source, *(part.name for part in parts.values())], list(parts), model)
+    if made := made_before(args.target, depends):
+        return made
+
+    from llava_sft.checkpoint.convert import hf2mcore
+
+    folders = {part: download(each.name) if each.kind == "hub" else each.name for part, each in parts.items()}
+    folder = download(checkpoint.name) if on_hub else source
+    model = model or ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
+    done = hf2mcore(folder, args.target, model, args.sidecars, folders)
+    return finish(args, done | {"source": args.source}, depends)
+
+
+def to_hugging_face(args: argparse.Namespace) -> dict:
+    """The marker of the export, made anew only where what it depends on has changed."""
+    source = existing_checkpoint(Path(args.source))
+    sidecars = args.sidecars or source.parent / SIDECARS
+    limits = limits_of(source, sidecars, args)
+    model = named_model(args) or model_of_run(source) or model_of_folder(sidecars)
+    export = [EXPORT_FORM, *limits, args.parity, bool(args.samples)]
+    depends = depends_on(args.direction, [source], [], model, export)
+    if made := made_before(args.target, depends):
+        return made
+
+    from llava_sft.checkpoint.convert import mcore2hf
+
+    gate = None
+    if args.samples:
+        from llava_sft.evaluation.parity import check_parity
+
+        gate = partial(check_parity, source, model, args.samples, args.parity)
+    done = mcore2hf(source, args.target, sidecars, model, *limits, gate=gate)
+    return finish(args, done, depends)
+
+
+def depends_on(
+    direction: str, sources: list[Path | str], parts: list[str], model: ModelConfig | None, export: list | None = None
+) -> str:
+    """What the result depends on. When it is the same as last time there is nothing to do, and torch is not imported."""
+    return fingerprint(
+        {
+            "direction": direction,
+            "source": [source_fingerprint(source) for source in sources],
+            "parts": [part.removesuffix("_model") for part in parts],  # as they were called: what is made stays
+            "model": model and model.model_dump(),
+            "export": export,
+        }
+    )
+
+
+def finish(args: argparse.Namespace, done: dict, depends: str) -> dict:
+    done["depends"] = depends
+    write_json(args.target / MARKER, done, sealed=True)
     facts = f"{done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
     print(f"{args.source} → {args.target}: {facts}")
+    return done
 
 
 def made_before(target: Path, depends: str) -> dict | None:
@@ -133,6 +157,7 @@ def made_before(target: Path, depends: str) -> dict | None:
         if made.get("depends") != depends:
             return None
         require_whole(target)
+        print(f"{target}: made from the same source, nothing to convert")
         return made
     except CheckpointError as error:
         print(f"{error.problem}: made anew", flush=True)
@@ -144,42 +169,31 @@ def run_settings(source: Path) -> dict:
     return read_object(source.parent / RUN_FILE, {})
 
 
-def limits_of(source: Path, args: argparse.Namespace) -> tuple[int, int]:
+def limits_of(source: Path, sidecars: Path, args: argparse.Namespace) -> tuple[int, int]:
     """Least and most pixels of an image: as given, else as trained with, else as the start checkpoint's folder says."""
     settings = run_settings(source).get("settings")
     trained = (settings.get("min_pixels"), settings.get("max_pixels")) if isinstance(settings, dict) else None
-    known = trained or image_limits(args.sidecars)
-    given = args.min_pixels, args.max_pixels
-    limits = tuple(
-        mine if mine is not None else old for mine, old in zip(given, known or (MIN_PIXELS, MAX_PIXELS), strict=True)
-    )
-    if not (all(type(x) is int for x in limits) and 0 < limits[0] <= limits[1]):
+    known = trained or image_limits(sidecars)
+    least, most = known or (MIN_PIXELS, MAX_PIXELS)
+    least = args.min_pixels if args.min_pixels is not None else least
+    most = args.max_pixels if args.max_pixels is not None else most
+    if not (type(least) is int and type(most) is int and 0 < least <= most):
         raise SettingsError(
-            f"image limits {limits[0]} to {limits[1]} pixels", "--min-pixels and --max-pixels, 0 < least <= most"
+            f"image limits {least} to {most} pixels", "--min-pixels and --max-pixels, 0 < least <= most"
         )
-    origin = (
-        f"{source.parent / RUN_FILE}"
-        if trained
-        else f"{args.sidecars}"
-        if known
-        else "neither run nor start checkpoint"
-    )
-    if known is None and None in given:
-        print(f"image limits: {limits[0]:,} to {limits[1]:,} pixels: {origin} says any")
-    elif known is not None and limits != known:
-        print(
-            f"image limits: {limits[0]:,} to {limits[1]:,} pixels as given; {origin} says {known[0]:,} to {known[1]:,}"
-        )
-    return limits
+    if known is None and None in (args.min_pixels, args.max_pixels):
+        print(f"image limits: {least:,} to {most:,} pixels: neither run nor start checkpoint says any")
+    elif known is not None and (least, most) != known:
+        origin = source.parent / RUN_FILE if trained else sidecars
+        print(f"image limits: {least:,} to {most:,} pixels as given; {origin} says {known[0]:,} to {known[1]:,}")
+    return least, most
 
 
-def model_of(source: Path | str, args: argparse.Namespace) -> ModelConfig | None:
-    """The sizes of the model: --model, else run.json's or config.json's; None for a hub id that is not downloaded yet."""
-    if args.model:
-        path = Path(args.model)
-        return load_model_config(path if path.suffix == ".yaml" else Path("config/models") / f"{args.model}.yaml")
-    if isinstance(source, str):
+def named_model(args: argparse.Namespace) -> ModelConfig | None:
+    """The sizes that --model names."""
+    if not args.model:
         return None
+<<<<<<< HEAD
     if args.direction.startswith("mcore2") and (found := run_settings(source).get("model")):
         try:
             return ModelConfig(**found)
@@ -187,6 +201,25 @@ def model_of(source: Path | str, args: argparse.Namespace) -> ModelConfig | None
             problem = str(error).splitlines()[0]
             raise CheckpointError(f"{source.parent / RUN_FILE}: damaged: model: {problem}", "--model MODEL") from None
     folder = args.sidecars or source
+=======
+    return load_model_config(args.model) if args.model.endswith(".yaml") else load_model(args.model)
+
+
+def model_of_run(source: Path) -> ModelConfig | None:
+    """The sizes that run.json says."""
+    found = run_settings(source).get("model")
+    if not found:
+        return None
+    try:
+        return ModelConfig(**found)
+    except (TypeError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        raise CheckpointError(f"{source.parent / RUN_FILE}: damaged: model: {problem}", "--model MODEL") from None
+
+
+def model_of_folder(folder: Path) -> ModelConfig:
+    """The sizes that config.json says."""
+>>>>>>> main
     try:
         return ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
     except CheckpointError as error:

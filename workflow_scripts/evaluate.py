@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_sft.checkpoint.start import MARKER
+from llava_sft.checkpoint.verify import MARKER
 from llava_sft.checkpoint.verify import require_whole as require_whole_export
-from llava_sft.data.heldout import read_split
-from llava_sft.data.index import told_leak
+from llava_sft.data.index import leak_note
+from llava_sft.data.stored import read_split
 from llava_sft.data.verify import require_whole as require_whole_data
 from llava_sft.errors import DamagedFileError, RunError, SettingsError, exits_cleanly
 from llava_sft.evaluation.answers import generate, group_counts, judge
@@ -100,7 +100,7 @@ def print_summary(args: argparse.Namespace, result: dict[str, Any]) -> None:
             f"  {result['cut']:,} of {result['answers']:,} answers were cut after {args.max_new_tokens} tokens "
             "(max_new_tokens), which makes most of them wrong"
         )
-    if leak := told_leak(read_json(args.dataset)):
+    if leak := leak_note(read_json(args.dataset)):
         print(f"  {leak}")
 
 

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from llava_sft.data.adopt import adopt_webdataset
-from llava_sft.data.index import index_webdataset, read_finished, told_leak
-from llava_sft.data.plan import default_parts_dir
-from llava_sft.data.tars import is_finished
+from llava_sft.data.index import index_webdataset, leak_note, read_finished
+from llava_sft.data.nv_meta import is_finished
+from llava_sft.data.plan import default_notes_dir
 from llava_sft.data.verify import note_dataset, require_whole
 from llava_sft.errors import exits_cleanly, shown
 from llava_sft.files import write_json
@@ -38,14 +38,14 @@ def main() -> None:
     add("--verify", action="store_true", help="only read every sample and compare it with the hashes in the index")
     args = parser.parse_args()
     output = args.output or args.wds_dir.with_name(args.wds_dir.name + ".json")
-    parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
+    notes_dir = args.parts_dir or default_notes_dir(args.wds_dir)
     if args.verify:
         return verify(args.wds_dir, output)
 
     source = args.adopt or args.wds_dir
-    if args.plan or (parts_dir.is_dir() and not args.adopt):
+    if args.plan or (notes_dir.is_dir() and not args.adopt):
         options = args.max_reject_fraction, args.plan, args.val_fraction, args.split_seed
-        dataset = index_webdataset(args.wds_dir, parts_dir, *options)
+        dataset = index_webdataset(args.wds_dir, notes_dir, *options)
     elif source == args.wds_dir and is_finished(source):
         dataset = read_finished(source)
     else:
@@ -53,12 +53,12 @@ def main() -> None:
     write_json(output, dataset, sealed=True)
     note_dataset(args.wds_dir, output)
     train, heldout = dataset["train"], dataset["heldout"]
-    told = ""
+    read = ""
     if dataset["read"] is not None:
-        told = f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
+        read = f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
     print(
         f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
-        f" {heldout['samples']:,} in {heldout['shards']} held out{told} → {output}"
+        f" {heldout['samples']:,} in {heldout['shards']} held out{read} → {output}"
     )
     for key, count in dataset.get("unread", {}).items():
         print(f"note: {count:,} records have the key {key}, which is not read")
@@ -66,8 +66,8 @@ def main() -> None:
         print(
             f"note: {len(packed)} packed tars are left out, which have no places to read a sample at: {shown(packed[0])} …"
         )
-    if told := told_leak(dataset):
-        print(f"note: {told}")
+    if leak := leak_note(dataset):
+        print(f"note: {leak}")
     print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
 
 

@@ -1,17 +1,20 @@
-"""Look at a WebDataset: is it whole, does its index fit, what is in it. Exit code 1 when it is broken."""
+"""Look at a WebDataset: is it complete, does the index match the tars, what does it contain. Exit code 1 when it is broken."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from llava_sft.data.adopt import adopt_webdataset
+from llava_sft.data.findings import IMAGES, INDEX, TokenCounter
 from llava_sft.data.index import index_webdataset
-from llava_sft.data.inspect import CHANGED, IMAGES, INDEX, TokenCounter, inspect_webdataset, render_html
-from llava_sft.data.plan import default_parts_dir
-from llava_sft.data.tars import REINDEX, source_folders, way_out, without_images_like_it
+from llava_sft.data.inspect import CHANGED, inspect_webdataset
+from llava_sft.data.notes import way_out, without_images_like_it
+from llava_sft.data.nv_meta import REINDEX, source_folders
+from llava_sft.data.plan import default_notes_dir
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json, write_text
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.report.inspection import inspection_page
 
 PROBLEMS_PRINTED = 10
 
@@ -32,7 +35,7 @@ def main() -> None:
     add("--min-pixels", type=int, default=MIN_PIXELS, help="… with images of at least (%(default)s)")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="… and at most (%(default)s)")
     args = parser.parse_args()
-    parts_dir = args.parts_dir or default_parts_dir(args.wds_dir)
+    notes_dir = args.parts_dir or default_notes_dir(args.wds_dir)
     if args.dataset and not args.dataset.is_file():
         raise DataError(
             f"dataset file {args.dataset} does not exist", "run index_webdataset.py, or leave --dataset out"
@@ -40,11 +43,11 @@ def main() -> None:
 
     dataset = args.dataset and read_json(args.dataset)
     if args.fix:
-        rebuild(args.wds_dir, parts_dir, dataset)
+        rebuild(args.wds_dir, notes_dir, dataset)
     tokens = None
     if args.tokenizer:
         tokens = TokenCounter(args.tokenizer, args.seq_length, args.min_pixels, args.max_pixels)
-    report, gallery = inspect_webdataset(args.wds_dir, parts_dir, dataset, args.seed, tokens)
+    report, gallery = inspect_webdataset(args.wds_dir, notes_dir, dataset, args.seed, tokens)
     if args.json:
         write_json(args.json, report, sealed=True)
     page = args.html and write_page(args.html, report, gallery)
@@ -65,28 +68,28 @@ def main() -> None:
         print(f"note: {note}")
     for check in report["checks"]:
         verdict = f"{check['problems']:,} wrong" if check["problems"] else "ok"
-        print(f"{check['name']}: {check['looked_at']:,} looked at, {verdict}")
+        print(f"{check['name']}: {check['looked_at']:,} checked, {verdict}")
     if report["problems"]:
         first = "\n".join(f"  {p['where']}: {p['what']}" for p in report["problems"][:PROBLEMS_PRINTED])
         raise DataError(
             f"{args.wds_dir} is broken. The first problems:\n{first}" + (f"\nall: {page}" if page else ""),
             fix_of(args.wds_dir, report["problems"]),
         )
-    print(f"{args.wds_dir} is whole" + (f"; see {args.html}" if args.html else ""))
+    print(f"{args.wds_dir} is complete" + (f"; see {args.html}" if args.html else ""))
 
 
 def write_page(page: Path, report: dict[str, Any], gallery: list[dict[str, Any]]) -> Path:
     """Write the page, and return where it lies: of a failed check it is `NAME.broken.html`, with the report as
     `NAME.broken.json` beside it, because Snakemake deletes what a failed rule wrote under the rule's own names."""
     broken = page.with_stem(f"{page.stem}.broken")
-    kept = broken.with_suffix(".json")
+    broken_report = broken.with_suffix(".json")
     if report["ok"]:
-        write_text(page, render_html(report, gallery))
+        write_text(page, inspection_page(report, gallery))
         broken.unlink(missing_ok=True)
-        kept.unlink(missing_ok=True)
+        broken_report.unlink(missing_ok=True)
         return page
-    write_text(broken, render_html(report, gallery))
-    write_json(kept, report, sealed=True)
+    write_text(broken, inspection_page(report, gallery))
+    write_json(broken_report, report, sealed=True)
     page.unlink(missing_ok=True)
     return broken
 
@@ -101,16 +104,16 @@ def fix_of(wds_dir: Path, problems: list[dict[str, str]]) -> str:
     return (without_images_like_it if first["check"] == IMAGES else way_out)(folder, name)
 
 
-def rebuild(wds_dir: Path, parts_dir: Path, dataset: dict[str, Any] | None) -> None:
+def rebuild(wds_dir: Path, notes_dir: Path, dataset: dict[str, Any] | None) -> None:
     """Write the index anew; sources' weights and val_fraction are those of the dataset file, given or beside the folder."""
-    if not parts_dir.is_dir():
+    if not notes_dir.is_dir():
         adopt_webdataset(wds_dir, wds_dir, max_reject_fraction=1)
         return
     beside = (read_json(wds_dir.with_name(name), {}) for name in (f"{wds_dir.name}.json", "dataset.json"))
     known = dataset or next(filter(None, beside), {})
     plan = [{"name": name, "weight": weight} for name, weight in known.get("weights", {}).items()]
     split = known.get("split", {"val_fraction": 0.0, "split_seed": 0})
-    index_webdataset(wds_dir, parts_dir, 1, plan, split["val_fraction"], split["split_seed"])
+    index_webdataset(wds_dir, notes_dir, 1, plan, split["val_fraction"], split["split_seed"])
 
 
 if __name__ == "__main__":

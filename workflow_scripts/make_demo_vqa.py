@@ -50,10 +50,11 @@ def clean(overrides: dict[str, str]) -> None:
     """Remove the demo, and the data, runs and converted checkpoint of the embedded experiment. Raises DataError, before
     anything is removed, where somebody else's files stand in the demo's folder."""
     paths = Workflow(overrides, []).paths(EMBEDDED)
-    check_demo(paths.demo)
-    exp_dir = paths.settings.exp_dir
+    demo, exp_dir = paths.demo, paths.settings.exp_dir
+    assert demo  # the embedded experiment has one
+    check_demo(demo)
     gone = [paths.data, paths.demo_done, paths.converted, paths.converted_done]
-    gone += [paths.demo / name for name in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)]
+    gone += [demo / name for name in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)]
     for results in sorted(exp_dir.glob("*_results")):
         run_dir = results.with_name(results.name.removesuffix("_results"))
         notes = (read_json(run_dir / "run.json", {}), read_json(results / "resolved.json", {}))
@@ -62,7 +63,7 @@ def clean(overrides: dict[str, str]) -> None:
     for path in filter(None, gone):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: it holds files of the user's
-        paths.demo.rmdir()
+        demo.rmdir()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from llava_sft.checkpoint.verify import sidecars_damage
-from llava_sft.data.lengths import Limits, measure
+from llava_sft.data.sizes import Limits, measure
 from llava_sft.errors import CheckpointError, exits_cleanly
 from llava_sft.files import read_json, write_json
 
@@ -31,11 +31,11 @@ def main() -> None:
             f"{args.tokenizer}: {damage}: damaged since it was written",
             f"delete {args.tokenizer.parent} and the .done.json beside it: the same command converts it again",
         )
-    found = measure(args.wds_dir, read_json(args.dataset), args.tokenizer, limits, args.kept, args.processes)
-    write_json(args.output, found, indent=None, sealed=True)
+    sizes = measure(args.wds_dir, read_json(args.dataset), args.tokenizer, limits, args.kept, args.processes)
+    write_json(args.output, sizes, indent=None, sealed=True)
     print(
-        f"{len(found['tokens']):,} samples of {sum(found['tokens']):,} tokens, {len(found['left_out']):,} left out"
-        f" → {args.output}\na loader process prepares {found['prepared_tokens_per_s']:,.0f} tokens/s here"
+        f"{len(sizes['tokens']):,} samples of {sum(sizes['tokens']):,} tokens, {len(sizes['left_out']):,} left out"
+        f" → {args.output}\na loader process prepares {sizes['prepared_tokens_per_s']:,.0f} tokens/s here"
     )
 
 

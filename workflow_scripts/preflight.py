@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from llava_sft.checkpoint.start import open_start
-from llava_sft.data import lengths
-from llava_sft.data.index import told_leak
-from llava_sft.data.lengths import Limits, SampleSizes, depends_on, global_order, measure
+from llava_sft.data.index import leak_note
+from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
-from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.config import ModelConfig
 from llava_sft.model.cost import checkpoint_size
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
@@ -35,7 +34,7 @@ from llava_sft.preflight.predict import (
 )
 from llava_sft.preflight.proposals import Forecast, forecast_of, proposal_lines
 from llava_sft.run.identity import refuse_other_run, same_run
-from llava_sft.settings.layers import CONFIG_DIR
+from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
     ResolvedSettings,
@@ -77,7 +76,7 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
-    model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
+    model = load_model(settings.model)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
@@ -104,7 +103,7 @@ def main() -> None:
         check_gpus(values.dump(), bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
-    predicted, lines = told(model, values.dump(), machine, forecast)
+    predicted, lines = describe(model, values.dump(), machine, forecast)
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
@@ -180,7 +179,7 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {excluded[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
-    notes += filter(None, [told_leak(samples.dataset)])
+    notes += filter(None, [leak_note(samples.dataset)])
     if not samples.dataset["heldout"]["samples"]:
         notes.append(
             "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
@@ -215,7 +214,7 @@ def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[
         known = measure(paths.webdatasets, dataset, tokenizer, limits, paths.kept_sizes, len(os.sched_getaffinity(0)))
         if keep:
             write_json(paths.sizes, known, indent=None, sealed=True)
-    return lengths.sizes_of(known), known["prepared_tokens_per_s"]
+    return SampleSizes.of(known), known["prepared_tokens_per_s"]
 
 
 def length_warning(settings: Settings, values: ResolvedSettings, sequences: float) -> list[str]:
@@ -245,11 +244,11 @@ def check_gpus(values: dict, cluster: bool) -> None:
         )
 
 
-def told(
+def describe(
     model: ModelConfig, values: dict, machine: Machine | None, forecast: Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
-    if forecast is None:
+    if forecast is None or machine is None:
         return None, ["no prediction: no recorded run of such a machine"]
     prediction, calibration, found = forecast
     lines = table(prediction, machine, calibration, values)

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from llava_sft.data.index import told_leak
+from llava_sft.data.index import leak_note
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import read_json, write_text
 from llava_sft.report.charts import charts
@@ -17,7 +17,7 @@ from llava_sft.report.figures import best_validation, measured, wilson_interval
 from llava_sft.report.html import render
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.coverage import count_samples
-from llava_sft.run.layout import SAMPLE_COUNTS, VALIDATION, checkpoint_dir
+from llava_sft.run.layout import SAMPLE_COUNTS, TENSORBOARD, VALIDATION, checkpoint_dir
 from llava_sft.run.records import read_jsonl, read_metrics
 
 OPTIONAL = {
@@ -28,7 +28,7 @@ OPTIONAL = {
     "evaluation": "answers on held-out data (evaluate)",
 }
 # By option, keys that its file has had in every version, and the type of each: without them it is another file.
-KEYS = {
+KEYS: dict[str, dict[str, Any]] = {
     "resolved": {"settings": dict, "why": dict, "run_name": str},
     "prediction": {"parameters": int, "warnings": list},
     "dataset": {"train": dict, "heldout": dict},
@@ -63,18 +63,21 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
 
     Errors: DamagedFileError for a damaged file, RunError for one of another run.
     """
-    files = {name: getattr(args, name, None) for name in KEYS}
+    files: dict[str, Path | None] = {name: getattr(args, name, None) for name in KEYS}
     files["counts"] = args.run_dir / SAMPLE_COUNTS
     files["parity"] = args.export and args.export / "parity.json"
     found: dict[str, Any] = {}
     for name, path in files.items():
         needed = name not in ("counts", "parity")  # the others are looked for, and given only where they exist
+        found[name] = None
+        if not path:
+            continue
         if name == "counts" and found["train_done"] and "data" in found["resolved"] and not path.is_file():
             count_samples(args.run_dir, found["resolved"])  # it was damaged, and deleted
-        found[name] = read_json(path, *(() if needed else (None,))) if path else None
-        if path and found[name] is None:
+        found[name] = read_json(path, *(() if needed else (None,)))
+        if found[name] is None:
             print(f"note: {path}: no such file; the page says so")
-        if found[name] is not None:
+        else:
             check_keys(path, found[name], KEYS[name])
     data, fingerprint = found["resolved"].get("data", {}), (found["dataset"] or {}).get("fingerprint")
     if fingerprint and data.get("fingerprint", fingerprint) != fingerprint:
@@ -119,7 +122,7 @@ def page(args: argparse.Namespace) -> str:
         validations=validations,
         best=best_validation(validations),
         interval=wilson_interval,
-        leak=found["dataset"] and told_leak(found["dataset"]),
+        leak=found["dataset"] and leak_note(found["dataset"]),
         groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
         wrong=[example for example in examples if not example["correct"]],
         right=[example for example in examples if example["correct"]],
@@ -137,8 +140,8 @@ def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
         found["export (Hugging Face)"] = str(export)
     logs = sorted(run_dir.glob("run_*.log"))
     found |= {"log" if len(logs) == 1 else f"log {n}": str(path) for n, path in enumerate(logs, 1)}
-    if (run_dir / "tensorboard").is_dir():
-        found["TensorBoard"] = f"tensorboard --logdir {run_dir}/tensorboard"
+    if (run_dir / TENSORBOARD).is_dir():
+        found["TensorBoard"] = f"tensorboard --logdir {run_dir / TENSORBOARD}"
     return found
 
 

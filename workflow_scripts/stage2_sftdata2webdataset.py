@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS
-from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, default_parts_dir, plan_ranges
+from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, default_notes_dir, plan_ranges
 from llava_sft.data.shards import convert_range
 from llava_sft.errors import SettingsError, exits_cleanly
 
@@ -37,27 +37,27 @@ def main() -> None:
     add("--start", type=int, metavar="BYTE", help="one job: records that start here …")
     add("--end", type=int, metavar="BYTE", help="one job: … and before here")
     args = parser.parse_args()
-    parts_dir = args.parts_dir or default_parts_dir(args.output_dir)
+    notes_dir = args.parts_dir or default_notes_dir(args.output_dir)
     job = (args.shard, args.start, args.end)
     if any(value is not None for value in job) and None in job:
         raise SettingsError(f"--shard, --start, --end are {job}; they go together", "give all three or none")
 
-    def convert(raw: str, part: Range, *progress: Callable[..., Any]) -> dict[str, Any]:
+    def convert(raw: str, cut: Range, *progress: Callable[..., Any]) -> dict[str, Any]:
         image_root = args.image_root or os.path.dirname(raw) or "."
         limits = args.max_image_pixels, args.max_shard_bytes, args.decode_images == "True"
-        return convert_range(raw, image_root, args.output_dir, parts_dir, args.prefix, part, *limits, *progress)
+        return convert_range(raw, image_root, args.output_dir, notes_dir, args.prefix, cut, *limits, *progress)
 
     if args.shard is not None:
         all_stats = [convert(args.input[0], Range(*job))]
     else:
         files = enumerate(args.input)
-        ranges = [(raw, part) for number, raw in files for part in plan_ranges(raw, args.range_bytes, number)]
+        ranges = [(raw, cut) for number, raw in files for cut in plan_ranges(raw, args.range_bytes, number)]
         all_stats = convert_all(ranges, convert)
     read, written, rejected = (sum(stats[key] for stats in all_stats) for key in ("read", "written", "rejected"))
     names = ", ".join(args.input)
     print(f"{names}: {read:,} records read, {written:,} written, {rejected:,} rejected → {args.output_dir}")
     if rejected:
-        print(f"  why: {parts_dir}/{args.prefix}-*.rejects.jsonl")
+        print(f"  why: {notes_dir}/{args.prefix}-*.rejects.jsonl")
     if args.shard is None:
         print(f"next: python {Path(sys.argv[0]).with_name('index_webdataset.py')} {args.output_dir}")
 
@@ -67,16 +67,16 @@ def convert_all(ranges: list[tuple[str, Range]], convert: Callable[..., dict[str
     from tqdm import tqdm  # not for one job of many
 
     all_stats: list[dict[str, Any]] = []
-    total = sum(part.end - part.start for _, part in ranges)
+    total = sum(cut.end - cut.start for _, cut in ranges)
     with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for raw, part in ranges:
+        for raw, cut in ranges:
 
-            def show(raw_bytes: int, records: int, begun: int = bar.n) -> None:
+            def show(raw_bytes: int, records: int, begun: float = bar.n) -> None:
                 records += sum(stats["read"] for stats in all_stats)
                 bar.set_postfix_str(f"{records:,} records", refresh=False)
                 bar.update(begun + raw_bytes - bar.n)
 
-            all_stats.append(convert(raw, part, show))
+            all_stats.append(convert(raw, cut, show))
     return all_stats
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from llava_sft.data.tars import METADATASET
+from llava_sft.data.nv_meta import METADATASET
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,15 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
-from faults import server
 from faults.artefacts import artefacts, differences
 from faults.damage import FORMS, UNREADABLE, damage
 from faults.kinds import KINDS, USES, Kind
 from faults.limits import LIMITS
 from faults.project import NAME, ROOT, commands, environment, make_project, make_states
 from faults.sandbox import Sandbox
+from faults.server import Asked, Servers
 
 OUTCOMES = ("reported", "mended", "harmless", "documented", "unnamed", "silent", "traceback", "lost", "stuck")
 BAD = ("silent", "traceback", "lost", "stuck")
@@ -62,13 +59,8 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
             make_project(self.project, root)
         self.work = Path(tempfile.mkdtemp(prefix="bench-", dir=folder))
-        self.place = str(self.work / "steps")
-        self.servers = [self._serve("modules"), self._serve("steps")]
-        for place in ("modules", "steps"):
-            while not (self.work / place).exists():
-                if any(process.poll() is not None for process in self.servers):
-                    raise RuntimeError((self.work / f"{place}.log").read_text())
-                time.sleep(0.1)
+        self.servers = Servers(self.project, self.work, environment())
+        self.servers.wait()
         if not ready.is_file():
             self.prepare()
             ready.write_text(json.dumps(self.commands))
@@ -82,8 +74,8 @@ class Bench:
 
         said = open(self.work / "prepared.txt", "wb")  # noqa: SIM115 (of all steps)
 
-        def start(argv: list[str]) -> server.Asked:
-            return server.ask(self.place, argv, self.project, said.fileno())
+        def start(argv: list[str]) -> Asked:
+            return self.servers.ask(argv, self.project, said.fileno())
 
         def step(rule: str) -> None:
             for argv in self.commands[rule]:
@@ -95,8 +87,7 @@ class Bench:
 
             def kill() -> None:
                 begun.kill()
-                for process in psutil.Process(self.servers[0].pid).children(recursive=True):
-                    process.kill()
+                self.servers.kill_steps()
                 begun.wait()
 
             return kill
@@ -110,17 +101,8 @@ class Bench:
         self.commands |= commands(self.project)
         make_states(self.project, self.states, step, begin)
 
-    def _serve(self, preload: str) -> subprocess.Popen:
-        here = {"PYTHONPATH": f"{self.project / 'workflow_scripts'}:{Path(__file__).parents[1]}"}
-        command = [sys.executable, "-m", "faults.server", str(self.work / preload), preload]
-        log = open(self.work / f"{preload}.log", "w")  # noqa: SIM115 (the child's)
-        variables = environment() | here | {server.MODULES: str(self.work / "modules")}
-        return subprocess.Popen(command, cwd=self.project, env=variables, stdout=log, stderr=log)
-
     def close(self) -> None:
-        for process in self.servers:
-            process.terminate()
-            process.wait()
+        self.servers.close()
         shutil.rmtree(self.work, ignore_errors=True)
 
     def __enter__(self):
@@ -148,7 +130,7 @@ class Bench:
             code = 0
             for rule in USES[use].rules:
                 for argv in self.commands[rule]:
-                    asked = server.ask(self.place, argv, sandbox.root, output.fileno(), self.sabotage)
+                    asked = self.servers.ask(argv, sandbox.root, output.fileno(), self.sabotage)
                     try:
                         code = asked.wait(LIMIT_S)
                     except subprocess.TimeoutExpired:
@@ -205,29 +187,21 @@ class Bench:
             outcome = judge(code, said, named, differ, touched)
             if lost := sandbox.lost(case.file, use.without):
                 outcome = "lost"
-            if (
-                code
-                and use.goes_on
-                and kind.state_file
-                and case.form != "folder"
-                and outcome in ("reported", "unnamed")
-            ):
+            has_to_go_on = use.goes_on and kind.state_file and case.form != "folder"
+            if code and has_to_go_on and outcome in ("reported", "unnamed"):
                 outcome = "stuck" if self.run(sandbox, case.use)[0] else outcome
             if outcome == "silent" and any(limit.covers(*case[:2], case.form, case.keeps_mtime) for limit in LIMITS):
                 outcome = "documented"
-            last = [line for line in said.splitlines() if line.strip()][-1:]
-            message = next(
-                (line for line in said.splitlines() if re.match(r"error|warning", line, re.I)), *(last or [""])
-            )
-            return {
-                **case._asdict(),
-                "outcome": outcome,
-                "code": code,
-                "message": message[:300],
-                "differ": (lost or differ)[:6],
-            }
+            told = {"outcome": outcome, "code": code, "message": message(said)[:300], "differ": (lost or differ)[:6]}
+            return case._asdict() | told
         finally:
             sandbox.restore()
+
+
+def message(said: str) -> str:
+    """The first error or warning, else the last line."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    return next((line for line in lines if re.match(r"error|warning", line, re.I)), (lines or [""])[-1])
 
 
 def fresh(said: str, usual: str) -> list[str]:

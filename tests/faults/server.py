@@ -18,8 +18,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
+
+import psutil
 
 PRELOAD = {
     "steps": (
@@ -28,7 +31,7 @@ PRELOAD = {
         "transformers.models.auto.processing_auto", "transformers.models.auto.modeling_auto", "transformers.generation.utils",
         "transformers.models.qwen2.tokenization_qwen2", "transformers.models.qwen3.modeling_qwen3",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl", "torch.distributed.checkpoint",
-        "llava_sft.paths", "llava_sft.workflow", "llava_sft.data.index", "llava_sft.data.inspect", "llava_sft.data.lengths",
+        "llava_sft.paths", "llava_sft.workflow", "llava_sft.data.index", "llava_sft.data.inspect", "llava_sft.data.sizes",
         "llava_sft.data.adopt", "llava_sft.checkpoint.convert", "llava_sft.evaluation.parity", "llava_sft.preflight.proposals",
         "llava_sft.report.charts", "llava_sft.report.html", "llava_sft.run.identity",
     ),
@@ -110,6 +113,51 @@ def ask(place: str, argv: list[str], cwd: Path, output: int, first: str = "") ->
     with open(os.devnull, "rb") as nothing:
         request = {"argv": argv, "cwd": str(cwd), "module": "", "environment": None, "first": first}
         return Asked(place, request, [nothing.fileno(), output, output])
+
+
+class Servers:
+    """The servers of a project, started with `environment`; `place` is a folder for their sockets and logs."""
+
+    def __init__(
+        self, project: Path, place: Path, environment: dict[str, str], preloads: tuple[str, ...] = (*PRELOAD,)
+    ):
+        self.place, self.preloads = place, preloads
+        place.mkdir(exist_ok=True)
+        paths = (project / "workflow_scripts", Path(__file__).parents[1])
+        here = {"PYTHONPATH": ":".join(map(str, paths)), MODULES: str(place / "modules")}
+        self.processes = []
+        for preload in preloads:
+            command = [sys.executable, "-m", "faults.server", str(place / preload), preload]
+            with open(place / f"{preload}.log", "w") as log:
+                started = subprocess.Popen(command, cwd=project, env=environment | here, stdout=log, stderr=log)
+            self.processes.append(started)
+
+    def wait(self) -> None:
+        for preload in self.preloads:
+            while not (self.place / preload).exists():
+                if any(process.poll() is not None for process in self.processes):
+                    raise RuntimeError((self.place / f"{preload}.log").read_text())
+                time.sleep(0.1)
+
+    def ask(self, argv: list[str], cwd: Path, output: int, first: str = "") -> Asked:
+        return ask(str(self.place / "steps"), argv, cwd, output, first)
+
+    def kill_steps(self) -> None:
+        for server in self.processes:
+            for process in psutil.Process(server.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 _Popen = subprocess.Popen

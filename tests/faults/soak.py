@@ -44,16 +44,11 @@ def soak(reference: Reference, folder: Path, minutes: float, seed: int) -> None:
             if fault in ("damage", "remove")
             else disturb(reference, project, fault, chance)
         )
-        damaged = (project / file).read_bytes() if file and (project / file).is_file() else None
+        damaged = content(project / file)
         found = finish(reference, project)
         if found["outcome"] == "stuck" and file and is_named(file, found["message"]):
             found = mend(reference, project, file)
-        if (
-            file
-            and found["differ"] == [file]
-            and (project / file).is_file()
-            and (project / file).read_bytes() == damaged
-        ):
+        if file and found["differ"] == [file] and content(project / file) == damaged:
             found |= {"outcome": "mended", "differ": []}  # it was not used
         counts[found["outcome"]] += 1
         spent = (time.monotonic() - began) / 60
@@ -71,6 +66,10 @@ def soak(reference: Reference, folder: Path, minutes: float, seed: int) -> None:
             f"; {each}" for each in bad[:20]
         )
         write([row("soak_minutes", spent, "min", 60, "higher", note, faults="soak")], "make soak")
+
+
+def content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def disturb(reference: Reference, project: Path, fault: str, chance: random.Random) -> tuple[str, str]:

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from helpers.webdatasets import Raw, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import inspect_webdataset
-from llava_sft.data.tars import find_layout, first_layout, is_finished, walk_tar
+from llava_sft.data.nv_meta import is_finished
+from llava_sft.data.tars import find_layout, first_layout, walk_tar
 from llava_sft.errors import SftError
-from webdataset_helpers import Raw, record
 
 EXAMPLES, LONG_EXAMPLES = 40, 30_000
 FILES = (

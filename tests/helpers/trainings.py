@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from helpers import ROOT, SCRIPTS
 from llava_sft.files import read_json, write_json
 from llava_sft.run.layout import checkpoint_dir
 from llava_sft.run.records import read_jsonl
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"micro_batch_size": 8, "global_batch_size": 16, "log_interval": 1, "log_samples": True, "log_answers": 1}
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "OMP_NUM_THREADS": "1"}
 
@@ -31,11 +31,14 @@ class Run:
 
     def start(self, *before: str, **environment: str) -> subprocess.Popen:
         """`before`: words in front of the command; `environment`: variables on top of ours."""
-        script = [*before, sys.executable, ROOT / "workflow_scripts/train.py", self.resolved]
-        script += ["--run-dir", self.folder, "--done", self.folder.with_suffix(".done.json")]
-        env = ENVIRONMENT | environment
+        argv, env = [*before, sys.executable, *self.script()], ENVIRONMENT | environment
         with open(self.folder.with_suffix(".log"), "ab") as log:
-            return subprocess.Popen(script, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+
+    def script(self) -> list[str]:
+        """The script and its arguments."""
+        done = self.folder.with_suffix(".done.json")
+        return list(map(str, [SCRIPTS / "train.py", self.resolved, "--run-dir", self.folder, "--done", done]))
 
     def finish(self, *before: str, **environment: str) -> int:
         return self.start(*before, **environment).wait()

@@ -73,7 +73,7 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
-    wrapped.__signature__ = inspect.signature(function)  # Snakemake asks for it with every job
+    wrapped.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]  # Snakemake asks for it with every job
     return wrapped
 
 

@@ -7,14 +7,15 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_sft.checkpoint.start import MARKER, read_hf_config
+from llava_sft.checkpoint.start import read_hf_config
+from llava_sft.checkpoint.verify import MARKER
 from llava_sft.embedded import EMBEDDED
 from llava_sft.errors import SettingsError, SftError, shown
 from llava_sft.files import read_json
 from llava_sft.inputs import check_apart
-from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.config import ModelConfig
 from llava_sft.paths import Paths
-from llava_sft.settings.layers import CONFIG_DIR, experiments, load_settings
+from llava_sft.settings.layers import experiments, load_model, load_settings
 
 
 class Experiments:
@@ -143,7 +144,7 @@ def _fits_model(paths: Paths) -> bool:
     if settings.load_parts or not (folder / "config.json").is_file():
         return True
     try:
-        model = load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml")
+        model = load_model(settings.model)
         found = ModelConfig.from_hf_config(read_hf_config(folder))
     except (SftError, KeyError, TypeError, ValueError, AttributeError):
         return True  # unknown: the conversion says what is wrong

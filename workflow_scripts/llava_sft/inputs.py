@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 from llava_sft.checkpoint.start import check_load
-from llava_sft.data.tars import is_finished, no_tar
+from llava_sft.data.nv_meta import is_finished
+from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
 from llava_sft.errors import DataError, SettingsError, shown
 from llava_sft.machine import gpu_count
-from llava_sft.model.config import load_model_config
 from llava_sft.paths import Paths
 from llava_sft.settings.conflicts import check_parallel_sizes
-from llava_sft.settings.layers import CONFIG_DIR, check_batch
+from llava_sft.settings.layers import check_batch, load_model
 from llava_sft.settings.schema import Settings
 
 
@@ -67,7 +67,7 @@ def check_inputs(paths: Paths, trains: bool = True) -> None:
     _ = paths.shards  # an empty raw file is found here
     if not trains:
         return
-    check_parallel_sizes(settings, load_model_config(CONFIG_DIR / "models" / f"{settings.model}.yaml"))
+    check_parallel_sizes(settings, load_model(settings.model))
     made_here = paths.is_demo(paths.checkpoint.folder)
     check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
     check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

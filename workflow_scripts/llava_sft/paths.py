@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from llava_sft.checkpoint.start import CONVERTED, Checkpoint, with_old_names
-from llava_sft.data.tars import METADATASET, is_finished
+from llava_sft.data.nv_meta import METADATASET, is_finished
 from llava_sft.embedded import EMBEDDED, is_demo
 from llava_sft.files import fingerprint
 from llava_sft.settings.schema import Settings

@@ -36,7 +36,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return str(Path(self.source.name) / shard_name(self.prefix, self.range.index))
+        return str(Path(self.source.name) / shard_name(self.prefix, self.range.number))
 
 
 def find_sources(settings: Settings, made_here: Callable[[Path], bool]) -> list[Source]:
@@ -47,7 +47,7 @@ def find_sources(settings: Settings, made_here: Callable[[Path], bool]) -> list[
     """
     entries = settings.sources
     if settings.raw_data:
-        heldout = settings.heldout_data and str(settings.heldout_data)
+        heldout = str(settings.heldout_data) if settings.heldout_data else None
         entries = (SourceSettings(path=str(settings.raw_data), heldout=heldout, image_root=settings.image_root),)
     sources = [_source(settings, entry, alone=len(entries) == 1, made_here=made_here) for entry in entries]
     if len({source.name for source in sources}) < len(sources):

@@ -157,7 +157,7 @@ class Workflow(Experiments):
     def _made_first(self, wildcards, path: Path) -> Path:
         """A file of the demo stands for its marker, which a rule makes."""
         paths = self.of(wildcards)
-        return paths.demo_done if paths.is_demo(path) else path
+        return paths.demo_done if paths.demo_done and paths.is_demo(path) else path
 
     def job_of_shard(self, wildcards) -> str:
         shard, settings = self.shard(wildcards), self.of(wildcards).settings
@@ -166,7 +166,7 @@ class Workflow(Experiments):
         return (
             f"{demo}--max-shard-bytes {settings.max_shard_bytes} --decode-images {settings.decode_images}"
             f" --image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
-            f" --shard {shard.range.index} --start {shard.range.start} --end {shard.range.end}"
+            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}"
         )
 
     @exits_cleanly
@@ -184,7 +184,7 @@ class Workflow(Experiments):
         """Let Snakemake run the jobs whose outputs are there and not what they should be, as `--forcerun` would."""
         if self.force and paths.dataset not in self._checked:
             self._checked.add(paths.dataset)
-            tars, index = out_of_date(paths)
+            tars, index = out_of_date(paths.webdatasets, paths.dataset, paths.shards)
             self.force([str(path) for path in [*tars, *([paths.dataset] if index else [])]])
 
     @exits_cleanly

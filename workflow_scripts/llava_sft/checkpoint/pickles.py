@@ -159,11 +159,12 @@ def damaged(where: Path | str, error: BaseException | str) -> CheckpointError:
 
 def check_archive_members(file: Path | io.BytesIO, where: Path | str) -> Any:
     """PyTorch's reader of an archive that `torch.save` wrote. Raises CheckpointError for anything else."""
-    stream = file if isinstance(file, io.BytesIO) else None
     try:
-        if stream:
-            stream.seek(0)
-        head = stream.getvalue()[:4] if stream else _first_bytes(file, 4)
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+            head = file.getvalue()[:4]
+        else:
+            head = _first_bytes(file, 4)
     except OSError as error:
         raise damaged(where, error) from None
     if head != b"PK\x03\x04":
@@ -176,7 +177,7 @@ def check_archive_members(file: Path | io.BytesIO, where: Path | str) -> Any:
             f"{where}: {what}", "copy the file again; or save it with torch.save of PyTorch 1.6 or later"
         )
     try:
-        reader = torch._C.PyTorchFileReader(stream or str(file))
+        reader = torch._C.PyTorchFileReader(file if isinstance(file, io.BytesIO) else str(file))
         members = reader.get_all_records()
     except Exception as error:
         raise damaged(where, error) from None
@@ -221,7 +222,8 @@ def check_crc(path: Path) -> None:
 
 
 def _crc_is_right(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    expected, member.CRC = member.CRC, None  # zipfile then leaves the comparing to us: it would stop at the first
+    expected = member.CRC
+    member.CRC = None  # type: ignore[assignment]  # zipfile then leaves the comparing to us: it would stop at the first
     crc = 0
     with archive.open(member) as stream:
         while chunk := stream.read(1 << 22):

@@ -65,9 +65,6 @@ class SafetensorsReader:
     def names(self) -> set[str]:
         return set(self._place)
 
-    def stored_names(self) -> set[str]:
-        return {stored for _, stored, _ in self._place.values()}
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._place[name][2]["shape"])
 

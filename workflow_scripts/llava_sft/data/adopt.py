@@ -14,12 +14,13 @@ from typing import Any
 
 from llava_sft.data.formats import other_kind
 from llava_sft.data.image_checks import check_image
-from llava_sft.data.index import FIRST_REASONS, Tar, read_finished, too_many_rejects, write_meta
+from llava_sft.data.index import read_finished
 from llava_sft.data.layouts import LAYOUTS
+from llava_sft.data.nv_meta import Meta, Tar, is_finished, read_meta, write_meta
 from llava_sft.data.plan import HELDOUT_PREFIX
-from llava_sft.data.records import Rejected
-from llava_sft.data.shards import write_idx
-from llava_sft.data.tars import TarSample, find_layout, is_finished, no_tar, packed_tars, read_at, read_meta, walk_tar
+from llava_sft.data.rejects import FIRST_REASONS, Rejected, too_many_rejects
+from llava_sft.data.shards import idx_bytes
+from llava_sft.data.tars import TarSample, find_layout, no_tar, packed_tars, read_at, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
 
@@ -36,81 +37,93 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
         raise no_tar("", source)
     indexed = (path.parent.parent for path in source.rglob(".nv-meta/.info.json"))
     known = {folder: read_meta(folder) for folder in indexed if is_finished(folder)}
-    tars: list[Tar] = []
-    splits: dict[str, list[str]] = {"train": [], "heldout": []}
-    exclude: list[str] = []
-    first: list[str] = []
-    earlier = images = 0  # earlier: samples that a folder of ours excludes already
-    reasons: Counter[str] = Counter()
-    layouts: dict[str, str] = {}
-    for real, name in names.items():
-        samples = _samples_of(real)
-        layout = find_layout(real, samples)
-        if layout:
-            layouts.setdefault(layout, name)
-        elif samples:
-            raise DataError(
-                f"{real}: none of its samples has JSON of a known layout ({', '.join(LAYOUTS)})",
-                "convert the raw data with raw_data instead",
-            )
+    adopted = _Adopted()
+    for tar, name in names.items():
         own = next((folder for folder in (source / name).parents if folder in known), None)
-        inner = (source / name).relative_to(own).as_posix() if own else ""
-        meta = known[own] if own else None
-        heldout = inner in meta.splits.get("val", []) if meta else Path(name).name.startswith(HELDOUT_PREFIX)
-        with open(real, "rb") as file:
-            for sample in samples:
-                if meta and f"{inner}/{sample.key}" in meta.exclude:
-                    exclude.append(f"{name}/{sample.key}")
-                    earlier += 1
-                    continue
-                try:
-                    found, members = sample.read(file.fileno(), layout or "own")
-                    for image in found.images:
-                        check_image(read_at(file.fileno(), members[image]))
-                    images += len(found.images)
-                except Rejected as rejected:
-                    exclude.append(f"{name}/{sample.key}")
-                    reasons[rejected.reason] += 1
-                    if len(first) < FIRST_REASONS:
-                        first.append(f"  {name}, {sample.key}: {rejected}")
+        samples = _samples_of(tar)
+        adopted.take(
+            tar, name, samples, known[own] if own else None, (source / name).relative_to(own or source).as_posix()
+        )
         link = wds_dir / name
         if wds_dir.resolve() != source.resolve():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
-            link.symlink_to(real)
+            link.symlink_to(tar)
         with atomic_file(f"{link}.idx", durable=False) as idx:
             end = samples[-1].offset + samples[-1].size if samples else 0
-            write_idx(idx, [sample.offset for sample in samples], end)
-        if samples:
-            tars.append(Tar(name.removesuffix(".tar"), len(samples), _rows(real)))
-            splits["heldout" if heldout else "train"].append(name)
-    if len(layouts) > 1:
-        raise DataError(f"{source} mixes layouts: {layouts}", "name a folder of one layout")
-    read, rejected = sum(tar.count for tar in tars) - earlier, len(exclude) - earlier
-    if rejected > max_reject_fraction * read:
+            idx.write(idx_bytes([sample.offset for sample in samples], end))
+    if len(adopted.layouts) > 1:
+        raise DataError(f"{source} mixes layouts: {adopted.layouts}", "name a folder of one layout")
+    read, reasons = sum(tar.samples for tar in adopted.tars) - adopted.excluded_before, adopted.reasons
+    if reasons.total() > max_reject_fraction * read:
         counts = ", ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
-        raise too_many_rejects(rejected, read, max_reject_fraction, first, counts)
-    content = fingerprint([[tar.name, tar.count] for tar in tars])
-    with write_meta(wds_dir, tars, *splits.values(), exclude, content, next(iter(layouts), "own")):
+        raise too_many_rejects(reasons.total(), read, max_reject_fraction, adopted.first, counts)
+    content = fingerprint([[tar.name, tar.samples] for tar in adopted.tars])
+    layout = next(iter(adopted.layouts), "own")
+    with write_meta(wds_dir, adopted.tars, adopted.splits, adopted.exclude, content, layout):
         pass
-    counts = {"images": images, "read": read, "rejected": rejected, "reasons": dict(reasons)}
+    counted = {"images": adopted.images, "read": read, "rejected": reasons.total(), "reasons": dict(reasons)}
     left_out = [str(path.relative_to(source)) for path in packed_tars(source)]
-    return read_finished(wds_dir) | counts | ({"packed_tars": left_out} if left_out else {})
+    return read_finished(wds_dir) | counted | ({"packed_tars": left_out} if left_out else {})
+
+
+class _Adopted:
+    """What the tars so far hold: those with samples, by split, and the samples that are excluded."""
+
+    def __init__(self) -> None:
+        self.tars: list[Tar] = []
+        self.splits: dict[str, list[str]] = {"train": [], "heldout": []}
+        self.exclude: list[str] = []
+        self.excluded_before = 0  # by the folder's own index
+        self.images = 0
+        self.reasons: Counter[str] = Counter()
+        self.first: list[str] = []  # rejects in words
+        self.layouts: dict[str, str] = {}  # and a tar of each
+
+    def take(self, tar: Path, name: str, samples: list[TarSample], meta: Meta | None, inner: str) -> None:
+        """Check the samples of a tar. `meta`: the index that the tar has already, in which it is named `inner`."""
+        layout = find_layout(tar, samples)
+        if layout:
+            self.layouts.setdefault(layout, name)
+        elif samples:
+            raise DataError(
+                f"{tar}: none of its samples has JSON of a known layout ({', '.join(LAYOUTS)})",
+                "convert the raw data with raw_data instead",
+            )
+        with open(tar, "rb") as file:
+            for sample in samples:
+                if meta and f"{inner}/{sample.key}" in meta.exclude:
+                    self.exclude.append(f"{name}/{sample.key}")
+                    self.excluded_before += 1
+                    continue
+                try:
+                    stored, members = sample.read(file.fileno(), layout or "own")
+                    for image in stored.images:
+                        check_image(read_at(file.fileno(), members[image]))
+                    self.images += len(stored.images)
+                except Rejected as rejected:
+                    self.exclude.append(f"{name}/{sample.key}")
+                    self.reasons[rejected.reason] += 1
+                    if len(self.first) < FIRST_REASONS:
+                        self.first.append(f"  {name}, {sample.key}: {rejected}")
+        if samples:
+            heldout = inner in meta.splits.get("val", []) if meta else Path(name).name.startswith(HELDOUT_PREFIX)
+            self.tars.append(Tar(name.removesuffix(".tar"), len(samples), _rows(tar)))
+            self.splits["heldout" if heldout else "train"].append(name)
 
 
 def _samples_of(tar: Path) -> list[TarSample]:
     try:
         return walk_tar(tar)
-    except OSError as error:
-        raise DataError(f"{tar} can not be read: {error}", "copy or make that tar again") from None
-    except tarfile.TarError as error:
-        if other := other_kind(tar):
+    except (OSError, tarfile.TarError) as error:
+        if isinstance(error, tarfile.TarError) and (other := other_kind(tar)):
             raise DataError(f"{tar} is {other[0]}, not a plain tar", other[1]) from None
-        raise DataError(f"{tar} can not be read: {error}", "copy or make that tar again") from None
+        raise DataError(f"{tar} cannot be read: {error}", "copy or make that tar again") from None
 
 
 def _rows(tar: Path) -> Iterator[dict[str, Any]]:
     """Walked again when the index is written: all rows of all tars would not fit into memory."""
     with open(tar, "rb") as file:
         for sample in walk_tar(tar):
-            yield sample._asdict() | {"digest": sample.digest(file.fileno()).hex()}
+            row = {"key": sample.key, "offset": sample.offset, "size": sample.size, "parts": sample.members}
+            yield row | {"digest": sample.digest(file.fileno()).hex()}

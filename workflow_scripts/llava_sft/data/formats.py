@@ -14,7 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.records import BOM, MAX_LINE_BYTES, Line, Rejected, read_lines
+from llava_sft.data.records import BOM, MAX_LINE_BYTES, Line, read_lines
+from llava_sft.data.rejects import Rejected
 from llava_sft.errors import SHOWN, DataError
 
 BLOCK = 1 << 20
@@ -239,6 +240,11 @@ def _read_parquet(file: BinaryIO, start: int, end: int, update: Callable[[bytes]
                 except UnicodeDecodeError as error:
                     record = Rejected("invalid UTF-8", f"byte {error.start} of a text")
                 yield Line(number, offset, record, "row")
+    read_blocks(file, start, end, update)
+
+
+def read_blocks(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any]) -> None:
+    """Give the bytes [start, end) to `update`."""
     file.seek(start)
     while start < end and (block := file.read(min(BLOCK, end - start))):
         update(block)

@@ -18,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.rejects import Rejected
 from llava_sft.errors import DataError
 from llava_sft.model.processing import MAX_ASPECT_RATIO, PATCH_SIZE
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_IMAGE_PIXELS = 100_000_000  # a decompression bomb by default; a setting
+NO_PIXEL_LIMIT = 1 << 40  # of what is in a shard: the limit is the conversion's
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 # Pillow may open these and no other: some of its readers (EPS) start other programs.
@@ -89,7 +90,7 @@ class ImageRoot:
             if error.errno == errno.ELOOP:
                 return self._read_link(path, full)
             if error.errno in RECORD_ERRORS:
-                raise Rejected("missing image", f"{path}: {os.strerror(error.errno)}") from None
+                raise Rejected("missing image", f"{path}: {error.strerror}") from None
             raise
         try:
             status = os.fstat(file)
@@ -133,7 +134,7 @@ class ImageRoot:
         try:
             real = os.path.realpath(full, strict=True)
         except OSError as error:
-            raise Rejected("missing image", f"{path}, a link: {os.strerror(error.errno)}") from None
+            raise Rejected("missing image", f"{path}, a link: {error.strerror}") from None
         if not self._holds(real):
             raise Rejected("image outside the image root", f"{path} is a link that leads out")
         return self.read(os.path.relpath(real, self.root))
@@ -181,7 +182,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:
             raise Rejected("unreadable image mode", str(error)) from None
     if sorted(image.size) != sorted(stored):
         raise Rejected("truncated or damaged image", f"its header says {stored}, it decodes to {image.size}")
-    return ImageInfo(EXTENSIONS[image.format], *stored)
+    return ImageInfo(EXTENSIONS[str(image.format)], *stored)
 
 
 def open_image(data: bytes) -> "Image.Image":

@@ -8,26 +8,27 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from llava_sft.data.records import Rejected, Sample
+from llava_sft.data.records import Sample
+from llava_sft.data.rejects import Rejected
 
 
-def _own(key: str, record: Any, members: Collection[str]) -> Sample:
+def _own(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     return Sample(record["id"], record["messages"], record["images"], record.get("meta", {}))
 
 
-def _mix(key: str, record: Any, members: Collection[str]) -> Sample:
+def _mix(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     """`KEY.0_photo.jpg`, `KEY.1_other.png`, … and `{texts, media, name}`."""
     if record["media"] == "video":
         raise Rejected("video is not supported")
     return Sample(key, _messages(record["texts"]), record.get("name") or [], {})
 
 
-def _single(key: str, record: Any, members: Collection[str]) -> Sample:
+def _single(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     """`KEY.jpg` and the list of messages itself."""
     return Sample(key, _messages(record), sorted(name for name in members if name != "json"), {})
 
 
-def _packed(key: str, record: Any, members: Collection[str]) -> Sample:
+def _packed(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     """`KEY.img0.jpg`, … and `{prompts, captions}`: a pack of samples becomes one conversation of as many turns."""
     turns = []
     for prompt, caption in zip(record["prompts"], record["captions"], strict=True):
@@ -40,7 +41,7 @@ def _messages(texts: list[Any]) -> list[dict[str, str]]:
     return [{"role": text["role"], "content": text["content"]} for text in texts]
 
 
-Layout = Callable[[str, Any, Collection[str]], Sample]
+Layout = Callable[[str, Any, Collection[str]], Sample[str]]
 LAYOUTS: dict[str, Layout] = {"own": _own, "mix": _mix, "single": _single, "packed": _packed}
 _MARKS = {"own": {"messages", "images"}, "mix": {"texts", "media"}, "packed": {"prompts", "captions"}}
 

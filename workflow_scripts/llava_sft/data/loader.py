@@ -13,47 +13,28 @@ import numpy as np
 import orjson
 import torch
 import torch.nn.functional as F
-from megatron.energon import (
-    Cooker,
-    Sample,
-    SkipSample,
-    TaskEncoder,
-    basic_sample_keys,
-    edataclass,
-    stateless,
-)
+from megatron import energon
+from megatron.energon import Cooker, SkipSample, TaskEncoder, basic_sample_keys, edataclass, stateless
 from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_grid
 from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.packing import PACKED_IDS, cut_between
+from llava_sft.data.records import Sample
 from llava_sft.model.processing import PATCH_VALUES, image_tokens, to_patches
 from llava_sft.model.template import ChatTemplate, UnusableSample
 
 
 @edataclass
-class Conversation(Sample):
-    """A sample as it stands in the WebDataset: messages, and the encoded bytes of each image in order."""
+class Conversation(energon.Sample):
+    """A `Sample[bytes]` as stock energon hands it on."""
 
     messages: list[dict]
     images: list[bytes]
 
 
 @edataclass
-class TokenizedSample(Sample):
-    """Token ids and loss mask [tokens], and the images that are still in it: encoded bytes, (height, width) in patches.
-
-    What a packing buffer holds: decoded images would fill the memory (4,000 photographs are 12 GB).
-    """
-
-    input_ids: np.ndarray
-    answer_mask: np.ndarray
-    images: list[bytes]
-    grids: list[tuple[int, int]]
-
-
-@edataclass
-class EncodedSample(Sample):
+class EncodedSample(energon.Sample):
     """One sequence: token ids and loss mask [tokens], uint8 patches of its images, their grids, and the lengths of the
     samples that it was packed from."""
 
@@ -91,15 +72,15 @@ class VlmBatch(Batch):
 
         No sample sees another, so the sums of their losses and gradients are those of the pack.
         """
-        parts = cut_between(self.segments, size)
-        if len(parts) == 1:
+        groups = cut_between(self.segments, size)
+        if len(groups) == 1:
             return [self]
         ends = np.cumsum(self.segments)
         merge = len(self.pixels) // max(1, len(self.image_index))  # patches that make one image token
         image_ends = self.grids.prod(1).cumsum(0)
-        found = []
-        for part in parts:
-            first, last = part[0], part[-1] + 1
+        chunks = []
+        for group in groups:
+            first, last = group[0], group[-1] + 1
             segments = self.segments[first:last]
             stop = int(ends[last - 1])
             span = torch.tensor((stop - sum(segments), stop))
@@ -110,7 +91,7 @@ class VlmBatch(Batch):
             pictures = torch.searchsorted(image_ends, torch.tensor((patches.start, patches.stop)), right=True)
             if padding := -sum(segments) % pad_multiple:
                 segments = [*segments, padding]
-            found.append(
+            chunks.append(
                 dataclasses.replace(
                     self,
                     input_ids=F.pad(self.input_ids[:, slice(*span.tolist())], (0, padding)),
@@ -123,7 +104,7 @@ class VlmBatch(Batch):
                     segments=segments,
                 )
             )
-        return found
+        return chunks
 
 
 def make_cook(layout: str) -> Callable[[dict], Conversation]:
@@ -169,37 +150,34 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
         self.packing, self.pad_multiple, self.seed = packing, pad_multiple, seed
 
     @stateless
-    def preencode_sample(self, sample: Conversation) -> TokenizedSample:
-        """All that needs no pixels: the size in an image's header tells how many tokens it takes."""
+    def encode_sample(self, sample: Conversation) -> EncodedSample:
+        encoded = self.encode(sample.__key__, Sample(None, sample.messages, sample.images, {}))
+        encoded.__restore_key__ = sample.__restore_key__
+        return encoded
+
+    def encode(self, key: str, sample: Sample[bytes]) -> EncodedSample:
+        """Token ids and patches of a sample. Raises SkipSample, and prints why, when it cannot be trained on."""
+        # The size in an image's header tells how many tokens it takes: what is cut off need not be decoded.
         grids = [image_grid(data, self.min_pixels, self.max_pixels) for data in sample.images]
         try:
             encoded = self.template.encode(sample.messages, [image_tokens(grid) for grid in grids], self.seq_length)
         except UnusableSample as reason:
-            print(f"sample {sample.__key__} left out: {reason}", flush=True)
+            print(f"sample {key} left out: {reason}", flush=True)
             raise SkipSample from reason
-        return TokenizedSample.derive_from(
-            sample,
-            input_ids=encoded.input_ids,
-            answer_mask=encoded.answer_mask,
-            images=sample.images[: encoded.num_images],
-            grids=grids[: encoded.num_images],
-        )
-
-    @stateless
-    def postencode_sample(self, sample: TokenizedSample) -> EncodedSample:
-        patches = []
-        for number, (data, grid) in enumerate(zip(sample.images, sample.grids, strict=True), 1):
+        grids, patches = grids[: encoded.num_images], []
+        for number, (data, grid) in enumerate(zip(sample.images, grids, strict=False), 1):
             cut, decoded = to_patches(decode_rgb(data), self.min_pixels, self.max_pixels)
             if decoded != grid:
                 raise ValueError(f"image {number}: its header says {grid} patches, it decodes to {decoded}")
             patches.append(cut)
-        return EncodedSample.derive_from(
-            sample,
-            input_ids=sample.input_ids,
-            answer_mask=sample.answer_mask,
+        return EncodedSample(
+            __key__=key,
+            __restore_key__=(),
+            input_ids=encoded.input_ids,
+            answer_mask=encoded.answer_mask,
             patches=patches,
-            grids=sample.grids,
-            segments=[len(sample.input_ids)],
+            grids=grids,
+            segments=[len(encoded.input_ids)],
         )
 
     @stateless

@@ -54,7 +54,7 @@ class Passes:
         seed: of the order; different ones for different sources.
     """
 
-    def __init__(self, lengths: Sequence[int], capacity: int | None, window: int, seed: str):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, capacity: int | None, window: int, seed: str):
         self.lengths = np.asarray(lengths, dtype=np.int32)
         self.capacity, self.window, self.seed = capacity, window, seed
         self.position: dict[str, Any] = {"pass": 0, "start": 0, "waiting": [], "taken": 0}
@@ -104,7 +104,7 @@ class Passes:
         lengths = self.lengths[samples].tolist()
         packs = fill_packs(lengths, self.capacity)
         if not last:
-            waiting = self._set_aside(packs, lengths)
+            waiting = self._set_aside(packs, lengths, self.capacity)
             self._after["waiting"] = [samples[index] for index in waiting]
         draw = random.Random(f"{self.seed} {number} {start}")
         draw.shuffle(packs)
@@ -112,15 +112,13 @@ class Passes:
             draw.shuffle(pack)
         return [[samples[index] for index in pack] for pack in packs]
 
-    def _set_aside(self, packs: list[list[int]], lengths: list[int]) -> list[int]:
+    def _set_aside(self, packs: list[list[int]], lengths: list[int], capacity: int) -> list[int]:
         """Take the emptiest packs out of `packs`; returns their samples."""
         filled = [sum(lengths[index] for index in pack) for pack in packs]
         waiting: list[int] = []
         for number in sorted(range(len(packs)), key=filled.__getitem__):
-            if (
-                filled[number] >= WELL_FILLED * self.capacity
-                or len(waiting) + len(packs[number]) > len(lengths) // WAITING
-            ):
+            many = len(waiting) + len(packs[number]) > len(lengths) // WAITING
+            if many or filled[number] >= WELL_FILLED * capacity:
                 break
             waiting += packs[number]
             packs[number] = []

@@ -58,7 +58,7 @@ def _fullest(ascending: list[int], room: int) -> list[int]:
     return chosen[::-1]
 
 
-def cut_between(lengths: list[int], size: int) -> list[list[int]]:
+def cut_between(lengths: list[int], size: float) -> list[list[int]]:
     """The places of a pack's samples in chunks of about `size` tokens, in order; a longer sample stays whole."""
     total = sum(lengths)
     if total <= size:

@@ -1,5 +1,5 @@
-"""The cut of raw files into jobs, made while Snakemake builds the DAG: from sizes and Parquet footers; a JSON array is
-scanned once and its plan kept. Text whose first records are short and name images is cut finer, by images.
+"""Split raw files into conversion jobs while Snakemake builds the DAG: by sizes and Parquet footers; a JSON array is
+scanned once and its plan cached. Text whose first records are short and name images is cut finer, by images.
 
 Notable: appending to a raw file changes its last range and adds new ones, and no other. The number of a shard is
 100,000 × its file's place among the source's files + the number of the range: when one file grows, the others' shards
@@ -26,9 +26,9 @@ SHARDS_ASKED = 4  # the first of a file, of which one tells how it was cut
 
 
 class Range(NamedTuple):
-    """Bytes [start, end) of a raw file; `index` is the number of the shard that they become."""
+    """Bytes [start, end) of a raw file, and the number of the shard that they become."""
 
-    index: int
+    number: int
     start: int
     end: int
 
@@ -59,19 +59,19 @@ def plan_ranges(
         raise SettingsError(f"range_bytes is {step}; it must be at least 1", "leave it out for the default")
     status = os.stat(path)
     key = [size, status.st_mtime_ns, status.st_ctime_ns, step]
-    place = sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    kept = cache / f"{place}.json" if cache and name == "json" else None
+    name_hash = sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+    cached = cache / f"{name_hash}.json" if cache and name == "json" else None
     plan = None
-    if kept:
+    if cached:
         with contextlib.suppress(DamagedFileError):  # it is only found anew
-            plan = read_json(kept, None)
+            plan = read_json(cached, None)
     if isinstance(plan, dict) and plan.get("key") == key:
         starts = plan["starts"]
     else:
         with open(path, "rb") as file:
             starts = FORMATS[name].starts(file, size, step)
-        if kept:
-            write_json(kept, {"path": str(path), "key": key, "starts": starts}, sealed=True)
+        if cached:
+            write_json(cached, {"path": str(path), "key": key, "starts": starts}, sealed=True)
     return ranges_of(starts, size, file_number)
 
 
@@ -114,7 +114,7 @@ def shard_name(prefix: str, shard: int) -> str:
     return f"{prefix}-{shard:05d}"
 
 
-def default_parts_dir(wds_dir: Path | str) -> Path:
-    """Where the per-shard statistics, rejects and index rows lie: beside the WebDataset, not in it."""
+def default_notes_dir(wds_dir: Path | str) -> Path:
+    """Where the conversion notes statistics, rejects and index rows of each shard: beside the WebDataset, not in it."""
     wds_dir = Path(wds_dir)
     return wds_dir.with_name(wds_dir.name + ".parts")

@@ -11,15 +11,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, is_empty, part_images
-from llava_sft.data.rejected import Rejected
+from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, image_of, is_empty
+from llava_sft.data.rejects import Rejected
 from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # a longer line is most likely not JSONL at all; reading it whole would eat the memory
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FORMS = "LLaVA (conversations of from and value, image) or OpenAI (messages of role and content, images)"
 
 
 class Line(NamedTuple):
@@ -31,12 +30,13 @@ class Line(NamedTuple):
     word: str = "line"
 
 
-class Sample(NamedTuple):
-    """A record in the one form that the rest of the project knows."""
+class Sample[Image: str | bytes](NamedTuple):
+    """A record in the one form that the rest of the project knows. Its images, in the order of the placeholders, are
+    names of files or of members in a tar (`Sample[str]`), or encoded (`Sample[bytes]`); a raw record may have either."""
 
     id: str | None
     messages: list[dict[str, str]]  # role: system | user | assistant; content: text with <image> placeholders
-    images: list[str | bytes]  # names of files, or the encoded images themselves, in the order of the placeholders
+    images: list[Image]
     meta: dict[str, Any]  # the record's other keys, scalars only
 
     @property
@@ -44,14 +44,17 @@ class Sample(NamedTuple):
         return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
 
     def answers(self) -> list[int]:
-        """Places of the messages that a model has to give."""
-        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """The numbers, from 0, of the messages that a model has to give."""
+        return [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
 
-    def before(self, place: int) -> "Sample":
-        """What a model sees that is asked for the message at `place`: those before it, and their images."""
-        messages = self.messages[:place]
+    def before(self, number: int) -> "Sample[Image]":
+        """What a model sees that is asked for the message at `number`: those before it, and their images."""
+        messages = self.messages[:number]
         shown = sum(message["content"].count(IMAGE) for message in messages if message["role"] == "user")
         return self._replace(messages=messages, images=self.images[:shown])
+
+    def with_images[Other: str | bytes](self, images: list[Other]) -> "Sample[Other]":
+        return Sample(self.id, self.messages, images, self.meta)
 
 
 def read_lines(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any] = lambda _: None) -> Iterator[Line]:
@@ -110,29 +113,26 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     return record
 
 
-def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> Sample:
+def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> Sample[str | bytes]:
     """LLaVA (`conversations` of {from, value}, `image`) and ShareGPT/OpenAI (`messages` of {role, content}, `images`).
 
     Images are absent, one, or a list; each a path or, as the Hugging Face hub has it, {bytes, path}. A content may be a list
     of parts, of which those of images may name them. `unread` counts keys that are not read.
     """
     unread = Counter() if unread is None else unread
-    turns = next(
-        (record[key] for key in ("conversations", "messages") if record.get(key) not in (None, [], "", {})), None
-    )
+    found = (record[key] for key in ("conversations", "messages") if record.get(key) not in (None, [], "", {}))
+    turns = next(found, None)
     if turns is None:
         if isinstance(record.get("conversations", record.get("messages")), list):
             raise Rejected("empty conversation")
         raise Rejected("missing key", f"conversations or messages; found: {', '.join(map(str, record))}")
-    if isinstance(turns, str):
-        raise Rejected("malformed conversation", "a string: store the list itself, not its JSON text")
     if not isinstance(turns, list):
-        kind = (
-            "a struct of lists: store a list of turns"
-            if isinstance(turns, dict)
-            else f"a {type(turns).__name__}, not a list"
-        )
-        raise Rejected("malformed conversation", kind)
+        kind = type(turns).__name__
+        why = {
+            "str": "a string: store the list itself, not its JSON text",
+            "dict": "a struct of lists: store a list of turns",
+        }
+        raise Rejected("malformed conversation", why.get(kind, f"a {kind}, not a list"))
     messages, in_parts = [], []
     for number, turn in enumerate(turns, 1):
         message, named = _message(turn, number)
@@ -160,10 +160,9 @@ def _message(turn: Any, number: int) -> tuple[dict[str, Any], list[Any]]:
     if role is None:
         what = "is null" if speaker is None else f"{str(speaker)[:40]!r} is none of {', '.join(ROLES)}"
         raise Rejected("unknown role", f"of turn {number}: {what}")
-    if not isinstance(content, list):
-        return {"role": role, "content": content}, []
-    joined = _join_parts(content)
-    return {"role": role, "content": joined}, list(part_images(content)) if isinstance(joined, str) else []
+    read = _read_parts(content) if isinstance(content, list) else None
+    text, images = read or (content, [])
+    return {"role": role, "content": text}, images
 
 
 def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
@@ -171,46 +170,48 @@ def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
     image, images = (_listed(record, key) for key in ("image", "images"))
     if image and images and image != images:
         raise Rejected("image and images differ", "keep one of the two keys")
-    found = image or images
+    entries = image or images
     if any(named is not None for named in in_parts):
-        if found and in_parts != found:
+        if entries and in_parts != entries:
             raise Rejected("image and images differ", "a part of a content names another picture than the record")
-        found = in_parts
-    return found
+        entries = in_parts
+    return entries
 
 
 def _listed(record: dict[str, Any], key: str) -> list[Any]:
     """What stands under a key of images; empty where it says nothing, as a cell of a table does."""
     value = record.get(key)
     entries = value if isinstance(value, list) else [value]
-    if all(is_empty(entry) for entry in entries):
+    empty = [is_empty(entry) for entry in entries]
+    if all(empty):
         return []
-    if any(is_empty(entry) for entry in entries):
-        raise Rejected("empty image", f"entry {[is_empty(entry) for entry in entries].index(True) + 1} of {key}")
-    return [_image_file(entry) if isinstance(entry, dict) else entry for entry in entries]
+    if any(empty):
+        raise Rejected("empty image", f"entry {empty.index(True) + 1} of {key}")
+    return [_path_or_bytes(entry) if isinstance(entry, dict) else entry for entry in entries]
 
 
-def _join_parts(parts: list[Any]) -> Any:
-    """OpenAI's content as a list of parts → text with placeholders; anything else stays what it is, to be rejected."""
-    texts = []
+def _path_or_bytes(image: dict[str, Any]) -> Any:
+    return image.get("path") if image.get("bytes") is None else image["bytes"]
+
+
+def _read_parts(parts: list[Any]) -> tuple[str, list[Any]] | None:
+    """OpenAI's content as a list of parts → text with placeholders, and what each image part names; None for other lists."""
+    texts, images = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("image", "image_url"):
             texts.append(IMAGE)
+            images.append(image_of(part))
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
             raise Rejected(f"{'video' if 'video' in kind else 'audio'} is not supported", f"a part of type {kind[:40]}")
         else:
-            return parts
-    return "".join(texts)
+            return None
+    return "".join(texts), images
 
 
-def _image_file(image: dict[str, Any]) -> Any:
-    return image.get("path") if image.get("bytes") is None else image["bytes"]
-
-
-def check_sample(sample: Sample) -> Sample:
+def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
     """Apply the rules that no form of raw data may break; return the sample or raise `Rejected`."""
     messages = sample.messages
     if not messages:
@@ -226,10 +227,10 @@ def check_sample(sample: Sample) -> Sample:
         if "<|" in content and (token := CONTROL_TOKEN.search(content)):
             raise Rejected("control token in the text", f"{token[0]} in turn {position + 1}")
         check_text(role, content, position + 1)
-        found = content.count(IMAGE)
-        if found and role != "user":
+        count = content.count(IMAGE)
+        if count and role != "user":
             raise Rejected("<image> outside a user turn", f"in turn {position + 1}, of {role}")
-        placeholders += found
+        placeholders += count
         if role == "system" and position == 0:
             continue
         if role != expected:

@@ -8,7 +8,7 @@ gives the same bytes: no dates, no owners. The statistics file is written last; 
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,10 +18,11 @@ import xxhash
 
 from llava_sft.checksums import note
 from llava_sft.data.formats import FORMATS, format_of
-from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageRoot, check_image, decode_image
+from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageInfo, ImageRoot, check_image, decode_image
 from llava_sft.data.plan import TRAIN_PREFIX, Range, raw_size, shard_name
-from llava_sft.data.records import Line, Rejected, Sample, parse_json, parse_record
-from llava_sft.errors import SHOWN, DataError
+from llava_sft.data.records import Line, Sample, parse_json, parse_record
+from llava_sft.data.rejects import Rejected, reject_row
+from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, write_json
 
 FORMAT_VERSION = 1  # raise it when the same input gives other shards: all of them are then converted again
@@ -51,8 +52,7 @@ class TarWriter:
         self._sample: list[bytes] = []  # what its digest is made of, as `tars.sample_digest` has it
 
     def add(self, name: str, data: bytes, digest: bytes | None = None) -> int:
-        """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes, `digest` is the
-        xxh3_128 of `data` where it is known already."""
+        """Append a member; return the offset of its content in bytes. `name` has at most 100 bytes."""
         name_bytes, size = name.encode(), len(data)
         size_bytes = b"%011o\0" % size
         checksum = self._FIXED_SUM + sum(name_bytes) + sum(size_bytes)
@@ -68,11 +68,17 @@ class TarWriter:
             self._flush()
         return content
 
-    def end_sample(self) -> str:
-        """The digest of the members since the last call, in hexadecimal (see `tars.sample_digest`)."""
+    def add_sample(self, key: str, contents: Iterable[tuple[str, bytes, bytes | None]]) -> dict[str, Any]:
+        """Append a sample's members: name without the key, data, and the xxh3_128 of the data where it is known already.
+
+        Returns what the index says of it: key, offset and size in bytes, digest in hexadecimal (`tars.sample_digest`), and
+        as "parts" the name, offset and size of each member's content.
+        """
+        start = self.offset
+        members = [(name, self.add(f"{key}.{name}", data, digest), len(data)) for name, data, digest in contents]
         digest = xxhash.xxh3_64_hexdigest(b"".join(self._sample))
         self._sample.clear()
-        return digest
+        return {"key": key, "offset": start, "size": self.offset - start, "digest": digest, "parts": members}
 
     def finish(self) -> str:
         """Write the end of the archive; return the xxh3_128 of the whole file, in hexadecimal."""
@@ -89,149 +95,161 @@ class TarWriter:
         self._pending_end = self.offset + WRITE_BYTES
 
 
-def write_idx(file: BinaryIO, starts: list[int], end: int) -> None:
+def idx_bytes(starts: list[int], end: int) -> bytes:
     """Energon's `.tar.idx`: where each sample begins, and where the last one ends."""
-    file.write(struct.pack(f"<{len(starts) + 1}Q", *starts, end))
+    return struct.pack(f"<{len(starts) + 1}Q", *starts, end)
+
+
+class ShardWriter:
+    """A shard as it is made: its files, which take their places when `files` closes without an error, and its counts.
+
+    `raw`: the file that its records come from. `key_prefix`: of its samples' keys.
+    """
+
+    def __init__(self, files: ExitStack, raw: Path | str, wds_dir: Path, notes_dir: Path, name: str, key_prefix: str):
+        def new(path: Path) -> BinaryIO:
+            return files.enter_context(atomic_file(path, durable=False))
+
+        self.raw, self.key_prefix = str(raw), key_prefix
+        self._rows, self._rejects = new(notes_dir / f"{name}.samples.jsonl"), new(notes_dir / f"{name}.rejects.jsonl")
+        self._idx, self.tar = new(wds_dir / f"{name}.tar.idx"), TarWriter(new(wds_dir / f"{name}.tar"))
+        self.starts: list[int] = []  # byte offset of each sample in the tar
+        self.lines = self.read = self.images = 0
+        self.reasons: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()  # keys of records that nothing here reads
+
+    def take(self, line: Line, load: Callable[[list[str | bytes]], tuple[list[bytes], list[ImageInfo]]]) -> None:
+        """Make a sample, or a reject, of a record; `load` reads and checks its images."""
+        self.lines += 1
+        record = None
+        try:
+            record = parse_json(line)
+            if record is None:
+                return
+            sample = parse_record(record, self.unread)
+            self._add(sample, *load(sample.images))
+        except Rejected as rejected:
+            self.reasons[rejected.reason] += 1
+            origin = {"file": self.raw, "word": line.word, "line_in_range": line.number, "byte": line.offset}
+            self._rejects.write(reject_row(origin, record, rejected))
+        self.read += 1
+
+    def _add(self, sample: Sample, images: list[bytes], infos: list[ImageInfo]) -> None:
+        """Write a sample's members and its line of `.samples.jsonl`."""
+        key = f"{self.key_prefix}_{len(self.starts):06d}"
+        names = [f"{number:03d}.{info.extension}" for number, info in enumerate(infos)]
+        hashes = [xxhash.xxh3_128_digest(image) for image in images]
+        name = sample.id or key
+        content = orjson.dumps({"id": name, "messages": sample.messages, "images": names, "meta": sample.meta})
+        row = self.tar.add_sample(key, [*zip(names, images, hashes, strict=True), ("json", content, None)])
+        self.starts.append(row["offset"])
+        row |= {
+            "id": name,
+            "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
+            "images": [
+                {"hash": digest.hex(), "width": info.width, "height": info.height}
+                for digest, info in zip(hashes, infos, strict=True)
+            ],
+            "meta": sample.meta,
+        }
+        self._rows.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        self.images += len(images)
+        if "kind" in sample.meta:
+            self.kinds[str(sample.meta["kind"])] += 1
+
+    def finish(self) -> str:
+        """Write the end of the archive, and its index; return the tar's hash."""
+        self._idx.write(idx_bytes(self.starts, self.tar.offset))
+        return self.tar.finish()
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "lines": self.lines,
+            "read": self.read,
+            "written": len(self.starts),
+            "rejected": self.reasons.total(),
+            "reasons": dict(self.reasons),
+            "images": self.images,
+            "kinds": dict(self.kinds),
+            "unread": dict(self.unread.most_common(MOST_UNREAD)),
+        }
 
 
 def convert_range(
-    raw: Path | str, image_root: Path | str, wds_dir: Path, parts_dir: Path, prefix: str, part: Range,
+    raw: Path | str, image_root: Path | str, wds_dir: Path, notes_dir: Path, prefix: str, cut: Range,
     max_image_pixels: int = MAX_IMAGE_PIXELS, max_shard_bytes: int | None = None, decode_images: bool = False,
     progress: Callable[[int, int], Any] = lambda raw_bytes, records: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Convert one range of a raw file (any of FORMATS); return its statistics.
 
     Writes `PREFIX-NNNNN.tar` and `.tar.idx` in `wds_dir`; `.samples.jsonl`, `.rejects.jsonl` and `.stats.json` in
-    `parts_dir`. A bad record goes to the rejects and its neighbours are kept. `decode_images` decodes every image in
+    `notes_dir`. A bad record goes to the rejects and its neighbours are kept. `decode_images` decodes every image in
     full, not only those whose header or end marker is odd. `progress` gets what has been done so far in this range:
     bytes read, records read.
     Errors: DataError when the raw file or the image root is missing, the range lies beyond the file's end, the file
     changes meanwhile, or the tar grows beyond `max_shard_bytes`.
     """
-    images = ImageRoot(image_root)
-    check = decode_image if decode_images else check_image
-    size = raw_size(raw)
-    raw_format = format_of(raw)
-    if not 0 <= part.start < part.end <= size:
+    image_files, check = ImageRoot(image_root), decode_image if decode_images else check_image
+
+    def load(images: list[str | bytes]) -> tuple[list[bytes], list[ImageInfo]]:
+        encoded = [image if isinstance(image, bytes) else image_files.read(image) for image in images]
+        return encoded, [check(image, max_image_pixels) for image in encoded]
+
+    size, raw_format, name = raw_size(raw), format_of(raw), shard_name(prefix, cut.number)
+    if not 0 <= cut.start < cut.end <= size:
         raise DataError(
-            f"range {part.start}-{part.end} does not lie in {raw}, which has {size} bytes",
+            f"range {cut.start}-{cut.end} does not lie in {raw}, which has {size} bytes",
             "plan again (the file has changed since), or give 0 <= start < end <= size",
         )
-    name = shard_name(prefix, part.index)
-    key_prefix = "" if prefix == TRAIN_PREFIX else prefix[0]  # a key is unique in the whole data set, both splits
-    stats_path = parts_dir / f"{name}.stats.json"
-    reasons: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    unread: Counter[str] = Counter()  # keys of records that nothing here reads
+    _make_room(wds_dir, notes_dir, name)
+    key_prefix = (
+        f"{'' if prefix == TRAIN_PREFIX else prefix[0]}{cut.number:05d}"  # no other shard of either split has it
+    )
     raw_hash = xxhash.xxh3_128()
-    starts: list[int] = []  # byte offset of each sample in the tar
-    read = lines = image_count = 0
-    for folder in (wds_dir, parts_dir):
+    with ExitStack() as files:
+        file = files.enter_context(open(raw, "rb", buffering=1 << 20))
+        shard = ShardWriter(files, raw, wds_dir, notes_dir, name, key_prefix)
+        before = os.fstat(file.fileno())
+        for line in FORMATS[raw_format].read(file, cut.start, cut.end, raw_hash.update):
+            shard.take(line, load)
+            done = line.offset - cut.start
+            if max_shard_bytes and shard.tar.offset > max_shard_bytes:
+                raise _too_large(name, done, cut.end - cut.start, shard.tar.offset, max_shard_bytes)
+            if not shard.lines % PROGRESS_RECORDS:
+                progress(done, shard.read)
+        tar_hash = shard.finish()
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise DataError(f"{raw} changed while it was read", "convert again when nothing writes to it any more")
+    origin = {"path": str(raw), "format": raw_format, "start": cut.start, "end": cut.end, "hash": raw_hash.hexdigest()}
+    state = {"size": after.st_size, "mtime_ns": after.st_mtime_ns, "ctime_ns": after.st_ctime_ns}
+    stats = shard.counts() | {
+        "format_version": FORMAT_VERSION,
+        "shard": name,
+        "raw": origin | state,
+        "tar": {"hash": tar_hash, "bytes": os.path.getsize(wds_dir / f"{name}.tar")},
+        "samples": note(notes_dir, [notes_dir / f"{name}.samples.jsonl"]),
+    }
+    if stats["read"] != stats["written"] + stats["rejected"]:
+        raise AssertionError(f"records were lost: {stats}")
+    write_json(notes_dir / f"{name}.stats.json", stats, sealed=True)
+    progress(cut.end - cut.start, shard.read)
+    return stats
+
+
+def _make_room(wds_dir: Path, notes_dir: Path, name: str) -> None:
+    """Make the folders of a shard, and remove its statistics and what a killed job left. Raises DataError where it cannot."""
+    for folder in (wds_dir, notes_dir):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError("no write permission")
         except OSError as error:
-            raise DataError(f"can not write to {folder}: {error}", "choose a folder that you may write to") from None
-        for leftover in folder.glob(f".{name}.*.tmp"):  # of a killed job: nobody else works on this shard
+            raise DataError(f"cannot write to {folder}: {error}", "choose a folder that you may write to") from None
+        for leftover in folder.glob(f".{name}.*.tmp"):  # nobody else works on this shard
             leftover.unlink(missing_ok=True)
-    stats_path.unlink(missing_ok=True)
-    with ExitStack() as stack:
-        file = stack.enter_context(open(raw, "rb", buffering=1 << 20))
-        samples_file = stack.enter_context(atomic_file(parts_dir / f"{name}.samples.jsonl", durable=False))
-        rejects_file = stack.enter_context(atomic_file(parts_dir / f"{name}.rejects.jsonl", durable=False))
-        idx_file = stack.enter_context(atomic_file(wds_dir / f"{name}.tar.idx", durable=False))
-        tar = TarWriter(stack.enter_context(atomic_file(wds_dir / f"{name}.tar", durable=False)))
-        before = os.fstat(file.fileno())
-        for line in FORMATS[raw_format].read(file, part.start, part.end, raw_hash.update):
-            lines += 1
-            record = None
-            try:
-                record = parse_json(line)
-                if record is None:
-                    continue
-                read += 1
-                sample = parse_record(record, unread)
-                blobs = [image if isinstance(image, bytes) else images.read(image) for image in sample.images]
-                infos = [check(blob, max_image_pixels) for blob in blobs]
-            except Rejected as rejected:
-                read += record is None
-                reasons[rejected.reason] += 1
-                rejects_file.write(_reject_row(raw, line, record, rejected))
-            else:
-                key = f"{key_prefix}{part.index:05d}_{len(starts):06d}"
-                starts.append(tar.offset)
-                samples_file.write(_add_sample(tar, key, sample, blobs, infos))
-                image_count += len(blobs)
-                if "kind" in sample.meta:
-                    kinds[str(sample.meta["kind"])] += 1
-                if max_shard_bytes and tar.offset > max_shard_bytes:
-                    raise _too_large(name, line.offset - part.start, part.end - part.start, tar.offset, max_shard_bytes)
-            if not lines % PROGRESS_RECORDS:
-                progress(line.offset - part.start, read)
-        write_idx(idx_file, starts, tar.offset)
-        tar_hash = tar.finish()
-        after = os.fstat(file.fileno())
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise DataError(f"{raw} changed while it was read", "convert again when nothing writes to it any more")
-    stats = {
-        "format_version": FORMAT_VERSION,
-        "shard": name,
-        "raw": {
-            "path": str(raw),
-            "format": raw_format,
-            "size": after.st_size,
-            "mtime_ns": after.st_mtime_ns,
-            "ctime_ns": after.st_ctime_ns,
-            "start": part.start,
-            "end": part.end,
-            "hash": raw_hash.hexdigest(),
-        },
-        "lines": lines,
-        "read": read,
-        "written": len(starts),
-        "rejected": reasons.total(),
-        "reasons": dict(reasons),
-        "images": image_count,
-        "kinds": dict(kinds),
-        "unread": dict(unread.most_common(MOST_UNREAD)),
-        "tar": {"hash": tar_hash, "bytes": os.path.getsize(wds_dir / f"{name}.tar")},
-        "samples": note(parts_dir, [parts_dir / f"{name}.samples.jsonl"]),
-    }
-    if read != stats["written"] + stats["rejected"]:
-        raise AssertionError(f"records were lost: {stats}")
-    write_json(stats_path, stats, sealed=True)
-    progress(part.end - part.start, read)
-    return stats
-
-
-def _add_sample(tar: TarWriter, key: str, sample: Sample, blobs: list[bytes], infos: list[Any]) -> bytes:
-    """Write a sample's members; return its line of `.samples.jsonl`."""
-    offset = tar.offset
-    names = [f"{number:03d}.{info.extension}" for number, info in enumerate(infos)]
-    hashes = [xxhash.xxh3_128_digest(blob) for blob in blobs]
-    parts = [
-        (name, tar.add(f"{key}.{name}", blob, digest), len(blob))
-        for name, blob, digest in zip(names, blobs, hashes, strict=True)
-    ]
-    name = sample.id or key
-    content = orjson.dumps({"id": name, "messages": sample.messages, "images": names, "meta": sample.meta})
-    parts.append(("json", tar.add(f"{key}.json", content), len(content)))
-    row = {
-        "key": key,
-        "id": name,
-        "offset": offset,
-        "size": tar.offset - offset,
-        "digest": tar.end_sample(),
-        "asked": xxhash.xxh3_64_hexdigest(sample.questions.encode("utf-8", "surrogatepass")),
-        "parts": parts,
-        "images": [
-            {"hash": digest.hex(), "width": info.width, "height": info.height}
-            for digest, info in zip(hashes, infos, strict=True)
-        ],
-        "meta": sample.meta,
-    }
-    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+    (notes_dir / f"{name}.stats.json").unlink(missing_ok=True)
 
 
 def _too_large(name: str, done: int, planned: int, tar_bytes: int, allowed: int) -> DataError:
@@ -241,17 +259,3 @@ def _too_large(name: str, done: int, planned: int, tar_bytes: int, allowed: int)
         " that it is made from",
         f"raise max_shard_bytes{f', or cut finer with shard_bytes: {fits}' if done else ''}",
     )
-
-
-def _reject_row(raw: Path | str, line: Line, record: dict[str, Any] | None, rejected: Rejected) -> bytes:
-    name = record.get("id") if record else None
-    row = {
-        "file": str(raw),
-        "word": line.word,
-        "line_in_range": line.number,
-        "byte": line.offset,
-        "id": None if name is None else str(name)[:SHOWN],
-        "reason": rejected.reason,
-        "detail": rejected.detail,
-    }
-    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)

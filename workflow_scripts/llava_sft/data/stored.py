@@ -1,141 +1,118 @@
-"""Random access to the samples of a WebDataset: the bytes at the places that energon's index names, and what they hold."""
+"""Samples of one split, read in order straight from the tars, for evaluation and parity. No energon, no decoding."""
 
-import io
-import os
-import sqlite3
 import tarfile
-from functools import lru_cache
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
-import numpy as np
-import orjson
-
-from llava_sft.data.heldout import StoredShard, stored_shards
-from llava_sft.data.layouts import LAYOUTS
-from llava_sft.data.lengths import SampleSizes
-from llava_sft.data.loader import Conversation
-from llava_sft.data.records import Rejected
-from llava_sft.data.tars import MEMBER, REINDEX, read_meta, sample_digest, way_out, without_images_like_it
+from llava_sft.data.notes import way_out
+from llava_sft.data.nv_meta import METADATASET, REINDEX, SampleIndex, read_blend, read_meta, source_folders
+from llava_sft.data.records import Sample
+from llava_sft.data.rejects import Rejected
+from llava_sft.data.tars import Extent, read_at, walk_tar
 from llava_sft.errors import SHOWN, DataError, shown
 
-OPEN_TARS = 16  # at a time, in each process: some machines allow 256 files
 
+class StoredShard(NamedTuple):
+    """A tar of a split: the folder it lies in and its name there, what its samples' ids begin with (`source/` where there are
+    several), its layout, and the keys in it that are not in the split."""
 
-class DamagedSample(DataError):
-    """A stored sample cannot be read, decoded, or is not what was indexed."""
+    folder: Path
+    name: str
+    source: str
+    layout: str
+    excluded: frozenset[str]
+    number: int  # its place in .info.json
+    samples: int  # in it, the excluded ones too
 
+    def rows(self) -> Iterator[tuple[int, str, Sample[str], int, dict[str, Extent]]]:
+        """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
+        image taken out. Every sample's bytes are compared with the digest in the index, where there is one.
 
-class StoredSamples:
-    """Random access to the samples of the training split by number, in the order of `sizes`.
-
-    Errors: DataError when `sizes` is of other data.
-    """
-
-    def __init__(self, folder: Path, sizes: SampleSizes):
-        shards = {shard.source + shard.name: shard for shard in stored_shards(folder, "train")}
-        missing = [name for name, count in sizes.shards if count and name not in shards]
-        if missing or len(sizes.rows) != sum(count for _, count in sizes.shards):
-            raise DataError(
-                f"{folder}: its token counts are of other data ({shown(missing[:1] or 'numbers do not add up')})",
-                "delete sizes.json in the results folder and run the same command: it is made again",
-            )
-        self.shards = [shards.get(name) for name, _ in sizes.shards]
-        self.ends = np.cumsum([count for _, count in sizes.shards])
-        self.rows = np.asarray(sizes.rows, dtype=np.int32)
-        self.lengths = np.asarray(sizes.tokens, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, number: int) -> Conversation:
-        """Errors: DamagedSample."""
-        shard = self.shard_of(number)
-        row = int(self.rows[number])
-        key = f"sample {row}"
+        Errors: DataError naming tar, key and id for anything that cannot be read or is not what was written.
+        """
+        tar = self.folder / self.name
+        with SampleIndex(self.folder) as index:
+            digests = index.digests(self.number)
         try:
-            data = _bytes_of(shard, row)
-            key, parts = _members(data)
-            noted = _noted_digest(shard, row)
-            if noted and sample_digest(data, [(offset, size) for _, offset, size in parts]) != noted:
-                raise self.damaged(shard, key, "does not hold what was written", changed=True)
-            members = {name: data[offset : offset + size] for name, offset, size in parts}
-            stored = LAYOUTS[shard.layout](key, orjson.loads(members["json"]), set(members) - {"json"})
-            images = [members[name] for name in stored.images]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, Rejected) as error:
-            raise self.damaged(shard, key, f"cannot be read: {type(error).__name__}: {error}", changed=True) from None
-        return Conversation(
-            __key__=shard.source + key, __restore_key__=(), __subflavors__={"id": stored.id},
-            messages=stored.messages, images=images,
-        )  # fmt: skip
+            samples = walk_tar(tar)
+            file = open(tar, "rb")  # noqa: SIM115 (closed below)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise self.damage("", f"cannot be read: {error}") from None
+        if len(samples) != self.samples:
+            raise self.damage("", f"holds {len(samples):,} samples, the index says {self.samples:,}")
+        with file:
+            for row, stored in enumerate(samples):
+                if stored.key in self.excluded:
+                    continue
+                try:
+                    changed = row in digests and stored.digest(file.fileno()) != digests[row]
+                    sample, members = stored.read(file.fileno(), self.layout)
+                except (Rejected, OSError) as error:
+                    raise self.damage(stored.key, str(error)) from None
+                if changed:
+                    raise self.damage(f"{stored.key} ({shown(sample.id)})", "its bytes are not those that were written")
+                yield row, self.source + stored.key, sample, file.fileno(), members
 
-    def damaged(self, shard: StoredShard, key: str, what: str, changed: bool) -> DamagedSample:
-        """The error of a sample. `changed`: its bytes in the tar are at fault, not what was converted."""
-        again = (way_out if changed else without_images_like_it)(shard.folder, shard.name)
-        return DamagedSample(
-            f"{shard.folder / shard.name}: {shard.source}{key}: {what[:SHOWN]}",
-            f"{again}; or leave such samples out of the training with max_damaged_samples: 10",
-        )
-
-    def shard_of(self, number: int) -> StoredShard:
-        return self.shards[int(np.searchsorted(self.ends, number, side="right"))]
+    def damage(self, sample: str, what: str) -> DataError:
+        """The error of a tar, or of a sample in it."""
+        where = f"sample {sample}: " if sample else ""
+        return DataError(f"{self.folder / self.name}: {where}{what[:SHOWN]}", way_out(self.folder, self.name))
 
 
-@lru_cache(OPEN_TARS)
-def _opened(path: Path) -> BinaryIO:
-    return open(path, "rb")
+def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
+    """The tars of `split` ("train", "val"), of one source after the other."""
+    for path, source in _sources(folder):
+        meta, excluded = read_meta(path), defaultdict(set)
+        for name in meta.exclude:
+            tar, _, key = name.rpartition(".tar/")
+            excluded[f"{tar}.tar"].add(key)
+        numbers = meta.numbers()
+        for name in meta.splits.get(split, []):
+            if name not in numbers:
+                raise DataError(f"{path}/.nv-meta/split.yaml: {shown(name)} is not in .info.json", REINDEX)
+            excluded_here = frozenset(excluded[name])
+            yield StoredShard(path, name, source, meta.layout, excluded_here, numbers[name], meta.counts[name])
 
 
-def _bytes_of(shard: StoredShard, row: int) -> bytes:
-    """A sample's headers and members, as energon's `.tar.idx` names their place."""
-    tar = shard.folder / shard.name
-    places = os.pread(_opened(Path(f"{tar}.idx")).fileno(), 16, 8 * row)
-    start, stop = (int.from_bytes(places[at : at + 8], "little") for at in (0, 8))
-    file = _opened(tar).fileno()
-    if len(places) != 16 or not 0 <= start < stop <= os.fstat(file).st_size:
-        raise ValueError(f"{tar}.idx names bytes {start:,} to {stop:,}")
-    return os.pread(file, stop - start, start)
+def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
+    """The ids of all samples of `split`, by source, from the index alone. Errors: DataError when two samples share one."""
+    ids = {}
+    for path, source in _sources(folder):
+        meta = read_meta(path)
+        names, tars = list(meta.counts), set(meta.splits.get(split, []))
+        with SampleIndex(path) as index:
+            rows = index.rows("SELECT tar_file_id, sample_key FROM samples")
+            here = ((names[number], key) for number, key in rows if names[number] in tars)
+            ids[source] = {source + key for name, key in here if f"{name}/{key}" not in meta.exclude}
+        if len(ids[source]) != meta.samples(split):
+            raise DataError(
+                f"{path}: keys repeat from tar to tar",
+                f"make the tars of {path} again so that no sample's key stands in two of them",
+            )
+    return ids
 
 
-def _members(data: bytes) -> tuple[str, list[tuple[str, int, int]]]:
-    """Key of a sample, and of each member its name without the key, offset and size of its content."""
-    found: list[tuple[str, int, int]] = []
-    key = ""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            if member.isreg() and (match := MEMBER.fullmatch(member.name)):
-                if key and match[1] != key:
-                    raise ValueError(f"members of {key} and {match[1]} in one sample")
-                key = match[1]
-                found.append((match[2], member.offset_data, member.size))
-    return key, found
+def _sources(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in source_folders(folder):
+        yield path, "" if path == folder else f"{path.name}/"
 
 
-@lru_cache(OPEN_TARS)
-def _index(folder: Path) -> tuple[sqlite3.Connection | None, dict[str, int]]:
-    """The index of a folder where it notes the samples' digests, and the number of each tar in it."""
-    path = (folder / ".nv-meta" / "index.sqlite").resolve()
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    noted = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sample_digests'").fetchone()
-    return (connection if noted else None), {name: number for number, name in enumerate(read_meta(folder).counts)}
+def source_weights(folder: Path) -> dict[str, float]:
+    """How often a training sample of each source is to be seen, relative to the others'; {"": 1.0} for a single folder."""
+    if not (folder / METADATASET).is_file():
+        return {"": 1.0}
+    blend = read_blend(folder).get("train", {})
+    return {name: draws / read_meta(folder / name).samples("train") for name, draws in blend.items()}
 
 
-def _noted_digest(shard: StoredShard, row: int) -> bytes | None:
-    try:
-        connection, numbers = _index(shard.folder)
-        if connection is None:
-            return None
-        query = "SELECT digest FROM sample_digests WHERE tar_file_id = ? AND sample_index = ?"
-        found = connection.execute(query, (numbers[shard.name], row)).fetchone()
-    except (sqlite3.Error, ValueError) as error:  # SQLite's message may quote damaged bytes
-        raise DataError(
-            f"{shard.folder}/.nv-meta/index.sqlite: cannot be read: {error}",
-            REINDEX,
-        ) from None
-    return found and found[0]
+def read_split(folder: Path | str, split: str) -> Iterator[Sample[bytes]]:
+    """Yield the samples of `split` with their images, in the order of the shards."""
+    return chain.from_iterable(map(read_shard, stored_shards(Path(folder), split)))
 
 
-def forget_open_files() -> None:
-    """In a process that was forked: neither a file's place nor a connection is shared with the parent."""
-    _opened.cache_clear()
-    _index.cache_clear()
+def read_shard(shard: StoredShard) -> Iterator[Sample[bytes]]:
+    for _, _, sample, file, members in shard.rows():
+        yield sample.with_images([read_at(file, members[image]) for image in sample.images])

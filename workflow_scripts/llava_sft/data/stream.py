@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from megatron.energon import SkipSample
 
-from llava_sft.data.heldout import StoredShard
-from llava_sft.data.lengths import Limits, SampleSizes, global_order, sample_sizes
 from llava_sft.data.loader import EncodedSample, VlmBatch, VlmTaskEncoder
 from llava_sft.data.order import GlobalOrder
-from llava_sft.data.stored import DamagedSample, StoredSamples, forget_open_files
+from llava_sft.data.random_access import DamagedSample, StoredSamples, forget_open_files
+from llava_sft.data.sizes import Limits, SampleSizes, global_order, sample_sizes
+from llava_sft.data.stored import StoredShard
 from llava_sft.errors import SHOWN, DataError, RunError, shown
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -40,9 +40,8 @@ class Ranks(NamedTuple):
 class Prepared(NamedTuple):
     """What a worker hands over: a micro-batch, or the problem and fix that end the run; and what was left out."""
 
-    batch: VlmBatch | None
+    outcome: VlmBatch | tuple[str, str]
     damaged: list[tuple[str, str]]  # id, and what is wrong
-    fault: tuple[str, str] | None = None
 
 
 class MicroBatches(torch.utils.data.Dataset):
@@ -57,17 +56,17 @@ class MicroBatches(torch.utils.data.Dataset):
             rows = [self._row(pack, damaged) for pack in packs]
             return Prepared(self.encoder.batch(rows), damaged)
         except DataError as error:  # an exception of a worker would arrive as the text of a traceback
-            return Prepared(None, damaged, (error.problem, error.fix))
+            return Prepared((error.problem, error.fix), damaged)
 
     def _row(self, pack: list[int], damaged: list[tuple[str, str]]) -> EncodedSample:
         """The samples of a pack in one sequence. Where none of them can be read, the next that can is in their place."""
         encoded = [sample for number in pack if (sample := self._encoded(number, damaged))]
-        following = iter(range(pack[-1] + 1, pack[-1] + len(self.samples)))
-        while not encoded:
-            number = next(following, None)
-            if number is None:
-                raise DataError("not one training sample can be read", "look at the messages above")
-            encoded = [sample for sample in [self._encoded(number % len(self.samples), damaged)] if sample]
+        for number in range(pack[-1] + 1, pack[-1] + len(self.samples)):
+            if encoded:
+                break
+            encoded += filter(None, [self._encoded(number % len(self.samples), damaged)])
+        if not encoded:
+            raise DataError("not one training sample can be read", "look at the messages above")
         return self.encoder.pack_selected_samples(encoded) if self.encoder.packing else encoded[0]
 
     def _encoded(self, number: int, damaged: list[tuple[str, str]]) -> EncodedSample | None:
@@ -81,13 +80,11 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def encode(self, number: int) -> EncodedSample:
         """Errors: DamagedSample; DataError when the sample has another length than was counted."""
-        conversation = self.samples.read(number)
+        key, sample = self.samples.read(number)
         shard = self.samples.shard_of(number)
-        key = conversation.__key__.removeprefix(shard.source)
-        name = conversation.__subflavors__["id"]
-        label = key if name in (None, key) else f"{key} (id {shown(name, 80)})"
+        label = key if sample.id in (None, key) else f"{key} (id {shown(sample.id, 80)})"
         try:
-            encoded = self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
+            encoded = self.encoder.encode(shard.source + key, sample)
         except SkipSample as error:
             raise self._of_other_settings(shard, label, str(error.__cause__ or error)) from None
         except Exception as error:  # Pillow raises errors of many kinds
@@ -121,7 +118,7 @@ class TrainingLoader:
         self.ahead: deque[dict[str, Any]] = deque()  # positions behind the batches that are being prepared
         self.position = order.position
         self.loader = torch.utils.data.DataLoader(
-            batches, batch_size=None, sampler=_Sampler(self.packs), num_workers=ranks.num_workers, pin_memory=pin_memory,
+            batches, batch_size=None, sampler=self.packs(), num_workers=ranks.num_workers, pin_memory=pin_memory,
             collate_fn=_as_it_is, worker_init_fn=_start_worker, persistent_workers=False,
         )  # fmt: skip
         self.iterator: Iterator[Prepared] | None = None
@@ -150,14 +147,14 @@ class TrainingLoader:
             for worker in workers:
                 worker.join(0.5)  # the connection breaks a moment before the process is gone
             if dead := [worker.pid for worker in workers if not worker.is_alive()]:
-                raise worker_ended(RuntimeError(f"DataLoader worker (pid {dead[0]}) is gone")) from None
+                raise killed_worker(f"DataLoader worker (pid {dead[0]}) is gone") from None
             raise
-        if prepared.fault:
-            raise DataError(*prepared.fault)
+        if isinstance(prepared.outcome, tuple):
+            raise DataError(*prepared.outcome)
         for number, fault in prepared.damaged:
             self._leave_out(number, fault)
         self.position = self.ahead.popleft()
-        return prepared.batch
+        return prepared.outcome
 
     def _leave_out(self, number: str, fault: str) -> None:
         if number in self.damaged:
@@ -187,28 +184,21 @@ class TrainingLoader:
         iterator, self.iterator = self.iterator, None
         with contextlib.suppress(Exception):
             if self.ranks.num_workers and iterator is not None:
-                iterator._shutdown_workers()
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def worker_ended(error: BaseException) -> RunError | None:
     """The message of torch's error that a loader process was killed, which it raises wherever the training is just then."""
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
-        return None
+    ended = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    return killed_worker(str(error).splitlines()[0][:SHOWN]) if ended else None
+
+
+def killed_worker(what: str) -> RunError:
     return RunError(
-        f"a loader process ended: {str(error).splitlines()[0][:SHOWN]}",
+        f"a loader process ended: {what}",
         "was it killed for want of memory (dmesg | tail)? Fewer num_workers or a smaller max_pixels need less; the same "
         "command goes on from the last checkpoint",
     )
-
-
-class _Sampler(torch.utils.data.Sampler):
-    """What torch's loader wants for an iterator that is begun with it."""
-
-    def __init__(self, begin: Callable[[], Iterator[list[list[int]]]]):
-        self.begin = begin
-
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        return self.begin()
 
 
 def _as_it_is(prepared: Prepared) -> Prepared:

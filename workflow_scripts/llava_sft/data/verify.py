@@ -12,28 +12,17 @@ import os
 import struct
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llava_sft.checksums import find_damage, note
-from llava_sft.data.index import hash_range, is_whole
-from llava_sft.data.tars import (
-    METADATASET,
-    REINDEX,
-    noted_digests,
-    noted_places,
-    read_meta,
-    sample_digest,
-    source_folders,
-    walk_tar,
-    way_out,
-)
-from llava_sft.errors import DamagedFileError, DataError, shown
+from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
+from llava_sft.data.nv_meta import META_FILES, METADATASET, NV_META, REINDEX, SampleIndex, read_meta, source_folders
+from llava_sft.data.plan import Range, default_notes_dir
+from llava_sft.data.tars import Extent, sample_digest, walk_tar
+from llava_sft.errors import DamagedFileError, DataError
 from llava_sft.files import read_json, write_json
-from llava_sft.paths import Paths
-
-META_FILES = (".info.json", "split.yaml", "dataset.yaml", "index.uuid", "index.sqlite")
 
 
 class Damage(NamedTuple):
@@ -45,6 +34,27 @@ class Damage(NamedTuple):
     redo: str | None = None
 
 
+class Memo:
+    """A file that keeps the state (size, dates, …) in which each file was last found whole. A damaged one costs time alone."""
+
+    def __init__(self, path: Path):
+        self.path, self.states, self._changed = path, {}, False
+        with contextlib.suppress(DamagedFileError, OSError):
+            self.states = read_json(path, {})
+
+    def known(self, path: Path, state: list[int]) -> bool:
+        return self.states.get(str(path)) == state
+
+    def add(self, path: Path, state: list[int]) -> None:
+        self._changed |= not self.known(path, state)
+        self.states[str(path)] = state
+
+    def save(self) -> None:
+        if self._changed:
+            with contextlib.suppress(OSError):  # a folder that is not ours to write in
+                write_json(self.path, self.states, indent=None)
+
+
 def notes_of(dataset: Path) -> Path:
     """Where the state of a data set's files is noted, beside its dataset file."""
     return dataset.with_name(f"{dataset.stem}.files.json")
@@ -54,13 +64,12 @@ def note_dataset(wds_dir: Path, dataset: Path) -> None:
     """Note the files of a data set that was just indexed."""
     small, tars = [], {}
     for folder in source_folders(wds_dir):
-        small += [folder / ".nv-meta" / name for name in META_FILES if (folder / ".nv-meta" / name).is_file()]
+        small += [folder / NV_META / name for name in META_FILES]
         for name in read_meta(folder).counts:
             small.append(folder / f"{name}.idx")
             status = os.stat(folder / name)
             tars[str((folder / name).relative_to(wds_dir))] = [status.st_size, status.st_mtime_ns]
-    if (wds_dir / METADATASET).is_file():
-        small.append(wds_dir / METADATASET)
+    small.append(wds_dir / METADATASET)
     noted = {"files": note(wds_dir, [path for path in small if path.is_file()]), "tars": tars}
     write_json(notes_of(dataset), noted, indent=None, sealed=True)
 
@@ -76,46 +85,41 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
     except (DamagedFileError, KeyError, TypeError, ValueError):
         return [Damage(str(notes_of(dataset)), "is damaged", f"delete {notes_of(dataset)} and run the same command")]
     memo = dataset.with_name(f".{dataset.stem}.whole.json")
-    found: list[Damage] = []
+    damages: list[Damage] = []
     if find_damage(wds_dir, files, memo, full):
         for name, entry in files.items():
             if what := find_damage(wds_dir, {name: entry}):
-                found.append(_small_damage(wds_dir, name, what))
-    if found:
-        return found  # the digests of the samples stand in one of these
-    whole: dict[str, list[int]] = {}
-    with contextlib.suppress(DamagedFileError):
-        whole = read_json(memo, {})
-    before = dict(whole)
+                damages.append(_small_damage(wds_dir, name, what))
+    if damages:
+        return damages  # the digests of the samples stand in one of these
+    whole = Memo(memo)
     for name, number, folder, count in _tars(wds_dir):
-        path, state = wds_dir / name, None
+        path = wds_dir / name
+        state: list[int] = []
         try:
             status = os.stat(path)
             state = [status.st_size, status.st_mtime_ns, status.st_ino]
             size, date = tars.get(name, state[:2])
-            key = str(path.absolute())
-            if not full and (state[:2] == [size, date] or whole.get(key) == state):
+            if not full and (state[:2] == [size, date] or whole.known(path.absolute(), state)):
                 continue
             what = f"has {state[0]:,} bytes, {size:,} were written" if state[0] != size else None
             what = what or find_changed_sample(path, folder, number, count)
         except OSError as error:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         if what:
-            found.append(Damage(str(path), what, way_out(folder, path.relative_to(folder).as_posix()), name))
+            damages.append(Damage(str(path), what, way_out(folder, path.relative_to(folder).as_posix()), name))
         else:
-            whole[key] = state
-    if whole != before:
-        with contextlib.suppress(OSError):
-            write_json(memo, whole, indent=None)
-    return found
+            whole.add(path.absolute(), state)
+    whole.save()
+    return damages
 
 
 def _small_damage(wds_dir: Path, name: str, what: str) -> Damage:
     tar = name.removesuffix(".idx")
     if tar == name:
         return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), REINDEX)
-    place = wds_dir / tar
-    return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), way_out(place.parent, place.name), tar)
+    path = wds_dir / tar
+    return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), way_out(path.parent, path.name), tar)
 
 
 def _tars(wds_dir: Path) -> Iterator[tuple[str, int, Path, int]]:
@@ -131,13 +135,16 @@ def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str
     Where every sample has one, their places are those of the `.tar.idx`, which is far faster than to look for headers.
     """
     try:
-        digests = noted_digests(folder, number)
+        with SampleIndex(folder) as index:
+            digests = index.digests(number)
+            members: dict[int, list[Extent]] = defaultdict(list)
+            for row, _, offset, size in index.members(number) if len(digests) == count else ():
+                members[row].append((offset, size))
         if len(digests) == count:
             data = Path(f"{tar}.idx").read_bytes()
             if len(data) != 8 * (count + 1):
                 return f"its .idx has {len(data):,} bytes, {8 * (count + 1):,} are due"
             starts, size = struct.unpack(f"<{count + 1}Q", data), os.path.getsize(tar)
-            members = noted_places(folder, number)
             with open(tar, "rb") as file:
                 for row, (start, stop) in enumerate(itertools.pairwise(starts)):
                     sample = os.pread(file.fileno(), max(0, stop - start), start) if stop <= size else b""
@@ -148,7 +155,7 @@ def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str
         if len(samples) != count:
             return f"holds {len(samples):,} samples, {count:,} were written"
     except (OSError, OverflowError, tarfile.TarError) as error:
-        return f"can not be read: {error}"
+        return f"cannot be read: {error}"
     return None
 
 
@@ -159,72 +166,64 @@ def require_whole(wds_dir: Path, dataset: Path, full: bool = False) -> None:
         raise DataError(f"{first.file}: {first.what}{more}", first.fix)
 
 
-def out_of_date(paths: Paths) -> tuple[list[Path], bool]:
+class PlannedShard(Protocol):
+    @property
+    def raw(self) -> Path: ...
+    @property
+    def range(self) -> Range: ...
+
+
+def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, PlannedShard]) -> tuple[list[Path], bool]:
     """The tars that exist and have to be made again, and whether the index has to be.
 
-    Snakemake finds what is missing or newer by itself; this adds what is damaged or gone beside a tar, and ranges of raw
-    files whose content is another, whatever their dates say.
+    `planned`: the shards of the plan, by their names with their sources. Snakemake finds what is missing or newer by
+    itself; this adds what is damaged or gone beside a tar, and ranges of raw files whose content is another, whatever their
+    dates say.
     """
-    parts_dir = paths.webdatasets.with_name(f"{paths.webdatasets.name}.parts")
     stale: set[str] = set()
     made: dict[Path, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    for name, shard in paths.shards.items():
-        if not (paths.webdatasets / f"{name}.tar").exists():
+    for name, shard in planned.items():
+        if not (webdatasets / f"{name}.tar").exists():
             continue
-        folder = (parts_dir / name).parent
+        notes_dir = (default_notes_dir(webdatasets) / name).parent
         try:
-            stats = read_stats(folder / f"{Path(name).name}.stats.json")
-            raw, part = stats["raw"], shard.range
-            if not is_whole((paths.webdatasets / name).parent, folder, stats):
+            stats = read_stats(notes_dir / f"{Path(name).name}.stats.json")
+            if not is_whole((webdatasets / name).parent, notes_dir, stats):
                 stale.add(name)
-            elif (raw["start"], raw["end"]) == (part.start, part.end) and shard.raw.is_file():
-                made[shard.raw].append((name, raw))
+            elif (stats["raw"]["start"], stats["raw"]["end"]) == (
+                shard.range.start,
+                shard.range.end,
+            ) and shard.raw.is_file():
+                made[shard.raw].append((name, stats["raw"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             stale.add(name)
-    memo = paths.data / ".raw_files.json"
-    seen: dict[str, list[int]] = {}
-    with contextlib.suppress(DamagedFileError, OSError):
-        seen = read_json(memo, {})
-    before = dict(seen)
+    seen = Memo(dataset.with_name(".raw_files.json"))
     for raw, ranges in made.items():
         status = os.stat(raw)
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        if seen.get(str(raw)) == state:
+        if seen.known(raw, state):
             continue
         touched = [(name, noted) for name, noted in ranges if _is_touched(noted, state)]
         changed = {name for name, noted in touched if hash_range(raw, noted) != noted["hash"]}
         stale |= changed
         if not changed:
-            seen[str(raw)] = state
-    if seen != before:
-        with contextlib.suppress(OSError):
-            write_json(memo, seen, indent=None)
+            seen.add(raw, state)
+    seen.save()
     index = False
-    if paths.dataset.is_file():
+    if dataset.is_file():
         try:
-            damages = find_damages(paths.webdatasets, paths.dataset)
+            damages = find_damages(webdatasets, dataset)
         except (DataError, OSError):
             damages, index = [], True
         for damage in damages:
-            name = damage.redo.removesuffix(".tar") if damage.redo else None
-            if name in paths.shards:
-                stale.add(name)
-            elif name is None or paths.shards or damage.file.endswith(".idx"):
+            tar = damage.redo.removesuffix(".tar") if damage.redo else None
+            if tar and tar in planned:
+                stale.add(tar)
+            elif tar is None or planned or damage.file.endswith(".idx"):
                 index = True  # a foreign folder's own tar is not ours to make again: training refuses it
-    return [paths.webdatasets / f"{name}.tar" for name in sorted(stale)], index
+    return [webdatasets / f"{name}.tar" for name in sorted(stale)], index
 
 
 def _is_touched(noted: dict[str, Any], state: list[int]) -> bool:
     """Whether a raw file's size or dates are others than those that a conversion noted."""
     return [noted["size"], noted["mtime_ns"], noted.get("ctime_ns", state[2])] != state
-
-
-def read_stats(path: Path) -> dict[str, Any]:
-    """What the conversion noted of a shard. Raises DamagedFileError where it is of another one."""
-    stats = read_json(path)
-    if stats.get("shard") != path.name.removesuffix(".stats.json"):
-        raise DamagedFileError(
-            f"{path}: damaged: it is of {shown(stats.get('shard'))}",
-            "delete that shard's .tar and run the same command",
-        )
-    return stats

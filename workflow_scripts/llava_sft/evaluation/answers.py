@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.data.heldout import data_uri
 from llava_sft.data.records import Sample
 from llava_sft.errors import CheckpointError
+from llava_sft.report.pictures import data_uri
 
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12  # samples whose answers the report shows, with their pictures
 
@@ -81,7 +81,8 @@ def judge(samples: list[Sample], answers: list[Answer], by: str) -> tuple[list[d
         answers: one for each assistant turn of the samples, in their order.
         by: the record's key that names a sample's group.
     """
-    rows, examples = [], {True: [], False: []}
+    rows: list[dict[str, Any]] = []
+    examples: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     remaining = iter(answers)
     for sample in samples:
         turns = []
@@ -98,7 +99,7 @@ def judge(samples: list[Sample], answers: list[Answer], by: str) -> tuple[list[d
         }
         rows.append(row | {"turns": turns})
         if len(examples[correct]) < (RIGHT_SHOWN if correct else WRONG_SHOWN):
-            joined = {key: "\n".join(turn[key] for turn in turns) for key in ("answer", "prediction")}
+            joined = {key: "\n".join(str(turn[key]) for turn in turns) for key in ("answer", "prediction")}
             pictures = [data_uri(data) for data in sample.images]
             examples[correct].append(row | joined | {"cut": any(turn["cut"] for turn in turns), "images": pictures})
     return rows, examples[False] + examples[True]

@@ -26,9 +26,9 @@ import psutil
 import torch
 from PIL import Image
 
-from llava_sft.data.heldout import read_split
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.records import Sample
+from llava_sft.data.stored import read_split
 from llava_sft.errors import CheckpointError
 from llava_sft.evaluation.export import answer_greedily, load_export
 from llava_sft.files import read_json, write_json

@@ -70,7 +70,7 @@ class Checkpoints:
         `finish`."""
         if torch.distributed.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
         if self.model.ddp_config.use_distributed_optimizer:
             metadata["distrib_optim_sharding_type"] = "dp_reshardable"
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)

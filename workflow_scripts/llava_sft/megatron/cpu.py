@@ -88,7 +88,7 @@ def apply() -> bool:
         return False
     if PATCHED:
         return True
-    sys.modules["transformer_engine"] = None  # where it is installed, Megatron would take its optimizer: GPUs only
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # where it is installed, Megatron would take its optimizer: GPUs only
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # its start-up costs more than small models gain
     _patch_megatron()  # first: importing Megatron imports torch._dynamo, which lists torch's own functions
     torch.utils._device._device_constructors()  # and so does `with torch.device(…)`, which else would not know them

@@ -94,7 +94,7 @@ class LanguageConfig(_Frozen):
     rotary_base: PositiveFloat
     layernorm_epsilon: PositiveFloat = 1e-6
     max_position_embeddings: PositiveInt
-    # A tied copy of a config silently drops the trained lm_head, so a tied model can not even be written down here.
+    # A tied copy of a config silently drops the trained lm_head, so a tied model cannot even be written down here.
     untie_embeddings_and_output_weights: Literal[True] = True
 
     @model_validator(mode="after")

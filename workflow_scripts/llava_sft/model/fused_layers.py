@@ -199,7 +199,8 @@ class LanguageLayer(torch.autograd.Function):
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
         _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps)
         qkv, for_qkv = product(x, attention.linear_qkv, recipe)
-        inputs = turn(qkv, config.num_query_groups, *segments.turn, head_norms, eps)
+        cos, sin = segments.turn
+        inputs = turn(qkv, config.num_query_groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
         change, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
         middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, change)
@@ -225,7 +226,8 @@ class LanguageLayer(torch.autograd.Function):
         grad = norm_backward(change, middle, weight, None, second_scale, grad, sums)
         change, of_proj = product_backward(grad, for_proj, attention.linear_proj, recipe)
         changes = attend_backward(change, inputs, attended, statistics, segments, True)
-        change = turn_backward(changes, qkv, *segments.turn, sums, head_norms, eps)
+        cos, sin = segments.turn
+        change = turn_backward(changes, qkv, cos, sin, sums, head_norms, eps)
         change, of_qkv = product_backward(change, for_qkv, attention.linear_qkv, recipe)
         weight = attention.linear_qkv.layer_norm_weight
         grad = norm_backward(change, hidden, weight, None, first_scale, grad, sums)
@@ -292,12 +294,15 @@ class VisionLayer(torch.autograd.Function):
         of_fc2 = weight_gradient(fc2.weight, grad, active)
         change = gelu_backward(grad @ fc2.weight, before, sums)
         of_fc1 = weight_gradient(fc1.weight, change, second)
-        grad = norm_backward(change @ fc1.weight, middle, fc1.layer_norm_weight, *second_norm, grad, sums, biases=True)
+        mean, scale = second_norm
+        grad = norm_backward(change @ fc1.weight, middle, fc1.layer_norm_weight, mean, scale, grad, sums, biases=True)
         of_proj = weight_gradient(proj.weight, grad, attended.flatten(1))
         changes = attend_backward(grad @ proj.weight, inputs, attended, statistics, segments, False)
-        change = turn_backward(changes, None, *angles, sums)
+        cos, sin = angles
+        change = turn_backward(changes, None, cos, sin, sums)
         of_qkv = weight_gradient(linear_qkv.weight, change, first)
-        grad = norm_backward(change @ linear_qkv.weight, hidden, linear_qkv.layer_norm_weight, *first_norm, grad, sums)
+        mean, scale = first_norm
+        grad = norm_backward(change @ linear_qkv.weight, hidden, linear_qkv.layer_norm_weight, mean, scale, grad, sums)
         totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
         return grad, None, None, *totals, of_qkv, of_proj, of_fc1, of_fc2
 

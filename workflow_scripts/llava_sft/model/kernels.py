@@ -311,7 +311,8 @@ def turn_backward(
     (tokens, heads, head_dim), groups = grads[0].shape, grads[1].size(1)
     shape = _shape(heads, groups, head_dim, 4 * TILE)
     width = (heads + 2 * groups) * head_dim
-    out, q_weight, k_weight = grads[0].new_empty(tokens, width), *(weights or (None, None))
+    out = grads[0].new_empty(tokens, width)
+    q_weight, k_weight = weights or (None, None)
     here = sums.take(2 * head_dim if weights else width)
     _turn_backward[len(here),](
         *grads, qkv, out, q_weight, k_weight, cos, sin, here, tokens, sums.columns, eps, weights is not None, **shape,

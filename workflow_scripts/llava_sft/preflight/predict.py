@@ -13,8 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.data.lengths import SampleSizes
 from llava_sft.data.packing import cut_between
+from llava_sft.data.sizes import SampleSizes
 from llava_sft.files import read_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig

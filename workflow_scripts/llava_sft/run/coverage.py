@@ -10,8 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llava_sft.data.heldout import sample_ids
-from llava_sft.data.tars import METADATASET
+from llava_sft.data.nv_meta import METADATASET
+from llava_sft.data.stored import sample_ids
 from llava_sft.errors import RunError, SftError
 from llava_sft.files import read_json, write_json
 from llava_sft.run.layout import SAMPLE_COUNTS, SAMPLES

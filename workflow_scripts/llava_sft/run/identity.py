@@ -1,6 +1,6 @@
 """Which run a run directory holds: one set of data, model, start checkpoint and settings (`run.json`).
 
-The same run goes on from its newest whole checkpoint; another run in the same directory is refused with the difference
+The same run resumes from its newest whole checkpoint; another run in the same directory is refused with the difference
 named.
 """
 
@@ -107,7 +107,7 @@ def same_run(run_dir: Path, resolved: Resolved) -> tuple[Path, int] | None:
 
 
 def open_run(run_dir: Path, resolved: Resolved) -> int:
-    """Check that `run_dir` holds this run, or make it, and write run.json; returns the step it goes on from.
+    """Check that `run_dir` holds this run, or make it, and write run.json; return the step it resumes from.
 
     On a resume, unless lr_decay_iters is given, the run keeps the length of its schedule: a run that is made longer goes
     on at its min_lr.

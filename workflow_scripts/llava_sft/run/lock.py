@@ -29,13 +29,15 @@ def lock(run_dir: Path, patience_s: float = 0) -> BinaryIO:
     locked, began = False, time.monotonic()
     while True:
         holder = lock_holder(run_dir)
-        here = holder and holder["host"] == platform.node()
+        here = holder is not None and holder["host"] == platform.node()
         with contextlib.suppress(OSError):
-            locked = locked or fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+            if not locked:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
         if locked and (not holder or here or holder["seen_s"] >= DEAD_AFTER_S):
             break
         # Loader processes of a killed training notice after some seconds that it is dead.
-        dead = here and not locked and not psutil.pid_exists(holder["pid"])
+        dead = holder and here and not locked and not psutil.pid_exists(holder["pid"])
         if time.monotonic() - began >= max(patience_s, ENDS_WITHIN_S if dead else 0):
             by = f" (pid {holder['pid']} on {holder['host']}, seen {holder['seen_s']:.0f} s ago)" if holder else ""
             raise RunError(
@@ -43,7 +45,7 @@ def lock(run_dir: Path, patience_s: float = 0) -> BinaryIO:
             )
         time.sleep(1)
     if holder:
-        print(f"{run_dir}: stale lock of pid {holder['pid']} on {holder['host']}: that training is dead, going on")
+        print(f"{run_dir}: stale lock of pid {holder['pid']} on {holder['host']}: that training is dead, continuing")
     file.truncate(0)
     file.write(json.dumps({"host": platform.node(), "pid": os.getpid()}).encode())
     file.flush()

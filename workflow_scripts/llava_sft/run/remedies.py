@@ -82,20 +82,17 @@ def less_memory(values: dict, tokens: int) -> dict[str, list]:
     return {name: [value for value in dict.fromkeys(found) if value != values[name]] for name, found in smaller.items()}
 
 
-def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int], gpus: int) -> RunError:
+def out_of_memory(values: dict, memory: dict[str, float], largest: dict[str, int]) -> RunError:
     """The memory in use, and the settings that need less of what took most.
 
     Args:
         memory: GiB of weights, gradients, optimizer, and the `total` in use.
         largest: rows, tokens and patches of the micro-batch, and the patches of its largest image.
-        gpus: of a node.
     """
     state = {part: gib for part, gib in memory.items() if part != "total"}
     rest = max(0.0, memory["total"] - sum(state.values()))
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in {**state, "activations and the rest": rest}.items())
-    smaller = less_memory(values | {"gpus_per_node": gpus}, largest["tokens"]) | {
-        "max_pixels": [values["max_pixels"] // 2]
-    }
+    smaller = less_memory(values, largest["tokens"]) | {"max_pixels": [values["max_pixels"] // 2]}
     mostly_state, mostly_images = rest < sum(state.values()), largest["patches"] > largest["tokens"]
     large_image = largest["image"] * PATCH_SIZE**2 > values["max_pixels"] / 2
     helps = {

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llava_sft.errors import SettingsError, shown
+from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.settings.conflicts import Conflict, check_combinations, check_global_batch_size, processes_per_node
 from llava_sft.settings.resolve import data_parallel_size
 from llava_sft.settings.schema import DEFAULTS, STAGES, Settings
@@ -38,6 +39,11 @@ def experiments(misnamed: bool = False) -> list[str]:
     stems = sorted(path.stem for path in (CONFIG_DIR / "experiments").glob("*.yaml") if path.stem != "TEMPLATE")
     named = {stem for stem in stems if re.fullmatch(r"\w[\w.-]*", stem) and len(os.fsencode(stem)) <= 100}
     return [stem for stem in stems if (stem in named) != misnamed]
+
+
+def load_model(name: str) -> ModelConfig:
+    """The sizes in config/models/<name>.yaml. Raises SettingsError."""
+    return load_model_config(CONFIG_DIR / "models" / f"{name}.yaml")
 
 
 def load_settings(
@@ -143,7 +149,7 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
     where = origin.get(key, experiment_file)
     if key == "sources" and len(fault["loc"]) > 2:
         entry, *inner = fault["loc"][1:]
-        key = f"sources: entry {entry + 1}: {shown('.'.join(map(str, inner)))[1:-1]}"
+        key = f"sources: entry {int(entry) + 1}: {shown('.'.join(map(str, inner)))[1:-1]}"
         return f"{where}: {key}: {fault['msg'].lower()}", "an entry has path, heldout, image_root, weight, name"
     if fault["type"] == "extra_forbidden":
         near = (

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llava_sft.checkpoint.start import Start
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json, write_json
-from llava_sft.model.config import ModelConfig
 from llava_sft.settings.resolve import ResolvedSettings
 
 
@@ -40,10 +39,6 @@ class Resolved(BaseModel):
     data: ResolvedData
     start: Start
     versions: dict[str, str] = {}
-
-    @property
-    def architecture(self) -> ModelConfig:
-        return ModelConfig(**self.model)
 
     @classmethod
     def read(cls, path: Path) -> "Resolved":

@@ -40,7 +40,7 @@ class SourceSettings(BaseModel):
     heldout: str | None = None
     image_root: Path | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
-    name: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")] = ""
 
 
 class Named(Section):

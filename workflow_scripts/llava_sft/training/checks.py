@@ -62,7 +62,7 @@ def check_memory(resolved: dict) -> None:
     machine = this_machine(settings)
     batch = [MicroBatch(*resolved["batch"][name]) for name in ("mean", "largest")]
     forecast = forecast_of(model, settings, machine, *batch)
-    if forecast and forecast.prediction.memory_gib > machine.memory_gib:
+    if machine and forecast and forecast.prediction.memory_gib > machine.memory_gib:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in forecast.prediction.memory.items())
         stop_or_warn(
             settings,

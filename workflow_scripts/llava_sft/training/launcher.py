@@ -140,9 +140,11 @@ def run(
             training.kill()
         asked.append(now)
 
-    streams = {"stdout": output, "stderr": subprocess.STDOUT} if output else {}
+    errors = subprocess.STDOUT if output else None
     environment = os.environ | environment
-    training = subprocess.Popen(argv, env=environment, pass_fds=pass_fds, preexec_fn=_before_training, **streams)
+    training = subprocess.Popen(
+        argv, env=environment, pass_fds=pass_fds, preexec_fn=_before_training, stdout=output, stderr=errors
+    )
     # A signal that nohup, or a shell that started us in the background, has set to be ignored stays ignored.
     ignored = {n for n in TERMINALS if signal.getsignal(n) is signal.SIG_IGN}
     previous = {number: signal.signal(number, note) for number in STOP_SIGNALS if number not in ignored}

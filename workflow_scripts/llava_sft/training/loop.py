@@ -70,7 +70,7 @@ class Loop:
             iteration += 1
             self.log(iteration, sums, norm)
             if self.held_out and iteration % self.values["eval_interval"] == 0:
-                self.validate(iteration)
+                self.validate(self.held_out, iteration)
             if self.on_gpu and iteration % COLLECT_EVERY == 0:
                 gc.collect()
             stop = self.must_stop()
@@ -80,7 +80,7 @@ class Loop:
                 break
         else:
             if self.held_out and last % self.values["eval_interval"]:
-                self.validate(last)
+                self.validate(self.held_out, last)
             if last % interval and self.first < last:
                 self.saves.save(last)
         self.saves.finish(wait=True)
@@ -135,28 +135,28 @@ class Loop:
             self.watch.step(iteration, loss, rates, norm, memory_gib(self.on_gpu))
 
     @torch.no_grad()
-    def validate(self, iteration: int) -> None:
+    def validate(self, held_out: HeldOut, iteration: int) -> None:
         """The loss on the held-out samples, the same at every validation, and a few of them answered."""
         began = time.perf_counter()
-        self.held_out.rewind()
+        held_out.rewind()
         self.model.eval()
         total = torch.zeros(2, device=self.forward.device)
         for _ in range(self.values["eval_iters"]):
-            batches = (next(self.held_out) for _ in range(self.micro_batches))
+            batches = (next(held_out) for _ in range(self.micro_batches))
             sums = self._through_stages(batches.__next__) if self.stages > 1 else self.forward.evaluate(batches)
             if sums is not None:
                 torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
                 total += sums
         if sums is not None and self.watch.writes:
-            self._note(iteration, float(total[0] / total[1]))
+            self._note(held_out, iteration, float(total[0] / total[1]))
         self.model.train()
         self.watch.pause(time.perf_counter() - began)
 
-    def _note(self, iteration: int, loss: float) -> None:
-        examples, found = self.held_out.examples(self.values["log_answers"]), []
+    def _note(self, held_out: HeldOut, iteration: int, loss: float) -> None:
+        examples, found = held_out.examples(self.values["log_answers"]), []
         if torch.distributed.get_world_size() == self.replicas:  # this rank has a whole model
             limit = self.values["max_new_tokens"]
-            found = validation.answers(self.model, self.held_out, len(examples), limit, self.forward.device)
+            found = validation.answers(self.model, held_out, len(examples), limit, self.forward.device)
         validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
 
     def must_stop(self) -> bool:

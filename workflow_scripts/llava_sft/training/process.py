@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 from llava_sft.checkpoint.start import Start  # noqa: E402
-from llava_sft.data.lengths import read_sizes  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
+from llava_sft.data.sizes import read_sizes  # noqa: E402
 from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
 from llava_sft.files import read_json, write_json  # noqa: E402
@@ -36,7 +36,7 @@ from llava_sft.model.lora import Lora  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
-from llava_sft.run.layout import FAILURE, checkpoint_dir  # noqa: E402
+from llava_sft.run.layout import FAILURE, TENSORBOARD, checkpoint_dir  # noqa: E402
 from llava_sft.settings.resolve import data_parallel_size  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
@@ -76,7 +76,7 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
     if first:
         restore_position(loader, run_dir, first)
     writes = torch.distributed.get_rank() == world_size - 1
-    tensorboard = SummaryWriter(run_dir / "tensorboard", max_queue=1000) if writes else None
+    tensorboard = SummaryWriter(run_dir / TENSORBOARD, max_queue=1000) if writes else None
     peak = peak_flops(device)
     peak = peak and peak * world_size // replicas
     watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
@@ -92,7 +92,12 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
 
 
 def make_loader(
-    values: dict[str, Any], data: dict[str, Any], run_dir: Path, limits: tuple, rank: int, replicas: int
+    values: dict[str, Any],
+    data: dict[str, Any],
+    run_dir: Path,
+    limits: tuple[ChatTemplate, int, int, int],
+    rank: int,
+    replicas: int,
 ) -> TrainingLoader:
     """Micro-batches of this data-parallel rank."""
     return train_loader(
@@ -136,7 +141,7 @@ def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop:
     state = state_bytes(ModelConfig(**resolved["model"]), values, data_parallel_size(values))
     memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
-    return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest, values["gpus_per_node"])
+    return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest)
 
 
 def main(resolved_path: str, run_dir: str) -> None:

@@ -40,13 +40,13 @@ def this_job() -> Job | None:
     if not number or not shutil.which("srun"):
         return None
     described = _output("scontrol", "--oneliner", "show", "job", number)
-    found = {key: re.search(rf"\b{key}=(\S+)", described) for key in ("NodeList", "NumNodes", "NumCPUs")}
-    if not all(found.values()):
+    found = dict(re.findall(r"\b(NodeList|NumNodes|NumCPUs)=(\S+)", described))
+    if len(found) < 3:
         raise RunError(f"Slurm job {number}: `scontrol show job {number}` says: {described!r}", ASK_SLURM)
-    first = _output("scontrol", "show", "hostnames", found["NodeList"][1]).split("\n")[0]
+    first = _output("scontrol", "show", "hostnames", found["NodeList"]).split("\n")[0]
     # The address by which Slurm itself reaches the node; its name need not resolve.
     address = re.search(r"\bNodeAddr=(\S+)", _output("scontrol", "--oneliner", "show", "node", first))
-    nodes, cpus = int(found["NumNodes"][1].split("-")[0]), int(found["NumCPUs"][1])
+    nodes, cpus = int(found["NumNodes"].split("-")[0]), int(found["NumCPUs"])
     return Job(number, address[1] if address else first or platform.node(), nodes, max(1, cpus // nodes))
 
 

@@ -7,18 +7,20 @@ import contextlib
 import math
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.energon import SkipSample
 
-from llava_sft.data.heldout import data_uri, read_split
 from llava_sft.data.images import decode_rgb
-from llava_sft.data.loader import Conversation, VlmBatch, VlmTaskEncoder
+from llava_sft.data.loader import VlmBatch, VlmTaskEncoder
 from llava_sft.data.records import Sample
+from llava_sft.data.stored import read_split
 from llava_sft.errors import SHOWN, DataError, RunError
 from llava_sft.files import write_json
 from llava_sft.model.tokens import ANSWER_OPENING
+from llava_sft.report.pictures import data_uri
 from llava_sft.run.layout import BEST, VALIDATION, checkpoint_dir
 from llava_sft.run.records import append, read_jsonl
 
@@ -67,11 +69,8 @@ class HeldOut:
         self.batches = [self.encoder.batch(encoded[start : start + self.micro_batch_size]) for start in starts]
 
     def encode(self, sample: Sample):
-        conversation = Conversation(
-            __key__=sample.id, __restore_key__=(), messages=sample.messages, images=sample.images
-        )
         try:
-            return self.encoder.postencode_sample(self.encoder.preencode_sample(conversation))
+            return self.encoder.encode(sample.id or "", sample)
         except SkipSample:
             raise
         except Exception as error:  # Pillow raises errors of many kinds
@@ -135,7 +134,7 @@ def record(
         noted["images"] = {sample.id: [data_uri(image) for image in sample.images] for sample in examples}
     append(run_dir / VALIDATION, noted)
     finite = [one for one in read_jsonl(run_dir / VALIDATION) if math.isfinite(one["lm loss validation"])]
-    lowest = min(
+    lowest: dict[str, Any] = min(
         finite, key=lambda one: one["lm loss validation"], default={"iteration": iteration, "lm loss validation": loss}
     )
     checkpoint = str(checkpoint_dir(run_dir, lowest["iteration"]))  # saved right after, when the intervals are the same

@@ -61,7 +61,8 @@ class Watch:
             purge(tensorboard, first)
 
     def reset(self) -> None:
-        self.started, self.losses = time.perf_counter(), []
+        self.started = time.perf_counter()
+        self.losses: list[float] = []
         self.waited, self.tokens, self.padded, self.flops = 0.0, 0, 0, 0.0
 
     def save(self, iteration: int) -> None:

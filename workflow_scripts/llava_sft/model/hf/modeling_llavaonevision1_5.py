@@ -86,7 +86,7 @@ class RiceVisionModel(LLaVAOneVision1_5_PreTrainedModel):
     """RICE-ViT (region-aware cluster ViT, Xie et al. 2025) as used in LLaVA-OneVision-1.5, merger included."""
 
     config: RiceConfig
-    config_class = RiceConfig
+    config_class = RiceConfig  # type: ignore[assignment]
     main_input_name = "pixel_values"
 
     def __init__(self, config: RiceConfig):

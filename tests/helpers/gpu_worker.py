@@ -1,6 +1,6 @@
 """Comparisons inside one process on a GPU, for test_gpu.py: prints one JSON line of relative differences.
 
-python tests/gpu_worker.py HF_FOLDER
+python tests/helpers/gpu_worker.py HF_FOLDER
 """
 
 import json
@@ -14,13 +14,14 @@ os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_M
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from helpers import MODELS
+from helpers.gpu import VALUES, samples
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.megatron import distributed, parallel
 from llava_sft.model.config import load_model_config
 from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
 from llava_sft.model.template import ChatTemplate
 from llava_sft.training import forward
-from test_gpu import MODELS, VALUES, samples
 
 
 def main(tokenizer: str) -> None:
@@ -41,7 +42,7 @@ def main(tokenizer: str) -> None:
 
     limits = ChatTemplate(tokenizer), 2048, 3136, 50_000
     packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)  # 128: FP8 wants 16
-    encoded = [packing.postencode_sample(packing.preencode_sample(sample)) for sample in samples()]
+    encoded = [packing.encode_sample(sample) for sample in samples()]
     packed = packing.batch([packing.pack_selected_samples(encoded)])
 
     def losses_and_gradients(batches):

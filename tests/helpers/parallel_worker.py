@@ -1,13 +1,16 @@
-"""One rank of test_parallel.py: loads a checkpoint, takes a forward and backward pass, saves weights and gradients, for
-one parallel layout after the other in the same process (importing Megatron takes longer than all of it); then some steps
-of packs in chunks, with and without reduction of the gradients during the backward pass.
+"""The ranks of test_parallel.py: each loads a checkpoint, takes a forward and backward pass, saves weights and gradients, for
+one parallel layout after the other; then some steps of packs in chunks, with and without reduction of the gradients during
+the backward pass.
 
-    torchrun --nproc-per-node=4 tests/parallel_worker.py JOB_DIR
+    python tests/helpers/parallel_worker.py JOB_DIR RANKS
+
+The ranks are forked from a process that has Megatron imported: that takes longer than all of it.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +25,10 @@ cpu.apply()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 
+from helpers.conversations import VALUES, conversation, loader_batch  # noqa: E402
 from llava_sft.megatron import config, distributed, parallel  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.loop import Loop  # noqa: E402
-from test_megatron_model import VALUES, conversation, loader_batch  # noqa: E402
 
 
 def build(job: dict, tp: int, pp: int, values: dict, reduction: dict) -> Loop:
@@ -115,19 +118,23 @@ def steps(job: dict, tp: int, pp: int, parts: list[str], reduction: dict) -> dic
     return {"buckets": buckets, "steps": found}
 
 
-def main(folder: Path) -> None:
-    torch.distributed.init_process_group("gloo")
+def rank(number: int, folder: Path, ranks: int, port: int) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks)}
+    store = torch.distributed.TCPStore("127.0.0.1", port)
+    torch.distributed.init_process_group("gloo", store=store, rank=number, world_size=ranks)
     job, losses = read_json(folder / "job.json"), {}
     for name, *settings, save in job["runs"]:
         losses[name] = run(job, *settings, Path(job["folder"]) / name if save else None)
-    ranks = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, {name: steps(job, *settings) for name, *settings in job["steps"]})
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        (folder / "steps.json").write_text(json.dumps(ranks))
+    found = [None] * ranks
+    torch.distributed.all_gather_object(found, {name: steps(job, *settings) for name, *settings in job["steps"]})
+    if number == ranks - 1:
+        (folder / "steps.json").write_text(json.dumps(found))
         (folder / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    place, count = Path(sys.argv[1]).resolve(), int(sys.argv[2])
+    meeting = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.start_processes(rank, (place, count, meeting.port), nprocs=count, start_method="fork")

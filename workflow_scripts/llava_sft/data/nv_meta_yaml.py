@@ -32,8 +32,9 @@ def load_yaml(path: Path) -> Any:
         if any(mark in data for mark in b"&*!"):
             for event in yaml.parse(data, LOADER):
                 odd = next((what for what in ("anchor", "tag") if getattr(event, what, None)), None)
-                if odd and not (odd == "tag" and event.tag == "!"):
-                    raise ValueError(f"line {event.start_mark.line + 1}: {odd}s are not accepted")
+                if odd and getattr(event, odd) != "!":
+                    line = event.start_mark.line + 1 if event.start_mark else "?"
+                    raise ValueError(f"line {line}: {odd}s are not accepted")
         return yaml.load(data, LOADER)
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise ValueError(f"is no YAML: {' '.join(str(error).split())[:200]}") from None
@@ -58,22 +59,22 @@ def check_blend(config: Any) -> dict[str, dict[str, float]]:
     if not isinstance(config, dict) or not isinstance(config.get("splits"), dict):
         raise ValueError("has no mapping `splits`")
     _exactly({key: value for key, value in config.items() if key != "splits"}, BLEND)
-    found: dict[str, dict[str, float]] = {}
+    draws: dict[str, dict[str, float]] = {}
     for split, entry in config["splits"].items():
         if split not in ("train", "val", "test") or not isinstance(entry, dict) or entry.keys() != {"blend"}:
             raise ValueError(f"split {shown(split)}: only a blend of train, val or test is known")
         if not isinstance(entry["blend"], list):
             raise ValueError(f"the blend of {split} is no list")
-        found[split] = {}
-        for part in entry["blend"]:
-            name, weight = (part.get("path"), part.get("weight")) if isinstance(part, dict) else (None, None)
+        draws[split] = {}
+        for source in entry["blend"]:
+            name, weight = (source.get("path"), source.get("weight")) if isinstance(source, dict) else (None, None)
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
                 raise ValueError(f"path {shown(name)}: the name of a folder beside the file is due")
-            if type(weight) not in (int, float) or not 0 < weight < 1e18:
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < 1e18:
                 raise ValueError(f"{name}: weight {shown(weight)} is no number above 0")
-            _exactly(part, {"path": name, "weight": weight, "subflavors": {"source": name}})
-            found[split][name] = weight
-    return found
+            _exactly(source, {"path": name, "weight": weight, "subflavors": {"source": name}})
+            draws[split][name] = weight
+    return draws
 
 
 def _exactly(config: dict, known: dict) -> None:

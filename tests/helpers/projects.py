@@ -8,18 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[1]
+from helpers import ROOT
 
 
 def copy_project(target: Path) -> Path:
     """A copy of the project as git sees it, with nothing made in it yet."""
     listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     for name in listing.stdout.splitlines():
-        if (PROJECT / name).exists():
+        if (ROOT / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PROJECT / name, target / name, follow_symlinks=False)
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
     return target
 
 

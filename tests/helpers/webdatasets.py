@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tarfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,6 @@ from PIL import Image
 
 from llava_sft.data.plan import plan_ranges
 from llava_sft.data.shards import convert_range
-
-SCRIPTS = Path(__file__).parent.parent / "workflow_scripts"
 
 
 def picture(name: str = "PNG", size: tuple[int, int] = (32, 28), mode: str = "RGB", **options: Any) -> bytes:
@@ -46,7 +45,7 @@ class Raw:
         return [
             convert_range(self.path, self.images, self.wds, self.parts, prefix, part)
             for part in plan_ranges(self.path, range_bytes)
-            if only is None or part.index in only
+            if only is None or part.number in only
         ]
 
 
@@ -85,3 +84,33 @@ def read_with_energon(*paths: Path, full: bool = False) -> list[dict[str, list]]
         with contextlib.suppress(EmptyDatasetError):
             read[-1]["val"] = [show(batch[0]) for batch in get_loader(get_val_dataset(path, **common))]
     return read
+
+
+def tar_of(path: Path, members: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+
+
+def turns(number: int, images: int = 1) -> list[dict[str, str]]:
+    question = "<image>" * images + f"Question {number}?"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": f"Answer {number}."}]
+
+
+def mix(path: Path, numbers: range, videos: int = 0) -> None:
+    members: dict[str, Any] = {}
+    for n in numbers:
+        names = [["0_photo.JPG", "1_é b.c.png"], ["0_photo"], []][n % 3]
+        key = f"{'image' if names else 'text'}_{n}"
+        members |= {f"{key}.{name}": picture("JPEG" if "J" in name else "PNG") for name in names}
+        members[f"{key}.json"] = {"texts": turns(n, len(names)), "media": key[:5].strip("_"), "name": names}
+    for n in range(videos):
+        members |= {
+            f"video_{n}.0_v.mp4": b"v",
+            f"video_{n}.json": {"texts": turns(n), "media": "video", "name": ["0_v.mp4"]},
+        }
+    tar_of(path, members)

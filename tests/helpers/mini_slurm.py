@@ -1,6 +1,6 @@
 """A throw-away Slurm on this machine: real daemons, two nodes on loopback. As root, with Debian's slurm-wlm and munge.
 
-    python tests/mini_slurm.py start|stop FOLDER
+    python tests/helpers/mini_slurm.py start|stop FOLDER
 
 Its slurm.conf is linked into /etc/slurm, because Snakemake's jobs lose SLURM_CONF; a cluster that is there already is left
 alone. Unlike a real one it has neither accounting nor cgroups, and both nodes have this machine's host name.

@@ -1,22 +1,22 @@
-"""How many tokens and image patches each training sample has: what packing turns into steps, and preflight into memory
-and time. And how fast a loader process prepares them.
+"""Token and patch counts of every training sample, and how fast one loader process prepares samples.
 
-Notable: counted shard by shard and kept, so that new records, or another tokenizer, `seq_length` or image limits, cost what
-they change and no conversion. Of an image only the header is read.
+Notable: counted shard by shard and cached, so that new records, or another tokenizer, `seq_length` or image limits, cost
+what they change and no conversion. Of an image only the header is read.
 """
 
+import functools
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_sft.data.heldout import StoredShard, read_shard, source_weights, stored_shards
 from llava_sft.data.images import decode_rgb, image_grid
+from llava_sft.data.notes import without_images_like_it
 from llava_sft.data.order import GlobalOrder, SourceLengths
-from llava_sft.data.tars import read_at, without_images_like_it
+from llava_sft.data.stored import StoredShard, read_shard, source_weights, stored_shards
+from llava_sft.data.tars import Extent, read_at
 from llava_sft.errors import DataError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.model.processing import MERGE_SIZE, image_tokens, to_patches
@@ -40,10 +40,10 @@ class SampleSizes(NamedTuple):
     shards: list[tuple[str, int]]
     left_out: list[str]
 
-
-def sizes_of(content: dict[str, Any]) -> SampleSizes:
-    """What sizes.json holds."""
-    return SampleSizes(*(content[name] for name in SampleSizes._fields))
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "SampleSizes":
+        """What sizes.json holds."""
+        return cls(*(content[name] for name in cls._fields))
 
 
 def read_sizes(data: dict[str, Any]) -> SampleSizes | None:
@@ -51,7 +51,7 @@ def read_sizes(data: dict[str, Any]) -> SampleSizes | None:
     data or settings: they have to be counted again."""
     try:
         content = read_json(data["sizes"])
-        return sizes_of(content) if content["depends"] == data["sizes_depend"] else None
+        return SampleSizes.of(content) if content["depends"] == data["sizes_depend"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -65,10 +65,10 @@ class Limits(NamedTuple):
 
 
 def measure(
-    folder: Path, dataset: dict[str, Any], tokenizer: Path, limits: Limits, kept: Path, processes: int
+    folder: Path, dataset: dict[str, Any], tokenizer: Path, limits: Limits, cache: Path, processes: int
 ) -> dict[str, Any]:
     """What sizes.json holds: the sizes of the training samples, and the speed of a loader process on this machine."""
-    sizes = sample_sizes(folder, tokenizer, limits, kept, processes)
+    sizes = sample_sizes(folder, tokenizer, limits, cache, processes)
     speed = prepared_tokens_per_s(folder, tokenizer, limits)
     return {"depends": depends_on(dataset, tokenizer, limits), **sizes._asdict(), "prepared_tokens_per_s": speed}
 
@@ -88,43 +88,40 @@ def global_order(folder: Path, sizes: SampleSizes, capacity: int | None, window:
 
 def depends_on(dataset: dict[str, Any], tokenizer: Path, limits: Limits) -> str:
     """What sizes.json was made from; `dataset`: the content of dataset.json."""
-    return fingerprint(
-        [
-            dataset["fingerprint"],
-            file_fingerprint(tokenizer / "tokenizer.json"),
-            limits,
-            TEMPLATE_VERSION,
-            SIZES_VERSION,
-        ]
-    )
+    return fingerprint([dataset["fingerprint"], *_counted_with(tokenizer, limits)])
+
+
+def _counted_with(tokenizer: Path, limits: Limits) -> list[Any]:
+    return [file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION, SIZES_VERSION]
 
 
 def sample_sizes(
-    folder: Path, tokenizer: Path, limits: Limits, kept: Path | None = None, processes: int = 1
+    folder: Path, tokenizer: Path, limits: Limits, cache: Path | None = None, processes: int = 1
 ) -> SampleSizes:
     """The sizes of the training samples in the order of the shards.
 
-    `tokenizer`: folder with tokenizer.json. `kept`: folder for the counts of each shard; those that still hold are not
+    `tokenizer`: folder with tokenizer.json. `cache`: folder for the counts of each shard; those that still hold are not
     counted again. `processes` count shards side by side.
     """
     shards = list(stored_shards(folder, "train"))
-    of_these = fingerprint([file_fingerprint(tokenizer / "tokenizer.json"), limits, TEMPLATE_VERSION, SIZES_VERSION])
-    count = partial(_shard_sizes, tokenizer, limits, kept and kept / of_these)
+    count = functools.partial(
+        _shard_sizes, tokenizer, limits, cache and cache / fingerprint(_counted_with(tokenizer, limits))
+    )
     if processes > 1 and len(shards) > 1:
         with ProcessPoolExecutor(min(processes, len(shards))) as pool:
-            found = list(pool.map(count, shards))
+            counted = list(pool.map(count, shards))
     else:
-        found = [count(shard) for shard in shards]
-    return SampleSizes(*(list(chain.from_iterable(columns)) for columns in zip(*found, strict=True)))
+        counted = [count(shard) for shard in shards]
+    return SampleSizes(*(list(chain.from_iterable(columns)) for columns in zip(*counted, strict=True)))
 
 
-def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: StoredShard) -> SampleSizes:
+def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: StoredShard) -> SampleSizes:
     tar = shard.folder / shard.name
     status = tar.stat()
     content = [status.st_size, status.st_mtime_ns, file_fingerprint(f"{tar}.idx"), shard.layout, sorted(shard.excluded)]
     depends = fingerprint(content)
-    place = kept and kept / f"{shard.source}{shard.name}.json"
-    if place and (known := read_json(place, {"depends": None})).pop("depends") == depends:
+    cached = cache and cache / f"{shard.source}{shard.name}.json"
+    if cached and (known := read_json(cached, {"depends": None})).pop("depends") == depends:
         return SampleSizes(**known)
     template, sizes = _template(tokenizer), SampleSizes([], [], [], [], [])
     for row, key, sample, file, members in shard.rows():
@@ -137,25 +134,25 @@ def _shard_sizes(tokenizer: Path, limits: Limits, kept: Path | None, shard: Stor
         except OSError as error:  # Pillow's
             where = f"{tar}: sample {key} ({shown(sample.id)})"
             fix = without_images_like_it(shard.folder, shard.name)
-            raise DataError(f"{where}: an image can not be read: {error}", fix) from None
+            raise DataError(f"{where}: an image cannot be read: {error}", fix) from None
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
         sizes.rows.append(row)
     sizes.shards.append((shard.source + shard.name, len(sizes.tokens)))
-    if place:
-        write_json(place, {"depends": depends, **sizes._asdict()}, indent=None, sealed=True)
+    if cached:
+        write_json(cached, {"depends": depends, **sizes._asdict()}, indent=None, sealed=True)
     return sizes
 
 
-def _grid(file: int, place: tuple[int, int], limits: Limits) -> tuple[int, int]:
-    offset, size = place
+def _grid(file: int, extent: Extent, limits: Limits) -> tuple[int, int]:
+    offset, size = extent
     try:
         return image_grid(read_at(file, (offset, min(size, HEADER_BYTES))), limits.min_pixels, limits.max_pixels)
     except OSError:  # a profile or a comment longer than that
-        return image_grid(read_at(file, place), limits.min_pixels, limits.max_pixels)
+        return image_grid(read_at(file, extent), limits.min_pixels, limits.max_pixels)
 
 
-@cache
+@functools.cache
 def _template(tokenizer: Path) -> ChatTemplate:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # shards are counted side by side already
     return ChatTemplate(tokenizer)

@@ -17,7 +17,7 @@ import orjson
 import xxhash
 
 from llava_sft.data.plan import HELDOUT_PREFIX, shard_name
-from llava_sft.data.shards import TarWriter, write_idx
+from llava_sft.data.shards import TarWriter, idx_bytes
 from llava_sft.errors import DataError
 
 HELDOUT_BYTES = 256 << 20  # of one merged tar, about
@@ -72,27 +72,24 @@ def bound_by(row: dict[str, Any]) -> list[str]:
 
 
 def merge_heldout(
-    wds_dir: Path, folder: Path, rows: Iterable[tuple[str, bytes]]
+    wds_dir: Path, folder: Path, chosen: Iterable[tuple[str, bytes]]
 ) -> list[tuple[str, list[dict[str, Any]], str]]:
     """Copy samples, given as (shard, row of `.samples.jsonl`), into new tars in `folder`: [name, rows, hash of the tar]."""
     merged: list[tuple[str, list[dict[str, Any]], str]] = []
-    samples = _stored(wds_dir, rows)
+    samples = _stored(wds_dir, chosen)
     for first in samples:
-        name, written = shard_name(HELDOUT_PREFIX, len(merged)), []
+        name = shard_name(HELDOUT_PREFIX, len(merged))
+        rows: list[dict[str, Any]] = []
         with open(folder / f"{name}.tar", "wb") as file, open(folder / f"{name}.tar.idx", "wb") as idx:
             tar = TarWriter(file)
             for source, row in itertools.chain([first], samples):
-                key, offset = f"{HELDOUT_PREFIX[0]}{len(merged):05d}_{len(written):06d}", tar.offset
-                parts = [
-                    (part, tar.add(f"{key}.{part}", os.pread(source, size, at)), size)
-                    for part, at, size in row["parts"]
-                ]
-                size, digest = tar.offset - offset, tar.end_sample()
-                written.append({"key": key, "offset": offset, "size": size, "digest": digest, "parts": parts})
+                key = f"{HELDOUT_PREFIX[0]}{len(merged):05d}_{len(rows):06d}"
+                contents = ((name, os.pread(source, size, offset), None) for name, offset, size in row["parts"])
+                rows.append(tar.add_sample(key, contents))
                 if tar.offset >= HELDOUT_BYTES:
                     break
-            write_idx(idx, [row["offset"] for row in written], tar.offset)
-            merged.append((name, written, tar.finish()))
+            idx.write(idx_bytes([row["offset"] for row in rows], tar.offset))
+            merged.append((name, rows, tar.finish()))
     return merged
 
 

@@ -1,0 +1,215 @@
+"""What an inspection has seen so far: counts, problems, distributions, a gallery; and the report made of them."""
+
+import heapq
+import itertools
+import unicodedata
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from llava_sft.data.image_checks import ImageInfo
+from llava_sft.data.notes import Stats, counted, total
+from llava_sft.data.records import Sample
+from llava_sft.data.rejects import read_rejects
+from llava_sft.model.processing import image_tokens, patch_grid
+from llava_sft.model.template import ChatTemplate, UnusableSample
+
+DECODED_IMAGES = 500  # about so many are decoded in full
+PROBLEMS_KEPT, REJECTS_KEPT, GALLERY_SAMPLES = 50, 20, 12
+MOST_BARS = 12
+
+META, SHARDS, INDEX, SAMPLES, IMAGES = ".nv-meta", "shards", "index against tars", "samples", "images"
+VALUES = ("tokens", "turns", "images per sample", "image width", "image height", "question length", "answer length")
+SCRIPT_LETTERS = 500  # of a conversation, that its script is known by
+EAST_ASIAN = {"Cjk": "Chinese", "Hiragana": "Japanese", "Katakana": "Japanese", "Hangul": "Korean"}
+
+
+class TokenCounter:
+    """Tokens of a sample as training would make them, before anything is cut."""
+
+    def __init__(self, tokenizer: Path, seq_length: int, min_pixels: int, max_pixels: int):
+        self.template, self.seq_length, self.limits = ChatTemplate(tokenizer), seq_length, (min_pixels, max_pixels)
+        self.cut = self.left_out = 0
+
+    def count(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> int:
+        """`sizes`: width and height of each image in pixels."""
+        images = [image_tokens(patch_grid(height, width, *self.limits)) for width, height in sizes]
+        length = len(self.template.encode(messages, images, 1 << 40).input_ids)
+        if length > self.seq_length:
+            try:
+                self.template.encode(messages, images, self.seq_length)
+                self.cut += 1
+            except UnusableSample:
+                self.left_out += 1
+        return length
+
+
+class Findings:
+    """What has been found so far. `looked_at` counts what each check has seen, `problems` what it found wrong."""
+
+    def __init__(self, seed: int, tokens: TokenCounter | None):
+        self.seed, self.decode_every, self.tokens = seed, 1, tokens
+        self.seen: dict[str, set[int]] = {"sample": set(), "image": set()}  # 8-byte hashes
+        self.duplicates: Counter[str] = Counter(dict.fromkeys(self.seen, 0))
+        self.scripts: Counter[str] = Counter()
+        self.excluded = 0
+        self.looked_at: Counter[str] = Counter(dict.fromkeys((META, SHARDS, INDEX, SAMPLES, IMAGES), 0))
+        self.problem_counts: Counter[str] = Counter()
+        self.problems: list[dict[str, str]] = []
+        self.notes: list[str] = []
+        self.splits: dict[str, Counter[str]] = {}  # split: samples, shards, bytes
+        self.kinds: dict[str, Counter[str]] = {}  # kind: samples of each split
+        self.values: dict[str, Counter[int]] = {name: Counter() for name in VALUES}
+        self.formats: Counter[str] = Counter()
+        self.gallery: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}  # kind: heap, the luckiest samples
+
+    def problem(self, check: str, where: str, what: str) -> None:
+        self.problem_counts[check] += 1
+        if len(self.problems) < PROBLEMS_KEPT:
+            self.problems.append({"check": check, "where": where, "what": what})
+
+    def note_duplicate(self, what: str, *contents: bytes) -> int:
+        digest = xxhash.xxh3_64()
+        for content in contents:
+            digest.update(content)
+        number = digest.intdigest()
+        self.duplicates[what] += number in self.seen[what]
+        self.seen[what].add(number)
+        return number
+
+    def draw(self, name: str) -> int:
+        """A number that looks random and is the same for the same seed and name, in whatever order one looks."""
+        return xxhash.xxh3_64_intdigest(name.encode(), self.seed)
+
+    def note_sample(
+        self, split: str, kind: str, sample: Sample[str], infos: list[ImageInfo], hashes: list[bytes]
+    ) -> None:
+        """Count a sample; `infos` and `hashes` are of those of its images that can be read, and of all."""
+        for info in infos:
+            self.formats[info.extension] += 1
+            self.values["image width"][info.width] += 1
+            self.values["image height"][info.height] += 1
+        self.kinds.setdefault(kind, Counter())[split] += 1
+        self.values["images per sample"][len(sample.images)] += 1
+        self.values["turns"][sum(message["role"] == "user" for message in sample.messages)] += 1
+        for message in sample.messages:
+            if message["role"] != "system":
+                which = "question length" if message["role"] == "user" else "answer length"
+                self.values[which][len(message["content"])] += 1
+        texts = "\n".join(message["content"] for message in sample.messages)
+        self.note_duplicate("sample", texts.encode("utf-8", "surrogatepass"), *hashes)
+        self.scripts[script_of(texts)] += 1
+        if self.tokens and len(infos) == len(sample.images):
+            sizes = [(info.width, info.height) for info in infos]
+            self.values["tokens"][self.tokens.count(sample.messages, sizes)] += 1
+
+    def offer_to_gallery(
+        self, kind: str, split: str, key: str, sample: Sample[str], read: Callable[[str], bytes]
+    ) -> None:
+        """Keep the sample if it is among the luckiest of its kind; `read` gives the bytes of an image."""
+        heap = self.gallery.setdefault(kind, [])
+        luck = self.draw(key)
+        if len(heap) == GALLERY_SAMPLES and luck <= heap[0][0]:
+            return
+        images = [read(image) for image in sample.images]
+        entry = {
+            "key": key,
+            "id": sample.id,
+            "split": split,
+            "kind": kind,
+            "messages": sample.messages,
+            "images": images,
+        }
+        ranked = (luck, self.looked_at[SAMPLES], entry)  # keys of several sources may be the same
+        (heapq.heappush if len(heap) < GALLERY_SAMPLES else heapq.heappushpop)(heap, ranked)
+
+    def picked_gallery(self) -> list[dict[str, Any]]:
+        """Some samples of every kind, in turn, with their images' bytes."""
+        heaps = [sorted(heap, key=lambda entry: -entry[0]) for _, heap in sorted(self.gallery.items())]
+        picked = [heap[turn][2] for turn in range(GALLERY_SAMPLES) for heap in heaps if turn < len(heap)]
+        return picked[:GALLERY_SAMPLES]
+
+    def report(self, wds_dir: Path, converted: list[tuple[Path, list[Stats]]]) -> dict[str, Any]:
+        """Plain JSON. `converted`: of each source, the folder of the conversion's notes and its shards' statistics."""
+        length = self.tokens
+        return {
+            "path": str(wds_dir),
+            "ok": not self.problem_counts,
+            "checks": [
+                {"name": name, "looked_at": count, "problems": self.problem_counts[name]}
+                for name, count in self.looked_at.items()
+            ],
+            "problems": self.problems,
+            "notes": self.notes,
+            "splits": {split: dict(counts) for split, counts in sorted(self.splits.items())},  # train before val
+            "kinds": {kind: dict(counts) for kind, counts in sorted(self.kinds.items())},
+            "image_formats": dict(self.formats.most_common()),
+            "distributions": {name: distribution(values) for name, values in self.values.items() if values},
+            "duplicates": {
+                what: {"repeated": n, "different": len(self.seen[what])} for what, n in self.duplicates.items()
+            },
+            "scripts": dict(self.scripts.most_common()),
+            "sequence_length": length
+            and {"seq_length": length.seq_length, "cut": length.cut, "left_out": length.left_out},
+            "rejects": _rejects(converted),
+        }
+
+
+def _rejects(converted: list[tuple[Path, list[Stats]]]) -> dict[str, Any] | None:
+    shards = [stats for _, of_source in converted for stats in of_source]
+    if not shards:
+        return None
+    reasons = counted(shards, "reasons")
+    first = [row for folder, of_source in converted for row in read_rejects(folder, of_source)][:REJECTS_KEPT]
+    return {
+        "read": total(shards, "read"),
+        "rejected": total(shards, "rejected"),
+        "reasons": dict(reasons.most_common()),
+        "first": first,
+    }
+
+
+def script_of(text: str) -> str:
+    """The script that most letters are of, as Unicode names it, `other` without any: a hint at the language, no more."""
+    letters = filter(str.isalpha, text.replace("<image>", "")[:SCRIPT_LETTERS])
+    scripts = (unicodedata.name(letter, "other").split(" ")[0].capitalize() for letter in letters)
+    counts = Counter(EAST_ASIAN.get(script, script) for script in scripts)
+    if counts["Japanese"] > counts["Chinese"] / 10:  # kana tell, also where Chinese characters are more
+        counts["Japanese"] += counts["Chinese"]
+    return max(counts, key=counts.__getitem__) if counts.total() else "other"
+
+
+def distribution(values: Counter[int]) -> dict[str, Any]:
+    """Smallest, median, 95th percentile, largest and mean of counted values ≥ 0, and a histogram of at most 12 bars.
+
+    Bars are {from, to (inclusive), count}: one a value while there are few values, else of equal width, or, when the
+    largest value is over twenty times the median, growing geometrically.
+    """
+    ordered = sorted(values)
+    seen = list(itertools.accumulate(values[value] for value in ordered))
+    total = seen[-1]
+    low, median, p95, high = (ordered[bisect_left(seen, share * total)] for share in (0, 0.5, 0.95, 1))
+    if len(ordered) <= MOST_BARS:
+        starts = ordered
+    elif high > 20 * max(median, 1):
+        base = max(low, 1)
+        starts = sorted({low, *(int(base * (high / base) ** (bar / MOST_BARS)) for bar in range(MOST_BARS))})
+    else:
+        starts = sorted({low + (high + 1 - low) * bar // MOST_BARS for bar in range(MOST_BARS)})
+    ends = starts if starts is ordered else [following - 1 for following in starts[1:]] + [high]
+    return {
+        "count": total,
+        "min": low,
+        "median": median,
+        "p95": p95,
+        "max": high,
+        "mean": round(sum(value * count for value, count in values.items()) / total, 2),
+        "histogram": [
+            {"from": a, "to": b, "count": sum(count for value, count in values.items() if a <= value <= b)}
+            for a, b in zip(starts, ends, strict=True)
+        ],
+    }

@@ -1,0 +1,87 @@
+"""Records that are left out: why, where all of them are written, and what is said when there are too many."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llava_sft.errors import SHOWN, DataError
+from llava_sft.files import atomic_file
+
+ALL_REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
+FIRST_REASONS = 10  # that a message quotes
+FORMS = "LLaVA (conversations of from and value, image) or OpenAI (messages of role and content, images)"
+
+
+class Rejected(Exception):
+    """A record is left out. `reason` is one of a fixed set (it is counted), `detail` holds this record's values, cut."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail = reason, detail if len(detail) <= SHOWN else f"{detail[:SHOWN]}…"
+        super().__init__(f"{reason}: {self.detail}" if detail else reason)
+
+
+def reject_row(origin: dict[str, Any], record: dict[str, Any] | None, rejected: Rejected) -> bytes:
+    """A line of a shard's `.rejects.jsonl`. `origin`: {file, word, line_in_range, byte}; `record`: what was read of it, None
+    where it is no JSON object."""
+    name = record.get("id") if record else None
+    row = origin | {
+        "id": None if name is None else str(name)[:SHOWN],
+        "reason": rejected.reason,
+        "detail": rejected.detail,
+    }
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def read_rejects(notes_dir: Path, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the rejects of shards (their statistics, in order), each with its `line` in the raw file (1-based)."""
+    lines_before: Counter[str] = Counter()
+    for stats in shards:
+        if stats["rejected"]:
+            path = notes_dir / f"{stats['shard']}.rejects.jsonl"
+            try:
+                rejects = [orjson.loads(row) | {} for row in path.read_bytes().splitlines()]
+            except (OSError, ValueError, TypeError):
+                raise DataError(
+                    f"{path}: missing or damaged",
+                    f"delete {stats['shard']}.tar and run the same command, which converts it again",
+                ) from None
+            for reject in rejects:
+                yield reject | {"line": lines_before[reject["file"]] + reject["line_in_range"]}
+        lines_before[stats["raw"]["path"]] += stats["lines"]
+
+
+def write_all_rejects(path: Path, rejects: Iterable[dict[str, Any]]) -> list[str]:
+    """Write the rejects of all shards into one file; return the first of them in words."""
+    first: list[str] = []
+    with atomic_file(path) as file:
+        for reject in rejects:
+            file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
+            if len(first) < FIRST_REASONS:
+                name = f", id {reject['id']}" if reject["id"] is not None else ""
+                detail = f" ({reject['detail']})" if reject["detail"] else ""
+                first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
+    return first
+
+
+def too_many_rejects(rejected: int, read: int, allowed: float, first: list[str], where: Path | str) -> DataError:
+    """What is said when more than `allowed`, 0 to 1, of the records are rejected; `first`: some of them in words, `where` all
+    of them stand. That nothing is left is never advised."""
+    problem = (
+        f"{rejected:,} of {read:,} records were rejected; max_reject_fraction {allowed:g} allows"
+        f" {int(allowed * read):,}. The first:\n" + "\n".join(first)
+    )
+    if rejected == read:
+        return DataError(
+            problem, f"not one record can be used: it is their form. Read are {FORMS}; all rejects: {where}"
+        )
+    shares = (math.ceil(rejected / read * 10**digits) / 10**digits for digits in range(1, 18))
+    enough = next((share for share in shares if 1 > share >= rejected / read), rejected / read)
+    return DataError(
+        problem,
+        f"mend these records (all: {where}), or accept that they are left out with"
+        f" max_reject_fraction: {enough!r} (by hand: --max-reject-fraction {enough!r})",
+    )
