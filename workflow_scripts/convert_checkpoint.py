@@ -68,7 +68,7 @@ def export_peft(args: argparse.Namespace) -> None:
     from llava_sft.checkpoint.adapters import write_peft
 
     source = existing_checkpoint(Path(args.source))
-    model = model_of(source, args)
+    model = named_model(args) or model_of_run(source) or model_of_folder(args.sidecars or source.parent / SIDECARS)
     write_peft(source, args.target, model, run_settings(source)["start"]["load"])
     print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them")
 
@@ -193,15 +193,6 @@ def named_model(args: argparse.Namespace) -> ModelConfig | None:
     """The sizes that --model names."""
     if not args.model:
         return None
-<<<<<<< HEAD
-    if args.direction.startswith("mcore2") and (found := run_settings(source).get("model")):
-        try:
-            return ModelConfig(**found)
-        except (TypeError, ValueError) as error:
-            problem = str(error).splitlines()[0]
-            raise CheckpointError(f"{source.parent / RUN_FILE}: damaged: model: {problem}", "--model MODEL") from None
-    folder = args.sidecars or source
-=======
     return load_model_config(args.model) if args.model.endswith(".yaml") else load_model(args.model)
 
 
@@ -219,7 +210,6 @@ def model_of_run(source: Path) -> ModelConfig | None:
 
 def model_of_folder(folder: Path) -> ModelConfig:
     """The sizes that config.json says."""
->>>>>>> main
     try:
         return ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
     except CheckpointError as error:
