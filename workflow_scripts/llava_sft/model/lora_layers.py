@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from llava_sft.errors import SettingsError
+from llava_sft.model.fused_layers import FusedVisionLayer
 from llava_sft.model.llava import LlavaOneVision
 from llava_sft.model.lora import LINEARS, Lora
 
@@ -32,6 +34,8 @@ def attach(model: LlavaOneVision, lora: Lora, seed: int) -> None:
         part.requires_grad_(False)
         layers = [(layer.layer_number, layer) for layer in part.modules() if isinstance(layer, TransformerLayer)]
         for number, layer in layers or [(0, part)]:
+            if isinstance(layer, FusedVisionLayer):  # spells its products out: no hook is called, and `product` is not
+                raise SettingsError("lora_modules: vision_model, on a GPU", "lora_modules: [language_model, adapter]")
             for name, linear in layer.named_modules():
                 if name.endswith(LINEARS):
                     _add_pair(linear, lora, seed ^ zlib.crc32(f"{part_name}.{number}.{name}".encode()))

@@ -171,10 +171,9 @@ class Loop:
         batch = next(self.loader)
         waited = time.perf_counter() - began
         grids = [tuple(grid) for grid in batch.grids.tolist()]
-        flops = training_flops(
-            self.model_config, set(self.values["trainable_modules"]), batch.lengths, grids, len(batch.answer_labels),
-            Lora.of(self.values),
-        )  # fmt: skip
+        trained, lora = set(self.values["trainable_modules"]), Lora.of(self.values)
+        answers = len(batch.answer_labels)
+        flops = training_flops(self.model_config, trained, batch.lengths, grids, answers, lora)
         self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
         return batch
 
