@@ -7,10 +7,14 @@ import sys
 import pytest
 
 from helpers.trainings import ROOT, Run, same
+from llava_sft.checkpoint.start import Checkpoint, check_load
+from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.lora import Lora
+from llava_sft.run.identity import identity
 from llava_sft.run.layout import checkpoint_dir
+from llava_sft.settings.resolved import Resolved
 
 STEPS = 20
 HOW = {
@@ -91,6 +95,21 @@ def test_the_merged_export_passes_parity_and_the_peft_folder_adds_up_to_it(base,
         assert change.abs().max() > 0 and (merged[name] - weight - change).abs().max() < 1e-6, name
         changed += 1
     assert len(pairs) == 2 * changed and name.rsplit(".", 2)[1] not in config["target_modules"]
+
+
+def test_the_pairs_are_no_start_for_another_run_but_their_export_is(undisturbed):
+    source = checkpoint_dir(undisturbed.folder, STEPS)
+    with pytest.raises(CheckpointError, match="holds LoRA's pairs") as refused:
+        check_load(Checkpoint.of(source), {}, None, made_here=False)
+    assert "export it" in refused.value.fix
+
+
+def test_a_run_that_is_older_than_lora_goes_on_without(base):
+    now = Resolved.model_validate(base)
+    older = base | {"settings": {k: v for k, v in base["settings"].items() if not k.startswith("lora_")}}
+    assert identity(Resolved.model_validate(older)) == identity(now)
+    with_lora = base | {"settings": base["settings"] | {"lora_rank": 8}}
+    assert identity(Resolved.model_validate(with_lora)) != identity(now)
 
 
 @pytest.mark.parametrize("sizes", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])

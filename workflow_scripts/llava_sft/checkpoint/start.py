@@ -18,7 +18,7 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import PARTS
-from llava_sft.run.layout import CHECKSUMS, ITERATION, RUN_FILE, SIDECARS, TRACKER, iteration_name
+from llava_sft.run.layout import CHECKSUMS, ITERATION, LORA, RUN_FILE, SIDECARS, TRACKER, iteration_name
 
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
@@ -227,7 +227,11 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
         raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
     if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
         raise CheckpointError(f"load: {load}: one rank of a checkpoint", f"load: {folder.parent}")
-    existing_checkpoint(folder)
+    if (existing_checkpoint(folder) / LORA).is_file():
+        raise CheckpointError(
+            f"load: {load}: holds LoRA's pairs, not the weights that they stand beside",
+            "export it (convert_checkpoint.py mcore2hf), and load the folder that this makes",
+        )
     if checkpoint.kind == "legacy" and tokenizer is None:
         raise CheckpointError(
             f"load: {load}: a checkpoint of the original project, which keeps no tokenizer beside it",
