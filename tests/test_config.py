@@ -223,6 +223,8 @@ EXPERIMENT = "config/experiments/mine.yaml"
         ({"micro_batch_size": 0}, ["micro_batch_size", "0", "greater than 0"]),
         ({"train_iters": "soon"}, ["train_iters", "'soon'", "auto", "integer"]),
         ({"stage": "pretrain"}, ["stage", "'pretrain'", "sft"]),
+        ({"stage": []}, ["stage", "[]", "sft"]),
+        ({"stage": {"sft": 1}}, ["stage", "sft"]),
         ({"lr_warmup_fraction": 1.5}, ["lr_warmup_fraction", "1.5", "less than 1"]),
         ({"run_tag": "my run"}, ["run_tag", "'my run'"]),
         ({"run_tag": "../other"}, ["run_tag", "'../other'"]),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llava_sft.checkpoint.start import CONVERTED, Checkpoint, with_old_names
 from llava_sft.data.nv_meta import METADATASET, is_finished
+from llava_sft.data.plan import default_notes_dir
 from llava_sft.embedded import EMBEDDED, is_demo
 from llava_sft.files import fingerprint
 from llava_sft.settings.schema import Settings
@@ -149,8 +150,7 @@ class Paths:
     @cached_property
     def shards(self) -> dict[str, Shard]:
         """The plan of the conversion, see `plan_shards`."""
-        notes = self.webdatasets.with_name(f"{self.webdatasets.name}.parts")
-        return plan_shards(self.sources, self.settings, self.demo, notes)
+        return plan_shards(self.sources, self.settings, self.demo, default_notes_dir(self.webdatasets))
 
     def plan(self) -> list[dict]:
         return plan_of(self.sources, self.shards)

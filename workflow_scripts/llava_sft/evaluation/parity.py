@@ -1,4 +1,4 @@
-"""The gate of the export: the exported folder, loaded as a user would, against the Megatron model it was made from.
+"""Check that an exported folder, loaded as a user would, computes what the Megatron model it was made from computes.
 
 Notable:
 - real samples with 0, 1 and 3 images of different sizes; where the data has none, one is made of its images;

@@ -92,7 +92,7 @@ def _layers(experiment_file: Path, overrides: dict[str, Any]) -> list[tuple[str,
     own = read_yaml(experiment_file)
     layers = [(str(CONFIG_DIR / "config.yaml"), defaults), (str(experiment_file), own), ("--config", overrides)]
     stage = {**defaults, **own, **overrides}.get("stage")
-    if stage in STAGES:  # any other is reported with the other settings
+    if isinstance(stage, str) and stage in STAGES:  # any other is reported with the other settings
         preset = CONFIG_DIR / "stages" / f"{stage}.yaml"
         layers.insert(1, (str(preset), read_yaml(preset)))
     return layers
