@@ -1,5 +1,7 @@
 """LoRA: a training on the CPU that moves pairs alone, goes on bit for bit, and is exported merged and as PEFT's pairs."""
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,10 +10,12 @@ import pytest
 
 from helpers.trainings import ROOT, Run, same
 from llava_sft.checkpoint.start import Checkpoint, check_load
+from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.lora import Lora
+from llava_sft.model.tensors import PARTS
 from llava_sft.run.identity import identity
 from llava_sft.run.layout import checkpoint_dir
 from llava_sft.settings.resolved import Resolved
@@ -21,6 +25,11 @@ HOW = {
     "train_iters": STEPS, "save_interval": 10, "async_save": True, "lora_rank": 8, "lora_alpha": 16.0, "lr": 5e-3,
     "lora_modules": ["language_model"], "trainable_modules": ["language_model"], "lora_dropout": 0.0,
     "lr_warmup_fraction": 0.0,
+}  # fmt: skip
+VALUES = {
+    "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 2, "seed": 42, "bf16": False, "gpus_per_node": 0,
+    "trainable_modules": list(PARTS), "recompute_language": "none", "recompute_vision": "none", "fp8": "none",
+    "optimizer_precision": "bf16", "pipeline_model_parallel_size": 1,
 }  # fmt: skip
 pytestmark = pytest.mark.timeout(900)
 
@@ -112,14 +121,43 @@ def test_a_run_that_is_older_than_lora_goes_on_without(base):
     assert identity(Resolved.model_validate(with_lora)) != identity(now)
 
 
-@pytest.mark.parametrize("sizes", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
-def test_two_ranks_of_a_model_train_the_pairs_of_one(base, undisturbed, tmp_path, sizes):
-    how = HOW | {"nproc_per_node": 2, "train_iters": 4, "lr_decay_iters": STEPS, "save_interval": 2, sizes: 2}
-    run = Run(base, tmp_path / "parallel", **how)
+def test_two_pipeline_stages_train_the_pairs_of_one(base, undisturbed, tmp_path):
+    sizes = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
+    run = Run(base, tmp_path / "parallel", **HOW | sizes | {"train_iters": 4, "save_interval": 2})
     run.change(lr_decay_iters=STEPS)
     assert run.finish() == 0, run.said()
     for (_, loss, norm), (_, other, other_norm) in zip(run.losses(), undisturbed.losses(), strict=False):
         assert loss == pytest.approx(other, rel=1e-6) and norm == pytest.approx(other_norm, rel=1e-5)
+
+
+def test_gradients_of_all_pairs_are_the_same_with_tensor_parallelism(tmp_path):
+    language = {
+        "num_layers": 2,
+        "hidden_size": 128,
+        "ffn_hidden_size": 320,
+        "num_attention_heads": 4,
+        "kv_channels": 48,
+    }
+    language |= {"num_query_groups": 2, "vocab_size": 400, "rotary_base": 1e6, "max_position_embeddings": 2048}
+    vision = {"num_layers": 2, "hidden_size": 96, "ffn_hidden_size": 160, "num_attention_heads": 4}
+    model = ModelConfig.model_validate({"name": "parallel", "language": language, "vision": vision})
+    values = VALUES | {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_modules": list(PARTS)}
+    (tmp_path / "job.json").write_text(json.dumps({"model": model.model_dump(), "values": values}))
+    for tp in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
+        command += [ROOT / "tests/lora_worker.py", tmp_path, str(tp)]
+        paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "workflow_scripts")])
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout[-6000:]
+    losses = [float((tmp_path / f"loss{tp}").read_text()) for tp in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    one, two = (TorchDistReader(tmp_path / f"tp{tp}") for tp in (1, 2))
+    names = {name for row in Lora.of(values).rows(model) for name in Lora.of(values).shapes(row)}
+    assert one.tensors().keys() == two.tensors().keys() == names
+    for name in names:
+        expected = one.read(name)
+        assert (expected - two.read(name)).abs().max() <= 1e-4 * expected.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("trained", [False, True])
