@@ -15,7 +15,6 @@ from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time
 from llava_sft.settings.resolve import data_parallel_size
 from results import RESULTS, ROOT
 
-RECORDED = RESULTS / "preflight.json"
 ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
 
 
@@ -35,7 +34,7 @@ class Recorded(NamedTuple):
 def recorded() -> tuple[Recorded, ...]:
     """The recorded runs."""
     by_settings: dict[str, dict[str, Any]] = {}
-    for row in read_json(RECORDED, {"rows": []})["rows"]:
+    for row in read_json(RESULTS / "preflight.json", {"rows": []})["rows"]:
         if row["metric"] in ("peak_memory_gib", "step_s"):
             by_settings.setdefault(row["settings"]["run"], {"settings": row["settings"]})[row["metric"]] = row["value"]
     return tuple(_recorded(**run) for run in by_settings.values())
@@ -43,12 +42,8 @@ def recorded() -> tuple[Recorded, ...]:
 
 def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
     model = load_model_config(ROOT / "config/models" / f"{settings['values']['model']}.yaml")
-    mean, largest, machine = (
-        MicroBatch(*settings["mean"]),
-        MicroBatch(*settings["largest"]),
-        Machine(*settings["machine"]),
-    )
-    return Recorded(model, settings["values"], machine, mean, largest, peak_memory_gib, step_s)
+    mean, largest = MicroBatch(*settings["mean"]), MicroBatch(*settings["largest"])
+    return Recorded(model, settings["values"], Machine(*settings["machine"]), mean, largest, peak_memory_gib, step_s)
 
 
 def calibrate(runs: Collection[Recorded]) -> Calibration:
