@@ -34,7 +34,7 @@ test-slurm: $(READY)
 
 # Every fault of docs/faults.md in the real chain: about an hour; full disks as root only. `make soak`: random faults for another.
 test-faults: $(READY)
-	$(VENV)/bin/python -m pytest -m long tests/faults $(ARGS)
+	$(VENV)/bin/python -m pytest -m long --timeout 0 tests/faults $(ARGS)
 
 soak: $(READY)
 	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m faults.soak $(ARGS)

@@ -10,9 +10,9 @@ from scipy.optimize import nnls
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.model.cost import MicroBatch, state_bytes
+from llava_sft.preflight.cost import MicroBatch, state_bytes
 from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time_terms
-from llava_sft.settings.resolve import data_parallel_size
+from llava_sft.settings.resolve import ResolvedSettings
 from results import RESULTS, ROOT
 
 ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
@@ -22,7 +22,7 @@ class Recorded(NamedTuple):
     """One measured run: its settings, the mean and largest micro-batch, GiB at the peak, seconds of a step."""
 
     model: ModelConfig
-    values: dict[str, Any]
+    values: ResolvedSettings
     machine: Machine
     mean: MicroBatch
     largest: MicroBatch
@@ -41,16 +41,17 @@ def recorded() -> tuple[Recorded, ...]:
 
 
 def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -> Recorded:
-    model = load_model_config(ROOT / "config/models" / f"{settings['values']['model']}.yaml")
+    values = ResolvedSettings.model_validate(settings["values"] | {"experiment": ""})
+    model = load_model_config(ROOT / "config/models" / f"{values.model}.yaml")
     mean, largest = MicroBatch(*settings["mean"]), MicroBatch(*settings["largest"])
-    return Recorded(model, settings["values"], Machine(*settings["machine"]), mean, largest, peak_memory_gib, step_s)
+    return Recorded(model, values, Machine(*settings["machine"]), mean, largest, peak_memory_gib, step_s)
 
 
 def calibrate(runs: Collection[Recorded]) -> Calibration:
     """Non-negative factors with the least relative errors over `runs`."""
     memory, time = [], []
     for run in runs:
-        state = sum(state_bytes(run.model, run.values, data_parallel_size(run.values)).values()) / GIB
+        state = sum(state_bytes(run.model, run.values).values()) / GIB
         rest = max(run.memory_gib - state, 0.0)
         terms = memory_terms(run.model, run.values, run.largest)
         memory.append(([term / run.memory_gib for term in terms], rest / run.memory_gib))

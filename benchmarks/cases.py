@@ -1,5 +1,9 @@
 """What benchmarks/training.py trains with: a case is CASE, or PEER in transformers, with what it names."""
 
+from llava_sft.settings import layers
+from llava_sft.settings.resolve import ResolvedSettings, resolve
+from results import ROOT
+
 PEAK = 989e12  # FLOP/s, dense bf16 of an H100 or H200
 CASE = {"seq_length": 8192, "micro_batch_size": 1, "micro_batches": 4, "pack_chunk_tokens": 8192, "images": True}
 CASE |= {"fp8": "none", "recompute_language": "none", "recompute_vision": "none"}
@@ -71,11 +75,7 @@ RUN |= {"lr": 1e-5, "lr_warmup_fraction": 0.002, "weight_decay": 0, "adam_eps": 
 RUN |= {"log_interval": 1, "log_answers": 0, "save_interval": 10**6, "eval_interval": 10**6, "eval_iters": 0}
 
 
-def run_settings(model: str, overrides: dict) -> dict:
+def run_settings(model: str, overrides: dict) -> ResolvedSettings:
     """Resolved settings of a run of `model` on one GPU."""
-    from llava_sft.settings import layers
-    from llava_sft.settings.resolve import resolve
-    from results import ROOT
-
     layers.CONFIG_DIR = ROOT / "config"
-    return resolve(layers.load_settings("vqa", RUN | {"model": model} | overrides), 1000)[0].dump()
+    return resolve(layers.load_settings("vqa", RUN | {"model": model} | overrides), 1000)[0]

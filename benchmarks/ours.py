@@ -24,12 +24,14 @@ import torch
 
 from cases import CASE, PEAK, run_settings
 from kernels import kernel_times
+from llava_sft.checkpoint.start import Start
 from llava_sft.data.loader import VlmBatch
 from llava_sft.model.config import load_model_config
-from llava_sft.model.cost import matmul_parameters, training_flops
 from llava_sft.model.processing import PATCH_VALUES
 from llava_sft.model.template import ChatTemplate
+from llava_sft.preflight.cost import matmul_parameters, training_flops
 from llava_sft.run.layout import checkpoint_dir
+from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.training import process
 from llava_sft.training.loop import Loop, pad_multiple
 from results import ROOT, machine
@@ -77,7 +79,7 @@ class Phases:
 class Cases:
     """Trains the cases one after another on the loaders' batches."""
 
-    def __init__(self, loop: Loop, cases: list[dict], resolved: dict, run_dir: Path):
+    def __init__(self, loop: Loop, cases: list[dict], resolved: Resolved, run_dir: Path):
         self.loop, self.model = loop, unwrapped(loop.model)
         self.phases = Phases(self.model)
         self.iteration, self.waited = 0, 0.0
@@ -85,11 +87,11 @@ class Cases:
         # All loaders at once: each counts the samples' tokens first, which takes seconds.
         self.loaders = {}
         for length, rows in {(case["seq_length"], case["micro_batch_size"]) for case in cases}:
-            template = ChatTemplate(resolved["start"]["sidecars"])
-            limits = template, length, loop.values["min_pixels"], loop.values["max_pixels"]
-            values = loop.values | {"micro_batch_size": rows}
+            template = ChatTemplate(resolved.start.sidecars)
+            limits = template, length, loop.values.min_pixels, loop.values.max_pixels
+            values = loop.values.model_copy(update={"micro_batch_size": rows})
             ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            self.loaders[length, rows] = process.make_loader(values, resolved["data"], run_dir, limits, *ranks)
+            self.loaders[length, rows] = process.make_loader(values, resolved.data, run_dir, limits, *ranks)
 
     def run(self, case: dict) -> dict:
         """The case and its figures: `steps`, and the memory at their peak and between them."""
@@ -114,7 +116,8 @@ class Cases:
             config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
         language.config.fp8 = None if case["fp8"] == "none" else "hybrid"
         language.config.fp8_recipe = case["fp8"]
-        self.loop.values["pack_chunk_tokens"] = case["pack_chunk_tokens"]
+        chunk = {"pack_chunk_tokens": case["pack_chunk_tokens"]}
+        self.loop.values = self.loop.values.model_copy(update=chunk)
         self.loop.micro_batches = case["micro_batches"]
         self.loop.loader = self.clocked(self.loaders[case["seq_length"], case["micro_batch_size"]], case["images"])
         self.phases.on = case.get("profile", False)
@@ -159,7 +162,7 @@ class Cases:
         """How much there was to do for a micro-batch. Of a chunk: tokens, patches, images, answer tokens."""
         grids = [tuple(grid) for grid in batch.grids.tolist()]
         chunks = batch.chunks(case["pack_chunk_tokens"], pad_multiple(self.loop.on_gpu))
-        trained, answers = set(self.loop.values["trainable_modules"]), len(batch.answer_labels)
+        trained, answers = self.loop.values.trained, len(batch.answer_labels)
         return {
             "chunks": [(c.input_ids.numel(), len(c.pixels), len(c.grids), len(c.answer_labels)) for c in chunks],
             "segments": batch.lengths,
@@ -192,7 +195,7 @@ class Cases:
         self.loop.saves.states.load(folder)
         loaded = {"load_s": time.perf_counter() - began, "same": before == self.sums()}
         loaded["load_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        in_background = self.loop.values["async_save"]
+        in_background = self.loop.values.async_save
         return {"saves": saves, "async": in_background, "bytes": size, "save_peak_gib": peak, **loaded}
 
     def state(self) -> Iterator[torch.Tensor]:
@@ -238,12 +241,12 @@ def limit_memory(gib: float) -> None:
 
 def train(args) -> None:
     cases = [CASE | case for case in args.cases]
-    resolved = {
-        "settings": run_settings(args.model, {"train_iters": sum(case["steps"] for case in cases)} | args.values),
-        "model": load_model_config(ROOT / "config/models" / f"{args.model}.yaml").model_dump(),
-        "data": {"path": str(args.webdatasets), "fingerprint": "benchmark"},
-        "start": {"sidecars": str(args.tokenizer), "folder": None, "untrained": True, "old_names": False},
-    }
+    resolved = Resolved(
+        settings=run_settings(args.model, {"train_iters": sum(case["steps"] for case in cases)} | args.values),
+        model=load_model_config(ROOT / "config/models" / f"{args.model}.yaml").model_dump(),
+        data=ResolvedData(path=str(args.webdatasets), fingerprint="benchmark"),
+        start=Start(sidecars=args.tokenizer, fingerprint="benchmark", untrained=True),
+    )
     report: dict[str, Any] = {"model": args.model, "machine": machine(), "cases": {}}
     report |= {"optimizer_precision": args.values.get("optimizer_precision", "bf16")}
     run_dir = Path(tempfile.mkdtemp(prefix="llava_sft_training_"))

@@ -16,11 +16,11 @@ from cases import PEAK, run_settings
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder
 from llava_sft.data.stream import Ranks, train_loader
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.model.cost import training_flops
 from llava_sft.model.hf.configuration_llavaonevision1_5 import Llavaonevision1_5Config
 from llava_sft.model.hf.modeling_llavaonevision1_5 import LLaVAOneVision1_5_ForConditionalGeneration
 from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, PATCH_SIZE
 from llava_sft.model.template import ChatTemplate
+from llava_sft.preflight.cost import training_flops
 from results import ROOT, machine
 
 
@@ -99,7 +99,7 @@ def train(args) -> None:
     (case,) = args.cases
     values, config = run_settings(args.model, {}), load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
     template = ChatTemplate(args.tokenizer)
-    limits = case["seq_length"], values["min_pixels"], values["max_pixels"]
+    limits = case["seq_length"], values.min_pixels, values.max_pixels
     encoder = VlmTaskEncoder(template, *limits, case["packed"], 1, 0)
     loader = iter(train_loader(args.webdatasets, encoder, Ranks(0, 1, 6), 1, 1000))
     batches = [next(loader) for _ in range(case["accumulate"] * (case["warm"] + case["steps"]))]
@@ -122,7 +122,7 @@ def train(args) -> None:
     flops = useful = 0
     for batch in batches[case["accumulate"] * case["warm"] :]:
         grids = [tuple(grid) for grid in batch.grids.tolist()]
-        flops += training_flops(config, values["trainable_modules"], batch.lengths, grids, len(batch.answer_labels))
+        flops += training_flops(config, values.trained, batch.lengths, grids, len(batch.answer_labels))
         useful += batch.num_tokens
     result = case | {
         "recompute": what,

@@ -21,8 +21,8 @@ from calibration import Recorded, calibrate, of_device, recorded, write_factors
 from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import gpu, this_machine
-from llava_sft.model.cost import MicroBatch
 from llava_sft.preflight import predict
+from llava_sft.preflight.cost import MicroBatch
 from llava_sft.run.records import read_metrics
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import first_epoch, packing_window, resolve
@@ -61,13 +61,13 @@ def record() -> None:
         capacity = settings.seq_length if settings.packing else None
         epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
         settled, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
-        values = settled.dump() | {"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0}
+        values = settled.model_copy(update={"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0})
         mean, largest = predict.mean_and_largest(sizes, values, epoch.packs if settings.packing else None)
-        machine = this_machine(values)
+        machine = this_machine(values.gpus_per_node, values.nproc_per_node)
         folder = OUT / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_json(folder / "run.json", before | {"settings": values})
+        write_json(folder / "run.json", before | {"settings": values.dump()})
         environment = single_process() | {"PYTHONPATH": str(ROOT / "workflow_scripts")}
         command = [sys.executable, "-m", "llava_sft.training", folder / "run.json", folder]
         with open(OUT / "log", "w") as log:
@@ -75,7 +75,7 @@ def record() -> None:
         metrics = read_metrics(folder)
         seconds = [entry["step_s"] for entry in metrics[WARM:]]
         memory = max(entry["memory_gib"] for entry in metrics)
-        of_run = {name: values[name] for name in RECORDED if name in values}
+        of_run = values.model_dump(mode="json", include=set(RECORDED))
         name = ", ".join(f"{key} {value}" for key, value in overrides.items() if key != "packing_buffer_size")
         known = {"run": f"CPU: {name}", "values": of_run, "machine": machine, "mean": mean, "largest": largest}
         spread = f"{min(seconds):.2f} … {max(seconds):.2f} s in {len(seconds)} steps"
@@ -132,13 +132,13 @@ USUAL |= {"fp8": "none", "optimizer_precision": "bf16", "recompute_language": "n
 def short(run: Recorded) -> str:
     """What is unusual about a recorded run of a GPU, and its packs a step; of a CPU, its batch."""
     if run.machine.device == "CPU":
-        what = "packs" if run.values["packing"] else "samples"
-        unusual = {name: run.values[name] for name in ("recompute_language", "recompute_vision")}
-        given = [f"{run.values['micro_batch_size']} {what} of {run.values['seq_length']:,} at once"]
+        what = "packs" if run.values.packing else "samples"
+        unusual = {name: getattr(run.values, name) for name in ("recompute_language", "recompute_vision")}
+        given = [f"{run.values.micro_batch_size} {what} of {run.values.seq_length:,} at once"]
     else:
-        unusual = {name: run.values[name] for name in USUAL}
-        gpus = run.values["nproc_per_node"]
-        given = [f"{run.values['global_batch_size']} packs" + (f" on {gpus} GPUs" if gpus > 1 else "")]
+        unusual = {name: getattr(run.values, name) for name in USUAL}
+        gpus = run.values.nproc_per_node
+        given = [f"{run.values.global_batch_size} packs" + (f" on {gpus} GPUs" if gpus > 1 else "")]
     return "; ".join(given + [f"{name}: {value}" for name, value in unusual.items() if value != USUAL[name]])
 
 

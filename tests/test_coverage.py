@@ -20,6 +20,8 @@ from llava_sft.files import write_json
 from llava_sft.model.template import ChatTemplate
 from llava_sft.run.coverage import count_samples, sample_counts, summary
 from llava_sft.run.layout import SAMPLE_COUNTS
+from llava_sft.settings.resolve import ResolvedSettings
+from llava_sft.settings.resolved import ResolvedData
 from llava_sft.training.watch import Watch
 
 
@@ -73,7 +75,7 @@ def test_the_loader_names_samples_of_a_blend_by_their_source(tmp_path, small_che
 
 
 def test_of_the_ranks_that_share_samples_the_one_that_logs_keeps_its_lines(wds, tmp_path):
-    values = {"log_samples": True, "log_interval": 10, "train_iters": 2, "max_bad_steps": 9}
+    values = ResolvedSettings(experiment="x", train_iters=2)
     logging, silent = (Watch(tmp_path, values, 0, 1, 0, writes, None, None) for writes in (True, False))
     ids = sorted(sample_ids(wds, "train")[""])
     for step in (1, 2):
@@ -87,13 +89,18 @@ def test_of_the_ranks_that_share_samples_the_one_that_logs_keeps_its_lines(wds, 
 def test_a_report_makes_the_counts_again_that_were_damaged_and_deleted(wds, tmp_path):
     ids = sorted(sample_ids(wds, "train")[""])
     note(tmp_path, [ids, ids[:3]])
-    resolved = {"run_name": "run", "settings": {"train_iters": 2}, "why": {}, "data": {"path": str(wds)}}
+    resolved = {
+        "run_name": "run",
+        "settings": {"train_iters": 2},
+        "why": {},
+        "data": {"path": str(wds), "fingerprint": "d"},
+    }
     write_json(tmp_path / "resolved.json", resolved)
     write_json(tmp_path / "done.json", {"iteration": 2})
     asked = SimpleNamespace(
         run_dir=tmp_path, resolved=tmp_path / "resolved.json", train_done=tmp_path / "done.json", export=None
     )
-    count_samples(tmp_path, resolved)
+    count_samples(tmp_path, ResolvedData(path=str(wds), fingerprint="d"), 2)
     made = (tmp_path / SAMPLE_COUNTS).read_bytes()
     (tmp_path / SAMPLE_COUNTS).write_text("")
     with pytest.raises(DamagedFileError, match=SAMPLE_COUNTS):

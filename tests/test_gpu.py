@@ -54,11 +54,12 @@ class Training:
         self.run_dir = run_dir
         model = model or load_model_config(MODELS / "tiny.yaml")
         resolved = {
-            "settings": VALUES | {"gpus_per_node": int(gpu), "bf16": gpu} | values,
+            "settings": VALUES.model_copy(update={"gpus_per_node": int(gpu), "bf16": gpu} | values).dump(),
             "model": model.model_dump(),
             "data": {"path": str(data["shards"]), "fingerprint": "test"},
             "start": {
                 "sidecars": str(data["tokenizer"]),
+                "fingerprint": "test",
                 "folder": start and str(start),
                 "untrained": True,
                 "old_names": False,

@@ -197,7 +197,7 @@ def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypa
 def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
     from torch.utils.checkpoint import checkpoint
 
-    from llava_sft.model.fused_layers import AccumulatingLinear
+    from llava_sft.model.products import AccumulatingLinear
 
     x, weight = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5))
     weight.main_grad = torch.ones(3, 5)

@@ -1,22 +1,25 @@
-"""Preflight's prediction: near what was recorded, in step with the settings, and loud where a run can not fit."""
+"""Preflight's prediction: near what was recorded, in step with the settings, and loud where a run cannot fit."""
 
 import random
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from calibration import all_factors, calibrate, of_device, recorded
+from llava_sft.checkpoint.start import Start
 from llava_sft.data.order import Passes
 from llava_sft.data.sizes import SampleSizes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config
-from llava_sft.model.cost import MicroBatch
+from llava_sft.preflight.cost import MicroBatch
 from llava_sft.preflight.predict import Prediction, calibration_for, fits, mean_and_largest, predict
 from llava_sft.preflight.proposals import proposal_lines, proposals
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
-from llava_sft.settings.resolve import resolve
+from llava_sft.settings.resolve import ResolvedSettings, resolve
+from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.training import checks
 from llava_sft.training.checks import check_memory
 
@@ -31,14 +34,14 @@ def sizes() -> SampleSizes:
     return SampleSizes([each[0] // 4 + draw.randint(60, 300) for each in patches], patches, [], [], [])
 
 
-def settings(sizes: SampleSizes, **changed) -> dict:
+def settings(sizes: SampleSizes, **changed) -> ResolvedSettings:
     wanted = {"model": "4b", "packing": True, "seq_length": 8192, "micro_batch_size": 1, "gpus_per_node": 1}
     wanted |= {"global_batch_size": "auto", "train_iters": "auto"} | changed
-    return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0].dump()
+    return resolve(load_settings("vqa", wanted), len(sizes.tokens))[0]
 
 
-def batches(sizes: SampleSizes, values: dict) -> tuple[MicroBatch, MicroBatch]:
-    packs = list(Passes(sizes.tokens, values["seq_length"], 2000, seed="1").first_pass()) if values["packing"] else None
+def batches(sizes: SampleSizes, values: ResolvedSettings) -> tuple[MicroBatch, MicroBatch]:
+    packs = list(Passes(sizes.tokens, values.seq_length, 2000, seed="1").first_pass()) if values.packing else None
     return mean_and_largest(sizes, values, packs)
 
 
@@ -92,20 +95,28 @@ def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
     assert found
     for changed, prediction in found:
         assert fits(prediction, H100)
-        assert any(values[name] != value for name, value in changed.items())
+        assert any(getattr(values, name) != value for name, value in changed.items())
     same_length = [prediction.tokens_per_s for changed, prediction in found if "seq_length" not in changed]
     assert same_length == sorted(same_length, reverse=True)
     assert all(line for line in proposal_lines(found))
 
 
+def run_of(values: ResolvedSettings, mean: MicroBatch, largest: MicroBatch) -> Resolved:
+    start = Start(sidecars=Path("hf"), fingerprint="s")
+    batch = {"mean": mean, "largest": largest}
+    return Resolved(
+        settings=values, model=MODEL.model_dump(), batch=batch, data=ResolvedData(fingerprint="d"), start=start
+    )
+
+
 def with_memory(monkeypatch, gib: float) -> None:
-    monkeypatch.setattr(checks, "this_machine", lambda values: H100)
+    monkeypatch.setattr(checks, "this_machine", lambda gpus, processes: H100)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=gib * GIB))
 
 
 def test_a_save_that_this_machines_memory_can_not_take_stops_the_run_before_it_starts(sizes, monkeypatch):
     values = settings(sizes)
-    resolved = {"settings": values, "model": MODEL.model_dump(), "batch": dict.fromkeys(("mean", "largest"), [0.0] * 5)}
+    resolved = run_of(values, MicroBatch(0, 0, 0, 0), MicroBatch(0, 0, 0, 0))
     with_memory(monkeypatch, 20)
     with pytest.raises(RunError, match=r"saving needs 4\d\.\d GiB of host memory.*; 20\.0 GiB are free"):
         check_memory(resolved)
@@ -120,12 +131,11 @@ def test_a_save_that_this_machines_memory_can_not_take_stops_the_run_before_it_s
 def test_a_run_that_can_not_fit_stops_before_it_starts_unless_told_otherwise(sizes, monkeypatch, capsys):
     with_memory(monkeypatch, 200)
     values = settings(sizes, seq_length=32768, pack_chunk_tokens=32768)
-    mean, largest = batches(sizes, values)
-    resolved = {"settings": values, "model": MODEL.model_dump(), "batch": {"mean": mean, "largest": largest}}
+    batch = batches(sizes, values)
     with pytest.raises(RunError, match=r"predicted to need .* GiB .*has 79") as stopped:
-        check_memory(resolved)
+        check_memory(run_of(values, *batch))
     assert "memory_check: warn" in stopped.value.fix
-    check_memory(resolved | {"settings": values | {"memory_check": "warn"}})
+    check_memory(run_of(values.model_copy(update={"memory_check": "warn"}), *batch))
     assert "predicted to need" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers import MODELS, ROOT
-from helpers.runs import open_run, same_run
+from helpers.runs import VALUES, open_run, same_run
 from llava_sft.errors import RunError
 from llava_sft.files import atomic_dir, read_json, write_json
 from llava_sft.model.config import load_model_config
@@ -227,8 +227,8 @@ def test_the_lock_holds_as_long_as_a_training_process_lives_even_when_its_launch
 )
 def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypatch, asked, count):
     monkeypatch.chdir(ROOT)
-    values = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)[0].dump()
-    assert values["nproc_per_node"] == count
+    values = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)[0]
+    assert values.nproc_per_node == count
     argv, environment = command(count, ["a", "b"], "/tmp/store")
     assert ("torch.distributed.run" in argv) == (count > 1)
     assert argv[-4:] == ["-m", "llava_sft.training", "a", "b"]
@@ -301,7 +301,7 @@ def test_a_resume_drops_the_records_of_the_steps_that_it_takes_again(run_dir):
 
 
 def test_a_record_sums_up_the_steps_since_the_last_one(run_dir):
-    values = {"train_iters": 25, "log_interval": 10, "log_samples": False, "max_bad_steps": 99}
+    values = VALUES.model_copy(update={"train_iters": 25, "log_interval": 10, "max_bad_steps": 99})
     watch = Watch(run_dir, values, data_rank=0, replicas=2, first=0, writes=True, peak=None, tensorboard=None)
     for iteration in range(1, 26):
         time.sleep(0.001)
@@ -345,6 +345,6 @@ def test_space_is_asked_for_what_is_trained_and_no_more(run_dir, resolved, monke
     weights = 4 * parameter_count(load_model_config(MODELS / "tiny.yaml"))  # bytes; with moments, three times as many
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * weights))
     with pytest.raises(RunError, match="a checkpoint needs"):
-        checks.check_space(run_dir, resolved)
+        checks.check_space(run_dir, Resolved.model_validate(resolved))
     resolved["settings"]["trainable_modules"] = ["adapter"]
-    checks.check_space(run_dir, resolved)
+    checks.check_space(run_dir, Resolved.model_validate(resolved))

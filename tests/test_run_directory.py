@@ -17,8 +17,10 @@ from helpers.runs import VALUES, save
 from llava_sft.errors import RunError
 from llava_sft.files import write_json
 from llava_sft.model.config import load_model_config
-from llava_sft.model.cost import expected_bytes, matmul_parameters, training_flops
+from llava_sft.model.lora import Lora
 from llava_sft.model.tensors import parameter_count
+from llava_sft.model.trained import Trained
+from llava_sft.preflight.cost import expected_bytes, matmul_parameters, training_flops
 from llava_sft.run import checkpoints as checkpoints_module
 from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune
 from llava_sft.run.layout import checkpoints
@@ -108,11 +110,11 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
 
 
 def test_the_expected_size_counts_optimizer_state_of_trained_parts_alone():
-    cpu, gpu = ({"bf16": False, "gpus_per_node": 0}, {"bf16": True, "gpus_per_node": 1, "optimizer_precision": "fp32"})
+    cpu, gpu = (VALUES.model_copy(update={"bf16": bf16, "gpus_per_node": int(bf16)}) for bf16 in (False, True))
     assert expected_bytes(1000, 1000, cpu) == 12_000
     assert expected_bytes(1000, 1000, gpu) == 14_000
     assert expected_bytes(1000, 10, gpu) == 2_120
-    assert expected_bytes(1000, 1000, gpu | {"optimizer_precision": "bf16"}) == 8_000
+    assert expected_bytes(1000, 1000, gpu.model_copy(update={"optimizer_precision": "bf16"})) == 8_000
 
 
 # --- lock ------------------------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def test_the_remedy_for_an_exploding_loss_names_no_checkpoint_that_is_still_bein
     save(tmp_path, 20, sealed=False)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
     step = {"iteration": 21, "loss": 9.0, "grad_norm": 1.0, "samples": []}
-    assert f"load={tmp_path}/iter_0000010" in exploded(VALUES | {"lr": 1e-5}, tmp_path, [step], 0.5, 21).fix
+    assert f"load={tmp_path}/iter_0000010" in exploded(VALUES, tmp_path, [step], 0.5, 21).fix
 
 
 @pytest.mark.parametrize(("lr", "lower"), [(2e-5, 5e-6), (1e-5, 5e-6), (5e-6, 1e-6), (2e-3, 5e-4), (1e-6, 2.5e-7)])
@@ -203,7 +205,7 @@ def test_slow_loading_names_the_workers_that_keep_up(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     assert "num_workers: 3 would keep up" in slow_loading(VALUES, 1000, 0.6)
     assert "the model would take 2,500" in slow_loading(VALUES, 1000, 0.6)
-    assert "there are 8 cores" in slow_loading(VALUES | {"num_workers": 6}, 1000, 0.6)
+    assert "there are 8 cores" in slow_loading(VALUES.model_copy(update={"num_workers": 6}), 1000, 0.6)
 
 
 def test_out_of_memory_names_the_parts_and_the_setting():
@@ -211,16 +213,18 @@ def test_out_of_memory_names_the_parts_and_the_setting():
     error = out_of_memory(VALUES, memory, {"rows": 4, "tokens": 1000, "patches": 200, "image": 16})
     assert "4 × 1000 tokens" in error.problem and "activations and the rest 9.00" in error.problem
     assert "micro_batch_size: 2" in error.fix
-    alone = VALUES | {"micro_batch_size": 1}
+    alone = VALUES.model_copy(update={"micro_batch_size": 1})
     assert (
         "tensor_model_parallel_size: 2"
-        in out_of_memory(alone | {"gpus_per_node": 8}, memory, {"rows": 1, "tokens": 9, "patches": 9, "image": 9}).fix
+        in out_of_memory(
+            alone.model_copy(update={"gpus_per_node": 8}), memory, {"rows": 1, "tokens": 9, "patches": 9, "image": 9}
+        ).fix
     )
     assert (
         "max_pixels: 500000"
         in out_of_memory(alone, memory, {"rows": 1, "tokens": 9, "patches": 6000, "image": 5000}).fix
     )
-    packed = alone | {"packing": True}
+    packed = alone.model_copy(update={"packing": True})
     largest = {"rows": 1, "tokens": 8192, "patches": 9, "image": 9}
     assert out_of_memory(packed, memory, largest).fix.startswith("pack_chunk_tokens: 4096")
 
@@ -228,7 +232,7 @@ def test_out_of_memory_names_the_parts_and_the_setting():
 def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
     memory = {"weights": 1.0, "gradients": 1.0, "optimizer": 1.0, "total": 70.0}
     largest = {"rows": 1, "tokens": 6000, "patches": 9, "image": 9}
-    packed = VALUES | {"packing": True, "micro_batch_size": 1, "gpus_per_node": 8}
+    packed = VALUES.model_copy(update={"packing": True, "micro_batch_size": 1, "gpus_per_node": 8})
     smaller = less_memory(packed, largest["tokens"])
     assert smaller["pack_chunk_tokens"] == [3000, 1500] and smaller["tensor_model_parallel_size"] == [2, 4]
     fix = out_of_memory(packed, memory, largest).fix
@@ -236,10 +240,13 @@ def test_out_of_memory_proposes_what_preflight_tries_and_only_what_can_be_set():
         "pack_chunk_tokens: 3000" in fix and "recompute_language: full (slower" in fix and "recompute_vision" not in fix
     )
     assert "tensor_model_parallel_size" not in fix, "the weights are not what takes the memory"
-    done = packed | {"recompute_language": "full", "pipeline_model_parallel_size": 2, "gpus_per_node": 0}
+    done = packed.model_copy(
+        update={"recompute_language": "full", "pipeline_model_parallel_size": 2, "gpus_per_node": 0}
+    )
     smaller = less_memory(done, largest["tokens"])
     assert {name for name, values in smaller.items() if values} == {"recompute_vision", "seq_length"}
-    assert less_memory(packed | {"tensor_model_parallel_size": 4}, 6000)["tensor_model_parallel_size"] == [8]
+    halved = packed.model_copy(update={"tensor_model_parallel_size": 4})
+    assert less_memory(halved, 6000)["tensor_model_parallel_size"] == [8]
 
 
 def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
@@ -256,7 +263,7 @@ def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
 def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     model = load_model_config(ROOT / "config/models/4b.yaml")
     language, output, vision, adapter = matmul_parameters(model)
-    parts = ("language_model", "adapter", "vision_model")
+    parts = Trained(("language_model", "adapter", "vision_model"))
     assert output == 151936 * 2560
     assert 0 <= 1 - (language + output + vision + adapter + 151936 * 2560) / parameter_count(model) < 1e-3
     short = training_flops(model, parts, [1], [], 1)
@@ -264,8 +271,16 @@ def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     long = training_flops(model, parts, [8192], [], 100)
     assert long == pytest.approx(6 * language * 8192 + 6 * output * 100 + 6 * 36 * 32 * 128 * 8192**2)
     grids = [(64, 64)] * 4
-    frozen, trained = (training_flops(model, which, [8192], grids, 100) for which in (("adapter",), parts))
-    assert frozen < 0.7 * trained
+    alone = training_flops(model, parts._replace(whole=("adapter",)), [8192], grids, 100)
+    attention, image = 36 * 32 * 128 * 8192**2, (64 * 64) ** 2 * 4
+    # The language model's products twice, its attention three times; the adapter's three times, the tower once.
+    expected = 4 * (language * 8192 + output * 100) + 6 * attention + 6 * adapter * 4096
+    assert alone == pytest.approx(expected + 2 * vision * 4 * 4096 + 4 * 24 * 1024 * image)
+    pairs = Lora(rank=16, alpha=16, parts=("language_model",))
+    by_pairs = training_flops(model, Trained((), pairs), [8192], [], 100)
+    language_alone = training_flops(model, Trained(("language_model",)), [8192], [], 100)
+    of_pairs = 6 * pairs.parameters(model) * 8192
+    assert language_alone - by_pairs + of_pairs == pytest.approx(2 * (language * 8192 + output * 100))
 
 
 def test_runs_are_listed_with_the_command_that_goes_on(tmp_path):

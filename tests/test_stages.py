@@ -53,7 +53,7 @@ def stage_values(stage):
 def test_every_part_has_its_rate_and_ends_at_the_same_share_of_it(at_root):
     settings = load_settings("agriculture", {"lr_vision": 2e-6, "trainable_modules": ["adapter", "vision_model"]})
     resolved, _ = resolve(settings, 1000)
-    rates = part_rates(resolved.dump())
+    rates = part_rates(resolved)
     assert rates.keys() == {"adapter", "vision_model"}
     assert rates["adapter"] == pytest.approx((1e-5, 1e-6)) and rates["vision_model"] == pytest.approx((2e-6, 2e-7))
     with pytest.raises(SettingsError, match="vision_model is not trained"):

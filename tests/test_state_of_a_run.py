@@ -29,11 +29,12 @@ from llava_sft.run.identity import refuse_other_run
 from llava_sft.run.layout import BAD_STEPS, METRICS, VALIDATION, checkpoint_dir
 from llava_sft.run.lock import is_running, lock
 from llava_sft.run.records import append, forget_after, read_jsonl, read_metrics
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
 from llava_sft.training import watch as watch_module
 from llava_sft.training.watch import Watch
 
-SETTINGS = VALUES | {"log_samples": True, "log_interval": 7, "train_iters": 30, "max_bad_steps": 4}
+SETTINGS = VALUES.model_copy(update={"log_samples": True, "log_interval": 7, "train_iters": 30, "max_bad_steps": 4})
 LOSSES = [math.sin(i) + 3 for i in range(31)]
 LOSSES[12], LOSSES[13], LOSSES[20] = 30.0, math.nan, 40.0  # bad steps, two of them in a row
 
@@ -228,14 +229,17 @@ def test_a_refused_run_changes_nothing_and_leaves_no_lock(whole, tmp_path, monke
 
 
 def test_gpus_that_cannot_train_as_asked_are_refused_before_anything_is_written(monkeypatch):
+    def gpus(count: int, bf16: bool) -> ResolvedSettings:
+        return ResolvedSettings(experiment="x", gpus_per_node=count, bf16=bf16)
+
     monkeypatch.setattr(preflight, "gpu_count", lambda: 2)
-    preflight.check_gpus({"gpus_per_node": 2, "bf16": True}, cluster=False)
-    preflight.check_gpus({"gpus_per_node": 8, "bf16": True}, cluster=True)
-    preflight.check_gpus({"gpus_per_node": 0, "bf16": False}, cluster=False)
+    preflight.check_gpus(gpus(2, bf16=True), cluster=False)
+    preflight.check_gpus(gpus(8, bf16=True), cluster=True)
+    preflight.check_gpus(gpus(0, bf16=False), cluster=False)
     with pytest.raises(SettingsError, match="bf16 is false"):
-        preflight.check_gpus({"gpus_per_node": 1, "bf16": False}, cluster=True)
+        preflight.check_gpus(gpus(1, bf16=False), cluster=True)
     with pytest.raises(SettingsError, match="this machine has 2"):
-        preflight.check_gpus({"gpus_per_node": 8, "bf16": True}, cluster=False)
+        preflight.check_gpus(gpus(8, bf16=True), cluster=False)
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------

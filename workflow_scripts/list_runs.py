@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json
@@ -14,6 +15,7 @@ from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import FAILURE, RUN_FILE
 from llava_sft.run.lock import is_running
 from llava_sft.run.records import read_metrics
+from llava_sft.settings.resolve import ResolvedSettings
 
 
 def main() -> None:
@@ -33,27 +35,27 @@ def main() -> None:
 def describe(run_dir: Path) -> tuple[str, ...]:
     done, metrics = iterations_done(run_dir), read_metrics(run_dir)
     try:
-        settings = read_json(run_dir / RUN_FILE)["settings"]
-    except (DamagedFileError, OSError, KeyError, TypeError):
+        settings = ResolvedSettings.model_validate(read_json(run_dir / RUN_FILE)["settings"])
+    except (DamagedFileError, OSError, KeyError, TypeError, ValidationError):
         return run_dir.name, f"{RUN_FILE} is damaged", str(done), "", "", ""
     size = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
     if is_running(run_dir):
         state, done = "running", metrics[-1]["iteration"] if metrics else done
-    elif done == settings["train_iters"]:
+    elif done == settings.train_iters:
         state = "done"
     else:
         state = "failed" if (run_dir / FAILURE).is_file() else "stopped"
     return (
         run_dir.name,
         state,
-        f"{done}/{settings['train_iters']}",
+        f"{done}/{settings.train_iters}",
         f"{metrics[-1]['lm loss']:.4f}" if metrics else "",
         f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB",
         command(run_dir, settings) if state in ("stopped", "failed") else "",
     )
 
 
-def command(run_dir: Path, settings: dict) -> str:
+def command(run_dir: Path, settings: ResolvedSettings) -> str:
     """The command that resumes a run, with the same --config as before, which preflight noted beside it."""
     note = {}
     with contextlib.suppress(DamagedFileError):
@@ -62,7 +64,7 @@ def command(run_dir: Path, settings: dict) -> str:
     typed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
     given = " --config " + " ".join(map(shlex.quote, typed)) if typed else ""
     profile = " --profile slurm" if note.get("cluster") else ""
-    return f"snakemake{profile} train_{settings['experiment']}{given}"
+    return f"snakemake{profile} train_{settings.experiment}{given}"
 
 
 if __name__ == "__main__":

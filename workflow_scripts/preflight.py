@@ -22,9 +22,9 @@ from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.cost import checkpoint_size
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
+from llava_sft.preflight.cost import checkpoint_size
 from llava_sft.preflight.predict import (
     checkpoints_kept,
     fits,
@@ -39,7 +39,6 @@ from llava_sft.settings.resolve import (
     Epoch,
     ResolvedSettings,
     auto_num_workers,
-    data_parallel_size,
     first_epoch,
     packing_window,
     resolve,
@@ -83,9 +82,9 @@ def main() -> None:
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
     counts = len(samples.sizes.tokens), samples.dataset["heldout"]["samples"]
     values, why = resolve(settings, *counts, samples.epoch, cores=cores)
-    batch = mean_and_largest(samples.sizes, values.dump(), samples.epoch.packs if settings.packing else None)
-    machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.dump())
-    forecast = forecast_of(model, values.dump(), machine, *batch)
+    batch = mean_and_largest(samples.sizes, values, samples.epoch.packs if settings.packing else None)
+    machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.gpus_per_node, values.nproc_per_node)
+    forecast = forecast_of(model, values, machine, *batch)
     if forecast and "num_workers" in why:
         values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
     resolved = Resolved(
@@ -100,10 +99,10 @@ def main() -> None:
     )
     notes = notes_of(paths, samples, resolved)
     if not args.gpu:
-        check_gpus(values.dump(), bool(cluster))
+        check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
-    predicted, lines = describe(model, values.dump(), machine, forecast)
+    predicted, lines = describe(model, values, machine, forecast)
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
@@ -146,7 +145,7 @@ def with_workers(
     values: ResolvedSettings, cores: int, tokens_per_s: float, prepared: float
 ) -> tuple[ResolvedSettings, str]:
     """The settings with as many loader processes as keep up with the predicted speed, and why."""
-    wanted = tokens_per_s / data_parallel_size(values.dump())
+    wanted = tokens_per_s / values.data_parallel_size
     count = auto_num_workers(cores, values.nproc_per_node, wanted, prepared)
     why = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
     if prepared * count < wanted:
@@ -229,10 +228,10 @@ def length_warning(settings: Settings, values: ResolvedSettings, sequences: floa
     ]
 
 
-def check_gpus(values: dict, cluster: bool) -> None:
+def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
     """Raise SettingsError for GPUs that cannot train as asked, or that this machine, which is to train, does not have."""
-    gpus = values["gpus_per_node"]
-    if gpus and not values["bf16"]:
+    gpus = values.gpus_per_node
+    if gpus and not values.bf16:
         raise SettingsError(
             f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
             "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
@@ -245,7 +244,7 @@ def check_gpus(values: dict, cluster: bool) -> None:
 
 
 def describe(
-    model: ModelConfig, values: dict, machine: Machine | None, forecast: Forecast | None
+    model: ModelConfig, values: ResolvedSettings, machine: Machine | None, forecast: Forecast | None
 ) -> tuple[dict | None, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
     if forecast is None or machine is None:

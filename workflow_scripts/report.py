@@ -19,6 +19,7 @@ from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.coverage import count_samples
 from llava_sft.run.layout import SAMPLE_COUNTS, TENSORBOARD, VALIDATION, checkpoint_dir
 from llava_sft.run.records import read_jsonl, read_metrics
+from llava_sft.settings.resolved import ResolvedData
 
 OPTIONAL = {
     "prediction": "what preflight predicted",
@@ -73,7 +74,8 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
         if not path:
             continue
         if name == "counts" and found["train_done"] and "data" in found["resolved"] and not path.is_file():
-            count_samples(args.run_dir, found["resolved"])  # it was damaged, and deleted
+            of_run = found["resolved"]  # the file was damaged, and deleted
+            count_samples(args.run_dir, ResolvedData.model_validate(of_run["data"]), of_run["settings"]["train_iters"])
         found[name] = read_json(path, *(() if needed else (None,)))
         if found[name] is None:
             print(f"note: {path}: no such file; the page says so")

@@ -56,20 +56,20 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: BinaryIO) -> None:
-    settings, run_dir, record = resolved.settings, args.run_dir, resolved.dump()
+    settings, run_dir = resolved.settings, args.run_dir
     train_iters = settings.train_iters
     start = open_run(run_dir, resolved)
     if start == train_iters:
         print(f"{run_dir}: all {train_iters} steps are done, with the same data and settings: nothing to train")
         if settings.log_samples and not (run_dir / SAMPLE_COUNTS).is_file():
-            count_samples(run_dir, record)
+            count_samples(run_dir, resolved.data, train_iters)
         finish(args.done, run_dir, resolved)
         return
 
     check_data(resolved.data)
-    check_machine(record, job)
+    check_machine(resolved, job)
     prune(run_dir, settings.keep_last, settings.keep_every)
-    check_space(run_dir, record)
+    check_space(run_dir, resolved)
     (run_dir / FAILURE).unlink(missing_ok=True)
     forget_after(run_dir, start)
     log = run_dir / f"run_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{platform.node()}.log"
@@ -78,12 +78,12 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: B
     began = time.monotonic()
     check_what_is_loaded(run_dir, start, resolved.start.folder)
     arguments = [str(run_dir / RUN_FILE), str(run_dir)]
-    code = launch(settings.dump(), arguments, run_dir, log, held, job, shlex.split(args.srun_options))
+    code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)
-        count_samples(run_dir, record)
+        count_samples(run_dir, resolved.data, train_iters)
     elif code == STOPPED:
         sys.exit(STOPPED)
     elif code:

@@ -37,7 +37,7 @@ USES = {
     "index": Use("before", ("plan", "index_webdataset")),  # damaged shards are found while Snakemake plans
     "inspect": Use("before", ("inspect_webdataset",)),
     "measure": Use("before", ("measure_webdataset",), (f"{RESULTS}/sizes.json",)),
-    "measure anew": Use("before", ("measure_webdataset",), (f"{RESULTS}/sizes.json", f"{DATA}/sizes")),
+    "measure again": Use("before", ("measure_webdataset",), (f"{RESULTS}/sizes.json", f"{DATA}/sizes")),
     "preflight": Use("before", ("preflight",)),
     "train": Use("before", ("train",)),
     "resume": Use("stopped", ("train",), goes_on=True),
@@ -49,7 +49,7 @@ USES = {
     "report": Use("done", ("report",)),
     "runs": Use("done", ("runs",)),
 }
-READS_DATA = ("inspect", "measure anew", "train", "evaluate")
+READS_DATA = ("inspect", "measure again", "train", "evaluate")
 RUN_STATE = ("resume", "finish")
 SIDECARS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json",
             "processor_config.json", "chat_template.jinja")  # fmt: skip
@@ -73,7 +73,7 @@ KINDS = [
     Kind("dataset.json", "index", (f"{DATA}/dataset.json",), ("inspect", "measure", "preflight", "evaluate", "report")),
     Kind("inspect.json", "forms", (f"{DATA}/inspect.json",), ("report",)),
     Kind("sizes.json", "epoch", (f"{RESULTS}/sizes.json",), ("preflight", "train", "resume")),
-    Kind("kept sizes", "epoch", (f"{DATA}/sizes/*/*",), ("measure", "train")),
+    Kind("cached sizes", "epoch", (f"{DATA}/sizes/*/*",), ("measure", "train")),
     Kind("resolved.json", "forms", (f"{RESULTS}/resolved.json",), ("train", *RUN_STATE, "report")),
     Kind("preflight.json", "forms", (f"{RESULTS}/preflight.json",), ("report", "runs")),
     Kind("run.json", "life", (f"{RUN}/run.json",), (*RUN_STATE, "export", "runs"), True),
@@ -100,9 +100,9 @@ KINDS = [
     Kind("converted weights", "ckpt", (f"{START}/release/*.distcp",), ("train", "convert again")),
     Kind("converted .metadata, common.pt", "ckpt", (f"{START}/release/.metadata", f"{START}/release/*.pt",
          f"{START}/release/metadata.json"), ("train", "convert again")),
-    Kind("converted config, tokenizer", "ckpt", sidecars(f"{START}/huggingface"), ("measure anew", "preflight", "train")),
+    Kind("converted config, tokenizer", "ckpt", sidecars(f"{START}/huggingface"), ("measure again", "preflight", "train")),
     Kind("converted.json, tracker", "ckpt", (f"{START}/converted.json", f"{START}/latest_checkpointed_iteration.txt"),
          ("convert again", "preflight", "train")),
     Kind("evaluation.json", "forms", (f"{RESULTS}/evaluation.json",), ("report",)),
-    Kind("kept evaluation", "forms", (f"{RESULTS}/.evaluation.json.*",), ("evaluate again",)),
+    Kind("cached evaluation", "forms", (f"{RESULTS}/.evaluation.json.*",), ("evaluate again",)),
 ]  # fmt: skip

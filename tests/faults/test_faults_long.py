@@ -1,4 +1,4 @@
-"""All faults, an hour and a half on two cores: `make test-faults`. Each test writes its rows into benchmarks/results/faults.json.
+"""All faults, about an hour on two quiet cores: `make test-faults`. Each test writes its rows into benchmarks/results/faults.json.
 
 FAULTS_FOLDER (default: in the temporary folder) keeps the undisturbed chain and the cases, a line each, from run to run.
 """

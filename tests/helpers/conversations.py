@@ -8,18 +8,10 @@ from PIL import Image
 from helpers.models import MAX_PIXELS, MIN_PIXELS
 from llava_sft.data.loader import Conversation, VlmTaskEncoder
 from llava_sft.model.template import ChatTemplate
+from llava_sft.settings.resolve import ResolvedSettings
 
 SIZES = [(56, 56), (60, 130), (200, 57), (84, 84), (28, 300)]  # height, width of pictures
-VALUES = {
-    "seq_length": 512, "micro_batch_size": 1, "global_batch_size": 4, "train_iters": 4, "save_interval": 2,
-    "log_interval": 1, "lr": 1e-4, "min_lr": 1e-5, "lr_decay_style": "cosine", "lr_warmup_fraction": 0.1,
-    "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": 1e-5, "clip_grad": 1.0, "seed": 42,
-    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "bf16": False, "gpus_per_node": 0,
-    "min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS, "lr_decay_iters": 4, "eval_iters": 0, "eval_interval": 5,
-    "trainable_modules": ["language_model", "adapter", "vision_model"],
-    "recompute_language": "none", "recompute_vision": "none", "fp8": "none", "optimizer_precision": "bf16",
-    "deterministic": False, "pack_chunk_tokens": 8192,
-}  # fmt: skip
+VALUES = ResolvedSettings(experiment="x", seq_length=512, micro_batch_size=1, global_batch_size=4)
 
 
 def conversation(number_of_images: int, first: int = 0):
@@ -46,7 +38,7 @@ def png(picture: Image.Image) -> bytes:
 def loader_batch(folder, conversations, packing=False, pad_multiple=1):
     """What the loader hands to the model for these conversations."""
     encoder = VlmTaskEncoder(
-        ChatTemplate(folder), VALUES["seq_length"], MIN_PIXELS, MAX_PIXELS, packing=packing, pad_multiple=pad_multiple
+        ChatTemplate(folder), VALUES.seq_length, MIN_PIXELS, MAX_PIXELS, packing=packing, pad_multiple=pad_multiple
     )
     keys = {"__restore_key__": (), "__subflavors__": {}}
     samples = [

@@ -25,7 +25,7 @@ from llava_sft.training import forward
 
 
 def main(tokenizer: str) -> None:
-    values = VALUES | {"gpus_per_node": 1, "bf16": True}
+    values = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True})
     distributed.allow_gradient_fusion()
     device = parallel.start(values, torch.distributed.HashStore())
     made = forward.transformer_config

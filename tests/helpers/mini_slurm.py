@@ -61,9 +61,17 @@ def missing() -> str:
     absent = [tool for tool in ("munged", "slurmctld", "slurmd", "srun") if not shutil.which(tool)]
     if absent:
         return f"no {', '.join(absent)}: apt-get install slurm-wlm munge"
-    if LINK.is_symlink() and not LINK.exists():
-        LINK.unlink()  # of a folder that is gone
+    if LINK.is_symlink() and not is_alive(LINK.resolve().parent):
+        LINK.unlink()  # of tests that were killed; every Snakemake would ask it, and wait for some seconds
     return f"{LINK} is there: a Slurm that is not the tests'" if LINK.exists() else ""
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether the Slurm of this folder runs."""
+    try:
+        return "slurmctld" in psutil.Process(int((folder / "slurmctld.own.pid").read_text())).name()
+    except (OSError, ValueError, psutil.Error):
+        return False
 
 
 class MiniSlurm:

@@ -35,19 +35,20 @@ def build(job: dict, tp: int, pp: int, values: dict, reduction: dict) -> Loop:
     """A training without optimizer, with the weights of the job's checkpoint. `reduction`: of Megatron's DDP."""
     parallel_state.initialize_model_parallel(tp, pp)
     parallel.seed(1)
-    values = VALUES | values | {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    made = dataclasses.replace(config.ddp_config(values, 1), grad_reduce_in_fp32=True, **reduction)
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    settings = VALUES.model_copy(update=values | sizes)
+    made = dataclasses.replace(config.ddp_config(settings, 1), grad_reduce_in_fp32=True, **reduction)
     distributed.ddp_config = lambda *given: made
     model_config = ModelConfig(**job["model"])
-    built = build_model(model_config, values)
+    built = build_model(model_config, settings)
     state = dist_checkpointing.load({"model": built.sharded_state_dict()}, job["release"])
     built.load_state_dict(state["model"])
-    model = distributed.wrap(built, values)
+    model = distributed.wrap(built, settings)
     model.train()
     watch = SimpleNamespace(batch=lambda *counted: None)
     optimizer = SimpleNamespace(zero_grad=lambda: None)
     forward = Forward(model, torch.device("cpu"))
-    return Loop(values, model_config, model, forward, optimizer, None, iter(()), watch, None, None, 0)
+    return Loop(settings, model_config, model, forward, optimizer, None, iter(()), watch, None, None, 0)
 
 
 def forward_backward(loop: Loop, batches: list) -> float:

@@ -5,15 +5,13 @@ from pathlib import Path
 from llava_sft.run import identity
 from llava_sft.run.checkpoints import seal
 from llava_sft.run.layout import checkpoint_dir
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
 
-VALUES = {
-    "log_samples": False, "log_interval": 1000, "train_iters": 1000, "max_bad_steps": 3, "lr": 1e-5, "lr_warmup_fraction": 0.002,
-    "num_workers": 1, "nproc_per_node": 1, "micro_batch_size": 4, "global_batch_size": 8, "tensor_model_parallel_size": 1,
-    "max_pixels": 1_000_000, "seq_length": 8192, "packing": False, "pack_chunk_tokens": 8192,
-    "pipeline_model_parallel_size": 1, "recompute_vision": "none", "recompute_language": "none", "optimizer_precision": "fp32",
-    "gpus_per_node": 1,
-}  # fmt: skip
+VALUES = ResolvedSettings(
+    experiment="x", log_samples=False, log_interval=1000, train_iters=1000, max_bad_steps=3, nproc_per_node=1, gpus_per_node=1,
+    micro_batch_size=4, global_batch_size=8, max_pixels=1_000_000, seq_length=8192, packing=False, optimizer_precision="fp32",
+)  # fmt: skip
 
 
 def open_run(run_dir: Path, values: dict) -> int:

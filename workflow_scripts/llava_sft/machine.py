@@ -4,7 +4,7 @@ import os
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
@@ -44,12 +44,11 @@ def gpu(name: str, memory_gib: float | None = None) -> Machine:
     return Machine(known, memory_gib or GPU_MEMORY_GIB[known], PEAK_FLOPS[known])
 
 
-def this_machine(values: dict[str, Any]) -> Machine | None:
-    """What one process of a training on this machine has; None for a GPU whose peak is not known."""
-    if values["gpus_per_node"]:
+def this_machine(gpus_per_node: int, processes: int) -> Machine | None:
+    """What one of the `processes` of a training on this machine has; None for a GPU whose peak is not known."""
+    if gpus_per_node:
         first = next(iter(gpus()), None)
         return gpu(first.name, first.memory_gib) if first and known_gpu(first.name) else None
-    processes = values["nproc_per_node"]
     memory = psutil.virtual_memory().total / GIB
     return Machine("CPU", memory / processes, CPU_FLOPS * max(1, len(os.sched_getaffinity(0)) // processes))
 

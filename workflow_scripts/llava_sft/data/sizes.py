@@ -46,12 +46,12 @@ class SampleSizes(NamedTuple):
         return cls(*(content[name] for name in cls._fields))
 
 
-def read_sizes(data: dict[str, Any]) -> SampleSizes | None:
-    """The sizes that a run was resolved with: `data` of resolved.json. None where the file is gone, damaged or of other
-    data or settings: they have to be counted again."""
+def read_sizes(path: str | None, depends: str | None) -> SampleSizes | None:
+    """The sizes that a run was resolved with. None where there is no such file, or it is damaged or of other data or
+    settings: they have to be counted again."""
     try:
-        content = read_json(data["sizes"])
-        return SampleSizes.of(content) if content["depends"] == data["sizes_depend"] else None
+        content = read_json(path) if path else {}
+        return SampleSizes.of(content) if content["depends"] == depends else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

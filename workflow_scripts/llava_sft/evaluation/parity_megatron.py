@@ -23,6 +23,7 @@ from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.model.processing import image_tokens  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
+from llava_sft.settings.resolve import ResolvedSettings  # noqa: E402
 
 
 def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVision:
@@ -31,8 +32,7 @@ def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVisi
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     length = model.language.max_position_embeddings
-    values = {"bf16": bf16, "gpus_per_node": 0, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    config = transformer_config(model, values)
+    config = transformer_config(model, ResolvedSettings(experiment="", bf16=bf16))
     config.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     built = LlavaOneVision(

@@ -9,19 +9,14 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_sft.model.config import ModelConfig
+from llava_sft.settings.resolve import ResolvedSettings
 
 
-def transformer_config(model: ModelConfig, values: dict[str, Any]) -> TransformerConfig:
-    """The language model's TransformerConfig; the vision tower's is made from it (model/llava.py).
-
-    Args:
-        values: settled settings; of those read here `recompute_language` and `fp8` may be missing (a model that is asked
-            and not trained).
-    """
-    language, on_gpu = model.language, values["gpus_per_node"] > 0
-    dtype = torch.bfloat16 if values["bf16"] else torch.float32
-    stages = values["pipeline_model_parallel_size"]
-    fp8 = values.get("fp8", "none")
+def transformer_config(model: ModelConfig, values: ResolvedSettings) -> TransformerConfig:
+    """The language model's TransformerConfig; the vision tower's is made from it (model/llava.py)."""
+    language, on_gpu = model.language, values.on_gpu
+    dtype = torch.bfloat16 if values.bf16 else torch.float32
+    stages = values.pipeline_model_parallel_size
     config = TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -38,11 +33,11 @@ def transformer_config(model: ModelConfig, values: dict[str, Any]) -> Transforme
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=False,
-        tensor_model_parallel_size=values["tensor_model_parallel_size"],
+        tensor_model_parallel_size=values.tensor_model_parallel_size,
         pipeline_model_parallel_size=stages,
         pipeline_dtype=dtype,
         deallocate_pipeline_outputs=True,
-        bf16=values["bf16"],
+        bf16=values.bf16,
         params_dtype=dtype,
         calculate_per_token_loss=True,  # every answer token counts the same, over micro-batches and ranks
         hetereogenous_dist_checkpoint=True,  # one checkpoint key per layer, as converted (Megatron's spelling)
@@ -52,8 +47,8 @@ def transformer_config(model: ModelConfig, values: dict[str, Any]) -> Transforme
         bias_dropout_fusion=on_gpu,
         persist_layer_norm=on_gpu,
         apply_rope_fusion=on_gpu,
-        **_recomputation(values.get("recompute_language", "none")),
-        **({} if fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": fp8}),
+        **_recomputation(values.recompute_language),
+        **({} if values.fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": values.fp8}),
     )
     # Batches are as long as their longest sequence. Not above: it would be refused for the sake of experts, which none has.
     config.variable_seq_lengths = stages > 1
@@ -68,18 +63,13 @@ def _recomputation(how: str) -> dict[str, Any]:
     return {}
 
 
-def reduces_in_bf16(values: dict[str, Any]) -> bool:
-    """Whether gradients are kept and reduced in bf16, and Adam's moments with them."""
-    return values["gpus_per_node"] > 0 and values["optimizer_precision"] == "bf16"
-
-
-def ddp_config(values: dict[str, Any], replicas: int) -> DistributedDataParallelConfig:
+def ddp_config(values: ResolvedSettings, replicas: int) -> DistributedDataParallelConfig:
     """How gradients are kept and reduced over `replicas` data-parallel ranks."""
-    on_gpu = values["gpus_per_node"] > 0
+    on_gpu = values.on_gpu
     # Without overlap_param_gather: it waits for weights in a module's forward, which fused layers do not call.
     overlap = on_gpu and replicas > 1
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=values["bf16"] and not reduces_in_bf16(values),
+        grad_reduce_in_fp32=values.bf16 and not values.reduces_in_bf16,
         overlap_grad_reduce=overlap,
         use_distributed_optimizer=on_gpu,
         bucket_size=max(40_000_000, 1_000_000 * replicas) if overlap else None,
@@ -87,18 +77,18 @@ def ddp_config(values: dict[str, Any], replicas: int) -> DistributedDataParallel
     )
 
 
-def optimizer_config(values: dict[str, Any]) -> OptimizerConfig:
+def optimizer_config(values: ResolvedSettings) -> OptimizerConfig:
     """AdamW. In bf16 it takes 10 bytes a parameter in place of 18: moments, gradients, and of the float32 master weight
     the 16 bits that the bf16 weight lacks."""
-    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
-    dtype, moments = (torch.bfloat16 if on else torch.float32 for on in (values["bf16"], reduces_in_bf16(values)))
+    names = {"lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
+    dtype, moments = (torch.bfloat16 if on else torch.float32 for on in (values.bf16, values.reduces_in_bf16))
     config = OptimizerConfig(
         optimizer="adam",
-        **{name: values[name] for name in names},
-        bf16=values["bf16"],
+        **values.model_dump(include=names),
+        bf16=values.bf16,
         params_dtype=dtype,
-        use_distributed_optimizer=values["gpus_per_node"] > 0,
-        use_precision_aware_optimizer=reduces_in_bf16(values),
+        use_distributed_optimizer=values.on_gpu,
+        use_precision_aware_optimizer=values.reduces_in_bf16,
         main_grads_dtype=moments,
         exp_avg_dtype=moments,
         exp_avg_sq_dtype=moments,

@@ -22,7 +22,7 @@ from llava_sft.megatron import adam
 from llava_sft.megatron.config import ddp_config, optimizer_config
 from llava_sft.model.kernels import scale_
 from llava_sft.model.llava import LlavaOneVision
-from llava_sft.settings.resolve import part_rates
+from llava_sft.settings.resolve import ResolvedSettings, part_rates
 
 
 def allow_gradient_fusion() -> None:
@@ -30,7 +30,7 @@ def allow_gradient_fusion() -> None:
     layers._grad_accum_fusion_available = True
 
 
-def wrap(model: LlavaOneVision, values: dict[str, Any]) -> DistributedDataParallel:
+def wrap(model: LlavaOneVision, values: ResolvedSettings) -> DistributedDataParallel:
     """The model on its device, in the precision of its weights, with buffers for its gradients."""
     model.model_type = ModelType.encoder_or_decoder  # Megatron's pipeline schedules ask for it
     for parameter in model.parameters():
@@ -38,7 +38,7 @@ def wrap(model: LlavaOneVision, values: dict[str, Any]) -> DistributedDataParall
     config, replicas = model.config, parallel_state.get_data_parallel_world_size()
     reduction = ddp_config(values, replicas)
     module: torch.nn.Module = model.cuda()
-    if values["bf16"]:
+    if values.bf16:
         module = Float16Module(config, module)
     layout = None
     if reduction.use_distributed_optimizer:
@@ -89,17 +89,17 @@ def report_complete(model: DistributedDataParallel, parameters: list[torch.nn.Pa
         model.param_to_bucket_group[parameter].register_grad_ready(parameter)
 
 
-def make_optimizer(model: DistributedDataParallel, values: dict[str, Any]) -> MegatronOptimizer:
+def make_optimizer(model: DistributedDataParallel, values: ResolvedSettings) -> MegatronOptimizer:
     """AdamW over all trained parameters; parts of the model may have a learning rate of their own."""
     config = optimizer_config(values)
     overrides = get_standard_config_overrides(config)
     for part, (lr, min_lr) in part_rates(values).items():
-        if lr != values["lr"]:
+        if lr != values.lr:
             overrides[ParamKey(name=f"*{part}.*")] = {"max_lr": lr, "min_lr": min_lr}
     optimizer = get_megatron_optimizer(config, [model], config_overrides=overrides)
     for part in optimizer.chained_optimizers:
         adam.keep_precision(part.optimizer)
-        adam.round_evenly(part.optimizer, values["seed"])
+        adam.round_evenly(part.optimizer, values.seed)
     return optimizer
 
 
@@ -111,28 +111,28 @@ def clip(optimizer: MegatronOptimizer, max_norm: float, norm: float) -> None:
             clip_grad_by_total_norm_fp32(parameters, max_norm, norm, decoupled)
 
 
-def make_schedule(optimizer: MegatronOptimizer, values: dict[str, Any]) -> OptimizerParamScheduler:
+def make_schedule(optimizer: MegatronOptimizer, values: ResolvedSettings) -> OptimizerParamScheduler:
     """The learning rates, counted in samples as Megatron does. What the settings say holds, not what a checkpoint says."""
-    batch = values["global_batch_size"]
-    decay = values["lr_decay_iters"] * batch
+    batch = values.global_batch_size
+    decay = values.lr_decay_iters * batch
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=values["lr"],
-        min_lr=values["min_lr"],
-        lr_warmup_steps=values["lr_warmup_fraction"] * decay,
+        max_lr=values.lr,
+        min_lr=values.min_lr,
+        lr_warmup_steps=values.lr_warmup_fraction * decay,
         lr_decay_steps=decay,
-        lr_decay_style=values["lr_decay_style"],
-        start_wd=values["weight_decay"],
-        end_wd=values["weight_decay"],
-        wd_incr_steps=values["train_iters"] * batch,
+        lr_decay_style=values.lr_decay_style,
+        start_wd=values.weight_decay,
+        end_wd=values.weight_decay,
+        wd_incr_steps=values.train_iters * batch,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
-def current_rates(schedule: OptimizerParamScheduler, values: dict[str, Any]) -> dict[str, float]:
+def current_rates(schedule: OptimizerParamScheduler, values: ResolvedSettings) -> dict[str, float]:
     """Learning rates now, under Megatron's tag, and of each trained part when they differ."""
     trained = part_rates(values)
     now = {part: schedule.get_lr({"max_lr": lr, "min_lr": low}) for part, (lr, low) in trained.items()}

@@ -3,22 +3,23 @@
 import os
 import random
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
+from llava_sft.settings.resolve import ResolvedSettings
+
 TIMEOUT = timedelta(minutes=10)  # without progress in a collective: another rank is dead or hangs
 SEED_OF_STAGE = 100  # Megatron's: between the seeds of two pipeline stages
 
 
-def start(values: dict[str, Any], store: torch.distributed.Store | None = None) -> torch.device:
+def start(values: ResolvedSettings, store: torch.distributed.Store | None = None) -> torch.device:
     """Join the training, and return this process's device. RANK, LOCAL_RANK and WORLD_SIZE are in the environment.
 
     `store`: where the processes meet; None: at MASTER_ADDR and MASTER_PORT.
     """
-    on_gpu = values["gpus_per_node"] > 0
+    on_gpu = values.on_gpu
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if on_gpu:
         torch.cuda.set_device(local_rank)
@@ -26,11 +27,11 @@ def start(values: dict[str, Any], store: torch.distributed.Store | None = None) 
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
     )
     parallel_state.initialize_model_parallel(
-        values["tensor_model_parallel_size"],
-        values["pipeline_model_parallel_size"],
+        values.tensor_model_parallel_size,
+        values.pipeline_model_parallel_size,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
-    seed(values["seed"])
+    seed(values.seed)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 

@@ -411,6 +411,41 @@ def gelu_backward(grad: Tensor, x: Tensor, sums: Sums) -> Tensor:
     return out
 
 
+# --- dropout -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["size", "key", "first", "limit"])
+def _leave_out(x, out, size, key, first, columns, limit, gain, width: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = ((at // width) * columns + first + at % width).to(tl.uint32) ^ key.to(tl.uint32)
+    place *= 2654435761
+    place = (place ^ (place >> 15)) * 2246822519
+    place ^= place >> 13
+    value = tl.load(x + at, at < size, 0.0).to(tl.float32) * gain
+    tl.store(out + at, tl.where((place >> 8).to(tl.int32) < limit, 0.0, value), at < size)
+
+
+def leave_out(x: Tensor, share: float, key: int, first: int, columns: int) -> Tensor:
+    """x [..., width] with a share of its values 0 and the others scaled: by `key`, row, and column, of which x has those from
+    `first` on, of `columns`."""
+    out = torch.empty_like(x)
+    limit, gain = round(share * 2**24), 1 / (1 - share)
+    _leave_out[cdiv(x.numel(), 2048),](
+        x, out, x.numel(), key, first, columns, limit, gain, x.size(-1), BLOCK=2048, num_warps=WARPS
+    )
+    return out
+
+
+def leave_out_on_cpu(x: Tensor, share: float, key: int, first: int, columns: int) -> Tensor:
+    """The same in PyTorch."""
+    rows, width = x.numel() // x.size(-1), x.size(-1)
+    place = torch.arange(rows).unsqueeze(1) * columns + torch.arange(first, first + width)
+    place = (((place ^ key) & 0xFFFF_FFFF) * 2654435761) & 0xFFFF_FFFF
+    place = ((place ^ (place >> 15)) * 2246822519) & 0xFFFF_FFFF
+    place ^= place >> 13
+    return x * ((place >> 8) >= round(share * 2**24)).view_as(x).to(x.dtype) / (1 - share)
+
+
 # --- gradients -----------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_sft.model.attention import SegmentAttention, vision_attention
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.fused_layers import AccumulatingLinear, FusedLanguageLayer, FusedVisionLayer
+from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
+from llava_sft.model.products import AccumulatingLinear
 from llava_sft.model.vision import Adapter, Grid, RiceViT
 
 with suppress(ImportError):  # a machine without it has no GPU
@@ -69,6 +70,8 @@ class LlavaOneVision(MegatronModule):
         self.pg_collection = pg_collection
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
+        self.train_from_embeddings = False  # they are frozen, and what follows them is not
+        self.dropout_seed: int | None = None  # of LoRA's dropout
         if pre_process:
             vision_config = vision_transformer_config(config, model, recompute_vision)
             vision_spec = layer_spec(transformer_impl, True, config.tensor_model_parallel_size)
@@ -115,6 +118,8 @@ class LlavaOneVision(MegatronModule):
             embeddings = self.language_model.embedding(
                 input_ids=input_ids, position_ids=None
             )  # [tokens, batch, hidden]
+            if self.train_from_embeddings and torch.is_grad_enabled():
+                embeddings.requires_grad_()  # recomputation leaves out the backward pass of a layer whose input wants none
             if grids:
                 features = self.adapter(self.vision_model(pixels, grids)).to(embeddings.dtype)
                 flat = embeddings.flatten(0, 1).index_copy(0, image_index, features)

@@ -9,9 +9,9 @@ No torch: planning and preflight count parameters alone.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import Row, Shape, tensor_rows
@@ -27,14 +27,6 @@ class Lora(NamedTuple):
     alpha: float
     parts: tuple[str, ...]
     dropout: float = 0.0
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Lora | None":
-        """What settled settings ask for; None where weights themselves are trained."""
-        if not values.get("lora_rank"):
-            return None
-        parts = tuple(part for part in values["lora_modules"] if part in values["trainable_modules"])
-        return cls(values["lora_rank"], values["lora_alpha"], parts, values["lora_dropout"])
 
     @property
     def scale(self) -> float:

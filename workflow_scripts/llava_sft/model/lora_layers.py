@@ -3,7 +3,9 @@
 Notable:
 - a pair is two parameters of the linear layer itself: names of weights, and so checkpoints, stay as they are;
 - a forward hook adds the pair's product. The fused layers call no module: there `product` adds it (fused_layers.py);
-- A is drawn from a generator of the layer's own: the same pair whatever tensor and pipeline parallel sizes.
+- A is drawn from a generator of the layer's own: the same pair whatever tensor and pipeline parallel sizes;
+- dropout draws from no generator's state: what is left out follows from seed, step, replica, chunk and layer
+  (lora_dropout.py), so that recomputation and a resumed run leave out the same.
 """
 
 import zlib
@@ -19,10 +21,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from llava_sft.errors import SettingsError
-from llava_sft.model.fused_layers import FusedVisionLayer
 from llava_sft.model.llava import LlavaOneVision
 from llava_sft.model.lora import LINEARS, Lora
+from llava_sft.model.lora_dropout import Dropout, dropped
 
 
 def attach(model: LlavaOneVision, lora: Lora, seed: int) -> None:
@@ -34,36 +35,28 @@ def attach(model: LlavaOneVision, lora: Lora, seed: int) -> None:
         part.requires_grad_(False)
         layers = [(layer.layer_number, layer) for layer in part.modules() if isinstance(layer, TransformerLayer)]
         for number, layer in layers or [(0, part)]:
-            if isinstance(layer, FusedVisionLayer):  # spells its products out: no hook is called, and `product` is not
-                raise SettingsError("lora_modules: vision_model, on a GPU", "lora_modules: [language_model, adapter]")
             for name, linear in layer.named_modules():
                 if name.endswith(LINEARS):
                     _add_pair(linear, lora, seed ^ zlib.crc32(f"{part_name}.{number}.{name}".encode()))
-    if "language_model" in lora.parts and model.pre_process:
-        # Frozen embeddings need no gradient, and autograd would leave out recomputed layers, whose inputs they are.
-        model.language_model.embedding.register_forward_hook(_wants_gradient)
-
-
-def _wants_gradient(embedding: nn.Module, inputs: tuple, output: Tensor) -> None:
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
+    model.train_from_embeddings = "language_model" in lora.parts
+    model.dropout_seed = seed if lora.dropout else None
 
 
 def _add_pair(linear: nn.Module, lora: Lora, seed: int) -> None:
     weight = linear.weight
     ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     split = weight.partition_dim if getattr(weight, "tensor_model_parallel", False) and ranks > 1 else None
-    out, columns = weight.shape
-    columns *= ranks if split == 1 else 1
+    out, width = weight.shape
+    columns = width * ranks if split == 1 else width
     generator = torch.Generator().manual_seed(seed)
     a = (torch.rand(lora.rank, columns, generator=generator) * 2 - 1) / columns**0.5
-    if split == 1:
-        a = a.chunk(ranks, dim=1)[rank].contiguous()
-    linear.lora_a = nn.Parameter(a.to(weight))
+    first = rank * width if split == 1 else 0
+    linear.lora_a = nn.Parameter(a[:, first : first + width].contiguous().to(weight))
     linear.lora_b = nn.Parameter(torch.zeros(out, lora.rank).to(weight))
     if split is not None:
         set_tensor_model_parallel_attributes(linear.lora_b if split == 0 else linear.lora_a, True, split, 1)
     linear.lora_scale, linear.lora_split = lora.scale, split
+    linear.lora_dropout = Dropout(lora.dropout, seed, first, columns)
     linear.register_forward_hook(_add_product)
 
 
@@ -72,6 +65,8 @@ def _add_product(linear: nn.Module, inputs: tuple, output: Tensor | tuple) -> Te
     x = inputs[0]
     if hasattr(linear, "layer_norm_weight"):  # Transformer Engine's norms its input itself
         x = _normed(linear, x)
+    if linear.training and linear.lora_dropout.share:
+        x = dropped(x, linear.lora_dropout)
     low = F.linear(x, linear.lora_a)
     if linear.lora_split == 0:  # each rank has rows of B: their gradients of `low` are summed
         low = copy_to_tensor_model_parallel_region(low)

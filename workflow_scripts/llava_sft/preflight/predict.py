@@ -1,7 +1,7 @@
 """Memory and time of a training step before it runs.
 
 Notable:
-- what the architecture and the settings decide is computed (model/cost.py); what they do not is fitted to recorded runs:
+- what the architecture and the settings decide is computed (cost.py); what they do not is fitted to recorded runs:
   how far a byte and a FLOP go on this kind of machine;
 - the factors of that fit stand in factors.json, made by benchmarks/preflight.py from the runs that it records.
 No torch: preflight runs where there is no GPU.
@@ -11,15 +11,15 @@ import math
 import random
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llava_sft.data.packing import cut_between
 from llava_sft.data.sizes import SampleSizes
 from llava_sft.files import read_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.cost import MicroBatch, activation_bytes, checkpoint_size, state_bytes, step_flops
-from llava_sft.settings.resolve import data_parallel_size
+from llava_sft.preflight.cost import MicroBatch, activation_bytes, checkpoint_size, state_bytes, step_flops
+from llava_sft.settings.resolve import ResolvedSettings
 
 FACTORS = Path(__file__).with_name("factors.json")
 PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
@@ -46,17 +46,17 @@ class Prediction(NamedTuple):
 
 
 def mean_and_largest(
-    sizes: SampleSizes, values: dict[str, Any], packs: list[list[int]] | None
+    sizes: SampleSizes, values: ResolvedSettings, packs: list[list[int]] | None
 ) -> tuple[MicroBatch, MicroBatch]:
     """The mean micro-batch of an epoch, and the largest that goes through the model at once.
 
     The largest has the most of each, tokens and patches, as no single one need have. `packs`: of indices into `sizes`,
     with packing; they are put together and cut as the loader and the trainer do it, in one random order.
     """
-    mbs = values["micro_batch_size"]
+    mbs = values.micro_batch_size
     if packs is None:
         return _padded([_micro_batch(sizes, [index]) for index in range(len(sizes.tokens))], mbs)
-    draw = random.Random(values["seed"])
+    draw = random.Random(values.seed)
     packs = [draw.sample(pack, len(pack)) for pack in draw.sample(packs, len(packs))]
     packs *= math.ceil(mbs / len(packs))  # at least one batch, as of an endless stream
     starts = range(0, len(packs) - mbs + 1, mbs)
@@ -64,7 +64,7 @@ def mean_and_largest(
     chunks = [
         [batch[place] for place in places]
         for batch in batches
-        for places in cut_between([sizes.tokens[index] for index in batch], chunk_tokens(values))
+        for places in cut_between([sizes.tokens[index] for index in batch], values.chunk_tokens)
     ]
     whole, part = ([_micro_batch(sizes, rows) for rows in each] for each in (batches, chunks))
     mean = MicroBatch(*(sum(column) / len(whole) for column in zip(*whole, strict=True)))
@@ -95,15 +95,15 @@ def _padded(each: list[MicroBatch], mbs: int) -> tuple[MicroBatch, MicroBatch]:
 # ---------------------------------------------------------------------------------------------- disk and host
 
 
-def checkpoints_kept(values: dict[str, Any]) -> int:
+def checkpoints_kept(values: ResolvedSettings) -> int:
     """How many checkpoints lie on the disk when all steps are done."""
-    count = -(-values["train_iters"] // values["save_interval"])
-    return min(count, values["keep_last"] or count)
+    count = -(-values.train_iters // values.save_interval)
+    return min(count, values.keep_last or count)
 
 
-def host_bytes_for_save(model: ModelConfig, values: dict[str, Any]) -> float:
+def host_bytes_for_save(model: ModelConfig, values: ResolvedSettings) -> float:
     """Bytes of a node's memory that a save copies the GPUs' state to, and that stay taken."""
-    return bool(values["gpus_per_node"]) * PINNED * checkpoint_size(model, values) / values["nodes"]
+    return values.on_gpu * PINNED * checkpoint_size(model, values) / values.nodes
 
 
 # ------------------------------------------------------------------------------------------------- prediction
@@ -124,23 +124,23 @@ def calibration_for(device: str) -> Calibration:
     return Calibration(**fitted.get(device) or fitted["GPU"])
 
 
-def memory_terms(model: ModelConfig, values: dict[str, Any], batch: MicroBatch) -> list[float]:
+def memory_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> list[float]:
     """GiB: what a process needs whatever it trains, language activations, vision activations."""
     return [1.0, *(size / GIB for size in activation_bytes(model, values, batch).values())]
 
 
-def time_terms(model: ModelConfig, values: dict[str, Any], batch: MicroBatch, peak: float) -> list[float]:
+def time_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, peak: float) -> list[float]:
     """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then what
     costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
     to do), and of attention."""
     llm, vit = step_flops(model, values, batch)
     micro_batches = _micro_batches(values)
-    state = state_bytes(model, values, data_parallel_size(values))
-    calls = micro_batches * max(1.0, batch.tokens / chunk_tokens(values))
-    products, of_model = ([llm, 0.0], [calls, 0.0]) if values["fp8"] == "none" else ([0.0, llm], [0.0, calls])
+    state = state_bytes(model, values)
+    calls = micro_batches * max(1.0, batch.tokens / values.chunk_tokens)
+    products, of_model = ([llm, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([0.0, llm], [0.0, calls])
     attentions = 0.0
-    if not values["gpus_per_node"]:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
-        passes = 1 + (values["recompute_language"] == "full") / 3  # forward and backward, which takes twice as long
+    if not values.on_gpu:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
+        passes = 1 + (values.recompute_language == "full") / 3  # forward and backward, which takes twice as long
         attentions = micro_batches * batch.segments * model.language.num_layers * passes
     return [
         *(micro_batches * flops / peak for flops in (*products, vit)),
@@ -150,34 +150,27 @@ def time_terms(model: ModelConfig, values: dict[str, Any], batch: MicroBatch, pe
     ]
 
 
-def chunk_tokens(values: dict[str, Any]) -> float:
-    """Tokens that go through the model at once: long packs are cut into chunks, but not with pipeline parallelism."""
-    cut = values["packing"] and values["pipeline_model_parallel_size"] == 1
-    return values["pack_chunk_tokens"] if cut else math.inf
-
-
-def _micro_batches(values: dict[str, Any]) -> int:
-    return values["global_batch_size"] // (values["micro_batch_size"] * data_parallel_size(values))
+def _micro_batches(values: ResolvedSettings) -> int:
+    return values.global_batch_size // (values.micro_batch_size * values.data_parallel_size)
 
 
 def predict(
     model: ModelConfig,
-    values: dict[str, Any],
+    values: ResolvedSettings,
     machine: Machine,
     mean: MicroBatch,
     largest: MicroBatch,
     calibration: Calibration,
 ) -> Prediction:
     """What one step of these settings takes on this machine."""
-    state = {name: size / GIB for name, size in state_bytes(model, values, data_parallel_size(values)).items()}
+    state = {name: size / GIB for name, size in state_bytes(model, values).items()}
     fixed, language, vision = (
         factor * term for factor, term in zip(calibration.memory, memory_terms(model, values, largest), strict=True)
     )
     memory = state | {"language activations": language, "vision activations": vision, "libraries and the rest": fixed}
     terms = time_terms(model, values, mean, machine.peak)
     seconds = sum(factor * term for factor, term in zip(calibration.time, terms, strict=True))
-    replicas = data_parallel_size(values)
-    return Prediction(memory, seconds, mean.tokens * _micro_batches(values) * replicas)
+    return Prediction(memory, seconds, mean.tokens * _micro_batches(values) * values.data_parallel_size)
 
 
 def fits(prediction: Prediction, machine: Machine) -> bool:
@@ -187,11 +180,11 @@ def fits(prediction: Prediction, machine: Machine) -> bool:
 # -------------------------------------------------------------------------------------------------- in words
 
 
-def table(prediction: Prediction, machine: Machine, calibration: Calibration, values: dict[str, Any]) -> list[str]:
+def table(prediction: Prediction, machine: Machine, calibration: Calibration, values: ResolvedSettings) -> list[str]:
     """Lines for a terminal: memory by part, whether it fits, time."""
     parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
     verdict = "fits" if fits(prediction, machine) else "DOES NOT FIT"
-    steps, devices = values["train_iters"], values["nodes"] * values["nproc_per_node"]
+    steps, devices = values.train_iters, values.nodes * values.nproc_per_node
     hours = steps * prediction.step_s / 3600
     long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
     cost = "" if machine.device == "CPU" else f", {hours * devices:,.1f} GPU-hours"

@@ -5,32 +5,33 @@ from typing import Any, NamedTuple
 
 from llava_sft.machine import Machine
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.cost import MicroBatch
-from llava_sft.preflight.predict import Calibration, Prediction, calibration_for, chunk_tokens, fits, predict
+from llava_sft.preflight.cost import MicroBatch
+from llava_sft.preflight.predict import Calibration, Prediction, calibration_for, fits, predict
 from llava_sft.run.remedies import less_memory
-from llava_sft.settings.resolve import data_parallel_size
+from llava_sft.settings.resolve import ResolvedSettings
 
 
 def proposals(
     model: ModelConfig,
-    values: dict[str, Any],
+    values: ResolvedSettings,
     machine: Machine,
     mean: MicroBatch,
     largest: MicroBatch,
     calibration: Calibration,
 ) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that keep seq_length before those that do not."""
-    piece = min(values["seq_length"], chunk_tokens(values))  # what goes through the model at once
-    choices = {name: [values[name], *smaller] for name, smaller in less_memory(values, values["seq_length"]).items()}
+    piece = min(values.seq_length, values.chunk_tokens)  # what goes through the model at once
+    smaller = less_memory(values, values.seq_length)
+    choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
     sizes = choices["tensor_model_parallel_size"]
     choices["tensor_model_parallel_size"] = [size for size in sizes if _divides(model, size)]
     found = []
     for picked in product(*(dict.fromkeys(options) for options in choices.values())):
-        changed = {name: value for name, value in zip(choices, picked, strict=True) if values[name] != value}
-        tried = values | changed
-        rows = tried["micro_batch_size"] / values["micro_batch_size"]
-        scales = tried["seq_length"] / values["seq_length"], min(tried["seq_length"], chunk_tokens(tried)) / piece
-        if not changed or tried["global_batch_size"] % (tried["micro_batch_size"] * data_parallel_size(tried)):
+        changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
+        tried = values.model_copy(update=changed)
+        rows = tried.micro_batch_size / values.micro_batch_size
+        scales = tried.seq_length / values.seq_length, min(tried.seq_length, tried.chunk_tokens) / piece
+        if not changed or tried.global_batch_size % (tried.micro_batch_size * tried.data_parallel_size):
             continue
         of_mean = MicroBatch(*(rows * scales[0] * each for each in mean))
         of_largest = MicroBatch(*(rows * scales[1] * each for each in largest))
@@ -55,7 +56,7 @@ class Forecast(NamedTuple):
 
 
 def forecast_of(
-    model: ModelConfig, values: dict[str, Any], machine: Machine | None, mean: MicroBatch, largest: MicroBatch
+    model: ModelConfig, values: ResolvedSettings, machine: Machine | None, mean: MicroBatch, largest: MicroBatch
 ) -> Forecast | None:
     """What a run takes on a machine; None for a machine that is not known."""
     if machine is None:

@@ -16,6 +16,7 @@ from llava_sft.errors import RunError, SftError
 from llava_sft.files import read_json, write_json
 from llava_sft.run.layout import SAMPLE_COUNTS, SAMPLES
 from llava_sft.run.records import read_jsonl
+from llava_sft.settings.resolved import ResolvedData
 
 NAMED = 1000  # ids of each kind, at most
 
@@ -59,13 +60,12 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
     }
 
 
-def count_samples(run_dir: Path, resolved: dict[str, Any]) -> None:
+def count_samples(run_dir: Path, data: ResolvedData, train_iters: int) -> None:
     """Write sample_counts.json of a run whose steps are all done, and print its summary; or why there is none."""
     (run_dir / SAMPLE_COUNTS).unlink(missing_ok=True)  # of a shorter run
-    data = resolved["data"]
     try:
-        left_out = read_json(data["sizes"], {"left_out": []})["left_out"] if "sizes" in data else []
-        counts = sample_counts(run_dir, Path(data["path"]), resolved["settings"]["train_iters"], left_out)
+        left_out = read_json(data.sizes, {"left_out": []})["left_out"] if data.sizes else []
+        counts = sample_counts(run_dir, Path(data.path), train_iters, left_out)
     except (SftError, OSError, sqlite3.Error) as error:  # the training itself is done
         print(f"how often each sample was seen is not known: {error}")
         return

@@ -29,12 +29,12 @@ def identity(resolved: Resolved) -> dict[str, Any]:
     return {
         "data": resolved.data.fingerprint,
         "start": resolved.start.fingerprint,
-        "nodes": 1,  # of runs that are older than this setting
-        # One that the file of an earlier version does not say is a difference: nobody knows what that version did.
+        # One that an earlier version's file does not name is a difference, for nobody knows what that version did; a
+        # setting that is `later` stands at its default there.
         **{
             name: value
             for name, value in settings.dump().items()
-            if (name in given or ABOUT[name].later) and ABOUT[name].identity
+            if ABOUT[name].identity and (name in given or ABOUT[name].later)
         },
         # Not the name alone, which `settings` holds: its file may have changed.
         "model": f"{resolved.model['name']}-{fingerprint(resolved.model)}",
@@ -122,7 +122,7 @@ def open_run(run_dir: Path, resolved: Resolved) -> int:
             settings = resolved.settings.model_copy(update={"lr_decay_iters": length})
             resolved = resolved.model_copy(update={"settings": settings})
     resolved.write(run_dir / RUN_FILE)
-    keep_sidecars(run_dir, resolved.start, done, needs_base=resolved.settings.lora_rank > 0)
+    keep_sidecars(run_dir, resolved.start, done, needs_base=resolved.settings.trained.lora is not None)
     return done
 
 

@@ -50,8 +50,6 @@ def _check_lora(settings: Settings) -> None:
         raise Conflict("lora_modules", f"{frozen[0]} is not trained", f"add {frozen[0]} to trainable_modules")
     if settings.load == "random":
         raise Conflict("lora_rank", "load: random, and a base of random weights is not kept", "load: a trained model")
-    if settings.lora_dropout:
-        raise Conflict("lora_dropout", "not drafted: no random state is kept in a checkpoint", "lora_dropout: 0")
 
 
 def processes_per_node(settings: Settings, gpus: int) -> int:
@@ -59,7 +57,7 @@ def processes_per_node(settings: Settings, gpus: int) -> int:
 
     Raises Conflict when replicas cannot be made of them.
     """
-    model_parallel = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+    model_parallel = settings.model_parallel_size
     asked = settings.nproc_per_node
     if gpus and asked not in ("auto", gpus):
         raise Conflict("nproc_per_node", f"{asked} is not gpus_per_node {gpus}", "nproc_per_node: auto (one a GPU)")

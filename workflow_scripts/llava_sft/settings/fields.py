@@ -19,7 +19,7 @@ class About(NamedTuple):
 
     identity: a change makes another run.
     shown: by preflight; None: where its value is not the default.
-    later: added later: runs of earlier versions did what the default says.
+    later: younger than the first runs: those that do not name it did what its default says.
     """
 
     identity: bool

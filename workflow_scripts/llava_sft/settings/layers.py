@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from llava_sft.errors import SettingsError, shown
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.settings.conflicts import Conflict, check_combinations, check_global_batch_size, processes_per_node
-from llava_sft.settings.resolve import data_parallel_size
 from llava_sft.settings.schema import DEFAULTS, STAGES, Settings
 from llava_sft.settings.yaml_file import read_yaml
 
@@ -102,9 +101,9 @@ def check_batch(settings: Settings, gpus: int) -> None:
     """Raise SettingsError unless processes and global batch size go together on nodes of so many GPUs."""
     nodes = 1 if settings.nodes == "auto" else settings.nodes
     try:
-        known = {"nodes": nodes, "nproc_per_node": processes_per_node(settings, gpus)}
+        processes = nodes * processes_per_node(settings, gpus)
         if settings.global_batch_size != "auto" and settings.micro_batch_size != "auto":
-            replicas = data_parallel_size(settings.model_dump() | known)
+            replicas = processes // settings.model_parallel_size
             check_global_batch_size(settings.global_batch_size, settings.micro_batch_size, replicas)
     except Conflict as conflict:
         raise _placed(conflict, settings) from None

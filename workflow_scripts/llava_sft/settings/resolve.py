@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pydantic import ConfigDict
@@ -44,6 +43,25 @@ class ResolvedSettings(AllSettings):
     nproc_per_node: int = 0
     eval_interval: int = 0
     eval_iters: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpus_per_node > 0
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Model replicas over all nodes."""
+        return max(1, self.nproc_per_node * self.nodes // self.model_parallel_size)
+
+    @property
+    def reduces_in_bf16(self) -> bool:
+        """Whether gradients are kept and reduced in bf16, and Adam's moments with them."""
+        return self.on_gpu and self.optimizer_precision == "bf16"
+
+    @property
+    def chunk_tokens(self) -> float:
+        """Tokens that go through the model at once: long packs are cut into chunks, but not with pipeline parallelism."""
+        return self.pack_chunk_tokens if self.packing and self.pipeline_model_parallel_size == 1 else math.inf
 
     def dump(self) -> dict[str, Any]:
         """As resolved.json and run.json hold them."""
@@ -131,7 +149,8 @@ def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
 
 def _settle_batch(auto: _Auto, settings: Settings) -> int:
     """The global batch size, which fits the micro batch size and the model's replicas."""
-    replicas, given = data_parallel_size(auto.values), settings.global_batch_size
+    processes, given = auto.values["nodes"] * auto.values["nproc_per_node"], settings.global_batch_size
+    replicas = processes // settings.model_parallel_size
     share = 1 if given == "auto" else math.ceil(given / replicas)
     mbs = auto.settle("micro_batch_size", share, f"a replica's share of the global batch, of {replicas}")
     if "micro_batch_size" in auto.why and given != "auto" and given % replicas:
@@ -143,17 +162,11 @@ def _settle_batch(auto: _Auto, settings: Settings) -> int:
     return gbs
 
 
-def data_parallel_size(values: Mapping[str, Any]) -> int:
-    """Model replicas over all nodes, of resolved settings."""
-    model_parallel = values["tensor_model_parallel_size"] * values["pipeline_model_parallel_size"]
-    return max(1, values["nproc_per_node"] * values["nodes"] // model_parallel)
-
-
-def part_rates(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+def part_rates(values: ResolvedSettings) -> dict[str, tuple[float, float]]:
     """Trained part → (lr, min_lr). Every part's rate ends at the same share of where it began."""
-    rates = {"language_model": values["lr"], "adapter": values["lr_adapter"], "vision_model": values["lr_vision"]}
-    share = values["min_lr"] / values["lr"]
-    return {part: (rate, rate * share) for part, rate in rates.items() if part in values["trainable_modules"]}
+    rates = {"language_model": values.lr, "adapter": values.lr_adapter, "vision_model": values.lr_vision}
+    share = values.min_lr / values.lr
+    return {part: (rate, rate * share) for part, rate in rates.items() if part in values.trained.parts}
 
 
 def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int:
@@ -196,11 +209,9 @@ def packing_window(settings: Settings, lengths: list[int]) -> int:
 
 def warnings(settings: Settings, untrained: bool) -> list[str]:
     """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
-    if settings.lora_rank and settings.lr < 5e-5:
-        return [f"lr {settings.lr:g} is low for LoRA, whose pairs begin at zero: 1e-4 or 2e-4"]
-    if settings.lora_rank:
-        return []
-    if not untrained and "language_model" in settings.trainable_modules and not 1e-6 <= settings.lr <= 5e-5:
+    if settings.trained.lora and settings.lr < 5e-5:
+        return [f"lr {settings.lr:g} is low for LoRA, whose pairs start from zero: 1e-4 or 2e-4 is usual"]
+    if not untrained and "language_model" in settings.trained.whole and not 1e-6 <= settings.lr <= 5e-5:
         return [
             f"lr {settings.lr:g} is outside 1e-6 … 5e-5, the range for trained LLM weights: "
             "5e-6 or 1e-6 if the loss is unstable, 2e-5 or 5e-5 if it falls too slowly"

@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+from llava_sft.model.lora import Lora
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import Part
+from llava_sft.model.trained import Trained
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
@@ -29,6 +31,9 @@ from llava_sft.settings.fields import (
 
 # Names of run directories begin like this; the values of a stage are in config/stages/.
 STAGES = {"align": "stage1_align", "mid": "stage1.5_mid", "sft": "stage2_sft"}
+
+# Each once and in one order: the same parts are the same run.
+Parts = Annotated[list[Part], Field(min_length=1), AfterValidator(lambda parts: sorted(set(parts), reverse=True))]
 
 
 class SourceSettings(BaseModel):
@@ -132,15 +137,9 @@ class Model(Section):
     stage: Literal["align", "mid", "sft"] = free(
         "sft", "align (stage 1) | mid (stage 1.5) | sft (stage 2): config/stages/<stage>.yaml", shown=True
     )
-    trainable_modules: Annotated[list[Part], Field(min_length=1)] = setting(
+    trainable_modules: Parts = setting(
         ["language_model", "adapter", "vision_model"], "what is trained; parts left out are frozen", shown=True
     )
-
-    @field_validator("trainable_modules")
-    @classmethod
-    def _each_part_once(cls, parts: list[Part]) -> list[Part]:
-        """In one order: the same parts are the same run."""
-        return sorted(set(parts), reverse=True)
 
 
 class LoraSettings(Section):
@@ -149,7 +148,7 @@ class LoraSettings(Section):
     lora_rank: Natural = setting(0, "of the pairs: 8 to 64; 0: weights themselves are trained", later=True)
     lora_alpha: Rate = setting(32, "a pair counts alpha / rank", later=True)
     lora_dropout: Fraction = setting(0, "share of a pair's input that is left out at a step", later=True)
-    lora_modules: Annotated[list[Part], Field(min_length=1)] = setting(
+    lora_modules: Parts = setting(
         ["language_model"], "which of trainable_modules are trained by pairs; the others whole", later=True
     )
 
@@ -250,7 +249,9 @@ class Run(Section):
         "auto", "loader processes of a training process: half as many again as keep up, by measurement"
     )
     nodes: Positive | Auto = setting(
-        "auto", "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says"
+        "auto",
+        "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says",
+        later=True,
     )
     gpus_per_node: Natural | Auto = setting(
         "auto", "GPUS_PER_NODE: those of this machine, with --profile slurm what the profile says; 0: CPU"
@@ -316,6 +317,18 @@ class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, LoraSet
     def run_name(self) -> str:
         """`stage2_sft_vqa`, or `stage2_sft_vqa_<run_tag>`."""
         return f"{STAGES[self.stage]}_{self.experiment}" + (f"_{self.run_tag}" if self.run_tag else "")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that share one replica of the model, TP × PP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def trained(self) -> Trained:
+        """Which parts of the model learn, and how."""
+        pairs = tuple(self.lora_modules) if self.lora_rank else ()
+        whole = tuple(part for part in self.trainable_modules if part not in pairs)
+        return Trained(whole, Lora(self.lora_rank, self.lora_alpha, pairs, self.lora_dropout) if pairs else None)
 
 
 ABOUT = {name: about_field(field) for name, field in AllSettings.model_fields.items()}

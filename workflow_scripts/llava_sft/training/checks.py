@@ -8,30 +8,32 @@ from pathlib import Path
 from llava_sft.errors import RunError
 from llava_sft.machine import GIB, free_memory, gpu_count, gpus, this_machine
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.cost import MicroBatch, checkpoint_size
+from llava_sft.preflight.cost import MicroBatch, checkpoint_size
 from llava_sft.preflight.predict import checkpoints_kept, host_bytes_for_save
 from llava_sft.preflight.proposals import forecast_of, proposal_lines
 from llava_sft.run.checkpoints import check_disk
+from llava_sft.settings.resolve import ResolvedSettings
+from llava_sft.settings.resolved import Resolved
 from llava_sft.training.slurm import Job
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is another process's
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def check_machine(resolved: dict, job: Job | None) -> None:
+def check_machine(resolved: Resolved, job: Job | None) -> None:
     """Raise RunError when this machine, or this Slurm job, cannot train as asked; warn where it differs from preflight's."""
-    settings = resolved["settings"]
-    nodes, available = settings["nodes"], job.nodes if job else 1
+    settings = resolved.settings
+    nodes, available = settings.nodes, job.nodes if job else 1
     if nodes > available:
         where = f"Slurm job {job.number} has {available}" if job else "outside a Slurm job there is one"
         raise RunError(f"nodes is {nodes}, {where}", f"snakemake --profile slurm, or nodes: {available}")
     found = gpu_count()
-    if settings["gpus_per_node"] > found:
+    if settings.gpus_per_node > found:
         raise RunError(
-            f"gpus_per_node is {settings['gpus_per_node']}, {platform.node()} has {found}",
+            f"gpus_per_node is {settings.gpus_per_node}, {platform.node()} has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
-    for number, gpu in enumerate(gpus()[: settings["gpus_per_node"]] if settings["gpus_per_node"] else []):
+    for number, gpu in enumerate(gpus()[: settings.gpus_per_node] if settings.on_gpu else []):
         if gpu.used_gib > GPU_IDLE_GIB:
             stop_or_warn(
                 settings,
@@ -40,7 +42,7 @@ def check_machine(resolved: dict, job: Job | None) -> None:
                 "end the other process (nvidia-smi names it), or choose other GPUs with CUDA_VISIBLE_DEVICES",
             )
     check_memory(resolved)
-    for package, planned in resolved["versions"].items():
+    for package, planned in resolved.versions.items():
         if (installed := version(package)) != planned:
             print(f"warning: {package} is {installed} here, preflight ran with {planned}")
     if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < 64 << 20:
@@ -49,9 +51,9 @@ def check_machine(resolved: dict, job: Job | None) -> None:
         )
 
 
-def check_memory(resolved: dict) -> None:
+def check_memory(resolved: Resolved) -> None:
     """Stop a run that is predicted to need more memory than a process, or a save, has here."""
-    settings, model = resolved["settings"], ModelConfig(**resolved["model"])
+    settings, model = resolved.settings, ModelConfig(**resolved.model)
     copied, free = host_bytes_for_save(model, settings), free_memory()
     if copied > free:
         stop_or_warn(
@@ -59,8 +61,8 @@ def check_memory(resolved: dict) -> None:
             f"saving needs {copied / GIB:,.1f} GiB of host memory for a copy of the GPU state; {free / GIB:,.1f} GiB are free",
             "more memory for the job (mem_mb of train in the profile), fewer trainable_modules, or more nodes",
         )
-    machine = this_machine(settings)
-    batch = [MicroBatch(*resolved["batch"][name]) for name in ("mean", "largest")]
+    machine = this_machine(settings.gpus_per_node, settings.nproc_per_node)
+    batch = [MicroBatch(*resolved.batch[name]) for name in ("mean", "largest")]
     forecast = forecast_of(model, settings, machine, *batch)
     if machine and forecast and forecast.prediction.memory_gib > machine.memory_gib:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in forecast.prediction.memory.items())
@@ -73,17 +75,17 @@ def check_memory(resolved: dict) -> None:
         )
 
 
-def stop_or_warn(settings: dict, problem: str, fix: str) -> None:
+def stop_or_warn(settings: ResolvedSettings, problem: str, fix: str) -> None:
     """Raise RunError; with `memory_check: warn` only print a warning."""
-    if settings["memory_check"] == "stop":
+    if settings.memory_check == "stop":
         raise RunError(problem, f"{fix}; memory_check: warn starts it all the same")
     print(f"warning: {problem}")
 
 
-def check_space(run_dir: Path, resolved: dict) -> None:
+def check_space(run_dir: Path, resolved: Resolved) -> None:
     """Raise RunError when not even one checkpoint fits on the disk; warn when not all of them do."""
-    settings = resolved["settings"]
-    size = checkpoint_size(ModelConfig(**resolved["model"]), settings)
+    settings = resolved.settings
+    size = checkpoint_size(ModelConfig(**resolved.model), settings)
     check_disk(run_dir, size, "a checkpoint")
     kept = checkpoints_kept(settings)
     free = shutil.disk_usage(run_dir).free

@@ -1,7 +1,7 @@
 """The model of a training, and its forward pass on a micro-batch of the loader."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -17,32 +17,33 @@ from llava_sft.model import lora_layers
 from llava_sft.model.attention import packed_seq_params
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.llava import LlavaOneVision
-from llava_sft.model.lora import Lora
+from llava_sft.model.lora_dropout import begin_pass
+from llava_sft.settings.resolve import ResolvedSettings
 
 
-def build_model(model: ModelConfig, values: dict[str, Any]) -> LlavaOneVision:
-    """This rank's share of the model, with random weights; what is not in `trainable_modules` is frozen."""
+def build_model(model: ModelConfig, values: ResolvedSettings) -> LlavaOneVision:
+    """This rank's share of the model, with random weights; what is not trained is frozen."""
     config = transformer_config(model, values)
     last = parallel_state.is_pipeline_last_stage()
     built = LlavaOneVision(
         config,
         model,
         vocab_size=model.language.vocab_size,
-        max_sequence_length=values["seq_length"],
+        max_sequence_length=values.seq_length,
         transformer_impl=config.transformer_impl,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last,
-        recompute_vision=values["recompute_vision"] == "full",
+        recompute_vision=values.recompute_vision == "full",
     )
     if config.gradient_accumulation_fusion and last:
         # Transformer Engine's layers add weight gradients in place; Megatron's output layer (TP > 1) would need Apex.
         built.language_model.output_layer.gradient_accumulation_fusion = False
     for name, part in built.named_children():
-        if name not in values["trainable_modules"]:
+        if name not in values.trained.whole:
             part.requires_grad_(False)
-    if lora := Lora.of(values):
-        lora_layers.attach(built, lora, values["seed"])
+    if values.trained.lora:
+        lora_layers.attach(built, values.trained.lora, values.seed)
     return built
 
 
@@ -56,10 +57,11 @@ class Forward:
         self.text_only = False  # the model sees no image just now
         self.image_parameters: list[torch.nn.Parameter] = []  # that are trained, where reduction overlaps
         module = unwrapped(model)
+        self.dropout_seed, self.step, self.passes = module.dropout_seed, 0, 0
         if module.pre_process and model.ddp_config.overlap_grad_reduce:
             parts = (module.vision_model, module.adapter)
             self.image_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
-            module.language_model.embedding.register_forward_hook(self._after_embedding)
+            module.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True)
 
     def __call__(self, batch: VlmBatch) -> Tensor:
         """Loss of each answer token [answer tokens] of a batch, or what the next pipeline stage takes."""
@@ -67,6 +69,9 @@ class Forward:
         rows, tokens = batch.input_ids.shape
         image = max((height * width for height, width in grids), default=0)
         self.text_only = self.model.training and not grids
+        if self.dropout_seed is not None and self.model.training:
+            begin_pass(self.dropout_seed, self.step, parallel_state.get_data_parallel_rank(), self.passes)
+            self.passes += 1
         self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
         output = self.model(
             self._on_device(batch.input_ids),
@@ -82,6 +87,10 @@ class Forward:
             output.register_hook(self._no_image_gradients)
         return output
 
+    def begin(self, step: int) -> None:
+        """The micro-batches that follow are those of a training step."""
+        self.step, self.passes = step, 0
+
     def evaluate(self, batches: Iterable[VlmBatch]) -> Tensor:
         """[2]: sum of losses, answer tokens."""
         return torch.vstack([torch.stack((self(batch).sum(), self.count(batch).float())) for batch in batches]).sum(
@@ -96,9 +105,9 @@ class Forward:
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _after_embedding(self, embedding, inputs, output: Tensor) -> None:
-        if self.text_only and output.requires_grad:
-            output.register_hook(self._no_image_gradients)
+    def _before_language_model(self, language_model, inputs, named: dict) -> None:
+        if self.text_only and named["decoder_input"].requires_grad:
+            named["decoder_input"].register_hook(self._no_image_gradients)
 
     def _no_image_gradients(self, gradient: Tensor) -> None:
         report_complete(self.model, self.image_parameters)
@@ -106,7 +115,7 @@ class Forward:
 
 def through_stages(
     model: DistributedDataParallel, forward: Forward, next_batch: Callable[[], VlmBatch], micro_batches: int,
-    values: dict[str, Any],
+    values: ResolvedSettings,
 ) -> Tensor | None:  # fmt: skip
     """Forward, and backward where the model is trained, by Megatron's schedule for a model cut into pipeline stages.
 
@@ -130,8 +139,8 @@ def through_stages(
         data_iterator=None,
         model=[model],
         num_microbatches=micro_batches,
-        seq_length=values["seq_length"],
-        micro_batch_size=values["micro_batch_size"],
+        seq_length=values.seq_length,
+        micro_batch_size=values.micro_batch_size,
         forward_only=not model.training,
     )
     return torch.vstack(reports).sum(dim=0) if reports else None

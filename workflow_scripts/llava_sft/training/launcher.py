@@ -23,6 +23,7 @@ from typing import BinaryIO
 import psutil
 
 from llava_sft.run.records import Tail
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training import slurm
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
@@ -82,7 +83,7 @@ def node_command(
 
 
 def launch(
-    values: dict,
+    values: ResolvedSettings,
     arguments: list[str],
     run_dir: Path,
     log: Path,
@@ -90,17 +91,17 @@ def launch(
     job: slurm.Job | None,
     srun_options: list[str],
 ) -> int:
-    """Run the training of the resolved settings `values` to its end; return its exit code.
+    """Run the training to its end; return its exit code.
 
     The processes inherit `lock`: the run directory stays locked as long as any of them lives on this machine.
     """
-    count, tail = values["nproc_per_node"], Tail(run_dir)
+    count, tail = values.nproc_per_node, Tail(run_dir)
     store = tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True)
     if job:
-        argv = node_command(job, values["nodes"], count, values["gpus_per_node"], srun_options, arguments)
+        argv = node_command(job, values.nodes, count, values.gpus_per_node, srun_options, arguments)
         environment, ask = python_path(), lambda training: job.signal_steps()
         srun = " ".join(argv[: argv.index(sys.executable)])
-        print(f"{values['nodes']} nodes × {count} processes: {srun} …", flush=True)
+        print(f"{values.nodes} nodes × {count} processes: {srun} …", flush=True)
     else:
         argv, environment = command(count, arguments, store.name)
         ask = lambda training: ask_workers(training, count)  # noqa: E731

@@ -20,8 +20,8 @@ from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.distributed import clip, current_rates, reduce_gradients
 from llava_sft.megatron.parallel import any_rank
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.cost import training_flops
-from llava_sft.model.lora import Lora
+from llava_sft.preflight.cost import training_flops
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training import validation
 from llava_sft.training.forward import Forward, through_stages
 from llava_sft.training.saving import Saves
@@ -36,21 +36,21 @@ class Loop:
     """A training in this process, from step `first` on.
 
     Args:
-        values: settled settings. model, optimizer, scheduler: Megatron's, set up (megatron/distributed.py).
+        model, optimizer, scheduler: Megatron's, set up (megatron/distributed.py).
         loader: micro-batches of this data-parallel rank, without end.
         held_out: None without validation.
     """
 
     def __init__(
-        self, values: dict[str, Any], model_config: ModelConfig, model: DistributedDataParallel, forward: Forward,
+        self, values: ResolvedSettings, model_config: ModelConfig, model: DistributedDataParallel, forward: Forward,
         optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, loader: Iterator[VlmBatch],
         watch: Watch, saves: Saves, held_out: HeldOut | None, first: int,
     ):  # fmt: skip
         self.values, self.model_config = values, model_config
         self.model, self.forward, self.optimizer, self.scheduler = model, forward, optimizer, scheduler
         self.loader, self.watch, self.saves, self.held_out, self.first = loader, watch, saves, held_out, first
-        self.replicas, self.on_gpu = parallel_state.get_data_parallel_world_size(), values["gpus_per_node"] > 0
-        self.micro_batches = values["global_batch_size"] // (values["micro_batch_size"] * self.replicas)
+        self.replicas, self.on_gpu = parallel_state.get_data_parallel_world_size(), values.on_gpu
+        self.micro_batches = values.global_batch_size // (values.micro_batch_size * self.replicas)
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.asked = False  # to save and end
         signal.signal(signal.SIGTERM, self._ask)
@@ -60,16 +60,17 @@ class Loop:
 
     def run(self) -> None:
         """Train to the last step, or until asked to end; every way out has a checkpoint."""
-        last, interval = self.values["train_iters"], self.values["save_interval"]
+        last, interval = self.values.train_iters, self.values.save_interval
         iteration = self.first
         self.model.train()
         while iteration < last:
             self.saves.finish()
+            self.forward.begin(iteration)
             sums = self.forward_backward()
             norm = self.update()
             iteration += 1
             self.log(iteration, sums, norm)
-            if self.held_out and iteration % self.values["eval_interval"] == 0:
+            if self.held_out and iteration % self.values.eval_interval == 0:
                 self.validate(self.held_out, iteration)
             if self.on_gpu and iteration % COLLECT_EVERY == 0:
                 gc.collect()
@@ -79,7 +80,7 @@ class Loop:
             if stop:
                 break
         else:
-            if self.held_out and last % self.values["eval_interval"]:
+            if self.held_out and last % self.values.eval_interval:
                 self.validate(self.held_out, last)
             if last % interval and self.first < last:
                 self.saves.save(last)
@@ -96,7 +97,7 @@ class Loop:
         answers = torch.zeros((), dtype=torch.int, device=self.forward.device)
         for number in range(self.micro_batches):
             batch = self.next_batch()
-            chunks = batch.chunks(self.values["pack_chunk_tokens"], pad_multiple(self.on_gpu))
+            chunks = batch.chunks(self.values.pack_chunk_tokens, pad_multiple(self.on_gpu))
             loss = torch.zeros((), device=self.forward.device)
             for chunk in chunks:
                 total = self.forward(chunk).sum()
@@ -119,9 +120,9 @@ class Loop:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if math.isfinite(norm):
-            clip(self.optimizer, self.values["clip_grad"], norm)
+            clip(self.optimizer, self.values.clip_grad, norm)
             self.optimizer.step_with_ready_grads()
-            self.scheduler.step(increment=self.values["global_batch_size"])
+            self.scheduler.step(increment=self.values.global_batch_size)
         return norm
 
     def log(self, iteration: int, sums: Tensor | None, norm: float) -> None:
@@ -141,7 +142,7 @@ class Loop:
         held_out.rewind()
         self.model.eval()
         total = torch.zeros(2, device=self.forward.device)
-        for _ in range(self.values["eval_iters"]):
+        for _ in range(self.values.eval_iters):
             batches = (next(held_out) for _ in range(self.micro_batches))
             sums = self._through_stages(batches.__next__) if self.stages > 1 else self.forward.evaluate(batches)
             if sums is not None:
@@ -153,15 +154,15 @@ class Loop:
         self.watch.pause(time.perf_counter() - began)
 
     def _note(self, held_out: HeldOut, iteration: int, loss: float) -> None:
-        examples, found = held_out.examples(self.values["log_answers"]), []
+        examples, found = held_out.examples(self.values.log_answers), []
         if torch.distributed.get_world_size() == self.replicas:  # this rank has a whole model
-            limit = self.values["max_new_tokens"]
+            limit = self.values.max_new_tokens
             found = validation.answers(self.model, held_out, len(examples), limit, self.forward.device)
         validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
 
     def must_stop(self) -> bool:
         """Whether any rank was asked to end, or has trained for max_minutes."""
-        minutes = self.values["max_minutes"]
+        minutes = self.values.max_minutes
         over = minutes is not None and time.monotonic() - BEGAN > 60 * minutes
         return any_rank(self.asked or over, self.forward.device)
 
@@ -171,9 +172,8 @@ class Loop:
         batch = next(self.loader)
         waited = time.perf_counter() - began
         grids = [tuple(grid) for grid in batch.grids.tolist()]
-        trained, lora = set(self.values["trainable_modules"]), Lora.of(self.values)
-        answers = len(batch.answer_labels)
-        flops = training_flops(self.model_config, trained, batch.lengths, grids, answers, lora)
+        trained, answers = self.values.trained, len(batch.answer_labels)
+        flops = training_flops(self.model_config, trained, batch.lengths, grids, answers)
         self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
         return batch
 

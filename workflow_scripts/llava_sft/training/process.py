@@ -9,7 +9,6 @@ import os
 import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,23 +20,22 @@ from megatron.core import parallel_state  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
-from llava_sft.checkpoint.start import Start  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
 from llava_sft.data.sizes import read_sizes  # noqa: E402
 from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
 from llava_sft.errors import SftError, of_file  # noqa: E402
-from llava_sft.files import read_json, write_json  # noqa: E402
+from llava_sft.files import write_json  # noqa: E402
 from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
-from llava_sft.model.cost import checkpoint_size, state_bytes  # noqa: E402
-from llava_sft.model.lora import Lora  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
+from llava_sft.preflight.cost import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
 from llava_sft.run.layout import FAILURE, TENSORBOARD, checkpoint_dir  # noqa: E402
-from llava_sft.settings.resolve import data_parallel_size  # noqa: E402
+from llava_sft.settings.resolve import ResolvedSettings  # noqa: E402
+from llava_sft.settings.resolved import Resolved, ResolvedData  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
@@ -49,29 +47,29 @@ from llava_sft.training.watch import Watch  # noqa: E402
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
-def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
+def set_up(resolved: Resolved, run_dir: Path) -> Loop:
     """The training of the settled settings, as it stands at the newest checkpoint of the run."""
-    values, data, start = resolved["settings"], resolved["data"], resolved["start"]
-    model_config, first = ModelConfig(**resolved["model"]), iterations_done(run_dir)
-    if values["deterministic"]:
+    values, data, start = resolved.settings, resolved.data, resolved.start
+    model_config, first = ModelConfig(**resolved.model), iterations_done(run_dir)
+    if values.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
         torch.use_deterministic_algorithms(True, warn_only=True)
     if not ON_CPU:
         distributed.allow_gradient_fusion()
-    lora = Lora.of(values)
     device = parallel.start(values, meeting_place())
     model = distributed.wrap(build_model(model_config, values), values)
     optimizer = distributed.make_optimizer(model, values)
     scheduler = distributed.make_schedule(optimizer, values)
-    states = Checkpoints(model, optimizer, scheduler, in_background=values["async_save"], trained_only=lora is not None)
-    if start.get("folder") and (lora or not first):
-        states.load_weights(Path(start["folder"]))
+    lora = values.trained.lora is not None  # the frozen weights are never saved: they come from the start every time
+    states = Checkpoints(model, optimizer, scheduler, in_background=values.async_save, trained_only=lora)
+    if start.folder and (lora or not first):
+        states.load_weights(start.folder)
     if first:
         states.load(checkpoint_dir(run_dir, first))
 
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     world_size = torch.distributed.get_world_size()
-    limits = ChatTemplate(start["sidecars"]), values["seq_length"], values["min_pixels"], values["max_pixels"]
+    limits = ChatTemplate(start.sidecars), values.seq_length, values.min_pixels, values.max_pixels
     loader = make_loader(values, data, run_dir, limits, rank, replicas)
     if first:
         restore_position(loader, run_dir, first)
@@ -80,20 +78,19 @@ def set_up(resolved: dict[str, Any], run_dir: Path) -> Loop:
     peak = peak_flops(device)
     peak = peak and peak * world_size // replicas
     watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
-    base = Start(**start) if lora else None
-    saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch, base)
+    saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch, start)
     held_out = None
-    if values["eval_iters"]:
-        batches = values["eval_iters"] * values["global_batch_size"] // (values["micro_batch_size"] * replicas)
+    if values.eval_iters:
+        batches = values.eval_iters * values.global_batch_size // (values.micro_batch_size * replicas)
         encoder = VlmTaskEncoder(*limits)
-        held_out = HeldOut(data["path"], encoder, rank, replicas, values["micro_batch_size"], batches)
+        held_out = HeldOut(data.path, encoder, rank, replicas, values.micro_batch_size, batches)
     forward = Forward(model, device)
     return Loop(values, model_config, model, forward, optimizer, scheduler, loader, watch, saves, held_out, first)
 
 
 def make_loader(
-    values: dict[str, Any],
-    data: dict[str, Any],
+    values: ResolvedSettings,
+    data: ResolvedData,
     run_dir: Path,
     limits: tuple[ChatTemplate, int, int, int],
     rank: int,
@@ -101,13 +98,13 @@ def make_loader(
 ) -> TrainingLoader:
     """Micro-batches of this data-parallel rank."""
     return train_loader(
-        data["path"],
-        VlmTaskEncoder(*limits, values["packing"], pad_multiple(not ON_CPU), values["seed"]),
-        Ranks(rank, replicas, values["num_workers"]),
-        values["micro_batch_size"],
-        values["packing_buffer_size"],
-        read_sizes(data),
-        max_damaged=values["max_damaged_samples"],
+        data.path,
+        VlmTaskEncoder(*limits, values.packing, pad_multiple(not ON_CPU), values.seed),
+        Ranks(rank, replicas, values.num_workers),
+        values.micro_batch_size,
+        values.packing_buffer_size,
+        read_sizes(data.sizes, data.sizes_depend),
+        max_damaged=values.max_damaged_samples,
         pin_memory=not ON_CPU,
         found_damaged=functools.partial(note_damaged, run_dir),
     )
@@ -124,7 +121,7 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS[name] if name else None
 
 
-def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop: Loop | None) -> SftError | None:
+def explain(error: BaseException, resolved: Resolved, run_dir: Path, loop: Loop | None) -> SftError | None:
     """The error as a person can use it; None when it is none of those that are known."""
     if isinstance(error, SftError):
         return error
@@ -137,15 +134,15 @@ def explain(error: BaseException, resolved: dict[str, Any], run_dir: Path, loop:
         text in str(error) for text in NO_MEMORY
     ):
         return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
-    values = resolved["settings"]
-    state = state_bytes(ModelConfig(**resolved["model"]), values, data_parallel_size(values))
+    values = resolved.settings
+    state = state_bytes(ModelConfig(**resolved.model), values)
     memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
     return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest)
 
 
 def main(resolved_path: str, run_dir: str) -> None:
-    resolved, folder, loop = read_json(resolved_path), Path(run_dir), None
+    resolved, folder, loop = Resolved.read(Path(resolved_path)), Path(run_dir), None
     try:
         loop = set_up(resolved, folder)
         loop.run()

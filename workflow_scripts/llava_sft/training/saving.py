@@ -2,7 +2,6 @@
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,9 +10,9 @@ from llava_sft.checkpoint.start import Start
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.files import write_text
 from llava_sft.megatron.checkpoint import Checkpoints
-from llava_sft.model.lora import Lora
 from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal
 from llava_sft.run.layout import TRACKER, checkpoint_dir, checkpoints
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training.position import save_position
 from llava_sft.training.watch import Watch
 
@@ -24,15 +23,15 @@ class Saves:
     def __init__(
         self,
         run_dir: Path,
-        values: dict[str, Any],
+        values: ResolvedSettings,
         expected: int,
         states: Checkpoints,
         loader: TrainingLoader,
         watch: Watch,
-        base: Start | None = None,
+        start: Start,
     ):
         self.run_dir, self.values, self.expected = run_dir, values, expected
-        self.base = base  # with LoRA: what the checkpoints stand beside
+        self.start = start
         self.states, self.loader, self.watch = states, loader, watch
         self.first_rank = torch.distributed.get_rank() == 0
         self.begun = 0  # the step whose checkpoint was begun last
@@ -59,12 +58,12 @@ class Saves:
     def _written(self, iteration: int) -> None:
         """Have the tracker name it; note checksums and delete old checkpoints, beside the training."""
         if self.first_rank:
-            if self.base and (lora := Lora.of(self.values)):
-                note_base(checkpoint_dir(self.run_dir, iteration), lora, self.base)
+            if lora := self.values.trained.lora:
+                note_base(checkpoint_dir(self.run_dir, iteration), lora, self.start)
             write_text(self.run_dir / TRACKER, str(iteration))
             self.sealing = threading.Thread(target=self._seal, args=(iteration,))
             self.sealing.start()
 
     def _seal(self, iteration: int) -> None:
         seal(self.run_dir, iteration)
-        prune(self.run_dir, self.values["keep_last"], self.values["keep_every"])
+        prune(self.run_dir, self.values.keep_last, self.values.keep_every)

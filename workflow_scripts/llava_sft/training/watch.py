@@ -20,6 +20,7 @@ from llava_sft.files import read_json, write_json
 from llava_sft.run.layout import BAD_STEPS, EVENTS, LOGS, METRICS, RUN_FILE, data_dir, samples_file
 from llava_sft.run.records import append, forget_after_in, warn_once
 from llava_sft.run.remedies import exploded, slow_loading
+from llava_sft.settings.resolve import ResolvedSettings
 
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
 
@@ -33,7 +34,6 @@ class Watch:
     """Collects what Megatron does not count, and writes a record at each log interval.
 
     Args:
-        values: the resolved settings.
         data_rank: this rank's number among `replicas` data-parallel ones.
         first: the step that the run resumes from.
         writes: whether this rank writes the records that are the same on all ranks.
@@ -42,7 +42,7 @@ class Watch:
     """
 
     def __init__(
-        self, run_dir: Path, values: dict, data_rank: int, replicas: int, first: int, writes: bool,
+        self, run_dir: Path, values: ResolvedSettings, data_rank: int, replicas: int, first: int, writes: bool,
         peak: float | None, tensorboard: Any,
     ):  # fmt: skip
         self.run_dir, self.values, self.replicas, self.writes = run_dir, values, replicas, writes
@@ -107,17 +107,17 @@ class Watch:
         """
         self.steps += 1
         ids, self.ids = self.ids, []
-        if self.values["log_samples"]:
+        if self.values.log_samples:
             self._note_samples(iteration, ids)
         self._judge(iteration, loss, grad_norm, ids)
         self.losses.append(loss)
         self._draw(iteration, dict(zip(EVERY_STEP, (loss, rates["learning-rate"], grad_norm), strict=True)))
-        if iteration % self.values["log_interval"] and iteration != self.values["train_iters"]:
+        if iteration % self.values.log_interval and iteration != self.values.train_iters:
             return
         seconds, steps = time.perf_counter() - self.started, len(self.losses)
-        record = {
+        record: dict[str, Any] = {
             "iteration": iteration,
-            "train_iters": self.values["train_iters"],
+            "train_iters": self.values.train_iters,
             "lm loss": sum(self.losses) / steps,
             **rates,
             "grad-norm": grad_norm,
@@ -169,7 +169,7 @@ class Watch:
             fault = "the loss jumped" if finite else "loss or gradient is not a number, no update"
             before = f", the steps before had {usual:.3g}" if usual is not None else ""
             self.say(iteration, f"{fault}: loss {loss:.3g}{before}; samples in {BAD_STEPS}")
-        if len(self.bad) >= self.values["max_bad_steps"]:
+        if len(self.bad) >= self.values.max_bad_steps:
             raise exploded(self.values, self.run_dir, self.bad, usual, self.trouble)
 
     def say(self, iteration: int, message: str) -> None:

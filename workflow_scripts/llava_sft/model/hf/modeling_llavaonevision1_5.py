@@ -224,7 +224,7 @@ class LLaVAOneVision1_5_Model(LLaVAOneVision1_5_PreTrainedModel):
 
     def _place_images(self, input_ids, inputs_embeds, images):
         if input_ids is None:
-            raise ValueError("images need input_ids: the places of their tokens can not be seen in inputs_embeds")
+            raise ValueError("images need input_ids: the places of their tokens cannot be seen in inputs_embeds")
         is_image = input_ids == self.config.image_token_id  # [batch, sequence]
         num_tokens = int(is_image.sum())
         num_features = sum(len(f) for f in images.pooler_output) if images is not None else 0

@@ -1,0 +1,138 @@
+"""Matrix products of the fused layers: forward and backward, in bf16 or FP8, with LoRA's pair where a layer has one.
+
+Notable:
+- products add weights' gradients to Megatron's gradient buffer in place;
+- Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each;
+- a frozen weight keeps nothing but itself; its pair keeps A·x, of `rank` columns, and asks for x again.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_sft.model.lora_dropout import leave_out_at
+
+with suppress(ImportError):  # a machine without them has Megatron's local layers
+    from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
+    from transformer_engine.pytorch.constants import DType
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None) -> Tensor | None:
+    """gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision. None of a frozen weight."""
+    if not weight.requires_grad:
+        return None
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None or buffer.dtype != grad.dtype:
+        return grad.t() @ x
+    buffer.addmm_(grad.t(), x)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)  # Megatron's hook waits for one, and does not look at it
+
+
+class AccumulatingLinear(torch.autograd.Function):
+    """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to Megatron's buffer."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # itself: recomputation hands back a copy without the buffer
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        return grad @ weight if ctx.needs_input_grad[0] else None, weight_gradient(weight, grad, x)
+
+
+@cache
+def quantizers(recipe: str) -> tuple:
+    """What casts inputs, weights and gradients to FP8, each once in rows and once in columns."""
+
+    def quantizer(kind, block_dimensions):
+        if recipe == "tensorwise":
+            found = Float8CurrentScalingQuantizer(kind, device="cuda")
+        else:
+            found = Float8BlockQuantizer(kind, rowwise=True, columnwise=True, block_scaling_dim=block_dimensions)
+        found.internal = True
+        return found
+
+    kinds = DType.kFloat8E4M3, DType.kFloat8E5M2
+    return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
+
+
+def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias: Tensor | None = None) -> tuple:
+    """x [tokens, in] · weightᵀ + bias, LoRA's pair in the precision of x added; with what the gradients need."""
+    out, operands = weight_product(x, module, recipe, bias)
+    if not hasattr(module, "lora_a"):
+        return out, (operands, None, None)
+    dropout, key = module.lora_dropout, None
+    if dropout.share and module.training:
+        key = dropout.key()
+        x = leave_out_at(x, dropout, key)
+    low = module.lora_scale * F.linear(x, module.lora_a)
+    return out.addmm_(low, module.lora_b.t()), (operands, low, key)
+
+
+def product_backward(
+    grad: Tensor, operands: tuple, module: torch.nn.Module, x: Callable[[], Tensor], recipe: str | None = None
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Gradient of x, and those of `trainable(module)`. A frozen weight keeps no x, which its pair asks for again."""
+    of_weight, low, key = operands
+    x_grad, weight_grad = weight_product_backward(grad, of_weight, module, recipe)
+    if low is None:
+        return x_grad, (weight_grad,)
+    of_low, of_b = module.lora_scale * (grad @ module.lora_b), weight_gradient(module.lora_b, grad, low)
+    if key is None:
+        return x_grad.addmm_(of_low, module.lora_a), (weight_grad, weight_gradient(module.lora_a, of_low, x()), of_b)
+    seen = leave_out_at(x(), module.lora_dropout, key)
+    x_grad += leave_out_at(of_low @ module.lora_a, module.lora_dropout, key)
+    return x_grad, (weight_grad, weight_gradient(module.lora_a, of_low, seen), of_b)
+
+
+def trainable(module: torch.nn.Module) -> tuple[Tensor, ...]:
+    """The weight of a linear layer and LoRA's pair, where there is one."""
+    return (module.weight, module.lora_a, module.lora_b) if hasattr(module, "lora_a") else (module.weight,)
+
+
+def weight_product(
+    x: Tensor, module: torch.nn.Module, recipe: str | None, bias: Tensor | None = None
+) -> tuple[Tensor, tuple]:
+    """x · weightᵀ + bias, in FP8 where there is a recipe (then without bias); and both operands, for the gradients: no x
+    where the weight is frozen. A weight is cast once a step (`is_first_microbatch` is Megatron's flag), a frozen one once."""
+    weight = module.weight
+    trained = weight.requires_grad
+    if not recipe:
+        return F.linear(x, weight, bias), (x if trained else None, weight)
+    cast_input, cast_weight, _ = quantizers(recipe)
+    if (module.is_first_microbatch and trained) or not hasattr(module, "weight_in_fp8"):
+        module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
+        module.is_first_microbatch = False
+    x_in_fp8, fast = cast_input.quantize_impl(x), recipe == "tensorwise"
+    out = general_gemm(module.weight_in_fp8, x_in_fp8, out_dtype=x.dtype, use_split_accumulator=not fast)[0]
+    x_in_fp8.update_usage(rowwise_usage=False)
+    return out, (x_in_fp8 if trained else None, module.weight_in_fp8)
+
+
+def weight_product_backward(
+    grad: Tensor, operands: tuple, module: torch.nn.Module, recipe: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the weight."""
+    (x, weight_operand), weight = operands, module.weight
+    if not recipe:
+        return grad @ weight, weight_gradient(weight, grad, x)
+    exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
+    grad = quantizers(recipe)[2].quantize_impl(grad)
+    x_grad = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
+    if not weight.requires_grad:
+        return x_grad, None
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        return x_grad, general_gemm(x, grad, layout="NT", **exact)[0]
+    general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
+    weight.grad_added_to_main_grad = True
+    return x_grad, torch.empty_like(weight)

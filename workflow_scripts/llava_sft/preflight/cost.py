@@ -1,0 +1,182 @@
+"""What a training step costs, in FLOPs and bytes, as far as the architecture and the settings decide it.
+
+Notable:
+- `training_flops` is the basis of MFU: what a step has to do, whatever the program does; `step_flops` is what it does,
+  recomputation included, the basis of preflight's time;
+- images and the samples of a pack are segments: attention costs the square of a segment's length, not of a pack's.
+No torch.
+"""
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from llava_sft.model.config import ModelConfig
+from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, tensor_rows
+from llava_sft.model.trained import Trained
+from llava_sft.settings.resolve import ResolvedSettings
+
+FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
+
+
+class MicroBatch(NamedTuple):
+    """What goes through the model at once; a mean may have fractions."""
+
+    tokens: float  # padding included
+    token_squares: float  # sum over segments of their tokens squared
+    patches: float
+    patch_squares: float  # sum over images of their patches squared
+    segments: float = 0.0  # packed samples
+
+
+# ------------------------------------------------------------------------------------------------------- FLOPs
+
+
+@lru_cache(maxsize=4)
+def matmul_parameters(model: ModelConfig) -> tuple[int, int, int, int]:
+    """Weights that every token (language model), token of an answer (output layer), patch (vision model) and image
+    token (adapter) is multiplied with."""
+    sizes = {"language": 0, "output": 0, "vision": 0, "adapter": 0}
+    for row in tensor_rows(model):
+        if len(row.shape) > 1 and row.mcore.endswith("weight") and row.mcore != EMBEDDINGS:
+            sizes["output" if row.mcore == OUTPUT_LAYER else row.part.removesuffix("_model")] += prod(row.shape)
+    return sizes["language"], sizes["output"], sizes["vision"], sizes["adapter"]
+
+
+class Work(NamedTuple):
+    """FLOPs of one forward pass: matrix products of a part, and attention, whose backward pass costs differently. Without
+    the output layer."""
+
+    language: float
+    language_attention: float
+    vision: float
+    vision_attention: float
+    adapter: float
+
+
+def forward_flops(
+    model: ModelConfig, tokens: float, token_squares: float, patches: float, patch_squares: float
+) -> Work:
+    """A matrix product is 2 per weight and row. Attention is 4·n²·heads·head_dim a layer over a segment of n, half of it
+    when causal."""
+    language, _, vision, adapter = matmul_parameters(model)
+    t, v = model.language, model.vision
+    return Work(
+        language=2 * language * tokens,
+        language_attention=2 * t.num_layers * t.num_attention_heads * t.kv_channels * token_squares,
+        vision=2 * vision * patches,
+        vision_attention=4 * v.num_layers * v.hidden_size * patch_squares,
+        adapter=2 * adapter * patches / v.spatial_merge_size**2,
+    )
+
+
+def pair_flops(model: ModelConfig, trained: Trained, tokens: float, patches: float) -> dict[str, float]:
+    """FLOPs of LoRA's pairs in one forward pass, by part."""
+    rows = {"language_model": tokens, "vision_model": patches, "adapter": patches / model.vision.spatial_merge_size**2}
+    return (
+        {part: 2 * trained.lora.parameters(model, part) * rows[part] for part in trained.by_pairs}
+        if trained.lora
+        else {}
+    )
+
+
+def training_flops(
+    model: ModelConfig, trained: Trained, lengths: list[int], grids: list[tuple[int, int]], answers: int
+) -> float:
+    """FLOPs that one micro-batch of samples needs: of `lengths` tokens (padding apart), `answers` of which are learned, and
+    images of `grids` patches.
+
+    The output layer counts for answers alone: no other token has a loss, so no other needs its 152k logits (a program that
+    computes them all the same does not earn MFU by it). `Trained.passes` says what the backward pass takes: nothing for a
+    frozen vision tower. Recomputation and padding do not count (PaLM, arXiv:2204.02311, appendix B).
+    """
+    patches = [height * width for height, width in grids]
+    squares = sum(n * n for n in lengths), sum(n * n for n in patches)
+    work = forward_flops(model, sum(lengths), squares[0], sum(patches), squares[1])
+    output = 2 * matmul_parameters(model)[1] * answers
+    pairs = pair_flops(model, trained, sum(lengths), sum(patches))
+    language, vision, adapter = (trained.passes(part) for part in ("language_model", "vision_model", "adapter"))
+    return (
+        (work.language + output) * language[0] + work.language_attention * language[1]
+        + work.vision * vision[0] + work.vision_attention * vision[1]
+        + work.adapter * adapter[0] + 3 * sum(pairs.values())
+    )  # fmt: skip
+
+
+def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> tuple[float, float]:
+    """FLOPs that one micro-batch makes a process do, for the language and the vision model, recomputation included.
+
+    The output layer runs where an answer is: hardly ever. The adapter is counted with the vision tower.
+    """
+    trained = values.trained
+    work = forward_flops(model, *batch[:4])
+    pairs = pair_flops(model, trained, batch.tokens, batch.patches)
+    again = values.recompute_language == "full"
+    products, attention = (passes + again for passes in trained.passes("language_model"))
+    llm = products * work.language + attention * work.language_attention + (3 + again) * pairs.get("language_model", 0)
+    again = values.recompute_vision == "full" and trained.reaches("vision_model")
+    products, attention = (passes + again for passes in trained.passes("vision_model"))
+    vit = products * work.vision + attention * work.vision_attention + (3 + again) * pairs.get("vision_model", 0)
+    vit += (trained.passes("adapter")[0] + again) * work.adapter + (3 + again) * pairs.get("adapter", 0)
+    return llm / values.model_parallel_size, vit / values.model_parallel_size
+
+
+# ------------------------------------------------------------------------------------------------------- bytes
+
+
+def expected_bytes(parameters: int, trained: int, values: ResolvedSettings) -> int:
+    """Size of a checkpoint: the weights; of those trained also two moments and, where the weights are bf16, a float32 master
+    copy or the 16 bits of it that bf16 lacks."""
+    if not values.bf16:
+        return parameters * 4 + trained * 8
+    return parameters * 2 + trained * (6 if values.reduces_in_bf16 else 12)
+
+
+def checkpoint_size(model: ModelConfig, values: ResolvedSettings) -> int:
+    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained; with LoRA of those alone."""
+    trained = values.trained.parameters(model)
+    return expected_bytes(trained if values.trained.lora else parameter_count(model), trained, values)
+
+
+def state_bytes(model: ModelConfig, values: ResolvedSettings) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state of the fullest process. On GPUs all replicas share the last."""
+    pairs, trained = values.trained.lora, values.trained.parameters(model)
+    total = parameter_count(model) + (pairs.parameters(model) if pairs else 0)
+    weights: float = expected_bytes(total, 0, values)  # as in a checkpoint
+    optimizer: float = expected_bytes(0, trained, values)
+    gradients = 4 * trained
+    if values.on_gpu:
+        optimizer /= values.data_parallel_size
+        weights += 0 if values.fp8 == "none" else FP8_COPIES * total
+        gradients = (4 if values.optimizer_precision == "fp32" else 2) * trained
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    return {name: size / values.model_parallel_size for name, size in parts.items()}
+
+
+def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> dict[str, float]:
+    """Bytes that the forward pass of one micro-batch keeps for the backward pass, counted in the tensors of a layer.
+
+    With full recomputation a layer keeps its input, and one layer at a time all of it. Attention in plain PyTorch (CPU)
+    keeps its scores too.
+    """
+    size, t, v = 2 if values.bf16 else 4, model.language, model.vision
+    heads = t.num_attention_heads + 2 * t.num_query_groups
+    attention = (2 * heads + t.num_attention_heads) * t.kv_channels
+    language = batch.tokens * (4 * t.hidden_size + attention + 3 * t.ffn_hidden_size)
+    vision = batch.patches * (8 * v.hidden_size + 2 * v.ffn_hidden_size)
+    if not values.on_gpu:
+        language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
+        vision += batch.patch_squares * v.num_attention_heads
+    language = stored_activations(
+        language, batch.tokens * t.hidden_size, t.num_layers, values.recompute_language == "full"
+    )
+    vision = stored_activations(vision, batch.patches * v.hidden_size, v.num_layers, values.recompute_vision == "full")
+    if not values.trained.reaches("vision_model"):
+        vision = 0.0
+    # Layers of a later pipeline stage run while an earlier stage holds several micro-batches: as much as without one.
+    split = values.tensor_model_parallel_size
+    return {"language activations": size * language / split, "vision activations": size * vision / split}
+
+
+def stored_activations(layer: float, layer_input: float, layers: int, recomputed: bool) -> float:
+    return layers * layer_input + layer if recomputed else layers * layer
