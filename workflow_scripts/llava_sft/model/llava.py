@@ -70,7 +70,7 @@ class LlavaOneVision(MegatronModule):
         self.pg_collection = pg_collection
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
-        self.train_from_embeddings = False  # they are frozen, and what follows them is not
+        self.begins_frozen = False  # embeddings are frozen, and layers are not
         self.dropout_seed: int | None = None  # of LoRA's dropout
         if pre_process:
             vision_config = vision_transformer_config(config, model, recompute_vision)
@@ -118,8 +118,8 @@ class LlavaOneVision(MegatronModule):
             embeddings = self.language_model.embedding(
                 input_ids=input_ids, position_ids=None
             )  # [tokens, batch, hidden]
-            if self.train_from_embeddings and torch.is_grad_enabled():
-                embeddings.requires_grad_()  # recomputation leaves out the backward pass of a layer whose input wants none
+            if self.begins_frozen and torch.is_grad_enabled():
+                embeddings.requires_grad_()  # recomputation has no backward pass for a layer whose input wants no gradient
             if grids:
                 features = self.adapter(self.vision_model(pixels, grids)).to(embeddings.dtype)
                 flat = embeddings.flatten(0, 1).index_copy(0, image_index, features)

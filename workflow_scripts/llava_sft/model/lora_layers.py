@@ -33,12 +33,12 @@ def attach(model: LlavaOneVision, lora: Lora, seed: int) -> None:
         if part is None:  # it lives in another pipeline stage
             continue
         part.requires_grad_(False)
+        (model if part_name == "language_model" else part).begins_frozen = True
         layers = [(layer.layer_number, layer) for layer in part.modules() if isinstance(layer, TransformerLayer)]
         for number, layer in layers or [(0, part)]:
             for name, linear in layer.named_modules():
                 if name.endswith(LINEARS):
                     _add_pair(linear, lora, seed ^ zlib.crc32(f"{part_name}.{number}.{name}".encode()))
-    model.train_from_embeddings = "language_model" in lora.parts
     model.dropout_seed = seed if lora.dropout else None
 
 
