@@ -26,6 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -153,7 +154,7 @@ def split_pair(entry, group, metadata):
     """LoRA's pairs are split over tensor-parallel ranks as their linear layer is, whose own state knows its weight alone."""
     if not (entry.key.endswith(("lora_a", "lora_b")) and getattr(entry.data, "tensor_model_parallel", False)):
         return entry
-    replicas = (metadata or {}).get("dp_cp_group")
+    replicas = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
     groups = {"tp_group": group, "dp_cp_group": replicas}
     made = make_tp_sharded_tensor_for_checkpoint(entry.data, entry.key, entry.data.partition_dim, **groups)
     if entry.key.startswith("language_model") and entry.key.endswith("linear_fc1.lora_b"):  # each rank: gate, then up
