@@ -29,6 +29,7 @@ CARDS = [
     {"name": "38 GiB", "gpu_gib": 38},
     {"name": "chunks", **CHUNKS},
     {"name": "whole packs"},
+    {"name": "whole packs, profile", "profile": True},
     {"name": "whole packs, fp8", "fp8": "tensorwise"},
 ]
 CARDS_8B = [

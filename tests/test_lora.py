@@ -1,35 +1,29 @@
 """LoRA: a training on the CPU that moves pairs alone, goes on bit for bit, and is exported merged and as PEFT's pairs."""
 
-import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from helpers.trainings import ROOT, Run, same
+from helpers import ROOT
+from helpers.trainings import Run, same
+from llava_sft.checkpoint.adapters import open_weights
 from llava_sft.checkpoint.start import Checkpoint, check_load
-from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.lora import Lora
-from llava_sft.model.tensors import PARTS
 from llava_sft.run.identity import identity
 from llava_sft.run.layout import checkpoint_dir
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
 
 STEPS = 20
 HOW = {
     "train_iters": STEPS, "save_interval": 10, "async_save": True, "lora_rank": 8, "lora_alpha": 16.0, "lr": 5e-3,
-    "lora_modules": ["language_model"], "trainable_modules": ["language_model"], "lora_dropout": 0.0,
+    "lora_modules": ["language_model"], "trainable_modules": ["language_model"], "lora_dropout": 0.1,
     "lr_warmup_fraction": 0.0,
-}  # fmt: skip
-VALUES = {
-    "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 2, "seed": 42, "bf16": False, "gpus_per_node": 0,
-    "trainable_modules": list(PARTS), "recompute_language": "none", "recompute_vision": "none", "fp8": "none",
-    "optimizer_precision": "bf16", "pipeline_model_parallel_size": 1,
 }  # fmt: skip
 pytestmark = pytest.mark.timeout(900)
 
@@ -62,7 +56,7 @@ def script(*arguments) -> str:
 def test_pairs_lower_the_loss_and_a_checkpoint_holds_them_alone(base, undisturbed):
     losses = [loss for _, loss, _ in undisturbed.losses()]
     assert losses[-1] < losses[0] - 0.1, losses
-    model, lora = ModelConfig(**base["model"]), Lora.of(HOW)
+    model, lora = ModelConfig(**base["model"]), ResolvedSettings(experiment="x", **HOW).trained.lora
     shapes = {name: shape for row in lora.rows(model) for name, shape in lora.shapes(row).items()}
     early, late = undisturbed.weights(10), undisturbed.weights(STEPS)
     stored = {name for name in late if not name.startswith(("optimizer", "rng"))}
@@ -130,52 +124,18 @@ def test_two_pipeline_stages_train_the_pairs_of_one(base, undisturbed, tmp_path)
         assert loss == pytest.approx(other, rel=1e-6) and norm == pytest.approx(other_norm, rel=1e-5)
 
 
-def test_gradients_of_all_pairs_are_the_same_with_tensor_parallelism(tmp_path):
-    language = {
-        "num_layers": 2,
-        "hidden_size": 128,
-        "ffn_hidden_size": 320,
-        "num_attention_heads": 4,
-        "kv_channels": 48,
-    }
-    language |= {"num_query_groups": 2, "vocab_size": 400, "rotary_base": 1e6, "max_position_embeddings": 2048}
-    vision = {"num_layers": 2, "hidden_size": 96, "ffn_hidden_size": 160, "num_attention_heads": 4}
-    model = ModelConfig.model_validate({"name": "parallel", "language": language, "vision": vision})
-    values = VALUES | {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_modules": list(PARTS)}
-    (tmp_path / "job.json").write_text(json.dumps({"model": model.model_dump(), "values": values}))
-    for tp in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
-        command += [ROOT / "tests/lora_worker.py", tmp_path, str(tp)]
-        paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "workflow_scripts")])
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout[-6000:]
-    losses = [float((tmp_path / f"loss{tp}").read_text()) for tp in (1, 2)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    one, two = (TorchDistReader(tmp_path / f"tp{tp}") for tp in (1, 2))
-    names = {name for row in Lora.of(values).rows(model) for name in Lora.of(values).shapes(row)}
-    assert one.tensors().keys() == two.tensors().keys() == names
-    for name in names:
-        expected = one.read(name)
-        assert (expected - two.read(name)).abs().max() <= 1e-4 * expected.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_the_fused_products_of_a_pair_are_those_of_autograd(trained):
-    import torch
-
-    from llava_sft.model.fused_layers import product, product_backward, trainable
-
-    torch.manual_seed(0)
-    module = torch.nn.Linear(24, 40, bias=False).double().requires_grad_(trained)
-    module.lora_a, module.lora_b = (torch.nn.Parameter(torch.randn(shape).double()) for shape in ((4, 24), (40, 4)))
-    module.lora_scale = 0.5
-    x, grad = torch.randn(7, 24).double().requires_grad_(), torch.randn(7, 40).double()
-    expected = x @ (module.weight + 0.5 * module.lora_b @ module.lora_a).t()
-    needed = [x, *(parameter for parameter in trainable(module) if parameter.requires_grad)]
-    gradients = torch.autograd.grad(expected, needed, grad)
-    with torch.no_grad():
-        out, operands = product(x, module, None)
-        x_grad, of_module = product_backward(grad, operands, module, None)
-    torch.testing.assert_close(out, expected.detach())
-    torch.testing.assert_close([x_grad, *(each for each in of_module if each is not None)], list(gradients))
+def test_a_base_that_changed_is_refused(base, undisturbed, tmp_path):
+    """By the training that goes on from the pairs, and by their export."""
+    changed = tmp_path / "base_mcore_tp1_pp1"
+    shutil.copytree(base["start"]["folder"].removesuffix("/release"), changed)
+    run = Run(base | {"start": base["start"] | {"folder": str(changed / "release")}}, tmp_path / "run", **HOW)
+    run.change(train_iters=4, save_interval=2, lr_decay_iters=4)
+    assert run.finish() == 0, run.said()
+    weights = max((changed / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    run.change(train_iters=6)
+    assert run.finish() != 0 and weights.name in run.said()
+    with pytest.raises(CheckpointError, match=weights.name):
+        open_weights(checkpoint_dir(run.folder, 4))

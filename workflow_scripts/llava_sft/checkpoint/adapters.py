@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import write_safetensors
-from llava_sft.checkpoint.start import Start
+from llava_sft.checkpoint.start import Start, content_of
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.checkpoint.verify import require_whole
 from llava_sft.errors import CheckpointError
@@ -37,6 +37,11 @@ def lora_of(folder: Path) -> tuple[Lora, Path] | None:
     if not base.is_dir():
         raise CheckpointError(
             f"{folder}: the base of its LoRA is gone: {base}", f"make it again from {noted['base']['load']}"
+        )
+    if content_of(base)[0] != noted["base"]["fingerprint"]:
+        raise CheckpointError(
+            f"{folder}: its LoRA stands beside other weights than {base} holds now",
+            f"make {base.parent} again from {noted['base']['load']} as it was",
         )
     return Lora(**noted["lora"] | {"parts": tuple(noted["lora"]["parts"])}), base
 

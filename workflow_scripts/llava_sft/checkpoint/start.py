@@ -265,14 +265,7 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     require_whole(folder)
     top = folder.parent
     sidecars = tokenizer or _with_tokenizer(checkpoint.hf_files(converted, None), checkpoint.name)
-    if folder.name == "release" and (marker := read_object(top / MARKER, {})):
-        content, untrained = marker.get("fingerprint"), bool(marker.get("untrained"))
-        if not isinstance(content, str):
-            raise CheckpointError(
-                f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
-            )
-    else:
-        content, untrained = _fingerprint_of_iteration(folder), False
+    content, untrained = content_of(folder)
     return Start(
         load=checkpoint.name,
         folder=folder,
@@ -281,6 +274,19 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
         untrained=untrained,
         old_names=old_names(top),
     )
+
+
+def content_of(folder: Path) -> tuple[str, bool]:
+    """What stands for the content of a checkpoint folder, and whether its weights are random."""
+    top = folder.parent
+    if folder.name != "release" or not (marker := read_object(top / MARKER, {})):
+        return _fingerprint_of_iteration(folder), False
+    content = marker.get("fingerprint")
+    if not isinstance(content, str):
+        raise CheckpointError(
+            f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
+        )
+    return content, bool(marker.get("untrained"))
 
 
 def _fingerprint_of_iteration(folder: Path) -> str:
