@@ -9,9 +9,9 @@ from scipy.optimize import nnls
 
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import GIB, Machine
-from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.config import load_model_config
 from llava_sft.preflight.cost import MicroBatch, state_bytes
-from llava_sft.preflight.predict import FACTORS, Calibration, memory_terms, time_terms
+from llava_sft.preflight.predict import FACTORS, Calibration, Case, memory_terms, time_terms
 from llava_sft.settings.resolve import ResolvedSettings
 from results import RESULTS, ROOT
 
@@ -19,13 +19,9 @@ ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
 
 
 class Recorded(NamedTuple):
-    """One measured run: its settings, the mean and largest micro-batch, GiB at the peak, seconds of a step."""
+    """One measured run: GiB at the peak, seconds of a step."""
 
-    model: ModelConfig
-    values: ResolvedSettings
-    machine: Machine
-    mean: MicroBatch
-    largest: MicroBatch
+    case: Case
     memory_gib: float
     step_s: float
 
@@ -44,20 +40,18 @@ def _recorded(settings: dict[str, Any], peak_memory_gib: float, step_s: float) -
     values = ResolvedSettings.model_validate(settings["values"] | {"experiment": ""})
     model = load_model_config(ROOT / "config/models" / f"{values.model}.yaml")
     mean, largest = MicroBatch(*settings["mean"]), MicroBatch(*settings["largest"])
-    return Recorded(model, values, Machine(*settings["machine"]), mean, largest, peak_memory_gib, step_s)
+    return Recorded(Case(model, values, Machine(*settings["machine"]), mean, largest), peak_memory_gib, step_s)
 
 
 def calibrate(runs: Collection[Recorded]) -> Calibration:
     """Non-negative factors with the least relative errors over `runs`."""
     memory, time = [], []
     for run in runs:
-        state = sum(state_bytes(run.model, run.values).values()) / GIB
+        state = sum(state_bytes(run.case.model, run.case.values).values()) / GIB
         rest = max(run.memory_gib - state, 0.0)
-        terms = memory_terms(run.model, run.values, run.largest)
-        memory.append(([term / run.memory_gib for term in terms], rest / run.memory_gib))
-        terms = time_terms(run.model, run.values, run.mean, run.machine.peak)
-        time.append(([term / run.step_s for term in terms], 1.0))
-    return Calibration(_fit(memory), _fit(time), len(runs), sorted({run.machine.device for run in runs}))
+        memory.append(([term / run.memory_gib for term in memory_terms(run.case)], rest / run.memory_gib))
+        time.append(([term / run.step_s for term in time_terms(run.case)], 1.0))
+    return Calibration(_fit(memory), _fit(time), len(runs), sorted({run.case.machine.device for run in runs}))
 
 
 def _fit(rows: list[tuple[list[float], float]]) -> list[float]:
@@ -69,15 +63,15 @@ def _fit(rows: list[tuple[list[float], float]]) -> list[float]:
 def of_device(device: str, runs: Collection[Recorded]) -> list[Recorded]:
     """The runs of this device where they are enough, else those of all GPUs, scaled by the peaks; a CPU stands for no GPU and
     no GPU for a CPU."""
-    kind = [run for run in runs if (run.machine.device == "CPU") == (device == "CPU")]
-    own = [run for run in kind if run.machine.device == device]
+    kind = [run for run in runs if (run.case.machine.device == "CPU") == (device == "CPU")]
+    own = [run for run in kind if run.case.machine.device == device]
     return own if len(own) >= ENOUGH_RUNS else kind
 
 
 def all_factors() -> dict[str, Calibration]:
     """Of each device with enough runs, and of all GPUs."""
     runs = recorded()
-    devices = [run.machine.device for run in runs]
+    devices = [run.case.machine.device for run in runs]
     own = [device for device in sorted(set(devices)) if devices.count(device) >= ENOUGH_RUNS]
     return {device: calibrate(of_device(device, runs)) for device in (*own, "GPU")}
 

@@ -9,7 +9,7 @@ KERNELS = {
     "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
     "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
     "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",
-    "rotary": r"rope|^_turn",
+    "rotary": r"rope",
     "cross entropy": r"cross_entropy",
     "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
     "casts to FP8": r"cast_transpose|quantize|amax",

@@ -131,14 +131,14 @@ USUAL |= {"fp8": "none", "optimizer_precision": "bf16", "recompute_language": "n
 
 def short(run: Recorded) -> str:
     """What is unusual about a recorded run of a GPU, and its packs a step; of a CPU, its batch."""
-    if run.machine.device == "CPU":
-        what = "packs" if run.values.packing else "samples"
-        unusual = {name: getattr(run.values, name) for name in ("recompute_language", "recompute_vision")}
-        given = [f"{run.values.micro_batch_size} {what} of {run.values.seq_length:,} at once"]
+    if run.case.machine.device == "CPU":
+        what = "packs" if run.case.values.packing else "samples"
+        unusual = {name: getattr(run.case.values, name) for name in ("recompute_language", "recompute_vision")}
+        given = [f"{run.case.values.micro_batch_size} {what} of {run.case.values.seq_length:,} at once"]
     else:
-        unusual = {name: getattr(run.values, name) for name in USUAL}
-        gpus = run.values.nproc_per_node
-        given = [f"{run.values.global_batch_size} packs" + (f" on {gpus} GPUs" if gpus > 1 else "")]
+        unusual = {name: getattr(run.case.values, name) for name in USUAL}
+        gpus = run.case.values.nproc_per_node
+        given = [f"{run.case.values.global_batch_size} packs" + (f" on {gpus} GPUs" if gpus > 1 else "")]
     return "; ".join(given + [f"{name}: {value}" for name, value in unusual.items() if value != USUAL[name]])
 
 
@@ -148,15 +148,15 @@ def errors() -> list[dict]:
     runs = recorded()
     by_device: dict[str, list[tuple[float, float]]] = {}
     print("| device | run | GiB: predicted, measured | s a step: predicted, measured |\n|---|---|---|---|")
-    for each in sorted(runs, key=lambda run: run.machine.device, reverse=True):
-        others = of_device(each.machine.device, [other for other in runs if other is not each])
+    for each in sorted(runs, key=lambda run: run.case.machine.device, reverse=True):
+        others = of_device(each.case.machine.device, [other for other in runs if other is not each])
         factors = calibrate(others)
-        guess = predict.predict(each.model, each.values, each.machine, each.mean, each.largest, factors)
+        guess = predict.predict(each.case, factors)
         wrong = guess.memory_gib / each.memory_gib - 1, guess.step_s / each.step_s - 1
-        by_device.setdefault(each.machine.device, []).append(wrong)
+        by_device.setdefault(each.case.machine.device, []).append(wrong)
         memory = f"{guess.memory_gib:.3g}, {each.memory_gib:.3g} ({wrong[0]:+.1%})"
         seconds = f"{guess.step_s:.3g}, {each.step_s:.3g} ({wrong[1]:+.1%})"
-        print(f"| {each.machine.device} | {short(each)} | {memory} | {seconds} |")
+        print(f"| {each.case.machine.device} | {short(each)} | {memory} | {seconds} |")
     for device, found in by_device.items():
         for metric, goal, column in (("preflight_memory_error", 0.05, 0), ("preflight_time_error", 0.10, 1)):
             wrong = [abs(error[column]) for error in found]

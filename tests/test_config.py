@@ -1,6 +1,7 @@
 """Settings: what is worked out, what takes precedence, and one clear message for each mistake before anything runs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.embedded import check_demo
 from llava_sft.errors import CheckpointError, DataError, SettingsError, SftError
 from llava_sft.inputs import check_inputs
-from llava_sft.machine import gpu_count
+from llava_sft.machine import gpu_count, require_able_gpus
 from llava_sft.paths import Paths
 from llava_sft.settings import layers
 from llava_sft.settings.layers import load_settings
@@ -166,6 +167,30 @@ def test_given_values_are_not_worked_out_anew(project):
 def test_gpus_are_those_that_are_visible(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_count() == count
+
+
+@pytest.mark.parametrize(
+    ("card", "fp8", "problem", "fix"),
+    [
+        ("Tesla T4, 15360, 3, 7.5", "none", "capability 7.5; training needs 8.0", "gpus_per_node: 0"),
+        ("NVIDIA A100-SXM4-80GB, 81920, 3, 8.0", "none", None, None),
+        ("NVIDIA A100-SXM4-80GB, 81920, 3, 8.0", "tensorwise", "fp8: tensorwise needs 8.9", "fp8: none"),
+        ("NVIDIA GeForce RTX 4090, 24564, 3, 8.9", "tensorwise", None, None),
+        ("NVIDIA GeForce RTX 4090, 24564, 3, 8.9", "blockwise", "fp8: blockwise needs 9.0", "fp8: none"),
+        ("NVIDIA H100 80GB HBM3, 81559, 3, [N/A]", "blockwise", None, None),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_named_with_what_it_lacks(tmp_path, monkeypatch, card, fp8, problem, fix):
+    """In the place of nvidia-smi stands a script: such GPUs are not at hand."""
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{card}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if problem is None:
+        require_able_gpus(1, fp8)
+        return
+    with pytest.raises(SettingsError) as error:
+        require_able_gpus(1, fp8)
+    assert problem in error.value.problem and fix in error.value.fix
 
 
 @pytest.mark.parametrize(

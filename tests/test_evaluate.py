@@ -16,7 +16,9 @@ from helpers.webdatasets import Raw, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
-from llava_sft.evaluation.answers import RIGHT_SHOWN, WRONG_SHOWN, Answer, generate, judge, read_answer
+from llava_sft.evaluation.answers import generate
+from llava_sft.evaluation.export import read_answer
+from llava_sft.evaluation.judge import RIGHT_SHOWN, WRONG_SHOWN, Answer, judge
 from llava_sft.files import read_json, write_json
 
 
@@ -176,6 +178,22 @@ def test_grounding_tokens_are_part_of_an_answer():
 
     assert read_answer(Tokenizer(), [1, 2, 3, 9, 2], [9]) == Answer("<|box_start|>(1,2)<|box_end|>", False)
     assert read_answer(Tokenizer(), [1, 2], [9]).cut
+
+
+def test_a_streamed_answer_is_the_greedy_one_and_stops_when_it_is_closed(export, data):
+    from llava_sft.data.images import decode_rgb
+    from llava_sft.evaluation.export import Export
+
+    question = list(read_split(data / "wds", "val"))[1].before(1)
+    loaded, images = Export(export, 12), [decode_rgb(image) for image in question.images]
+    (whole,) = loaded.answer([loaded.render(question.messages)], images)
+    pieces = list(loaded.stream(question.messages, images))
+    assert whole.text and "".join(pieces).strip() == whole.text
+    longer = loaded.stream(question.messages, images, max_new_tokens=10_000)
+    next(longer)
+    longer.close()  # would take minutes
+    with pytest.raises(ValueError, match="temperature"):
+        list(loaded.stream(question.messages, images, do_sample=True, temperature=-1.0))
 
 
 def run(monkeypatch, export: Path, data: Path, output: Path, *words: str) -> None:

@@ -90,7 +90,7 @@ class Training:
 @pytest.mark.parametrize("how", [[], ["lora"]])
 def test_fused_layers_packs_and_chunks_agree_with_megatrons_layers(data, how):
     worker = ROOT / "tests/helpers/gpu_worker.py"
-    here = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])}
     run = subprocess.run([sys.executable, worker, data["tokenizer"], *how], env=here, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-6000:]
     found = json.loads(run.stdout.split("RESULT ")[1].splitlines()[0])

@@ -1,4 +1,5 @@
-"""The kernels compile for a Hopper GPU, at the shapes of 4B: Triton's interpreter takes what its compiler does not.
+"""The kernels compile for the GPUs that people have, at the shapes of 4B: Triton's interpreter takes what its compiler does
+not.
 
 What they compute is tested with the layers (test_megatron_model.py).
 """
@@ -7,20 +8,40 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-HOPPER = GPUTarget("cuda", 90, 32)
+from llava_sft.model import fused_layers
+from llava_sft.model.attention import packed_seq_params
+
+# Compute capability → bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"): A100, RTX 3090, RTX 4090 and L40S, H100, RTX 5090.
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", int: "i32", float: "fp32"}
 
 
-def test_every_kernel_compiles_for_a_hopper_gpu():
+@pytest.mark.parametrize(
+    "capability", [pytest.param(c, marks=() if c in (86, 90) else pytest.mark.long) for c in SHARED_MEMORY]
+)
+def test_every_kernel_compiles_for_the_gpu_and_has_room(capability):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert int(run.stdout.split()[-1]) >= 16
+    kernels, shared = map(int, run.stdout.split()[-2:])
+    assert kernels >= 16 and shared <= SHARED_MEMORY[capability]
+
+
+def test_attention_of_gpus_without_cudnns_is_called_as_pytorch_defines_it(monkeypatch):
+    """Shapes alone, on tensors without values; test_gpu.py has the values."""
+    monkeypatch.setattr(fused_layers, "has_cudnn_attention", lambda: False)
+    query, key = (torch.empty(24, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    segments = packed_seq_params([16, 8], torch.device("meta"))
+    out, statistics = fused_layers.attend(query, key, key, segments, True)
+    grads = fused_layers.attend_backward(out.flatten(1), (query, key, key), out, statistics, segments, True)
+    assert [out.shape, *(grad.shape for grad in grads)] == [query.shape, query.shape, key.shape, key.shape]
 
 
 def compile_only(kernel, *args, grid, warmup, num_warps=4, **named):
@@ -30,7 +51,8 @@ def compile_only(kernel, *args, grid, warmup, num_warps=4, **named):
     kinds = {name: TYPES.get(getattr(value, "dtype", type(value))) for name, value in given.items()}
     signature = {name: "constexpr" if name in constant else kinds[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): constant[name] for name in constant})
-    compiled.append(triton.compile(source, target=HOPPER, options={"num_warps": num_warps}))
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    compiled.append(triton.compile(source, target=target, options={"num_warps": num_warps}))
 
 
 compiled = []
@@ -45,17 +67,17 @@ def launch_all() -> None:
     def ones(*shape, dtype=torch.bfloat16):
         return torch.ones(shape, dtype=dtype)
 
-    sums = kernels.Sums(20_000, torch.device("cpu"))
+    sums = kernels.PartialSums(20_000, torch.device("cpu"))
     for width, bias in ((2560, None), (1024, ones(1024))):
         x, weight = ones(2, width), ones(width)
-        for change in (None, x):
-            _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, change)
+        for branch in (None, x):
+            _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, branch)
         kernels.norm_backward(x, x, weight, mean, scale, x, sums)
     kernels.norm_backward(x, x, weight, mean, scale, x, sums, biases=True)
     for heads, groups, head_dim, weights in ((32, 8, 128, (ones(128), ones(128))), (16, 16, 64, None)):
         qkv, angle = ones(2, (heads + 2 * groups) * head_dim), ones(2, 1, head_dim, dtype=torch.float32)
-        grads = kernels.turn(qkv, groups, angle, angle, weights, 1e-6)
-        kernels.turn_backward(grads, qkv, angle, angle, sums, weights, 1e-6)
+        grads = kernels.rope(qkv, groups, angle, angle, weights, 1e-6)
+        kernels.rope_backward(grads, qkv, angle, angle, sums, weights, 1e-6)
     kernels.swiglu_backward(ones(2, 2 * 9728), kernels.swiglu(ones(2, 2 * 9728)))
     kernels.gelu_backward(kernels.gelu(ones(2, 4096)), ones(2, 4096), sums)
     sums.totals([20_000], torch.bfloat16)
@@ -63,7 +85,7 @@ def launch_all() -> None:
     remainder = ones(10, dtype=torch.int16)
     for gradient in (ones(10), ones(10, dtype=torch.float32)):
         adam.adam_step(gradient, ones(10), ones(10), ones(10), remainder, 1e-5, 0.9, 0.99, 1e-8, 1, 0.0, True, seed=7)
-    print(len(compiled))
+    print(len(compiled), max(kernel.metadata.shared for kernel in compiled))
 
 
 if __name__ == "__main__":

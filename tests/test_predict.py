@@ -15,7 +15,7 @@ from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config
 from llava_sft.preflight.cost import MicroBatch
-from llava_sft.preflight.predict import Prediction, calibration_for, fits, mean_and_largest, predict
+from llava_sft.preflight.predict import Case, Prediction, calibration_for, fits, mean_and_largest, predict
 from llava_sft.preflight.proposals import proposal_lines, proposals
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
 from llava_sft.settings.resolve import ResolvedSettings, resolve
@@ -48,7 +48,7 @@ def batches(sizes: SampleSizes, values: ResolvedSettings) -> tuple[MicroBatch, M
 def predicted(sizes: SampleSizes, machine=H200, **changed) -> Prediction:
     values = settings(sizes, **changed)
     calibration = calibration_for(machine.device)
-    return predict(MODEL, values, machine, *batches(sizes, values), calibration)
+    return predict(Case(MODEL, values, machine, *batches(sizes, values)), calibration)
 
 
 def test_the_factors_are_those_of_the_recorded_runs():
@@ -63,10 +63,7 @@ def test_a_recorded_run_is_predicted_from_the_others():
     assert len(runs) >= 8
     memory, step = [], []  # relative errors; the bounds are README's figures
     for run in runs:
-        guess = predict(
-            run.model, run.values, run.machine, run.mean, run.largest,
-            calibrate([other for other in runs if other is not run]),
-        )  # fmt: skip
+        guess = predict(run.case, calibrate([other for other in runs if other is not run]))
         memory.append(abs(guess.memory_gib / run.memory_gib - 1))
         step.append(abs(guess.step_s / run.step_s - 1))
     assert max(memory) < 0.04 and statistics.median(memory) < 0.0125
@@ -88,10 +85,10 @@ def test_frozen_parts_need_neither_gradients_nor_moments(sizes):
 
 def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
     values = settings(sizes)
-    batch = batches(sizes, values)
+    case = Case(MODEL, values, H100, *batches(sizes, values))
     calibration = calibration_for("H100")
-    assert not fits(predict(MODEL, values, H100, *batch, calibration), H100)
-    found = proposals(MODEL, values, H100, *batch, calibration)
+    assert not fits(predict(case, calibration), H100)
+    found = proposals(case, calibration)
     assert found
     for changed, prediction in found:
         assert fits(prediction, H100)

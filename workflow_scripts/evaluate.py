@@ -17,7 +17,8 @@ from llava_sft.data.index import leak_note
 from llava_sft.data.stored import read_split
 from llava_sft.data.verify import require_whole as require_whole_data
 from llava_sft.errors import DamagedFileError, RunError, SettingsError, exits_cleanly
-from llava_sft.evaluation.answers import generate, group_counts, judge
+from llava_sft.evaluation.answers import generate
+from llava_sft.evaluation.judge import group_counts, judge
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json, write_text
 
 PREDICTIONS = "predictions.jsonl"

@@ -20,18 +20,11 @@ from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
-from llava_sft.machine import GIB, PEAK_FLOPS, Machine, gpu, gpu_count, this_machine
-from llava_sft.model.config import ModelConfig
+from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, this_machine
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
 from llava_sft.preflight.cost import checkpoint_size
-from llava_sft.preflight.predict import (
-    checkpoints_kept,
-    fits,
-    host_bytes_for_save,
-    mean_and_largest,
-    table,
-)
+from llava_sft.preflight.predict import Case, checkpoints_kept, fits, host_bytes_for_save, mean_and_largest, table
 from llava_sft.preflight.proposals import Forecast, forecast_of, proposal_lines
 from llava_sft.run.identity import refuse_other_run, same_run
 from llava_sft.settings.layers import CONFIG_DIR, load_model
@@ -84,7 +77,7 @@ def main() -> None:
     values, why = resolve(settings, *counts, samples.epoch, cores=cores)
     batch = mean_and_largest(samples.sizes, values, samples.epoch.packs if settings.packing else None)
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.gpus_per_node, values.nproc_per_node)
-    forecast = forecast_of(model, values, machine, *batch)
+    forecast = forecast_of(Case(model, values, machine, *batch)) if machine else None
     if forecast and "num_workers" in why:
         values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
     resolved = Resolved(
@@ -102,7 +95,7 @@ def main() -> None:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
-    predicted, lines = describe(model, values, machine, forecast)
+    predicted, lines = describe(forecast) if forecast else (None, ["no prediction: no recorded run of such a machine"])
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
@@ -241,15 +234,14 @@ def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
             f"gpus_per_node is {gpus}, this machine has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
         )
+    if not cluster:
+        require_able_gpus(gpus, values.fp8)
 
 
-def describe(
-    model: ModelConfig, values: ResolvedSettings, machine: Machine | None, forecast: Forecast | None
-) -> tuple[dict | None, list[str]]:
+def describe(forecast: Forecast) -> tuple[dict, list[str]]:
     """The prediction for preflight.json, and its lines for the terminal."""
-    if forecast is None or machine is None:
-        return None, ["no prediction: no recorded run of such a machine"]
-    prediction, calibration, found = forecast
+    case, prediction, calibration, found = forecast
+    model, values, machine = case.model, case.values, case.machine
     lines = table(prediction, machine, calibration, values)
     if not fits(prediction, machine):
         would_fit = [f"would fit: {line}" for line in proposal_lines(found)]

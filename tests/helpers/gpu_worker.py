@@ -18,8 +18,8 @@ from helpers import MODELS
 from helpers.gpu import VALUES, samples
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.megatron import distributed, parallel
+from llava_sft.model import fused_layers
 from llava_sft.model.config import load_model_config
-from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
 from llava_sft.model.template import ChatTemplate
 from llava_sft.model.tensors import PARTS
 from llava_sft.training import forward
@@ -84,8 +84,12 @@ def main(tokenizer: str, lora: bool) -> None:
         config.fp8 = None
         return result
 
+    cudnn = fused_layers.has_cudnn_attention
+    fused_layers.has_cudnn_attention = lambda: False
+    found["FlashAttention-2, from cuDNN"] = differences(losses_and_gradients([packed]), fused)
+    fused_layers.has_cudnn_attention = cudnn
     fused_fp8 = in_fp8()
-    for layer in (FusedLanguageLayer, FusedVisionLayer):
+    for layer in (fused_layers.FusedLanguageLayer, fused_layers.FusedVisionLayer):
         layer.forward = TransformerLayer.forward
     megatron = losses_and_gradients([packed])
     found["fused layers, from Megatron's"] = differences(fused, megatron)

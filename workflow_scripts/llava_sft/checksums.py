@@ -42,18 +42,36 @@ class HashingFile:
         return [self.size, self.digest.hexdigest()]
 
 
+class Memo:
+    """A file that keeps the state (size, dates, …) in which each file was last found whole, by absolute path. One that is
+    damaged, or cannot be written, costs time alone; None keeps nothing."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.states, self._changed = path, dict[str, Any](), False
+        if path is not None:
+            with contextlib.suppress(DamagedFileError, OSError):
+                self.states = found if isinstance(found := read_json(path, {}), dict) else {}
+
+    def knows(self, path: Path, state: list[int]) -> bool:
+        return self.states.get(str(path.absolute())) == state
+
+    def add(self, path: Path, state: list[int]) -> None:
+        self._changed |= not self.knows(path, state)
+        self.states[str(path.absolute())] = state
+
+    def save(self) -> None:
+        if self.path is not None and self._changed:
+            with contextlib.suppress(OSError):  # a folder that we may not write to
+                write_json(self.path, self.states, indent=None)
+
+
 def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool = False) -> str | None:
     """What is wrong with the files of `noted` below `root`; None when all hold what was written.
 
     Args:
-        memo: our file with [size, mtime_ns, ctime_ns, inode] of each file when it was last found whole, by absolute path;
-            such a file is not read again unless `full`. A damaged or unwritable memo only costs time.
+        memo: where the files are noted that were found whole; they are not read again unless `full`.
     """
-    known: dict[str, list[int]] = {}
-    if memo is not None:
-        with contextlib.suppress(DamagedFileError, OSError):
-            known = found if isinstance(found := read_json(memo, {}), dict) else {}
-    whole = dict(known)
+    whole = Memo(memo)
     try:
         entries = [(str(name), int(size), str(checksum)) for name, (size, checksum) in noted.items()]
     except (TypeError, ValueError, AttributeError):
@@ -69,8 +87,8 @@ def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool =
         if status.st_size != size:
             return f"{name} has {status.st_size:,} bytes, {size:,} were written"
         # ctime too: a copying tool can set mtime back.
-        state, key = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino], str(path.absolute())
-        if not full and known.get(key) == state:
+        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        if not full and whole.knows(path, state):
             continue
         try:
             found_hash = file_hash(path)
@@ -78,8 +96,6 @@ def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool =
             return f"{name} cannot be read: {error.strerror}"
         if found_hash != checksum:
             return f"{name} does not hold what was written"
-        whole[key] = state
-    if memo is not None and whole != known:
-        with contextlib.suppress(OSError):  # a folder that we may not write to
-            write_json(memo, whole, indent=None)
+        whole.add(path, state)
+    whole.save()
     return None

@@ -11,9 +11,17 @@ import psutil
 from llava_sft.errors import SettingsError
 
 GIB = 2**30
-# Dense bf16 peak of a GPU, FLOP/s, as its maker publishes it; MFU is relative to it.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
-GPU_MEMORY_GIB = {"H100": 79.1, "GH200": 94.5, "H200": 139.8, "B200": 178.4, "A100": 79.2, "L40S": 44.5}
+# Dense bf16 peak of a GPU, FLOP/s with sums in float32, as its maker publishes it; MFU is relative to it.
+PEAK_FLOPS = {
+    "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 150e12, "A10": 125e12,
+    "A6000": 155e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "3090": 71e12, "4090": 165e12, "5090": 209e12,
+}  # fmt: skip
+GPU_MEMORY_GIB = {
+    "H100": 79.1, "GH200": 94.5, "H200": 139.8, "B200": 178.4, "A100": 79.2, "A40": 44.5, "A10": 22.0,
+    "A6000": 47.5, "L40S": 44.5, "L40": 44.5, "L4": 22.0, "3090": 23.6, "4090": 23.5, "5090": 31.4,
+}  # fmt: skip
+OLDEST_GPU = 8.0  # compute capability that bf16 and the kernels need; FP8 needs:
+OLDEST_GPU_OF_FP8 = {"tensorwise": 8.9, "blockwise": 9.0}
 CPU_FLOPS = 3e10  # a core's share in float32; the recorded runs say how much of it is reached
 
 
@@ -29,6 +37,7 @@ class Gpu(NamedTuple):
     name: str
     memory_gib: float
     used_gib: float
+    capability: float | None  # compute capability, 9.0 of a Hopper GPU; None where an old driver does not say
 
 
 def known_gpu(name: str) -> str | None:
@@ -72,15 +81,33 @@ def _installed_gpus() -> int:
 
 def gpus() -> list[Gpu]:
     """The GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,compute_cap", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command += ["-i", visible]
     try:
         listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [line.rsplit(", ", 2) for line in listing.splitlines()]
-    return [Gpu(name, float(total) / 1024, float(used) / 1024) for name, total, used in rows]
+    rows = [line.rsplit(", ", 3) for line in listing.splitlines()]
+    return [
+        Gpu(name, float(total) / 1024, float(used) / 1024, float(says) if says.replace(".", "").isdecimal() else None)
+        for name, total, used, says in rows
+    ]
+
+
+def require_able_gpus(count: int, fp8: str) -> None:
+    """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`."""
+    for number, gpu in enumerate(gpus()[:count]):
+        if gpu.capability is None:
+            continue
+        who = f"GPU {number} ({gpu.name}) has compute capability {gpu.capability}"
+        if gpu.capability < OLDEST_GPU:
+            raise SettingsError(
+                f"{who}; training needs {OLDEST_GPU} or newer",
+                "choose other GPUs with CUDA_VISIBLE_DEVICES, or gpus_per_node: 0, which trains on the CPU",
+            )
+        if gpu.capability < OLDEST_GPU_OF_FP8.get(fp8, 0):
+            raise SettingsError(f"{who}; fp8: {fp8} needs {OLDEST_GPU_OF_FP8[fp8]} or newer", "fp8: none")
 
 
 def free_memory() -> int:

@@ -97,9 +97,9 @@ class _Adopted:
                     self.excluded_before += 1
                     continue
                 try:
-                    stored, members = sample.read(file.fileno(), layout or "own")
+                    stored, contents = sample.read(read_at(file.fileno(), sample.extent), layout or "own")
                     for image in stored.images:
-                        check_image(read_at(file.fileno(), members[image]))
+                        check_image(contents[image])
                     self.images += len(stored.images)
                 except Rejected as rejected:
                     self.exclude.append(f"{name}/{sample.key}")
@@ -126,4 +126,4 @@ def _rows(tar: Path) -> Iterator[dict[str, Any]]:
     with open(tar, "rb") as file:
         for sample in walk_tar(tar):
             row = {"key": sample.key, "offset": sample.offset, "size": sample.size, "parts": sample.members}
-            yield row | {"digest": sample.digest(file.fileno()).hex()}
+            yield row | {"digest": sample.digest(read_at(file.fileno(), sample.extent)).hex()}

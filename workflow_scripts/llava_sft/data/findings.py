@@ -5,7 +5,6 @@ import itertools
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +107,14 @@ class Findings:
             self.values["tokens"][self.tokens.count(sample.messages, sizes)] += 1
 
     def offer_to_gallery(
-        self, kind: str, split: str, key: str, sample: Sample[str], read: Callable[[str], bytes]
+        self, kind: str, split: str, key: str, sample: Sample[str], contents: dict[str, bytes]
     ) -> None:
-        """Keep the sample if it is among the luckiest of its kind; `read` gives the bytes of an image."""
+        """Keep the sample if it is among the luckiest of its kind; `contents`: the bytes of its images."""
         heap = self.gallery.setdefault(kind, [])
         luck = self.draw(key)
         if len(heap) == GALLERY_SAMPLES and luck <= heap[0][0]:
             return
-        images = [read(image) for image in sample.images]
+        images = [contents[image] for image in sample.images]
         entry = {
             "key": key,
             "id": sample.id,

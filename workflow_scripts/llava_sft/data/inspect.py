@@ -124,36 +124,36 @@ class _Inspection:
         written = {sample.key: digests[row] for row, sample in enumerate(samples) if row in digests}
         with open(tar, "rb") as file:
             for sample in included:
-                if sample.key in written and sample.digest(file.fileno()) != written[sample.key]:
+                data = read_at(file.fileno(), sample.extent)
+                if sample.key in written and sample.digest(data) != written[sample.key]:
                     findings.problem(SAMPLES, f"{name}: {sample.key}", CHANGED)
-                self._check_sample(file.fileno(), name, split, sample, layout)
+                self._check_sample(data, name, split, sample, layout)
         if name in self.hashes and file_hash(tar) != self.hashes[name]:
             findings.problem(SHARDS, name, "its bytes are not those that the conversion wrote")
         findings.looked_at[SHARDS] += 1
         counts = findings.splits.setdefault(split, Counter())
         counts.update(samples=len(included), shards=1, bytes=tar.stat().st_size)
 
-    def _check_sample(self, file: int, name: str, split: str, stored: TarSample, layout: str) -> None:
+    def _check_sample(self, data: bytes, name: str, split: str, stored: TarSample, layout: str) -> None:
         findings, where = self.findings, f"{name}: {stored.key}"
         findings.looked_at[SAMPLES] += 1
         try:
-            sample, members = stored.read(file, layout)
+            sample, contents = stored.read(data, layout)
         except Rejected as rejected:
             findings.problem(SAMPLES, where, str(rejected))
             return
         infos, hashes = [], []
         for image in sample.images:
             findings.looked_at[IMAGES] += 1
-            data = read_at(file, members[image])
-            hashes.append(findings.note_duplicate("image", data).to_bytes(8))
+            hashes.append(findings.note_duplicate("image", contents[image]).to_bytes(8))
             drawn = findings.draw(f"{stored.key}.{image}") % findings.decode_every == 0
             try:
-                infos.append((decode_image if drawn else check_image)(data, NO_PIXEL_LIMIT))
+                infos.append((decode_image if drawn else check_image)(contents[image], NO_PIXEL_LIMIT))
             except Rejected as rejected:
                 findings.problem(IMAGES, f"{where}.{image} (id {shown(sample.id)})", str(rejected))
         kind = str(sample.meta.get("kind", "all"))
         findings.note_sample(split, kind, sample, infos, hashes)
-        findings.offer_to_gallery(kind, split, stored.key, sample, lambda image: read_at(file, members[image]))
+        findings.offer_to_gallery(kind, split, stored.key, sample, contents)
 
     def _check_index(self, name: str, samples: list[TarSample]) -> None:
         """Compare `.tar.idx`, `.info.json` and index.sqlite with the samples of a tar."""

@@ -1,7 +1,7 @@
 """Token and patch counts of every training sample, and how fast one loader process prepares samples.
 
 Notable: counted shard by shard and cached, so that new records, or another tokenizer, `seq_length` or image limits, cost
-what they change and no conversion. Of an image only the header is read.
+what they change and no conversion. Of an image only the header is parsed.
 """
 
 import functools
@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 from llava_sft.data.images import decode_rgb, image_grid
 from llava_sft.data.notes import without_images_like_it
 from llava_sft.data.order import GlobalOrder, SourceLengths
-from llava_sft.data.stored import StoredShard, read_shard, source_weights, stored_shards
-from llava_sft.data.tars import Extent, read_at
-from llava_sft.errors import DataError, shown
+from llava_sft.data.stored import StoredShard, source_weights, stored_shards
+from llava_sft.errors import shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.model.processing import MERGE_SIZE, image_tokens, to_patches
 from llava_sft.model.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
 
-HEADER_BYTES = 256 << 10  # an image's size stands before that, behind its EXIF and its thumbnail
 SIZES_VERSION = 2  # of what is kept; 2: with each sample's place
 TIMED_S, TIMED_SHARDS = 2.0, 4  # for so long samples of so many shards are prepared, for the speed of a loader process
 
@@ -124,17 +122,17 @@ def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: Sto
     if cached and (known := read_json(cached, {"depends": None})).pop("depends") == depends:
         return SampleSizes(**known)
     template, sizes = _template(tokenizer), SampleSizes([], [], [], [], [])
-    for row, key, sample, file, members in shard.rows():
+    for row, key, sample in shard.read():
         try:
-            tokens = [image_tokens(_grid(file, members[image], limits)) for image in sample.images]
+            grids = (image_grid(image, limits.min_pixels, limits.max_pixels) for image in sample.images)
+            tokens = list(map(image_tokens, grids))
             encoded = template.encode(sample.messages, tokens, limits.seq_length)
         except UnusableSample:
             sizes.left_out.append(key)
             continue
         except OSError as error:  # Pillow's
-            where = f"{tar}: sample {key} ({shown(sample.id)})"
-            fix = without_images_like_it(shard.folder, shard.name)
-            raise DataError(f"{where}: an image cannot be read: {error}", fix) from None
+            where = f"sample {key} ({shown(sample.id)})"
+            raise shard.damage(where, f"an image cannot be read: {error}", without_images_like_it) from None
         sizes.tokens.append(len(encoded.input_ids))
         sizes.patches.append([count * MERGE_SIZE**2 for count in tokens[: encoded.num_images]])
         sizes.rows.append(row)
@@ -142,14 +140,6 @@ def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: Sto
     if cached:
         write_json(cached, {"depends": depends, **sizes._asdict()}, indent=None, sealed=True)
     return sizes
-
-
-def _grid(file: int, extent: Extent, limits: Limits) -> tuple[int, int]:
-    offset, size = extent
-    try:
-        return image_grid(read_at(file, (offset, min(size, HEADER_BYTES))), limits.min_pixels, limits.max_pixels)
-    except OSError:  # a profile or a comment longer than that
-        return image_grid(read_at(file, extent), limits.min_pixels, limits.max_pixels)
 
 
 @functools.cache
@@ -162,8 +152,8 @@ def prepared_tokens_per_s(folder: Path, tokenizer: Path, limits: Limits) -> floa
     """Tokens a second that one loader process prepares on this machine, of samples from a few shards."""
     template, tokens, began = _template(tokenizer), 0, 0.0
     shards = list(stored_shards(folder, "train"))
-    spread = zip_longest(*map(read_shard, shards[:: len(shards) // TIMED_SHARDS or 1][:TIMED_SHARDS]))
-    for sample in filter(None, chain.from_iterable(spread)):
+    spread = zip_longest(*(shard.read() for shard in shards[:: len(shards) // TIMED_SHARDS or 1][:TIMED_SHARDS]))
+    for _, _, sample in filter(None, chain.from_iterable(spread)):
         began = began or time.perf_counter()  # not the time to find the first one
         try:
             grids = [image_grid(image, limits.min_pixels, limits.max_pixels) for image in sample.images]

@@ -1,9 +1,10 @@
-"""Samples of one split, read in order straight from the tars, for evaluation and parity. No energon, no decoding."""
+"""The samples of a data set, read from the tars at the places that energon's index names. No energon, no decoding."""
 
+import os
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,14 @@ from llava_sft.data.notes import way_out
 from llava_sft.data.nv_meta import METADATASET, REINDEX, SampleIndex, read_blend, read_meta, source_folders
 from llava_sft.data.records import Sample
 from llava_sft.data.rejects import Rejected
-from llava_sft.data.tars import Extent, read_at, walk_tar
+from llava_sft.data.tars import TarSample, read_at, sample_in, walk_tar
 from llava_sft.errors import SHOWN, DataError, shown
+
+OPEN_TARS = 16  # at a time, in each process: some machines allow 256 files
+
+
+class DamagedSample(DataError):
+    """A stored sample cannot be read, decoded, or is not what was indexed."""
 
 
 class StoredShard(NamedTuple):
@@ -27,39 +34,81 @@ class StoredShard(NamedTuple):
     number: int  # its place in .info.json
     samples: int  # in it, the excluded ones too
 
-    def rows(self) -> Iterator[tuple[int, str, Sample[str], int, dict[str, Extent]]]:
-        """Yield (place in the tar, id as the loader names it, sample, file descriptor, place of each member) in order, no
-        image taken out. Every sample's bytes are compared with the digest in the index, where there is one.
+    def read(self) -> Iterator[tuple[int, str, Sample[bytes]]]:
+        """Yield place in the tar, id as the loader names it, and sample, in order; the rules of raw records hold for each.
 
-        Errors: DataError naming tar, key and id for anything that cannot be read or is not what was written.
+        Errors: DamagedSample.
         """
         tar = self.folder / self.name
-        with SampleIndex(self.folder) as index:
-            digests = index.digests(self.number)
         try:
-            samples = walk_tar(tar)
-            file = open(tar, "rb")  # noqa: SIM115 (closed below)
-        except (OSError, ValueError, tarfile.TarError) as error:
-            raise self.damage("", f"cannot be read: {error}") from None
+            samples = walk_tar(tar)  # all headers at once: one by one they take longer
+        except (OSError, tarfile.TarError) as error:
+            raise self.damage("all samples", f"cannot be read: {error}") from None
         if len(samples) != self.samples:
-            raise self.damage("", f"holds {len(samples):,} samples, the index says {self.samples:,}")
-        with file:
+            raise self.damage("all samples", f"there are {len(samples):,}, the index says {self.samples:,}")
+        with SampleIndex(self.folder) as index:
+            opened = OpenShard(self, index)
             for row, stored in enumerate(samples):
-                if stored.key in self.excluded:
-                    continue
-                try:
-                    changed = row in digests and stored.digest(file.fileno()) != digests[row]
-                    sample, members = stored.read(file.fileno(), self.layout)
-                except (Rejected, OSError) as error:
-                    raise self.damage(stored.key, str(error)) from None
-                if changed:
-                    raise self.damage(f"{stored.key} ({shown(sample.id)})", "its bytes are not those that were written")
-                yield row, self.source + stored.key, sample, file.fileno(), members
+                if stored.key not in self.excluded:
+                    data = read_at(opened.tar.fileno(), stored.extent)
+                    yield row, self.source + stored.key, opened.content(row, data, stored, rules=True)
 
-    def damage(self, sample: str, what: str) -> DataError:
-        """The error of a tar, or of a sample in it."""
-        where = f"sample {sample}: " if sample else ""
-        return DataError(f"{self.folder / self.name}: {where}{what[:SHOWN]}", way_out(self.folder, self.name))
+    def damage(self, where: str, what: str, fix: Callable[[Path, str], str] = way_out) -> DamagedSample:
+        """The error of a sample; `fix`: what mends it, by folder and name of the tar."""
+        return DamagedSample(f"{self.folder / self.name}: {where}: {what[:SHOWN]}", fix(self.folder, self.name))
+
+
+class OpenShard:
+    """A shard whose files are open: its samples by their places. Errors of all methods: DamagedSample naming tar, key and id."""
+
+    def __init__(self, shard: StoredShard, index: SampleIndex):
+        self.shard, self.index = shard, index
+        tar = shard.folder / shard.name
+        try:
+            self.tar, self.idx = open(tar, "rb"), open(f"{tar}.idx", "rb")  # noqa: SIM115 (closed with this object)
+        except OSError as error:
+            raise shard.damage("all samples", f"cannot be read: {error}") from None
+
+    def find(self, row: int) -> tuple[bytes, TarSample]:
+        """The headers and members of a sample, as energon's `.tar.idx` names their place."""
+        try:
+            bounds = os.pread(self.idx.fileno(), 16, 8 * row)
+            start, stop = (int.from_bytes(bounds[at : at + 8], "little") for at in (0, 8))
+            if len(bounds) != 16 or not 0 <= start < stop <= os.fstat(self.tar.fileno()).st_size:
+                raise ValueError(f"its .idx names bytes {start:,} to {stop:,}")
+            data = read_at(self.tar.fileno(), (start, stop - start))
+            return data, sample_in(data)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise self.shard.damage(f"sample {row}", f"cannot be read: {type(error).__name__}: {error}") from None
+
+    def content(self, row: int, data: bytes, stored: TarSample, rules: bool = False) -> Sample[bytes]:
+        """The sample that was found. Its bytes are compared with the digest in the index, where there is one."""
+        try:
+            sample, contents = stored.read(data, self.shard.layout, rules)
+        except Rejected as error:
+            raise self.shard.damage(f"sample {stored.key}", str(error)) from None
+        noted = self.index.digest(self.shard.number, row)
+        if noted and stored.digest(data) != noted:
+            where = f"sample {stored.key} ({shown(sample.id)})"
+            raise self.shard.damage(where, "does not hold what was written")
+        return sample.with_images([contents[image] for image in sample.images])
+
+
+@lru_cache(OPEN_TARS)
+def open_shard(shard: StoredShard) -> OpenShard:
+    """For random access: the shards used last stay open."""
+    return OpenShard(shard, _index(shard.folder))
+
+
+@lru_cache(OPEN_TARS)
+def _index(folder: Path) -> SampleIndex:
+    return SampleIndex(folder)
+
+
+def forget_open_files() -> None:
+    """In a process that was forked: neither a file's place nor a connection is shared with the parent."""
+    open_shard.cache_clear()
+    _index.cache_clear()
 
 
 def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
@@ -75,6 +124,11 @@ def stored_shards(folder: Path, split: str) -> Iterator[StoredShard]:
                 raise DataError(f"{path}/.nv-meta/split.yaml: {shown(name)} is not in .info.json", REINDEX)
             excluded_here = frozenset(excluded[name])
             yield StoredShard(path, name, source, meta.layout, excluded_here, numbers[name], meta.counts[name])
+
+
+def read_split(folder: Path | str, split: str) -> Iterator[Sample[bytes]]:
+    """Yield the samples of `split` with their images, in the order of the shards."""
+    return (sample for shard in stored_shards(Path(folder), split) for _, _, sample in shard.read())
 
 
 def sample_ids(folder: Path, split: str) -> dict[str, set[str]]:
@@ -106,13 +160,3 @@ def source_weights(folder: Path) -> dict[str, float]:
         return {"": 1.0}
     blend = read_blend(folder).get("train", {})
     return {name: draws / read_meta(folder / name).samples("train") for name, draws in blend.items()}
-
-
-def read_split(folder: Path | str, split: str) -> Iterator[Sample[bytes]]:
-    """Yield the samples of `split` with their images, in the order of the shards."""
-    return chain.from_iterable(map(read_shard, stored_shards(Path(folder), split)))
-
-
-def read_shard(shard: StoredShard) -> Iterator[Sample[bytes]]:
-    for _, _, sample, file, members in shard.rows():
-        yield sample.with_images([read_at(file, members[image]) for image in sample.images])

@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.energon import SkipSample
 
 from llava_sft.data.loader import EncodedSample, VlmBatch, VlmTaskEncoder
+from llava_sft.data.notes import without_images_like_it
 from llava_sft.data.order import GlobalOrder
-from llava_sft.data.random_access import DamagedSample, StoredSamples, forget_open_files
+from llava_sft.data.records import Sample
 from llava_sft.data.sizes import Limits, SampleSizes, global_order, sample_sizes
-from llava_sft.data.stored import StoredShard
+from llava_sft.data.stored import DamagedSample, StoredShard, forget_open_files, open_shard, stored_shards
 from llava_sft.errors import SHOWN, DataError, RunError, shown
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -42,6 +44,36 @@ class Prepared(NamedTuple):
 
     outcome: VlmBatch | tuple[str, str]
     damaged: list[tuple[str, str]]  # id, and what is wrong
+
+
+class StoredSamples:
+    """The samples of the training split by number, in the order of `sizes`.
+
+    Errors: DataError when `sizes` is of other data.
+    """
+
+    def __init__(self, folder: Path, sizes: SampleSizes):
+        shards = {shard.source + shard.name: shard for shard in stored_shards(folder, "train")}
+        missing = [name for name, count in sizes.shards if count and name not in shards]
+        if missing or len(sizes.rows) != sum(count for _, count in sizes.shards):
+            raise DataError(
+                f"{folder}: its token counts are of other data ({shown(missing[:1] or 'numbers do not add up')})",
+                "delete sizes.json in the results folder and run the same command: it is made again",
+            )
+        self.shards = [shards[name] for name, count in sizes.shards if count]
+        self.ends = np.cumsum([count for _, count in sizes.shards if count])
+        self.rows = np.asarray(sizes.rows, dtype=np.int32)
+        self.lengths = np.asarray(sizes.tokens, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, number: int) -> tuple[StoredShard, str, Sample[bytes]]:
+        """A sample, the shard it lies in, and its key there. Errors: DamagedSample."""
+        shard, row = self.shards[int(np.searchsorted(self.ends, number, side="right"))], int(self.rows[number])
+        opened = open_shard(shard)
+        data, stored = opened.find(row)
+        return shard, stored.key, opened.content(row, data, stored)
 
 
 class MicroBatches(torch.utils.data.Dataset):
@@ -74,14 +106,14 @@ class MicroBatches(torch.utils.data.Dataset):
             return self.encode(number)
         except DamagedSample as error:
             if not self.leave_out:
-                raise
+                or_not = "or leave such samples out of the training with max_damaged_samples: 10"
+                raise DataError(error.problem, f"{error.fix}; {or_not}") from None
             damaged.append((str(number), error.problem))
             return None
 
     def encode(self, number: int) -> EncodedSample:
         """Errors: DamagedSample; DataError when the sample has another length than was counted."""
-        key, sample = self.samples.read(number)
-        shard = self.samples.shard_of(number)
+        shard, key, sample = self.samples.read(number)
         label = key if sample.id in (None, key) else f"{key} (id {shown(sample.id, 80)})"
         try:
             encoded = self.encoder.encode(shard.source + key, sample)
@@ -89,7 +121,7 @@ class MicroBatches(torch.utils.data.Dataset):
             raise self._of_other_settings(shard, label, str(error.__cause__ or error)) from None
         except Exception as error:  # Pillow raises errors of many kinds
             what = f"an image cannot be read: {type(error).__name__}: {error}"
-            raise self.samples.damaged(shard, label, what, changed=False) from None
+            raise shard.damage(label, what, without_images_like_it) from None
         if len(encoded.input_ids) != self.samples.lengths[number]:
             counted = f"{len(encoded.input_ids)} tokens, {self.samples.lengths[number]} were counted"
             raise self._of_other_settings(shard, label, counted)

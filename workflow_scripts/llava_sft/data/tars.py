@@ -1,6 +1,7 @@
 """The tars of a WebDataset, read without energon: the samples in them, their digests, and their layout."""
 
 import contextlib
+import io
 import itertools
 import os
 import re
@@ -33,27 +34,35 @@ class TarSample(NamedTuple):
     size: int  # bytes, to the next sample
     members: list[tuple[str, int, int]]  # name without the key; offset and size of the content in bytes
 
-    def digest(self, file: int) -> bytes:
-        """The digest of its bytes as they are now, as the table sample_digests of our index has it."""
-        extents = [(offset - self.offset, size) for _, offset, size in self.members]
-        return sample_digest(read_at(file, (self.offset, self.size)), extents)
+    @property
+    def extent(self) -> Extent:
+        return self.offset, self.size
 
-    def read(self, file: int, layout: str) -> tuple[Sample[str], dict[str, Extent]]:
-        """Its content under the rules of raw records, and where its members lie. Errors: `Rejected`."""
-        members = {name: (offset, size) for name, offset, size in self.members}
-        if len(members) != len(self.members):
-            raise Rejected("a member stands twice", ", ".join(name for name, _, _ in self.members))
-        if "json" not in members:
-            raise Rejected("no json member", f"has {', '.join(members)}")
+    def digest(self, data: bytes) -> bytes:
+        """The digest of its bytes, `data`, as the table sample_digests of our index has it."""
+        return sample_digest(data, [(offset - self.offset, size) for _, offset, size in self.members])
+
+    def read(self, data: bytes, layout: str, rules: bool = True) -> tuple[Sample[str], dict[str, bytes]]:
+        """Its content, under the `rules` of raw records, and that of its members by their names; `data`: its bytes.
+
+        Errors: `Rejected`.
+        """
+        contents = {name: data[at - self.offset : at - self.offset + size] for name, at, size in self.members}
+        names = [name for name, _, _ in self.members]
+        if len(contents) != len(names):
+            raise Rejected("a member stands twice", ", ".join(names))
+        if "json" not in contents:
+            raise Rejected("no json member", f"has {', '.join(names)}")
         try:
-            sample = LAYOUTS[layout](self.key, orjson.loads(read_at(file, members["json"])), members)
-            check_sample(sample)
-            if sorted([*sample.images, "json"]) != sorted(members):
-                differ = "members differ from the images that the JSON names"
-                raise Rejected(differ, f"{sample.images}, {list(members)}")
+            sample = LAYOUTS[layout](self.key, orjson.loads(contents["json"]), contents)
+            if rules:
+                check_sample(sample)
+            missing = set(sample.images) - set(names)
+            if missing or (rules and sorted([*sample.images, "json"]) != sorted(names)):
+                raise Rejected("members differ from the images that the JSON names", f"{sample.images}, {names}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Rejected("not the expected JSON", f"{type(error).__name__}: {error}") from None
-        return sample, members
+        return sample, contents
 
 
 def sample_digest(data: bytes, extents: Iterable[tuple[int, int]]) -> bytes:
@@ -80,21 +89,8 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
 
     Errors: `tarfile.TarError`, OSError for a tar that is damaged or cut off.
     """
-    samples: list[TarSample] = []
     with tarfile.open(path, "r:") as tar:
-        for member in _members(tar):
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-            if not member.isreg():
-                continue
-            match = MEMBER.fullmatch(member.name)
-            if not match:
-                odd(member.name)
-                continue
-            key, name = match.groups()
-            if not samples or samples[-1].key != key:
-                samples.append(TarSample(key, member.offset, 0, []))
-            samples[-1].members.append((name, member.offset_data, member.size))
-        end = tar.offset
+        samples, end = _grouped(tar, odd), tar.offset
     with open(path, "rb") as file:
         file.seek(end)
         if file.read(1024) != bytes(1024):
@@ -102,6 +98,33 @@ def walk_tar(path: Path, odd: Callable[[str], Any] = lambda name: None) -> list[
     ends = [sample.offset for sample in samples[1:]] + [end]
     # An empty tar has an end and no sample.
     return [sample._replace(size=stop - sample.offset) for sample, stop in zip(samples, ends, strict=False)]
+
+
+def sample_in(data: bytes) -> TarSample:
+    """The sample whose bytes these are; its offsets count from their beginning. Errors: `tarfile.TarError`."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        samples = _grouped(tar)
+    if len(samples) != 1:
+        raise tarfile.ReadError(f"holds {len(samples)} samples where one is due")
+    return samples[0]._replace(size=len(data))
+
+
+def _grouped(tar: tarfile.TarFile, odd: Callable[[str], Any] = lambda name: None) -> list[TarSample]:
+    """The samples of an open tar, without their sizes."""
+    samples: list[TarSample] = []
+    for member in _members(tar):
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+        if not member.isreg():
+            continue
+        match = MEMBER.fullmatch(member.name)
+        if not match:
+            odd(member.name)
+            continue
+        key, name = match.groups()
+        if not samples or samples[-1].key != key:
+            samples.append(TarSample(key, member.offset, 0, []))
+        samples[-1].members.append((name, member.offset_data, member.size))
+    return samples
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -6,7 +6,6 @@ of its samples in the index. A raw file counts as changed when its size or any o
 and then the hash of each range decides. No torch.
 """
 
-import contextlib
 import itertools
 import os
 import struct
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from llava_sft.checksums import find_damage, note
+from llava_sft.checksums import Memo, find_damage, note
 from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
 from llava_sft.data.nv_meta import META_FILES, METADATASET, NV_META, REINDEX, SampleIndex, read_meta, source_folders
 from llava_sft.data.plan import Range, default_notes_dir
@@ -32,27 +31,6 @@ class Damage(NamedTuple):
     what: str
     fix: str
     redo: str | None = None
-
-
-class Memo:
-    """A file that keeps the state (size, dates, …) in which each file was last found whole. A damaged one costs time alone."""
-
-    def __init__(self, path: Path):
-        self.path, self.states, self._changed = path, {}, False
-        with contextlib.suppress(DamagedFileError, OSError):
-            self.states = read_json(path, {})
-
-    def known(self, path: Path, state: list[int]) -> bool:
-        return self.states.get(str(path)) == state
-
-    def add(self, path: Path, state: list[int]) -> None:
-        self._changed |= not self.known(path, state)
-        self.states[str(path)] = state
-
-    def save(self) -> None:
-        if self._changed:
-            with contextlib.suppress(OSError):  # a folder that is not ours to write in
-                write_json(self.path, self.states, indent=None)
 
 
 def notes_of(dataset: Path) -> Path:
@@ -100,7 +78,7 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
             status = os.stat(path)
             state = [status.st_size, status.st_mtime_ns, status.st_ino]
             size, date = tars.get(name, state[:2])
-            if not full and (state[:2] == [size, date] or whole.known(path.absolute(), state)):
+            if not full and (state[:2] == [size, date] or whole.knows(path, state)):
                 continue
             what = f"has {state[0]:,} bytes, {size:,} were written" if state[0] != size else None
             what = what or find_changed_sample(path, folder, number, count)
@@ -109,7 +87,7 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
         if what:
             damages.append(Damage(str(path), what, way_out(folder, path.relative_to(folder).as_posix()), name))
         else:
-            whole.add(path.absolute(), state)
+            whole.add(path, state)
     whole.save()
     return damages
 
@@ -201,7 +179,7 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, PlannedS
     for raw, ranges in made.items():
         status = os.stat(raw)
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        if seen.known(raw, state):
+        if seen.knows(raw, state):
             continue
         touched = [(name, noted) for name, noted in ranges if _is_touched(noted, state)]
         changed = {name for name, noted in touched if hash_range(raw, noted) != noted["hash"]}

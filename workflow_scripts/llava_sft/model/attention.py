@@ -3,7 +3,7 @@
 Notable:
 - `SegmentAttention` is Megatron's core attention for machines without Transformer Engine: PyTorch's SDPA, causal or
   full, over a padded batch or over packed segments. Runs of segments of one length go through as one batch.
-- `VisionAttention` wraps either core attention and turns queries and keys by the 2-D rotary angles of the patches.
+- `VisionAttention` wraps either core attention and rotates queries and keys by the 2-D rotary angles of the patches.
   Megatron's own rotary embedding would count positions in one dimension, and read lengths back from the GPU.
 """
 
@@ -30,11 +30,9 @@ def packed_seq_params(lengths: list[int], device: torch.device, cls=PackedSeqPar
         **extra,
     )
     params.lengths = lengths  # the host's copy: reading `cu_seqlens_q` back would stall a GPU
-    if (
-        cls is PackedSeqParams
-    ):  # for the fused layers of the language model; they keep the angles' cosine and sine there
+    if cls is PackedSeqParams:  # for the fused layers of the language model, which keep cosine and sine in `rope`
         positions = torch.cat([torch.arange(length) for length in lengths])
-        params.positions, params.turn = positions.to(device, non_blocking=True), None
+        params.positions, params.rope = positions.to(device, non_blocking=True), None
     return params
 
 
@@ -94,7 +92,7 @@ class SegmentAttention(MegatronModule):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [tokens, heads, head_dim] by angles in float32; the two halves of head_dim form the pairs ("rotate half")."""
+    """Rotate [tokens, heads, head_dim] by angles in float32; the two halves of head_dim form the pairs ("rotate half")."""
     x32 = x.float()
     first, second = x32.chunk(2, dim=-1)
     return (x32 * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

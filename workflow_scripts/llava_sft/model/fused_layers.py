@@ -5,13 +5,15 @@ Notable:
 - a layer is one autograd function: matrix products of cuBLAS, in bf16 or FP8, attention of cuDNN, and one kernel for all
   that stands between two of them (kernels.py), with which residuals and the gradients of biases and norms go along;
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
-  cost the host 0.7 ms a call, and would fall back to a slow kernel without a word;
-- where weights are frozen, what is cheap to make again is not kept (LoRA: 38 % of the activations).
+  cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
+  (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
+- where weights are frozen, what is cheap to compute again is not saved (LoRA: 38 % of the activations).
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
 """
 
 from contextlib import suppress
+from functools import cache
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -20,15 +22,15 @@ from torch import Tensor
 
 from llava_sft.model.attention import VisionSeqParams
 from llava_sft.model.kernels import (
-    Sums,
+    PartialSums,
     gelu,
     gelu_backward,
     norm,
     norm_backward,
+    rope,
+    rope_backward,
     swiglu,
     swiglu_backward,
-    turn,
-    turn_backward,
 )
 from llava_sft.model.products import product, product_backward, trainable
 
@@ -39,7 +41,14 @@ with suppress(ImportError):  # a machine without them has Megatron's local layer
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
-def _kind(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
+@cache
+def has_cudnn_attention() -> bool:
+    """Whether cuDNN's attention is right for segments on this GPU. Transformer Engine's own rule is compute capability 9.0
+    and newer: below, gradients may be wrong without an error. On 12.0 it depends on cuDNN's version: not asked for."""
+    return torch.cuda.get_device_capability() >= (9, 0) and torch.cuda.get_device_capability() < (12, 0)
+
+
+def _cudnn(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
     ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
     return (longest, longest, ends, ends), {
         "cu_seqlens_q_padded": ends,
@@ -53,21 +62,31 @@ def _kind(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> tuple[Tensor, list]:
     """Scaled dot-product attention inside each segment: query [tokens, heads, head_dim], key and value with as many
-    heads or fewer → [tokens, heads, head_dim], and statistics for the gradient."""
-    sizes, kind = _kind(segments, causal)
-    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
-    return fused_attn_fwd(True, *sizes, query, key, value, query.dtype, backend, **kind)
+    heads or fewer → [tokens, heads, head_dim], and statistics for the gradient. Of cuDNN, or PyTorch's FlashAttention-2."""
+    sizes, kind = _cudnn(segments, causal)
+    if has_cudnn_attention():
+        backend = FusedAttnBackend["F16_arbitrary_seqlen"]
+        return fused_attn_fwd(True, *sizes, query, key, value, query.dtype, backend, **kind)
+    longest, _, *ends = sizes
+    flash = torch.ops.aten._flash_attention_forward
+    out, *statistics = flash(query, key, value, *ends, longest, longest, 0.0, causal, False)
+    return out, statistics[:3]  # log-sum-exp, and the state of a dropout that there is none of
 
 
 def attend_backward(
     grad: Tensor, inputs: tuple, out: Tensor, statistics: list, segments: PackedSeqParams, causal: bool
 ):
     """Gradients of query, key and value."""
-    sizes, kind = _kind(segments, causal)
-    backend = FusedAttnBackend["F16_arbitrary_seqlen"]
-    exact = torch.are_deterministic_algorithms_enabled()
-    given = *sizes, *inputs, out, grad.view_as(out), grad.dtype, statistics, backend
-    return fused_attn_bwd(*given, do_format="thd", dqkv_layout="thd_thd_thd", deterministic=exact, **kind)[:3]
+    sizes, kind = _cudnn(segments, causal)
+    grad = grad.view_as(out)
+    if has_cudnn_attention():
+        backend, exact = FusedAttnBackend["F16_arbitrary_seqlen"], torch.are_deterministic_algorithms_enabled()
+        given = *sizes, *inputs, out, grad, grad.dtype, statistics, backend
+        return fused_attn_bwd(*given, do_format="thd", dqkv_layout="thd_thd_thd", deterministic=exact, **kind)[:3]
+    longest, _, *ends = sizes
+    sums, *state = statistics
+    flash = torch.ops.aten._flash_attention_backward
+    return flash(grad, *inputs, out, sums, *ends, longest, longest, 0.0, causal, *state)
 
 
 # --- language model ------------------------------------------------------------------------------------------------
@@ -83,46 +102,46 @@ class LanguageLayer(torch.autograd.Function):
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
         _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps)
         qkv, for_qkv = product(x, attention.linear_qkv, recipe)
-        cos, sin = segments.turn
-        inputs = turn(qkv, config.num_query_groups, cos, sin, head_norms, eps)
+        cos, sin = segments.rope
+        inputs = rope(qkv, config.num_query_groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
-        change, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
-        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, change)
+        branch, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
+        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch)
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
-        change, for_fc2 = product(swiglu(gate_and_up), mlp.linear_fc2, recipe)
-        ctx.given = layer, segments, recipe, eps, head_norms
-        ctx.kept = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
+        branch, for_fc2 = product(swiglu(gate_and_up), mlp.linear_fc2, recipe)
+        ctx.constants = layer, segments, recipe, eps, head_norms
+        ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
         ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad else None
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
-        return middle + change
+        return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, recipe, eps, head_norms = ctx.given
-        hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up = ctx.kept
+        layer, segments, recipe, eps, head_norms = ctx.constants
+        hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up = ctx.saved
         inputs, (for_qkv, for_proj, for_fc1, for_fc2) = ctx.inputs, ctx.operands
-        ctx.kept = ctx.inputs = ctx.operands = None  # or the inputs of all layers would live until the whole graph goes
+        ctx.saved = ctx.inputs = ctx.operands = (
+            None  # or the inputs of all layers would live until the whole graph goes
+        )
         attention, mlp, grad = layer.self_attention, layer.mlp, grad.contiguous()
         width, head_dim = hidden.size(1), head_norms[0].numel()
-        sums = Sums(2 * (width + head_dim), hidden.device)
+        sums = PartialSums(2 * (width + head_dim), hidden.device)
         first_norm, second_norm = attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight
-        change, of_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, lambda: swiglu(gate_and_up), recipe)
-        change, of_fc1 = product_backward(
-            swiglu_backward(gate_and_up, change), for_fc1, mlp.linear_fc1,
-            lambda: norm(middle, second_norm, None, eps)[1], recipe,
-        )  # fmt: skip
-        grad = norm_backward(change, middle, second_norm, None, second_scale, grad, sums)
-        change, of_proj = product_backward(grad, for_proj, attention.linear_proj, lambda: attended.flatten(1), recipe)
-        cos, sin = segments.turn
-        inputs = inputs or turn(qkv, layer.config.num_query_groups, cos, sin, head_norms, eps)
-        changes = attend_backward(change, inputs, attended, statistics, segments, True)
-        change = turn_backward(changes, qkv, cos, sin, sums, head_norms, eps)
-        change, of_qkv = product_backward(
-            change, for_qkv, attention.linear_qkv, lambda: norm(hidden, first_norm, None, eps)[1], recipe
-        )
-        grad = norm_backward(change, hidden, first_norm, None, first_scale, grad, sums)
-        of_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
-        return grad, None, None, *of_norms, *of_qkv, *of_proj, *of_fc1, *of_fc2
+        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, lambda: swiglu(gate_and_up), recipe)
+        d_x = swiglu_backward(gate_and_up, d_x)
+        again = lambda: norm(middle, second_norm, None, eps)[1]  # noqa: E731
+        d_x, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, again, recipe)
+        grad = norm_backward(d_x, middle, second_norm, None, second_scale, grad, sums)
+        d_x, d_proj = product_backward(grad, for_proj, attention.linear_proj, lambda: attended.flatten(1), recipe)
+        cos, sin = segments.rope
+        inputs = inputs or rope(qkv, layer.config.num_query_groups, cos, sin, head_norms, eps)
+        d_inputs = attend_backward(d_x, inputs, attended, statistics, segments, True)
+        d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps)
+        again = lambda: norm(hidden, first_norm, None, eps)[1]  # noqa: E731
+        d_x, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, again, recipe)
+        grad = norm_backward(d_x, hidden, first_norm, None, first_scale, grad, sums)
+        d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
+        return grad, None, None, *d_norms, *d_qkv, *d_proj, *d_fc1, *d_fc2
 
 
 class FusedLanguageLayer(TransformerLayer):
@@ -133,9 +152,9 @@ class FusedLanguageLayer(TransformerLayer):
         attention, mlp = self.self_attention, self.mlp
         if packed_seq_params is None or attention.checkpoint_core_attention:
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)
-        if packed_seq_params.turn is None:  # the same for all layers
+        if packed_seq_params.rope is None:  # the same for all layers
             angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]
-            packed_seq_params.turn = angles.cos(), angles.sin()
+            packed_seq_params.rope = angles.cos(), angles.sin()
         parameters = (
             mlp.linear_fc1.layer_norm_weight,
             attention.q_layernorm.weight,
@@ -163,23 +182,23 @@ class VisionLayer(torch.autograd.Function):
         angles = segments.rotary_cos, segments.rotary_sin
         _, x, *first_norm = norm(hidden, linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias, eps)
         qkv, for_qkv = product(x, linear_qkv, bias=linear_qkv.bias)
-        inputs = turn(qkv, layer.config.num_query_groups, *angles)
+        inputs = rope(qkv, layer.config.num_query_groups, *angles)
         attended, statistics = attend(*inputs, segments, False)
-        change, for_proj = product(attended.flatten(1), proj, bias=proj.bias)
-        middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, change)
+        branch, for_proj = product(attended.flatten(1), proj, bias=proj.bias)
+        middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch)
         before, for_fc1 = product(x, fc1, bias=fc1.bias)
-        change, for_fc2 = product(gelu(before), fc2, bias=fc2.bias)
-        ctx.given = layer, segments, angles, eps
-        ctx.kept = hidden, first_norm, inputs, attended, statistics, middle, second_norm, before
+        branch, for_fc2 = product(gelu(before), fc2, bias=fc2.bias)
+        ctx.constants = layer, segments, angles, eps
+        ctx.saved = hidden, first_norm, inputs, attended, statistics, middle, second_norm, before
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
-        return middle + change
+        return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, (cos, sin), eps = ctx.given
-        hidden, first_norm, inputs, attended, statistics, middle, second_norm, before = ctx.kept
+        layer, segments, (cos, sin), eps = ctx.constants
+        hidden, first_norm, inputs, attended, statistics, middle, second_norm, before = ctx.saved
         for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
-        ctx.kept = ctx.operands = None
+        ctx.saved = ctx.operands = None
         attention, fc1, fc2, grad = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2, grad.contiguous()
         qkv, proj = attention.linear_qkv, attention.linear_proj
 
@@ -187,21 +206,19 @@ class VisionLayer(torch.autograd.Function):
             return norm(x, linear.layer_norm_weight, linear.layer_norm_bias, eps)[1]
 
         width, inner = hidden.size(1), before.size(1)
-        sums = Sums(9 * width + inner, hidden.device)
-        change, of_fc2 = product_backward(grad, for_fc2, fc2, lambda: gelu(before))
-        change, of_fc1 = product_backward(
-            gelu_backward(change, before, sums), for_fc1, fc1, lambda: normed(middle, fc1)
-        )
+        sums = PartialSums(9 * width + inner, hidden.device)
+        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, lambda: gelu(before))
+        d_x, d_fc1 = product_backward(gelu_backward(d_x, before, sums), for_fc1, fc1, lambda: normed(middle, fc1))
         mean, scale = second_norm
-        grad = norm_backward(change, middle, fc1.layer_norm_weight, mean, scale, grad, sums, biases=True)
-        change, of_proj = product_backward(grad, for_proj, proj, lambda: attended.flatten(1))
-        changes = attend_backward(change, inputs, attended, statistics, segments, False)
-        change = turn_backward(changes, None, cos, sin, sums)
-        change, of_qkv = product_backward(change, for_qkv, qkv, lambda: normed(hidden, qkv))
+        grad = norm_backward(d_x, middle, fc1.layer_norm_weight, mean, scale, grad, sums, biases=True)
+        d_x, d_proj = product_backward(grad, for_proj, proj, lambda: attended.flatten(1))
+        d_inputs = attend_backward(d_x, inputs, attended, statistics, segments, False)
+        d_x = rope_backward(d_inputs, None, cos, sin, sums)
+        d_x, d_qkv = product_backward(d_x, for_qkv, qkv, lambda: normed(hidden, qkv))
         mean, scale = first_norm
-        grad = norm_backward(change, hidden, qkv.layer_norm_weight, mean, scale, grad, sums)
+        grad = norm_backward(d_x, hidden, qkv.layer_norm_weight, mean, scale, grad, sums)
         totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
-        return grad, None, None, *totals, *of_qkv, *of_proj, *of_fc1, *of_fc2
+        return grad, None, None, *totals, *d_qkv, *d_proj, *d_fc1, *d_fc2
 
 
 class FusedVisionLayer(TransformerLayer):

@@ -2,7 +2,7 @@
 
 Notable:
 - a backward kernel goes over many tokens and keeps the sums over them, the gradients of norms' weights and of biases, in
-  registers: rows of `Sums`, added up once a layer, in the same order in every run;
+  registers: rows of `PartialSums`, added up once a layer, in the same order in every run;
 - everything is computed in float32 and stored in the tensors' own precision;
 - torch.compile's for the same took half as long again (docs/performance.md).
 With `TRITON_INTERPRET=1` they run on a CPU, for tests.
@@ -21,7 +21,7 @@ PROGRAMS = 4  # of a backward kernel, for each multiprocessor
 # All three as measured on an H200, for the shapes of 4B.
 
 
-class Sums:
+class PartialSums:
     """Sums over tokens, of several kernels: [programs, columns] float32, of which each kernel fills its columns."""
 
     def __init__(self, columns: int, device: torch.device):
@@ -45,8 +45,8 @@ def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexp
     column, total = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, programs, ROWS):
         row = start + tl.arange(0, ROWS)
-        here = (row < programs)[:, None] & (column < columns)[None, :]
-        total += tl.load(rows + row[:, None] * columns + column[None, :], here, 0.0)
+        mask = (row < programs)[:, None] & (column < columns)[None, :]
+        total += tl.load(rows + row[:, None] * columns + column[None, :], mask, 0.0)
     tl.store(out + column, tl.sum(total, 0), column < columns)
 
 
@@ -55,14 +55,14 @@ def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _norm(
-    x, change, weight, bias, total, out, mean, scale, eps,
+    x, branch, weight, bias, total, out, mean, scale, eps,
     width: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, at = column < width, row * width + column
     value = tl.load(x + at, inside, 0.0).to(tl.float32)
     if ADD:
-        stored = (value + tl.load(change + at, inside, 0.0).to(tl.float32)).to(total.dtype.element_ty)
+        stored = (value + tl.load(branch + at, inside, 0.0).to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + at, stored, inside)
         value = stored.to(tl.float32)
     if CENTER:
@@ -78,16 +78,16 @@ def _norm(
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, change: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """RMSNorm, or LayerNorm where there is a bias, of x + change, both [tokens, width] → x + change, the normed [tokens,
+    """RMSNorm, or LayerNorm where there is a bias, of x + branch, both [tokens, width] → x + branch, the normed [tokens,
     width], and what the gradient needs: mean (None without bias) and reciprocal deviation, [tokens] float32."""
     (tokens, width), center = x.shape, bias is not None
-    total, out = x if change is None else torch.empty_like(x), torch.empty_like(x)
+    total, out = x if branch is None else torch.empty_like(x), torch.empty_like(x)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(scale) if center else None
-    switches = {"ADD": change is not None, "CENTER": center, "BLOCK": power_of_2(width)}
-    _norm[tokens,](x, change, weight, bias, total, out, mean, scale, eps, width, **switches, num_warps=WARPS)
+    switches = {"ADD": branch is not None, "CENTER": center, "BLOCK": power_of_2(width)}
+    _norm[tokens,](x, branch, weight, bias, total, out, mean, scale, eps, width, **switches, num_warps=WARPS)
     return total, out, mean, scale
 
 
@@ -100,62 +100,62 @@ def _norm_backward(
     column = tl.arange(0, BLOCK)
     inside = column < width
     gain = tl.load(weight + column, inside, 0.0).to(tl.float32)[None, :]
-    of_weight = tl.zeros([ROWS, BLOCK], tl.float32)
-    of_bias, of_residual, of_out = of_weight, of_weight, of_weight
+    d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    d_bias, sum_residual, sum_out = d_weight, d_weight, d_weight
     for start in range(program * ROWS, tokens, step):
         row = start + tl.arange(0, ROWS)
-        here = (row < tokens)[:, None] & inside[None, :]
+        mask = (row < tokens)[:, None] & inside[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        change = tl.load(grad + at, here, 0.0).to(tl.float32)
-        value = tl.load(x + at, here, 0.0).to(tl.float32)
-        before = tl.load(residual + at, here, 0.0).to(tl.float32)
+        d_x = tl.load(grad + at, mask, 0.0).to(tl.float32)
+        value = tl.load(x + at, mask, 0.0).to(tl.float32)
+        before = tl.load(residual + at, mask, 0.0).to(tl.float32)
         factor = tl.load(scale + row, row < tokens, 0.0)[:, None]
         if CENTER:
             value -= tl.load(mean + row, row < tokens, 0.0)[:, None]
-            of_bias += change
+            d_bias += d_x
         value *= factor
-        of_weight += change * value
-        change *= gain
-        along = tl.sum(change * value, 1)[:, None] / width
+        d_weight += d_x * value
+        d_x *= gain
+        along = tl.sum(d_x * value, 1)[:, None] / width
         if CENTER:
-            change -= tl.sum(change, 1)[:, None] / width
-        change = (change - value * along) * factor + before
+            d_x -= tl.sum(d_x, 1)[:, None] / width
+        d_x = (d_x - value * along) * factor + before
         if BIASES:
-            of_residual += before
-            of_out += tl.where(here, change, 0.0)
-        tl.store(out + at, change, here)
+            sum_residual += before
+            sum_out += tl.where(mask, d_x, 0.0)
+        tl.store(out + at, d_x, mask)
     sums += program.to(tl.int64) * columns + column
-    tl.store(sums, tl.sum(of_weight, 0), inside)
+    tl.store(sums, tl.sum(d_weight, 0), inside)
     if CENTER:
-        tl.store(sums + width, tl.sum(of_bias, 0), inside)
+        tl.store(sums + width, tl.sum(d_bias, 0), inside)
     if BIASES:
-        tl.store(sums + 2 * width, tl.sum(of_residual, 0), inside)
-        tl.store(sums + 3 * width, tl.sum(of_out, 0), inside)
+        tl.store(sums + 2 * width, tl.sum(sum_residual, 0), inside)
+        tl.store(sums + 3 * width, tl.sum(sum_out, 0), inside)
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, scale: Tensor, residual: Tensor, sums: Sums,
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, scale: Tensor, residual: Tensor, sums: PartialSums,
     biases: bool = False,
 ) -> Tensor:  # fmt: skip
     """Gradient of x [tokens, width], `residual` (its gradient along the other way) added. Sums taken: weight; bias, with
     a mean; `residual` and the result itself, with `biases`: the gradients of the biases of the products around."""
     tokens, width = x.shape
     out, block = torch.empty_like(x), power_of_2(width)
-    here = sums.take(width * (1 + (mean is not None) + 2 * biases))
+    partial = sums.take(width * (1 + (mean is not None) + 2 * biases))
     switches = {"CENTER": mean is not None, "BIASES": biases, "ROWS": max(1, TILE // block), "BLOCK": block}
-    _norm_backward[len(here),](
-        grad, x, weight, mean, scale, residual, out, here, tokens, sums.columns, width, **switches, num_warps=WARPS
+    _norm_backward[len(partial),](
+        grad, x, weight, mean, scale, residual, out, partial, tokens, sums.columns, width, **switches, num_warps=WARPS
     )  # fmt: skip
     return out
 
 
 # --- queries, keys and values --------------------------------------------------------------------------------------
 # The product lays them out group by group: the queries of a group, its key, its value; in the vision tower, where each
-# head has a key of its own, head by head. A head is two halves, which form the pairs that are turned.
+# head has a key of its own, head by head. A head is two halves, which form the pairs that are rotated.
 
 
 @triton.jit
-def _halves(at, half, inside):
+def _load_halves(at, half, inside):
     return tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + half, inside, 0.0).to(tl.float32)
 
 
@@ -171,7 +171,7 @@ def _norm_factor(first, second, half, eps):
 
 
 @triton.jit
-def _places(
+def _head_offsets(
     start, tokens, heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -180,32 +180,32 @@ def _places(
     token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]
     channel, head = tl.arange(0, HALF)[None, None, :], tl.arange(0, HEADS)[None, :, None]
     group, each, head_dim = tl.arange(0, GROUPS)[None, :, None], heads // groups, 2 * half
-    there, row = (token < tokens) & (channel < half), token * (heads + 2 * groups)
+    valid, row = (token < tokens) & (channel < half), token * (heads + 2 * groups)
     q = (row + head // each * (each + 2) + head % each) * head_dim + channel
     k = (row + group * (each + 2) + each) * head_dim + channel
     q_alone, k_alone = (token * heads + head) * head_dim + channel, (token * groups + group) * head_dim + channel
-    return token * head_dim + channel, q, k, q_alone, k_alone, there, there & (head < heads), there & (group < groups)
+    return token * head_dim + channel, q, k, q_alone, k_alone, valid, valid & (head < heads), valid & (group < groups)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _turn(
+def _rope(
     qkv, q_out, k_out, v_out, q_weight, k_weight, cos, sin, tokens, eps, NORM: tl.constexpr,
     heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    angle, q, k, q_alone, k_alone, there, is_q, is_k = _places(
+    angle, q, k, q_alone, k_alone, valid, is_q, is_k = _head_offsets(
         tl.program_id(0) * TOKENS, tokens, heads, groups, half, TOKENS, HEADS, GROUPS, HALF
     )
-    c, s = tl.load(cos + angle, there, 0.0), tl.load(sin + angle, there, 0.0)
-    q1, q2 = _halves(qkv + q, half, is_q)
-    k1, k2 = _halves(qkv + k, half, is_k)
-    v1, v2 = _halves(qkv + k + 2 * half, half, is_k)
+    c, s = tl.load(cos + angle, valid, 0.0), tl.load(sin + angle, valid, 0.0)
+    q1, q2 = _load_halves(qkv + q, half, is_q)
+    k1, k2 = _load_halves(qkv + k, half, is_k)
+    v1, v2 = _load_halves(qkv + k + 2 * half, half, is_k)
     if NORM:  # what it gives is rounded to the tensors' precision, as where one is done after the other
         channel = tl.arange(0, HALF)[None, None, :]
         kind: tl.constexpr = q_out.dtype.element_ty
-        w1, w2 = _halves(q_weight + channel, half, channel < half)
+        w1, w2 = _load_halves(q_weight + channel, half, channel < half)
         factor = _norm_factor(q1, q2, half, eps)
         q1, q2 = (q1 * factor * w1).to(kind).to(tl.float32), (q2 * factor * w2).to(kind).to(tl.float32)
-        w1, w2 = _halves(k_weight + channel, half, channel < half)
+        w1, w2 = _load_halves(k_weight + channel, half, channel < half)
         factor = _norm_factor(k1, k2, half, eps)
         k1, k2 = (k1 * factor * w1).to(kind).to(tl.float32), (k2 * factor * w2).to(kind).to(tl.float32)
     _store_halves(q_out + q_alone, half, is_q, q1 * c - q2 * s, q2 * c + q1 * s)
@@ -217,65 +217,65 @@ def _turn(
 def _norm_gradient(g1, g2, x1, x2, weight, half, eps, HALF: tl.constexpr):
     """Gradients of both halves of normed heads, and what each value adds to the weight's."""
     channel = tl.arange(0, HALF)[None, None, :]
-    w1, w2 = _halves(weight + channel, half, channel < half)
+    w1, w2 = _load_halves(weight + channel, half, channel < half)
     factor = _norm_factor(x1, x2, half, eps)
     x1 *= factor
     x2 *= factor
-    of_w1, of_w2 = g1 * x1, g2 * x2
-    along = tl.sum(of_w1 * w1 + of_w2 * w2, 2)[:, :, None] / (2 * half)
-    return (g1 * w1 - x1 * along) * factor, (g2 * w2 - x2 * along) * factor, of_w1, of_w2
+    d_w1, d_w2 = g1 * x1, g2 * x2
+    along = tl.sum(d_w1 * w1 + d_w2 * w2, 2)[:, :, None] / (2 * half)
+    return (g1 * w1 - x1 * along) * factor, (g2 * w2 - x2 * along) * factor, d_w1, d_w2
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _turn_backward(
+def _rope_backward(
     q_grad, k_grad, v_grad, qkv, out, q_weight, k_weight, cos, sin, sums, tokens, columns, eps, NORM: tl.constexpr,
     heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0) * TOKENS
-    of_q1, of_k1 = tl.zeros([TOKENS, HEADS, HALF], tl.float32), tl.zeros([TOKENS, GROUPS, HALF], tl.float32)
-    of_q2, of_k2, of_v1, of_v2 = of_q1, of_k1, of_k1, of_k1
+    sum_q1, sum_k1 = tl.zeros([TOKENS, HEADS, HALF], tl.float32), tl.zeros([TOKENS, GROUPS, HALF], tl.float32)
+    sum_q2, sum_k2, sum_v1, sum_v2 = sum_q1, sum_k1, sum_k1, sum_k1
     for start in range(program * TOKENS, tokens, step):
-        angle, q, k, q_alone, k_alone, there, is_q, is_k = _places(
+        angle, q, k, q_alone, k_alone, valid, is_q, is_k = _head_offsets(
             start, tokens, heads, groups, half, TOKENS, HEADS, GROUPS, HALF
         )
-        c, s = tl.load(cos + angle, there, 0.0), tl.load(sin + angle, there, 0.0)
-        a1, a2 = _halves(q_grad + q_alone, half, is_q)
-        b1, b2 = _halves(k_grad + k_alone, half, is_k)
-        v1, v2 = _halves(v_grad + k_alone, half, is_k)
+        c, s = tl.load(cos + angle, valid, 0.0), tl.load(sin + angle, valid, 0.0)
+        a1, a2 = _load_halves(q_grad + q_alone, half, is_q)
+        b1, b2 = _load_halves(k_grad + k_alone, half, is_k)
+        v1, v2 = _load_halves(v_grad + k_alone, half, is_k)
         if NORM:
-            x1, x2 = _halves(qkv + q, half, is_q)
-            y1, y2 = _halves(qkv + k, half, is_k)
+            x1, x2 = _load_halves(qkv + q, half, is_q)
+            y1, y2 = _load_halves(qkv + k, half, is_k)
         q1, q2 = a1 * c + a2 * s, a2 * c - a1 * s
         k1, k2 = b1 * c + b2 * s, b2 * c - b1 * s
         if NORM:
             q1, q2, w1, w2 = _norm_gradient(q1, q2, x1, x2, q_weight, half, eps, HALF)
-            of_q1 += w1
-            of_q2 += w2
+            sum_q1 += w1
+            sum_q2 += w2
             k1, k2, w1, w2 = _norm_gradient(k1, k2, y1, y2, k_weight, half, eps, HALF)
-            of_k1 += w1
-            of_k2 += w2
+            sum_k1 += w1
+            sum_k2 += w2
         else:
-            of_q1 += q1
-            of_q2 += q2
-            of_k1 += k1
-            of_k2 += k2
-            of_v1 += v1
-            of_v2 += v2
+            sum_q1 += q1
+            sum_q2 += q2
+            sum_k1 += k1
+            sum_k2 += k2
+            sum_v1 += v1
+            sum_v2 += v2
         _store_halves(out + q, half, is_q, q1, q2)
         _store_halves(out + k, half, is_k, k1, k2)
         _store_halves(out + k + 2 * half, half, is_k, v1, v2)
     sums += program.to(tl.int64) * columns
     channel = tl.arange(0, HALF)
     if NORM:  # one weight for all heads
-        of_q1, of_q2, of_k1, of_k2 = tl.sum(of_q1, 0), tl.sum(of_q2, 0), tl.sum(of_k1, 0), tl.sum(of_k2, 0)
-        _store_halves(sums + channel, half, channel < half, tl.sum(of_q1, 0), tl.sum(of_q2, 0))
-        _store_halves(sums + 2 * half + channel, half, channel < half, tl.sum(of_k1, 0), tl.sum(of_k2, 0))
+        sum_q1, sum_q2, sum_k1, sum_k2 = tl.sum(sum_q1, 0), tl.sum(sum_q2, 0), tl.sum(sum_k1, 0), tl.sum(sum_k2, 0)
+        _store_halves(sums + channel, half, channel < half, tl.sum(sum_q1, 0), tl.sum(sum_q2, 0))
+        _store_halves(sums + 2 * half + channel, half, channel < half, tl.sum(sum_k1, 0), tl.sum(sum_k2, 0))
     else:  # a bias for every column, in the product's layout; there are as many heads as groups
         head = tl.arange(0, HEADS)[:, None]
         at, inside = sums + head * 6 * half + channel[None, :], (head < heads) & (channel < half)[None, :]
-        _store_halves(at, half, inside, tl.sum(of_q1, 0), tl.sum(of_q2, 0))
-        _store_halves(at + 2 * half, half, inside, tl.sum(of_k1, 0), tl.sum(of_k2, 0))
-        _store_halves(at + 4 * half, half, inside, tl.sum(of_v1, 0), tl.sum(of_v2, 0))
+        _store_halves(at, half, inside, tl.sum(sum_q1, 0), tl.sum(sum_q2, 0))
+        _store_halves(at + 2 * half, half, inside, tl.sum(sum_k1, 0), tl.sum(sum_k2, 0))
+        _store_halves(at + 4 * half, half, inside, tl.sum(sum_v1, 0), tl.sum(sum_v2, 0))
 
 
 def _shape(heads: int, groups: int, head_dim: int, most: int) -> dict:
@@ -287,11 +287,11 @@ def _shape(heads: int, groups: int, head_dim: int, most: int) -> dict:
     }  # fmt: skip
 
 
-def turn(
+def rope(
     qkv: Tensor, groups: int, cos: Tensor, sin: Tensor, weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a product [tokens, groups · (heads a group + 2) · head_dim]: the first two normed, where
-    there are weights (RMSNorm of each head), and turned by the angles of `cos` and `sin` [tokens, 1, head_dim] float32.
+    there are weights (RMSNorm of each head), and rotated by the angles of `cos` and `sin` [tokens, 1, head_dim] float32.
     Returns [tokens, heads, head_dim], and [tokens, groups, head_dim] twice."""
     tokens, head_dim = qkv.size(0), cos.size(-1)
     heads = qkv.size(1) // head_dim - 2 * groups
@@ -299,12 +299,12 @@ def turn(
     q, k, v = (qkv.new_empty(tokens, number, head_dim) for number in (heads, groups, groups))
     q_weight, k_weight = weights or (None, None)
     grid = (cdiv(tokens, shape["TOKENS"]),)
-    _turn[grid](qkv, q, k, v, q_weight, k_weight, cos, sin, tokens, eps, weights is not None, **shape, num_warps=WARPS)
+    _rope[grid](qkv, q, k, v, q_weight, k_weight, cos, sin, tokens, eps, weights is not None, **shape, num_warps=WARPS)
     return q, k, v
 
 
-def turn_backward(
-    grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor | None, cos: Tensor, sin: Tensor, sums: Sums,
+def rope_backward(
+    grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor | None, cos: Tensor, sin: Tensor, sums: PartialSums,
     weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Gradient of `qkv`, which the norms need. Sums taken: both norms' weights; without norms, the product's bias."""
@@ -313,9 +313,9 @@ def turn_backward(
     width = (heads + 2 * groups) * head_dim
     out = grads[0].new_empty(tokens, width)
     q_weight, k_weight = weights or (None, None)
-    here = sums.take(2 * head_dim if weights else width)
-    _turn_backward[len(here),](
-        *grads, qkv, out, q_weight, k_weight, cos, sin, here, tokens, sums.columns, eps, weights is not None, **shape,
+    partial = sums.take(2 * head_dim if weights else width)
+    _rope_backward[len(partial),](
+        *grads, qkv, out, q_weight, k_weight, cos, sin, partial, tokens, sums.columns, eps, weights is not None, **shape,
         num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -328,7 +328,7 @@ def turn_backward(
 def _swiglu(gate_and_up, out, width: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
-    gate, up = _halves(gate_and_up + at, width, inside)
+    gate, up = _load_halves(gate_and_up + at, width, inside)
     # Two steps, as in Megatron: the first is rounded too.
     opened = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * width + column, opened * up, inside)
@@ -338,10 +338,10 @@ def _swiglu(gate_and_up, out, width: tl.constexpr, BLOCK: tl.constexpr):
 def _swiglu_backward(gate_and_up, grad, out, width: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
-    gate, up = _halves(gate_and_up + at, width, inside)
-    change = tl.load(grad + row * width + column, inside, 0.0).to(tl.float32)
+    gate, up = _load_halves(gate_and_up + at, width, inside)
+    d_x = tl.load(grad + row * width + column, inside, 0.0).to(tl.float32)
     share = tl.sigmoid(gate)
-    _store_halves(out + at, width, inside, change * up * share * (1 + gate * (1 - share)), change * gate * share)
+    _store_halves(out + at, width, inside, d_x * up * share * (1 + gate * (1 - share)), d_x * gate * share)
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
@@ -382,14 +382,14 @@ def _gelu_backward(grad, x, out, sums, tokens, columns, width: tl.constexpr, ROW
     inside, total = column < width, tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
-        here = (row < tokens)[:, None] & inside[None, :]
+        mask = (row < tokens)[:, None] & inside[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        value = tl.load(x + at, here, 0.0).to(tl.float32)
-        change = tl.load(grad + at, here, 0.0).to(tl.float32)
+        value = tl.load(x + at, mask, 0.0).to(tl.float32)
+        d_x = tl.load(grad + at, mask, 0.0).to(tl.float32)
         below, density = _normal(value)
-        change *= below + value * density
-        total += change
-        tl.store(out + at, change, here)
+        d_x *= below + value * density
+        total += d_x
+        tl.store(out + at, d_x, mask)
     tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, tl.sum(total, 0), inside)
 
 
@@ -400,13 +400,13 @@ def gelu(x: Tensor) -> Tensor:
     return out
 
 
-def gelu_backward(grad: Tensor, x: Tensor, sums: Sums) -> Tensor:
+def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums) -> Tensor:
     """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it."""
     (tokens, width), out = x.shape, torch.empty_like(x)
-    here, block = sums.take(width), min(1024, power_of_2(width))
-    grid = (len(here), cdiv(width, block))
+    partial, block = sums.take(width), min(1024, power_of_2(width))
+    grid = (len(partial), cdiv(width, block))
     _gelu_backward[grid](
-        grad, x, out, here, tokens, sums.columns, width, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
+        grad, x, out, partial, tokens, sums.columns, width, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
     )
     return out
 

@@ -82,16 +82,16 @@ def product_backward(
     grad: Tensor, operands: tuple, module: torch.nn.Module, x: Callable[[], Tensor], recipe: str | None = None
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Gradient of x, and those of `trainable(module)`. A frozen weight keeps no x, which its pair asks for again."""
-    of_weight, low, key = operands
-    x_grad, weight_grad = weight_product_backward(grad, of_weight, module, recipe)
+    for_weight, low, key = operands
+    d_x, d_weight = weight_product_backward(grad, for_weight, module, recipe)
     if low is None:
-        return x_grad, (weight_grad,)
-    of_low, of_b = module.lora_scale * (grad @ module.lora_b), weight_gradient(module.lora_b, grad, low)
+        return d_x, (d_weight,)
+    d_low, d_b = module.lora_scale * (grad @ module.lora_b), weight_gradient(module.lora_b, grad, low)
     if key is None:
-        return x_grad.addmm_(of_low, module.lora_a), (weight_grad, weight_gradient(module.lora_a, of_low, x()), of_b)
+        return d_x.addmm_(d_low, module.lora_a), (d_weight, weight_gradient(module.lora_a, d_low, x()), d_b)
     seen = leave_out_at(x(), module.lora_dropout, key)
-    x_grad += leave_out_at(of_low @ module.lora_a, module.lora_dropout, key)
-    return x_grad, (weight_grad, weight_gradient(module.lora_a, of_low, seen), of_b)
+    d_x += leave_out_at(d_low @ module.lora_a, module.lora_dropout, key)
+    return d_x, (d_weight, weight_gradient(module.lora_a, d_low, seen), d_b)
 
 
 def trainable(module: torch.nn.Module) -> tuple[Tensor, ...]:
@@ -127,12 +127,12 @@ def weight_product_backward(
         return grad @ weight, weight_gradient(weight, grad, x)
     exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
     grad = quantizers(recipe)[2].quantize_impl(grad)
-    x_grad = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
+    d_x = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
     if not weight.requires_grad:
-        return x_grad, None
+        return d_x, None
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:
-        return x_grad, general_gemm(x, grad, layout="NT", **exact)[0]
+        return d_x, general_gemm(x, grad, layout="NT", **exact)[0]
     general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
     weight.grad_added_to_main_grad = True
-    return x_grad, torch.empty_like(weight)
+    return d_x, torch.empty_like(weight)

@@ -26,6 +26,16 @@ PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so m
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
 
 
+class Case(NamedTuple):
+    """A training on a machine: the mean micro-batch of an epoch, and the largest that goes through the model at once."""
+
+    model: ModelConfig
+    values: ResolvedSettings
+    machine: Machine
+    mean: MicroBatch
+    largest: MicroBatch
+
+
 class Prediction(NamedTuple):
     """Of the fullest process: memory in GiB by part. Seconds of a global batch of `tokens_per_step` tokens."""
 
@@ -124,15 +134,16 @@ def calibration_for(device: str) -> Calibration:
     return Calibration(**fitted.get(device) or fitted["GPU"])
 
 
-def memory_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> list[float]:
+def memory_terms(case: Case) -> list[float]:
     """GiB: what a process needs whatever it trains, language activations, vision activations."""
-    return [1.0, *(size / GIB for size in activation_bytes(model, values, batch).values())]
+    return [1.0, *(size / GIB for size in activation_bytes(case.model, case.values, case.largest).values())]
 
 
-def time_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, peak: float) -> list[float]:
+def time_terms(case: Case) -> list[float]:
     """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then what
     costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
     to do), and of attention."""
+    model, values, batch = case.model, case.values, case.mean
     llm, vit = step_flops(model, values, batch)
     micro_batches = _micro_batches(values)
     state = state_bytes(model, values)
@@ -143,7 +154,7 @@ def time_terms(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, 
         passes = 1 + (values.recompute_language == "full") / 3  # forward and backward, which takes twice as long
         attentions = micro_batches * batch.segments * model.language.num_layers * passes
     return [
-        *(micro_batches * flops / peak for flops in (*products, vit)),
+        *(micro_batches * flops / case.machine.peak for flops in (*products, vit)),
         (state["gradients"] + state["optimizer"]) / GIB,
         *of_model,
         attentions,
@@ -154,23 +165,16 @@ def _micro_batches(values: ResolvedSettings) -> int:
     return values.global_batch_size // (values.micro_batch_size * values.data_parallel_size)
 
 
-def predict(
-    model: ModelConfig,
-    values: ResolvedSettings,
-    machine: Machine,
-    mean: MicroBatch,
-    largest: MicroBatch,
-    calibration: Calibration,
-) -> Prediction:
-    """What one step of these settings takes on this machine."""
-    state = {name: size / GIB for name, size in state_bytes(model, values).items()}
+def predict(case: Case, calibration: Calibration) -> Prediction:
+    """What one step takes."""
+    state = {name: size / GIB for name, size in state_bytes(case.model, case.values).items()}
     fixed, language, vision = (
-        factor * term for factor, term in zip(calibration.memory, memory_terms(model, values, largest), strict=True)
+        factor * term for factor, term in zip(calibration.memory, memory_terms(case), strict=True)
     )
     memory = state | {"language activations": language, "vision activations": vision, "libraries and the rest": fixed}
-    terms = time_terms(model, values, mean, machine.peak)
-    seconds = sum(factor * term for factor, term in zip(calibration.time, terms, strict=True))
-    return Prediction(memory, seconds, mean.tokens * _micro_batches(values) * values.data_parallel_size)
+    seconds = sum(factor * term for factor, term in zip(calibration.time, time_terms(case), strict=True))
+    micro_batches = _micro_batches(case.values) * case.values.data_parallel_size
+    return Prediction(memory, seconds, case.mean.tokens * micro_batches)
 
 
 def fits(prediction: Prediction, machine: Machine) -> bool:

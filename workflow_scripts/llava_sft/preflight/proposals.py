@@ -3,28 +3,20 @@
 from itertools import product
 from typing import Any, NamedTuple
 
-from llava_sft.machine import Machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.preflight.cost import MicroBatch
-from llava_sft.preflight.predict import Calibration, Prediction, calibration_for, fits, predict
+from llava_sft.preflight.predict import Calibration, Case, Prediction, calibration_for, fits, predict
 from llava_sft.run.remedies import less_memory
-from llava_sft.settings.resolve import ResolvedSettings
 
 
-def proposals(
-    model: ModelConfig,
-    values: ResolvedSettings,
-    machine: Machine,
-    mean: MicroBatch,
-    largest: MicroBatch,
-    calibration: Calibration,
-) -> list[tuple[dict[str, Any], Prediction]]:
+def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that keep seq_length before those that do not."""
+    values = case.values
     piece = min(values.seq_length, values.chunk_tokens)  # what goes through the model at once
     smaller = less_memory(values, values.seq_length)
     choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
     sizes = choices["tensor_model_parallel_size"]
-    choices["tensor_model_parallel_size"] = [size for size in sizes if _divides(model, size)]
+    choices["tensor_model_parallel_size"] = [size for size in sizes if _divides(case.model, size)]
     found = []
     for picked in product(*(dict.fromkeys(options) for options in choices.values())):
         changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
@@ -33,10 +25,12 @@ def proposals(
         scales = tried.seq_length / values.seq_length, min(tried.seq_length, tried.chunk_tokens) / piece
         if not changed or tried.global_batch_size % (tried.micro_batch_size * tried.data_parallel_size):
             continue
-        of_mean = MicroBatch(*(rows * scales[0] * each for each in mean))
-        of_largest = MicroBatch(*(rows * scales[1] * each for each in largest))
-        prediction = predict(model, tried, machine, of_mean, of_largest, calibration)
-        if fits(prediction, machine):
+        mean, largest = (
+            MicroBatch(*(rows * scale * each for each in batch))
+            for scale, batch in zip(scales, (case.mean, case.largest), strict=True)
+        )
+        prediction = predict(case._replace(values=tried, mean=mean, largest=largest), calibration)
+        if fits(prediction, case.machine):
             found.append((changed, prediction))
     found.sort(key=lambda each: ("seq_length" in each[0], -each[1].tokens_per_s, len(each[0])))
     needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
@@ -48,23 +42,19 @@ def _divides(model: ModelConfig, size: int) -> bool:
 
 
 class Forecast(NamedTuple):
-    """A prediction, the fit behind it, and the changed settings that would fit where it does not."""
+    """The prediction of a case, the fit behind it, and the changed settings that would fit where it does not."""
 
+    case: Case
     prediction: Prediction
     calibration: Calibration
     would_fit: list[tuple[dict[str, Any], Prediction]]
 
 
-def forecast_of(
-    model: ModelConfig, values: ResolvedSettings, machine: Machine | None, mean: MicroBatch, largest: MicroBatch
-) -> Forecast | None:
-    """What a run takes on a machine; None for a machine that is not known."""
-    if machine is None:
-        return None
-    calibration = calibration_for(machine.device)
-    prediction = predict(model, values, machine, mean, largest, calibration)
-    near = [] if fits(prediction, machine) else proposals(model, values, machine, mean, largest, calibration)
-    return Forecast(prediction, calibration, near)
+def forecast_of(case: Case) -> Forecast:
+    calibration = calibration_for(case.machine.device)
+    prediction = predict(case, calibration)
+    near = [] if fits(prediction, case.machine) else proposals(case, calibration)
+    return Forecast(case, prediction, calibration, near)
 
 
 def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:

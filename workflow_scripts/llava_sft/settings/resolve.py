@@ -138,7 +138,7 @@ def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
     why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
     gpus = auto.settle("gpus_per_node", found, why)
     if settings.fp8 != "none" and not gpus:
-        raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Hopper or newer)")
+        raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Ada, Hopper or newer)")
     processes = processes_per_node(settings, gpus)
     processes = auto.settle("nproc_per_node", processes, "one a GPU" if gpus else "TP × PP on a CPU")
     auto.settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {cores} cores")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llava_sft.checkpoint.start import Start
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json, write_json
+from llava_sft.model.config import ModelConfig
 from llava_sft.settings.resolve import ResolvedSettings
 
 
@@ -39,6 +40,10 @@ class Resolved(BaseModel):
     data: ResolvedData
     start: Start
     versions: dict[str, str] = {}
+
+    @property
+    def architecture(self) -> ModelConfig:
+        return ModelConfig(**self.model)
 
     @classmethod
     def read(cls, path: Path) -> "Resolved":

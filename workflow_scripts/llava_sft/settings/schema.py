@@ -210,7 +210,8 @@ class Run(Section):
 
     bf16: bool | Auto = setting("auto", "bf16 on GPUs, float32 on a CPU")
     fp8: Literal["none", "tensorwise", "blockwise"] = setting(
-        "none", "none | tensorwise | blockwise: products of the language model in FP8 (Hopper or newer GPUs)"
+        "none",
+        "none | tensorwise | blockwise: products of the language model in FP8 (Ada, Hopper or newer GPUs; blockwise: Hopper)",
     )
     optimizer_precision: Literal["bf16", "fp32"] = setting(
         "bf16",

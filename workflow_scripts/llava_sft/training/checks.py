@@ -6,10 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llava_sft.errors import RunError
-from llava_sft.machine import GIB, free_memory, gpu_count, gpus, this_machine
-from llava_sft.model.config import ModelConfig
+from llava_sft.machine import GIB, free_memory, gpu_count, gpus, require_able_gpus, this_machine
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size
-from llava_sft.preflight.predict import checkpoints_kept, host_bytes_for_save
+from llava_sft.preflight.predict import Case, checkpoints_kept, host_bytes_for_save
 from llava_sft.preflight.proposals import forecast_of, proposal_lines
 from llava_sft.run.checkpoints import check_disk
 from llava_sft.settings.resolve import ResolvedSettings
@@ -33,6 +32,7 @@ def check_machine(resolved: Resolved, job: Job | None) -> None:
             f"gpus_per_node is {settings.gpus_per_node}, {platform.node()} has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
+    require_able_gpus(settings.gpus_per_node, settings.fp8)
     for number, gpu in enumerate(gpus()[: settings.gpus_per_node] if settings.on_gpu else []):
         if gpu.used_gib > GPU_IDLE_GIB:
             stop_or_warn(
@@ -53,7 +53,7 @@ def check_machine(resolved: Resolved, job: Job | None) -> None:
 
 def check_memory(resolved: Resolved) -> None:
     """Stop a run that is predicted to need more memory than a process, or a save, has here."""
-    settings, model = resolved.settings, ModelConfig(**resolved.model)
+    settings, model = resolved.settings, resolved.architecture
     copied, free = host_bytes_for_save(model, settings), free_memory()
     if copied > free:
         stop_or_warn(
@@ -62,9 +62,11 @@ def check_memory(resolved: Resolved) -> None:
             "more memory for the job (mem_mb of train in the profile), fewer trainable_modules, or more nodes",
         )
     machine = this_machine(settings.gpus_per_node, settings.nproc_per_node)
+    if machine is None:
+        return
     batch = [MicroBatch(*resolved.batch[name]) for name in ("mean", "largest")]
-    forecast = forecast_of(model, settings, machine, *batch)
-    if machine and forecast and forecast.prediction.memory_gib > machine.memory_gib:
+    forecast = forecast_of(Case(model, settings, machine, *batch))
+    if forecast.prediction.memory_gib > machine.memory_gib:
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in forecast.prediction.memory.items())
         stop_or_warn(
             settings,
@@ -85,7 +87,7 @@ def stop_or_warn(settings: ResolvedSettings, problem: str, fix: str) -> None:
 def check_space(run_dir: Path, resolved: Resolved) -> None:
     """Raise RunError when not even one checkpoint fits on the disk; warn when not all of them do."""
     settings = resolved.settings
-    size = checkpoint_size(ModelConfig(**resolved.model), settings)
+    size = checkpoint_size(resolved.architecture, settings)
     check_disk(run_dir, size, "a checkpoint")
     kept = checkpoints_kept(settings)
     free = shutil.disk_usage(run_dir).free

@@ -28,7 +28,6 @@ from llava_sft.files import write_json  # noqa: E402
 from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
-from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.preflight.cost import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
@@ -50,7 +49,7 @@ NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memo
 def set_up(resolved: Resolved, run_dir: Path) -> Loop:
     """The training of the settled settings, as it stands at the newest checkpoint of the run."""
     values, data, start = resolved.settings, resolved.data, resolved.start
-    model_config, first = ModelConfig(**resolved.model), iterations_done(run_dir)
+    model_config, first = resolved.architecture, iterations_done(run_dir)
     if values.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -135,7 +134,7 @@ def explain(error: BaseException, resolved: Resolved, run_dir: Path, loop: Loop 
     ):
         return of_file(error) if isinstance(error, OSError) and error.filename is not None else None
     values = resolved.settings
-    state = state_bytes(ModelConfig(**resolved.model), values)
+    state = state_bytes(resolved.architecture, values)
     memory = {name: size / 2**30 for name, size in state.items()}
     largest = loop.forward.largest if loop else Forward.NOTHING
     return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest)
