@@ -27,8 +27,7 @@ from llava_sft.training import forward
 BY_PAIRS = {"lora_rank": 8, "lora_alpha": 16.0, "lora_modules": list(PARTS), "lora_dropout": 0.25}
 
 
-def main(tokenizer: str, lora: bool) -> None:
-    """`lora`: all parts are trained by LoRA's pairs, with dropout."""
+def build(lora: bool) -> tuple[torch.nn.Module, torch.device]:
     values = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True} | (BY_PAIRS if lora else {}))
     distributed.allow_gradient_fusion()
     device = parallel.start(values, torch.distributed.HashStore())
@@ -45,8 +44,13 @@ def main(tokenizer: str, lora: bool) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             torch.nn.init.normal_(parameter, std=0.05)
-    answer_losses = forward.Forward(model, device)
+    return model, device
 
+
+def main(tokenizer: str, lora: bool) -> None:
+    """`lora`: all parts are trained by LoRA's pairs, with dropout."""
+    model, device = build(lora)
+    answer_losses = forward.Forward(model, device)
     limits = ChatTemplate(tokenizer), 2048, 3136, 50_000
     packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)  # 128: FP8 wants 16
     encoded = [packing.encode_sample(sample) for sample in samples()]
