@@ -161,9 +161,14 @@ def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroB
     """
     size, t, v = 2 if values.bf16 else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
-    attention = (2 * heads + t.num_attention_heads) * t.kv_channels
-    language = batch.tokens * (4 * t.hidden_size + attention + 3 * t.ffn_hidden_size)
-    vision = batch.patches * (8 * v.hidden_size + 2 * v.ffn_hidden_size)
+    # With frozen weights the layers for GPUs keep neither inputs of products nor queries, keys and values.
+    language_whole, vision_whole = (
+        not values.on_gpu or part in values.trained.whole for part in ("language_model", "vision_model")
+    )
+    attention = ((1 + language_whole) * heads + t.num_attention_heads) * t.kv_channels
+    of_token = (2 + 2 * language_whole) * t.hidden_size + attention + (2 + language_whole) * t.ffn_hidden_size
+    language = batch.tokens * of_token
+    vision = batch.patches * ((6 + 2 * vision_whole) * v.hidden_size + (1 + vision_whole) * v.ffn_hidden_size)
     if not values.on_gpu:
         language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
         vision += batch.patch_squares * v.num_attention_heads
