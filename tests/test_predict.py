@@ -96,7 +96,7 @@ def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
     for names in (set(), {"lora_rank"}):  # what trains the same comes before LoRA
         speeds = [p.tokens_per_s for changed, p in found if names == {"seq_length", "lora_rank"} & changed.keys()]
         assert speeds == sorted(speeds, reverse=True) and speeds
-    assert "lora_rank: 32, trainable_modules: [language_model], lr: 0.0001" in str(proposal_lines(found[::-1]))
+    assert "lora_rank: 32, trainable_modules: [language_model], lr: 0.002 (" in str(proposal_lines(found[::-1]))
     assert all(line for line in proposal_lines(found))
 
 
