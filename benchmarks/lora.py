@@ -41,7 +41,9 @@ CARDS_8B = [
 PROCESSES = {  # name: worker, model, settings, cases
     "4b-lora": ("ours", "4b", BY_PAIRS, CARDS),
     "full": ("ours", "4b", {}, [{"name": "chunks", **CHUNKS}]),
-    "language": ("ours", "4b", {"trainable_modules": ["language_model"]}, [{"name": "chunks", **CHUNKS}]),
+    "language": (
+        "ours", "4b", {"trainable_modules": ["language_model"]}, [{"name": "chunks", **CHUNKS}, {"name": "whole packs"}],
+    ),
     "8b-lora": ("ours", "8b", BY_PAIRS, CARDS_8B),
     "peft": (
         "peers", "4b", {},
@@ -94,7 +96,8 @@ def rows(raw: dict[str, dict]) -> list[dict]:
         if "peak_reserved_gib" in found[name][each]:
             gib = found[name][each]["peak_reserved_gib"]
             result.append(row("peak_reserved_gib", gib, "GiB", None, "lower", run=f"{name}: {each}", gpu=gpu))
-    full, language = rate["full", "chunks"], rate["language", "chunks"]
+    full = rate["full", "chunks"]
+    language = max(tokens for (name, _), tokens in rate.items() if name == "language")
     for model, gib in (("4b", 22), ("8b", 38)):
         capped = {each: case for each, case in found[f"{model}-lora"].items() if each.startswith(f"{gib} GiB")}
         best = max(capped, key=lambda each: rate[f"{model}-lora", each])
@@ -107,7 +110,7 @@ def rows(raw: dict[str, dict]) -> list[dict]:
     fastest = max(rate["4b-lora", each] for each in ("chunks", "whole packs"))
     for metric, other, goal, note in (
         ("lora_speedup", full, 1.5, "against full training of all parts, in chunks of 4,096"),
-        ("lora_speedup_same_parts", language, 1.2, "against the language model alone, in chunks of 4,096"),
+        ("lora_speedup_same_parts", language, 1.2, "against the language model alone, at its best"),
         ("lora_speedup_peft", rate["peft", "peft"], 2, "against transformers' Trainer with PEFT"),
     ):
         result.append(row(metric, fastest / other, "×", goal, "higher", note, gpu=gpu))

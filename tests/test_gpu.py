@@ -87,7 +87,7 @@ class Training:
         return [json.loads(line)["lm loss"] for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("how", [[], ["lora"]])
+@pytest.mark.parametrize("how", [[], ["lora"], ["dropout"]])
 def test_fused_layers_packs_and_chunks_agree_with_megatrons_layers(data, how):
     worker = ROOT / "tests/helpers/gpu_worker.py"
     here = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])}

@@ -1,6 +1,6 @@
 """Comparisons inside one process on a GPU, for test_gpu.py: prints one JSON line of relative differences.
 
-python tests/helpers/gpu_worker.py HF_FOLDER [lora]
+python tests/helpers/gpu_worker.py HF_FOLDER [lora | dropout]
 """
 
 import json
@@ -24,11 +24,12 @@ from llava_sft.model.template import ChatTemplate
 from llava_sft.model.tensors import PARTS
 from llava_sft.training import forward
 
-BY_PAIRS = {"lora_rank": 8, "lora_alpha": 16.0, "lora_modules": list(PARTS), "lora_dropout": 0.25}
+BY_PAIRS = {"lora_rank": 8, "lora_alpha": 16.0, "lora_modules": list(PARTS)}
+KINDS = {"": {}, "lora": BY_PAIRS, "dropout": BY_PAIRS | {"lora_dropout": 0.25}}
 
 
-def build(lora: bool) -> tuple[torch.nn.Module, torch.device]:
-    values = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True} | (BY_PAIRS if lora else {}))
+def build(kind: str) -> tuple[torch.nn.Module, torch.device]:
+    values = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True} | KINDS[kind])
     distributed.allow_gradient_fusion()
     device = parallel.start(values, torch.distributed.HashStore())
     made = forward.transformer_config
@@ -47,9 +48,9 @@ def build(lora: bool) -> tuple[torch.nn.Module, torch.device]:
     return model, device
 
 
-def main(tokenizer: str, lora: bool) -> None:
-    """`lora`: all parts are trained by LoRA's pairs, with dropout."""
-    model, device = build(lora)
+def main(tokenizer: str, kind: str) -> None:
+    """`kind`: of KINDS; with lora and dropout all parts are trained by LoRA's pairs."""
+    model, device = build(kind)
     answer_losses = forward.Forward(model, device)
     limits = ChatTemplate(tokenizer), 2048, 3136, 50_000
     packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)  # 128: FP8 wants 16
@@ -70,7 +71,7 @@ def main(tokenizer: str, lora: bool) -> None:
 
     fused = losses_and_gradients([packed])
     found = {}
-    if not lora:  # dropout leaves out other places there
+    if kind != "dropout":  # which leaves out other places there
         unpacked, chunks = [alone.batch([one]) for one in encoded], packed.chunks(packed.num_tokens // 3)
         found["packed, from unpacked"] = differences(fused, losses_and_gradients(unpacked))
         found["chunks, from one pack"] = differences(losses_and_gradients(chunks), fused)
@@ -103,4 +104,4 @@ def main(tokenizer: str, lora: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] == ["lora"])
+    main(sys.argv[1], "".join(sys.argv[2:]))

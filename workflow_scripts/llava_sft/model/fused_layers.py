@@ -32,7 +32,7 @@ from llava_sft.model.kernels import (
     swiglu,
     swiglu_backward,
 )
-from llava_sft.model.products import product, product_backward, trainable
+from llava_sft.model.products import move_back, product, product_backward, room_beside, trainable
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
@@ -100,15 +100,16 @@ class LanguageLayer(torch.autograd.Function):
         attention, mlp, config = layer.self_attention, layer.mlp, layer.config
         recipe, eps = config.fp8 and config.fp8_recipe, config.layernorm_epsilon
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
-        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps)
+        room = room_beside(attention.linear_qkv, recipe)
+        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps, room=room)
         qkv, for_qkv = product(x, attention.linear_qkv, recipe)
         cos, sin = segments.rope
         inputs = rope(qkv, config.num_query_groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
         branch, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
-        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch)
+        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch, room)
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
-        branch, for_fc2 = product(swiglu(gate_and_up), mlp.linear_fc2, recipe)
+        branch, for_fc2 = product(swiglu(gate_and_up, room), mlp.linear_fc2, recipe)
         ctx.constants = layer, segments, recipe, eps, head_norms
         ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
         ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad else None
@@ -151,6 +152,8 @@ class FusedLanguageLayer(TransformerLayer):
         """[tokens, 1, hidden] of the samples of a pack → the same, and None for cross attention's context."""
         attention, mlp = self.self_attention, self.mlp
         if packed_seq_params is None or attention.checkpoint_core_attention:
+            for module in (attention.linear_qkv, mlp.linear_fc1, mlp.linear_fc2):
+                move_back(module)
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)
         if packed_seq_params.rope is None:  # the same for all layers
             angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]

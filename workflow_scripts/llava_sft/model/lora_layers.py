@@ -21,9 +21,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from llava_sft.model.fused_layers import FusedLanguageLayer
 from llava_sft.model.llava import LlavaOneVision
 from llava_sft.model.lora import LINEARS, Lora
 from llava_sft.model.lora_dropout import Dropout, dropped
+from llava_sft.model.products import lay_beside, room_beside
 
 
 def attach(model: LlavaOneVision, lora: Lora, seed: int) -> None:
@@ -58,6 +60,17 @@ def _add_pair(linear: nn.Module, lora: Lora, seed: int) -> None:
     linear.lora_scale, linear.lora_split = lora.scale, split
     linear.lora_dropout = Dropout(lora.dropout, seed, first, columns)
     linear.register_forward_hook(_add_product)
+
+
+def settle(model: LlavaOneVision) -> None:
+    """Once the weights are loaded: give those of the GPU's layers room for B beside them (products.py)."""
+    layers = [layer for layer in model.language_model.modules() if isinstance(layer, FusedLanguageLayer)]
+    for layer in layers:
+        for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
+            if room_beside(linear, layer.config.fp8):
+                lay_beside(linear)
+    if layers:
+        torch.cuda.empty_cache()  # where they lay
 
 
 def _add_product(linear: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:

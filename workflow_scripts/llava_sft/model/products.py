@@ -22,14 +22,16 @@ with suppress(ImportError):  # a machine without them has Megatron's local layer
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
 
-def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None) -> Tensor | None:
-    """gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision. None of a frozen weight."""
+def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None, scale: float = 1.0) -> Tensor | None:
+    """scale · gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision. None of a frozen
+    weight."""
     if not weight.requires_grad:
         return None
     buffer = getattr(weight, "main_grad", None)
     if buffer is None or buffer.dtype != grad.dtype:
-        return grad.t() @ x
-    buffer.addmm_(grad.t(), x)
+        gradient = grad.t() @ x
+        return gradient if scale == 1 else scale * gradient
+    buffer.addmm_(grad.t(), x, alpha=scale)
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)  # Megatron's hook waits for one, and does not look at it
 
@@ -67,6 +69,8 @@ def quantizers(recipe: str) -> tuple:
 
 def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias: Tensor | None = None) -> tuple:
     """x [tokens, in] · weightᵀ + bias, LoRA's pair in the precision of x added; with what the gradients need."""
+    if x.stride(0) > x.size(1):  # it has room for A·x
+        return product_beside(x, module, bias)
     out, operands = weight_product(x, module, recipe, bias)
     if not hasattr(module, "lora_a"):
         return out, (operands, None, None)
@@ -74,8 +78,8 @@ def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias:
     if dropout.share and module.training:
         key = dropout.key()
         x = leave_out_at(x, dropout, key)
-    low = module.lora_scale * F.linear(x, module.lora_a)
-    return out.addmm_(low, module.lora_b.t()), (operands, low, key)
+    low = F.linear(x, module.lora_a)
+    return out.addmm_(low, module.lora_b.t(), alpha=module.lora_scale), (operands, low, key)
 
 
 def product_backward(
@@ -83,15 +87,69 @@ def product_backward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Gradient of x, and those of `trainable(module)`. A frozen weight keeps no x, which its pair asks for again."""
     for_weight, low, key = operands
+    if for_weight is None:
+        return product_beside_backward(grad, low, module, x)
     d_x, d_weight = weight_product_backward(grad, for_weight, module, recipe)
     if low is None:
         return d_x, (d_weight,)
-    d_low, d_b = module.lora_scale * (grad @ module.lora_b), weight_gradient(module.lora_b, grad, low)
+    d_low, d_b = (
+        module.lora_scale * (grad @ module.lora_b),
+        weight_gradient(module.lora_b, grad, low, module.lora_scale),
+    )
     if key is None:
         return d_x.addmm_(d_low, module.lora_a), (d_weight, weight_gradient(module.lora_a, d_low, x()), d_b)
     seen = leave_out_at(x(), module.lora_dropout, key)
     d_x += leave_out_at(d_low @ module.lora_a, module.lora_dropout, key)
     return d_x, (d_weight, weight_gradient(module.lora_a, d_low, seen), d_b)
+
+
+# One product for both: [x, A·x] · [W, alpha/rank·B]ᵀ. A product of rank 32 alone waits for memory: it reads and writes all of
+# the output, and another one reads all of its gradient.
+
+
+def room_beside(module: torch.nn.Module, recipe: str | None) -> int:
+    """Columns beside its input that `product` can use: of a rank that matrix units like, in bf16, without dropout."""
+    if recipe or not hasattr(module, "lora_a") or module.lora_a.size(0) % 8 or module.lora_dropout.share:
+        return 0
+    return module.lora_a.size(0)
+
+
+def lay_beside(module: torch.nn.Module) -> None:
+    """Move a frozen weight to where B has room beside it."""
+    if not hasattr(module, "weight_and_b"):
+        out, columns = module.weight.shape
+        both = module.weight.new_empty(out, columns + module.lora_a.size(0))
+        both[:, :columns] = module.weight.detach()
+        module.weight.data, module.weight_and_b, module.b_is_current = both[:, :columns], both, False
+
+
+def move_back(module: torch.nn.Module) -> None:
+    """Lay a weight out as layers of Transformer Engine expect it."""
+    if hasattr(module, "weight_and_b"):
+        module.weight.data = module.weight.detach().contiguous()
+        del module.weight_and_b
+
+
+def product_beside(x: Tensor, module: torch.nn.Module, bias: Tensor | None) -> tuple[Tensor, tuple]:
+    """`product` of an x with room beside it. B is copied once a step: `is_first_microbatch` is Megatron's flag."""
+    lay_beside(module)
+    columns, low = x.size(1), F.linear(x, module.lora_a)
+    both = x.as_strided((x.size(0), x.stride(0)), (x.stride(0), 1))
+    both[:, columns:] = low
+    if getattr(module, "is_first_microbatch", True) or not (module.b_is_current and module.training):
+        module.weight_and_b[:, columns:] = module.lora_scale * module.lora_b.detach()
+        module.b_is_current, module.is_first_microbatch = module.training, False
+    return F.linear(both, module.weight_and_b, bias), (None, low, None)
+
+
+def product_beside_backward(
+    grad: Tensor, low: Tensor, module: torch.nn.Module, x: Callable[[], Tensor]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Its gradients; that of x has room beside it, too."""
+    d_both, columns = grad @ module.weight_and_b, module.lora_a.size(1)
+    d_x, d_low = d_both[:, :columns], d_both[:, columns:]
+    d_b, d_a = weight_gradient(module.lora_b, grad, low, module.lora_scale), weight_gradient(module.lora_a, d_low, x())
+    return d_x.addmm_(d_low, module.lora_a), (None, d_a, d_b)
 
 
 def trainable(module: torch.nn.Module) -> tuple[Tensor, ...]:
@@ -110,6 +168,7 @@ def weight_product(
         return F.linear(x, weight, bias), (x if trained else None, weight)
     cast_input, cast_weight, _ = quantizers(recipe)
     if (module.is_first_microbatch and trained) or not hasattr(module, "weight_in_fp8"):
+        move_back(module)
         module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
         module.is_first_microbatch = False
     x_in_fp8, fast = cast_input.quantize_impl(x), recipe == "tensorwise"
