@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup test test-slurm test-faults soak checks format figures lock clean experiment runs schema
+.PHONY: targets setup chat test test-slurm test-faults soak checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -23,6 +23,10 @@ endef
 $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 
 setup: $(READY)
+
+# Questions to what a run has learned: make chat RUN=output/stage2_sft_vqa, ARGS="--web" for a page.
+chat: $(READY)
+	@$(VENV)/bin/python workflow_scripts/chat.py "$(RUN)" $(ARGS)
 
 # A file of tests is run by one of two processes; ARGS="-n 0": one after the other.
 test: checks

@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -24,7 +25,6 @@ from typing import Any
 import torch
 
 from cases import CASE, PEAK, run_settings
-from kernels import kernel_times
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.loader import VlmBatch
 from llava_sft.model.config import load_model_config
@@ -41,6 +41,40 @@ from training_rows import figures
 from llava_sft.megatron.distributed import unwrapped  # isort: skip (the CPU layer, of `process`, comes first)
 
 GIB = 2**30
+KERNELS = {
+    "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
+    "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
+    "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",
+    "rotary": r"rope",
+    "cross entropy": r"cross_entropy",
+    "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
+    "casts to FP8": r"cast_transpose|quantize|amax",
+    "optimizer": r"multi_tensor|adam|l2norm|^_scale",
+    "copies and fills": r"memcpy|memset|fill|copy",
+    "other element-wise": r"elementwise|reduce|index|scatter|gather|cat",
+}
+
+
+def kernel_times(trace: dict) -> dict:
+    """Milliseconds on the GPU by kind of kernel, and the time in which nothing runs."""
+    events = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kinds: collections.Counter = collections.Counter()
+    for event in events:
+        matching = (kind for kind, pattern in KERNELS.items() if re.search(pattern, event["name"], re.IGNORECASE))
+        kind = next(matching, "other")
+        kinds[kind] += event["dur"] / 1e3
+    busy, end = 0.0, 0.0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    whole = end - min(event["ts"] for event in events)
+    return {
+        "kinds_ms": dict(kinds.most_common()),
+        "idle_ms": (whole - busy) / 1e3,
+        "whole_ms": whole / 1e3,
+        "kernels": len(events),
+    }
 
 
 class Phases:
@@ -283,9 +317,7 @@ def train(args) -> None:
     if cases[-1].get("checkpoint"):
         report["checkpoint"] = trainer.save_and_load()
         write(f"CASE checkpoint: {report['checkpoint']}")
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # as the trainer ends: torch's handler takes a worker's end for an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as the trainer ends: torch takes a worker's end for an error
     for child in multiprocessing.active_children():
         child.kill()
     torch.distributed.destroy_process_group()

@@ -25,7 +25,7 @@ from llava_sft.preflight import predict
 from llava_sft.preflight.cost import MicroBatch
 from llava_sft.run.records import read_metrics
 from llava_sft.settings.layers import load_settings
-from llava_sft.settings.resolve import first_epoch, packing_window, resolve
+from llava_sft.settings.resolve import Epoch, packing_window, resolve
 from results import DEMO_RUN, RESULTS, ROOT, row, single_process, write_results
 
 OUT = Path("/tmp/llava_sft_preflight")
@@ -59,7 +59,7 @@ def record() -> None:
         sizes = sample_sizes(folder, Path(before["start"]["sidecars"]), limits, OUT / "sizes")
         window = packing_window(settings, sizes.tokens)
         capacity = settings.seq_length if settings.packing else None
-        epoch = first_epoch(global_order(folder, sizes, capacity, window, settings.seed), window)
+        epoch = Epoch(window, *global_order(folder, sizes, capacity, window, settings.seed).first_pass())
         settled, _ = resolve(settings, len(sizes.tokens), epoch=epoch)
         values = settled.model_copy(update={"save_interval": 10 * STEPS, "log_interval": 1, "eval_iters": 0})
         mean, largest = predict.mean_and_largest(sizes, values, epoch.packs if settings.packing else None)

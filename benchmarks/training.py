@@ -28,9 +28,8 @@ import time
 from pathlib import Path
 
 from cases import CALIBRATION, CALIBRATION_8B, CALIBRATION_FP32, CHECKPOINT, OURS, PEER, PEERS, PROFILE, TWO_GPUS
-from kernels import profiles
 from results import ROOT, single_process, write_results
-from training_rows import memory_and_time, picture, speed, token_rates
+from training_rows import memory_and_time, picture, profiles, speed, token_rates
 
 PARTS = ["ours", "transformers", "unpacked", "calibration", "checkpoint", "two_gpus"]
 

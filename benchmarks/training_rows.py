@@ -73,6 +73,24 @@ def amounts(steps: list[dict], timed_step: dict) -> dict[str, Any]:
     }
 
 
+def profiles(found: list[dict]) -> list[dict]:
+    """Milliseconds of one step by phase and by kind of kernel, for each profiled case."""
+    result = []
+    for process in found:
+        for name, case in process["cases"].items():
+            step = case["steps"][-1]
+            if "kernels" not in step:
+                continue
+            kernels, flops = step["kernels"], sum(batch["flops"] for batch in step["batches"])
+            note = f"step of {kernels['whole_ms']:.0f} ms, {kernels['kernels']:,} kernels, {flops / 1e12:.0f} TFLOP"
+            parts = {"kernels": kernels["kinds_ms"] | {"nothing runs": kernels["idle_ms"]}, "phases": step["phases"]}
+            for by, column in parts.items():
+                for part, ms in column.items():
+                    where = {"case": name, "by": by, "part": part, "fp8": case["fp8"], "gpu": process["gpu"]}
+                    result.append(row("profile_ms", ms, "ms", None, "lower", note, **where))
+    return result
+
+
 def speed(processes: list[dict]) -> list[dict]:
     """The figures that have goals, of all processes of one run."""
     cases, peers = {}, {}

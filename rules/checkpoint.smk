@@ -30,7 +30,7 @@ rule convert_checkpoint_mcore2hf:
         folder=paths.EXPORT,
         run_dir=flow.path("run_dir"),
         webdatasets=flow.path("webdatasets"),
-        options=flow.options("parity"),
+        options=flow.options("parity", "export_names"),
     shell:
         "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir:q} {params.folder:q} {params.options}"
         " --samples {params.webdatasets:q} --done {output:q} > {log:q} 2>&1"

@@ -5,6 +5,7 @@ rule evaluate:
     input:
         export=flow.path("export_done"),
         dataset=flow.path("dataset"),
+        scores=flow.path("score_files"),
     output:
         paths.EVALUATION,
     log:
@@ -15,12 +16,21 @@ rule evaluate:
     params:
         folder=paths.EXPORT,
         webdatasets=flow.path("webdatasets"),
+        start_of=flow.path("evaluated_start_of"),
+        base_answers=flow.path("base_answers"),
         options=flow.options(
-            "evaluate_by", "evaluate_samples", "evaluate_batch_size", "max_new_tokens", without="evaluate_"
+            "evaluate_scores",
+            "evaluate_by",
+            "evaluate_samples",
+            "evaluate_batch_size",
+            "evaluate_with",
+            "vllm_python",
+            "max_new_tokens",
+            without="evaluate_",
         ),
     shell:
         "{PYTHON}evaluate.py {params.folder:q} {params.webdatasets:q} --dataset {input.dataset:q} {params.options}"
-        " --output {output:q} 2>&1 | tee -i {log:q}"
+        " --start-of={params.start_of:q} --base-answers {params.base_answers:q} --output {output:q} 2>&1 | tee -i {log:q}"
 
 
 rule report:

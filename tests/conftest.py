@@ -71,6 +71,12 @@ def small_checkpoint(tmp_path_factory, small_model) -> Path:
     return write_noisy_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", small_model)
 
 
+@pytest.fixture
+def source(small_checkpoint, tmp_path) -> Path:
+    """A copy of the small checkpoint that a test may spoil."""
+    return shutil.copytree(small_checkpoint, tmp_path / "source")
+
+
 @pytest.fixture(scope="module")
 def shipped_settings():
     """Resolved settings of the shipped experiment `vqa`, as preflight writes them; for one process on a CPU."""

@@ -64,9 +64,22 @@ def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(prepared_project):
 
     evaluation = json.loads((prepared_project / RESULTS / "evaluation.json").read_text())
     assert evaluation["samples"] == 40
-    assert "<svg" in (prepared_project / RESULTS / "report.html").read_text()
+    page = (prepared_project / RESULTS / "report.html").read_text()
+    assert "<svg" in page and f"make chat RUN={RUN}" in page
     for place in ("iter_0000020", "dataloader", "tensorboard", "run.json"):
         assert (prepared_project / RUN / place).exists()
+    card = (prepared_project / RESULTS / "huggingface/README.md").read_text()
+    assert "| all | exact | 40 |" in card and "19,200 training samples; 600 held out" in card
+    assert f"talk to it: make chat RUN={RUN}\n" in second.stdout
+
+
+def test_a_checkpoint_of_the_run_answers(prepared_project):
+    asked = subprocess.run(
+        [sys.executable, "workflow_scripts/chat.py", f"{RUN}/iter_0000010", "Which is larger, 3 or 5?", "--max-new-tokens=8"],
+        cwd=prepared_project, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr
+    assert "a Megatron checkpoint: exporting it to output/stage2_sft_vqa_exports/iter_0000010" in asked.stderr
 
 
 def test_finished_target_has_nothing_to_do(prepared_project):

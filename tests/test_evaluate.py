@@ -1,64 +1,26 @@
-"""What counts as a right answer, that each answer meets its own question, and that answers end where they should."""
+"""Each answer meets its own question and ends where it should; what is kept of answers, and what is asked again."""
 
-import argparse
 import functools
-import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+import torch
 
-import evaluate
 from evaluate import cached_result, main
+from helpers.models import MAX_PIXELS, MIN_PIXELS
 from helpers.webdatasets import Raw, record
+from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
+from llava_sft.evaluation import answers as answers_module
 from llava_sft.evaluation.answers import generate
-from llava_sft.evaluation.export import read_answer
-from llava_sft.evaluation.judge import RIGHT_SHOWN, WRONG_SHOWN, Answer, judge
+from llava_sft.evaluation.export import Export, read_answer
+from llava_sft.evaluation.judge import Answer
 from llava_sft.files import read_json, write_json
-
-
-def sample(name: str, *answers: str, kind: str | None = None) -> Sample:
-    messages = []
-    for number, text in enumerate(answers):
-        messages += [{"role": "user", "content": f"{name} {number}?"}, {"role": "assistant", "content": text}]
-    return Sample(name, messages, [], {"kind": kind} if kind else {})
-
-
-def said(*texts: str) -> list[Answer]:
-    return [Answer(text, False) for text in texts]
-
-
-@pytest.mark.parametrize(
-    ("truth", "prediction", "right"),
-    [
-        ("Temple", "Temple", True), (" Temple\n", "Temple", True), ("Temple", "Temple.", False), ("Temple", "temple", False),
-        ("a  b", "a b", False), ("3", "", False), ("3", "3 3", False), ("3", "13", False),
-    ],
-)  # fmt: skip
-def test_right_is_the_expected_text_exactly_but_for_space_at_both_ends(truth, prediction, right):
-    (row,), _ = judge([sample("a", truth)], said(prediction), "kind")
-    assert row["correct"] is right
-
-
-def test_a_sample_of_several_turns_is_right_when_every_answer_is():
-    asked = [sample("a", "1", "2"), sample("b", "3"), sample("c", "4", "5")]
-    rows, _ = judge(asked, said("1", "2", "3", "4", "wrong"), "kind")
-    assert [row["correct"] for row in rows] == [True, True, False]
-    assert [turn["prediction"] for turn in rows[2]["turns"]] == ["4", "wrong"]
-    assert [row["correct"] for row in judge(asked, said("wrong", "2", "3", "4", "5"), "kind")[0]] == [False, True, True]
-
-
-def test_the_wrong_ones_are_kept_first_with_as_many_as_the_report_shows():
-    asked = [sample(str(n), "x") for n in range(60)]
-    rows, examples = judge(asked, said(*("x" if n % 2 else "y" for n in range(60))), "kind")
-    assert len(rows) == 60
-    assert [each["correct"] for each in examples] == [False] * WRONG_SHOWN + [True] * RIGHT_SHOWN
-
 
 # --- the exported model -----------------------------------------------------------------------------------------------
 
@@ -89,31 +51,34 @@ def export(small_checkpoint) -> Path:
     return small_checkpoint
 
 
-def arguments(export: Path, data: Path, **changed) -> argparse.Namespace:
-    common = {"by": "kind", "samples": "all", "batch_size": 16, "max_new_tokens": 4}
-    return argparse.Namespace(
-        model_dir=export, webdatasets=data / "wds", dataset=data / "dataset.json", **common | changed
-    )
+def asked_of(data: Path, split: str = "val") -> list[Sample]:
+    return [sample.before(turn) for sample in read_split(data / "wds", split) for turn in sample.answers()]
 
 
-def content_of(rows: list[dict]) -> list:
-    return [(row["id"], [turn["prediction"] for turn in row["turns"]]) for row in rows]
+def answers(export: Path, questions: list[Sample], batch_size: int = 16, max_new_tokens: int = 4) -> list[Answer]:
+    found = dict(generate(export, questions, batch_size, max_new_tokens))
+    return [found[number] for number in range(len(questions))]
 
 
-def test_each_answer_meets_its_question_whatever_the_batches(export, data):
-    result, rows = evaluate.evaluate(arguments(export, data))
-    assert [row["id"] for row in rows] == [f"r{n}" for n in range(9)]
-    assert len({str(row["turns"]) for row in rows}) > 4, "answers that are all alike would show no mix-up"
-    samples = list(read_split(data / "wds", "val"))
-    for n in (1, 2, 6):  # asked alone
-        (alone,) = generate(export, [samples[n].before(1)], 16, 4)
-        assert alone.text == rows[n]["turns"][0]["prediction"]
+def test_each_answer_meets_its_question_whatever_the_batches(export, data, monkeypatch):
+    questions = asked_of(data)
+    together = answers(export, questions)
+    assert len({answer.text for answer in together}) > 4, "answers that are all alike would show no mix-up"
+    for n in (1, 2, 6):
+        assert answers(export, [questions[n]]) == [together[n]], "asked alone"
     for size in (1, 4):
-        assert content_of(evaluate.evaluate(arguments(export, data, batch_size=size))[1]) == content_of(rows)
-    assert {name: group["samples"] for name, group in result["groups"].items()} == {"all": 1, "k0": 4, "k1": 4}
-    assert result["answers"] == 10 and result["max_new_tokens"] == 4
-    by_id, _ = evaluate.evaluate(arguments(export, data, by="id", samples="3"))
-    assert by_id["samples"] == 3 and list(by_id["groups"]) == ["all"]
+        assert answers(export, questions, size) == together
+    complete = Export.answer
+
+    def small(self, inputs):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+        return complete(self, inputs)
+
+    monkeypatch.setattr(Export, "answer", small)
+    assert answers(export, questions) == together, "a batch that is too large is halved"
+    # The last one comes after the true answer to the turn before it.
+    assert "Answer 8." in [message["content"] for message in questions[9].messages]
 
 
 def generation_config(export: Path, **content) -> None:
@@ -122,7 +87,6 @@ def generation_config(export: Path, **content) -> None:
 
 def test_answers_end_at_either_end_token_whatever_the_export_says(export, data, monkeypatch):
     """The model is made to say: a grounding word, one of the two end tokens, and then more."""
-    import torch
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
@@ -160,12 +124,8 @@ def test_answers_end_at_either_end_token_whatever_the_export_says(export, data, 
             {"eos_token_id": word, "repetition_penalty": 9.0, "num_beams": 3, "do_sample": True},
         ):
             generation_config(export, **given)
-            result, rows = evaluate.evaluate(arguments(export, data))
-            assert {turn["prediction"] for row in rows for turn in row["turns"]} == {"7"}, given
-            assert result["cut"] == 0
-        result, rows = evaluate.evaluate(arguments(export, data, max_new_tokens=1))
-        assert result["cut"] == result["answers"] == 10
-        assert all(turn["cut"] for row in rows for turn in row["turns"])
+            assert set(answers(export, asked_of(data))) == {Answer("7", False)}, given
+        assert answers(export, asked_of(data), max_new_tokens=1) == [Answer("7", True)] * 10
     finally:
         (export / "generation_config.json").write_text(before)
 
@@ -182,11 +142,10 @@ def test_grounding_tokens_are_part_of_an_answer():
 
 def test_a_streamed_answer_is_the_greedy_one_and_stops_when_it_is_closed(export, data):
     from llava_sft.data.images import decode_rgb
-    from llava_sft.evaluation.export import Export
 
     question = list(read_split(data / "wds", "val"))[1].before(1)
     loaded, images = Export(export, 12), [decode_rgb(image) for image in question.images]
-    (whole,) = loaded.answer([loaded.render(question.messages)], images)
+    (whole,) = loaded.answer(loaded.encode([loaded.render(question.messages)], images))
     pieces = list(loaded.stream(question.messages, images))
     assert whole.text and "".join(pieces).strip() == whole.text
     longer = loaded.stream(question.messages, images, max_new_tokens=10_000)
@@ -202,49 +161,155 @@ def run(monkeypatch, export: Path, data: Path, output: Path, *words: str) -> Non
     main()
 
 
-def test_kept_answers_are_used_for_the_same_model_data_and_options_alone(export, data, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "evaluation.json"
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """How many questions were asked at each loading of a model, whose answers are then always the same."""
+    made: list[int] = []
+
+    def answer(folder, questions, *options):
+        made.append(len(questions))
+        yield from ((number, Answer("Answer 0.", False)) for number in reversed(range(len(questions))))
+
+    monkeypatch.setattr(answers_module, "generate", answer)
+    return made
+
+
+def test_kept_answers_are_used_for_the_same_model_data_and_options_alone(
+    export, data, tmp_path, monkeypatch, capsys, asked
+):
+    output, kept = tmp_path / "evaluation.json", tmp_path / ".evaluation.json.kept"
     run(monkeypatch, export, data, output)
     first, lines = read_json(output), (tmp_path / "predictions.jsonl").read_text()
     assert [json.loads(line)["id"] for line in lines.splitlines()] == [f"r{n}" for n in range(9)]
-    assert "of 9 right" in capsys.readouterr().out
-    made = []
-
-    def answer(model_dir, questions, *options):
-        made.append(len(questions))
-        return [Answer("Answer 0.", False)] * len(questions)
-
-    monkeypatch.setattr(evaluate, "generate", answer)
+    assert "1 of 9 right" in capsys.readouterr().out and first["correct"] == 1
+    assert {name: group["samples"] for name, group in first["groups"].items()} == {"all": 1, "k0": 4, "k1": 4}
     output.unlink()
     run(monkeypatch, export, data, output)
-    assert (read_json(output), made) == (first, [])
+    assert (read_json(output), asked) == (first, [10])
     assert "nothing to evaluate" in capsys.readouterr().out
-    for words in (("--samples", "2"), ("--by", "id"), ("--batch-size", "3")):
+    for words in (("--scores", "f1"), ("--by", "id")):  # judged anew, not asked
         run(monkeypatch, export, data, output, *words)
-    assert len(made) == 3
+    assert asked == [10] and list(read_json(output)["groups"]) == ["all"]
+    for words in (("--samples", "2"), ("--batch-size", "3"), ("--max-new-tokens", "3")):
+        run(monkeypatch, export, data, output, *words)
+    assert asked == [10, 2, 10, 10]
     run(monkeypatch, export, data, output)
-    kept = tmp_path / ".evaluation.json.kept"
-    assert read_json(output)["correct"] == 1 and len(made) == 4
+    assert read_json(output)["correct"] == 1 and len(asked) == 5
 
-    kept.write_bytes(kept.read_bytes().replace(b'"correct": 1', b'"correct": 7', 1))
-    run(monkeypatch, export, data, output)
-    assert read_json(output)["correct"] == 1 and len(made) == 5
-    assert "evaluating again" in capsys.readouterr().err
+    for path, old, new in (
+        (kept, b'"correct": 1', b'"correct": 7'),
+        (tmp_path / ".evaluation.json.answers", b"Answer", b"answer"),
+    ):
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+        kept.write_bytes(kept.read_bytes().replace(b'"correct"', b'"korrect"', 1))
+        run(monkeypatch, export, data, output)
+        assert read_json(output)["correct"] == 1
+        assert "damaged" in "".join(capsys.readouterr())
+    assert len(asked) == 6, "the answers were whole the first time"
     (tmp_path / "predictions.jsonl").unlink()
     run(monkeypatch, export, data, output)
-    assert len(made) == 6 and (tmp_path / "predictions.jsonl").is_file()
+    assert len(asked) == 6 and (tmp_path / "predictions.jsonl").is_file()
     kept.write_text("[1]")
     assert cached_result(kept, "x") is None
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_left(export, data, tmp_path, monkeypatch, capsys, asked):
+    output, complete = tmp_path / "evaluation.json", answers_module.generate
+
+    def killed(folder, questions, *options):
+        for number, answer in complete(folder, questions, *options):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield number, Answer(f"{answer.text} {number}", False)
+
+    monkeypatch.setattr(answers_module, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, export, data, output)
+    partial = tmp_path / ".evaluation.json.answers.partial"
+    partial.write_text(partial.read_text().replace("Answer 0. 5", "Answer 0. 9") + '12345678 [2, "half')
+    monkeypatch.setattr(answers_module, "generate", complete)
+    run(monkeypatch, export, data, output)
+    assert asked == [10, 5] and not partial.exists(), "question 5 and those from 3 on"
+    assert "10 questions, of which 5 were answered before" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [turn["prediction"] for row in rows for turn in row["turns"]] == [
+        *["Answer 0."] * 4, "Answer 0. 4", "Answer 0.", *(f"Answer 0. {n}" for n in (6, 7, 8, 9)),
+    ]  # fmt: skip
 
 
 def test_no_held_out_split_is_said_and_no_model_is_loaded(export, tmp_path, monkeypatch, capsys):
     raw = Raw(tmp_path, [record(n, None) for n in range(3)])
     raw.convert()
     write_json(tmp_path / "dataset.json", index_webdataset(raw.wds, raw.parts))
-    monkeypatch.setattr(evaluate, "generate", None)
+    monkeypatch.setattr(answers_module, "generate", None)
     run(monkeypatch, export, tmp_path, tmp_path / "e.json")
     assert "there is no accuracy" in capsys.readouterr().err
     assert (result := read_json(tmp_path / "e.json"))["samples"] == 0 and result["accuracy"] is None
+
+
+def test_raw_records_of_any_format_are_a_test_set_of_their_own(export, data, tmp_path, monkeypatch, asked):
+    raw = Raw(tmp_path, [record(n, ["a.png", "b.jpg"][: n % 3], kind="k") for n in range(5)])
+    array = tmp_path / "other.json"
+    array.write_text(json.dumps([json.loads(line) for line in raw.path.read_text().splitlines()]))
+    for path in (raw.path, array):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(path), "--image-root", str(raw.images)])
+        main()
+        result = read_json(export.parent / "evaluations" / path.stem / "evaluation.json")
+        assert (result["samples"], result["correct"], result["split"]) == (5, 1, "all")
+    assert asked == [5, 5]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(raw.path), "--image-root", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+
+
+@pytest.fixture(scope="module")
+def started(export, small_model, shipped_settings, tmp_path_factory) -> Path:
+    """A run that started from the weights of `export`."""
+    folder = tmp_path_factory.mktemp("started")
+    done = hf2mcore(export, folder / "start_mcore_tp1_pp1", small_model)
+    start = {"load": "start", "folder": str(folder / "start_mcore_tp1_pp1/release"), "fingerprint": done["fingerprint"]}
+    settings = shipped_settings | {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    content = {"settings": settings, "model": small_model.model_dump(), "data": {"fingerprint": "d"}}
+    start |= {"sidecars": str(folder / "start_mcore_tp1_pp1/huggingface")}
+    (folder / "run").mkdir()
+    write_json(folder / "run/run.json", content | {"start": start})
+    return folder / "run"
+
+
+def test_the_start_checkpoint_answers_the_same_questions_once_for_all_runs(
+    export, data, started, tmp_path, monkeypatch, capsys
+):
+    kept = tmp_path / "answers"
+    (kept / "start.4194305").mkdir(parents=True)  # of an evaluation that was killed; no process has this number
+    for name in ("one", "two"):
+        options = ["--start-of", str(started), "--base-answers", str(kept)]
+        run(monkeypatch, export, data, tmp_path / name / "evaluation.json", *options)
+        assert [path.suffix for path in kept.iterdir()] == [".json"], "answers, and no export"
+    assert capsys.readouterr().out.count("answered before") == 1
+    result = read_json(tmp_path / "two/evaluation.json")
+    rows = [json.loads(line) for line in (tmp_path / "two/predictions.jsonl").read_text().splitlines()]
+    assert all(turn["prediction"] == turn["base"] for row in rows for turn in row["turns"]), "the same weights"
+    assert result["base"] == {"name": "start checkpoint (start)", "cut": result["cut"]} and result["cut"] > 5
+    assert result["scores"][0]["difference"] == 0 and result["scores"][0]["p"] == 1
+
+
+def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
+    export, data, started, tmp_path, monkeypatch, capsys, asked
+):
+    content = read_json(started / "run.json")
+    for folder, said in ((None, "random weights"), ("/gone", "no longer there: /gone")):
+        start = content["start"] | {"folder": folder}
+        write_json(tmp_path / "run.json", content | {"start": start})
+        run(monkeypatch, export, data, tmp_path / "evaluation.json", "--start-of", str(tmp_path))
+        assert said in capsys.readouterr().err
+        assert said in read_json(tmp_path / "evaluation.json")["base"]["missing"]
+    damaged = shutil.copytree(started.parent / "start_mcore_tp1_pp1", tmp_path / "start") / "release"
+    next(damaged.glob("*.distcp")).write_bytes(b"")
+    write_json(tmp_path / "run.json", content | {"start": content["start"] | {"folder": str(damaged)}})
+    run(monkeypatch, export, data, tmp_path / "evaluation.json", "--start-of", str(tmp_path))
+    assert "damaged" in read_json(tmp_path / "evaluation.json")["base"]["missing"] and asked == [10]
+    run(monkeypatch, export, data, tmp_path / "evaluation.json", "--base", str(export))
+    assert read_json(tmp_path / "evaluation.json")["base"]["name"] == str(export)
 
 
 @pytest.mark.parametrize("case", ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples"])
@@ -265,10 +330,3 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
     said = capsys.readouterr().err
     assert end.value.code == 1 and "error: " in said and "Traceback" not in said
     assert not (tmp_path / "e.json").exists()
-
-
-def test_pictures_of_the_examples_are_embedded(data):
-    samples = list(read_split(data / "wds", "val"))
-    _, examples = judge(samples, said(*["x"] * 10), "kind")
-    assert examples[2]["images"][1].startswith("data:image/jpeg;base64,")
-    assert Image.open(io.BytesIO(samples[2].images[0])).size == (32, 28)

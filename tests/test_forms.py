@@ -44,6 +44,7 @@ SMALL = {
     "lr_warmup_fraction": 0, "evaluate_samples": 6, "max_new_tokens": 2, "max_reject_fraction": 0.5,
 }  # fmt: skip
 REVISION = "1a2b3c4d5e6f7a8b9c0d1a2b3c4d5e6f7a8b9c0d"
+OWN_VALUES = {"rope_theta": 2e6, "rms_norm_eps": 2e-6, "max_position_embeddings": 4096}  # not those of MODEL
 ADAPTER = {"trainable_modules": ["adapter"]}
 # By experiment: its settings, the prefix of its run directory, the folder its start weights equal (by part), parts trained.
 FIRST = {
@@ -57,7 +58,7 @@ FIRST = {
     },
     "array": {"raw_data": "data/openai.json", "heldout_data": "data/heldout.jsonl", "image_root": "data/images",
               "load": "random", "tokenizer": "start"},
-    "hub": {"raw_data": "data/part-*.parquet", "val_fraction": 0.3, "load": f"org/name@{REVISION}", "stage": "align"},
+    "hub": {"raw_data": "data/part-*.parquet", "val_fraction": 0.3, "load": "org/name", "stage": "align"},
     "published": {"raw_data": "data/published.jsonl", "heldout_data": "data/asked.jsonl", "image_root": "data/images",
                   "model": "published", "load": "published", "seq_length": 4096, "parity": "cpu", **ADAPTER},
     "parts": {"raw_data": "data/openai.jsonl", "image_root": "data/images", "load": "start", "stage": "align",
@@ -123,7 +124,9 @@ def write_data(folder: Path) -> None:
 def write_published(folder: Path, model: ModelConfig) -> None:
     """As the hub serves it: all files of config, preprocessor and tokenizer; two shards of few and random weights."""
     write_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(model.to_hf_config()))
+    config = model.to_hf_config()
+    config["text_config"] |= OWN_VALUES
+    (folder / "config.json").write_text(json.dumps(config))
     ends = {"bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643]}
     sampling = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.05}
     (folder / "generation_config.json").write_text(json.dumps(ends | sampling | {"transformers_version": "4.53.0"}))
@@ -151,6 +154,8 @@ def write_starts(project: Path) -> None:
         write_original(project / f"legacy/tp{size}_pp{size}", project / "start", model, size, size)
     snapshot = project / f"hub/models--org--name/snapshots/{REVISION}"
     shutil.copytree(project / "start", snapshot)  # in the spelling that save_pretrained of transformers 4.53 writes
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(REVISION)
     old = {old_name(key): value for key, value in load_file(snapshot / "model.safetensors").items()}
     save_file(old, snapshot / "model.safetensors", metadata={"format": "pt"})
 
@@ -232,8 +237,6 @@ def test_each_form_goes_from_raw_data_to_the_report(chain, name):
     if name in TRAINED_FROM:
         source, trained = TRAINED_FROM[name]
         start, export = weights(project / source), weights(results / "huggingface")
-        if name == "hub":
-            start = {old_name(key): value for key, value in start.items()}
         if name == "parts":
             start |= {key: value for key, value in weights(project / "other").items() if "visual" in key}
         changed = {key for key in start if not torch.equal(start[key], export[key])}
@@ -250,6 +253,10 @@ def test_a_folder_as_the_hub_serves_it_is_trained_and_exported_with_all_that_inf
     ends = read_json(export / "generation_config.json")
     assert sorted(ends["eos_token_id"]) == [151643, 151645] and ends["pad_token_id"] == 151643
     assert read_json(export / "config.json")["image_token_id"] == 151655
+    assert read_json(export / "config.json")["text_config"].items() >= OWN_VALUES.items()
+    said = read_json(results / "preflight.json")["warnings"]
+    assert any("language rotary_base is 2,000,000, config/models/published.yaml has 1,000,000" in line for line in said)
+    assert read_json(chain.project / "output/stage2_sft_published/run.json")["model"]["language"]["rotary_base"] == 2e6
     assert read_json(export / "parity.json")["passed"] is True
 
     tokenizer.chat_template = (export / "chat_template.jinja").read_text()
@@ -261,6 +268,12 @@ def test_a_folder_as_the_hub_serves_it_is_trained_and_exported_with_all_that_inf
     sizes = SampleSizes.of(read_json(results / "sizes.json"))
     images = [sum(patches) // 4 for patches in sizes.patches]
     assert [tokens - image + 1 for tokens, image in zip(sizes.tokens, images, strict=True)] == lengths
+
+
+def test_a_hub_id_without_a_revision_says_its_commit_in_preflight_and_in_the_run(chain):
+    said = read_json(chain.project / "output/stage1_align_hub_results/preflight.json")["warnings"]
+    noted = read_json(chain.project / "output/stage1_align_hub/run.json")["start"]["notes"]
+    assert noted == said[:1] and f"org/name names no revision: commit {REVISION}" in noted[0]
 
 
 def test_own_rates_reach_their_parts(chain):

@@ -62,7 +62,6 @@ class Training:
                 "fingerprint": "test",
                 "folder": start and str(start),
                 "untrained": True,
-                "old_names": False,
             },
         }
         (run_dir / "resolved.json").write_text(json.dumps(resolved))

@@ -1,8 +1,10 @@
 """Size from the header and size from decoding agree, unusual numbers do not turn black, and damage is never an exception of
 another kind."""
 
+import contextlib
 import io
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from helpers.webdatasets import picture
+from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.image_checks import check_image, decode_image
 from llava_sft.data.images import decode_rgb, image_grid
 from llava_sft.data.rejects import Rejected
@@ -133,3 +135,116 @@ def test_whatever_the_bytes_a_picture_is_read_or_rejected(data, changes, length)
         return
     _, grid = to_patches(decode_rgb(damaged), *LIMITS)
     assert image_grid(damaged, *LIMITS) == grid and min(info[1:]) >= 14
+
+
+def turned(name: str) -> bytes:
+    """A picture that EXIF turns by a quarter."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(name, (33, 21), exif=exif)
+
+
+def large_text() -> PngInfo:
+    """As image editors write it: beyond what Pillow inflates."""
+    info = PngInfo()
+    info.add_text("raw", "x" * (3 << 20), zip=True)
+    return info
+
+
+def animated(name: str) -> bytes:
+    frames = [Image.new("RGB", (33, 21), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, name, save_all=True, append_images=frames[1:], lossless=True)
+    return buffer.getvalue()
+
+
+def sixteen_bit(kind: str = "PNG", brightest: int = 65535) -> bytes:
+    gradient = np.asarray(Image.linear_gradient("L").resize((33, 21)), np.float64) / 255 * brightest
+    buffer = io.BytesIO()
+    Image.fromarray(gradient.astype(np.uint16)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+# Every kind of file: (bytes, what a pixel of it shows in training; None where the gradient's own grey is seen).
+KINDS = {
+    "progressive": (picture("JPEG", (33, 21), progressive=True), None),
+    "CMYK": (picture("JPEG", (33, 21), "CMYK"), None),
+    "grey JPEG": (picture("JPEG", (33, 21), "L"), None),
+    "16-bit": (sixteen_bit(), None),
+    "16-bit TIFF": (sixteen_bit("TIFF"), None),
+    "large text": (picture("PNG", (33, 21), pnginfo=large_text()), None),
+    "palette": (picture("PNG", (33, 21), "P"), None),
+    "one bit": (picture("PNG", (33, 21), "1"), None),
+    "grey and alpha": (picture("PNG", (33, 21), "LA"), None),
+    "alpha": (picture("WEBP", (33, 21), "RGBA", lossless=True), None),
+    "GIF": (picture("GIF", (33, 21), "P"), None),
+    "BMP": (picture("BMP", (33, 21)), None),
+    "TIFF": (picture("TIFF", (33, 21)), None),
+    "animated GIF": (animated("GIF"), (255, 0, 0)),
+    "animated WebP": (animated("WEBP"), (255, 0, 0)),
+    "turned": (turned("JPEG"), None),
+    "turned PNG": (turned("PNG"), None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_is_accepted_kept_as_it_is_and_read_right(tmp_path, kind):
+    data, colour = KINDS[kind]
+    for check in (check_image, decode_image):
+        assert check(data)[1:] == (33, 21)
+        assert check(data + b"\0\0")[1:] == (33, 21)  # padding behind the end marker
+    raw = Raw(tmp_path, [record(0, "x.jpg")])
+    (raw.images / "x.jpg").write_bytes(data)
+    raw.convert()
+    with tarfile.open(raw.wds / "subtaskdata-00000.tar") as tar:
+        kept = tar.extractfile(tar.getmembers()[0]).read()
+    assert kept == data
+    pixels = decode_rgb(kept)
+    assert pixels.mode == "RGB" and pixels.size == ((21, 33) if "turned" in kind else (33, 21))
+    if colour:
+        assert pixels.getpixel((16, 10)) == colour
+    elif "one" not in kind:  # the gradient runs from black to white
+        top, bottom = (20, 5), (1, 5)
+        first, last = (
+            pixels.getpixel(place)[0] for place in ((top, bottom) if "turned" in kind else ((5, 1), (5, 20)))
+        )
+        assert abs(first - 18) < 25 and abs(last - 243) < 25
+
+
+def test_a_mode_that_pillow_can_not_turn_into_rgb_is_rejected(monkeypatch):
+    def refuse(*_):
+        raise ValueError("conversion not supported")
+
+    tiff = picture("TIFF")
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(Rejected, match="unreadable image mode"):
+        check_image(tiff)
+
+
+def test_sixteen_bits_are_scaled_and_transparency_lies_on_white():
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(33 * 21, dtype=np.uint16).reshape(21, 33) * 94).save(buffer, "PNG")
+    assert decode_rgb(buffer.getvalue()).getpixel((32, 20)) == (692 * 94 >> 8,) * 3
+    buffer = io.BytesIO()
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert decode_rgb(buffer.getvalue()).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_pixel_limit_holds_before_anything_is_decoded():
+    for name in ("PNG", "JPEG", "WEBP"):
+        with pytest.raises(Rejected, match="too many pixels"):
+            check_image(picture(name, (100, 100)), max_pixels=9_999)
+
+
+def test_images_with_damage_never_raise_anything_but_a_rejection():
+    good = [picture("PNG"), picture("JPEG"), picture("WEBP"), picture("GIF", mode="P"), picture("TIFF")]
+    for image in good:
+        for cut in range(0, len(image), max(1, len(image) // 40)):
+            for data in (
+                image[:cut],
+                image[:cut] + b"\xff" * 9 + image[cut + 9 :],
+                image[cut:],
+                image[:cut] + image[-12:],
+            ):
+                with contextlib.suppress(Rejected):
+                    check_image(data)

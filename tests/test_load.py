@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file, save_file
 
 from llava_sft.checkpoint.convert import hf2mcore
-from llava_sft.checkpoint.hub import download
+from llava_sft.checkpoint.hub import download, fetch
 from llava_sft.checkpoint.safetensors_io import old_name
 from llava_sft.checkpoint.start import Checkpoint, check_load, existing_checkpoint, named_parts
 from llava_sft.checkpoint.torch_dist import TorchDistReader
@@ -25,16 +26,76 @@ NAMES = ("language_model", "vision_model", "adapter")
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_id_needs_its_revision_and_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
+def test_a_hub_id_is_told_from_a_folder_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Checkpoint.of(HUB).kind == "hub" and Checkpoint.of(HUB).needs_conversion
-    check_load(Checkpoint.of(HUB), {}, None, made_here=False)
+    newest = HUB.partition("@")[0]
+    for name in (HUB, newest):
+        assert Checkpoint.of(name).kind == "hub" and Checkpoint.of(name).needs_conversion
+        check_load(Checkpoint.of(name), {"language": name}, None, made_here=False)
     assert Checkpoint.of(HUB).converted_name({}) == "LLaVA-OneVision-1.5-4B-Base@1a2b3c4d5e6f_mcore_tp1_pp1"
+    assert Checkpoint.of(newest).converted_name({}) == "LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1"
+    for name in ("run/iter_0000400", "checkpoints/x_mcore_tp1_pp1", "./models", "a/b/c", "org/", "-x/y"):
+        assert Checkpoint.of(name).kind != "hub", name
+    (tmp_path / "lmms-lab").mkdir()  # a path of which all but the last folder is there
     with pytest.raises(CheckpointError, match="no such folder") as error:
-        check_load(Checkpoint.of(HUB.partition("@")[0]), {}, None, made_here=False)
+        check_load(Checkpoint.of(newest), {}, None, made_here=False)
     assert "org/name@revision" in error.value.fix
+    assert Checkpoint.of(HUB).kind == "hub"
     (tmp_path / HUB).mkdir(parents=True)
     assert Checkpoint.of(HUB).kind != "hub"
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub, with one repository; `hub.commit` is an exception where it does not answer so."""
+    hub = SimpleNamespace(commit=COMMIT, asked=[])
+
+    def model_info(self, repo):
+        if isinstance(hub.commit, Exception):
+            raise hub.commit
+        return SimpleNamespace(sha=hub.commit)
+
+    def snapshot_download(repo, revision, **options):
+        hub.asked.append(revision)
+        folder = tmp_path / "snapshots" / (revision if revision and len(revision) == 40 else COMMIT)
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return hub
+
+
+def test_an_id_without_a_revision_says_which_commit_it_took(hub, monkeypatch):
+    folder, said = fetch("org/name")
+    assert folder.name == COMMIT and hub.asked == [COMMIT]  # not the branch, which may have moved in between
+    assert f"commit {COMMIT}, the newest on the hub" in said[0] and f"org/name@{COMMIT}" in said[0]
+    hub.commit = ConnectionError("no")
+    assert "the newest in the hub's cache (the hub cannot be reached)" in fetch("org/name")[1][0]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "in the hub's cache (HF_HUB_OFFLINE is set)" in fetch("org/name")[1][0]
+    assert hub.asked == [COMMIT, None, None]
+    assert fetch(f"org/name@{COMMIT[:7]}")[1] == fetch(f"org/name@{COMMIT}")[1] == []
+    assert fetch("org/name@main")[1] == [f"org/name@main is commit {COMMIT}"]
+
+
+def test_a_repository_that_is_not_there_may_have_been_meant_as_a_folder(hub):
+    hub.commit = made(RepositoryNotFoundError)
+    with pytest.raises(CheckpointError, match="no org/name on the hub, or not for you, and org/name is no folder here"):
+        fetch("org/name")
+
+
+def test_the_cache_names_the_commits_that_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / f"models--org--name/snapshots/{COMMIT}").mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match=f"HF_HUB_OFFLINE is set.*the cache has {COMMIT}: name one, org/name@{COMMIT}"
+    ):
+        fetch("org/name")
 
 
 def made(kind):
@@ -164,17 +225,30 @@ def test_a_tied_language_model_gets_an_output_layer_of_its_own(small_checkpoint,
     )
 
 
-def test_another_rope_or_size_of_a_part_is_refused(small_model, folders, tmp_path):
+def test_a_part_brings_its_own_values_and_has_to_be_of_its_size(small_model, folders, tmp_path, capsys):
     vision, language = folders
+    parts = {"vision_model": vision, "adapter": "random"}
     config = json.loads((language / "config.json").read_text())
     (language / "config.json").write_text(json.dumps(config | {"rope_theta": 5e6}))
-    with pytest.raises(CheckpointError, match="rotary_base is 5000000"):
-        hf2mcore(language, tmp_path / "made", small_model, parts={"vision_model": vision, "adapter": "random"})
+    made = hf2mcore(language, tmp_path / "made", small_model, parts=parts)
+    assert (
+        made["model"]["language"]["rotary_base"] == 5e6 and made["model"]["vision"] == small_model.vision.model_dump()
+    )
+    assert (
+        "language rotary_base is 5,000,000, config/models/small.yaml has 1,000,000: the checkpoint's"
+        in capsys.readouterr().out
+    )
+    assert made["notes"] == [f"{vision}: no config.json: RoPE base and epsilons are those of config/models/small.yaml"]
+    (language / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"num_layers is 3, config/models/small\.yaml has 2"):
+        hf2mcore(language, tmp_path / "made", small_model, parts=parts)
     (language / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="language alone, no vision"):
+        hf2mcore(language, tmp_path / "made", small_model, parts={"vision_model": language, "adapter": "random"})
     extra = load_file(vision / "model.safetensors") | {"visual.blocks.7.norm1.weight": torch.ones(96)}
     save_file(extra, vision / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.visual\.blocks\.7\.norm1\.weight"):
-        hf2mcore(language, tmp_path / "made", small_model, parts={"vision_model": vision, "adapter": "random"})
+        hf2mcore(language, tmp_path / "made", small_model, parts=parts)
 
 
 @pytest.mark.parametrize(

@@ -294,14 +294,14 @@ def test_a_validation_that_no_held_out_sample_fits_into_is_one_message(monkeypat
 
 @pytest.mark.parametrize("content", [b"", b"cut", pytest.param(None, id="of an earlier version")])
 def test_a_position_that_cannot_be_gone_on_from_names_the_way_on(wds, small_checkpoint, tmp_path, content, monkeypatch):
-    from llava_sft.training import position
+    from llava_sft.training import saving
 
     path = tmp_path / "run" / "dataloader" / "iter_0000400" / "train_dataloader_dprank000.pt"
     path.parent.mkdir(parents=True)
     path.write_bytes(content or b"")
     if content is None:
         torch.save({"dataloader_state_dict": Ranks()}, path)  # a class, as energon's state is
-    monkeypatch.setattr(position, "position_file", lambda run_dir, iteration: path)  # asks Megatron for the rank
+    monkeypatch.setattr(saving, "position_file", lambda run_dir, iteration: path)  # asks Megatron for the rank
     with pytest.raises(RunError, match=r"(?s)earlier version .*load=\S+/run/iter_0000400") as error:
-        position.restore_position(loader(wds.wds, small_checkpoint), tmp_path / "run", 400)
+        saving.restore_position(loader(wds.wds, small_checkpoint), tmp_path / "run", 400)
     assert "run_tag=next" in error.value.fix

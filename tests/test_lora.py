@@ -9,8 +9,8 @@ import pytest
 
 from helpers import ROOT
 from helpers.trainings import Run, same
-from llava_sft.checkpoint.adapters import open_weights
 from llava_sft.checkpoint.start import Checkpoint, check_load
+from llava_sft.checkpoint.weights import open_weights
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json
 from llava_sft.model.config import ModelConfig

@@ -11,7 +11,8 @@ import yaml
 from helpers import MODELS, SCRIPTS
 from helpers.models import published_names
 from llava_sft.errors import CheckpointError, SettingsError
-from llava_sft.model.config import ModelConfig, load_model_config
+from llava_sft.model.config import load_model_config
+from llava_sft.model.hf_config import model_of_config, parts_of_config
 from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MAX_PIXELS, MERGE_SIZE, MIN_PIXELS, PATCH_SIZE
 from llava_sft.model.tensors import hf_shapes, parameter_count
 from llava_sft.model.tokens import CONTROL_TOKENS, IMAGE, IMAGE_PAD, IMAGE_TEXT, PUBLISHED_TOKEN_IDS, SYSTEM_PROMPT
@@ -31,13 +32,13 @@ def test_published_sizes_have_exactly_the_published_tensors(size, count):
 def test_hf_config_and_back(size):
     model = load_model_config(MODELS / f"{size}.yaml")
     hf = json.loads(json.dumps(model.to_hf_config()))
-    assert ModelConfig.from_hf_config(hf, name=size) == model
+    assert model_of_config(hf, name=size) == model
     assert {key: hf[key] for key in PUBLISHED_TOKEN_IDS} == PUBLISHED_TOKEN_IDS
 
 
 def test_missing_keys_mean_the_published_defaults():
     model = load_model_config(MODELS / "4b.yaml")
-    assert ModelConfig.from_hf_config({"model_type": "llavaonevision1_5"}, name="4b") == model
+    assert model_of_config({"model_type": "llavaonevision1_5"}, name="4b") == model
     # what transformers 4.53 leaves of the 8B config: only the keys that differ from the class
     sparse = {
         "model_type": "llavaonevision1_5",
@@ -51,14 +52,23 @@ def test_missing_keys_mean_the_published_defaults():
         },
         "vision_config": {"text_hidden_size": 4096},
     }
-    assert ModelConfig.from_hf_config(sparse, name="8b") == load_model_config(MODELS / "8b.yaml")
+    assert model_of_config(sparse, name="8b") == load_model_config(MODELS / "8b.yaml")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Qwen3Config", "language"), ("MLCDVisionConfig", "vision")])
+def test_a_missing_key_means_the_default_of_the_class_that_wrote_it(name, kind):
+    import transformers
+
+    written = getattr(transformers, name)(**({"hidden_size": 1664} if kind == "vision" else {})).to_dict()
+    assert parts_of_config({"model_type": written["model_type"]}) == parts_of_config(written)
+    assert set(parts_of_config(written)) == {kind}
 
 
 def test_rope_base_is_read_from_both_spellings():
     hf = load_model_config(MODELS / "8b.yaml").to_hf_config()
     theta = hf["text_config"].pop("rope_theta")
     hf["text_config"]["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
-    assert ModelConfig.from_hf_config(hf).language.rotary_base == 1e6
+    assert model_of_config(hf).language.rotary_base == 1e6
 
 
 @pytest.mark.parametrize(
@@ -71,11 +81,29 @@ def test_rope_base_is_read_from_both_spellings():
         ({"vision_config": {"temporal_patch_size": 2}}, "temporal_patch_size"),
         ({"vision_config": {"text_hidden_size": 4096}}, "text_hidden_size"),
         ({"text_config": {"num_key_value_heads": 5}}, "num_query_groups"),
+        (
+            {"text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}}},
+            "mrope_section",
+        ),
+        ({"text_config": {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}}, "full_attention"),
+        ({"text_config": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"text_config": {"rope_theta": float("inf")}}, "rotary_base"),
+        ({"text_config": {"rms_norm_eps": 1}}, "layernorm_epsilon"),
+        ({"text_config": {"hidden_act": "gelu"}}, "hidden_act"),
+        ({"text_config": {"attention_bias": True}}, "attention_bias"),
+        ({"text_config": {"attention_dropout": 0.1}}, "text_config.attention_dropout"),
+        ({"text_config": {"use_sliding_window": True}}, "use_sliding_window"),
+        ({"text_config": {"layer_types": ["sliding_attention"]}}, "layer_types"),
+        ({"vision_config": {"attention_dropout": 0.1}}, "vision_config.attention_dropout"),
+        ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config.hidden_act"),
+        ({"vision_config": {"patch_size": 16}}, "vision_config.patch_size"),
+        ({"vision_config": {"spatial_merge_size": 4}}, "spatial_merge_size"),
+        ({"vision_config": {"out_hidden_size": 4096}}, "out_hidden_size"),
     ],
 )
 def test_another_architecture_is_refused_with_the_key(change, mentioned):
     with pytest.raises(CheckpointError, match=mentioned):
-        ModelConfig.from_hf_config({"model_type": "llavaonevision1_5", **change})
+        model_of_config({"model_type": "llavaonevision1_5", **change})
 
 
 @pytest.mark.parametrize(
@@ -135,4 +163,4 @@ def test_the_shipped_classes_have_the_constants_and_defaults_of_the_model():
     assert (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)) == (CLIP_MEAN, CLIP_STD)
     shipped = configuration.Llavaonevision1_5Config()
     assert {key: getattr(shipped, key) for key in PUBLISHED_TOKEN_IDS} == PUBLISHED_TOKEN_IDS
-    assert ModelConfig.from_hf_config(shipped.to_dict(), "4b") == load_model_config(MODELS / "4b.yaml")
+    assert model_of_config(shipped.to_dict(), "4b") == load_model_config(MODELS / "4b.yaml")

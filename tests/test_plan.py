@@ -21,7 +21,7 @@ FLOORS = [
     ["checksums", "embedded", "machine", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],
-    ["checkpoint", "report.pictures"],
+    ["checkpoint", "evaluation.scores", "report.pictures"],
     ["settings"],
     ["run", "sources"],  # run directories, read without Megatron
     ["preflight"],
@@ -31,6 +31,7 @@ FLOORS = [
     ["experiments"],
     ["locks", "workflow"],
     ["report"],  # pages know the house, the house knows no pages
+    ["chat", "publish"],
 ]
 # Module → what it imports from above or beside, and why it still does.
 EXCEPTIONS = {}
@@ -38,9 +39,6 @@ EXCEPTIONS = {}
 LONGEST = {"file": 350, "class": 150, "function": 60}  # lines
 # Files, and the classes and functions in them, that are longer.
 TOO_LONG = [
-    "tests/test_checkpoint.py",
-    "tests/test_config.py",
-    "tests/test_conversion.py",
     "tests/test_hf_model.py",
     "tests/test_hostile_checkpoint.py",
     "workflow_scripts/llava_sft/model/kernels.py",

@@ -15,8 +15,16 @@ from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, gpu
 from llava_sft.model.config import load_model_config
 from llava_sft.preflight.cost import MicroBatch
-from llava_sft.preflight.predict import Case, Prediction, calibration_for, fits, mean_and_largest, predict
-from llava_sft.preflight.proposals import proposal_lines, proposals
+from llava_sft.preflight.predict import (
+    Case,
+    Prediction,
+    calibration_for,
+    fits,
+    mean_and_largest,
+    predict,
+    proposal_lines,
+    proposals,
+)
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
 from llava_sft.settings.resolve import ResolvedSettings, resolve
 from llava_sft.settings.resolved import Resolved, ResolvedData

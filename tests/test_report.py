@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_sft.errors import SftError
 from llava_sft.files import write_json
-from llava_sft.report.figures import LOSS, best_validation, measured, wilson_interval
+from llava_sft.report.figures import LOSS, best_validation, measured
 from report import OPTIONAL, main, page
 
 EVIL = "</div><script>alert(1)</script><img src=http://evil.example/x>"
@@ -142,6 +142,48 @@ def test_cut_answers_and_the_rule_of_a_right_one_are_said(run):
     assert "the expected text exactly, white space at both ends aside" in text
 
 
+def score(name: str, mean: float, **compared) -> dict:
+    return {"name": name, "mean": mean, "interval": [mean - 0.1, mean + 0.1], **compared}
+
+
+def test_base_and_trained_stand_beside_each_other_with_difference_and_interval(run):
+    better = {
+        "base": 0.25,
+        "difference": 0.5,
+        "interval_of_difference": [0.125, 0.75],
+        "p": 0.03,
+        "gained": 2,
+        "lost": 1,
+    }
+    worse = {"base": 0.9, "difference": -0.1, "interval_of_difference": [-0.3, 0.05], "p": None}
+    groups = {"one": {"samples": 4, "correct": 3, "scores": [score("exact", 0.75, **better)]}}
+    shown = [example(False, base="7", base_cut=True, prediction="8"), example(True, base="the base said this")]
+    found = {"scores": [score("exact", 0.75, **better), score("anls:0.5", 0.8, **worse)], "groups": groups}
+    found |= {"base": {"name": "start checkpoint (a/folder)", "cut": 5}, "answers": 9, "max_new_tokens": 32, "cut": 0}
+    text = text_of(run(*EVERYTHING, evaluation=found | {"examples": shown, "engine": "vLLM"}))
+    for expected in (
+        "3 of 4 · 25.0 % before", "one 75.0 % 3 of 4 25.0 % +50.0 +12.5 to +75.0", "25.0 % → 75.0 %: +50.0 points",
+        "95 % confidence interval +12.5 to +75.0, exact McNemar test p = 0.03), more than chance explains",
+        "2 are answered better now, 1 worse", "anls:0.5 80.0 % 70.0 % – 90.0 % 90.0 % -10.0 -30.0 to +5.0",
+        "5 of 9 answers before the training were cut", "before 7 (cut) after 8", "before the base said this after 3", "answered with vLLM",
+    ):  # fmt: skip
+        assert expected in text, expected
+    chance = better | {"interval_of_difference": [-0.1, 0.75]}
+    found["scores"] = [score("anls", 0.75, **chance)]
+    text = text_of(run(*EVERYTHING, evaluation=found | {"correct": 2}))
+    assert "which chance alone may explain" in text and "held-out score (anls) · 2 of 4" in text
+    gone = {"missing": "the start checkpoint is no longer there: /gone"}
+    text = text_of(run(*EVERYTHING, evaluation={"scores": [score("exact", 0.75)], "base": gone}))
+    assert "Not compared with the start checkpoint: the start checkpoint is no longer there: /gone." in text
+
+
+def test_other_test_sets_are_listed(run):
+    other = run.folder / "evaluations/charts/evaluation.json"
+    other.parent.mkdir(parents=True)
+    write_json(other, {"samples": 8, "correct": 6, "scores": [score("number:0.05", 0.75)]}, sealed=True)
+    assert "charts · number:0.05 75.0 % 6 of 8 65.0 % – 85.0 %" in text_of(run(*EVERYTHING))
+
+
 def test_every_wrong_answer_that_was_kept_is_shown(run):
     wrong = [example(False, prediction=f"wrong {n}") for n in range(30)]
     shown = run(*EVERYTHING, evaluation={"samples": 40, "correct": 5, "examples": wrong})
@@ -198,13 +240,6 @@ def test_files_of_another_run_are_not_mixed_into_the_page(run):
     ):  # fmt: skip
         with pytest.raises(SftError, match="not of this run"):
             run(*EVERYTHING, resolved={"data": {"fingerprint": "a"}}, **{name: change})
-
-
-def test_interval_is_that_of_wilson():
-    low, high = wilson_interval(81, 263)  # the example of Newcombe 1998, table I, method 3
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson_interval(0, 20)[0] == pytest.approx(0, abs=1e-12)
-    assert wilson_interval(15, 15)[1] == pytest.approx(1)
 
 
 def test_figures_are_medians_of_the_records_and_the_greatest_memory():

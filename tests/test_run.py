@@ -95,8 +95,8 @@ def test_the_run_of_a_renamed_experiment_is_found_and_goes_on_where_it_is_moved(
         ({"settings": {"max_pixels": 9999}}, "max_pixels: 1000000 → 9999", "max_pixels9999"),
         ({"data": {"fingerprint": "d2"}}, "data: d1 → d2", "datad2"),
         ({"start": {"fingerprint": "s2"}}, "start: s1 → s2", "starts2"),
-        ({"settings": {"model": "4b"}, "model": {"name": "4b"}}, "model: tiny-", "model4b-"),
-        ({"model": {"language": {}}}, "model: tiny-", "modeltiny-"),  # the same name, another file
+        ({"settings": {"model": "4b"}, "model": {"name": "4b"}}, "model: tiny → 4b", "model4b-"),
+        ({"model": {"language": {}}}, "tiny: language ffn_hidden_size: 288 → None", "modeltiny-"),
     ],
 )
 def test_another_run_is_refused_with_the_difference_and_a_tag_for_a_run_of_its_own(

@@ -14,24 +14,21 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from llava_sft.checkpoint.hub import download
-from llava_sft.checkpoint.start import (
-    Checkpoint,
-    existing_checkpoint,
-    is_legacy,
-    named_parts,
-    read_hf_config,
-)
+from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
+from llava_sft.checkpoint.hub import fetch
+from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import image_limits
+from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.publish.card import write_card
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
 
-EXPORT_FORM = 2  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
+EXPORT_FORM = 3  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
 
 @exits_cleanly
@@ -52,6 +49,8 @@ def main() -> None:
     add("--samples", type=Path,
         help="mcore2hf: WebDataset whose samples the export is compared on with the Megatron model")  # fmt: skip
     add("--parity", choices=["check", "cpu", "gpu", "skip"], default="check", help="mcore2hf: where to compare")
+    add("--export-names", choices=["model", "published"], default="model",
+        help="mcore2hf: spelling of the tensors' names, see config/config.yaml")  # fmt: skip
     add("--done", type=Path, help="also write the marker here")
     args = parser.parse_intermixed_args()  # the target comes after the options, behind a `--`
     if args.direction == "verify":
@@ -68,7 +67,8 @@ def export_peft(args: argparse.Namespace) -> None:
     from llava_sft.checkpoint.adapters import write_peft
 
     source = existing_checkpoint(Path(args.source))
-    model = named_model(args) or model_of_run(source) or model_of_folder(args.sidecars or source.parent / SIDECARS)
+    sidecars = args.sidecars or source.parent / SIDECARS
+    model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
     write_peft(source, args.target, model, run_settings(source)["start"]["load"])
     print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them")
 
@@ -98,11 +98,14 @@ def to_megatron(args: argparse.Namespace) -> dict:
 
     from llava_sft.checkpoint.convert import hf2mcore
 
-    folders = {part: download(each.name) if each.kind == "hub" else each.name for part, each in parts.items()}
-    folder = download(checkpoint.name) if on_hub else source
-    model = model or ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
+    fetched = {each.name: fetch(each.name) for each in (checkpoint, *parts.values()) if each.kind == "hub"}
+    commits = [line for _, lines in fetched.values() for line in lines]
+    print("".join(f"{line}\n" for line in commits), end="", flush=True)
+    folders = {part: fetched.get(each.name, (each.name,))[0] for part, each in parts.items()}
+    folder = fetched[checkpoint.name][0] if on_hub else source
+    model = model or model_of_folder(args.sidecars or folder)
     done = hf2mcore(folder, args.target, model, args.sidecars, folders)
-    return finish(args, done | {"source": args.source}, depends)
+    return finish(args, done | {"source": args.source, "notes": commits + done["notes"]}, depends)
 
 
 def to_hugging_face(args: argparse.Namespace) -> dict:
@@ -110,21 +113,24 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
     source = existing_checkpoint(Path(args.source))
     sidecars = args.sidecars or source.parent / SIDECARS
     limits = limits_of(source, sidecars, args)
-    model = named_model(args) or model_of_run(source) or model_of_folder(sidecars)
-    export = [EXPORT_FORM, *limits, args.parity, bool(args.samples)]
+    model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
+    export = [EXPORT_FORM, *limits, args.parity, bool(args.samples), args.export_names]
     depends = depends_on(args.direction, [source], [], model, export)
     if made := made_before(args.target, depends):
         return made
 
     from llava_sft.checkpoint.convert import mcore2hf
 
+    model = with_start_positions(model, source, sidecars)
     gate = None
     if args.samples:
         from llava_sft.evaluation.parity import check_parity
 
         gate = partial(check_parity, source, model, args.samples, args.parity)
-    done = mcore2hf(source, args.target, sidecars, model, *limits, gate=gate)
-    return finish(args, done, depends)
+    done = mcore2hf(source, args.target, sidecars, model, *limits, args.export_names, gate)
+    finish(args, done, depends)
+    write_card(args.target)
+    return done
 
 
 def depends_on(
@@ -196,22 +202,10 @@ def named_model(args: argparse.Namespace) -> ModelConfig | None:
     return load_model_config(args.model) if args.model.endswith(".yaml") else load_model(args.model)
 
 
-def model_of_run(source: Path) -> ModelConfig | None:
-    """The sizes that run.json says."""
-    found = run_settings(source).get("model")
-    if not found:
-        return None
-    try:
-        return ModelConfig(**found)
-    except (TypeError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-        raise CheckpointError(f"{source.parent / RUN_FILE}: damaged: model: {problem}", "--model MODEL") from None
-
-
 def model_of_folder(folder: Path) -> ModelConfig:
     """The sizes that config.json says."""
     try:
-        return ModelConfig.from_hf_config(read_hf_config(folder), folder.name)
+        return model_of_config(read_hf_config(folder), folder.name)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error.problem}", f"--model MODEL; or: {error.fix}") from None
 
@@ -222,19 +216,15 @@ def source_fingerprint(source: Path | str) -> str:
     if not folder.is_dir():
         return str(source)
     try:
-        return _fingerprint_of_folder(folder)
+        files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
+        small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
+        weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+        return fingerprint([[file_fingerprint(path) for path in small], stats])
     except OSError as error:
         raise CheckpointError(
             f"{error.filename}: cannot be read: {error.strerror}", "a folder that you may read"
         ) from None
-
-
-def _fingerprint_of_folder(folder: Path) -> str:
-    files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
-    small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
-    weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-    return fingerprint([[file_fingerprint(path) for path in small], stats])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from llava_sft.data.findings import IMAGES, INDEX, TokenCounter
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import CHANGED, inspect_webdataset
 from llava_sft.data.notes import way_out, without_images_like_it
-from llava_sft.data.nv_meta import REINDEX, source_folders
+from llava_sft.data.nv_meta import REINDEX, Dataset, source_folders
 from llava_sft.data.plan import default_notes_dir
 from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json, write_text
@@ -104,13 +104,13 @@ def fix_of(wds_dir: Path, problems: list[dict[str, str]]) -> str:
     return (without_images_like_it if first["check"] == IMAGES else way_out)(folder, name)
 
 
-def rebuild(wds_dir: Path, notes_dir: Path, dataset: dict[str, Any] | None) -> None:
+def rebuild(wds_dir: Path, notes_dir: Path, dataset: Dataset | None) -> None:
     """Write the index anew; sources' weights and val_fraction are those of the dataset file, given or beside the folder."""
     if not notes_dir.is_dir():
         adopt_webdataset(wds_dir, wds_dir, max_reject_fraction=1)
         return
     beside = (read_json(wds_dir.with_name(name), {}) for name in (f"{wds_dir.name}.json", "dataset.json"))
-    known = dataset or next(filter(None, beside), {})
+    known: dict[str, Any] = dict(dataset or next(filter(None, beside), {}))
     plan = [{"name": name, "weight": weight} for name, weight in known.get("weights", {}).items()]
     split = known.get("split", {"val_fraction": 0.0, "split_seed": 0})
     index_webdataset(wds_dir, notes_dir, 1, plan, split["val_fraction"], split["split_seed"])

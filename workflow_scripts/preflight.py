@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from llava_sft.checkpoint.architecture import model_of_start
 from llava_sft.checkpoint.start import open_start
 from llava_sft.data.index import leak_note
+from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
@@ -24,15 +26,23 @@ from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
 from llava_sft.preflight.cost import checkpoint_size
-from llava_sft.preflight.predict import Case, checkpoints_kept, fits, host_bytes_for_save, mean_and_largest, table
-from llava_sft.preflight.proposals import Forecast, forecast_of, proposal_lines
+from llava_sft.preflight.predict import (
+    Case,
+    Forecast,
+    checkpoints_kept,
+    fits,
+    forecast_of,
+    host_bytes_for_save,
+    mean_and_largest,
+    proposal_lines,
+    table,
+)
 from llava_sft.run.identity import refuse_other_run, same_run
 from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
     ResolvedSettings,
     auto_num_workers,
-    first_epoch,
     packing_window,
     resolve,
     warnings,
@@ -47,7 +57,7 @@ PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snake
 class Samples(NamedTuple):
     """The data set as this experiment sees it; `prepared`: tokens/s that one loader process delivers."""
 
-    dataset: dict[str, Any]
+    dataset: Dataset
     sizes: SampleSizes
     prepared: float
     epoch: Epoch
@@ -68,8 +78,8 @@ def main() -> None:
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
-    model = load_model(settings.model)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
+    model, own_values = model_of_start(start, load_model(settings.model), paths.converted is not None)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
@@ -90,7 +100,7 @@ def main() -> None:
         start=start,
         versions={package: version(package) for package in PACKAGES},
     )
-    notes = notes_of(paths, samples, resolved)
+    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved)]
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
@@ -131,7 +141,7 @@ def samples_of(paths: Paths, tokenizer: Path, keep: bool) -> Samples:
     window = packing_window(settings, sizes.tokens)
     capacity = settings.seq_length if settings.packing else None
     order = global_order(paths.webdatasets, sizes, capacity, window, settings.seed)
-    return Samples(dataset, sizes, prepared, first_epoch(order, window))
+    return Samples(dataset, sizes, prepared, Epoch(window, *order.first_pass()))
 
 
 def with_workers(
@@ -196,7 +206,7 @@ def limits_of(settings: Settings) -> Limits:
     return Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
 
 
-def sizes_of(paths: Paths, dataset: dict, tokenizer: Path, keep: bool) -> tuple[SampleSizes, float]:
+def sizes_of(paths: Paths, dataset: Dataset, tokenizer: Path, keep: bool) -> tuple[SampleSizes, float]:
     """The training samples' sizes, and what a loader process prepares, tokens/s: of sizes.json, or counted here for
     settings that it is not of; then written there if it is to be kept."""
     settings = paths.settings

@@ -4,16 +4,20 @@ Every input but the resolved settings may be missing, and so may their keys: the
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from llava_sft.checkpoint.verify import MARKER
 from llava_sft.data.index import leak_note
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
+from llava_sft.evaluation.scores import explained
 from llava_sft.files import read_json, write_text
+from llava_sft.publish.card import write_card
 from llava_sft.report.charts import charts
-from llava_sft.report.figures import best_validation, measured, wilson_interval
+from llava_sft.report.figures import best_validation, measured, with_scores
 from llava_sft.report.html import render
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.coverage import count_samples
@@ -57,6 +61,9 @@ def main() -> None:
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
     write_text(args.output, page(args))
     print(f"report: {args.output}")
+    if args.export and (args.export / MARKER).is_file():
+        write_card(args.export)  # again: the scores are known now
+        print(f"talk to it: {chat_command(args.run_dir)}")
 
 
 def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,8 +116,10 @@ def page(args: argparse.Namespace) -> str:
     """The page. In the template JSON files go by the names of their options, None where one is missing."""
     run_dir, found = args.run_dir, read_inputs(args)
     metrics, validations = read_metrics(run_dir), read_jsonl(run_dir / VALIDATION)
-    evaluation, settings, why = found["evaluation"] or {}, found["resolved"]["settings"], found["resolved"]["why"]
-    groups, examples = evaluation.get("groups", {}), evaluation.get("examples", [])
+    settings, why = found["resolved"]["settings"], found["resolved"]["why"]
+    evaluation = found["evaluation"] = with_scores(found["evaluation"]) if found["evaluation"] else {}
+    groups = {name: with_scores(group) for name, group in evaluation.get("groups", {}).items()}
+    examples = evaluation.get("examples", [])
     return render(
         "report.html.j2",
         **found,
@@ -123,14 +132,31 @@ def page(args: argparse.Namespace) -> str:
         charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
         validations=validations,
         best=best_validation(validations),
-        interval=wilson_interval,
+        meaning=explained(evaluation["scores"][0]["name"]) if evaluation.get("scores") else "",
+        measure=measure_of(evaluation),
+        others=other_sets(args.evaluation) if args.evaluation else {},
         leak=found["dataset"] and leak_note(found["dataset"]),
-        groups=sorted(groups.items(), key=lambda item: item[1]["correct"] / (item[1]["samples"] or 1)),
+        groups=sorted(groups.items(), key=lambda item: item[1]["scores"][0]["mean"] if item[1]["samples"] else 0),
         wrong=[example for example in examples if not example["correct"]],
         right=[example for example in examples if example["correct"]],
         predictions=evaluation.get("predictions") and args.evaluation.with_name("predictions.jsonl"),
         paths=paths(run_dir, args.export),
     )
+
+
+def measure_of(evaluation: dict[str, Any]) -> str:
+    """What the first score's mean is called: the share of right answers is an accuracy."""
+    if not evaluation.get("scores"):
+        return "accuracy"
+    first, samples = evaluation["scores"][0], evaluation["samples"]
+    return "accuracy" if abs(first["mean"] * samples - evaluation["correct"]) < 1e-6 else f"score ({first['name']})"
+
+
+def other_sets(evaluation: Path) -> dict[str, dict[str, Any]]:
+    """What evaluate.py found by hand on other data with this export, by the name of the data."""
+    files = sorted(evaluation.parent.glob("evaluations/*/evaluation.json"))
+    found = {path.parent.name: read_json(path) for path in files}
+    return {name: with_scores(each) for name, each in found.items() if each.get("samples")}
 
 
 def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
@@ -144,7 +170,13 @@ def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
     found |= {"log" if len(logs) == 1 else f"log {n}": str(path) for n, path in enumerate(logs, 1)}
     if (run_dir / TENSORBOARD).is_dir():
         found["TensorBoard"] = f"tensorboard --logdir {run_dir / TENSORBOARD}"
+    if export and (export / MARKER).is_file():
+        found["talk to it"] = chat_command(run_dir)
     return found
+
+
+def chat_command(run_dir: Path) -> str:
+    return f"make chat RUN={shlex.quote(str(run_dir))}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from llava_sft.data.nv_meta import METADATASET
+from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.files import fingerprint, read_json, write_json
@@ -28,12 +28,13 @@ from llava_sft.run.identity import identity, open_run
 from llava_sft.run.layout import FAILURE, METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
 from llava_sft.run.lock import DEAD_AFTER_S, give_back, lock
 from llava_sft.run.records import forget_after, read_metrics
-from llava_sft.settings.resolved import Resolved, ResolvedData
+from llava_sft.settings.resolved import Resolved
 from llava_sft.training.checks import check_machine, check_space
 from llava_sft.training.launcher import STOPPED, launch
 from llava_sft.training.slurm import Job, this_job
 
 EXIT_RESUMABLE = 75  # stopped cleanly before the last step: the same command resumes
+LAST_LINES = 12  # of the log: the traceback's last frames and its message
 
 
 @exits_cleanly
@@ -66,7 +67,8 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: B
         finish(args.done, run_dir, resolved)
         return
 
-    check_data(resolved.data)
+    if dataset := resolved.data.dataset_file:
+        require_whole(folder_of(Path(resolved.data.path)), Path(dataset))
     check_machine(resolved, job)
     prune(run_dir, settings.keep_last, settings.keep_every)
     check_space(run_dir, resolved)
@@ -112,20 +114,9 @@ def failure(run_dir: Path, where: str, code: int, log: Path) -> RunError:
             f"training stopped {where}: {run_dir} is on a full disk: {free >> 10} KiB free",
             "free space there; the same command resumes from the newest checkpoint",
         )
-    return RunError(f"training ended with exit code {code} {where}.\n{last_lines(log)}", f"see {log}")
-
-
-def last_lines(log: Path, count: int = 12) -> str:
-    """The end of the log, where the cause is: the traceback's last frames and its message."""
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(f"    {line[:200]}" for line in lines[-count:])
-
-
-def check_data(data: ResolvedData) -> None:
-    """Raise DataError unless the data set is what index_webdataset wrote."""
-    if data.dataset_file:
-        path = Path(data.path)
-        require_whole(path.parent if path.name == METADATASET else path, Path(data.dataset_file))
+    lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+    end = "\n".join(f"    {line[:200]}" for line in lines)
+    return RunError(f"training ended with exit code {code} {where}.\n{end}", f"see {log}")
 
 
 def check_what_is_loaded(run_dir: Path, step: int, start: Path | None) -> None:

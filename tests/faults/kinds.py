@@ -105,4 +105,5 @@ KINDS = [
          ("convert again", "preflight", "train")),
     Kind("evaluation.json", "forms", (f"{RESULTS}/evaluation.json",), ("report",)),
     Kind("cached evaluation", "forms", (f"{RESULTS}/.evaluation.json.*",), ("evaluate again",)),
+    Kind("answers of the start", "forms", (f"{DATA}/answers/*.json",), ("evaluate again",)),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ PRELOAD = {
         "transformers.models.qwen2.tokenization_qwen2", "transformers.models.qwen3.modeling_qwen3",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl", "torch.distributed.checkpoint",
         "llava_sft.paths", "llava_sft.workflow", "llava_sft.data.index", "llava_sft.data.inspect", "llava_sft.data.sizes",
-        "llava_sft.data.adopt", "llava_sft.checkpoint.convert", "llava_sft.evaluation.parity", "llava_sft.preflight.proposals",
+        "llava_sft.data.adopt", "llava_sft.checkpoint.convert", "llava_sft.evaluation.parity", "llava_sft.preflight.predict",
         "llava_sft.report.charts", "llava_sft.report.html", "llava_sft.run.identity",
     ),
     "modules": (

@@ -1,5 +1,6 @@
 """The small checkpoint of the tests, and the tensors of the published ones."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,3 +27,16 @@ def write_noisy_checkpoint(folder: Path, model: ModelConfig) -> Path:
 def published_names(size: str) -> dict[str, tuple[int, ...]]:
     lines = (ROOT / f"tests/data/names_{size}.txt").read_text().splitlines()
     return {name: tuple(map(int, shape.split(","))) for name, shape in (line.split("\t") for line in lines)}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
+    save_file(change(weights(folder)), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def old_spelling(name: str) -> str:
+    """As transformers 4.53 writes it."""
+    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")

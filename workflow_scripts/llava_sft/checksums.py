@@ -6,7 +6,7 @@ finished target is not read twice; `full` compares every byte. No torch.
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -66,36 +66,36 @@ class Memo:
 
 
 def find_damage(root: Path, noted: Noted, memo: Path | None = None, full: bool = False) -> str | None:
-    """What is wrong with the files of `noted` below `root`; None when all hold what was written.
+    """The first of `damages` in words; None when all files hold what was written."""
+    return next((f"{name} {what}".strip() for name, what in damages(root, noted, memo, full)), None)
+
+
+def damages(root: Path, noted: Noted, memo: Path | None = None, full: bool = False) -> Iterator[tuple[str, str]]:
+    """Name and fault of each file of `noted` below `root` that does not hold what was written.
 
     Args:
         memo: where the files are noted that were found whole; they are not read again unless `full`.
     """
-    whole = Memo(memo)
     try:
         entries = [(str(name), int(size), str(checksum)) for name, (size, checksum) in noted.items()]
     except (TypeError, ValueError, AttributeError):
-        return "the list of checksums is damaged"
+        yield "", "the list of checksums is damaged"
+        return
+    whole = Memo(memo)
     for name, size, checksum in entries:
         path = root / name
         try:
             status = os.stat(path)
-        except FileNotFoundError:
-            return f"{name} is missing"
+            # ctime too: a copying tool can set mtime back.
+            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            if status.st_size != size:
+                yield name, f"has {status.st_size:,} bytes, {size:,} were written"
+            elif full or not whole.knows(path, state):
+                if file_hash(path) == checksum:
+                    whole.add(path, state)
+                else:
+                    yield name, "does not hold what was written"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if status.st_size != size:
-            return f"{name} has {status.st_size:,} bytes, {size:,} were written"
-        # ctime too: a copying tool can set mtime back.
-        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        if not full and whole.knows(path, state):
-            continue
-        try:
-            found_hash = file_hash(path)
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if found_hash != checksum:
-            return f"{name} does not hold what was written"
-        whole.add(path, state)
+            missing = isinstance(error, FileNotFoundError)
+            yield name, "is missing" if missing else f"cannot be read: {error.strerror}"
     whole.save()
-    return None

@@ -22,9 +22,8 @@ def is_demo(path: Path, demo: Path | None) -> bool:
 
 def check_demo(folder: Path) -> None:
     """Raise DataError when files stand where the demo's would be written that the demo did not make."""
-    foreign = [
-        folder / name for name, size in DEMO_BYTES.items() if (folder / name).exists() and _size(folder / name) != size
-    ]
+    files = ((folder / name, size) for name, size in DEMO_BYTES.items())
+    foreign = [path for path, size in files if path.exists() and not (path.is_file() and path.stat().st_size == size)]
     images, checkpoint = folder / "images", folder / DEMO_CHECKPOINT
     if images.exists():
         names = os.listdir(images) if images.is_dir() else [""]
@@ -36,7 +35,3 @@ def check_demo(folder: Path) -> None:
             f"{shown(str(foreign[0]))}: the demo did not make this file, and writes its own into {shown(str(folder))}",
             "move your files to another folder and name it in the settings; or --config exp_dir=ANOTHER_FOLDER",
         )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1

@@ -7,13 +7,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from llava_sft.checkpoint.architecture import with_own_values
 from llava_sft.checkpoint.start import read_hf_config
 from llava_sft.checkpoint.verify import MARKER
 from llava_sft.embedded import EMBEDDED
-from llava_sft.errors import SettingsError, SftError, shown
+from llava_sft.errors import CheckpointError, SettingsError, SftError, shown
 from llava_sft.files import read_json
 from llava_sft.inputs import check_apart
-from llava_sft.model.config import ModelConfig
+from llava_sft.model.hf_config import parts_of_config
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import experiments, load_model, load_settings
 
@@ -144,8 +145,11 @@ def _fits_model(paths: Paths) -> bool:
     if settings.load_parts or not (folder / "config.json").is_file():
         return True
     try:
-        model = load_model(settings.model)
-        found = ModelConfig.from_hf_config(read_hf_config(folder))
+        model, found = load_model(settings.model), parts_of_config(read_hf_config(folder))
     except (SftError, KeyError, TypeError, ValueError, AttributeError):
         return True  # unknown: the conversion says what is wrong
-    return (found.language, found.vision) == (model.language, model.vision)
+    try:
+        with_own_values(model, found, folder)
+    except CheckpointError:
+        return False
+    return True

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+from llava_sft.checkpoint.architecture import check_sizes
 from llava_sft.checkpoint.start import check_load
 from llava_sft.data.nv_meta import is_finished
 from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
 from llava_sft.errors import DataError, SettingsError, shown
-from llava_sft.machine import gpu_count
+from llava_sft.evaluation.scores import load_score
+from llava_sft.machine import gpu_count, vllm_interpreter
 from llava_sft.paths import Paths
 from llava_sft.settings.conflicts import check_parallel_sizes
 from llava_sft.settings.layers import check_batch, load_model
@@ -67,7 +69,13 @@ def check_inputs(paths: Paths, trains: bool = True) -> None:
     _ = paths.shards  # an empty raw file is found here
     if not trains:
         return
-    check_parallel_sizes(settings, load_model(settings.model))
+    model = load_model(settings.model)
+    check_parallel_sizes(settings, model)
+    for score in settings.evaluate_scores:
+        load_score(score)
+    vllm_interpreter(settings.evaluate_with, settings.vllm_python)
     made_here = paths.is_demo(paths.checkpoint.folder)
     check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
+    if not made_here:
+        check_sizes(paths.checkpoint, settings.load_parts, model)
     check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,3 +121,23 @@ def free_memory() -> int:
     if limit.is_file() and (most := limit.read_text().strip()) != "max":
         free = min(free, int(most) - int(used.read_text()))
     return free
+
+
+def vllm_interpreter(choice: str | None, python: Path | None) -> Path | None:
+    """The interpreter whose vLLM answers, as the settings evaluate_with and vllm_python choose; None: transformers do.
+
+    Without a choice, vLLM does where there are both it and a GPU. Raises SettingsError where it is asked for and not there.
+    """
+    if python and not os.access(python, os.X_OK):
+        raise SettingsError(f"vllm_python: {python}: no such program", "bin/python of an environment with vLLM")
+    if choice == "transformers" or (choice is None and not gpu_count()):
+        return None
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if subprocess.run([python, "-c", look], check=False).returncode == 0 if python else find_spec("vllm"):
+        return python or Path(sys.executable)
+    if choice is None:
+        return None
+    raise SettingsError(
+        f"evaluate_with: vllm, and {python or sys.executable} has no vLLM",
+        "vllm_python: bin/python of an environment with vLLM, or evaluate_with: transformers",
+    )

@@ -7,6 +7,7 @@
 <exp_dir>/data/<experiment>/webdatasets.parts/      statistics, rejects and index rows of each shard
 <exp_dir>/data/<experiment>/{dataset,inspect}.json  what later steps depend on; what a person reads
 <exp_dir>/data/<experiment>/sizes/                  tokens and patches of each shard's samples, kept for other runs
+<exp_dir>/data/<experiment>/answers/                answers of start checkpoints to the held-out split, kept for other runs
 <exp_dir>/checkpoints/<name>_mcore_tp1_pp1/         a Hugging Face checkpoint, converted
 <exp_dir>/stage2_sft_<experiment>/                  run directory in Megatron's layout: never an output of a rule
                                                     (stage1_align_…, stage1.5_mid_… for the other stages)
@@ -21,6 +22,7 @@ from llava_sft.checkpoint.start import CONVERTED, Checkpoint, with_old_names
 from llava_sft.data.nv_meta import METADATASET, is_finished
 from llava_sft.data.plan import default_notes_dir
 from llava_sft.embedded import EMBEDDED, is_demo
+from llava_sft.evaluation.scores import function_file
 from llava_sft.files import fingerprint
 from llava_sft.settings.schema import Settings
 from llava_sft.sources import Shard, Source, find_sources, plan_of, plan_shards
@@ -73,6 +75,7 @@ class Paths:
         self.run_dir = exp_dir / settings.run_name
         self.results = self._at(RESULTS)
         self.kept_sizes = self.data / "sizes"
+        self.base_answers = self.data / "answers"
         self.sizes = self._at(SIZES)
         self.resolved = self._at(RESOLVED)
         self.prediction = self._at(PREDICTION)
@@ -130,6 +133,18 @@ class Paths:
     def sidecars(self) -> Path:
         """The folder with the start checkpoint's tokenizer, there once the checkpoint is converted."""
         return self.checkpoint.hf_files(self.converted, self.settings.tokenizer)
+
+    # --- the evaluation -------------------------------------------------------------------------------------------------
+
+    @property
+    def evaluated_start_of(self) -> Path | None:
+        """The run whose start checkpoint is evaluated too."""
+        return self.run_dir if self.settings.evaluate_base else None
+
+    @property
+    def score_files(self) -> list[Path]:
+        """Files of the user's own scores."""
+        return [path for score in self.settings.evaluate_scores if (path := function_file(score))]
 
     # --- the data -------------------------------------------------------------------------------------------------------
 

@@ -113,8 +113,8 @@ class Workflow(Experiments):
         @exits_cleanly
         def of_wildcards(wildcards) -> str:
             values = self.of(wildcards).settings
-            spelled = {name: name.removeprefix(without).replace("_", "-") for name in names}
-            return " ".join(f"--{option}={shlex.quote(str(getattr(values, name)))}" for name, option in spelled.items())
+            options = {name.removeprefix(without).replace("_", "-"): getattr(values, name) for name in names}
+            return " ".join(word for option, value in options.items() for word in as_words(option, value))
 
         return of_wildcards
 
@@ -184,8 +184,8 @@ class Workflow(Experiments):
         """Let Snakemake run the jobs whose outputs are there and not what they should be, as `--forcerun` would."""
         if self.force and paths.dataset not in self._checked:
             self._checked.add(paths.dataset)
-            tars, index = out_of_date(paths.webdatasets, paths.dataset, paths.shards)
-            self.force([str(path) for path in [*tars, *([paths.dataset] if index else [])]])
+            planned = {name: (shard.raw, shard.range) for name, shard in paths.shards.items()}
+            self.force(list(map(str, out_of_date(paths.webdatasets, paths.dataset, planned))))
 
     @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:
@@ -213,6 +213,12 @@ class Workflow(Experiments):
         words = [settings.load, "--model", settings.model]
         words += [f"--part={part}={source}" for part, source in with_old_names(settings.load_parts).items()]
         return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
+
+
+def as_words(option: str, value: Any) -> list[str]:
+    """An option of a script with its value, or with each of several; none where there is no value."""
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    return [f"--{option}={shlex.quote(str(each))}" for each in values]
 
 
 def cluster_numbers(settings: Any) -> dict[str, int]:

@@ -8,7 +8,7 @@ is the marker that stands only when all is there.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import xxhash
 
-from llava_sft.checkpoint.adapters import open_weights
+from llava_sft.checkpoint.architecture import parts_of_folder, with_own_values, with_values_beside
+from llava_sft.checkpoint.hf_folder import ADAPTER
 from llava_sft.checkpoint.legacy import LegacySource
 from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
@@ -25,23 +26,26 @@ from llava_sft.checkpoint.start import (
     copy_sidecars,
     is_legacy,
     newest_checkpoint,
-    old_names,
-    read_hf_config,
 )
 from llava_sft.checkpoint.torch_dist import write_torch_dist
 from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
+from llava_sft.checkpoint.weights import open_weights
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import atomic_dir, read_object, write_json
-from llava_sft.model.config import MODEL_TYPE, ModelConfig
+from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
+from llava_sft.model.hf_config import LANGUAGE_ALONE, Parts
 from llava_sft.model.tensors import (
     HF_EMBEDDINGS,
     HF_OUTPUT_LAYER,
+    MLCD_UNUSED,
     PARTS,
     Row,
+    as_mlcd,
     check_tensors,
     hf_shapes,
+    is_mlcd,
     parameter_count,
     tensor_rows,
 )
@@ -56,54 +60,62 @@ class HfSource:
         self.folder, self.model = folder, model
         self.reader = SafetensorsReader(folder)
         self.config = read_object(folder / "config.json", {})
-        self.old_names = self.reader.old_names
         names, head = self.reader.names(), HF_OUTPUT_LAYER
+        self.mlcd = is_mlcd(names)
         # A tied language model (Qwen3-4B) does not store its output layer: here it becomes a tensor of its own.
-        self.tied = self.config.get("model_type") == "qwen3" and bool(self.config.get("tie_word_embeddings"))
+        self.tied = self.config.get("model_type") in LANGUAGE_ALONE and bool(self.config.get("tie_word_embeddings"))
         self.stand_ins = {head: HF_EMBEDDINGS} if self.tied and head not in names else {}
 
-    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
-        """Raise CheckpointError unless the folder holds exactly the tensors of `rows`; if not `alone`, at least those."""
-        if alone or self.config.get("model_type") in (MODEL_TYPE, "qwen3"):
-            try:
-                config = ModelConfig.from_hf_config(read_hf_config(self.folder))
-            except CheckpointError as error:
-                raise CheckpointError(f"{self.folder}: {error.problem}", error.fix) from None
-            check_same_architecture(self.model, config, self.folder, parts)
-        wanted = {name: shape for row in rows for name, shape in row.hf.items()}
+    def says(self, parts: list[str], alone: bool) -> Parts:
+        """What its config.json says of these parts, see `parts_of_folder`."""
+        return parts_of_folder(self.folder, parts, alone)
+
+    def check(self, rows: list[Row], alone: bool) -> list[str]:
+        """Raise CheckpointError unless the folder holds exactly the tensors of `rows`; if not `alone`, at least those.
+
+        Returns lines on what a user may not expect of it.
+        """
+        wanted = {name: shape for row in map(self._here, rows) for name, shape in row.hf.items()}
         found = {name: self.reader.shape(name) for name in self.reader.names()}
         found |= {name: found[other] for name, other in self.stand_ins.items()}
-        unwanted = set() if alone else hf_shapes(self.model).keys() - wanted.keys()
-        check_tensors({name: shape for name, shape in found.items() if name not in unwanted}, wanted, self.folder)
-        self._tell(wanted)
+        others = set() if alone else hf_shapes(self.model).keys() - wanted.keys()
+        others |= MLCD_UNUSED if self.mlcd else set()
+        check_tensors({name: shape for name, shape in found.items() if name not in others}, wanted, self.folder)
+        return [f"{self.folder}: {line}" for line in self._surprises(wanted)]
 
-    def _tell(self, wanted: Iterable[str]) -> None:
-        """Say what a user may not expect of this folder."""
-        if (self.folder / "adapter_config.json").is_file():
-            print(f"{self.folder}: adapter_config.json: a LoRA adapter lies here; merge it first if it is to count")
+    def _surprises(self, wanted: Iterable[str]) -> Iterator[str]:
+        if not self.config:
+            yield f"no config.json: RoPE base and epsilons are those of config/models/{self.model.name}.yaml"
+        if self.mlcd and MLCD_UNUSED & self.reader.names():
+            yield "post_layernorm is left out: it belongs to the pooled output, and here nothing follows the blocks"
+        if (self.folder / ADAPTER).is_file():
+            yield f"{ADAPTER}: a LoRA adapter lies here; merge it first if it is to count"
         head = HF_OUTPUT_LAYER
         both = self.tied and {head, HF_EMBEDDINGS} <= self.reader.names() and head in wanted
         if both and not torch.equal(self.reader.read(head), self.reader.read(HF_EMBEDDINGS)):
-            print(f"{self.folder}: config.json ties lm_head to the embeddings, another {head} is stored: it is taken")
+            yield f"config.json ties lm_head to the embeddings, another {head} is stored: it is taken"
         if (self.folder / "tokenizer.json").is_file():
             added = tokenizer_added_tokens(self.folder)
             for key, token in TOKEN_ID_KEYS.items():
                 said, actual = self.config.get(key), added.get(token)
                 if said is not None and actual is not None and said != actual:
-                    print(
-                        f"{self.folder}: config.json says {key} {shown(said)}, the tokenizer {actual}: the tokenizer's is used"
-                    )
+                    yield f"config.json says {key} {shown(said)}, the tokenizer {actual}: the tokenizer's is used"
         dtypes = Counter(str(self.reader.dtype(self.stand_ins.get(name, name)))[len("torch.") :] for name in wanted)
         if len(dtypes) > 1:
             counts = ", ".join(f"{count} tensors in {dtype}" for dtype, count in dtypes.most_common())
-            print(f"{self.folder}: {counts}: all become the type that holds every value exactly")
+            yield f"{counts}: all become the type that holds every value exactly"
+
+    def _here(self, row: Row) -> Row:
+        """The row with the names that this folder has."""
+        return as_mlcd(row) if self.mlcd else row
 
     def dtype(self, rows: list[Row]) -> torch.dtype:
         """One for all, and where a folder mixes them the one that holds every value exactly."""
-        names = (self.stand_ins.get(name, name) for row in rows for name in row.hf)
+        names = (self.stand_ins.get(name, name) for row in map(self._here, rows) for name in row.hf)
         return reduce(torch.promote_types, map(self.reader.dtype, names))
 
     def read(self, row: Row) -> torch.Tensor:
+        row = self._here(row)
         return row.join([self.reader.read(self.stand_ins.get(name, name)) for name in row.hf])
 
 
@@ -112,13 +124,15 @@ class RandomAdapter:
 
     folder = RANDOM
     config: dict[str, Any] = {}
-    old_names = False
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(42)
 
-    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
-        pass
+    def says(self, parts: list[str], alone: bool) -> Parts:
+        return {}
+
+    def check(self, rows: list[Row], alone: bool) -> list[str]:
+        return []
 
     def dtype(self, rows: list[Row]) -> torch.dtype:
         return torch.bfloat16  # gives way to that of any other part
@@ -129,7 +143,10 @@ class RandomAdapter:
         return torch.ones(row.shape) if "norm" in row.mcore else 0.02 * torch.randn(row.shape, generator=self.generator)
 
 
-def open_source(folder: Path | str, model: ModelConfig) -> HfSource | LegacySource | RandomAdapter:
+Source = HfSource | LegacySource | RandomAdapter
+
+
+def open_source(folder: Path | str, model: ModelConfig) -> Source:
     if folder == RANDOM:
         return RandomAdapter()
     folder = Path(folder)
@@ -154,17 +171,8 @@ def hf2mcore(
     sources = {folder: open_source(folder, model) for folder in dict.fromkeys((source, *parts.values()))}
     source_of = {part: sources[parts.get(part, source)] for part in PARTS}
     rows = {row.mcore: row for row in tensor_rows(model)}
-    dtypes, origin = [], []
-    for each in sources.values():
-        taken = [part for part in PARTS if source_of[part] is each]
-        if not taken:
-            raise CheckpointError(f"{source}: every part comes from another folder", "leave a part of load_parts out")
-        its_rows = [row for row in rows.values() if row.part in taken]
-        # Of several folders each may be a whole checkpoint of which only a part is taken.
-        each.check(taken, its_rows, alone=len(sources) == 1)
-        dtypes.append(each.dtype(its_rows))
-        origin.append(f"{' and '.join(taken)} ({len(its_rows)} Megatron tensors) from {each.folder}")
-    print("\n".join(origin), flush=True)
+    model, dtypes, said = looked_at(sources, source_of, model, sidecars)
+    print("\n".join(line for lines in said.values() for line in lines), flush=True)
     dtype = reduce(torch.promote_types, dtypes)
     digest = xxhash.xxh3_128()
 
@@ -186,23 +194,53 @@ def hf2mcore(
         marker = _marker(source, model, dtype) | {
             "fingerprint": digest.hexdigest(),
             "untrained": bool(sources[source].config.get("untrained")),
-            "old_names": sources[source].old_names,
-            "origin": origin,
+            "origin": said["origin"],
+            "notes": said["notes"],
+            "model": model.model_dump(),
             "files": files,
         }
         write_json(folder / MARKER, marker, sealed=True)
     return marker
 
 
+def looked_at(
+    sources: Mapping[Path | str, Source], source_of: Mapping[str, Source], model: ModelConfig, sidecars: Path | None
+) -> tuple[ModelConfig, list[torch.dtype], dict[str, list[str]]]:
+    """`model` with the checkpoint's own values, the type of each source's tensors, and lines about them: the `origin` of
+    each part, `notes` on what a user may not expect, `values` that are not those of `model`.
+
+    Raises CheckpointError when a source does not hold what is taken from it.
+    """
+    dtypes: list[torch.dtype] = []
+    said: dict[str, list[str]] = {"origin": [], "notes": [], "values": []}
+    alone = len(sources) == 1  # of several folders each may be a whole checkpoint of which only a part is taken
+    for source in sources.values():
+        taken = [part for part in PARTS if source_of[part] is source]
+        if not taken:
+            raise CheckpointError(
+                f"{source.folder}: every part comes from another folder", "leave a part of load_parts out"
+            )
+        rows = [row for row in tensor_rows(model) if row.part in taken]
+        model, lines = with_own_values(model, source.says(taken, alone), source.folder)
+        if alone and sidecars and isinstance(source, LegacySource):
+            model, lines = with_values_beside(model, sidecars, sidecars)
+        said["values"] += lines
+        said["notes"] += source.check(rows, alone)
+        said["origin"].append(f"{' and '.join(taken)} ({len(rows)} Megatron tensors) from {source.folder}")
+        dtypes.append(source.dtype(rows))
+    return model, dtypes, said
+
+
 def mcore2hf(
     source: Path, target: Path, sidecars: Path, model: ModelConfig, min_pixels: int, max_pixels: int,
-    gate: Callable[[Path], None] | None = None,
+    names: str = "model", gate: Callable[[Path], None] | None = None,
 ) -> dict:  # fmt: skip
     """Write the weights of one checkpoint folder (`iter_0000400/`, `release/`) as a Hugging Face folder.
 
     Args:
         sidecars: folder with config, tokenizer and the like that training started from.
         min_pixels, max_pixels: image limits of the training, written where inference will read them.
+        names: the spelling of the tensors' names, "model" or "published": see the setting `export_names`.
         gate: looks at the finished folder before it gets its name, and raises to keep it from getting one.
 
     Raises CheckpointError when the checkpoint is damaged, or would run code, or lacks a tensor.
@@ -214,13 +252,12 @@ def mcore2hf(
             f"{sidecars}: {damage}: damaged since the training began", "copy the file from the start checkpoint again"
         )
     tokenizer_token_ids(sidecars)
-    model = with_source_positions(model, sidecars)
     reader = open_weights(source)
     rows = tensor_rows(model)
     stored = reader.tensors()
     found = {row.mcore: tuple(stored[row.mcore].size) for row in rows if row.mcore in stored}
     check_tensors(found, {row.mcore: row.shape for row in rows}, source)
-    spell = old_name if old_names(source.parent) else str
+    spell = old_name if names == "published" else str
     order = {spell(name): shape for name, shape in hf_shapes(model).items()}
 
     def tensors():
@@ -255,32 +292,3 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
             f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite",
             "use a checkpoint from before that happened",
         )
-
-
-def with_source_positions(model: ModelConfig, sidecars: Path) -> ModelConfig:
-    """The model with the number of positions that the start checkpoint's config.json gives: no weight depends on it."""
-    config = read_object(sidecars / "config.json", {})
-    if config.get("model_type") not in (MODEL_TYPE, "qwen3"):
-        return model
-    try:
-        positions = ModelConfig.from_hf_config(config).language.max_position_embeddings
-    except CheckpointError as error:  # the weights say what model it is
-        print(f"{sidecars}: not used: {error.problem}")
-        return model
-    if positions == model.language.max_position_embeddings:
-        return model
-    print(f"{sidecars}: max_position_embeddings {positions:,}, as the start checkpoint has it")
-    language = model.language.model_copy(update={"max_position_embeddings": positions})
-    return model.model_copy(update={"language": language})
-
-
-def check_same_architecture(wanted: ModelConfig, found: ModelConfig, source: Path, parts: list[str]) -> None:
-    """Raise CheckpointError, naming the first difference, unless both describe the same sizes of these parts."""
-    for part in [part for part in ("language", "vision") if f"{part}_model" in parts]:
-        ours, theirs = getattr(wanted, part).model_dump(), getattr(found, part).model_dump()
-        for key, value in ours.items():
-            if theirs[key] != value and key != "max_position_embeddings":
-                raise CheckpointError(
-                    f"{source}: {part} {key} is {theirs[key]}, config/models/{wanted.name}.yaml has {value}",
-                    "choose the `model` that fits this checkpoint, or another checkpoint",
-                )

@@ -28,6 +28,7 @@ from llava_sft.checkpoint.pickles import (
     python3_name,
 )
 from llava_sft.errors import CheckpointError, shown
+from llava_sft.model.hf_config import Parts
 from llava_sft.model.tensors import Row, check_tensors
 
 FILE = "model_optim_rng.pt"
@@ -65,7 +66,6 @@ class LegacySource:
     """One checkpoint folder, its ranks merged, as a source of Megatron tensors. Raises CheckpointError, naming the file."""
 
     config: dict[str, Any] = {}
-    old_names = False
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -105,11 +105,17 @@ class LegacySource:
             )
         return model
 
-    def check(self, parts: list[str], rows: list[Row], alone: bool) -> None:
+    def says(self, parts: list[str], alone: bool) -> Parts:
+        """Nothing that is read: its arguments are a pickle of many classes."""
+        return {}
+
+    def check(self, rows: list[Row], alone: bool) -> list[str]:
+        """Raise CheckpointError unless it holds the tensors of `rows`; if `alone`, exactly those."""
         wanted = {row.mcore: row.shape for row in rows}
         kept = {key: each for key, each in self._parts.items() if alone or key in wanted}
         found = {key: tuple(_merge(key, [part.to("meta") for part in each]).shape) for key, each in kept.items()}
         check_tensors(found, wanted, self.folder)
+        return []
 
     def dtype(self, rows: Iterable[Row]) -> torch.dtype:
         return reduce(torch.promote_types, {self._parts[row.mcore][0].dtype for row in rows})

@@ -15,19 +15,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava_sft.checkpoint.hf_folder import INDEX, weight_files
 from llava_sft.checksums import HashingFile
-from llava_sft.errors import CheckpointError, shown
+from llava_sft.errors import CheckpointError
 from llava_sft.files import atomic_file, write_json
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 # Buffers that older versions of transformers stored, and newer ones compute.
 LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|embeddings\.position_ids)")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
+# As the native class of transformers names the merger's layers, and as MLCD is named without the name of its part.
+NATIVE_MERGER = {".merger.linear_fc1.": ".merger.mlp.0.", ".merger.linear_fc2.": ".merger.mlp.2."}
+BARE_MLCD = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.|class_pos_emb$")
+
+
 def canonical(name: str) -> str:
-    """The in-memory name of a tensor; older checkpoints spell the parts without `model.` in front."""
+    """The in-memory name of a tensor; older checkpoints spell the parts without `model.` in front. Those of MLCD stay."""
+    if BARE_MLCD.match(name):
+        return f"vision_model.{name}"
+    for theirs, ours in NATIVE_MERGER.items():
+        name = name.replace(theirs, ours)
     if name.startswith("visual."):
         return f"model.{name}"
     if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
@@ -36,7 +45,7 @@ def canonical(name: str) -> str:
 
 
 def old_name(name: str) -> str:
-    """The older spelling of an in-memory name, the inverse of `canonical`."""
+    """The older spelling of an in-memory name, which the published checkpoints have: the inverse of `canonical`."""
     return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
 
 
@@ -57,10 +66,6 @@ class SafetensorsReader:
                     problem = f"{path}: {name} is also in {self._place[canonical(name)][0].name}"
                     raise CheckpointError(problem, "keep the files of one checkpoint only")
                 self._place[canonical(name)] = (path, name, entry)
-
-    @property
-    def old_names(self) -> bool:
-        return any(name != stored for name, (_, stored, _) in self._place.items())
 
     def names(self) -> set[str]:
         return set(self._place)
@@ -87,40 +92,6 @@ class SafetensorsReader:
                     raise CheckpointError(f"{self._place[name][0]}: cut off while it is read", "copy the file again")
                 rest = rest[count:]
         return tensor
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that hold its tensors; CheckpointError where there is none, or one is missing."""
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read: {error.strerror}", "name a folder that you may read"
-        ) from None
-    files = [folder / name for name in names if name.endswith(".safetensors")]
-    index = folder / INDEX
-    if INDEX in names:
-        try:
-            named = set(json.loads(index.read_bytes())["weight_map"].values())
-        except OSError as error:
-            raise CheckpointError(f"{index}: cannot be read: {error.strerror}", "a file that you may read") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
-        if strange := [name for name in named if not isinstance(name, str) or Path(name).name != name]:
-            raise CheckpointError(f"{index}: {shown(strange[0])} is no file of this folder", "copy the file again")
-        if missing := sorted(named - set(names)):
-            raise CheckpointError(f"{folder}: {missing[0]} is missing, {INDEX} names it", "copy the folder again")
-        files = [folder / name for name in sorted(named)]
-    if not files:
-        other = next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))), None)
-        found = f"; {other} is there: a form that is not read" if other else ""
-        fix = (
-            "save it anew: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
-            if other
-            else "name a complete Hugging Face folder"
-        )
-        raise CheckpointError(f"{folder}: no *.safetensors file in it{found}", fix)
-    return files
 
 
 def read_header(path: Path) -> dict[str, dict]:

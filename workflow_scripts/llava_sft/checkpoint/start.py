@@ -13,19 +13,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from llava_sft.checkpoint.hf_folder import WEIGHT_SUFFIXES, refuse_other_forms
 from llava_sft.checkpoint.verify import MARKER, require_whole
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
-from llava_sft.model.config import ModelConfig
+from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.tensors import PARTS
-from llava_sft.run.layout import CHECKSUMS, ITERATION, LORA, RUN_FILE, SIDECARS, TRACKER, iteration_name
+from llava_sft.run.layout import CHECKSUMS, ITERATION, LORA, SIDECARS, TRACKER, iteration_name
 
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 CHOICES = (
-    "a Hugging Face folder, a hub id with its revision (org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 "
-    "folder or its run directory, or `random`"
+    "a Hugging Face folder, a hub id (org/name or org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 folder or "
+    "its run directory, or `random`"
 )
 Kind = Literal["random", "hub", "huggingface", "megatron", "iteration", "legacy"]
 
@@ -36,7 +37,7 @@ class Checkpoint:
 
     kind:
         random: random weights
-        hub: org/name@revision; the revision is asked for, so that the same settings mean the same weights
+        hub: org/name@revision, or org/name: then the conversion takes the newest commit and notes which that was
         megatron: a folder with a tracker file: a run directory, or a converted checkpoint
         iteration: one checkpoint folder of those, iter_0000400 or release
         legacy: either of both in the original project's `torch` format: a folder per model-parallel rank
@@ -81,13 +82,23 @@ class Checkpoint:
 def _kind(name: str) -> Kind:
     if name == RANDOM:
         return "random"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", name) and not Path(name).exists():
+    if _is_hub_id(name):
         return "hub"
     if is_legacy(Path(name)):
         return "legacy"
     if _is_iteration(Path(name)):
         return "iteration"
     return "megatron" if _has_tracker(Path(name)) else "huggingface"
+
+
+def _is_hub_id(name: str) -> bool:
+    """A folder goes first. A path without a revision whose parent is there, or that ends as our folders do, means one that
+    is missing."""
+    path = Path(name)
+    if not HUB_ID.fullmatch(name) or path.exists():
+        return False
+    ours = _is_iteration(path) or name.endswith(CONVERTED) or path.parent.is_dir()
+    return "@" in name or not ours
 
 
 def with_old_names(parts: dict[str, str]) -> dict[str, str]:
@@ -122,8 +133,7 @@ class Start(BaseModel):
     sidecars: folder with config, tokenizer and the like.
     fingerprint: stands for the content.
     untrained: the weights are random.
-    old_names: the Hugging Face folder at the very beginning spelled its tensors as transformers 4.53 does, and so will
-        the export.
+    notes: what its conversion found that the user may not expect, such as the commit that an id on the hub stood for.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -133,7 +143,7 @@ class Start(BaseModel):
     sidecars: Path
     fingerprint: str
     untrained: bool = False
-    old_names: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def _is_iteration(folder: Path) -> bool:
@@ -215,14 +225,18 @@ def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | 
     for part, source in named_parts(parts.items()).items():
         if source.kind not in ("random", "hub") and not source.folder.is_dir():
             raise CheckpointError(
-                f"load_parts: {part}: {source.name}: no such folder", "a folder, or org/name@revision"
+                f"load_parts: {part}: {source.name}: no such folder", "a folder, or org/name on the hub"
             )
+        if source.kind == "huggingface":
+            refuse_other_forms(source.folder, f"load_parts: {part}: {source.name}")
     if kind not in ("random", "hub") and not made_here:
         _check_folder(checkpoint, bool(parts), tokenizer)
 
 
 def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | None) -> None:
     load, folder = checkpoint.name, checkpoint.folder
+    if folder.is_file():
+        raise CheckpointError(f"load: {load}: a file; checkpoints are folders", f"load: {folder.parent}")
     if not folder.is_dir():
         raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
     if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
@@ -242,6 +256,7 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
             f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder"
         )
     if checkpoint.kind == "huggingface":
+        refuse_other_forms(folder, f"load: {load}")
         if not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"load: {load}: contains neither config.json (Hugging Face) nor {TRACKER} (Megatron)",
@@ -249,7 +264,7 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
             )
         if not has_parts:
             try:
-                ModelConfig.from_hf_config(read_hf_config(folder))
+                model_of_config(read_hf_config(folder))
             except CheckpointError as error:
                 raise CheckpointError(f"load: {load}: {error.problem}", error.fix) from None
         if tokenizer is None:
@@ -266,13 +281,14 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     top = folder.parent
     sidecars = tokenizer or _with_tokenizer(checkpoint.hf_files(converted, None), checkpoint.name)
     content, untrained = content_of(folder)
+    notes = read_object(top / MARKER, {}).get("notes") if folder.name == "release" else None
     return Start(
         load=checkpoint.name,
         folder=folder,
         sidecars=sidecars,
         fingerprint=content,
         untrained=untrained,
-        old_names=old_names(top),
+        notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
     )
 
 
@@ -299,12 +315,6 @@ def _fingerprint_of_iteration(folder: Path) -> str:
             f"{folder}: .metadata cannot be read: {error.strerror}: not a whole torch_dist checkpoint",
             "use another iter_ folder",
         ) from None
-
-
-def old_names(top: Path) -> bool:
-    """The spelling that the export of a converted folder, or of a run, shall have: see `Start`."""
-    origin = read_object(top / MARKER, {}) or read_object(top / RUN_FILE, {}).get("start")
-    return isinstance(origin, dict) and bool(origin.get("old_names"))
 
 
 def _with_tokenizer(folder: Path, load: str) -> Path:

@@ -16,7 +16,7 @@ from llava_sft.data.formats import other_kind
 from llava_sft.data.image_checks import check_image
 from llava_sft.data.index import read_finished
 from llava_sft.data.layouts import LAYOUTS
-from llava_sft.data.nv_meta import Meta, Tar, is_finished, read_meta, write_meta
+from llava_sft.data.nv_meta import Dataset, Meta, Tar, is_finished, read_meta, write_meta
 from llava_sft.data.plan import HELDOUT_PREFIX
 from llava_sft.data.rejects import FIRST_REASONS, Rejected, too_many_rejects
 from llava_sft.data.shards import idx_bytes
@@ -25,7 +25,7 @@ from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
 
 
-def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0.0) -> dict[str, Any]:
+def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0.0) -> Dataset:
     """Link the tars of `source` into `wds_dir` and index them there; return what the dataset file holds.
 
     With `source` as `wds_dir` the folder itself gets an index, and no tar is touched. Tars named `heldout-…` are the
@@ -62,9 +62,11 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     layout = next(iter(adopted.layouts), "own")
     with write_meta(wds_dir, adopted.tars, adopted.splits, adopted.exclude, content, layout):
         pass
-    counted = {"images": adopted.images, "read": read, "rejected": reasons.total(), "reasons": dict(reasons)}
-    left_out = [str(path.relative_to(source)) for path in packed_tars(source)]
-    return read_finished(wds_dir) | counted | ({"packed_tars": left_out} if left_out else {})
+    dataset = read_finished(wds_dir)
+    dataset |= {"images": adopted.images, "read": read, "rejected": reasons.total(), "reasons": dict(reasons)}
+    if left_out := [str(path.relative_to(source)) for path in packed_tars(source)]:
+        dataset["packed_tars"] = left_out
+    return dataset
 
 
 class _Adopted:

@@ -47,14 +47,9 @@ OTHER_KINDS = {
     b"<htm": "a web page", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"version https://git-lfs": "a Git LFS pointer",
 }  # fmt: skip
 BRANDS = {
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"mif1": "HEIF",
-    b"mp42": "a video",
-    b"isom": "a video",
-}
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"), **dict.fromkeys((b"heic", b"heix"), "HEIC"), b"mif1": "HEIF",
+    **dict.fromkeys((b"mp42", b"isom"), "a video"),
+}  # fmt: skip
 
 # Errors that are the record's; any other (a failing disk, too many open files) must stop the job.
 RECORD_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENXIO}

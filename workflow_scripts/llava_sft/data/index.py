@@ -1,13 +1,13 @@
 """Combine shards into one energon data set: check the conversion's notes, write `.nv-meta`.
 
 Notable: no tar is read; what `energon prepare` would collect from them was noted while they were written. Only shards
-of the present plan enter. Several sources are a folder each, and a blend of them. The dataset file names content alone
-(hashes, counts), so that equal shards, made again, are the same data set to all that follows.
+of the present plan enter. Several sources are a folder each, and a blend of them.
 """
 
 import itertools
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import xxhash
 
 from llava_sft.data.hold_out import bound_by, choose_heldout, merge_heldout
 from llava_sft.data.notes import ConvertedSource, check_raw, counted, total
-from llava_sft.data.nv_meta import METADATASET, NV_META, Tar, read_meta, split_counts, write_blend, write_meta
+from llava_sft.data.nv_meta import METADATASET, NV_META, Dataset, Tar, read_meta, split_counts, write_blend, write_meta
 from llava_sft.data.plan import TRAIN_PREFIX
 from llava_sft.data.rejects import ALL_REJECTS, read_rejects, too_many_rejects, write_all_rejects
 from llava_sft.data.shards import MOST_UNREAD
@@ -31,7 +31,7 @@ Chosen = dict[str, list[tuple[str, bytes]]]  # by source: (shard, row) of the sa
 def index_webdataset(
     wds_dir: Path, notes_dir: Path, max_reject_fraction: float = 0.0, plan: list[dict[str, Any]] | None = None,
     val_fraction: float = 0.0, split_seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> Dataset:  # fmt: skip
     """Check the shards, write `.nv-meta` (of each source, and their blend), return what the dataset file holds.
 
     `plan` names the sources with their weights and numbers of shards (None: all that are there). `max_reject_fraction`
@@ -65,20 +65,26 @@ def index_webdataset(
         write_blend(wds_dir, weights, metas)
     else:
         (wds_dir / METADATASET).unlink(missing_ok=True)  # of an earlier plan: readers would follow it
-    epoch = sum(weight * metas[name].samples("train") for name, weight in weights.items())
-    return {
+    counts = split_counts(metas.values())
+    dataset: Dataset = {
         "fingerprint": contents[""] if len(sources) == 1 else fingerprint([contents, weights]),
-        **split_counts(metas.values()),
+        "train": counts["train"],
+        "heldout": counts["heldout"],
         "images": total(shards, "images"),
         "read": read,
         "rejected": rejected,
-        **{key: dict(counted(shards, key)) for key in ("reasons", "kinds")},
+        "reasons": dict(counted(shards, "reasons")),
+        "kinds": dict(counted(shards, "kinds")),
         "unread": dict(counted(shards, "unread").most_common(MOST_UNREAD)),
-        **({"split": record} if record else {}),
-        **_leak(sources),
-        # One pass over the blend: a record of weight 2 is seen twice.
-        **({"weights": weights, "epoch_samples": round(epoch)} if len(sources) > 1 else {}),
     }
+    if record:
+        dataset["split"] = record
+    if leak := _leak(sources):
+        dataset["heldout_trained_on"] = leak
+    if len(sources) > 1:
+        epoch = sum(weight * metas[name].samples("train") for name, weight in weights.items())
+        dataset |= {"weights": weights, "epoch_samples": round(epoch)}
+    return dataset
 
 
 def _plan_of(notes_dir: Path) -> list[dict[str, Any]]:
@@ -147,7 +153,7 @@ def _write_source(source: ConvertedSource, chosen: list[tuple[str, bytes]], reco
     return own
 
 
-def _leak(sources: list[ConvertedSource]) -> dict[str, Any]:
+def _leak(sources: list[ConvertedSource]) -> dict[str, int]:
     """How many of the held-out records that the user brought are trained on as well; empty when none is.
 
     `records` share images and question with a training record, `images` at least one image.
@@ -166,14 +172,14 @@ def _leak(sources: list[ConvertedSource]) -> dict[str, Any]:
         "records": sum(_asked(row) in records for row in held if "asked" in row),
         "images": sum(any(image["hash"] in images for image in row["images"]) for row in held),
     }
-    return {"heldout_trained_on": counts | {"of": len(held)}} if any(counts.values()) else {}
+    return counts | {"of": len(held)} if any(counts.values()) else {}
 
 
 def _asked(row: dict[str, Any]) -> int:
     return hash((row.get("asked"), *(image["hash"] for image in row["images"])))
 
 
-def leak_note(dataset: dict[str, Any]) -> str | None:
+def leak_note(dataset: Mapping[str, Any]) -> str | None:
     """What dataset.json says of held-out samples that are trained on, in words."""
     if not (leak := dataset.get("heldout_trained_on")):
         return None
@@ -183,7 +189,7 @@ def leak_note(dataset: dict[str, Any]) -> str | None:
     )
 
 
-def read_finished(wds_dir: Path) -> dict[str, Any]:
+def read_finished(wds_dir: Path) -> Dataset:
     """What the dataset file holds for a folder that is indexed already: counts from its `.nv-meta`, nothing is written.
 
     Errors: DataError when `.nv-meta` is not whole, a shard it names is missing, or nothing is there to train on.
@@ -199,10 +205,14 @@ def read_finished(wds_dir: Path) -> dict[str, Any]:
         content.append([name, tar.stat().st_size, xxhash.xxh3_128_hexdigest(idx.read_bytes())])
     if not meta.samples("train"):
         raise DataError(f"{wds_dir}: the training split holds no samples", "name another folder")
+    counts = split_counts([meta])
     return {
         "fingerprint": fingerprint(content),
-        **split_counts([meta]),
+        "train": counts["train"],
+        "heldout": counts["heldout"],
+        "images": None,
+        "read": None,
+        "rejected": None,
         "reasons": {},
         "kinds": {},
-        **dict.fromkeys(("images", "read", "rejected")),
     }

@@ -15,7 +15,16 @@ from llava_sft.data.findings import DECODED_IMAGES, IMAGES, INDEX, META, SAMPLES
 from llava_sft.data.image_checks import NO_PIXEL_LIMIT, check_image, decode_image
 from llava_sft.data.index import leak_note
 from llava_sft.data.notes import Stats, read_stats
-from llava_sft.data.nv_meta import ENERGON_SPLITS, META_FILES, NV_META, Meta, SampleIndex, read_meta, source_folders
+from llava_sft.data.nv_meta import (
+    ENERGON_SPLITS,
+    META_FILES,
+    NV_META,
+    Dataset,
+    Meta,
+    SampleIndex,
+    read_meta,
+    source_folders,
+)
 from llava_sft.data.rejects import Rejected
 from llava_sft.data.shards import idx_bytes
 from llava_sft.data.tars import TarSample, find_layout, read_at, walk_tar
@@ -26,7 +35,7 @@ CHANGED = "its bytes are not those that were written"
 
 
 def inspect_webdataset(
-    wds_dir: Path, notes_dir: Path | None = None, dataset: dict[str, Any] | None = None, seed: int = 0,
+    wds_dir: Path, notes_dir: Path | None = None, dataset: Dataset | None = None, seed: int = 0,
     tokens: TokenCounter | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Return the report (plain JSON; lengths in characters, image sizes in pixels) and a gallery of samples.
@@ -50,12 +59,10 @@ def inspect_webdataset(
         if shards and notes:
             converted.append((notes, shards))
     if dataset:
-        for split, energon_split in ENERGON_SPLITS.items():
-            held = findings.splits.get(energon_split, Counter())["samples"]
-            if held != dataset[split]["samples"]:
-                findings.problem(
-                    META, split, f"holds {held} samples, the dataset file says {dataset[split]['samples']}"
-                )
+        for split, noted in (("train", dataset["train"]), ("heldout", dataset["heldout"])):
+            held = findings.splits.get(ENERGON_SPLITS[split], Counter())["samples"]
+            if held != noted["samples"]:
+                findings.problem(META, split, f"holds {held} samples, the dataset file says {noted['samples']}")
         if leak := leak_note(dataset):
             findings.notes.append(leak)
     if findings.excluded:

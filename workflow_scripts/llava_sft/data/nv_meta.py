@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import orjson
 import yaml
@@ -66,7 +66,31 @@ class Meta(NamedTuple):
         return {name: number for number, name in enumerate(self.counts)}
 
 
-def split_counts(metas: Collection[Meta]) -> dict[str, dict[str, int]]:
+class Split(TypedDict):
+    samples: int
+    shards: int
+
+
+class Dataset(TypedDict):
+    """The dataset file: content alone, so that equal shards, made again, are the same data set to all that follows."""
+
+    fingerprint: str
+    train: Split
+    heldout: Split
+    images: int | None  # None, as the next two: not known of a folder that was indexed elsewhere
+    read: int | None  # records
+    rejected: int | None
+    reasons: dict[str, int]
+    kinds: dict[str, int]
+    unread: NotRequired[dict[str, int]]  # keys of records that nothing reads
+    split: NotRequired[dict[str, Any]]  # how val_fraction was carried out
+    heldout_trained_on: NotRequired[dict[str, int]]
+    weights: NotRequired[dict[str, float]]  # of several sources
+    epoch_samples: NotRequired[int]  # of one pass over their blend: a record of weight 2 is seen twice
+    packed_tars: NotRequired[list[str]]
+
+
+def split_counts(metas: Collection[Meta]) -> dict[str, Split]:
     """Samples and shards of "train" and "heldout", of several sources together."""
     return {
         split: {
@@ -259,10 +283,14 @@ def read_blend(wds_dir: Path) -> dict[str, dict[str, float]]:
         raise DataError(f"{path}: {_first_line(error)}: cannot be understood", REINDEX) from None
 
 
-def source_folders(wds_dir: Path) -> list[Path]:
-    """The folders of several sources, or the folder itself; `wds_dir` may also be the blend's own file."""
-    if wds_dir.name == METADATASET:
-        wds_dir = wds_dir.parent
+def folder_of(path: Path) -> Path:
+    """The WebDataset folder of the path passed to energon, which is the blend's file where there are several sources."""
+    return path.parent if path.name == METADATASET else path
+
+
+def source_folders(path: Path) -> list[Path]:
+    """The folders of several sources, or the folder itself."""
+    wds_dir = folder_of(path)
     if not (wds_dir / METADATASET).is_file():
         return [wds_dir]
     # In order, each once: all records of a small source may be held out.

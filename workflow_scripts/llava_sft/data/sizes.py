@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from llava_sft.data.images import decode_rgb, image_grid
 from llava_sft.data.notes import without_images_like_it
+from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.data.stored import StoredShard, source_weights, stored_shards
 from llava_sft.errors import shown
@@ -63,7 +64,7 @@ class Limits(NamedTuple):
 
 
 def measure(
-    folder: Path, dataset: dict[str, Any], tokenizer: Path, limits: Limits, cache: Path, processes: int
+    folder: Path, dataset: Dataset, tokenizer: Path, limits: Limits, cache: Path, processes: int
 ) -> dict[str, Any]:
     """What sizes.json holds: the sizes of the training samples, and the speed of a loader process on this machine."""
     sizes = sample_sizes(folder, tokenizer, limits, cache, processes)
@@ -84,7 +85,7 @@ def global_order(folder: Path, sizes: SampleSizes, capacity: int | None, window:
     return GlobalOrder(sources, capacity, window, seed)
 
 
-def depends_on(dataset: dict[str, Any], tokenizer: Path, limits: Limits) -> str:
+def depends_on(dataset: Dataset, tokenizer: Path, limits: Limits) -> str:
     """What sizes.json was made from; `dataset`: the content of dataset.json."""
     return fingerprint([dataset["fingerprint"], *_counted_with(tokenizer, limits)])
 

@@ -22,6 +22,7 @@ from megatron.energon import SkipSample
 
 from llava_sft.data.loader import EncodedSample, VlmBatch, VlmTaskEncoder
 from llava_sft.data.notes import without_images_like_it
+from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.order import GlobalOrder
 from llava_sft.data.records import Sample
 from llava_sft.data.sizes import Limits, SampleSizes, global_order, sample_sizes
@@ -255,7 +256,7 @@ def train_loader(
     `sizes`: what measure_webdataset.py counted; without, it is counted here. `packing_buffer_size` samples are packed at a
     time. `options`: of TrainingLoader.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    folder = folder_of(Path(path))
     if sizes is None:
         limits = Limits(encoder.seq_length, encoder.min_pixels, encoder.max_pixels)
         sizes = sample_sizes(folder, encoder.template.folder, limits)

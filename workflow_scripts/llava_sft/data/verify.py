@@ -11,11 +11,11 @@ import os
 import struct
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from llava_sft.checksums import Memo, find_damage, note
+from llava_sft.checksums import Memo, damages, note
 from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
 from llava_sft.data.nv_meta import META_FILES, METADATASET, NV_META, REINDEX, SampleIndex, read_meta, source_folders
 from llava_sft.data.plan import Range, default_notes_dir
@@ -63,16 +63,14 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
     except (DamagedFileError, KeyError, TypeError, ValueError):
         return [Damage(str(notes_of(dataset)), "is damaged", f"delete {notes_of(dataset)} and run the same command")]
     memo = dataset.with_name(f".{dataset.stem}.whole.json")
-    damages: list[Damage] = []
-    if find_damage(wds_dir, files, memo, full):
-        for name, entry in files.items():
-            if what := find_damage(wds_dir, {name: entry}):
-                damages.append(_small_damage(wds_dir, name, what))
-    if damages:
-        return damages  # the digests of the samples stand in one of these
+    found = [_small_damage(wds_dir, name, what) for name, what in damages(wds_dir, files, memo, full)]
+    if found:
+        return found  # the digests of the samples stand in one of these
     whole = Memo(memo)
-    for name, number, folder, count in _tars(wds_dir):
-        path = wds_dir / name
+    indexed = ((f, *tar) for f in source_folders(wds_dir) for tar in enumerate(read_meta(f).counts.items()))
+    for folder, number, (tar, count) in indexed:
+        path = folder / tar
+        name = str(path.relative_to(wds_dir))
         state: list[int] = []
         try:
             status = os.stat(path)
@@ -85,26 +83,19 @@ def find_damages(wds_dir: Path, dataset: Path, full: bool = False) -> list[Damag
         except OSError as error:
             what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         if what:
-            damages.append(Damage(str(path), what, way_out(folder, path.relative_to(folder).as_posix()), name))
+            found.append(Damage(str(path), what, way_out(folder, tar), name))
         else:
             whole.add(path, state)
     whole.save()
-    return damages
+    return found
 
 
 def _small_damage(wds_dir: Path, name: str, what: str) -> Damage:
     tar = name.removesuffix(".idx")
     if tar == name:
-        return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), REINDEX)
+        return Damage(str(wds_dir / name), what, REINDEX)
     path = wds_dir / tar
-    return Damage(str(wds_dir / name), what.removeprefix(f"{name} "), way_out(path.parent, path.name), tar)
-
-
-def _tars(wds_dir: Path) -> Iterator[tuple[str, int, Path, int]]:
-    """Name below the folder, number in its source's index, the source's folder, samples."""
-    for folder in source_folders(wds_dir):
-        for number, (name, count) in enumerate(read_meta(folder).counts.items()):
-            yield str((folder / name).relative_to(wds_dir)), number, folder, count
+    return Damage(str(wds_dir / name), what, way_out(path.parent, path.name), tar)
 
 
 def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str | None:
@@ -139,28 +130,21 @@ def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str
 
 def require_whole(wds_dir: Path, dataset: Path, full: bool = False) -> None:
     """Errors: DataError naming the first file that is not what was indexed, and how many there are."""
-    if damages := find_damages(wds_dir, dataset, full):
-        first, more = damages[0], f" ({len(damages)} files in all)" if len(damages) > 1 else ""
+    if found := find_damages(wds_dir, dataset, full):
+        first, more = found[0], f" ({len(found)} files in all)" if len(found) > 1 else ""
         raise DataError(f"{first.file}: {first.what}{more}", first.fix)
 
 
-class PlannedShard(Protocol):
-    @property
-    def raw(self) -> Path: ...
-    @property
-    def range(self) -> Range: ...
+def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, tuple[Path, Range]]) -> list[Path]:
+    """Of the tars and the dataset file those that exist and have to be made again.
 
-
-def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, PlannedShard]) -> tuple[list[Path], bool]:
-    """The tars that exist and have to be made again, and whether the index has to be.
-
-    `planned`: the shards of the plan, by their names with their sources. Snakemake finds what is missing or newer by
+    `planned`: raw file and range of each shard of the plan, by its name with its source. Snakemake finds what is missing or newer by
     itself; this adds what is damaged or gone beside a tar, and ranges of raw files whose content is another, whatever their
     dates say.
     """
     stale: set[str] = set()
     made: dict[Path, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    for name, shard in planned.items():
+    for name, (raw, part) in planned.items():
         if not (webdatasets / f"{name}.tar").exists():
             continue
         notes_dir = (default_notes_dir(webdatasets) / name).parent
@@ -168,11 +152,8 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, PlannedS
             stats = read_stats(notes_dir / f"{Path(name).name}.stats.json")
             if not is_whole((webdatasets / name).parent, notes_dir, stats):
                 stale.add(name)
-            elif (stats["raw"]["start"], stats["raw"]["end"]) == (
-                shard.range.start,
-                shard.range.end,
-            ) and shard.raw.is_file():
-                made[shard.raw].append((name, stats["raw"]))
+            elif raw.is_file() and (stats["raw"]["start"], stats["raw"]["end"]) == (part.start, part.end):
+                made[raw].append((name, stats["raw"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             stale.add(name)
     seen = Memo(dataset.with_name(".raw_files.json"))
@@ -181,8 +162,12 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, PlannedS
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         if seen.knows(raw, state):
             continue
-        touched = [(name, noted) for name, noted in ranges if _is_touched(noted, state)]
-        changed = {name for name, noted in touched if hash_range(raw, noted) != noted["hash"]}
+        changed = {
+            name
+            for name, noted in ranges  # of other dates or size than a conversion noted
+            if [noted["size"], noted["mtime_ns"], noted.get("ctime_ns", state[2])] != state
+            and hash_range(raw, noted) != noted["hash"]
+        }
         stale |= changed
         if not changed:
             seen.add(raw, state)
@@ -190,18 +175,13 @@ def out_of_date(webdatasets: Path, dataset: Path, planned: Mapping[str, PlannedS
     index = False
     if dataset.is_file():
         try:
-            damages = find_damages(webdatasets, dataset)
+            found = find_damages(webdatasets, dataset)
         except (DataError, OSError):
-            damages, index = [], True
-        for damage in damages:
+            found, index = [], True
+        for damage in found:
             tar = damage.redo.removesuffix(".tar") if damage.redo else None
             if tar and tar in planned:
                 stale.add(tar)
             elif tar is None or planned or damage.file.endswith(".idx"):
                 index = True  # a foreign folder's own tar is not ours to make again: training refuses it
-    return [webdatasets / f"{name}.tar" for name in sorted(stale)], index
-
-
-def _is_touched(noted: dict[str, Any], state: list[int]) -> bool:
-    """Whether a raw file's size or dates are others than those that a conversion noted."""
-    return [noted["size"], noted["mtime_ns"], noted.get("ctime_ns", state[2])] != state
+    return [*(webdatasets / f"{name}.tar" for name in sorted(stale)), *([dataset] if index else [])]

@@ -1,27 +1,158 @@
-"""Greedy answers of an exported model to held-out questions: every assistant turn after the true turns before it."""
+"""Greedy answers of an exported model to questions: every assistant turn after the true turns before it.
 
+Notable: answers are kept as they come, so that an interrupted evaluation goes on where it was, and another score, or another
+run from the same start, asks nothing anew.
+"""
+
+import gc
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 from llava_sft.data.records import Sample
+from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.evaluation.judge import Answer
+from llava_sft.evaluation.vllm_client import generate_with_vllm
+from llava_sft.files import fingerprint, read_json, write_json
+from llava_sft.model.export_files import image_limits
+
+RULES = 3  # version of how answers are generated: another number asks anew
+SAID_EVERY_S = 10
 
 
-def generate(model_dir: Path, questions: list[Sample], batch_size: int, max_new_tokens: int) -> list[Answer]:
-    """One answer a question, in order; batches hold questions of similar length, so that little is padded.
+class Options(NamedTuple):
+    """How answers are generated. `vllm`: the interpreter whose vLLM answers; None: transformers in this one."""
 
-    Errors: CheckpointError where transformers cannot load `model_dir`.
+    batch_size: int = 64
+    max_new_tokens: int = 32
+    vllm: Path | None = None
+
+    def depends(self) -> list[Any]:
+        return [RULES, self.max_new_tokens, *(["vllm"] if self.vllm else ["transformers", self.batch_size])]
+
+
+class Model(NamedTuple):
+    """Who answers: as a message names it, what stands for its content, and its exported folder, there within the block."""
+
+    name: str
+    fingerprint: str
+    export: Callable[[], AbstractContextManager[Path]]
+
+
+def answers_of(model: Model, questions: list[Sample], data: str, options: Options, cache: Path) -> list[Answer]:
+    """One answer a question, in order. `data`: a fingerprint of the questions; `cache`: the file that keeps the answers."""
+    depends = fingerprint([model.fingerprint, data, options.depends()])
+    try:
+        known = read_json(cache, {"depends": None})
+        if known["depends"] == depends and len(known["answers"]) == len(questions):
+            print(f"{model.name}: the same model and questions, answered before ({cache})", flush=True)
+            return [Answer(*answer) for answer in known["answers"]]
+    except (DamagedFileError, KeyError, TypeError) as error:
+        print(f"{getattr(error, 'problem', cache)}: answering again", flush=True)
+    partial = cache.with_name(f"{cache.name}.partial")
+    found = _read_partial(partial, depends)
+    if len(found) < len(questions):
+        before = f", of which {len(found):,} were answered before" if found else ""
+        print(f"{model.name}: {len(questions):,} questions{before}", flush=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with model.export() as folder, open(partial, "a" if found else "w") as file:
+            file.write("\n" if found else json.dumps(depends) + "\n")  # the last line may be half-written
+            _answer_the_rest(folder, questions, found, options, file)
+    answers = [found[number] for number in range(len(questions))]
+    write_json(cache, {"depends": depends, "answers": answers}, indent=None, sealed=True)
+    partial.unlink(missing_ok=True)
+    return answers
+
+
+def _answer_the_rest(
+    folder: Path, questions: list[Sample], found: dict[int, Answer], options: Options, file: TextIO
+) -> None:
+    """Add to `found`, and to the file, the answers that are not there, and say now and then how many are."""
+    left = [number for number in range(len(questions)) if number not in found]
+    asked = [questions[number] for number in left]
+    generated = (
+        generate_with_vllm(folder, asked, options.vllm, options.max_new_tokens)
+        if options.vllm
+        else generate(folder, asked, options.batch_size, options.max_new_tokens)
+    )
+    began = said = 0.0
+    for count, (number, answer) in enumerate(generated):
+        began = began or time.monotonic()
+        found[left[number]] = answer
+        row = json.dumps([left[number], *answer])
+        file.write(f"{zlib.crc32(row.encode()):08x} {row}\n")
+        if count and time.monotonic() - max(said, began) > SAID_EVERY_S:
+            said = time.monotonic()
+            file.flush()
+            rate = count / (said - began)
+            minutes, seconds = divmod(round((len(left) - count) / rate), 60)
+            print(
+                f"  {len(found):,} of {len(questions):,} answered, {rate:.1f}/s, {minutes}:{seconds:02d} left",
+                flush=True,
+            )
+
+
+def _read_partial(path: Path, depends: str) -> dict[int, Answer]:
+    """The answers of an evaluation that was interrupted, by the number of the question; a damaged line is left out."""
+    found: dict[int, Answer] = {}
+    if path.is_file():
+        first, *lines = path.read_text(errors="replace").splitlines() or [""]
+        for line in lines if first == json.dumps(depends) else ():
+            check, _, row = line.partition(" ")
+            if check == f"{zlib.crc32(row.encode()):08x}":
+                number, text, cut = json.loads(row)
+                found[number] = Answer(text, cut)
+    return found
+
+
+def generate(
+    folder: Path, questions: list[Sample], batch_size: int, max_new_tokens: int
+) -> Iterator[tuple[int, Answer]]:
+    """Yield (number of the question, answer). Batches hold questions of similar length, so that little is padded; the longest
+    come first, and need the most memory. The next batch's pictures are prepared meanwhile.
+
+    A batch that does not fit into the GPU's memory is halved. Errors: CheckpointError where transformers cannot load `folder`.
     """
-    from tqdm import tqdm
+    import torch
 
-    from llava_sft.data.images import decode_rgb
+    from llava_sft.data.images import decode_rgb, image_grid
     from llava_sft.evaluation.export import Export
+    from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS, image_tokens
 
-    export = Export(model_dir, max_new_tokens)
+    gc.collect()  # the model that answered before, if any
+    torch.cuda.empty_cache()
+    export = Export(folder, max_new_tokens)
     texts = [export.render(question.messages) for question in questions]
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(texts[i])))
-    answers: dict[int, Answer] = {}
-    for start in tqdm(range(0, len(order), batch_size), "evaluating", unit="batch", disable=None):
-        batch = order[start : start + batch_size]
-        images = [decode_rgb(data) for i in batch for data in questions[i].images]
-        answers |= zip(batch, export.answer([texts[i] for i in batch], images), strict=True)
-    return [answers[i] for i in range(len(questions))]
+    limits = image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)
+    tokens = [sum(image_tokens(image_grid(data, *limits)) for data in question.images) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: (-tokens[i] - len(texts[i]) // 4, i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def encode(batch: list[int]) -> Any:
+        return export.encode(
+            [texts[i] for i in batch], [decode_rgb(data) for i in batch for data in questions[i].images]
+        )
+
+    def answer(batch: list[int], inputs: Any) -> list[Answer]:
+        with suppress(torch.OutOfMemoryError):
+            return export.answer(inputs)
+        torch.cuda.empty_cache()
+        if len(batch) == 1:
+            raise RunError(
+                f"a question of {tokens[batch[0]]:,} image tokens does not fit into this GPU's memory", "a larger GPU"
+            )
+        halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+        return [each for half in halves for each in answer(half, encode(half))]
+
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(encode, batches[0])
+        for number, batch in enumerate(batches, 1):
+            inputs = ready.result()
+            if number < len(batches):
+                ready = pool.submit(encode, batches[number])
+            yield from zip(batch, answer(batch, inputs), strict=True)

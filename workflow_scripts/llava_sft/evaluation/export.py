@@ -58,27 +58,26 @@ class Export:
 
     def encode(self, texts: list[str], images: list[Image.Image]) -> Any:
         """What `model.generate` takes: a batch of rendered conversations, padded on the left. `images`: of all, in order."""
-        inputs = self.processor(
-            text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
-        )
-        return inputs.to(self.device)
+        return self.processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
 
     @torch.inference_mode()
-    def answer(self, texts: list[str], images: list[Image.Image]) -> list[Answer]:
-        """The greedy answers to a batch of rendered conversations."""
-        inputs = self.encode(texts, images)
-        output = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    def answer(self, inputs: Any) -> list[Answer]:
+        """The greedy answers to an encoded batch."""
+        output = self.model.generate(**inputs.to(self.device))[:, inputs["input_ids"].shape[1] :]
         return [read_answer(self.processor.tokenizer, tokens, self.ends) for tokens in output.tolist()]
 
     def stream(self, messages: list[dict[str, str]], images: list[Image.Image], **options: Any) -> Iterator[str]:
-        """The answer to one conversation, piece by piece while it is made; it stops where the iterator is closed.
+        """The answer to one conversation, piece by piece while it is made; it stops where the iterator is closed. Then
+        `was_cut` says whether it came to no end.
 
         Args:
             options: of `model.generate`, over the greedy ones: `max_new_tokens`, `do_sample`, `temperature` …
 
         Errors: whatever `generate` raises, after the pieces before it.
         """
-        inputs, closed, errors = self.encode([self.render(messages)], images), threading.Event(), list[Exception]()
+        self.was_cut = True
+        inputs = self.encode([self.render(messages)], images).to(self.device)
+        closed, errors = threading.Event(), list[Exception]()
         tokenizer = self.processor.tokenizer
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
 
@@ -99,6 +98,7 @@ class Export:
         try:
             for piece in streamer:
                 for end in tokenizer.convert_ids_to_tokens(self.ends):
+                    self.was_cut &= not piece.endswith(end)
                     piece = piece.removesuffix(end)
                 if piece:
                     yield piece

@@ -1,11 +1,14 @@
-"""Which answers to held-out questions are right.
+"""The scores of answers to held-out questions: a row for each sample, their means with intervals, and examples to show.
 
-A sample is correct when each of its answers equals the true one, white space at both ends aside.
+A sample of several turns is right when every answer is; of other scores it has the mean.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llava_sft.data.records import Sample
+from llava_sft.evaluation.intervals import compare, mean_interval
+from llava_sft.evaluation.scores import Score
 from llava_sft.report.pictures import data_uri
 
 WRONG_SHOWN, RIGHT_SHOWN = 24, 12  # samples whose answers the report shows, with their pictures
@@ -16,42 +19,80 @@ class Answer(NamedTuple):
     cut: bool  # after max_new_tokens, before any end token
 
 
-def judge(samples: list[Sample], answers: list[Answer], by: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each sample; and the first wrong and right ones again, with turns joined and pictures embedded.
+def judge(
+    samples: list[Sample], answers: list[Answer], scores: list[Score], by: str, base: list[Answer] | None = None
+) -> list[dict[str, Any]]:
+    """A row of predictions.jsonl for each sample; the first of `scores` decides what is correct.
 
     Args:
-        answers: one for each assistant turn of the samples, in their order.
+        answers, base: one for each assistant turn of the samples, in their order; `base` those of the model to compare with.
         by: the record's key that names a sample's group.
     """
-    rows: list[dict[str, Any]] = []
-    examples: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    remaining = iter(answers)
+    rows, place = [], 0
     for sample in samples:
-        turns = []
+        turns, asked = [], 0
         for turn in sample.answers():
-            answer = next(remaining)
-            truth = sample.messages[turn]["content"].strip()
-            turns.append({"answer": truth, "prediction": answer.text, "cut": answer.cut})
-        correct = all(turn["prediction"] == turn["answer"] for turn in turns)
-        row = {
+            questions = (message["content"] for message in sample.messages[asked:turn] if message["role"] == "user")
+            one: dict[str, Any] = {"question": "\n".join(questions), "answer": sample.messages[turn]["content"].strip()}
+            one |= {"prediction": answers[place].text, "cut": answers[place].cut}
+            turns.append(one | ({"base": base[place].text, "base_cut": base[place].cut} if base else {}))
+            place, asked = place + 1, turn
+        row: dict[str, Any] = {
             "id": sample.id,
             "group": str(sample.meta.get(by, "all")),
             "question": sample.questions,
-            "correct": correct,
+            "turns": turns,
         }
-        rows.append(row | {"turns": turns})
-        if len(examples[correct]) < (RIGHT_SHOWN if correct else WRONG_SHOWN):
-            joined = {key: "\n".join(str(turn[key]) for turn in turns) for key in ("answer", "prediction")}
-            pictures = [data_uri(data) for data in sample.images]
-            examples[correct].append(row | joined | {"cut": any(turn["cut"] for turn in turns), "images": pictures})
-    return rows, examples[False] + examples[True]
+        for prefix, key in (("", "prediction"), ("base_", "base")) if base else (("", "prediction"),):
+            row[f"{prefix}scores"] = {score.name: _rate(score, sample, turns, key) for score in scores}
+            row[f"{prefix}correct"] = row[f"{prefix}scores"][scores[0].name] == 1
+        rows.append(row)
+    return rows
 
 
-def group_counts(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Samples and correct ones of each group, by name."""
-    groups: dict[str, dict[str, int]] = {}
+def _rate(score: Score, sample: Sample, turns: list[dict[str, Any]], key: str) -> float:
+    record = sample.meta | {"id": sample.id}
+    values = [score.rate(turn[key], turn["answer"], record | {"question": turn["question"]}) for turn in turns]
+    if all(isinstance(value, bool) for value in values):
+        return float(all(values))
+    return sum(values) / len(values)
+
+
+def summary(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Counts and scores of all samples: {samples, correct, scores: [{name, mean, interval}]}; beside another model, each
+    score has `base` and `base_interval`, and what `intervals.compare` says."""
+    result: dict[str, Any] = {"samples": len(rows), "correct": sum(row["correct"] for row in rows), "scores": []}
+    for name in names if rows else ():
+        values = [row["scores"][name] for row in rows]
+        entry = {"name": name, "mean": sum(values) / len(values), "interval": mean_interval(values)}
+        if "base_scores" in rows[0]:
+            before = [row["base_scores"][name] for row in rows]
+            entry |= {"base": sum(before) / len(before), "base_interval": mean_interval(before)}
+            entry |= compare(before, values)
+        result["scores"].append(entry)
+    return result
+
+
+def group_summaries(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The `summary` of each group, by name."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        group = groups.setdefault(row["group"], {"samples": 0, "correct": 0})
-        group["samples"] += 1
-        group["correct"] += row["correct"]
-    return dict(sorted(groups.items()))
+        groups.setdefault(row["group"], []).append(row)
+    return {name: summary(group, names) for name, group in sorted(groups.items())}
+
+
+def examples(rows: list[dict[str, Any]], samples: list[Sample]) -> list[dict[str, Any]]:
+    """Wrong and then right samples for the report, turns joined and pictures embedded; first those that the other model
+    answered otherwise."""
+    shown = []
+    for correct, most in ((False, WRONG_SHOWN), (True, RIGHT_SHOWN)):
+        chosen = [pair for pair in zip(rows, samples, strict=True) if pair[0]["correct"] is correct]
+        chosen.sort(key=lambda pair: pair[0].get("base_correct", correct) is correct)
+        for row, sample in chosen[:most]:
+            keys = [key for key in ("answer", "prediction", "base") if key in row["turns"][0]]
+            joined = {key: "\n".join(turn[key] for turn in row["turns"]) for key in keys}
+            cut = {
+                key: any(turn[key] for turn in row["turns"]) for key in ("cut", "base_cut") if key in row["turns"][0]
+            }
+            shown.append(row | joined | cut | {"images": [data_uri(data) for data in sample.images]})
+    return shown

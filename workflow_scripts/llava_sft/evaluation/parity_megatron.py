@@ -1,5 +1,6 @@
 """The other process of parity.py: the Megatron model alone, on a CPU or one GPU, to be asked and not trained."""
 
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -10,39 +11,27 @@ from llava_sft.megatron import cpu
 
 ON_CPU = cpu.apply()
 
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
 
-from llava_sft.checkpoint.adapters import lora_of  # noqa: E402
 from llava_sft.checkpoint.torch_dist import TorchDistReader  # noqa: E402
+from llava_sft.checkpoint.weights import lora_of  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
-from llava_sft.megatron.config import transformer_config  # noqa: E402
+from llava_sft.megatron import parallel  # noqa: E402
 from llava_sft.model import lora_layers  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.model.processing import image_tokens  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.settings.resolve import ResolvedSettings  # noqa: E402
+from llava_sft.training.forward import build_model  # noqa: E402
 
 
 def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVision:
     """The model with the weights of one checkpoint folder, whatever parallel sizes wrote it; layers of plain PyTorch."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    length = model.language.max_position_embeddings
-    config = transformer_config(model, ResolvedSettings(experiment="", bf16=bf16))
-    config.perform_initialization = False
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    built = LlavaOneVision(
-        config,
-        model,
-        vocab_size=model.language.vocab_size,
-        max_sequence_length=length,
-        transformer_impl="local",
-        pg_collection=groups,
-    )
+    values = ResolvedSettings(experiment="", bf16=bf16)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    parallel.start(values, torch.distributed.HashStore())
+    built = build_model(model, values, random_weights=False)
     built = built.to(torch.bfloat16 if bf16 else torch.float32).to("cpu" if ON_CPU else "cuda")
     if found := lora_of(checkpoint):
         lora, base = found

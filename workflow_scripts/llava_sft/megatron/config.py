@@ -17,6 +17,9 @@ def transformer_config(model: ModelConfig, values: ResolvedSettings) -> Transfor
     language, on_gpu = model.language, values.on_gpu
     dtype = torch.bfloat16 if values.bf16 else torch.float32
     stages = values.pipeline_model_parallel_size
+    recompute: dict[str, Any] = {}
+    if values.recompute_language == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -47,20 +50,12 @@ def transformer_config(model: ModelConfig, values: ResolvedSettings) -> Transfor
         bias_dropout_fusion=on_gpu,
         persist_layer_norm=on_gpu,
         apply_rope_fusion=on_gpu,
-        **_recomputation(values.recompute_language),
+        **recompute,
         **({} if values.fp8 == "none" else {"fp8": "hybrid", "fp8_recipe": values.fp8}),
     )
     # Batches are as long as their longest sequence. Not above: it would be refused for the sake of experts, which none has.
     config.variable_seq_lengths = stages > 1
     return config
-
-
-def _recomputation(how: str) -> dict[str, Any]:
-    if how == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if how == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
 
 
 def ddp_config(values: ResolvedSettings, replicas: int) -> DistributedDataParallelConfig:

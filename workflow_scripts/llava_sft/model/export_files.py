@@ -8,6 +8,7 @@ generation those that inference needs are completed, and what could run code or 
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ CHAT_TEMPLATE_FILE = HF_CODE_DIR / "chat_template.jinja"
 CODE_FILES = (
     "configuration_llavaonevision1_5.py",
     "modeling_llavaonevision1_5.py",
+    "vision_llavaonevision1_5.py",
     "processing_llavaonevision1_5.py",
     CHAT_TEMPLATE_FILE.name,
 )
@@ -64,7 +66,8 @@ def write_hf_sidecars(
         shutil.copyfile(HF_CODE_DIR / name, target_dir / name)
     _write_tokenizer_files(target_dir, source_hf_dir, ids)
     hf_config = model.to_hf_config({key: ids[token] for key, token in TOKEN_ID_KEYS.items()}, dtype)
-    write_json(target_dir / "config.json", {**hf_config, **(extra_config or {})})
+    versions = {"transformers_version": version("transformers")}
+    write_json(target_dir / "config.json", {**hf_config, **versions, **(extra_config or {})})
     write_json(target_dir / "processor_config.json", {"processor_class": PROCESSOR_CLASS, "auto_map": _AUTO_MAP})
     write_json(target_dir / "preprocessor_config.json", preprocessor_config(min_pixels, max_pixels))
 

@@ -151,7 +151,7 @@ class FusedLanguageLayer(TransformerLayer):
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None, **named):
         """[tokens, 1, hidden] of the samples of a pack → the same, and None for cross attention's context."""
         attention, mlp = self.self_attention, self.mlp
-        if packed_seq_params is None or attention.checkpoint_core_attention:
+        if packed_seq_params is None:
             for module in (attention.linear_qkv, mlp.linear_fc1, mlp.linear_fc2):
                 move_back(module)
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)

@@ -49,9 +49,7 @@ class LlavaOneVision(MegatronModule):
     Args:
         config: TransformerConfig of the language model (parallelism and precision are taken from it).
         model: the architecture.
-        vocab_size: rows of the embedding, padded for tensor parallelism.
         max_sequence_length: longest sequence, in tokens.
-        transformer_impl: "transformer_engine" or "local".
         recompute_vision: make the vision tower's activations again in the backward pass.
     """
 
@@ -59,13 +57,11 @@ class LlavaOneVision(MegatronModule):
         self,
         config: TransformerConfig,
         model: ModelConfig,
-        vocab_size: int,
         max_sequence_length: int,
-        transformer_impl: str,
         pg_collection,
-        pre_process: bool = True,
-        post_process: bool = True,
-        recompute_vision: bool = False,
+        pre_process: bool,
+        post_process: bool,
+        recompute_vision: bool,
     ):
         super().__init__(config=config)
         self.pg_collection = pg_collection
@@ -75,13 +71,12 @@ class LlavaOneVision(MegatronModule):
         self.dropout_seed: int | None = None  # of LoRA's dropout
         if pre_process:
             vision_config = vision_transformer_config(config, model, recompute_vision)
-            vision_spec = layer_spec(transformer_impl, True, config.tensor_model_parallel_size)
-            self.vision_model = RiceViT(vision_config, model.vision, vision_spec, pg_collection)
+            self.vision_model = RiceViT(vision_config, model.vision, layer_spec(config, vision=True), pg_collection)
             self.adapter = Adapter(vision_config, model)
         self.language_model = GPTModel(
             config=config,
-            transformer_layer_spec=layer_spec(transformer_impl, False, config.tensor_model_parallel_size),
-            vocab_size=vocab_size,
+            transformer_layer_spec=layer_spec(config, vision=False),
+            vocab_size=model.language.vocab_size,
             max_sequence_length=max_sequence_length,
             pre_process=pre_process,
             post_process=post_process,
@@ -192,14 +187,14 @@ def answer_losses(hidden_states: Tensor, output_layer, config, context, **unused
     return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])
 
 
-def layer_spec(transformer_impl: str, vision: bool, tensor_parallel: int) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, vision: bool) -> ModuleSpec:
     """The layers of the language model or of the vision tower, on Transformer Engine or on plain PyTorch."""
     kinds = {"qk_layernorm": not vision, "normalization": "LayerNorm" if vision else "RMSNorm"}
     module = TransformerLayer
-    if transformer_impl == "transformer_engine":
+    if config.transformer_impl == "transformer_engine":
         kinds.pop("normalization")
         submodules = get_gpt_layer_with_transformer_engine_submodules(**kinds)
-        if tensor_parallel == 1:
+        if config.tensor_model_parallel_size == 1:
             module = FusedVisionLayer if vision else FusedLanguageLayer
     else:
         submodules = get_gpt_layer_local_submodules(**kinds)

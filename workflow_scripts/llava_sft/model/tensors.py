@@ -8,8 +8,8 @@ No torch before tensors are joined or split: planning and preflight read names a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -118,6 +118,46 @@ def _adapter(model: ModelConfig) -> Iterator[Row]:
     yield from affine("adapter.layernorm", "model.visual.merger.ln_q", model.vision.hidden_size)
     yield from affine("adapter.linear_fc1", "model.visual.merger.mlp.0", joined, joined)
     yield from affine("adapter.linear_fc2", "model.visual.merger.mlp.2", model.language.hidden_size, joined)
+
+
+# ------------------------------------------------------------------------------------------ the vision tower alone
+
+# transformers' MLCD class, in which RICE-ViT is published: what stands in our names → what in its, `layrnorm` included.
+_MLCD = {
+    "model.visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "model.visual.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
+    "model.visual.pre_layernorm.": "vision_model.pre_layrnorm.",
+    "model.visual.blocks.": "vision_model.encoder.layers.",
+    "model.visual.": "vision_model.",
+    ".norm": ".layer_norm",
+    ".attn.proj.": ".self_attn.out_proj.",
+    ".attn.qkv.": ".self_attn.{}_proj.",
+}
+# Of its pooled output; here no LayerNorm follows the blocks.
+MLCD_UNUSED = {"vision_model.post_layernorm.weight", "vision_model.post_layernorm.bias"}
+
+
+def is_mlcd(names: Collection[str]) -> bool:
+    return "vision_model.embeddings.class_embedding" in names
+
+
+def as_mlcd(row: Row) -> Row:
+    """The same Megatron tensor from MLCD's tensors, which keep q, k and v apart."""
+    ((name, shape),) = row.hf.items()
+    for ours, theirs in _MLCD.items():
+        name = name.replace(ours, theirs)
+    if "{}" not in name:
+        return replace(row, hf={name: shape})
+
+    def join(tensors: list["Tensor"]) -> "Tensor":
+        import torch
+
+        return row.join([torch.cat(tensors)])
+
+    def split(tensor: "Tensor") -> list["Tensor"]:
+        return list(row.split(tensor)[0].chunk(3))
+
+    return replace(row, hf={name.format(each): (shape[0] // 3, *shape[1:]) for each in "qkv"}, join=join, split=split)
 
 
 # ------------------------------------------------------------------------------------------ ways to join

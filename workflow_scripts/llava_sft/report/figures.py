@@ -1,8 +1,10 @@
-"""The figures that a report states: medians of what was measured, the best validation, the interval of an accuracy."""
+"""The figures that a report states: medians of what was measured, the best validation, scores of earlier versions too."""
 
 import math
 from statistics import median
 from typing import Any
+
+from llava_sft.evaluation.intervals import wilson_interval
 
 LOSS = "lm loss validation"
 
@@ -28,9 +30,10 @@ def best_validation(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
     )
 
 
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927) of at least one sample: what a held-out set of this size can tell."""
-    z = 1.96
-    share, unit = correct / samples, z * z / samples
-    middle, half = share + unit / 2, z * math.sqrt(share * (1 - share) / samples + unit / (4 * samples))
-    return (middle - half) / (1 + unit), (middle + half) / (1 + unit)
+def with_scores(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What evaluation.json says of all samples, or of a group, with the list of scores that earlier versions did not have."""
+    correct, samples = evaluation["correct"], evaluation["samples"]
+    if "scores" in evaluation or not samples:
+        return {"scores": []} | evaluation
+    exact = {"name": "exact", "mean": correct / samples, "interval": wilson_interval(correct, samples)}
+    return evaluation | {"scores": [exact]}

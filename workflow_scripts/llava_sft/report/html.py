@@ -19,7 +19,7 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=loader, undefined=missing, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {f.__name__: f for f in (number, percent, size, duration, picture)}
+    environment.filters |= {f.__name__: f for f in (number, percent, points, size, duration, picture)}
     return environment.get_template(template).render(values)
 
 
@@ -55,6 +55,11 @@ def number(value: Any) -> str:
 
 def percent(value: Any) -> str:
     return f"{100 * value:.1f} %" if isinstance(value, int | float) else "–"
+
+
+def points(value: Any) -> str:
+    """The difference of two shares: 0.125 → `+12.5`."""
+    return f"{100 * value:+.1f}" if isinstance(value, int | float) else "–"
 
 
 def size(value: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llava_sft.data.nv_meta import METADATASET
+from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.stored import sample_ids
 from llava_sft.errors import RunError, SftError
 from llava_sft.files import read_json, write_json
@@ -40,7 +40,7 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
             seen.update(record["samples"])
     if not seen:
         return None
-    all_ids = sample_ids(data.parent if data.name == METADATASET else data, "train")
+    all_ids = sample_ids(folder_of(data), "train")
     named: dict[str, list[str]] = {"left_out": [], "left_over": [], "repeated": []}
     times: Counter[int] = Counter()
     for ids in all_ids.values():  # one after the other: a source's weight makes epochs of its own

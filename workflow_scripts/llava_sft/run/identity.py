@@ -36,9 +36,14 @@ def identity(resolved: Resolved) -> dict[str, Any]:
             for name, value in settings.dump().items()
             if ABOUT[name].identity and (name in given or ABOUT[name].later)
         },
-        # Not the name alone, which `settings` holds: its file may have changed.
-        "model": f"{resolved.model['name']}-{fingerprint(resolved.model)}",
+        # Not the name alone, which `settings` holds: its file may have changed. Not the number of positions: no weight
+        # depends on it, and earlier versions took it from that file where now the start checkpoint says it.
+        "model": f"{resolved.model['name']}-{fingerprint(_computed(resolved.model))}",
     }
+
+
+def _computed(model: dict[str, Any]) -> dict[str, Any]:
+    return model | {"language": {k: v for k, v in model.get("language", {}).items() if k != "max_position_embeddings"}}
 
 
 def read_run(run_dir: Path, iteration: int = 0) -> Resolved:
@@ -70,11 +75,17 @@ def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
     done, train_iters = iterations_done(run_dir), resolved.settings.train_iters
     if not done:
         return
-    before, now = identity(read_run(run_dir, done)), identity(resolved)
+    run = read_run(run_dir, done)
+    before, now = identity(run), identity(resolved)
     changed = [key for key in now if before.get(key) != now[key]]
     given = [key for key in changed if key not in resolved.why] or changed  # not what follows from them
     if given:
-        differences = [f"{key}: {before.get(key)} → {now[key]}{_why_not(key)}" for key in given]
+        differences = [
+            _model_difference(run.model, resolved.model)
+            if key == "model"
+            else f"{key}: {before.get(key)} → {now[key]}{_why_not(key)}"
+            for key in given
+        ]
         tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
         raise RunError(
             f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
@@ -85,6 +96,18 @@ def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
             f"train_iters {train_iters} is below the {done} steps that {run_dir} has done",
             f"train_iters: {done} or more, or another run_tag",
         )
+
+
+def _model_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first value that differs: of the file of config/models, or the start checkpoint's own."""
+    if before.get("name") != now["name"]:
+        return f"model: {before.get('name')} → {now['name']}"
+    for side, values in _computed(before).items():
+        theirs = _computed(now).get(side)
+        if isinstance(values, dict) and isinstance(theirs, dict) and values != theirs:
+            key = next(key for key in values | theirs if values.get(key) != theirs.get(key))
+            return f"model {now['name']}: {side} {key}: {values.get(key)} → {theirs.get(key)}"
+    return f"model: another {now['name']}"
 
 
 def _why_not(key: str) -> str:

@@ -1,23 +1,16 @@
 """The files and folders of a run directory, each name spelled once. No imports of this package: everyone may import it.
 
-    run.json                            the resolved settings: which run this is
-    latest_checkpointed_iteration.txt   Megatron's tracker: the step of the newest checkpoint
-    iter_0000400/                       a checkpoint; sealed by checksums.json once it is complete
-    dataloader/iter_0000400/            beside it: each rank's position in the data, and copies of the logs
-    huggingface/                        tokenizer and config, which the export takes along
-    metrics.jsonl, validation.jsonl, events.jsonl, bad_steps.jsonl, damaged_samples.jsonl, samples/rank000.jsonl: logs
-    best.json, failure.json, sample_counts.json, tensorboard/, run_<date>_<host>.log
-
-A converted checkpoint has the tracker, `release/` and `huggingface/` too.
+Megatron's layout: the tracker, and a folder for each checkpoint. A converted checkpoint has the tracker, `release/` and
+`huggingface/` too.
 """
 
 import re
 from pathlib import Path
 
-RUN_FILE = "run.json"
-TRACKER = "latest_checkpointed_iteration.txt"
-SIDECARS = "huggingface"
-CHECKSUMS = "checksums.json"
+RUN_FILE = "run.json"  # the resolved settings: which run this is
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's: the step of the newest checkpoint
+SIDECARS = "huggingface"  # tokenizer and config, which the export takes along
+CHECKSUMS = "checksums.json"  # seals a checkpoint once it is complete
 LORA = "lora.json"  # in a checkpoint that holds what is trained alone: what stands beside which base
 VERIFIED = ".verified.json"  # files that were found whole: not read again before they change
 BEST = "best.json"

@@ -5,9 +5,8 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, field_validator
 
-from llava_sft.data.order import GlobalOrder
 from llava_sft.errors import SettingsError
 from llava_sft.machine import gpu_count
 from llava_sft.settings.conflicts import check_global_batch_size, processes_per_node
@@ -44,6 +43,12 @@ class ResolvedSettings(AllSettings):
     eval_interval: int = 0
     eval_iters: int = 0
 
+    @field_validator("recompute_language", mode="before")
+    @classmethod
+    def _selective_is_gone(cls, value: Any) -> Any:
+        """A run that began with it goes on with `full`: the same gradients, in less memory."""
+        return "full" if value == "selective" else value
+
     @property
     def on_gpu(self) -> bool:
         return self.gpus_per_node > 0
@@ -79,10 +84,6 @@ class Epoch(NamedTuple):
     buffer_size: int
     packs: list[list[int]]
     sequences: float
-
-
-def first_epoch(order: GlobalOrder, buffer_size: int) -> Epoch:
-    return Epoch(buffer_size, *order.first_pass())
 
 
 class _Auto:

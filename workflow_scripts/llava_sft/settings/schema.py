@@ -15,6 +15,7 @@ from llava_sft.model.lora import Lora
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.tensors import Part
 from llava_sft.model.trained import Trained
+from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
@@ -124,12 +125,14 @@ class Model(Section):
     model: str = setting("4b", "config/models/<model>.yaml", shown=False)
     load: str = free(
         "",
-        "CHECKPOINT_PATH: Hugging Face folder | org/name@revision on the hub | …_mcore_tp1_pp1 | an earlier run's "
-        "iter_0000400 | random. Megatron folders of the original project are converted, too",
+        "CHECKPOINT_PATH: Hugging Face folder | org/name or org/name@revision on the hub | …_mcore_tp1_pp1 | an earlier "
+        "run's iter_0000400 | random. Megatron folders of the original project are converted, too",
         shown=False,
     )
     load_parts: dict[str, str] = free(
-        {}, "parts that come from elsewhere: {vision_model: folder, language_model: folder, adapter: folder or random}"
+        {},
+        "parts that come from elsewhere: {vision_model: RICE-ViT, language_model: Qwen3, adapter: random}; each a folder or "
+        "hub id of that model, or of a whole one",
     )
     tokenizer: Path | None = free(
         None, "TOKENIZER_PATH: folder with tokenizer.json (default: that of the start checkpoint)", shown=False
@@ -224,10 +227,8 @@ class Run(Section):
         "a longer pack goes through the model in chunks of about so many tokens, cut between samples: the same "
         "gradients, and activations of one chunk. Not with pipeline parallelism",
     )
-    recompute_language: Literal["none", "selective", "full"] = free(
-        "none",
-        "recompute activations in the backward pass: none | full: less memory, slower | selective: attention alone, in "
-        "Megatron's layers, slower still",
+    recompute_language: Literal["none", "full"] = free(
+        "none", "recompute activations in the backward pass: none | full: less memory, slower"
     )
     recompute_vision: Literal["none", "full"] = free(
         "none", "none | full, for the vision tower: what a pack of many pictures wants first"
@@ -288,15 +289,6 @@ class Watching(Section):
     )
 
 
-class Evaluation(Section):
-    """evaluation on the held-out split"""
-
-    evaluate_by: str = free("kind", "the record's key that accuracy is reported by")
-    evaluate_samples: Positive | Literal["all"] = free("all", "or a number")
-    evaluate_batch_size: Positive = free(16, "questions answered at once")
-    max_new_tokens: Positive = free(32, "longest answer")
-
-
 class Export(Section):
     """export"""
 
@@ -305,6 +297,20 @@ class Export(Section):
         "the export is compared with the Megatron model before it gets its name: check | cpu | gpu | skip; check: on a "
         "GPU if there is one. Needs memory for the whole model, in float32 where it fits",
     )
+    export_names: Literal["model", "published"] = free(
+        "model",
+        "how the export spells the names of its tensors: model (model.visual.…, model.language_model.…, as transformers 5 "
+        "does) | published (visual.…, model.layers.…, for programs that look for the names of the published "
+        "checkpoints). transformers 5.0 to 5.11 would read the published ones with a random language model, which only the "
+        "code in the export's folder prevents",
+    )
+    license: str | None = free(
+        None, "of the trained model, for its model card, as the hub spells it: apache-2.0, cc-by-nc-4.0, other …"
+    )
+    base_model: str | None = free(
+        None, "org/name on the hub that the model card names as its origin (default: `load`, where that is on the hub)"
+    )
+    language: tuple[str, ...] = free((), "languages of the data, for the model card: [en, zh]")
 
 
 SECTIONS = (Where, Data, Model, LoraSettings, Batches, Optimizer, Run, Watching, Evaluation, Export)

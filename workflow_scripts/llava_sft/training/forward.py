@@ -21,16 +21,15 @@ from llava_sft.model.lora_dropout import begin_pass
 from llava_sft.settings.resolve import ResolvedSettings
 
 
-def build_model(model: ModelConfig, values: ResolvedSettings) -> LlavaOneVision:
-    """This rank's share of the model, with random weights; what is not trained is frozen."""
+def build_model(model: ModelConfig, values: ResolvedSettings, random_weights: bool = True) -> LlavaOneVision:
+    """This rank's share of the model, what is not trained frozen; not `random_weights`: without any yet."""
     config = transformer_config(model, values)
+    config.perform_initialization = random_weights
     last = parallel_state.is_pipeline_last_stage()
     built = LlavaOneVision(
         config,
         model,
-        vocab_size=model.language.vocab_size,
         max_sequence_length=values.seq_length,
-        transformer_impl=config.transformer_impl,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last,

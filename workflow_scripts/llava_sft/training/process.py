@@ -39,8 +39,7 @@ from llava_sft.settings.resolved import Resolved, ResolvedData  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
-from llava_sft.training.position import note_damaged, restore_position  # noqa: E402
-from llava_sft.training.saving import Saves  # noqa: E402
+from llava_sft.training.saving import Saves, note_damaged, restore_position  # noqa: E402
 from llava_sft.training.validation import HeldOut  # noqa: E402
 from llava_sft.training.watch import Watch  # noqa: E402
 
@@ -77,8 +76,8 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
         restore_position(loader, run_dir, first)
     writes = torch.distributed.get_rank() == world_size - 1
     tensorboard = SummaryWriter(run_dir / TENSORBOARD, max_queue=1000) if writes else None
-    peak = peak_flops(device)
-    peak = peak and peak * world_size // replicas
+    gpu = None if ON_CPU else known_gpu(torch.cuda.get_device_name(device))
+    peak = PEAK_FLOPS[gpu] * world_size // replicas if gpu else None
     watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
     saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch, start)
     held_out = None
@@ -116,11 +115,6 @@ def meeting_place() -> torch.distributed.Store | None:
     """A file where all processes are of this machine: torch's default listens on every network, without a password."""
     path = os.environ.get(STORE)
     return torch.distributed.FileStore(path, int(os.environ["WORLD_SIZE"])) if path else None
-
-
-def peak_flops(device: torch.device) -> float | None:
-    name = None if ON_CPU else known_gpu(torch.cuda.get_device_name(device))
-    return PEAK_FLOPS[name] if name else None
 
 
 def explain(error: BaseException, resolved: Resolved, run_dir: Path, loop: Loop | None) -> SftError | None:

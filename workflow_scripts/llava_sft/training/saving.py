@@ -1,20 +1,26 @@
-"""When a training saves: is there room, is the one before whole, what is noted, and which may go."""
+"""When a training saves: is there room, is the one before whole, what is noted, and which may go; and its position in the
+data, kept with a checkpoint and restored with it."""
 
+import pickle
 import threading
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from llava_sft.checkpoint.adapters import note_base
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.stream import TrainingLoader
+from llava_sft.errors import RunError
 from llava_sft.files import write_text
 from llava_sft.megatron.checkpoint import Checkpoints
 from llava_sft.run.checkpoints import check_disk, checkpoint_bytes, prune, seal
-from llava_sft.run.layout import TRACKER, checkpoint_dir, checkpoints
+from llava_sft.run.layout import DAMAGED_SAMPLES, TRACKER, checkpoint_dir, checkpoints, data_dir
+from llava_sft.run.records import append
 from llava_sft.settings.resolve import ResolvedSettings
-from llava_sft.training.position import save_position
 from llava_sft.training.watch import Watch
+
+KEY = "dataloader_state_dict"  # Megatron's, of the position in the data
 
 
 class Saves:
@@ -67,3 +73,41 @@ class Saves:
     def _seal(self, iteration: int) -> None:
         seal(self.run_dir, iteration)
         prune(self.run_dir, self.values.keep_last, self.values.keep_every)
+
+
+# ---------------------------------------------------------------------------------------- position in the data
+
+
+def position_file(run_dir: Path, iteration: int) -> Path:
+    """Where this data-parallel rank's position lies, in a folder that Megatron would name so."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    folder = "mp_rank_00_000" if stages > 1 else "mp_rank_00"
+    rank = parallel_state.get_data_parallel_rank()
+    return data_dir(run_dir, iteration) / folder / f"train_dataloader_dprank{rank:03d}.pt"
+
+
+def save_position(loader: TrainingLoader, run_dir: Path, iteration: int) -> None:
+    """Of the ranks that share their samples the first writes."""
+    if parallel_state.is_pipeline_first_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+        path = position_file(run_dir, iteration)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({KEY: loader.save_state()}, path)
+
+
+def restore_position(loader: TrainingLoader, run_dir: Path, iteration: int) -> None:
+    """Errors: RunError when the file is damaged, or of an earlier version, which drew the samples in another order."""
+    path = position_file(run_dir, iteration)
+    try:
+        loader.restore(torch.load(path, weights_only=True)[KEY])
+    except (pickle.UnpicklingError, ValueError, KeyError, EOFError, RuntimeError) as error:
+        raise RunError(
+            f"{path}: no position in the data that this version can go on from ({type(error).__name__}): the file is "
+            "damaged, or of a run that an earlier version began, which drew the samples in another order",
+            f"start another run from its weights: --config run_tag=next load={checkpoint_dir(run_dir, iteration)}",
+        ) from None
+    print(f"data position restored from {path}")
+
+
+def note_damaged(run_dir: Path, number: str, fault: str) -> None:
+    print(f"left out: {fault}", flush=True)
+    append(run_dir / DAMAGED_SAMPLES, {"number": int(number), "fault": fault})

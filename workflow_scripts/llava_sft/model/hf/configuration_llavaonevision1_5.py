@@ -1,10 +1,27 @@
-"""Configuration of LLaVA-OneVision-1.5 for transformers 5: RICE-ViT, a 2x2 merger, Qwen3.
+"""Configuration of LLaVA-OneVision-1.5 for transformers 4.57 and newer: RICE-ViT, a 2x2 merger, Qwen3.
 
 The defaults are those of the published configuration classes (the 4B model), because a saved config.json leaves out
 every key that equals its default.
 """
 
-from transformers import PreTrainedConfig, Qwen3Config
+import transformers
+from packaging.version import Version
+
+NEEDED_TRANSFORMERS = "4.57"
+
+
+def check_transformers() -> None:
+    """Raise ImportError, with what to do, where transformers is too old; before a name that it lacks is imported."""
+    if Version(transformers.__version__) < Version(NEEDED_TRANSFORMERS):
+        raise ImportError(
+            f"LLaVA-OneVision-1.5 needs transformers {NEEDED_TRANSFORMERS} or newer, and {transformers.__version__} is "
+            "installed: pip install --upgrade transformers"
+        )
+
+
+check_transformers()
+
+from transformers import PretrainedConfig, Qwen3Config  # 5 says PreTrainedConfig, and knows this name too
 
 _TEXT_DEFAULTS = {
     "vocab_size": 151936,
@@ -15,13 +32,14 @@ _TEXT_DEFAULTS = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "max_position_embeddings": 262144,
+    "max_window_layers": 36,
     "rms_norm_eps": 1e-6,
     "rope_theta": 5e6,
     "tie_word_embeddings": False,
 }
 
 
-class RiceConfig(PreTrainedConfig):
+class RiceConfig(PretrainedConfig):
     """The vision tower and its merger. `hidden_size` is the tower's width, `text_hidden_size` what the merger puts out."""
 
     model_type = "rice_vit"
@@ -75,7 +93,7 @@ class LLaVAOneVision1_5_TextConfig(Qwen3Config):
         super().__init__(**{**_TEXT_DEFAULTS, **kwargs})
 
 
-class Llavaonevision1_5Config(PreTrainedConfig):
+class Llavaonevision1_5Config(PretrainedConfig):
     """The whole model. The token ids are those of the tokenizer in the same folder."""
 
     model_type = "llavaonevision1_5"
@@ -108,8 +126,16 @@ class Llavaonevision1_5Config(PreTrainedConfig):
         self.video_token_id = video_token_id
         self.vision_start_token_id = vision_start_token_id
         self.vision_end_token_id = vision_end_token_id
-        self.tie_word_embeddings = False
-        super().__init__(**kwargs)
+        super().__init__(tie_word_embeddings=False, **kwargs)
+
+    # Programs written for the flat configurations of language models look for both here.
+    @property
+    def vocab_size(self):
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self):
+        return self.text_config.hidden_size
 
 
 __all__ = ["LLaVAOneVision1_5_TextConfig", "Llavaonevision1_5Config", "RiceConfig"]

@@ -1,65 +1,27 @@
-"""LLaVA-OneVision-1.5 for transformers 5: RICE-ViT and a 2x2 merger feeding Qwen3.
+"""LLaVA-OneVision-1.5 for transformers 4.57 and newer: RICE-ViT and a 2x2 merger feeding Qwen3.
 
 Notable here:
-- Qwen3 and the vision attention and MLP are the stock ones; what is written out is only what the stock parts lack:
-  the class token of each image with its learned rotary angle, and the order of patches by merge blocks.
+- Qwen3 is the stock one, under the published names, by which other programs find, wrap and split the model.
 - Right for any number of images: no image attends to another, and each one's class token is dropped at its own place.
 - Loads both spellings found on disk (`visual.…`, `model.layers.…` and `model.visual.…`, `model.language_model.…`);
-  `save_pretrained` writes the spelling that the model was loaded from.
+  `save_pretrained` of transformers 5 writes the spelling that the model was loaded from.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from .configuration_llavaonevision1_5 import Llavaonevision1_5Config  # isort: skip  first: it checks the version
+
 from transformers import PreTrainedModel, Qwen3Model
-from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger, VisionAttention, VisionMlp
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.utils.generic import can_return_tuple
 
-from .configuration_llavaonevision1_5 import Llavaonevision1_5Config, RiceConfig
+from .vision_llavaonevision1_5 import RiceTransformerPretrainedModel
 
-
-class RicePatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, on patches that are already cut: one matrix product."""
-
-    def __init__(self, config: RiceConfig):
-        super().__init__()
-        kernel = (config.patch_size, config.patch_size)
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel, bias=False)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        weight = self.proj.weight.flatten(1)  # [hidden, channels * patch * patch]
-        return F.linear(pixel_values.to(weight.dtype), weight)  # [patches, hidden]
-
-
-class RicePatchMerger(PatchMerger):
-    def __init__(self, config: RiceConfig):
-        super().__init__(config.text_hidden_size, config.hidden_size, config.spatial_merge_size)
-        self.ln_q = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the stock one fixes another eps
-
-
-class RiceBlock(GradientCheckpointingLayer):
-    def __init__(self, config: RiceConfig):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attn = VisionAttention(config)
-        self.mlp = VisionMlp(config.hidden_size, config.intermediate_size, config.hidden_act)
-
-    # cos and sin are arguments of their own: reentrant checkpointing finds no gradient inside a tuple.
-    def forward(self, hidden_states, cu_seqlens, max_seqlen, cos, sin):
-        hidden_states = hidden_states + self.attn(
-            self.norm1(hidden_states),
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            position_embeddings=(cos, sin),
-        )
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+# As older checkpoints, the published ones among them, spell the names → as the modules here do.
+_PUBLISHED_NAMES = {"^visual": "model.visual", r"^model(?!\.(language_model|visual))": "model.language_model"}
 
 
 class LLaVAOneVision1_5_PreTrainedModel(PreTrainedModel):
@@ -68,112 +30,49 @@ class LLaVAOneVision1_5_PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RiceBlock", "Qwen3DecoderLayer"]
+    _no_split_modules = ["RiceBlock", "LLaVAOneVision1_5_DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, RiceVisionModel):
-            init.normal_(module.class_embedding, std=module.config.hidden_size**-0.5)
-            init.normal_(module.class_pos_emb)
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', for both spellings of the names, and never with weights that are left random.
 
+        transformers has mappings of its own for names, but before 5.12 not for code that comes with a checkpoint: the
+        language model would be random, and only a report of missing weights would say so.
 
-class RiceVisionModel(LLaVAOneVision1_5_PreTrainedModel):
-    """RICE-ViT (region-aware cluster ViT, Xie et al. 2025) as used in LLaVA-OneVision-1.5, merger included."""
-
-    config: RiceConfig
-    config_class = RiceConfig  # type: ignore[assignment]
-    main_input_name = "pixel_values"
-
-    def __init__(self, config: RiceConfig):
-        super().__init__(config)
-        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.class_pos_emb = nn.Parameter(torch.empty(1, config.hidden_size // config.num_heads // 2))
-        self.patch_embed = RicePatchEmbed(config)
-        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.blocks = nn.ModuleList([RiceBlock(config) for _ in range(config.depth)])
-        self.merger = RicePatchMerger(config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Encode images, each on its own.
-
-        Args:
-            pixel_values: [patches, channels * patch_size * patch_size], all images one after the other, the patches of
-                an image ordered by merge block (block row, block column, row in block, column in block).
-            image_grid_thw: [images, 3], per image (1, rows, columns) in patches.
-
-        Returns:
-            `last_hidden_state` [patches, hidden] after the blocks, `pooler_output` [patches / merge^2, text hidden].
+        Raises ValueError when a weight is missing, unless `output_loading_info` is asked for.
         """
-        num_patches, num_images = pixel_values.shape[0], image_grid_thw.shape[0]
-        lengths = self._check_grid(image_grid_thw, num_patches)  # list of patches per image, on the CPU
-        device = pixel_values.device
-        counts = torch.tensor(lengths, device=device)  # [images]
-        image_index = torch.arange(num_images, device=device)
-        image_of_patch = image_index.repeat_interleave(counts, output_size=num_patches)  # [patches]
+        asked = kwargs.pop("output_loading_info", False)
+        kwargs = {"key_mapping": _PUBLISHED_NAMES, **kwargs, "output_loading_info": True}
+        model, info = super().from_pretrained(*args, **kwargs)
+        if info["missing_keys"] and not asked:
+            first, *others = sorted(info["missing_keys"])
+            more = f" and {len(others)} more" if others else ""
+            raise ValueError(f"missing in the checkpoint, and would be left random: {first}{more}")
+        return (model, info) if asked else model
 
-        # Each image is its class token followed by its patches; the slots say where each row goes.
-        class_slots = counts.cumsum(0) - counts + image_index  # [images]
-        patch_slots = torch.arange(num_patches, device=device) + image_of_patch + 1  # [patches]
-        slots = torch.cat([patch_slots, class_slots])
 
-        def with_class_rows(patch_rows, class_row):
-            rows = torch.cat([patch_rows, class_row.to(patch_rows.dtype).expand(num_images, -1)])
-            return torch.zeros_like(rows).index_copy(0, slots, rows)  # [patches + images, …]
+class LLaVAOneVision1_5_DecoderLayer(Qwen3DecoderLayer):
+    """Qwen3's, under the name by which other programs wrap and split the model."""
 
-        hidden_states = with_class_rows(self.patch_embed(pixel_values), self.class_embedding)
-        hidden_states = self.pre_layernorm(hidden_states)
-        angles = self._patch_angles(image_grid_thw.to(device), counts, image_of_patch)
-        angles = with_class_rows(angles, self.class_pos_emb)  # [patches + images, head_dim / 2], fp32
-        angles = torch.cat([angles, angles], dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        cu_seqlens = F.pad((counts + 1).cumsum(0, dtype=torch.int32), (1, 0))  # [images + 1]
-        # Only the flash kernels want it; elsewhere the attention splits by image.
-        max_seqlen = max(lengths) + 1 if is_flash_attention_requested(self.config) else None
 
-        for block in self.blocks:
-            hidden_states = block(hidden_states, cu_seqlens, max_seqlen, cos, sin)
+class LLaVAOneVision1_5_TextModel(Qwen3Model):
+    _no_split_modules = ["LLaVAOneVision1_5_DecoderLayer"]
 
-        hidden_states = hidden_states[patch_slots]  # [patches, hidden]
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.merger(hidden_states))
-
-    def _check_grid(self, image_grid_thw, num_patches) -> list[int]:
-        merge = self.config.spatial_merge_size
-        grid = image_grid_thw.tolist()
-        for t, h, w in grid:
-            if t != 1 or h % merge or w % merge:
-                raise ValueError(f"image_grid_thw {[t, h, w]}: want [1, rows, columns], both multiples of {merge}")
-        lengths = [h * w for _, h, w in grid]
-        if sum(lengths) != num_patches:
-            raise ValueError(f"image_grid_thw describes {sum(lengths)} patches, pixel_values has {num_patches}")
-        return lengths
-
-    def _patch_angles(self, image_grid_thw, counts, image_of_patch) -> torch.Tensor:
-        """2-D RoPE angles, row frequencies then column frequencies: [patches, head_dim / 2], fp32."""
-        merge = self.config.spatial_merge_size
-        starts = counts.cumsum(0) - counts  # [images]
-        index = torch.arange(image_of_patch.shape[0], device=counts.device) - starts[image_of_patch]
-        block, inside = index // merge**2, index % merge**2
-        blocks_per_row = (image_grid_thw[:, 2] // merge)[image_of_patch]
-        row = block // blocks_per_row * merge + inside // merge  # [patches]
-        column = block % blocks_per_row * merge + inside % merge
-        half = self.config.hidden_size // self.config.num_heads // 2
-        exponent = torch.arange(0, half, 2, device=counts.device, dtype=torch.float32) / half
-        frequencies = self.config.rope_theta**-exponent  # [head_dim / 4]
-        return torch.cat([row[:, None] * frequencies, column[:, None] * frequencies], dim=-1)
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:  # built anew, they would take their memory and random numbers twice
+            layer.__class__ = LLaVAOneVision1_5_DecoderLayer
 
 
 class LLaVAOneVision1_5_Model(LLaVAOneVision1_5_PreTrainedModel):
     def __init__(self, config: Llavaonevision1_5Config):
         super().__init__(config)
-        self.visual = RiceVisionModel(config.vision_config)
-        self.language_model = Qwen3Model(config.text_config)
+        self.visual = RiceTransformerPretrainedModel(config.vision_config)
+        self.language_model = LLaVAOneVision1_5_TextModel(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -185,7 +84,7 @@ class LLaVAOneVision1_5_Model(LLaVAOneVision1_5_PreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """As `RiceVisionModel.forward`, with `pooler_output` a tuple of [tokens of the image, text hidden]."""
+        """As `RiceTransformerPretrainedModel.forward`, with `pooler_output` a tuple of [tokens of the image, text hidden]."""
         outputs = self.visual(pixel_values, image_grid_thw)
         tokens = image_grid_thw.prod(-1) // self.visual.config.spatial_merge_size**2
         outputs.pooler_output = outputs.pooler_output.split(tokens.tolist())
@@ -211,11 +110,12 @@ class LLaVAOneVision1_5_Model(LLaVAOneVision1_5_PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        images = (mm_encoder_outputs or {}).get("image")
-        if images is None and pixel_values is not None:
-            images = self.get_image_features(pixel_values, image_grid_thw)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         prefill = cache is None or cache.get_seq_length() == 0
+        images = (mm_encoder_outputs or {}).get("image")
+        # `generate` of older versions passes the pixels on with every token that it has made.
+        if images is None and pixel_values is not None and (prefill or inputs_embeds.shape[1] > 1):
+            images = self.get_image_features(pixel_values, image_grid_thw)
         if images is not None or (input_ids is not None and prefill):
             inputs_embeds = self._place_images(input_ids, inputs_embeds, images)
         return self.language_model(
@@ -255,6 +155,49 @@ class LLaVAOneVision1_5_ForConditionalGeneration(LLaVAOneVision1_5_PreTrainedMod
     def set_output_embeddings(self, value):
         self.lm_head = value
 
+    @property
+    def visual(self):
+        return self.model.visual
+
+    @property
+    def language_model(self):
+        return self.model.language_model
+
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """As `LLaVAOneVision1_5_Model.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Each beam, and each of several answers, sees all images of its question in their order.
+
+        transformers before 5.18 would repeat single patches, and some later versions single images.
+        """
+        names = ("pixel_values", "image_grid_thw", "mm_encoder_outputs")
+        given = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+        if expand_size > 1 and (encoded := given.get("mm_encoder_outputs", {}).get("image")) is not None:
+            features = encoded.pooler_output
+            order = self._order_of_copies(input_ids, expand_size, [len(f) for f in features])
+            encoded.pooler_output = tuple(features[image] for image in order)
+        elif expand_size > 1 and "pixel_values" in given:
+            grid = given["image_grid_thw"]
+            patches = grid.prod(-1).tolist()
+            merged = self.config.vision_config.spatial_merge_size**2
+            order = self._order_of_copies(input_ids, expand_size, [n // merged for n in patches])
+            pieces = given["pixel_values"].split(patches)
+            given |= {"pixel_values": torch.cat([pieces[image] for image in order]), "image_grid_thw": grid[order]}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | given
+
+    def _order_of_copies(self, input_ids, copies: int, tokens: list[int]) -> list[int]:
+        """Indices of the images, with all of a question's for each of its copies; `tokens` of each image."""
+        order, image = [], 0
+        for rest in (input_ids == self.config.image_token_id).sum(-1).tolist():
+            first = image
+            while rest > 0 and image < len(tokens):
+                rest, image = rest - tokens[image], image + 1
+            order += list(range(first, image)) * copies
+        return order
+
     @can_return_tuple
     def forward(
         self,
@@ -275,7 +218,7 @@ class LLaVAOneVision1_5_ForConditionalGeneration(LLaVAOneVision1_5_PreTrainedMod
         Args:
             input_ids: [batch, sequence], one image token per feature of each image, images in order of appearance.
             attention_mask: [batch, sequence], 0 on padding, which may stand on either side.
-            pixel_values, image_grid_thw: the images of the whole batch, see `RiceVisionModel.forward`.
+            pixel_values, image_grid_thw: the images of the whole batch, see `RiceTransformerPretrainedModel.forward`.
             labels: [batch, sequence], not shifted.
             logits_to_keep: how many of the last positions get logits (0: all), or their indices.
 
@@ -302,14 +245,8 @@ class LLaVAOneVision1_5_ForConditionalGeneration(LLaVAOneVision1_5_PreTrainedMod
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
-# transformers ignores a mapping on the class of remote code, but takes one registered for its name.
-register_checkpoint_conversion_mapping(
+__all__ = [
     "LLaVAOneVision1_5_ForConditionalGeneration",
-    [
-        WeightRenaming(r"^visual\.", "model.visual."),
-        WeightRenaming(r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
-    ],
-    overwrite=True,
-)
-
-__all__ = ["LLaVAOneVision1_5_ForConditionalGeneration", "LLaVAOneVision1_5_Model", "RiceVisionModel"]
+    "LLaVAOneVision1_5_Model",
+    "RiceTransformerPretrainedModel",
+]

@@ -1,0 +1,121 @@
+"""What a user names to talk to → a Hugging Face folder that transformers can load.
+
+Notable:
+- an export is loaded as it is, once its files are those that were written;
+- the weights of any other Hugging Face folder are read with this project's code and side files: nothing in it is executed;
+- a Megatron checkpoint is exported first; the export stays beside its run, and is made only once.
+"""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_sft.checkpoint.hub import fetch
+from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, read_hf_config
+from llava_sft.checkpoint.verify import MARKER, require_whole
+from llava_sft.errors import CheckpointError, DamagedFileError
+from llava_sft.files import read_json
+from llava_sft.model.export_files import image_limits, write_hf_sidecars
+from llava_sft.model.hf_config import model_of_config
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
+from llava_sft.model.tensors import check_tensors, hf_shapes
+from llava_sft.run.layout import SIDECARS
+
+CHOICES = (
+    "an export, a run's folder or its results, an iter_0000400 folder, a Hugging Face folder, or org/name on the hub"
+)
+RESULTS, EXPORTS = "_results", "_exports"  # what follows the name of a run's folder
+
+
+def find_model(name: str) -> Path:
+    """The Hugging Face folder that `name` stands for; a Megatron checkpoint is exported for it, which is said.
+
+    Errors: CheckpointError where there is no such model.
+    """
+    folder = Path(name)
+    if Checkpoint.of(name).kind == "hub":
+        found, notes = fetch(name)
+        print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+        return found
+    if not folder.is_dir():
+        raise CheckpointError(f"{name}: no such folder", CHOICES)
+    if export := next((path for path in (folder, folder / SIDECARS) if is_export(path)), None):
+        return export
+    if folder.name.endswith(RESULTS):  # of a run that is not exported yet
+        folder = folder.with_name(folder.name.removesuffix(RESULTS))
+    checkpoint = Checkpoint.of(folder)
+    if checkpoint.kind == "legacy":
+        raise CheckpointError(
+            f"{folder}: a checkpoint of the original project, which keeps no tokenizer beside it",
+            f"convert_checkpoint.py hf2mcore {folder} FOLDER --sidecars HUGGING_FACE_FOLDER, then name that FOLDER",
+        )
+    if checkpoint.kind == "huggingface":
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: neither a model nor a run", CHOICES)
+        return folder
+    return exported(existing_checkpoint(folder))
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / MARKER).is_file() and (folder / "config.json").is_file()
+
+
+def exported(checkpoint: Path) -> Path:
+    """The export of one checkpoint folder of a run: the run's own, if it is of that checkpoint, else one made for this."""
+    run = checkpoint.parent
+    of_run = run.with_name(f"{run.name}{RESULTS}") / SIDECARS
+    with contextlib.suppress(DamagedFileError, KeyError, TypeError):
+        same = is_export(of_run) and Path(read_json(of_run / MARKER)["source"]).parts[-2:] == checkpoint.parts[-2:]
+        if same and (of_run / MARKER).stat().st_mtime >= (checkpoint / ".metadata").stat().st_mtime:
+            return of_run
+    target = run.with_name(f"{run.name}{EXPORTS}") / checkpoint.name
+    state = "looking at" if is_export(target) else "exporting it to"
+    print(f"{checkpoint}: a Megatron checkpoint: {state} {target}", file=sys.stderr, flush=True)
+    script = Path(__file__).parents[2] / "convert_checkpoint.py"
+    # A process of its own: the memory that Megatron takes goes with it.
+    done = subprocess.run([sys.executable, script, "mcore2hf", checkpoint, target], stdout=sys.stderr)
+    if done.returncode:
+        raise SystemExit(1)  # it has said why
+    return target
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[Path]:
+    """`folder` itself if it is a whole export; for another Hugging Face folder one with links to its weights, beside which
+    the code, chat template and settings are this project's.
+
+    Errors: CheckpointError for weights that are missing, damaged, or not of this model.
+    """
+    if is_export(folder):
+        require_whole(folder)
+        yield folder
+        return
+    from llava_sft.checkpoint.hf_folder import weight_files
+    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header
+
+    config = read_hf_config(folder)
+    try:
+        model = model_of_config(config, folder.name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error.problem}", error.fix) from None
+    reader = SafetensorsReader(folder)
+    wanted = hf_shapes(model)
+    check_tensors({name: reader.shape(name) for name in reader.names()}, wanted, folder)
+    # transformers makes random weights of those that it does not find: it knows these two spellings.
+    stored = {name for path in weight_files(folder) for name in read_header(path)}
+    if not (wanted.keys() <= stored or set(map(old_name, wanted)) <= stored):
+        raise CheckpointError(
+            f"{folder}: its tensors are named in another way than LLaVA-OneVision-1.5's",
+            f"convert it: convert_checkpoint.py hf2mcore {folder} {folder}_mcore_tp1_pp1, and name that folder",
+        )
+    dtype = str(reader.dtype(next(iter(wanted)))).removeprefix("torch.")
+    with tempfile.TemporaryDirectory(prefix="chat-") as temporary:
+        view = Path(temporary) / "model"  # transformers keeps a copy of the code by this name: always the same one
+        view.mkdir()
+        write_hf_sidecars(view, folder, model, *(image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)), dtype)
+        for path in folder.glob("*.safetensors*"):
+            (view / path.name).symlink_to(path.resolve())
+        yield view

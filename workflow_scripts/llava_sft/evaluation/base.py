@@ -1,0 +1,75 @@
+"""The model that a trained one is compared with: the start checkpoint of its run, exported for the time of the evaluation."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from llava_sft.checkpoint.verify import MARKER
+from llava_sft.checkpoint.verify import require_whole as require_whole_export
+from llava_sft.errors import CheckpointError, RunError
+from llava_sft.evaluation.answers import Model
+from llava_sft.files import fingerprint, read_object
+from llava_sft.model.config import ModelConfig
+from llava_sft.run.layout import RUN_FILE
+from llava_sft.settings.resolved import Resolved
+
+
+def exported(folder: Path) -> Model:
+    """A folder that convert_checkpoint.py wrote. Errors: CheckpointError where it is none, or damaged."""
+    if not (folder / MARKER).is_file():
+        raise RunError(f"{folder / MARKER}: no such file", "name an export of convert_checkpoint.py")
+    require_whole_export(folder)
+    depends = read_object(folder / MARKER).get("depends")
+    if not isinstance(depends, str):
+        raise CheckpointError(
+            f"{folder / MARKER}: has no depends", f"delete {folder} and run the same command: it is exported again"
+        )
+    return Model(str(folder), depends, lambda: nullcontext(folder))
+
+
+def start_of(run_dir: Path, scratch: Path) -> Model:
+    """What the run started from; `scratch`: a folder that its weights find room in.
+
+    Errors: RunError, CheckpointError where there is none any more; its problem says so.
+    """
+    if not (run_dir / RUN_FILE).is_file():
+        raise RunError(f"{run_dir / RUN_FILE}: no such file", "name a run directory")
+    resolved = Resolved.read(run_dir / RUN_FILE)
+    start, settings = resolved.start, resolved.settings
+    if start.folder is None:
+        raise RunError("training started from random weights: there is nothing to compare with")
+    if not start.folder.is_dir():
+        raise RunError(f"the start checkpoint is no longer there: {start.folder}")
+    limits = settings.min_pixels, settings.max_pixels
+    depends = fingerprint([start.fingerprint, resolved.model, limits])
+    return Model(
+        f"start checkpoint ({start.load})",
+        depends,
+        partial(_exported_start, resolved, scratch / f"start.{os.getpid()}"),
+    )
+
+
+@contextmanager
+def _exported_start(resolved: Resolved, folder: Path) -> Iterator[Path]:
+    from llava_sft.checkpoint.convert import mcore2hf
+
+    start, settings = resolved.start, resolved.settings
+    assert start.folder, "start_of has looked"
+    for leftover in folder.parent.glob("start.*"):  # of an evaluation that was killed: as large as the checkpoint
+        if not os.path.exists(f"/proc/{leftover.suffix[1:]}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        mcore2hf(
+            start.folder,
+            folder,
+            start.sidecars,
+            ModelConfig(**resolved.model),
+            settings.min_pixels,
+            settings.max_pixels,
+        )
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,98 @@
+"""The samples that are asked: a split of a WebDataset folder, or records as they are, of any format that is converted."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from llava_sft.data.formats import FORMATS, format_of
+from llava_sft.data.image_checks import ImageRoot, check_image
+from llava_sft.data.index import leak_note
+from llava_sft.data.nv_meta import NV_META, source_folders
+from llava_sft.data.records import Sample, parse_json, parse_record
+from llava_sft.data.rejects import Rejected
+from llava_sft.data.stored import read_split
+from llava_sft.data.verify import require_whole
+from llava_sft.errors import DamagedFileError, DataError
+from llava_sft.files import file_fingerprint, fingerprint, read_json
+
+
+class Questions(NamedTuple):
+    """Samples to ask; `fingerprint` stands for the content, `leak` says how many of them are trained on, if any."""
+
+    samples: list[Sample[bytes]]
+    split: str
+    fingerprint: str
+    leak: str = ""
+
+
+def read_questions(
+    data: Path, dataset: Path | None, split: str, limit: int | None, image_root: Path | None
+) -> Questions:
+    """The first `limit` samples of a folder's split, or of a raw file.
+
+    Args:
+        dataset: dataset.json of the folder; by default that beside it, if there is one. Its files are compared with it.
+        image_root: of a raw file; by default the folder that it lies in.
+
+    Errors: DataError for data that is missing, damaged, or holds a record that cannot be read.
+    """
+    if data.is_file():
+        return _raw(data, image_root or data.parent, limit)
+    if not data.is_dir():
+        raise DataError(f"{data}: no such file or folder", "a webdatasets folder, or a JSONL, JSON or Parquet file")
+    dataset = dataset or next((path for path in [data.parent / "dataset.json"] if path.is_file()), None)
+    leak = ""
+    if dataset:
+        require_whole(data, dataset)
+        content = read_json(dataset)
+        if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
+            raise DamagedFileError(
+                f"{dataset}: has no fingerprint", "delete it and run the same command: it is made again"
+            )
+        stamp, leak = content["fingerprint"], leak_note(content) or ""
+    else:
+        stamp = _fingerprint(data)
+    return Questions(list(islice(read_split(data, split), limit)), split, fingerprint([stamp, split, limit]), leak)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a folder without dataset.json: its index, and sizes and times of its tars."""
+    if not list(folder.glob(f"**/{NV_META}")):
+        raise DataError(f"{folder}: not indexed", f"python workflow_scripts/index_webdataset.py {folder}")
+    found: list[object] = []
+    for source in source_folders(folder):
+        found += [
+            file_fingerprint(path) for path in sorted((source / NV_META).glob("*")) if path.suffix in (".yaml", ".json")
+        ]
+        found += [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(source.glob("*.tar"))]
+    return fingerprint(found)
+
+
+def _raw(path: Path, image_root: Path, limit: int | None) -> Questions:
+    digest = xxhash.xxh3_128()
+    return Questions(
+        list(islice(_records(path, image_root, digest), limit)), "all", fingerprint([digest.hexdigest(), limit])
+    )
+
+
+def _records(path: Path, image_root: Path, digest: xxhash.xxh3_128) -> Iterator[Sample[bytes]]:
+    images = ImageRoot(image_root)
+    with open(path, "rb") as file:
+        for line in FORMATS[format_of(path)].read(file, 0, path.stat().st_size, digest.update):
+            try:
+                if (record := parse_json(line)) is None:
+                    continue
+                sample = parse_record(record)
+                pictures = [image if isinstance(image, bytes) else images.read(image) for image in sample.images]
+                for picture in pictures:
+                    digest.update(f"{check_image(picture)}{len(picture)}".encode())
+                    digest.update(picture)
+            except Rejected as rejected:
+                raise DataError(
+                    f"{path}: {line.word} {line.number:,}: {rejected}",
+                    "mend or remove that record: all of a test set counts",
+                ) from None
+            yield sample._replace(id=sample.id or f"{line.word} {line.number}").with_images(pictures)

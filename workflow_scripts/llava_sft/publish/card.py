@@ -1,0 +1,154 @@
+"""The model card of an export: README.md, with the metadata that the Hugging Face hub reads at its top.
+
+Notable: it says what the run's own files say, and no path of this machine. It is no part of what the export's checksums
+cover, because it is written again when scores are known; a card that somebody has edited is left as it is.
+"""
+
+import contextlib
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from llava_sft.checkpoint.start import Start
+from llava_sft.checkpoint.verify import MARKER
+from llava_sft.data.index import leak_note
+from llava_sft.data.nv_meta import read_meta
+from llava_sft.errors import DamagedFileError, DataError, SftError
+from llava_sft.files import read_json, read_object, write_text
+from llava_sft.model.export_files import image_limits
+from llava_sft.report.figures import with_scores
+from llava_sft.report.html import number, percent, points
+from llava_sft.run.layout import ITERATION, RUN_FILE
+from llava_sft.settings.resolved import Resolved
+
+CARD = "README.md"
+SEAL = re.compile(r"\n<!-- card ([0-9a-f]{16}): an edited card is never overwritten -->\n$")
+SETTINGS = (
+    "stage", "trainable_modules", "train_iters", "epochs", "global_batch_size", "seq_length", "packing", "lr", "min_lr",
+    "lr_vision", "lr_adapter", "lr_decay_style", "lr_warmup_fraction", "weight_decay", "bf16", "fp8", "min_pixels",
+    "max_pixels", "seed",
+)  # fmt: skip
+MOST_KINDS = 20
+
+
+def write_card(export: Path, model_id: str = "") -> bool:
+    """Write README.md into an export, unless somebody has edited the one that is there; returns whether it was written.
+
+    Args:
+        model_id: org/name on the hub; where it is not known yet, the name of the run stands for it.
+
+    Errors: DamagedFileError, CheckpointError for a damaged file of the run.
+    """
+    path = export / CARD
+    if path.is_file() and not is_ours(path.read_text(errors="replace")):
+        print(f"{path}: edited, and left as it is")
+        return False
+    text = render(export, model_id)
+    write_text(path, f"{text}\n<!-- card {_digest(text)}: an edited card is never overwritten -->\n")
+    return True
+
+
+def is_ours(text: str) -> bool:
+    found = SEAL.search(text)
+    return found is not None and found[1] == _digest(text[: found.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def render(export: Path, model_id: str) -> str:
+    """The card's text: metadata, then Markdown."""
+    marker, results = read_object(export / MARKER), export.parent
+    run_dir = Path(str(marker.get("source"))).parent
+    run = newest_settings(results / "resolved.json", run_dir / RUN_FILE)
+    base = (run and run.settings.base_model) or (run and base_model(run.start))
+    started = Path(run.start.load.partition("@")[0]).name if run else "a checkpoint that is not recorded"
+    metadata = {
+        "license": run and run.settings.license,
+        "language": run and list(run.settings.language),
+        "base_model": base,
+        "base_model_relation": base and "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava-onevision-1.5"],
+    }
+    head = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False, allow_unicode=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, undefined=jinja2.ChainableUndefined
+    )
+    environment.filters |= {each.__name__: each for each in (number, percent, points, cell, with_scores)}
+    body = environment.get_template("card.md.j2").render(
+        title=model_id.rpartition("/")[2] or run_dir.name,
+        model_id=model_id or run_dir.name,
+        marker=marker,
+        start=f"[{base}](https://huggingface.co/{base})" if base else f"`{started}`",
+        run=run,
+        settings=run and {name: getattr(run.settings, name) for name in SETTINGS},
+        data=run and data_of(run),
+        evaluation=evaluation_of(export),
+        limits=image_limits(export),
+    )
+    return f"---\n{head}---\n\n{body.rstrip()}\n"
+
+
+def newest_settings(*paths: Path) -> Resolved | None:
+    """What the first of these files says: resolved.json has the newest licence, run.json is there for an export by hand."""
+    for path in paths:
+        if path.is_file():
+            return Resolved.read(path)
+    return None
+
+
+def base_model(start: Start, depth: int = 10) -> str | None:
+    """The model on the hub that a run, or the run before it …, started from; None where it was a folder."""
+    load = start.load
+    # A folder that is gone may look like org/name: its conversion noted the commit of an id without a revision.
+    if "@" in load or any(note.startswith(f"{load} ") for note in start.notes):
+        return load.partition("@")[0]
+    folder = Path(load)
+    if depth:
+        with contextlib.suppress(SftError, OSError):
+            run_dir = folder.parent if ITERATION.fullmatch(folder.name) else folder
+            return base_model(Resolved.read(run_dir / RUN_FILE).start, depth - 1)
+    return None
+
+
+def data_of(run: Resolved) -> dict[str, Any] | None:
+    """Sources by name, and counts; None where the dataset file is gone."""
+    dataset = read_json(run.data.dataset_file or "", None)
+    if not isinstance(dataset, dict):
+        return None
+    folder, weights = Path(run.data.path), dataset.get("weights")
+    if weights:
+        sources = [{"name": name, "weight": weight, "samples": None} for name, weight in weights.items()]
+        for source in sources:
+            with contextlib.suppress(DataError):
+                source["samples"] = read_meta(folder.parent / source["name"]).samples("train")
+    else:
+        sources = [{"name": run.settings.experiment, "weight": 1.0, "samples": dataset["train"]["samples"]}]
+    kinds = sorted(dataset.get("kinds", {}).items(), key=lambda kind: -kind[1])
+    return dataset | {"sources": sources, "kinds": dict(kinds[:MOST_KINDS]), "leak": leak_note(dataset)}
+
+
+def evaluation_of(export: Path) -> dict[str, Any] | None:
+    """evaluation.json beside an export, where it is of that export: of an earlier version, where it is newer."""
+    path, marker = export.parent / "evaluation.json", export / MARKER
+    with contextlib.suppress(DamagedFileError, OSError):
+        found = read_json(path)
+        newer = path.stat().st_mtime >= marker.stat().st_mtime
+        if found["model"] == read_object(marker).get("depends") if "model" in found else newer:
+            return found
+    return None
+
+
+def cell(value: Any) -> str:
+    """Text in a table of Markdown: no column, line or HTML of its own."""
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    text = value if isinstance(value, str) else number(value)
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")

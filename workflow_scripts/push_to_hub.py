@@ -1,0 +1,138 @@
+"""Upload an export to the Hugging Face hub, into a private repository unless --public says otherwise.
+
+    push_to_hub.py output/stage2_sft_vqa_results/huggingface org/name --dry-run    shows what would be uploaded
+    push_to_hub.py output/stage2_sft_vqa_results/huggingface org/name
+
+Uploaded are weights, configuration, tokenizer, code and the model card (README.md); not what tells of this machine or of
+single records (converted.json, parity.json). Files are compared with their checksums first. Interrupted, the same command
+goes on; weights of an earlier upload that this export does not have are deleted there.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from llava_sft.checkpoint.verify import MARKER, require_whole
+from llava_sft.errors import CheckpointError, SettingsError, SftError, exits_cleanly
+from llava_sft.files import read_json, read_object
+from llava_sft.publish.card import CARD, write_card
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+KEPT_HERE = ("parity.json",)  # of the files that an export's checksums name
+AGAIN = "the same command goes on from here"
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("export", type=Path, help="exported Hugging Face folder, or a run's results")
+    add("repository", help="org/name on the hub; it is made if it is not there")
+    add("--public", action="store_true", help="everyone may see it (default: private)")
+    add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
+    args = parser.parse_args()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
+        raise SettingsError(
+            f"{args.repository}: no name of a repository", "org/name, or your user name before the slash"
+        )
+    export = next((path for path in (args.export, args.export / "huggingface") if (path / MARKER).is_file()), None)
+    if export is None:
+        raise CheckpointError(
+            f"{args.export}: no export in it", "snakemake export_X, or convert_checkpoint.py mcore2hf"
+        )
+    require_whole(export, full=True)
+    write_card(export, args.repository)
+    warn(export)
+    push(export, args.repository, args.public, args.dry_run)
+
+
+def warn(export: Path) -> None:
+    """Say what a reader of the model card would miss."""
+    if not metadata((export / CARD).read_text(errors="replace")).get("license"):
+        print("warning: the model card states no licence: set `license` in the experiment's file, or edit README.md")
+    if read_json(export / "parity.json", {}).get("passed") is not True:
+        print("warning: this export was never compared with the trained model (parity)")
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """What stands between the two `---` of a model card. Errors: CheckpointError."""
+    try:
+        found = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else None
+    except (yaml.YAMLError, IndexError):
+        raise CheckpointError(
+            f"{CARD}: its metadata, between the two ---, is no YAML", "correct it, or delete the file"
+        ) from None
+    return found if isinstance(found, dict) else {}
+
+
+def push(export: Path, repository: str, public: bool, dry_run: bool) -> None:
+    """Show what is uploaded, and upload it. Errors: SftError for what the hub refuses."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    if not get_token():
+        raise SettingsError("no token of the Hugging Face hub here", "`hf auth login`, or the variable HF_TOKEN")
+    api, names = HfApi(), sorted({CARD, *read_object(export / MARKER)["files"]} - set(KEPT_HERE))
+    try:
+        there = existing(api, repository, public)
+        stale = sorted(name for name in there or () if name.endswith(WEIGHTS) and name not in names)
+        print(f"{export} → {constants.ENDPOINT}/{repository}: {'public' if public else 'private'}", end="")
+        print(", a new repository" if there is None else ", which is there already")
+        for name in names:
+            print(f"  {(export / name).stat().st_size / 1e6:12,.2f} MB  {name}")
+        print("".join(f"  deleted there: {name}\n" for name in stale), end="", flush=True)
+        if dry_run:
+            print("nothing is uploaded (--dry-run)")
+            return
+        api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=export, allow_patterns=names, delete_patterns=stale or None,
+            commit_message=f"{export.parent.name.removesuffix('_results')}, by llava-sft",
+        )  # fmt: skip
+    except Exception as error:  # of the client, or of its HTTP library
+        if message := refusal(error, constants.ENDPOINT, repository):
+            raise message from None
+        raise
+    print(f"done: {constants.ENDPOINT}/{repository}")
+
+
+def refusal(error: BaseException, hub: str, repository: str) -> SftError | None:
+    """What the hub, or the way to it, has against a request; None for an error of another kind."""
+    from huggingface_hub import errors
+
+    if isinstance(error, RuntimeError) and error.__cause__:  # how the client passes on what became of an upload
+        error = error.__cause__
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else 0
+        fixes = {
+            401: "`hf auth login` with a valid token",
+            403: f"a token that may write to {repository.partition('/')[0]}",
+        }
+        reason = str(error.server_message or error)[:300]
+        return SftError(f"{hub} refuses the request ({status}): {reason}", fixes.get(status, AGAIN))
+    if type(error).__module__.startswith("http") or isinstance(error, errors.OfflineModeIsEnabled):
+        return SftError(f"{hub} cannot be reached: {str(error)[:200]}", AGAIN)
+    return None
+
+
+def existing(api: "HfApi", repository: str, public: bool) -> list[str] | None:
+    """Files of the repository; None where there is none. Errors: SettingsError where it is not as private as was asked for."""
+    from huggingface_hub import errors
+
+    try:
+        found = api.model_info(repository)
+    except errors.RepositoryNotFoundError:
+        return None
+    if found.private == public:
+        state, fix = ("private", "leave --public out") if found.private else ("public", "--public")
+        raise SettingsError(f"{repository} is {state} already", f"{fix}; or change it in the repository's settings")
+    return [file.rfilename for file in found.siblings or ()]
+
+
+if __name__ == "__main__":
+    main()
