@@ -9,11 +9,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from llava_sft.model.lora import Lora
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
-from llava_sft.model.tensors import Part
 from llava_sft.model.trained import Trained
 from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
@@ -21,6 +20,7 @@ from llava_sft.settings.fields import (
     Fraction,
     Natural,
     NonNegative,
+    Parts,
     Positive,
     Rate,
     Section,
@@ -29,12 +29,10 @@ from llava_sft.settings.fields import (
     free,
     setting,
 )
+from llava_sft.settings.lora import LoraSettings
 
 # Names of run directories begin like this; the values of a stage are in config/stages/.
 STAGES = {"align": "stage1_align", "mid": "stage1.5_mid", "sft": "stage2_sft"}
-
-# Each once and in one order: the same parts are the same run.
-Parts = Annotated[list[Part], Field(min_length=1), AfterValidator(lambda parts: sorted(set(parts), reverse=True))]
 
 
 class SourceSettings(BaseModel):
@@ -142,17 +140,6 @@ class Model(Section):
     )
     trainable_modules: Parts = setting(
         ["language_model", "adapter", "vision_model"], "what is trained; parts left out are frozen", shown=True
-    )
-
-
-class LoraSettings(Section):
-    """LoRA: low-rank pairs are trained beside frozen weights, for GPUs of 24 to 48 GB"""
-
-    lora_rank: Natural = setting(0, "of the pairs: 8 to 64; 0: weights themselves are trained", later=True)
-    lora_alpha: Rate = setting(32, "a pair counts alpha / rank", later=True)
-    lora_dropout: Fraction = setting(0, "share of a pair's input that is left out at a step", later=True)
-    lora_modules: Parts = setting(
-        ["language_model"], "which of trainable_modules are trained by pairs; the others whole", later=True
     )
 
 
