@@ -4,12 +4,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from helpers import ROOT
 from helpers.trainings import Run, same
-from llava_sft.checkpoint.start import Checkpoint, check_load
+from llava_sft.checkpoint.base import beside_its_base, name_of_base
+from llava_sft.checkpoint.start import Checkpoint, open_start
 from llava_sft.checkpoint.weights import open_weights
 from llava_sft.errors import CheckpointError
 from llava_sft.files import read_json
@@ -100,11 +102,21 @@ def test_the_merged_export_passes_parity_and_the_peft_folder_adds_up_to_it(base,
     assert len(pairs) == 2 * changed and name.rsplit(".", 2)[1] not in config["target_modules"]
 
 
-def test_the_pairs_are_no_start_for_another_run_but_their_export_is(undisturbed):
-    source = checkpoint_dir(undisturbed.folder, STEPS)
-    with pytest.raises(CheckpointError, match="holds LoRA's pairs") as refused:
-        check_load(Checkpoint.of(source), {}, None, made_here=False)
-    assert "export it" in refused.value.fix
+def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(base, undisturbed, tmp_path):
+    lora = ResolvedSettings(experiment="x", **HOW).trained.lora
+    start = open_start(Checkpoint.of(checkpoint_dir(undisturbed.folder, STEPS)), None, None)
+    with pytest.raises(CheckpointError, match="pairs of rank 8, alpha 16") as refused:
+        beside_its_base(start, lora._replace(rank=4))
+    assert "lora_rank: 8" in refused.value.fix
+    start = beside_its_base(start, lora)
+    assert start.folder == Path(base["start"]["folder"]) and start.pairs == checkpoint_dir(undisturbed.folder, STEPS)
+    settings = HOW | {"train_iters": 2, "save_interval": 2}
+    run = Run(base | {"start": start.model_dump(mode="json")}, tmp_path / "next", **settings)
+    assert run.finish() == 0, run.said()
+    assert run.losses()[0][1] < undisturbed.losses()[0][1] - 0.1  # the same samples
+    name = next(name for name in run.weights(2) if name.endswith("lora_a"))
+    assert run.weights(2)[name] != undisturbed.weights(STEPS)[name]
+    assert name_of_base(checkpoint_dir(run.folder, 2)) == base["start"]["load"]
 
 
 def test_a_run_that_is_older_than_lora_goes_on_without(base):

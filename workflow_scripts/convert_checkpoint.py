@@ -69,7 +69,7 @@ def export_peft(args: argparse.Namespace) -> None:
     source = existing_checkpoint(Path(args.source))
     sidecars = args.sidecars or source.parent / SIDECARS
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
-    write_peft(source, args.target, model, run_settings(source)["start"]["load"])
+    write_peft(source, args.target, model)
     print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them")
 
 

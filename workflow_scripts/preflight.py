@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from llava_sft.checkpoint.architecture import model_of_start
+from llava_sft.checkpoint.base import beside_its_base
 from llava_sft.checkpoint.start import open_start
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import Dataset
@@ -79,6 +80,7 @@ def main() -> None:
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
+    start = beside_its_base(start, settings.trained.lora)
     model, own_values = model_of_start(start, load_model(settings.model), paths.converted is not None)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 

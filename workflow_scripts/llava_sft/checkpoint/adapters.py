@@ -1,35 +1,24 @@
-"""What a checkpoint of LoRA is written with: the note that names its base, and the pairs as a PEFT folder."""
+"""LoRA's pairs of a checkpoint as a PEFT folder."""
 
 from pathlib import Path
 
 from torch import Tensor
 
+from llava_sft.checkpoint.base import lora_of, name_of_base
 from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import write_safetensors
-from llava_sft.checkpoint.start import Start
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.checkpoint.verify import require_whole
-from llava_sft.checkpoint.weights import lora_of
 from llava_sft.errors import CheckpointError
 from llava_sft.files import atomic_dir, write_json
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.lora import Lora, pair
-from llava_sft.run.layout import LORA
+from llava_sft.model.lora import pair
 
 PEFT_PREFIX = "base_model.model."
 
 
-def note_base(folder: Path, lora: Lora, start: Start) -> None:
-    """Write what a checkpoint folder is without meaning, beside its weights."""
-    base = {"folder": str(start.folder), "fingerprint": start.fingerprint, "load": start.load}
-    write_json(folder / LORA, {"lora": lora._asdict(), "base": base}, sealed=True)
-
-
-def write_peft(source: Path, target: Path, model: ModelConfig, base_name: str) -> None:
+def write_peft(source: Path, target: Path, model: ModelConfig) -> None:
     """The pairs of a checkpoint folder as `peft` loads them onto the base.
-
-    Args:
-        base_name: the Hugging Face folder or hub id of the base, written into adapter_config.json.
 
     Raises CheckpointError for a checkpoint of another kind, or with weights that an adapter does not hold.
     """
@@ -63,7 +52,7 @@ def write_peft(source: Path, target: Path, model: ModelConfig, base_name: str) -
         "lora_dropout": lora.dropout,
         "target_modules": modules,
         "bias": "none",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": name_of_base(source),
         "inference_mode": True,
     }
     with atomic_dir(target) as folder:

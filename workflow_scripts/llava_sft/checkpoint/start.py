@@ -19,7 +19,7 @@ from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.tensors import PARTS
-from llava_sft.run.layout import CHECKSUMS, ITERATION, LORA, SIDECARS, TRACKER, iteration_name
+from llava_sft.run.layout import CHECKSUMS, ITERATION, SIDECARS, TRACKER, iteration_name
 
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
@@ -133,6 +133,7 @@ class Start(BaseModel):
     sidecars: folder with config, tokenizer and the like.
     fingerprint: stands for the content.
     untrained: the weights are random.
+    pairs: a checkpoint of LoRA that stands beside `folder`, and whose pairs are gone on with.
     notes: what its conversion found that the user may not expect, such as the commit that an id on the hub stood for.
     """
 
@@ -143,6 +144,7 @@ class Start(BaseModel):
     sidecars: Path
     fingerprint: str
     untrained: bool = False
+    pairs: Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -241,11 +243,6 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
         raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
     if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
         raise CheckpointError(f"load: {load}: one rank of a checkpoint", f"load: {folder.parent}")
-    if (existing_checkpoint(folder) / LORA).is_file():
-        raise CheckpointError(
-            f"load: {load}: holds LoRA's pairs, not the weights that they stand beside",
-            "export it (convert_checkpoint.py mcore2hf), and load the folder that this makes",
-        )
     if checkpoint.kind == "legacy" and tokenizer is None:
         raise CheckpointError(
             f"load: {load}: a checkpoint of the original project, which keeps no tokenizer beside it",

@@ -5,36 +5,14 @@ if the weights had been trained.
 """
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from llava_sft.checkpoint.base import lora_of
 from llava_sft.checkpoint.pickles import check_pickles
-from llava_sft.checkpoint.start import content_of
 from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.checkpoint.verify import require_whole
-from llava_sft.errors import CheckpointError
-from llava_sft.files import read_object
 from llava_sft.model.lora import Lora, pair
-from llava_sft.run.layout import LORA
-
-
-def lora_of(folder: Path) -> tuple[Lora, Path] | None:
-    """The pairs that a checkpoint folder holds, and the folder of their base; None for a checkpoint of all weights."""
-    noted: dict[str, Any] = read_object(folder / LORA, {})
-    if not noted:
-        return None
-    base = Path(noted["base"]["folder"])
-    if not base.is_dir():
-        raise CheckpointError(
-            f"{folder}: the base of its LoRA is gone: {base}", f"make it again from {noted['base']['load']}"
-        )
-    if content_of(base)[0] != noted["base"]["fingerprint"]:
-        raise CheckpointError(
-            f"{folder}: its LoRA stands beside other weights than {base} holds now",
-            f"make {base.parent} again from {noted['base']['load']} as it was",
-        )
-    return Lora(**noted["lora"] | {"parts": tuple(noted["lora"]["parts"])}), base
 
 
 class MergedReader(TorchDistReader):

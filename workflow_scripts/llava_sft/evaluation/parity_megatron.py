@@ -13,8 +13,8 @@ ON_CPU = cpu.apply()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 
+from llava_sft.checkpoint.base import lora_of  # noqa: E402
 from llava_sft.checkpoint.torch_dist import TorchDistReader  # noqa: E402
-from llava_sft.checkpoint.weights import lora_of  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
 from llava_sft.megatron import parallel  # noqa: E402
 from llava_sft.model import lora_layers  # noqa: E402

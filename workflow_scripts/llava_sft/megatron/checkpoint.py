@@ -21,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from llava_sft.checkpoint.torch_dist import write_for_older_torch
+from llava_sft.checkpoint.torch_dist import TorchDistReader, write_for_older_torch
 from llava_sft.megatron.distributed import unwrapped
 from llava_sft.model.lora import A, B
 
@@ -45,12 +45,18 @@ class Checkpoints:
         write_for_older_torch()
         get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
 
-    def load_weights(self, folder: Path) -> None:
-        """Begin from the weights in a folder (`release/`, or `iter_…` of another run)."""
+    def load_weights(self, folder: Path, those_there: bool = False) -> None:
+        """Begin from the weights in a folder (`release/`, or `iter_…` of another run): all of the model but LoRA's pairs; or
+        `those_there`, of a checkpoint of LoRA."""
         module = unwrapped(self.model)
         metadata = self._metadata(folder)
         wanted = module.sharded_state_dict(metadata=metadata)
-        wanted = {key: entry for key, entry in wanted.items() if not key.endswith(PAIR)}  # those begin here
+        stored = TorchDistReader(folder).tensors() if those_there else {}
+        wanted = {
+            key: entry
+            for key, entry in wanted.items()
+            if (entry.key in stored if those_there else not key.endswith(PAIR))
+        }
         state = dist_checkpointing.load({"model": wanted}, str(folder))
         module.load_state_dict(state["model"], strict=not self.trained_only)
         self.optimizer.reload_model_params()  # its float32 masters

@@ -65,6 +65,8 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
         states.load_weights(start.folder)
     if first:
         states.load(checkpoint_dir(run_dir, first))
+    elif start.pairs:
+        states.load_weights(start.pairs, those_there=True)
     if lora:
         lora_layers.settle(distributed.unwrapped(model))
 

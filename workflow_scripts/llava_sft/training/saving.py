@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from llava_sft.checkpoint.adapters import note_base
+from llava_sft.checkpoint.base import note_base
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.errors import RunError
