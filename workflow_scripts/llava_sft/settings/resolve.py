@@ -212,6 +212,10 @@ def warnings(settings: Settings, untrained: bool) -> list[str]:
     """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
     if settings.trained.lora and settings.lr < 5e-5:
         return [f"lr {settings.lr:g} is low for LoRA, whose pairs start from zero: 1e-4 or 2e-4 is usual"]
+    if settings.trained.lora and "vision_model" in settings.trained.whole and settings.lr_vision == "auto":
+        return [
+            f"the vision tower is trained whole, at LoRA's lr {settings.lr:g}: set lr_vision, 1e-5 or 2e-6, or freeze it"
+        ]
     if not untrained and "language_model" in settings.trained.whole and not 1e-6 <= settings.lr <= 5e-5:
         return [
             f"lr {settings.lr:g} is outside 1e-6 … 5e-5, the range for trained LLM weights: "
