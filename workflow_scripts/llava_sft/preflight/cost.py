@@ -18,6 +18,10 @@ from llava_sft.settings.resolve import ResolvedSettings
 
 FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
 
+# Products of a pair wait for memory, and its frozen layer computes some things again: it takes as long as so many ranks more
+# would by their FLOPs (4B and 8B on an H100, benchmarks/lora.py).
+RANKS_MORE = 290
+
 
 class MicroBatch(NamedTuple):
     """What goes through the model at once; a mean may have fractions."""
@@ -111,6 +115,7 @@ def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) 
     trained = values.trained
     work = forward_flops(model, *batch[:4])
     pairs = pair_flops(model, trained, batch.tokens, batch.patches)
+    pairs = {part: flops * (1 + RANKS_MORE / trained.lora.rank) for part, flops in pairs.items() if trained.lora}
     again = values.recompute_language == "full"
     products, attention = (passes + again for passes in trained.passes("language_model"))
     llm = products * work.language + attention * work.language_attention + (3 + again) * pairs.get("language_model", 0)
