@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup chat test test-slurm test-faults soak checks format figures lock clean experiment runs schema
+.PHONY: targets setup chat test test-slurm test-faults test-consumers soak checks format figures lock clean experiment runs schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -42,6 +42,11 @@ test-faults: $(READY)
 
 soak: $(READY)
 	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m faults.soak $(ARGS)
+
+# vLLM, lmms-eval, PEFT and others from the package index, each in an environment of its own, against an export: half an hour,
+# 17 GB. ARGS="--only vLLM", "--environments /scratch/programs".
+test-consumers: export_vqa
+	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m programs $(ARGS)
 
 checks: $(READY)
 	$(VENV)/bin/ruff check .

@@ -11,8 +11,10 @@ import torch
 
 from evaluate import cached_result, main
 from helpers.models import MAX_PIXELS, MIN_PIXELS
+from helpers.questions import asked_of, write_test_set
 from helpers.webdatasets import Raw, record
 from llava_sft.checkpoint.convert import hf2mcore
+from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
@@ -27,21 +29,7 @@ from llava_sft.files import read_json, write_json
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A WebDataset with a held-out split of none to two images, one and two turns, two kinds and one record of none."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    held = Raw(
-        folder,
-        [record(n, [None, "a.png", ["a.png", "b.jpg"]][n % 3], kind=f"k{n % 2}") for n in range(8)],
-        "held.jsonl",
-    )
-    more = record(8, None)
-    more["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "a longer answer"}]
-    with open(held.path, "a") as file:
-        file.write(json.dumps(more) + "\n")
-    held.convert("heldout")
-    Raw(folder, [record(100 + n, None) for n in range(3)]).convert()
-    write_json(folder / "dataset.json", index_webdataset(held.wds, held.parts))
-    return folder
+    return write_test_set(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +37,6 @@ def export(small_checkpoint) -> Path:
     """A folder that `evaluate` takes: an export's files, of random weights."""
     write_json(small_checkpoint / "converted.json", {"depends": "this export"})
     return small_checkpoint
-
-
-def asked_of(data: Path, split: str = "val") -> list[Sample]:
-    return [sample.before(turn) for sample in read_split(data / "wds", split) for turn in sample.answers()]
 
 
 def answers(export: Path, questions: list[Sample], batch_size: int = 16, max_new_tokens: int = 4) -> list[Answer]:
@@ -141,8 +125,6 @@ def test_grounding_tokens_are_part_of_an_answer():
 
 
 def test_a_streamed_answer_is_the_greedy_one_and_stops_when_it_is_closed(export, data):
-    from llava_sft.data.images import decode_rgb
-
     question = list(read_split(data / "wds", "val"))[1].before(1)
     loaded, images = Export(export, 12), [decode_rgb(image) for image in question.images]
     (whole,) = loaded.answer(loaded.encode([loaded.render(question.messages)], images))

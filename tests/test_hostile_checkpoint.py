@@ -362,12 +362,15 @@ def script(monkeypatch, *arguments) -> None:
     convert_checkpoint.main.__wrapped__()
 
 
-def test_an_export_by_hand_takes_limits_and_model_from_the_run(mcore, small_model, tmp_path, monkeypatch, capsys):
+def test_an_export_by_hand_takes_limits_and_model_from_the_run(
+    mcore, small_model, resolved, tmp_path, monkeypatch, capsys
+):
     run = tmp_path / "run"
     shutil.copytree(mcore / "release", run / "iter_0000004")
     shutil.copytree(mcore / SIDECARS, run / SIDECARS)
     settings = {"min_pixels": 6272, "max_pixels": 12544}
-    (run / "run.json").write_text(json.dumps({"settings": settings, "model": small_model.model_dump(), "start": {}}))
+    of_run = resolved | {"settings": resolved["settings"] | settings, "model": small_model.model_dump()}
+    (run / "run.json").write_text(json.dumps(of_run))
     (run / "latest_checkpointed_iteration.txt").write_text("4")
     config = json.loads((run / SIDECARS / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 4096

@@ -2,9 +2,11 @@
 
     convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
     convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --samples output/data/vqa/webdatasets
+    convert_checkpoint.py mcore2peft output/stage2_sft_vqa/iter_0000800 adapter
     convert_checkpoint.py verify exported
 
-hf2mcore also takes a hub id (org/name@revision) and Megatron folders of the original project (release/mp_rank_00/…).
+hf2mcore also takes a hub id (org/name or org/name@revision) and Megatron folders of the original project
+(release/mp_rank_00/…); --part also Qwen3 and RICE-ViT as published.
 mcore2hf with --samples loads the export and compares it with the Megatron model before it gets its name.
 verify compares every byte of an export, a converted folder, or a run's checkpoint with what was written.
 """
@@ -36,7 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "verify"])
-    add("source", help="Hugging Face folder or org/name@revision | run directory, iter_0000400 or release folder")
+    add(
+        "source",
+        help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder",
+    )
     # An optional one would count as left out where options stand before it, as in the rules.
     optional = "?" if "verify" in sys.argv[1:] else None
     add("target", type=Path, nargs=optional, help="folder to write; it appears only when it is whole")

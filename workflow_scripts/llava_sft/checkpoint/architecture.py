@@ -92,7 +92,8 @@ def model_of_start(start: Start, model: ModelConfig, converted_here: bool) -> tu
         return model, []  # random weights
     top = start.folder.parent
     marker = read_object(top / MARKER, {})
-    if (count := marker.get("parameters", parameter_count(model))) != parameter_count(model):
+    count = marker.get("parameters")
+    if isinstance(count, int) and count != parameter_count(model):
         raise CheckpointError(
             f"load: {start.load}: {count:,} parameters; config/models/{model.name}.yaml has {parameter_count(model):,}",
             "choose the `model` that fits this checkpoint, or another checkpoint",

@@ -135,8 +135,9 @@ def _language(text: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) 
 
 def _vision(vision: Mapping[str, Any], where: str) -> VisionConfig:
     vision = _with_rope_theta(vision, where, "default", "axial")
-    if isinstance(vision.get("patch_size"), list) and len(set(vision["patch_size"])) == 1:
-        vision["patch_size"] = vision["patch_size"][0]
+    sides = vision.get("patch_size")
+    if isinstance(sides, list) and sides and sides == sides[:1] * len(sides):
+        vision["patch_size"] = sides[0]
     if "num_heads" not in vision and vision.get("num_attention_heads"):
         vision["num_heads"] = vision["num_attention_heads"]
     for key, fixed in _VISION_READ.items():

@@ -288,7 +288,7 @@ class Export(Section):
         "model",
         "how the export spells the names of its tensors: model (model.visual.…, model.language_model.…, as transformers 5 "
         "does) | published (visual.…, model.layers.…, for programs that look for the names of the published "
-        "checkpoints). transformers 5.0 to 5.11 would read the published ones with a random language model, which only the "
+        "checkpoints). transformers 5.0 to 5.8 would read the published ones with a random language model, which only the "
         "code in the export's folder prevents",
     )
     license: str | None = free(

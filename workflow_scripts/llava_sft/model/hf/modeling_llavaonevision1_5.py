@@ -4,7 +4,7 @@ Notable here:
 - Qwen3 is the stock one, under the published names, by which other programs find, wrap and split the model.
 - Right for any number of images: no image attends to another, and each one's class token is dropped at its own place.
 - Loads both spellings found on disk (`visual.…`, `model.layers.…` and `model.visual.…`, `model.language_model.…`);
-  `save_pretrained` of transformers 5 writes the spelling that the model was loaded from.
+  `save_pretrained` writes the one that the model was loaded from, except in some older versions.
 """
 
 import torch
@@ -40,7 +40,7 @@ class LLaVAOneVision1_5_PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As transformers', for both spellings of the names, and never with weights that are left random.
 
-        transformers has mappings of its own for names, but before 5.12 not for code that comes with a checkpoint: the
+        transformers has mappings of its own for names, but before 5.9 not for code that comes with a checkpoint: the
         language model would be random, and only a report of missing weights would say so.
 
         Raises ValueError when a weight is missing, unless `output_loading_info` is asked for.

@@ -1,0 +1,31 @@
+"""A small test set with everything in it, for the tests of the evaluation."""
+
+import json
+from pathlib import Path
+
+from helpers.webdatasets import Raw, record
+from llava_sft.data.index import index_webdataset
+from llava_sft.data.records import Sample
+from llava_sft.data.stored import read_split
+from llava_sft.files import write_json
+
+
+def write_test_set(folder: Path) -> Path:
+    """A WebDataset with a held-out split of none to two images, one and two turns, two kinds and one record of none."""
+    held = Raw(
+        folder,
+        [record(n, [None, "a.png", ["a.png", "b.jpg"]][n % 3], kind=f"k{n % 2}") for n in range(8)],
+        "held.jsonl",
+    )
+    more = record(8, None)
+    more["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "a longer answer"}]
+    with open(held.path, "a") as file:
+        file.write(json.dumps(more) + "\n")
+    held.convert("heldout")
+    Raw(folder, [record(100 + n, None) for n in range(3)]).convert()
+    write_json(folder / "dataset.json", index_webdataset(held.wds, held.parts))
+    return folder
+
+
+def asked_of(data: Path, split: str = "val") -> list[Sample]:
+    return [sample.before(turn) for sample in read_split(data / "wds", split) for turn in sample.answers()]

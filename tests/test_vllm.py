@@ -1,0 +1,66 @@
+"""What vLLM is given, and what is made of its tokens: a stand-in for it, in an interpreter of its own."""
+
+import hashlib
+import json
+import sys
+
+import pytest
+
+from helpers.questions import asked_of, write_test_set
+from llava_sft.data.images import decode_rgb
+from llava_sft.errors import RunError
+from llava_sft.evaluation.export import Export
+from llava_sft.evaluation.judge import Answer
+from llava_sft.evaluation.vllm_client import generate_with_vllm
+
+VLLM = """
+import hashlib, json, os, types
+class SamplingParams(types.SimpleNamespace):
+    def __init__(self, **given):
+        super().__init__(**given)
+class LLM:
+    def __init__(self, **given):
+        if os.environ.get("NO_MEMORY"):
+            raise MemoryError("no room for 3 blocks")
+        self.given = given
+    def generate(self, prompts, sampling, use_tqdm):
+        for n, prompt in enumerate(prompts):
+            images = prompt.get("multi_modal_data", {"image": []})["image"]
+            digest = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+            row = [prompt["prompt"], [image.size for image in images], digest, self.given, vars(sampling)]
+            with open(os.environ["SEEN"], "a") as file:
+                file.write(json.dumps(row) + "\\n")
+            tokens = [len(images) + 5] * sampling.max_tokens if n % 2 else [len(images) + 5, sampling.stop_token_ids[0]]
+            yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tokens)])
+"""
+
+
+def test_vllm_gets_the_rendered_questions_with_their_pictures_and_answers_in_order(
+    small_checkpoint, tmp_path, monkeypatch
+):
+    """A stand-in for vLLM in another environment: what it was given, and what is made of its tokens."""
+    python = tmp_path / "python"
+    (tmp_path / "vllm.py").write_text(VLLM)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.setenv("PYTHONPATH", "/nothing/of/ours")
+    asked, loaded = asked_of(write_test_set(tmp_path)), Export(small_checkpoint, 2)
+    found = dict(generate_with_vllm(small_checkpoint, asked, python, 2))
+    seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    assert [row[0] for row in seen] == [loaded.render(question.messages) for question in asked]
+    images = [[decode_rgb(image) for image in question.images] for question in asked]
+    assert [row[1] for row in seen] == [[list(image.size) for image in each] for each in images]
+    digests = [hashlib.sha256(b"".join(image.tobytes() for image in each)).hexdigest() for each in images]
+    assert [row[2] for row in seen] == digests
+    given, sampling = seen[0][3:]
+    longest = max(len(loaded.encode([row[0]], each)["input_ids"][0]) for row, each in zip(seen, images, strict=True))
+    assert given["max_model_len"] == longest + 2 and given["dtype"] == "float32"
+    assert given["limit_mm_per_prompt"] == {"image": 2} and sampling["temperature"] == 0
+    tokens = [loaded.processor.tokenizer.decode([len(each) + 5]) for each in images]
+    assert found == {n: Answer(token * (1 + n % 2), bool(n % 2)) for n, token in enumerate(tokens)}
+    monkeypatch.setenv("NO_MEMORY", "1")
+    with pytest.raises(
+        RunError, match=r"(?s)ended with exit code 1:.*no room for 3 blocks.*evaluate_with: transformers"
+    ):
+        dict(generate_with_vllm(small_checkpoint, asked, python, 2))
