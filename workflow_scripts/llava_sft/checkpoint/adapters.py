@@ -43,14 +43,16 @@ def write_peft(source: Path, target: Path, model: ModelConfig) -> None:
             tensors |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": piece.contiguous()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtype = next(iter(tensors.values())).dtype
-    modules = sorted({name.removesuffix(".weight").rsplit(".", 1)[1] for row in lora.rows(model) for name in row.hf})
+    modules = {name.removesuffix(".weight") for row in lora.rows(model) for name in row.hf}
+    if lora.parts == ("language_model",):  # elsewhere the last words are those of other modules too
+        modules = {name.rsplit(".", 1)[1] for name in modules}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": modules,
+        "target_modules": sorted(modules),
         "bias": "none",
         "base_model_name_or_path": name_of_base(source),
         "inference_mode": True,
