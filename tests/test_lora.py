@@ -21,9 +21,9 @@ from llava_sft.run.layout import checkpoint_dir
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
 
-STEPS = 20
+STEPS = 12
 HOW = {
-    "train_iters": STEPS, "save_interval": 10, "async_save": True, "lora_rank": 8, "lora_alpha": 16.0, "lr": 5e-3,
+    "train_iters": STEPS, "save_interval": 6, "async_save": True, "lora_rank": 8, "lora_alpha": 16.0, "lr": 5e-3,
     "lora_modules": ["language_model"], "trainable_modules": ["language_model"], "lora_dropout": 0.1,
     "lr_warmup_fraction": 0.0,
 }  # fmt: skip
@@ -60,7 +60,7 @@ def test_pairs_lower_the_loss_and_a_checkpoint_holds_them_alone(base, undisturbe
     assert losses[-1] < losses[0] - 0.1, losses
     model, lora = ModelConfig(**base["model"]), ResolvedSettings(experiment="x", **HOW).trained.lora
     shapes = {name: shape for row in lora.rows(model) for name, shape in lora.shapes(row).items()}
-    early, late = undisturbed.weights(10), undisturbed.weights(STEPS)
+    early, late = undisturbed.weights(6), undisturbed.weights(STEPS)
     stored = {name for name in late if not name.startswith(("optimizer", "rng"))}
     assert stored == shapes.keys()
     assert all(early[name] != late[name] for name in stored)
@@ -71,7 +71,7 @@ def test_pairs_lower_the_loss_and_a_checkpoint_holds_them_alone(base, undisturbe
 
 def test_a_stopped_run_goes_on_bit_for_bit(base, undisturbed, tmp_path):
     run = Run(base, tmp_path / "stopped", **HOW)
-    run.interrupt(12, signal.SIGTERM)
+    run.interrupt(8, signal.SIGTERM)
     assert run.finish() == 0, run.said()
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
 
@@ -125,15 +125,6 @@ def test_a_run_that_is_older_than_lora_goes_on_without(base):
     assert identity(Resolved.model_validate(older)) == identity(now)
     with_lora = base | {"settings": base["settings"] | {"lora_rank": 8}}
     assert identity(Resolved.model_validate(with_lora)) != identity(now)
-
-
-def test_two_pipeline_stages_train_the_pairs_of_one(base, undisturbed, tmp_path):
-    sizes = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
-    run = Run(base, tmp_path / "parallel", **HOW | sizes | {"train_iters": 4, "save_interval": 2})
-    run.change(lr_decay_iters=STEPS)
-    assert run.finish() == 0, run.said()
-    for (_, loss, norm), (_, other, other_norm) in zip(run.losses(), undisturbed.losses(), strict=False):
-        assert loss == pytest.approx(other, rel=1e-6) and norm == pytest.approx(other_norm, rel=1e-5)
 
 
 def test_a_base_that_changed_is_refused(base, undisturbed, tmp_path):

@@ -101,6 +101,7 @@ def test_what_does_not_fit_comes_with_settings_that_do_the_fastest_first(sizes):
     for changed, prediction in found:
         assert fits(prediction, H100)
         assert any(getattr(values, name) != value for name, value in changed.items())
+    assert len(found) == len({str(sorted(changed.items())) for changed, _ in found})
     for names in (set(), {"lora_rank"}):  # what trains the same comes before LoRA
         speeds = [p.tokens_per_s for changed, p in found if names == {"seq_length", "lora_rank"} & changed.keys()]
         assert speeds == sorted(speeds, reverse=True) and speeds

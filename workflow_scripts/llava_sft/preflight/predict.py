@@ -19,7 +19,7 @@ from llava_sft.files import read_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.preflight.cost import MicroBatch, activation_bytes, checkpoint_size, state_bytes, step_flops
-from llava_sft.run.remedies import less_memory
+from llava_sft.run.remedies import in_yaml, less_memory, with_lora
 from llava_sft.settings.resolve import ResolvedSettings
 
 FACTORS = Path(__file__).with_name("factors.json")
@@ -196,9 +196,10 @@ def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any]
     sizes = choices["tensor_model_parallel_size"]
     choices["tensor_model_parallel_size"] = [size for size in sizes if not (groups % size or heads % size)]
     found = []
-    for lora, *picked in product(_with_lora(values), *(dict.fromkeys(options) for options in choices.values())):
+    trainings = [{}, lora] if (lora := with_lora(values)) else [{}]
+    for training, *picked in product(trainings, *(dict.fromkeys(options) for options in choices.values())):
         changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
-        changed |= lora
+        changed |= training
         tried = values.model_copy(update=changed)
         rows = tried.micro_batch_size / values.micro_batch_size
         scales = tried.seq_length / values.seq_length, min(tried.seq_length, tried.chunk_tokens) / piece
@@ -214,13 +215,6 @@ def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any]
     found.sort(key=lambda each: ("seq_length" in each[0], "lora_rank" in each[0], -each[1].tokens_per_s, len(each[0])))
     needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
     return [each for each in found if each[0] not in needless]
-
-
-def _with_lora(values: ResolvedSettings) -> list[dict[str, Any]]:
-    """As it is, and with LoRA on the language model alone, where that is trained whole."""
-    if "language_model" not in values.trained.whole or values.load == "random":
-        return [{}]
-    return [{}, {"lora_rank": 32, "trainable_modules": ["language_model"], "lr": max(values.lr, 1e-4)}]
 
 
 class Forecast(NamedTuple):
@@ -262,13 +256,7 @@ def table(prediction: Prediction, machine: Machine, calibration: Calibration, va
 def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
     """The three fastest settings that would fit, a line each."""
     return [
-        ", ".join(f"{name}: {_in_yaml(value)}" for name, value in changed.items())
+        ", ".join(f"{name}: {in_yaml(value)}" for name, value in changed.items())
         + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
         for changed, prediction in found[:3]
     ]
-
-
-def _in_yaml(value: Any) -> str:
-    return (
-        f"[{', '.join(value)}]" if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
-    )
