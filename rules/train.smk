@@ -65,5 +65,6 @@ rule train:
     params:
         run_dir=flow.path("run_dir"),
     shell:
+        # The log outlives a signal to the whole group, and takes down what the training says last.
         "{PYTHON}train.py {input:q} --run-dir {params.run_dir:q} --done {output:q}"
-        " --srun-options={resources.srun_options:q} 2>&1 | tee -i {log:q}"
+        " --srun-options={resources.srun_options:q} 2>&1 | (trap '' TERM; exec tee -i {log:q})"

@@ -75,13 +75,15 @@ def main() -> None:
         overrides["gpus_per_node"] = args.gpus_per_node
     paths = Workflow(overrides, [], cluster).paths(args.experiment)
     settings = paths.settings
-    check_inputs(paths)
+    check_inputs(paths, of_start=not args.gpu)
     if not paths.dataset.is_file():
         raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
-    start = beside_its_base(start, settings.trained.lora)
-    model, own_values = model_of_start(start, load_model(settings.model), paths.converted is not None)
+    model, own_values = load_model(settings.model), list[str]()
+    if not args.gpu:  # what another machine would need may be asked for any size, whatever there is to start from
+        start = beside_its_base(start, settings.trained.lora)
+        model, own_values = model_of_start(start, model, paths.converted is not None)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests:benchmarks python -m programs [--only vLLM] [--environments FOLDER]
 
-Writes benchmarks/results/consumers.json if all were asked. Needs the embedded experiment, exported: `make export_vqa`.
+Writes benchmarks/results/consumers.json if all were asked. Needs the embedded experiment, trained: `make export_vqa`.
 A program passes in float32 if it loads both exports, gives this project's answers to all questions that it has a form for,
 and nothing else that its script looks at is wrong. In bfloat16 the share of equal answers is a figure, not a test.
 """
@@ -23,7 +23,7 @@ from programs import environments, questions
 from programs.environments import HERE, NOT_TRIED, PROGRAMS, TRANSFORMERS, InstallError, Program
 from results import RESULTS, ROOT, row, write_results
 
-EXPORT = ROOT / "output/stage2_sft_vqa_results/huggingface"
+RUN = ROOT / "output/stage2_sft_vqa"
 WEBDATASETS = ROOT / "output/data/vqa/webdatasets"
 START = ROOT / "output/checkpoints/LLaVA-OneVision-1.5-tiny_mcore_tp1_pp1"
 MAX_NEW_TOKENS = 8
@@ -53,12 +53,12 @@ class Outcome(NamedTuple):
 
 
 def exams(folder: Path) -> list[Exam]:
-    """Copies of the exports, so that a program that leaves files behind leaves them there; and their questions."""
+    """Exports by the code as it stands, and their questions."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "pictures").mkdir(parents=True)
-    shutil.copytree(EXPORT, folder / "embedded")
-    convert = [sys.executable, ROOT / "workflow_scripts/convert_checkpoint.py", "mcore2hf", START, folder / "tiny"]
-    subprocess.run([*map(str, convert), "--model", "tiny"], check=True, cwd=ROOT)
+    convert = [sys.executable, str(ROOT / "workflow_scripts/convert_checkpoint.py"), "mcore2hf", "--model", "tiny"]
+    for source, name in ((RUN, "embedded"), (START, "tiny")):
+        subprocess.run([*convert, str(source), str(folder / name)], check=True, cwd=ROOT)
     asked, truths = zip(*questions.embedded_samples(WEBDATASETS), strict=True)
     made = []
     for name, samples, true in (
@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAME", help="programs whose name begins so; writes no result")
     parser.add_argument("--jobs", type=int, default=1, help="programs at a time")
     args = parser.parse_args()
-    for needed in (EXPORT / "config.json", WEBDATASETS, START):
+    for needed in (RUN, WEBDATASETS, START):
         if not needed.exists():
             raise SystemExit(f"error: {needed}: no such file\n  fix: make export_vqa")
     folder = args.environments.resolve()

@@ -50,10 +50,11 @@ def _may_lie_there(paths: Paths, key: str, path: Path) -> bool:
     return (key in ("load", "tokenizer") or key.startswith("load_parts")) and not path.is_file()
 
 
-def check_inputs(paths: Paths, trains: bool = True) -> None:
+def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True) -> None:
     """Raise, with the fix, when something that the user has to bring is not there, or batches do not fit the machine.
 
-    Not `trains`: the data alone is asked for, which needs neither a checkpoint nor a batch size.
+    Not `trains`: the data alone is asked for, which needs neither a checkpoint nor a batch size. Not `of_start`: the model
+    need not be that of the start checkpoint.
     """
     settings = paths.settings
     reads_demo = any(paths.is_demo(path) for path in user_paths(settings).values())
@@ -76,6 +77,6 @@ def check_inputs(paths: Paths, trains: bool = True) -> None:
     vllm_interpreter(settings.evaluate_with, settings.vllm_python)
     made_here = paths.is_demo(paths.checkpoint.folder)
     check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
-    if not made_here:
+    if of_start and not made_here:
         check_sizes(paths.checkpoint, settings.load_parts, model)
     check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)
