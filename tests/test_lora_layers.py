@@ -69,6 +69,9 @@ def expected_of(model, dense, batch):
 
 def test_gradients_of_pairs_are_those_of_plain_pytorch(models, batches, monkeypatch):
     """Of all parts, on Megatron's layers and on the GPU's."""
+    from llava_sft.model.lora_layers import settle
+    from llava_sft.model.products import move_back
+
     with_pairs, merged = models
     model = with_pairs()
     expected = expected_of(model, merged(model), batches[0])
@@ -77,6 +80,18 @@ def test_gradients_of_pairs_are_those_of_plain_pytorch(models, batches, monkeypa
     seen = use_fused_layers(model, monkeypatch)
     assert_same(losses_and_gradients(model, [batches[0]]), expected)
     assert seen == {True, False}
+    linear = model.language_model.decoder.layers[0].mlp.linear_fc1
+    before = linear.weight.detach().clone()
+    assert not linear.weight.is_contiguous()  # B lies beside it
+    model.eval()
+    move_back(linear)  # as a validation of unpacked samples does
+    assert linear.weight.is_contiguous() and linear.weight.equal(before)
+    settle(model.train())
+    assert not linear.weight.is_contiguous() and linear.weight.equal(before)
+    move_back(linear)  # samples are trained unpacked: it stays there
+    settle(model)
+    assert linear.weight.is_contiguous()
+    assert_same(losses_and_gradients(model, [batches[0]]), expected)
 
 
 def test_a_recomputed_text_without_pictures_has_gradients_in_every_layer(models, small_checkpoint, monkeypatch):

@@ -20,6 +20,7 @@ from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.megatron import distributed, parallel
 from llava_sft.model import fused_layers
 from llava_sft.model.config import load_model_config
+from llava_sft.model.products import move_back
 from llava_sft.model.template import ChatTemplate
 from llava_sft.model.tensors import PARTS
 from llava_sft.training import forward
@@ -94,6 +95,8 @@ def main(tokenizer: str, kind: str) -> None:
     found["FlashAttention-2, from cuDNN"] = differences(losses_and_gradients([packed]), fused)
     fused_layers.has_cudnn_attention = cudnn
     fused_fp8 = in_fp8()
+    for module in model.modules():
+        move_back(module)
     for layer in (fused_layers.FusedLanguageLayer, fused_layers.FusedVisionLayer):
         layer.forward = TransformerLayer.forward
     megatron = losses_and_gradients([packed])

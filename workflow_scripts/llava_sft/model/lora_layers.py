@@ -63,14 +63,17 @@ def _add_pair(linear: nn.Module, lora: Lora, seed: int) -> None:
 
 
 def settle(model: LlavaOneVision) -> None:
-    """Once the weights are loaded: give those of the GPU's layers room for B beside them (products.py)."""
-    layers = [layer for layer in model.language_model.modules() if isinstance(layer, FusedLanguageLayer)]
-    for layer in layers:
-        for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
-            if room_beside(linear, layer.config.fp8):
-                lay_beside(linear)
-    if layers:
-        torch.cuda.empty_cache()  # where they lay
+    """Before a step: give the weights of the GPU's layers room for B beside them (products.py), where they have none yet,
+    or a validation of unpacked samples has moved them back."""
+    moved = False
+    for layer in model.language_model.decoder.layers:
+        if isinstance(layer, FusedLanguageLayer):
+            for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
+                if room_beside(linear, layer.config.fp8) and not hasattr(linear, "weight_and_b"):
+                    lay_beside(linear)
+                    moved = True
+    if moved:
+        torch.cuda.empty_cache()  # holes where they lay
 
 
 def _add_product(linear: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:

@@ -111,6 +111,8 @@ def room_beside(module: torch.nn.Module, recipe: str | None) -> int:
     """Columns beside its input that `product` can use: of a rank that matrix units like, in bf16, without dropout."""
     if recipe or not hasattr(module, "lora_a") or module.lora_a.size(0) % 8 or module.lora_dropout.share:
         return 0
+    if getattr(module, "trains_unpacked", False):
+        return 0
     return module.lora_a.size(0)
 
 
@@ -124,7 +126,8 @@ def lay_beside(module: torch.nn.Module) -> None:
 
 
 def move_back(module: torch.nn.Module) -> None:
-    """Lay a weight out as layers of Transformer Engine expect it."""
+    """Lay a weight out as layers of Transformer Engine expect it: for good, where samples are trained unpacked."""
+    module.trains_unpacked = module.training
     if hasattr(module, "weight_and_b"):
         module.weight.data = module.weight.detach().contiguous()
         del module.weight_and_b

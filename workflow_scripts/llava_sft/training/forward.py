@@ -89,6 +89,7 @@ class Forward:
     def begin(self, step: int) -> None:
         """The micro-batches that follow are those of a training step."""
         self.step, self.passes = step, 0
+        lora_layers.settle(unwrapped(self.model))
 
     def evaluate(self, batches: Iterable[VlmBatch]) -> Tensor:
         """[2]: sum of losses, answer tokens."""

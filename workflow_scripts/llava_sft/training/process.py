@@ -28,7 +28,6 @@ from llava_sft.files import write_json  # noqa: E402
 from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
-from llava_sft.model import lora_layers  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
 from llava_sft.preflight.cost import checkpoint_size, state_bytes  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
@@ -67,8 +66,6 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
         states.load(checkpoint_dir(run_dir, first))
     elif start.pairs:
         states.load_weights(start.pairs, those_there=True)
-    if lora:
-        lora_layers.settle(distributed.unwrapped(model))
 
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     world_size = torch.distributed.get_world_size()
