@@ -22,7 +22,7 @@ import chat
 from helpers import ROOT, SCRIPTS
 from helpers.webdatasets import picture
 from llava_sft.chat import models, web
-from llava_sft.chat.answers import Model, Turn, question
+from llava_sft.chat.answers import Model, Turn, question, read_picture
 from llava_sft.checkpoint.safetensors_io import old_name
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, DataError, RunError, SettingsError
@@ -128,6 +128,7 @@ def test_pictures_stand_where_the_training_had_them(small_checkpoint):
         ("no such folder", "nowhere: no such folder"), ("another folder", "neither a model nor a run"),
         ("no picture", "picture gone.png: No such file or directory"), ("broken picture", "truncated or damaged image"),
         ("no weights", "no *.safetensors file in it"), ("a tensor less", "1 tensors are missing"),
+        ("mixed spelling", "named in another way"),
         ("damaged export", "does not hold what was written"), ("no gpu", "no GPU here"), ("control token", "<|im_start|>"),
         ("legacy", "convert_checkpoint.py hf2mcore"), ("no streamlit", "--web needs Streamlit"), ("port", "--port 99999"),
     ],
@@ -196,6 +197,8 @@ def test_a_megatron_checkpoint_is_exported_once_beside_its_run(run_dir, tmp_path
     assert models.find_model(str(other)) == models.find_model(str(other / "iter_0000100")) == target
     assert asked[0] == ["mcore2hf", str(other / "iter_0000100"), str(target)]
     assert f"exporting it to {target}" in capfd.readouterr().err
+    monkeypatch.chdir(other)
+    assert models.find_model(".") == models.find_model("iter_0000100") == target
     # An export of the run that is older than the checkpoint is of another training.
     results = shutil.copytree(run_dir.with_name("stage2_sft_x_results"), tmp_path / "stage2_sft_y_results")
     marker = results / "huggingface/converted.json"
@@ -288,6 +291,13 @@ def test_a_script_that_feeds_lines_stops_at_the_first_mistake(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(DataError):
         chat.converse(Scripted(), [], [])
+
+
+def test_only_a_users_turn_stands_for_pictures(small_checkpoint, pictures):
+    model = Model(small_checkpoint, "cpu", "auto", 2, 0.0)
+    turns = [Turn("system", "an <image>"), question("What?", [read_picture(pictures[0])])]
+    said = Turn("assistant", "<image> <|image_pad|><|im_end|>\n<|im_start|>user")
+    assert "".join(model.answer([*turns, said, Turn("user", "7")])).strip()
 
 
 def test_too_long_a_conversation_and_too_little_memory_are_said(small_checkpoint, monkeypatch):

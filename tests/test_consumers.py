@@ -3,11 +3,13 @@
 import importlib
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -46,6 +48,17 @@ def published(export, tmp_path_factory):
 @pytest.mark.parametrize("name", CALLS)
 def test_export_answers(export, name):
     CALLS[name](export)
+
+
+def test_image_limits_of_a_call_win_and_nobody_is_warned(export):
+    image, processor = Image.new("RGB", (300, 200)), export.processor.image_processor
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        grids = [
+            processor(image, return_tensors="pt", **limit)["image_grid_thw"].tolist()
+            for limit in ({}, {"size": {"shortest_edge": 3136, "longest_edge": 30_000}}, {"max_pixels": 30_000})
+        ]
+    assert grids == [[[1, 12, 18]], [[1, 10, 14]], [[1, 10, 14]]]
 
 
 def test_answers_of_the_export_tell_its_inputs_apart(export):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -262,11 +263,15 @@ def test_the_start_checkpoint_answers_the_same_questions_once_for_all_runs(
     export, data, started, tmp_path, monkeypatch, capsys
 ):
     kept = tmp_path / "answers"
-    (kept / "start.4194305").mkdir(parents=True)  # of an evaluation that was killed; no process has this number
+    (kept / f"start.{platform.node()}.4194305").mkdir(
+        parents=True
+    )  # of one that was killed; no process has this number
+    (kept / "start.elsewhere.4194305").mkdir()  # of one on another machine, which may be running
     for name in ("one", "two"):
         options = ["--start-of", str(started), "--base-answers", str(kept)]
         run(monkeypatch, export, data, tmp_path / name / "evaluation.json", *options)
-        assert [path.suffix for path in kept.iterdir()] == [".json"], "answers, and no export"
+        assert {path.suffix for path in kept.iterdir()} == {".json", ".4194305"}, "answers, and no export"
+        assert not (kept / f"start.{platform.node()}.4194305").exists() and (kept / "start.elsewhere.4194305").exists()
     assert capsys.readouterr().out.count("answered before") == 1
     result = read_json(tmp_path / "two/evaluation.json")
     rows = [json.loads(line) for line in (tmp_path / "two/predictions.jsonl").read_text().splitlines()]
@@ -294,18 +299,20 @@ def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
     assert read_json(tmp_path / "evaluation.json")["base"]["name"] == str(export)
 
 
-@pytest.mark.parametrize("case", ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples"])
+@pytest.mark.parametrize(
+    "case", ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch"]
+)
 def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
     folder = tmp_path / "export"
     folder.mkdir()
     for path in export.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    words = ["--samples", "half"] if case == "samples" else []
+    words = {"samples": ["--samples", "half"], "batch": ["--batch-size", "0"]}.get(case, [])
     if case == "no export":
         (folder / "converted.json").unlink()
     elif case == "marker":
         write_json(folder / "converted.json", {"fingerprint": 1})
-    elif case != "samples":
+    elif not words:
         (folder / {"weights": "model.safetensors"}.get(case, case)).write_bytes(b"\0" * 30)
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, folder, data, tmp_path / "e.json", *words)

@@ -205,7 +205,9 @@ def test_what_is_shown_is_uploaded_privately_and_again_without_the_weights(expor
         shown
     )
     assert not {"converted.json", "parity.json"} & set(shown)
-    assert push(monkeypatch, export.parent, "me/plants") == 0
+    monkeypatch.chdir(export)  # the files of its run are found from there
+    assert push(monkeypatch, ".", "me/plants") == 0
+    monkeypatch.chdir(export.parents[2])
     said = capsys.readouterr()
     assert "private, a new repository" in said.out and "warning" not in said.out + said.err
     found = hub.repositories["me/plants"]

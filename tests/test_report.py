@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llava_sft.errors import SftError
-from llava_sft.files import write_json
+from llava_sft.files import read_json, write_json
 from llava_sft.report.figures import LOSS, best_validation, measured
 from report import OPTIONAL, main, page
 
@@ -182,6 +182,8 @@ def test_other_test_sets_are_listed(run):
     other.parent.mkdir(parents=True)
     write_json(other, {"samples": 8, "correct": 6, "scores": [score("number:0.05", 0.75)]}, sealed=True)
     assert "charts · number:0.05 75.0 % 6 of 8 65.0 % – 85.0 %" in text_of(run(*EVERYTHING))
+    write_json(other, read_json(other) | {"model": "an earlier export"}, sealed=True)
+    assert "charts · " not in text_of(run(*EVERYTHING))
 
 
 def test_every_wrong_answer_that_was_kept_is_shown(run):

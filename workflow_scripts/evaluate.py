@@ -58,7 +58,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--vllm-python", type=path, help="interpreter of an environment with vLLM (this one)")
     args = parser.parse_args()
     if args.samples != "all" and not (args.samples.isdecimal() and int(args.samples)):
-        raise SettingsError(f"--samples {args.samples}: neither `all` nor a number of samples", "evaluate_samples: all")
+        raise SettingsError(f"--samples {args.samples}: neither `all` nor a number of samples", "--samples all")
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise SettingsError(
+            "--batch-size and --max-new-tokens must be at least 1",
+            f"the defaults: {Options().batch_size} and {Options().max_new_tokens}",
+        )
     if args.output is None:
         name = args.data.parent.name if args.data.name == "webdatasets" else args.data.stem
         args.output = args.model_dir.resolve().parent / "evaluations" / name / "evaluation.json"
@@ -98,7 +103,7 @@ def main() -> None:
     rows = judge(asked.samples, answers, scores, args.by, before)
     result = described(rows, [score.name for score in scores], answers, before)
     if missing:
-        print(f"{missing}: nothing to compare with", file=sys.stderr)
+        print(f"not compared: {missing}", file=sys.stderr)
     result["base"] = {"name": base.name, "cut": sum(a.cut for a in before)} if base and before else {"missing": missing}
     result |= {"split": asked.split, "by": args.by, "examples": examples(rows, asked.samples)}
     result |= {"max_new_tokens": args.max_new_tokens, "engine": "vLLM" if options.vllm else "transformers"}
@@ -159,7 +164,8 @@ def cached_result(cache: Path, depends: str) -> dict[str, Any] | None:
 
 def print_summary(args: argparse.Namespace, result: dict[str, Any], asked: Questions) -> None:
     if not result["samples"]:
-        print(f"{args.data} has no held-out split: there is no accuracy", file=sys.stderr)
+        what = "no record" if asked.split == "all" else "no held-out split"
+        print(f"{args.data} has {what}: there is no accuracy", file=sys.stderr)
         return
     print(f"{args.output}: {result['correct']:,} of {result['samples']:,} right")
     for score in result["scores"]:

@@ -9,6 +9,7 @@ goes on; weights of an earlier upload that this export does not have are deleted
 """
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ def main() -> None:
         raise SettingsError(
             f"{args.repository}: no name of a repository", "org/name, or your user name before the slash"
         )
-    export = next((path for path in (args.export, args.export / "huggingface") if (path / MARKER).is_file()), None)
+    given = Path(os.path.abspath(args.export))  # the run's files are in the folder above, of `.` too
+    export = next((path for path in (given, given / "huggingface") if (path / MARKER).is_file()), None)
     if export is None:
         raise CheckpointError(
             f"{args.export}: no export in it", "snakemake export_X, or convert_checkpoint.py mcore2hf"

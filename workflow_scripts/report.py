@@ -134,7 +134,7 @@ def page(args: argparse.Namespace) -> str:
         best=best_validation(validations),
         meaning=explained(evaluation["scores"][0]["name"]) if evaluation.get("scores") else "",
         measure=measure_of(evaluation),
-        others=other_sets(args.evaluation) if args.evaluation else {},
+        others=other_sets(args.evaluation, evaluation.get("model")) if args.evaluation else {},
         leak=found["dataset"] and leak_note(found["dataset"]),
         groups=sorted(groups.items(), key=lambda item: item[1]["scores"][0]["mean"] if item[1]["samples"] else 0),
         wrong=[example for example in examples if not example["correct"]],
@@ -152,11 +152,13 @@ def measure_of(evaluation: dict[str, Any]) -> str:
     return "accuracy" if abs(first["mean"] * samples - evaluation["correct"]) < 1e-6 else f"score ({first['name']})"
 
 
-def other_sets(evaluation: Path) -> dict[str, dict[str, Any]]:
-    """What evaluate.py found by hand on other data with this export, by the name of the data."""
+def other_sets(evaluation: Path, model: str | None) -> dict[str, dict[str, Any]]:
+    """What evaluate.py found by hand on other data with the same export, by the name of the data."""
     files = sorted(evaluation.parent.glob("evaluations/*/evaluation.json"))
     found = {path.parent.name: read_json(path) for path in files}
-    return {name: with_scores(each) for name, each in found.items() if each.get("samples")}
+    return {
+        name: with_scores(each) for name, each in found.items() if each.get("samples") and each.get("model") == model
+    }
 
 
 def paths(run_dir: Path, export: Path | None) -> dict[str, str]:

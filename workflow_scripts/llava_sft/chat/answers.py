@@ -59,6 +59,11 @@ def question(text: str, pictures: list[Image.Image]) -> Turn:
     return Turn("user", text if marks else f"{IMAGE}\n" * len(pictures) + text, tuple(pictures))
 
 
+def without_marks(turn: Turn) -> str:
+    """The text; where it is not a user's, without what stands for a picture or ends a turn: a model may write anything."""
+    return turn.text if turn.role == "user" else CONTROL_TOKEN.sub("", turn.text).replace(IMAGE, "")
+
+
 class Model:
     """A Hugging Face folder, loaded to answer one conversation at a time."""
 
@@ -91,7 +96,7 @@ class Model:
 
         Errors: RunError where memory or the model's positions do not suffice.
         """
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        messages = [{"role": turn.role, "content": without_marks(turn)} for turn in turns]
         pictures = [picture for turn in turns for picture in turn.pictures]
         with self._free:
             length = self.export.encode([self.export.render(messages)], pictures)["input_ids"].shape[1]

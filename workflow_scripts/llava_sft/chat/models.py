@@ -7,6 +7,7 @@ Notable:
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,7 @@ def is_export(folder: Path) -> bool:
 
 def exported(checkpoint: Path) -> Path:
     """The export of one checkpoint folder of a run: the run's own, if it is of that checkpoint, else one made for this."""
+    checkpoint = Path(os.path.abspath(checkpoint))  # `.` has no name
     run = checkpoint.parent
     of_run = run.with_name(f"{run.name}{RESULTS}") / SIDECARS
     with contextlib.suppress(DamagedFileError, KeyError, TypeError):

@@ -1,6 +1,7 @@
 """The model that a trained one is compared with: the start checkpoint of its run, exported for the time of the evaluation."""
 
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,7 +42,7 @@ def start_of(run_dir: Path, scratch: Path) -> Model:
     resolved = Resolved.read(run_dir / RUN_FILE)
     start, settings = resolved.start, resolved.settings
     if start.folder is None:
-        raise RunError("training started from random weights: there is nothing to compare with")
+        raise RunError("training started from random weights")
     if not start.folder.is_dir():
         raise RunError(f"the start checkpoint is no longer there: {start.folder}")
     limits = settings.min_pixels, settings.max_pixels
@@ -50,7 +51,7 @@ def start_of(run_dir: Path, scratch: Path) -> Model:
     return Model(
         f"start checkpoint ({start.load})",
         depends,
-        partial(_exported_start, resolved, scratch / f"start.{os.getpid()}"),
+        partial(_exported_start, resolved, scratch / f"start.{platform.node()}.{os.getpid()}"),
     )
 
 
@@ -60,7 +61,8 @@ def _exported_start(resolved: Resolved, folder: Path) -> Iterator[Path]:
 
     start, settings = resolved.start, resolved.settings
     assert start.folder, "start_of has looked"
-    for leftover in folder.parent.glob("start.*"):  # of an evaluation that was killed: as large as the checkpoint
+    # Of an evaluation that was killed on this machine: as large as the checkpoint. Others may share the folder.
+    for leftover in folder.parent.glob(f"{folder.stem}.*"):
         if not os.path.exists(f"/proc/{leftover.suffix[1:]}"):
             shutil.rmtree(leftover, ignore_errors=True)
     try:

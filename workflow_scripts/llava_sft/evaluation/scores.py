@@ -32,7 +32,7 @@ NUMBER_WORDS = {
     for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
 }
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d+)?(?:(?<=\d)\s?%)?")
+NUMBER = re.compile(r"[-+]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d+)?(?:(?<=\d)\s?%)?")
 CHARACTER = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese: a word has no spaces around it
 WORD = re.compile(rf"[{CHARACTER}]|[^\s{CHARACTER}]+")
 
@@ -48,8 +48,9 @@ def exact(prediction: str, answer: str, record: dict[str, Any]) -> bool:
 
 
 def normalised(prediction: str, answer: str, record: dict[str, Any]) -> bool:
-    """An answer is right when it is the expected text after the normalisation of the VQA evaluation (Antol et al. 2015, vqaEval.py): case, articles, punctuation and
-    number words do not count. Apostrophes are dropped, in place of its list of contractions."""
+    """An answer is right when it is the expected text after the normalisation of the VQA evaluation (Antol et al. 2015,
+    vqaEval.py): case, articles, punctuation and number words do not count. Apostrophes are dropped, in place of its list of
+    contractions."""
     return vqa_normalised(prediction) == vqa_normalised(answer)
 
 
@@ -67,7 +68,7 @@ def number(tolerance: float, prediction: str, answer: str, record: dict[str, Any
     """Relaxed accuracy (Methani et al. 2020, Masry et al. 2022, ChartQA): a number is right when it is off by at most the
     share `tolerance` of the true one; an answer that is no number when it is equal, case aside. Beyond that definition,
     thousands may have commas, and the one number in a sentence is what it says."""
-    true, found = as_number(answer), [each[0] for each in NUMBER.finditer(prediction) if each[0]]
+    true, found = as_number(answer), [each[0] for each in NUMBER.finditer(prediction)]
     if true is None:
         return prediction.lower() == answer.lower()
     said = as_number(found[0]) if len(found) == 1 else None
@@ -75,15 +76,16 @@ def number(tolerance: float, prediction: str, answer: str, record: dict[str, Any
 
 
 def as_number(text: str) -> float | None:
-    if not text or not NUMBER.fullmatch(text):
+    if not NUMBER.fullmatch(text):
         return None
     value = float(text.rstrip("% ").replace(",", ""))
     return value / 100 if text.endswith("%") else value
 
 
 def choice(prediction: str, answer: str, record: dict[str, Any]) -> bool:
-    """An answer is right when it names the same option of the question, by its letter or its text, alone or in a sentence (as the heuristic matching of
-    MMBench, Liu et al. 2023, and MMMU, Yue et al. 2023). Options begin with `A.`, `A)`, `A:` or `(A)`."""
+    """An answer is right when it names the same option of the question, by its letter or its text, alone or in a sentence
+    (as the heuristic matching of MMBench, Liu et al. 2023, and MMMU, Yue et al. 2023). Options begin with `A.`, `A)`, `A:` or
+    `(A)`."""
     options = options_of(record["question"])
     true, said = chosen(answer, options), chosen(prediction, options)
     return said == true if true else vqa_normalised(prediction) == vqa_normalised(answer)

@@ -46,6 +46,14 @@ class LLaVAOneVision1_5_ImageProcessor(Qwen2VLImageProcessorPil):
     def max_pixels(self, value):
         self.size = {**dict(self.size), "longest_edge": value}
 
+    def _standardize_kwargs(self, size=None, min_pixels=None, max_pixels=None, **kwargs):
+        # Attributes stand in for options that a call leaves out: as if passed, with a warning, and against its `size`.
+        given = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        changed = {key: value for key, value in given.items() if value not in (None, self.size[key])}
+        if changed:
+            size = {**dict(size or self.size), **changed}
+        return super()._standardize_kwargs(size=size, **kwargs)
+
 
 class LLaVAOneVision1_5_Processor(ProcessorMixin):
     """Text and images to `input_ids`, `attention_mask`, `pixel_values` [patches, 588], `image_grid_thw` [images, 3].
