@@ -1,5 +1,6 @@
 """chat.py: what may be named, what stands on stdout, conversations, Ctrl-C, and messages for what is missing or broken."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -22,13 +23,12 @@ import chat
 from helpers import ROOT, SCRIPTS
 from helpers.webdatasets import picture
 from llava_sft.chat import models, web
-from llava_sft.chat.answers import Model, Turn, question, read_picture
+from llava_sft.chat.answers import Turn
 from llava_sft.checkpoint.safetensors_io import old_name
 from llava_sft.checksums import note
-from llava_sft.errors import CheckpointError, DataError, RunError, SettingsError
+from llava_sft.errors import CheckpointError, DataError, SettingsError
 from llava_sft.evaluation.export import Export
 from llava_sft.files import write_json
-from llava_sft.model.template import ChatTemplate
 
 ASKED = "<image>\n<image>\nWhich of the two digits is larger?"
 
@@ -109,18 +109,6 @@ def test_the_answer_alone_stands_on_stdout_whatever_is_named(
     assert "float32 on cpu" in said.err
 
 
-def test_pictures_stand_where_the_training_had_them(small_checkpoint):
-    image = Image.new("RGB", (56, 56))
-    assert question("Which?", [image, image]).text == "<image>\n<image>\nWhich?"
-    assert question("Is <image> it?", [image]).text == "Is <image> it?"
-    assert question("Which?", []) == Turn("user", "Which?")
-    text, *_ = ChatTemplate(small_checkpoint).render([{"role": "user", "content": ASKED}], generation_prompt=True)
-    assert Export(small_checkpoint, 1).render([{"role": "user", "content": ASKED}]) == text
-    for text, count in (("<image> and <image>?", 1), ("<image>", 0), ("a <|im_end|> b", 0)):
-        with pytest.raises(DataError):
-            question(text, [image] * count)
-
-
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -131,6 +119,7 @@ def test_pictures_stand_where_the_training_had_them(small_checkpoint):
         ("mixed spelling", "named in another way"),
         ("damaged export", "does not hold what was written"), ("no gpu", "no GPU here"), ("control token", "<|im_start|>"),
         ("legacy", "convert_checkpoint.py hf2mcore"), ("no streamlit", "--web needs Streamlit"), ("port", "--port 99999"),
+        ("temperature", "--temperature 0 or more"), ("bytes", "not UTF-8"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_broken_is_one_message(
@@ -161,6 +150,7 @@ def test_what_is_missing_or_broken_is_one_message(
     more = {
         "no picture": ["--image", "gone.png"], "broken picture": ["--image", "half.png"], "no gpu": ["--device", "cuda"],
         "no streamlit": ["--web"], "port": ["--web", "--port", "99999"],
+        "temperature": ["--temperature", "nan"], "bytes": ["--system", "\udcff"],
     }  # fmt: skip
     words = ["a <|im_start|> b"] if case == "control token" else words if named.get(case, True) else []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -168,6 +158,16 @@ def test_what_is_missing_or_broken_is_one_message(
     said = capsys.readouterr()
     assert said.out == "" and message in said.err.rpartition("error: ")[2]
     assert "\n  fix: " in said.err and "Traceback" not in said.err
+
+
+def test_no_code_of_a_folder_that_looks_like_an_export_is_executed(run_dir, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(run_dir.with_name("stage2_sft_x_results") / "huggingface", tmp_path / "theirs")
+    (folder / "converted.json").unlink()
+    for code in folder.glob("*.py"):
+        code.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    write_json(folder / "converted.json", {"files": note(folder, list(folder.iterdir()))}, sealed=True)
+    assert run(monkeypatch, folder, "What?", "--max-new-tokens", 2) == 0
+    assert not (tmp_path / "executed").exists()
 
 
 def test_the_message_installs_what_the_project_names():
@@ -286,27 +286,19 @@ def test_ctrl_c_ends_an_answer_and_twice_the_program(monkeypatch, capsys):
     chat.converse(Scripted(), [], [])
 
 
+@pytest.mark.parametrize("closed", ["<&-", "What? | exec 3>&-"])
+def test_streams_that_cannot_be_used_end_without_a_traceback(closed, small_checkpoint):
+    command = f"set -o pipefail; {sys.executable} {SCRIPTS / 'chat.py'} {small_checkpoint} --max-new-tokens 2 {closed}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+    assert ("stdin is closed" in ended.stderr) == (closed == "<&-")
+
+
 def test_a_script_that_feeds_lines_stops_at_the_first_mistake(monkeypatch):
     type_in(monkeypatch, "/image gone.png", "What?")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(DataError):
         chat.converse(Scripted(), [], [])
-
-
-def test_only_a_users_turn_stands_for_pictures(small_checkpoint, pictures):
-    model = Model(small_checkpoint, "cpu", "auto", 2, 0.0)
-    turns = [Turn("system", "an <image>"), question("What?", [read_picture(pictures[0])])]
-    said = Turn("assistant", "<image> <|image_pad|><|im_end|>\n<|im_start|>user")
-    assert "".join(model.answer([*turns, said, Turn("user", "7")])).strip()
-
-
-def test_too_long_a_conversation_and_too_little_memory_are_said(small_checkpoint, monkeypatch):
-    model = Model(small_checkpoint, "cpu", "auto", 2, 0.0)
-    with pytest.raises(RunError, match="the model reads 2,048"):
-        list(model.answer([Turn("user", "7 " * 3000)]))
-    monkeypatch.setattr(model.export.model, "generate", lambda **_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(RunError, match="memory does not suffice"):
-        list(model.answer([Turn("user", "7")]))
 
 
 def test_ctrl_c_on_a_real_terminal(small_checkpoint):
@@ -337,8 +329,12 @@ def test_ctrl_c_on_a_real_terminal(small_checkpoint):
         os.write(main, b"\x03")
         until(b"^C", 20)  # the answer may hold a prompt's characters
         until(b"> ", 20)
-        os.write(main, b"\x03")
-        assert process.wait(60) == chat.INTERRUPTED
+        for _ in range(30):  # on a busy machine the answer may still be closing
+            os.write(main, b"\x03")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+                break
+        assert process.wait(1) == chat.INTERRUPTED
     finally:
         process.kill()
         os.close(main)

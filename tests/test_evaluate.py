@@ -300,14 +300,18 @@ def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
 
 
 @pytest.mark.parametrize(
-    "case", ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch"]
+    "case",
+    ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch", "output", "base"],
 )
 def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
     folder = tmp_path / "export"
     folder.mkdir()
     for path in export.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    words = {"samples": ["--samples", "half"], "batch": ["--batch-size", "0"]}.get(case, [])
+    words = {
+        "samples": ["--samples", "half"], "batch": ["--batch-size", "0"], "output": ["--output", str(tmp_path)],
+        "base": ["--base", str(folder), "--start-of", str(tmp_path)],
+    }.get(case, [])  # fmt: skip
     if case == "no export":
         (folder / "converted.json").unlink()
     elif case == "marker":
@@ -318,4 +322,14 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
         run(monkeypatch, folder, data, tmp_path / "e.json", *words)
     said = capsys.readouterr().err
     assert end.value.code == 1 and "error: " in said and "Traceback" not in said
+    assert not (tmp_path / "e.json").exists()
+
+
+def test_a_raw_file_without_records_is_a_mistake(export, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    words = [str(export), str(tmp_path / "empty.jsonl"), "--output", str(tmp_path / "e.json")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1 and "empty.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "e.json").exists()

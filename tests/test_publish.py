@@ -234,14 +234,19 @@ def test_an_interrupted_upload_goes_on_with_the_same_command(export, hub, monkey
     ("case", "message"),
     [
         ("no export", "no export in it"), ("damaged", "damaged since it was written"), ("name", "no name of a repository"),
+        ("dots", "no name of a repository"), ("dash", "no name of a repository"),
         ("no token", "no token"), ("wrong token", "401"), ("not mine", "403"), ("public already", "is public already"),
         ("private already", "is private already"), ("unreachable", "cannot be reached"), ("metadata", "is no YAML"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_pushed_is_one_message(export, hub, monkeypatch, capsys, tmp_path, case, message):
-    words = {"no export": [tmp_path, "me/x"], "name": [export, "plants"], "not mine": [export, "others/x"]}.get(
-        case, [export, "me/x"]
-    )
+    words = {
+        "no export": [tmp_path, "me/x"],
+        "name": [export, "plants"],
+        "dots": [export, "me/a..b"],
+        "dash": [export, "me/-b"],
+        "not mine": [export, "others/x"],
+    }.get(case, [export, "me/x"])
     hub.repositories["me/x"] = {"private": case == "private already", "files": {}}
     if not case.endswith("already"):
         hub.repositories.clear()

@@ -38,6 +38,8 @@ OPTIONS = {"id": "r1", "question": "What is on the picture, Mr. A. Smith?\nA. a 
         ("choice", "B", "(B)", True), ("choice", "a dog", "B", True), ("choice", "B.", "The answer is B, as one sees", True),
         ("choice", "B", "A dog!", True), ("choice", "C", "b", False), ("choice", "A", "a cat or a dog", False),
         ("choice", "D", "D", True), ("choice", "A", "A dog", False),
+        ("choice", "B", "**B**", True), ("choice", "B", "B, because it barks", True), ("choice", "B", "I think it is B", True),
+        ("choice", "B", "\\boxed{B}", True), ("choice", "C", "**B**", False), ("choice", "B", "It is A dog", True),
         ("anls", "hallo", "Hello", 0.8), ("anls", "abcd", "abyz", 0.5), ("anls:0.6", "abcd", "abyz", 0.0), ("anls", "", "", 1.0),
         ("f1", "A cat", "the cat sat", 2 / 3), ("f1", "我喜欢猫。", "我喜欢狗", 0.75), ("f1", "x", "", 0.0), ("f1", "the", "a", 1.0),
         ("regex", "a.c|d", "abc", True), ("regex", "a.c|d", "abcd", False), ("regex", ".*", "two\nlines", True),
@@ -48,6 +50,11 @@ OPTIONS = {"id": "r1", "question": "What is on the picture, Mr. A. Smith?\nA. a 
 def test_a_score_is_what_its_definition_says(score, truth, prediction, value):
     found = parse_score(score).rate(prediction, truth, OPTIONS)
     assert found == pytest.approx(value) and isinstance(found, bool) == isinstance(value, bool)
+
+
+def test_a_question_without_options_has_none_to_choose():
+    rate, record = parse_score("choice").rate, {"id": "r1", "question": "What is on the picture?"}
+    assert rate("A cat.", "a cat", record) and rate("(b)", "B", record) and not rate("a dog", "a cat", record)
 
 
 @pytest.mark.parametrize("spelled", ["exakt", "exact:1", "number:5", "anls:", "regex:(", "f1:0.5", "a.txt:f", ""])
@@ -77,6 +84,7 @@ def test_a_users_function_gets_the_answers_and_if_it_wants_the_record(tmp_path):
         ("def score(a, b:", "the file cannot be run: SyntaxError: .* line 1"), ("import nothing_like_it", "No module named"),
         ("raise SystemExit(1)", "the file cannot be run: SystemExit"),
         ("def score(a, b): return 'yes'", "to sample 'r1': ValueError"), ("def score(a, b): return 2", "it returned 2"),
+        ("def score(a, b): raise SystemExit(0)", "to sample 'r1': SystemExit: 0"),
         ("def score(a, b): return 1 / 0", "answer 'a' to sample 'r1': ZeroDivisionError"),
     ],
 )  # fmt: skip

@@ -185,7 +185,7 @@ def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_l
     whole, run = trainings.Run(base, tmp_path / "whole", **how), trainings.Run(base, tmp_path / "killed", **how)
     assert whole.finish() == 0, whole.said()
     process = run.start()
-    assert listening(run, process, 5) <= LOOPBACK
+    assert listening(run, process, 4) <= LOOPBACK  # half of the steps are still to come
     kill(process, signal.SIGKILL)
     process.wait()
     for _ in range(50):

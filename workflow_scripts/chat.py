@@ -10,14 +10,17 @@ Ctrl-C ends an answer; once more, it ends the program.
 
 import argparse
 import contextlib
+import math
+import os
 import shlex
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_sft.chat.models import CHOICES, find_model, is_export, readable
 from llava_sft.chat.web import check_page, serve
-from llava_sft.errors import SettingsError, SftError, exits_cleanly
+from llava_sft.errors import DataError, SettingsError, SftError, exits_cleanly
 
 if TYPE_CHECKING:
     from llava_sft.chat.answers import Model, Turn
@@ -46,6 +49,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read the answer has ended; Python would write the rest once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,10 +60,18 @@ def run(args: argparse.Namespace) -> None:
             {str(path.parent) for path in Path("output").glob("stage*_results/huggingface") if is_export(path)}
         )
         raise SettingsError("no model is named", f"one of {', '.join(made)}" if made else CHOICES)
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise SettingsError("--max-new-tokens must be at least 1, --temperature at least 0", "the defaults: 1024 and 0")
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
+        raise SettingsError("--max-new-tokens must be at least 1, --temperature 0 or more", "the defaults: 1024 and 0")
+    for path in args.image:  # before an export is made
+        if not Path(path).expanduser().exists():
+            raise DataError(f"picture {path}: No such file or directory", "the path of a picture file")
     if args.web:
         check_page(args.port)
+    elif not args.question and sys.stdin is None:
+        raise SettingsError("there is no question, and stdin is closed", 'chat.py MODEL "the question"')
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, TextIOWrapper):  # not closed, nor a stand-in
+            stream.reconfigure(errors=errors)
     folder = find_model(args.model)
     print(f"{folder}: loading", file=sys.stderr, flush=True)
 

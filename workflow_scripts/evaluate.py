@@ -24,7 +24,7 @@ from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.machine import vllm_interpreter
 
 PREDICTIONS = "predictions.jsonl"
-RULES = 3  # version of what evaluation.json holds: another number evaluates anew
+RULES = 4  # version of what evaluation.json holds: another number evaluates anew
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,10 +64,14 @@ def parse_arguments() -> argparse.Namespace:
             "--batch-size and --max-new-tokens must be at least 1",
             f"the defaults: {Options().batch_size} and {Options().max_new_tokens}",
         )
+    if args.base and args.start_of:
+        raise SettingsError("--base and --start-of: there is one model to compare with", "leave one of them out")
+    if args.output and args.output.is_dir():
+        raise SettingsError(f"--output {args.output}: a folder", f"--output {args.output / 'evaluation.json'}")
     if args.output is None:
         name = args.data.parent.name if args.data.name == "webdatasets" else args.data.stem
         args.output = args.model_dir.resolve().parent / "evaluations" / name / "evaluation.json"
-    args.scores = args.scores or ["exact"]
+    args.scores = list(dict.fromkeys(args.scores or ["exact"]))
     args.base_answers = args.base_answers or args.output.parent / "base_answers"
     return args
 

@@ -38,7 +38,8 @@ def main() -> None:
     add("--public", action="store_true", help="everyone may see it (default: private)")
     add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
     args = parser.parse_args()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
+    part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"  # neither begins nor ends with a dot or dash
+    if not re.fullmatch(f"{part}/{part}", args.repository, re.ASCII) or re.search(r"--|\.\.|\.git$", args.repository):
         raise SettingsError(
             f"{args.repository}: no name of a repository", "org/name, or your user name before the slash"
         )

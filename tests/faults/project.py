@@ -176,7 +176,7 @@ def commands(project: Path, *asked: str) -> dict[str, list[list[str]]]:
             command = re.sub(r"\S+(?= workflow_scripts/)", str(recorder), shell[1], count=1)
             scratch = project / ".recorded"
             command = command.replace(f"cd {project}", f"mkdir -p {scratch}/output && cd {scratch}", 1)
-            command = re.sub(r"(>|tee -i) output/\S+", r"\1 /dev/null", command)
+            command = re.sub(r"(>|tee -i) output/[^\s)]+", r"\1 /dev/null", command)
             subprocess.run(["bash", "-c", command], cwd=project, check=True, stdout=subprocess.DEVNULL)
             found.setdefault(rule, []).append(record.read_text().split("\0")[:-1])
     return found

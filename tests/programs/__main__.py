@@ -157,7 +157,11 @@ def rows_of(tried: dict[str, list[Outcome]], missing: dict[str, str]) -> list[di
         for dtype in dict.fromkeys(each.dtype for each in outcomes):
             mine = [each for each in outcomes if each.dtype == dtype]
             equal, asked = sum(each.equal for each in mine), sum(each.asked for each in mine)
-            said = [mine[-1].called, *dict.fromkeys(note for each in mine for note in each.notes)]
+            said = [
+                f"{equal} of {asked} answers",
+                mine[-1].called,
+                *dict.fromkeys(note for each in mine for note in each.notes),
+            ]
             said += [f"{each.exam}: {problem}" for each in mine for problem in each.problems]
             said += [f"score {each.score:+.3f} of {each.exam}" for each in mine if each.score is not None]
             goal = 1 if dtype == "float32" else None

@@ -48,6 +48,8 @@ def checked(text: str) -> str:
     """Errors: DataError for a control token, which would forge a turn or a picture."""
     if token := CONTROL_TOKEN.search(text):
         raise DataError(f"{token[0]} in the text: a control token of the model", "ask without it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError("the text has bytes that are not UTF-8", "write UTF-8, on a terminal of UTF-8: LC_ALL=C.UTF-8")
     return text
 
 

@@ -1,8 +1,9 @@
 """What a user names to talk to → a Hugging Face folder that transformers can load.
 
 Notable:
-- an export is loaded as it is, once its files are those that were written;
-- the weights of any other Hugging Face folder are read with this project's code and side files: nothing in it is executed;
+- the weights of any Hugging Face folder are read with this project's code and side files: nothing in it is executed, whatever
+  marker of an export lies in it;
+- the files of an export have to be those that were written;
 - a Megatron checkpoint is exported first; the export stays beside its run, and is made only once.
 """
 
@@ -66,7 +67,8 @@ def is_export(folder: Path) -> bool:
 
 def exported(checkpoint: Path) -> Path:
     """The export of one checkpoint folder of a run: the run's own, if it is of that checkpoint, else one made for this."""
-    checkpoint = Path(os.path.abspath(checkpoint))  # `.` has no name
+    if not checkpoint.parent.name or ".." in checkpoint.parts:
+        checkpoint = Path(os.path.abspath(checkpoint))  # `.` has no name
     run = checkpoint.parent
     of_run = run.with_name(f"{run.name}{RESULTS}") / SIDECARS
     with contextlib.suppress(DamagedFileError, KeyError, TypeError):
@@ -86,15 +88,12 @@ def exported(checkpoint: Path) -> Path:
 
 @contextlib.contextmanager
 def readable(folder: Path) -> Iterator[Path]:
-    """`folder` itself if it is a whole export; for another Hugging Face folder one with links to its weights, beside which
-    the code, chat template and settings are this project's.
+    """A folder with links to the weights of `folder`, beside which the code, chat template and settings are this project's.
 
     Errors: CheckpointError for weights that are missing, damaged, or not of this model.
     """
     if is_export(folder):
         require_whole(folder)
-        yield folder
-        return
     from llava_sft.checkpoint.hf_folder import weight_files
     from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header
 

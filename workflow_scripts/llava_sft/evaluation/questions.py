@@ -73,9 +73,10 @@ def _fingerprint(folder: Path) -> str:
 
 def _raw(path: Path, image_root: Path, limit: int | None) -> Questions:
     digest = xxhash.xxh3_128()
-    return Questions(
-        list(islice(_records(path, image_root, digest), limit)), "all", fingerprint([digest.hexdigest(), limit])
-    )
+    samples = list(islice(_records(path, image_root, digest), limit))
+    if not samples:
+        raise DataError(f"{path}: no record in it", "a file with records to ask about")
+    return Questions(samples, "all", fingerprint([digest.hexdigest(), limit]))
 
 
 def _records(path: Path, image_root: Path, digest: xxhash.xxh3_128) -> Iterator[Sample[bytes]]:

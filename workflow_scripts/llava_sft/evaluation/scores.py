@@ -97,22 +97,24 @@ def options_of(question: str) -> dict[str, str]:
     for mark in re.finditer(r"(?:^|(?<=\s))(?:\(([A-Z])\)|([A-Z])[.):])(?=\s)", question):
         if (mark[1] or mark[2]) == string.ascii_uppercase[len(marks) % 26]:
             marks.append(mark)
-    ends = [mark.start() for mark in marks[1:]] + [len(question)]
+    ends = [mark.start() for mark in marks[1:]] + [len(question)] * bool(marks)
     return {mark[1] or mark[2]: question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)}
 
 
 def chosen(text: str, options: dict[str, str]) -> str | None:
     """The letter of the option that a text names; None where it names none, or several."""
-    alone = re.fullmatch(r"\(?([A-Za-z])\)?[.):]?", text) or re.match(r"(?:\(([A-Z])\)|([A-Z])[.):])\s", text)
-    said = alone or re.search(r"(?i:\b(?:answer|option|choice)(?:\s+is)?:?)\s*\(?([A-Z])\b", text)
+    bare = re.sub(r"[*`]+|\\boxed\{(.*?)\}", r"\1", text).strip()  # **B**, as chat models write
+    alone = re.fullmatch(r"\(?([A-Za-z])\)?[.):]?", bare) or re.match(r"(?:\(([A-Z])\)|([A-Z])[.):,])\s", bare)
+    named = r"(?i:\b(?:(?:answer|option|choice)(?:\s+is)?|it(?:\s+is|'s)):?)\s*\(?([B-Z]\b|A\b(?!\s[a-z]))"
+    said = alone or re.search(named, bare)
     letter = next((group for group in said.groups() if group), "").upper() if said else ""
     if letter and (letter in options or not options):
         return letter
     plain = {letter: vqa_normalised(option) for letter, option in options.items()}
     whole = vqa_normalised(text)
     same = [letter for letter, option in plain.items() if option == whole]
-    named = same or [letter for letter, option in plain.items() if option and f" {option} " in f" {whole} "]
-    return named[0] if len(named) == 1 else None
+    within = same or [letter for letter, option in plain.items() if option and f" {option} " in f" {whole} "]
+    return within[0] if len(within) == 1 else None
 
 
 def anls(threshold: float, prediction: str, answer: str, record: dict[str, Any]) -> float:
@@ -242,7 +244,7 @@ def _own(spelled: str, function: Any, count: int, prediction: str, answer: str, 
     try:
         value = function(*(prediction, answer, record)[:count])
         share = float(value)
-    except Exception as error:  # of the user's code
+    except (Exception, SystemExit) as error:  # of the user's code
         raise _no_score(spelled, f"{where}: {_told(error)}", "mend the function, and run the same command") from error
     if not 0 <= share <= 1:
         raise _no_score(spelled, f"{where}: it returned {shown(value)}", "return True, False or a number from 0 to 1")
