@@ -19,7 +19,7 @@ from pathlib import Path
 from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
-from llava_sft.checkpoint.verify import MARKER, require_whole, verify
+from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
@@ -60,7 +60,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # the target comes after the options, behind a `--`
     if args.direction == "verify":
         folder = Path(args.source)
-        print(verify(folder if (folder / MARKER).is_file() else existing_checkpoint(folder)))
+        made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
+        print(verify(made))
         return
     if args.direction == "mcore2peft":
         export_peft(args)
