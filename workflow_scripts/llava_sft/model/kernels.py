@@ -50,13 +50,18 @@ def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexp
     tl.store(out + column, tl.sum(total, 0), column < columns)
 
 
+def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
+    """An empty [rows, columns] whose rows are `room` longer in memory."""
+    return like.new_empty(rows, columns + room)[:, :columns]
+
+
 # --- norms ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _norm(
     x, branch, weight, bias, total, out, mean, scale, eps,
-    width: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
+    width: tl.constexpr, pitch: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, at = column < width, row * width + column
@@ -74,27 +79,30 @@ def _norm(
     value = value * factor * tl.load(weight + column, inside, 0.0).to(tl.float32)
     if CENTER:
         value += tl.load(bias + column, inside, 0.0).to(tl.float32)
-    tl.store(out + at, value, inside)
+    tl.store(out + row * pitch + column, value, inside)
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None, room: int = 0
 ) -> tuple[Tensor, ...]:
     """RMSNorm, or LayerNorm where there is a bias, of x + branch, both [tokens, width] → x + branch, the normed [tokens,
-    width], and what the gradient needs: mean (None without bias) and reciprocal deviation, [tokens] float32."""
+    width], with `room` columns beside it, and what the gradient needs: mean (None without bias) and reciprocal deviation,
+    [tokens] float32."""
     (tokens, width), center = x.shape, bias is not None
-    total, out = x if branch is None else torch.empty_like(x), torch.empty_like(x)
+    total, out = x if branch is None else torch.empty_like(x), with_room(x, tokens, width, room)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(scale) if center else None
     switches = {"ADD": branch is not None, "CENTER": center, "BLOCK": power_of_2(width)}
-    _norm[tokens,](x, branch, weight, bias, total, out, mean, scale, eps, width, **switches, num_warps=WARPS)
+    _norm[tokens,](
+        x, branch, weight, bias, total, out, mean, scale, eps, width, width + room, **switches, num_warps=WARPS
+    )
     return total, out, mean, scale
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_backward(
     grad, x, weight, mean, scale, residual, out, sums, tokens, columns,
-    width: tl.constexpr, CENTER: tl.constexpr, BIASES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    width: tl.constexpr, pitch: tl.constexpr, CENTER: tl.constexpr, BIASES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0) * ROWS
     column = tl.arange(0, BLOCK)
@@ -106,7 +114,7 @@ def _norm_backward(
         row = start + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None] & inside[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        d_x = tl.load(grad + at, mask, 0.0).to(tl.float32)
+        d_x = tl.load(grad + row.to(tl.int64)[:, None] * pitch + column[None, :], mask, 0.0).to(tl.float32)
         value = tl.load(x + at, mask, 0.0).to(tl.float32)
         before = tl.load(residual + at, mask, 0.0).to(tl.float32)
         factor = tl.load(scale + row, row < tokens, 0.0)[:, None]
@@ -144,7 +152,8 @@ def norm_backward(
     partial = sums.take(width * (1 + (mean is not None) + 2 * biases))
     switches = {"CENTER": mean is not None, "BIASES": biases, "ROWS": max(1, TILE // block), "BLOCK": block}
     _norm_backward[len(partial),](
-        grad, x, weight, mean, scale, residual, out, partial, tokens, sums.columns, width, **switches, num_warps=WARPS
+        grad, x, weight, mean, scale, residual, out, partial, tokens, sums.columns, width, grad.stride(0), **switches,
+        num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -325,36 +334,36 @@ def rope_backward(
 
 
 @triton.jit
-def _swiglu(gate_and_up, out, width: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(gate_and_up, out, width: tl.constexpr, pitch: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)
     # Two steps, as in Megatron: the first is rounded too.
     opened = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + column, opened * up, inside)
+    tl.store(out + row * pitch + column, opened * up, inside)
 
 
 @triton.jit
-def _swiglu_backward(gate_and_up, grad, out, width: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_and_up, grad, out, width: tl.constexpr, pitch: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)
-    d_x = tl.load(grad + row * width + column, inside, 0.0).to(tl.float32)
+    d_x = tl.load(grad + row * pitch + column, inside, 0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     _store_halves(out + at, width, inside, d_x * up * share * (1 + gate * (1 - share)), d_x * gate * share)
 
 
-def swiglu(gate_and_up: Tensor) -> Tensor:
-    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width]."""
+def swiglu(gate_and_up: Tensor, room: int = 0) -> Tensor:
+    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width], with `room` columns beside it."""
     tokens, width = gate_and_up.size(0), gate_and_up.size(1) // 2
-    out = gate_and_up.new_empty(tokens, width)
-    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, width, BLOCK=1024)
+    out = with_room(gate_and_up, tokens, width, room)
+    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, width, width + room, BLOCK=1024)
     return out
 
 
 def swiglu_backward(gate_and_up: Tensor, grad: Tensor) -> Tensor:
     out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
-    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, BLOCK=1024)
+    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, grad.stride(0), BLOCK=1024)
     return out
 
 
@@ -409,6 +418,41 @@ def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums) -> Tensor:
         grad, x, out, partial, tokens, sums.columns, width, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
     )
     return out
+
+
+# --- dropout -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["size", "key", "first", "limit"])
+def _leave_out(x, out, size, key, first, columns, limit, gain, width: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = ((at // width) * columns + first + at % width).to(tl.uint32) ^ key.to(tl.uint32)
+    place *= 2654435761
+    place = (place ^ (place >> 15)) * 2246822519
+    place ^= place >> 13
+    value = tl.load(x + at, at < size, 0.0).to(tl.float32) * gain
+    tl.store(out + at, tl.where((place >> 8).to(tl.int32) < limit, 0.0, value), at < size)
+
+
+def leave_out(x: Tensor, share: float, key: int, first: int, columns: int) -> Tensor:
+    """x [..., width] with a share of its values 0 and the others scaled: by `key`, row, and column, of which x has those from
+    `first` on, of `columns`."""
+    out = torch.empty_like(x)
+    limit, gain = round(share * 2**24), 1 / (1 - share)
+    _leave_out[cdiv(x.numel(), 2048),](
+        x, out, x.numel(), key, first, columns, limit, gain, x.size(-1), BLOCK=2048, num_warps=WARPS
+    )
+    return out
+
+
+def leave_out_on_cpu(x: Tensor, share: float, key: int, first: int, columns: int) -> Tensor:
+    """The same in PyTorch."""
+    rows, width = x.numel() // x.size(-1), x.size(-1)
+    place = torch.arange(rows).unsqueeze(1) * columns + torch.arange(first, first + width)
+    place = (((place ^ key) & 0xFFFF_FFFF) * 2654435761) & 0xFFFF_FFFF
+    place = ((place ^ (place >> 15)) * 2246822519) & 0xFFFF_FFFF
+    place ^= place >> 13
+    return x * ((place >> 8) >= round(share * 2**24)).view_as(x).to(x.dtype) / (1 - share)
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
