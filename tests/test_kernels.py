@@ -20,7 +20,14 @@ from llava_sft.model.attention import packed_seq_params
 # Compute capability → bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"): A100, RTX 3090, RTX 4090 and L40S, H100, RTX 5090.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", int: "i32", float: "fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int16: "*i16",
+    torch.int64: "*i64",
+    int: "i32",
+    float: "fp32",
+}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,8 @@ def launch_all() -> None:
     kernels.scale_(ones(10), ones(1, dtype=torch.float32))
     remainder = ones(10, dtype=torch.int16)
     for gradient in (ones(10), ones(10, dtype=torch.float32)):
-        adam.adam_step(gradient, ones(10), ones(10), ones(10), remainder, 1e-5, 0.9, 0.99, 1e-8, 1, 0.0, True, seed=7)
+        tensors = [(gradient, ones(10), ones(10), ones(10), remainder)]
+        adam.adam_step(tensors, [7], 1e-5, 0.9, 0.99, 1e-8, 1, 0.0, True)
     print(len(compiled), max(kernel.metadata.shared for kernel in compiled))
 
 
