@@ -2,6 +2,7 @@
 
     convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
     convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --samples output/data/vqa/webdatasets
+    convert_checkpoint.py mcore2peft output/stage2_sft_vqa/iter_0000800 adapter
     convert_checkpoint.py verify exported
 
 hf2mcore also takes a hub id (org/name or org/name@revision) and Megatron folders of the original project
@@ -34,7 +35,7 @@ from llava_sft.settings.layers import load_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("direction", choices=["hf2mcore", "mcore2hf", "verify"])
+    add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "verify"])
     add(
         "source",
         help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder",
@@ -60,7 +61,20 @@ def main() -> None:
         made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
         print(verify(made))
         return
+    if args.direction == "mcore2peft":
+        export_peft(args)
+        return
     convert(args)
+
+
+def export_peft(args: argparse.Namespace) -> None:
+    from llava_sft.checkpoint.adapters import write_peft
+
+    source = existing_checkpoint(Path(args.source))
+    sidecars = args.sidecars or source.parent / SIDECARS
+    model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
+    write_peft(source, args.target, model)
+    print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them")
 
 
 def convert(args: argparse.Namespace) -> None:
