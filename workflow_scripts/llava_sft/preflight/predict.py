@@ -25,6 +25,7 @@ from llava_sft.settings.resolve import ResolvedSettings
 FACTORS = Path(__file__).with_name("factors.json")
 PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
+CUDA_GIB = 1.5  # of a GPU, at least: CUDA's own memory (0.5 to 1.3 GiB) is no part of the prediction
 
 
 class Case(NamedTuple):
@@ -136,8 +137,12 @@ def calibration_for(device: str) -> Calibration:
 
 
 def memory_terms(case: Case) -> list[float]:
-    """GiB: what a process needs whatever it trains, language activations, vision activations."""
-    return [1.0, *(size / GIB for size in activation_bytes(case.model, case.values, case.largest).values())]
+    """GiB: what a process needs whatever it trains, language activations, vision activations; and gradients where a GPU
+    recomputes the language model, which leaves memory unused between them (8 % of what full training takes then)."""
+    model, values = case.model, case.values
+    gradients = state_bytes(model, values)["gradients"] / GIB
+    holes = gradients if values.on_gpu and values.recompute_language == "full" else 0.0
+    return [1.0, *(size / GIB for size in activation_bytes(model, values, case.largest).values()), holes]
 
 
 def time_terms(case: Case) -> list[float]:
@@ -145,11 +150,11 @@ def time_terms(case: Case) -> list[float]:
     costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
     to do), and of attention."""
     model, values, batch = case.model, case.values, case.mean
-    llm, vit = step_flops(model, values, batch)
+    llm, pairs, vit = step_flops(model, values, batch)
     micro_batches = _micro_batches(values)
     state = state_bytes(model, values)
     calls = micro_batches * max(1.0, batch.tokens / values.chunk_tokens)
-    products, of_model = ([llm, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([0.0, llm], [0.0, calls])
+    products, of_model = ([llm + pairs, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([pairs, llm], [0.0, calls])
     attentions = 0.0
     if not values.on_gpu:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
         passes = 1 + (values.recompute_language == "full") / 3  # forward and backward, which takes twice as long
@@ -169,17 +174,19 @@ def _micro_batches(values: ResolvedSettings) -> int:
 def predict(case: Case, calibration: Calibration) -> Prediction:
     """What one step takes."""
     state = {name: size / GIB for name, size in state_bytes(case.model, case.values).items()}
-    fixed, language, vision = (
+    fixed, language, vision, holes = (
         factor * term for factor, term in zip(calibration.memory, memory_terms(case), strict=True)
     )
-    memory = state | {"language activations": language, "vision activations": vision, "libraries and the rest": fixed}
+    activations = {"language activations": language, "vision activations": vision}
+    memory = state | activations | {"libraries and the rest": fixed + holes}
     seconds = sum(factor * term for factor, term in zip(calibration.time, time_terms(case), strict=True))
     micro_batches = _micro_batches(case.values) * case.values.data_parallel_size
     return Prediction(memory, seconds, case.mean.tokens * micro_batches)
 
 
 def fits(prediction: Prediction, machine: Machine) -> bool:
-    return prediction.memory_gib <= machine.memory_gib * (1 - RESERVE)
+    least = 0.0 if machine.device == "CPU" else CUDA_GIB
+    return prediction.memory_gib <= machine.memory_gib - max(RESERVE * machine.memory_gib, least)
 
 
 # ------------------------------------------------------------------------------------------------- proposals
