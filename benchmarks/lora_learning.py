@@ -13,21 +13,25 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from llava_sft.data.demo import write_demo
 from llava_sft.files import write_text
+from llava_sft.model.config import load_model_config
 from llava_sft.run.layout import VALIDATION, checkpoint_dir
 from llava_sft.run.records import read_jsonl
+from llava_sft.settings.resolve import ResolvedSettings
 from results import ROOT, row, timed, write_results
 
 KIND, START_STEPS, STEPS = "larger_of_two", 800, 400
 ONE_PROCESS = {"nproc_per_node": 1, "num_workers": 1, "gpus_per_node": 0}
-LANGUAGE = {"trainable_modules": ["language_model"]}
-ALL = {"lora_modules": ["language_model", "adapter", "vision_model"]}
+ALL = ["language_model", "adapter", "vision_model"]
 FULL_RATES, LORA_RATES = (1e-3, 2e-3, 4e-3), (2e-3, 5e-3, 1e-2)
-SETS = {  # name: settings, learning rates
+SETS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # settings, learning rates
     "full": ({}, FULL_RATES),
-    "lora": ({"lora_rank": 8, "lora_alpha": 16, **LANGUAGE}, LORA_RATES),
+    "lora": ({"trainable_modules": ["language_model"], "lora_rank": 8, "lora_alpha": 16}, LORA_RATES),
+    "lora_32": ({"trainable_modules": ["language_model"], "lora_rank": 32, "lora_alpha": 32}, LORA_RATES),
+    "lora_all": ({"trainable_modules": ALL, "lora_modules": ALL, "lora_rank": 8, "lora_alpha": 16}, LORA_RATES),
 }
 GOAL = 0.95
 
@@ -51,10 +55,29 @@ def main() -> None:
     for name in args.names or SETS:
         values, rates = SETS[name]
         for lr in rates:
-            tag = f"{name}_{lr:g}".replace(" ", "_")
-            run = train(folder / "kind", records, KIND, tag, load | values | {"train_iters": STEPS, "lr": lr})
-            after[name, lr] = heldout_loss(run)
+            settings = load | values | {"train_iters": STEPS, "lr": lr}
+            after[name, lr] = heldout_loss(train(folder / "kind", records, KIND, f"{name}_{lr:g}", settings))
             print(f"{name}, lr {lr:g}: {after[name, lr]:.4f}", flush=True)
+    if len({name for name, _ in after}) == len(SETS):
+        write_results("lora_learning", rows(before, after))
+
+
+def rows(before: float, after: dict[tuple[str, float], float]) -> list[dict[str, Any]]:
+    """The loss at the end of every training, and what the best of each set learned, full fine-tuning's best being 1."""
+    found = [row("heldout_loss", before, "nats", None, "lower", "before the 400 steps", run="start")]
+    model, falls = load_model_config(ROOT / "config/models/tiny.yaml"), {}
+    for name, (values, rates) in SETS.items():
+        trained = ResolvedSettings(experiment="vqa", **values).trained.parameters(model)
+        for lr in rates:
+            note, run = f"{trained:,} trained parameters", f"{name}, lr {lr:g}"
+            found.append(row("heldout_loss", after[name, lr], "nats", None, "lower", note, run=run, lr=lr, **values))
+        falls[name] = before - min(after[name, lr] for lr in rates)
+    for name, fall in falls.items():
+        if name != "full":
+            note = f"fall of the held-out loss {fall:.3f}, with full fine-tuning {falls['full']:.3f}; best of three rates each"
+            values = SETS[name][0]
+            found.append(row("lora_learning", fall / falls["full"], "", GOAL, "higher", note, run=name, **values))
+    return found
 
 
 def write_records(folder: Path) -> Path:

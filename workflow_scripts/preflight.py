@@ -26,7 +26,7 @@ from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, this_machine
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
-from llava_sft.preflight.cost import checkpoint_size
+from llava_sft.preflight.cost import MicroBatch, checkpoint_size
 from llava_sft.preflight.predict import (
     Case,
     Forecast,
@@ -52,6 +52,7 @@ from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.settings.schema import ABOUT, Settings
 from llava_sft.workflow import Workflow
 
+ENOUGH_PACKS = 2000  # whose largest is as good as that of an epoch
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
 
@@ -89,9 +90,14 @@ def main() -> None:
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
     counts = len(samples.sizes.tokens), samples.dataset["heldout"]["samples"]
     values, why = resolve(settings, *counts, samples.epoch, cores=cores)
-    batch = mean_and_largest(samples.sizes, values, samples.epoch.packs if settings.packing else None)
+    packs = samples.epoch.packs if settings.packing else None
+    batch = mean_and_largest(samples.sizes, values, packs)
+
+    def batches_of(**changed) -> tuple[MicroBatch, MicroBatch]:
+        return mean_and_largest(samples.sizes, values.model_copy(update=changed), packs and packs[:ENOUGH_PACKS])
+
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.gpus_per_node, values.nproc_per_node)
-    forecast = forecast_of(Case(model, values, machine, *batch)) if machine else None
+    forecast = forecast_of(Case(model, values, machine, *batch), batches_of) if machine else None
     if forecast and "num_workers" in why:
         values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
     resolved = Resolved(

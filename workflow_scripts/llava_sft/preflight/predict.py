@@ -9,6 +9,9 @@ No torch: preflight runs where there is no GPU.
 
 import math
 import random
+import shlex
+from collections.abc import Callable
+from functools import cache
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,11 +195,17 @@ def fits(prediction: Prediction, machine: Machine) -> bool:
 # ------------------------------------------------------------------------------------------------- proposals
 
 
-def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any], Prediction]]:
+BatchesOf = Callable[..., tuple[MicroBatch, MicroBatch]]
+
+
+def proposals(
+    case: Case, calibration: Calibration, batches_of: BatchesOf | None = None
+) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that train the same before LoRA, and those that keep
-    seq_length before those that do not."""
+    seq_length before those that do not. `batches_of`: mean and largest micro-batch with another micro_batch_size or
+    pack_chunk_tokens (its arguments); estimated without."""
     values = case.values
-    piece = min(values.seq_length, values.chunk_tokens)  # what goes through the model at once
+    batches_of = cache(batches_of) if batches_of else None
     smaller = less_memory(values, values.seq_length)
     choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
     groups, heads = case.model.language.num_query_groups, case.model.vision.num_attention_heads
@@ -208,20 +217,33 @@ def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any]
         changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
         changed |= training
         tried = values.model_copy(update=changed)
-        rows = tried.micro_batch_size / values.micro_batch_size
-        scales = tried.seq_length / values.seq_length, min(tried.seq_length, tried.chunk_tokens) / piece
         if not changed or tried.global_batch_size % (tried.micro_batch_size * tried.data_parallel_size):
             continue
-        mean, largest = (
-            MicroBatch(*(rows * scale * each for each in batch))
-            for scale, batch in zip(scales, (case.mean, case.largest), strict=True)
-        )
+        known = batches_of if tried.seq_length == values.seq_length else None
+        cut = {name: changed[name] for name in ("micro_batch_size", "pack_chunk_tokens") if name in changed}
+        mean, largest = known(**cut) if known else estimated_batches(case, tried)
         prediction = predict(case._replace(values=tried, mean=mean, largest=largest), calibration)
         if fits(prediction, case.machine):
             found.append((changed, prediction))
     found.sort(key=lambda each: ("seq_length" in each[0], "lora_rank" in each[0], -each[1].tokens_per_s, len(each[0])))
     needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
     return [each for each in found if each[0] not in needless]
+
+
+def estimated_batches(case: Case, tried: ResolvedSettings) -> tuple[MicroBatch, MicroBatch]:
+    """Mean and largest micro-batch of changed settings, from those of the case."""
+    of_sample = case.mean.token_squares / max(1.0, case.mean.tokens)
+
+    def piece(values: ResolvedSettings) -> float:  # chunks are cut between samples: one is longer by about a sample
+        return min(values.seq_length, values.chunk_tokens + of_sample * (values.chunk_tokens < values.seq_length))
+
+    rows = tried.micro_batch_size / case.values.micro_batch_size
+    longer = tried.seq_length / case.values.seq_length, min(1.0, piece(tried) / piece(case.values))
+    mean, largest = (
+        MicroBatch(*(rows * scale * each for each in batch))
+        for scale, batch in zip(longer, (case.mean, case.largest), strict=True)
+    )
+    return mean, largest
 
 
 class Forecast(NamedTuple):
@@ -233,10 +255,10 @@ class Forecast(NamedTuple):
     would_fit: list[tuple[dict[str, Any], Prediction]]
 
 
-def forecast_of(case: Case) -> Forecast:
+def forecast_of(case: Case, batches_of: BatchesOf | None = None) -> Forecast:
     calibration = calibration_for(case.machine.device)
     prediction = predict(case, calibration)
-    near = [] if fits(prediction, case.machine) else proposals(case, calibration)
+    near = [] if fits(prediction, case.machine) else proposals(case, calibration, batches_of)
     return Forecast(case, prediction, calibration, near)
 
 
@@ -261,9 +283,9 @@ def table(prediction: Prediction, machine: Machine, calibration: Calibration, va
 
 
 def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
-    """The three fastest settings that would fit, a line each."""
+    """The three fastest settings that would fit, a line each, as a command takes them."""
     return [
-        ", ".join(f"{name}: {in_yaml(value)}" for name, value in changed.items())
+        " ".join(["--config", *(shlex.quote(f"{name}={in_yaml(value)}") for name, value in changed.items())])
         + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
         for changed, prediction in found[:3]
     ]
