@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import constants
 from PIL import Image
 
 import push_to_hub
 from helpers import ROOT, SCRIPTS
-from helpers.hub import TOKEN, Hub
+from helpers.hub import serving
 from llava_sft.checkpoint.start import Start
 from llava_sft.checkpoint.verify import verify
 from llava_sft.checksums import note
@@ -177,16 +176,8 @@ def test_the_origin_is_found_through_earlier_runs(tmp_path, resolved):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """huggingface-hub reads its variables when it is imported: set where they are kept."""
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(monkeypatch) as server:
+        yield server
 
 
 def push(monkeypatch, *words: object) -> int:
@@ -237,6 +228,8 @@ def test_an_interrupted_upload_goes_on_with_the_same_command(export, hub, monkey
         ("dots", "no name of a repository"), ("dash", "no name of a repository"),
         ("no token", "no token"), ("wrong token", "401"), ("not mine", "403"), ("public already", "is public already"),
         ("private already", "is private already"), ("unreachable", "cannot be reached"), ("metadata", "is no YAML"),
+        ("offline", "HF_HUB_OFFLINE=0"), ("no checksums", "no checksums are noted"), ("hub down", "(503): not now"),
+        ("too many", "(429): not now"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_pushed_is_one_message(export, hub, monkeypatch, capsys, tmp_path, case, message):
@@ -257,12 +250,20 @@ def test_what_cannot_be_pushed_is_one_message(export, hub, monkeypatch, capsys, 
     if case == "wrong token":
         monkeypatch.setenv("HF_TOKEN", "hf_other")
     if case == "unreachable":
-        hub.shutdown()
-        hub.server_close()
+        hub.close()
+    if case == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if case == "no checksums":
+        write_json(export / "converted.json", {"source": "x"})
+    if case in ("hub down", "too many"):
+        hub.refuses = lambda request: 503 if case == "hub down" else 429
     if case == "metadata":
         (export / CARD).write_text("---\na: [\n---\n")
+    before = {path: path.read_bytes() for path in export.iterdir()}
     assert push(monkeypatch, *words, *(["--public"] if case == "private already" else [])) == 1
     said = capsys.readouterr().err
+    if case not in ("not mine", "metadata"):  # which the hub says last
+        assert before == {path: path.read_bytes() for path in export.iterdir()}
     assert message in said and "\n  fix: " in said and "Traceback" not in said
     assert not any(repository["files"] for repository in hub.repositories.values())
 

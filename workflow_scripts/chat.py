@@ -18,8 +18,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sft.chat.models import CHOICES, find_model, is_export, readable
+from llava_sft.chat.models import CHOICES, find_model, readable
 from llava_sft.chat.web import check_page, serve
+from llava_sft.checkpoint.verify import export_in
 from llava_sft.errors import DataError, SettingsError, SftError, exits_cleanly
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     if not args.model:
-        made = sorted(
-            {str(path.parent) for path in Path("output").glob("stage*_results/huggingface") if is_export(path)}
-        )
+        made = sorted(str(path) for path in Path("output").glob("stage*_results") if export_in(path))
         raise SettingsError("no model is named", f"one of {', '.join(made)}" if made else CHOICES)
     if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
         raise SettingsError("--max-new-tokens must be at least 1, --temperature 0 or more", "the defaults: 1024 and 0")

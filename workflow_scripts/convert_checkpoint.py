@@ -19,18 +19,16 @@ from pathlib import Path
 from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
-from llava_sft.checkpoint.verify import MARKER, require_whole, verify
+from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.model.export_files import image_limits
+from llava_sft.model.export_files import export_form, image_limits
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.publish.card import write_card
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
-
-EXPORT_FORM = 3  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
 
 
 @exits_cleanly
@@ -60,7 +58,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # the target comes after the options, behind a `--`
     if args.direction == "verify":
         folder = Path(args.source)
-        print(verify(folder if (folder / MARKER).is_file() else existing_checkpoint(folder)))
+        made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
+        print(verify(made))
         return
     if args.direction == "mcore2peft":
         export_peft(args)
@@ -119,7 +118,7 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
     sidecars = args.sidecars or source.parent / SIDECARS
     limits = limits_of(source, sidecars, args)
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
-    export = [EXPORT_FORM, *limits, args.parity, bool(args.samples), args.export_names]
+    export = [export_form(), *limits, args.parity, bool(args.samples), args.export_names]
     depends = depends_on(args.direction, [source], [], model, export)
     if made := made_before(args.target, depends):
         return made

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llava_sft.checkpoint.verify import require_export
 from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, exits_cleanly
 from llava_sft.evaluation.answers import Model, Options, answers_of
 from llava_sft.evaluation.base import exported, start_of
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     def path(text: str) -> Path | None:
         return Path(text) if text else None
 
-    add("model_dir", type=Path, metavar="EXPORT", help="exported Hugging Face folder")
+    add("model_dir", type=Path, metavar="EXPORT", help="exported Hugging Face folder, or a run's results")
     add("data", type=Path, metavar="DATA", help="webdatasets folder, or a JSONL, JSON or Parquet file")
     add("--image-root", type=Path, help="of a raw file: the folder that image paths start from (beside the file)")
     add("--split", choices=["val", "train"], default="val", help="of a folder: what is asked (%(default)s)")
@@ -68,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         raise SettingsError("--base and --start-of: there is one model to compare with", "leave one of them out")
     if args.output and args.output.is_dir():
         raise SettingsError(f"--output {args.output}: a folder", f"--output {args.output / 'evaluation.json'}")
+    args.model_dir = require_export(args.model_dir)
     if args.output is None:
         name = args.data.parent.name if args.data.name == "webdatasets" else args.data.stem
         args.output = args.model_dir.resolve().parent / "evaluations" / name / "evaluation.json"

@@ -9,20 +9,19 @@ goes on; weights of an earlier upload that this export does not have are deleted
 """
 
 import argparse
+import contextlib
 import os
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from llava_sft.checkpoint.verify import MARKER, require_whole
-from llava_sft.errors import CheckpointError, SettingsError, SftError, exits_cleanly
-from llava_sft.files import read_json, read_object
+from llava_sft.checkpoint.hub import name_problem
+from llava_sft.checkpoint.verify import noted, require_export, require_noted, require_whole
+from llava_sft.errors import CheckpointError, SettingsError, SftError, exits_cleanly, shown
+from llava_sft.files import read_json
 from llava_sft.publish.card import CARD, write_card
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 KEPT_HERE = ("parity.json",)  # of the files that an export's checksums name
 AGAIN = "the same command goes on from here"
@@ -38,21 +37,19 @@ def main() -> None:
     add("--public", action="store_true", help="everyone may see it (default: private)")
     add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
     args = parser.parse_args()
-    part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"  # neither begins nor ends with a dot or dash
-    if not re.fullmatch(f"{part}/{part}", args.repository, re.ASCII) or re.search(r"--|\.\.|\.git$", args.repository):
+    if problem := name_problem(args.repository):
         raise SettingsError(
-            f"{args.repository}: no name of a repository", "org/name, or your user name before the slash"
+            f"{shown(args.repository)}: no name of a repository: {problem}",
+            "org/name, or your user name before the slash",
         )
     given = Path(os.path.abspath(args.export))  # the run's files are in the folder above, of `.` too
-    export = next((path for path in (given, given / "huggingface") if (path / MARKER).is_file()), None)
-    if export is None:
-        raise CheckpointError(
-            f"{args.export}: no export in it", "snakemake export_X, or convert_checkpoint.py mcore2hf"
-        )
+    export = require_export(given)
+    require_noted(export)
+    there = look(args.repository, args.public)  # before anything is written
     require_whole(export, full=True)
     write_card(export, args.repository)
     warn(export)
-    push(export, args.repository, args.public, args.dry_run)
+    push(export, args.repository, args.public, there, args.dry_run)
 
 
 def warn(export: Path) -> None:
@@ -74,34 +71,58 @@ def metadata(card: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def push(export: Path, repository: str, public: bool, dry_run: bool) -> None:
-    """Show what is uploaded, and upload it. Errors: SftError for what the hub refuses."""
-    from huggingface_hub import HfApi, constants, get_token
+def look(repository: str, public: bool) -> list[str] | None:
+    """Files of the repository; None where there is none. Errors: SettingsError without a token, or where the repository is
+    not as private as was asked for; SftError for what the hub refuses."""
+    from huggingface_hub import HfApi, errors, get_token
 
     if not get_token():
         raise SettingsError("no token of the Hugging Face hub here", "`hf auth login`, or the variable HF_TOKEN")
-    api, names = HfApi(), sorted({CARD, *read_object(export / MARKER)["files"]} - set(KEPT_HERE))
-    try:
-        there = existing(api, repository, public)
-        stale = sorted(name for name in there or () if name.endswith(WEIGHTS) and name not in names)
-        print(f"{export} → {constants.ENDPOINT}/{repository}: {'public' if public else 'private'}", end="")
-        print(", a new repository" if there is None else ", which is there already")
-        for name in names:
-            print(f"  {(export / name).stat().st_size / 1e6:12,.2f} MB  {name}")
-        print("".join(f"  deleted there: {name}\n" for name in stale), end="", flush=True)
-        if dry_run:
-            print("nothing is uploaded (--dry-run)")
-            return
-        api.create_repo(repository, private=not public, exist_ok=True)
-        api.upload_folder(
+    with refusals_said(repository):
+        try:
+            found = HfApi().model_info(repository)
+        except errors.RepositoryNotFoundError:
+            return None
+    if found.private == public:
+        state, fix = ("private", "leave --public out") if found.private else ("public", "--public")
+        raise SettingsError(f"{repository} is {state} already", f"{fix}; or change it in the repository's settings")
+    return [file.rfilename for file in found.siblings or ()]
+
+
+def push(export: Path, repository: str, public: bool, there: list[str] | None, dry_run: bool) -> None:
+    """Show what is uploaded, and upload it; `there`: what `look` has found. Errors: SftError for what the hub refuses."""
+    from huggingface_hub import HfApi, constants
+
+    names = sorted({CARD, *noted(export)[1]} - set(KEPT_HERE))
+    stale = sorted(name for name in there or () if name.endswith(WEIGHTS) and name not in names)
+    print(f"{export} → {constants.ENDPOINT}/{repository}: {'public' if public else 'private'}", end="")
+    print(", a new repository" if there is None else ", which is there already")
+    for name in names:
+        print(f"  {(export / name).stat().st_size / 1e6:12,.2f} MB  {name}")
+    print("".join(f"  deleted there: {name}\n" for name in stale), end="", flush=True)
+    if dry_run:
+        print("nothing is uploaded (--dry-run)")
+        return
+    with refusals_said(repository):
+        HfApi().create_repo(repository, private=not public, exist_ok=True)
+        HfApi().upload_folder(
             repo_id=repository, folder_path=export, allow_patterns=names, delete_patterns=stale or None,
             commit_message=f"{export.parent.name.removesuffix('_results')}, by llava-sft",
         )  # fmt: skip
-    except Exception as error:  # of the client, or of its HTTP library
+    print(f"done: {constants.ENDPOINT}/{repository}")
+
+
+@contextlib.contextmanager
+def refusals_said(repository: str) -> Iterator[None]:
+    """Errors of the client, or of its HTTP library, as SftError."""
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except Exception as error:
         if message := refusal(error, constants.ENDPOINT, repository):
             raise message from None
         raise
-    print(f"done: {constants.ENDPOINT}/{repository}")
 
 
 def refusal(error: BaseException, hub: str, repository: str) -> SftError | None:
@@ -118,23 +139,11 @@ def refusal(error: BaseException, hub: str, repository: str) -> SftError | None:
         }
         reason = str(error.server_message or error)[:300]
         return SftError(f"{hub} refuses the request ({status}): {reason}", fixes.get(status, AGAIN))
-    if type(error).__module__.startswith("http") or isinstance(error, errors.OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return SftError("HF_HUB_OFFLINE is set: the hub is not asked", "the same command behind `HF_HUB_OFFLINE=0`")
+    if type(error).__module__.startswith("http"):
         return SftError(f"{hub} cannot be reached: {str(error)[:200]}", AGAIN)
     return None
-
-
-def existing(api: "HfApi", repository: str, public: bool) -> list[str] | None:
-    """Files of the repository; None where there is none. Errors: SettingsError where it is not as private as was asked for."""
-    from huggingface_hub import errors
-
-    try:
-        found = api.model_info(repository)
-    except errors.RepositoryNotFoundError:
-        return None
-    if found.private == public:
-        state, fix = ("private", "leave --public out") if found.private else ("public", "--public")
-        raise SettingsError(f"{repository} is {state} already", f"{fix}; or change it in the repository's settings")
-    return [file.rfilename for file in found.siblings or ()]
 
 
 if __name__ == "__main__":

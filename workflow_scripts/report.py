@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from llava_sft.checkpoint.verify import MARKER
+from llava_sft.checkpoint.verify import is_export
 from llava_sft.data.index import leak_note
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.evaluation.scores import explained
@@ -61,7 +61,7 @@ def main() -> None:
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
     write_text(args.output, page(args))
     print(f"report: {args.output}")
-    if args.export and (args.export / MARKER).is_file():
+    if args.export and is_export(args.export):
         write_card(args.export)  # again: the scores are known now
         print(f"talk to it: {chat_command(args.run_dir)}")
 
@@ -172,7 +172,7 @@ def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
     found |= {"log" if len(logs) == 1 else f"log {n}": str(path) for n, path in enumerate(logs, 1)}
     if (run_dir / TENSORBOARD).is_dir():
         found["TensorBoard"] = f"tensorboard --logdir {run_dir / TENSORBOARD}"
-    if export and (export / MARKER).is_file():
+    if export and is_export(export):
         found["talk to it"] = chat_command(run_dir)
     return found
 

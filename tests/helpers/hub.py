@@ -1,4 +1,4 @@
-"""A small stand-in for the Hugging Face hub's HTTP API: repositories, commits of small files, and Git LFS uploads.
+"""A small stand-in for the Hugging Face hub's HTTP API: repositories, commits of small files, Git LFS uploads, and downloads.
 
 What it does not have: Xet (the hub's own storage, which the client prefers where it is installed: the tests turn it off),
 the limits on rates and sizes, organizations and their rules, and the hub's real checks of a model card's metadata. Requests
@@ -8,15 +8,26 @@ and answers are those that huggingface-hub 2.4 was seen to send and understand, 
 import base64
 import hashlib
 import json
+import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import pytest
+from huggingface_hub import constants
 
 TOKEN = "hf_test"
 
 
 class Hub(ThreadingHTTPServer):
-    """`repositories`: name → {"private": bool, "files": {name: bytes}}. `break_after`: uploads until the connection breaks."""
+    """A hub on this machine.
+
+    repositories: name → {"private": bool, "files": {name: bytes}}, and {"sha": commit} where it matters.
+    break_after: uploads until the connection breaks.
+    refuses: the status that a request is refused with; 0 where it is answered.
+    """
 
     daemon_threads = True
 
@@ -26,12 +37,33 @@ class Hub(ThreadingHTTPServer):
         self.stored: dict[str, bytes] = {}  # by SHA-256
         self.uploaded: list[int] = []  # sizes
         self.break_after: int | None = None
+        self.closed = False
         self.asked: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.refuses: Callable[[str], int] = lambda request: 0
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def close(self) -> None:
+        self.closed = True
+        self.shutdown()
+        self.server_close()
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The hub of huggingface-hub, which reads its variables when it is imported: set where they are kept."""
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.close()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,7 +79,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -58,11 +91,45 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"error": "Invalid username or password."}, 401)
         return False
 
+    def refused(self) -> bool:
+        request = f"{self.command} {self.path}"
+        self.server.asked.append(request)
+        if self.server.closed:  # a connection that the client has kept
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return True
+        if status := self.server.refuses(request):
+            self.body()
+            self.reply({"error": "not now"}, status)
+        return bool(status)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def file(self) -> None:
+        """/org/name/resolve/COMMIT/file, as HEAD or GET."""
+        name, _, rest = self.path[1:].partition("/resolve/")
+        commit, _, file = rest.partition("/")
+        data = self.server.repositories[name]["files"][file]
+        self.send_response(200)
+        headers = {
+            "X-Repo-Commit": commit,
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "Content-Length": len(data),
+        }
+        for header, value in headers.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
     def do_GET(self) -> None:
-        self.server.asked.append(f"GET {self.path}")
         kind, _, rest = self.path.partition("/api/models/")[2].partition("/tree/")
-        repository = self.server.repositories.get(kind.partition("?")[0])
-        if not self.allowed():
+        repository = self.server.repositories.get(kind.partition("?")[0].partition("/revision/")[0])
+        if self.refused() or not self.allowed():
+            return
+        if "/resolve/" in self.path:
+            self.file()
             return
         if repository is None:
             self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
@@ -75,12 +142,14 @@ class Handler(BaseHTTPRequestHandler):
             )
         else:
             siblings = [{"rfilename": name} for name in repository["files"]]
+            sha = repository.get("sha", "0" * 40)
             self.reply(
-                {"id": kind.partition("?")[0], "private": repository["private"], "siblings": siblings, "sha": "0" * 40}
+                {"id": kind.partition("?")[0], "private": repository["private"], "siblings": siblings, "sha": sha}
             )
 
     def do_POST(self) -> None:
-        self.server.asked.append(f"POST {self.path}")
+        if self.refused():
+            return
         data = self.body()
         if not self.allowed():
             return

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, read_hf_config
-from llava_sft.checkpoint.verify import MARKER, require_whole
+from llava_sft.checkpoint.verify import MARKER, export_in, is_export, require_whole
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_json
 from llava_sft.model.export_files import image_limits, write_hf_sidecars
@@ -44,7 +44,7 @@ def find_model(name: str) -> Path:
         return found
     if not folder.is_dir():
         raise CheckpointError(f"{name}: no such folder", CHOICES)
-    if export := next((path for path in (folder, folder / SIDECARS) if is_export(path)), None):
+    if export := export_in(folder):
         return export
     if folder.name.endswith(RESULTS):  # of a run that is not exported yet
         folder = folder.with_name(folder.name.removesuffix(RESULTS))
@@ -59,10 +59,6 @@ def find_model(name: str) -> Path:
             raise CheckpointError(f"{folder}: neither a model nor a run", CHOICES)
         return folder
     return exported(existing_checkpoint(folder))
-
-
-def is_export(folder: Path) -> bool:
-    return (folder / MARKER).is_file() and (folder / "config.json").is_file()
 
 
 def exported(checkpoint: Path) -> Path:

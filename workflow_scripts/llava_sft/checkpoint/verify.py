@@ -9,11 +9,31 @@ from pathlib import Path
 from llava_sft.checksums import find_damage
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_object
-from llava_sft.run.layout import CHECKSUMS, VERIFIED
+from llava_sft.run.layout import CHECKSUMS, SIDECARS, VERIFIED
 
 MARKER = "converted.json"  # of a converted checkpoint and of an export
 SIDECARS_NOTE = ".checksums.json"  # in a run's copy of the tokenizer and config
 WEIGHTS = (".safetensors", ".distcp")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether it is what mcore2hf writes; a converted checkpoint has a marker too, and its config.json a folder deeper."""
+    return (folder / MARKER).is_file() and (folder / "config.json").is_file()
+
+
+def export_in(folder: Path) -> Path | None:
+    """The export that `folder` is, or that it holds as the results of a run do; None where there is none."""
+    return next((path for path in (folder, folder / SIDECARS) if is_export(path)), None)
+
+
+def require_export(folder: Path) -> Path:
+    """`export_in`, or CheckpointError."""
+    if export := export_in(folder):
+        return export
+    raise CheckpointError(
+        f"{folder}: no export in it",
+        "name an export, or a run's results; `make export_X` makes them for the experiment X",
+    )
 
 
 def noted(folder: Path) -> tuple[Path, dict[str, list]]:
@@ -63,13 +83,18 @@ def sidecars_damage(folder: Path) -> str | None:
         return error.problem
 
 
-def verify(folder: Path) -> str:
-    """Compare every byte, and say how fast that was. Raises CheckpointError."""
+def require_noted(folder: Path) -> None:
+    """Raise CheckpointError where no checksums are noted, so that nothing could be compared."""
     if not noted(folder)[1]:
         raise CheckpointError(
             f"{folder}: no checksums are noted in it",
             "name a converted folder, an iter_ folder, or an export of this version",
         )
+
+
+def verify(folder: Path) -> str:
+    """Compare every byte, and say how fast that was. Raises CheckpointError."""
+    require_noted(folder)
     began = time.perf_counter()
     size = require_whole(folder, full=True) / 1e9
     return f"{folder}: whole: {size:,.3f} GB compared at {size / (time.perf_counter() - began):,.2f} GB/s"
