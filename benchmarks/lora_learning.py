@@ -59,7 +59,7 @@ def main() -> None:
             after[name, lr] = heldout_loss(train(folder / "kind", records, KIND, f"{name}_{lr:g}", settings))
             print(f"{name}, lr {lr:g}: {after[name, lr]:.4f}", flush=True)
     if len({name for name, _ in after}) == len(SETS):
-        write_results("lora_learning", rows(before, after))
+        write_results("lora_learning", rows(before, after), "python benchmarks/lora_learning.py")
 
 
 def rows(before: float, after: dict[tuple[str, float], float]) -> list[dict[str, Any]]:

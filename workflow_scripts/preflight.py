@@ -24,6 +24,7 @@ from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, this_machine
+from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size
@@ -119,10 +120,11 @@ def main() -> None:
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
+        known |= {"trained_parameters": values.trained.parameters(model)}
         known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, parameter_count(model), notes, settings.origin)
+    show(resolved, model, notes, settings.origin)
     for line in lines:
         print(f"  {line}")
 
@@ -285,10 +287,12 @@ def describe(forecast: Forecast) -> tuple[dict, list[str]]:
     return facts, lines
 
 
-def show(resolved: Resolved, parameters: int, notes: list[str], origin: dict[str, str]) -> None:
+def show(resolved: Resolved, model: ModelConfig, notes: list[str], origin: dict[str, str]) -> None:
     """The settings that decide what is learned, and all that are not defaults: value, and where it came from."""
     values, why, data = resolved.settings, resolved.why, resolved.data
-    print(f"{resolved.run_name}: {resolved.model['name']}, {parameters:,} parameters, from {resolved.start.load}")
+    parameters, trained = parameter_count(model), values.trained.parameters(model)
+    learning = f" ({trained:,} trained{', by LoRA' if values.lora_rank else ''})" if trained != parameters else ""
+    print(f"{resolved.run_name}: {model.name}, {parameters:,} parameters{learning}, from {resolved.start.load}")
     if resolved.start.untrained:
         print("  the start checkpoint is untrained: random weights")
     packs = f" in {data.sequences:,.0f} packs" if values.packing else ""
