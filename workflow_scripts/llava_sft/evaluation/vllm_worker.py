@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import BinaryIO
 
-AT_ONCE = 512  # questions that vLLM gets at a time, and that are in memory
+AT_ONCE = 256  # questions that vLLM gets at a time, and that are in memory
 
 
 def questions(source: BinaryIO) -> Iterator[dict]:
