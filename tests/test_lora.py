@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT
 from helpers.trainings import Run, same
-from llava_sft.checkpoint.base import beside_its_base, name_of_base
+from llava_sft.checkpoint.base import base_of, beside_its_base
 from llava_sft.checkpoint.start import Checkpoint, open_start
 from llava_sft.checkpoint.weights import open_weights
 from llava_sft.errors import CheckpointError
@@ -116,7 +116,7 @@ def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(
     assert run.losses()[0][1] < undisturbed.losses()[0][1] - 0.1  # the same samples
     name = next(name for name in run.weights(2) if name.endswith("lora_a"))
     assert run.weights(2)[name] != undisturbed.weights(STEPS)[name]
-    assert name_of_base(checkpoint_dir(run.folder, 2)) == base["start"]["load"]
+    assert base_of(checkpoint_dir(run.folder, 2))["load"] == base["start"]["load"]
 
 
 def test_a_run_that_is_older_than_lora_goes_on_without(base):
