@@ -175,7 +175,7 @@ def test_load_parts_and_an_adapter_is_refused_either_way(small_checkpoint, small
         check_load(Checkpoint.of(adapter), {"adapter": "random"}, None, made_here=False)
     with pytest.raises(CheckpointError, match="a LoRA adapter of PEFT") as error:
         check_load(Checkpoint.of(small_checkpoint), {"language_model": str(adapter)}, None, made_here=False)
-    assert f"merge {small_checkpoint} {adapter} {adapter}-merged; then load {adapter}-merged" in error.value.fix
+    assert f"merge {small_checkpoint} {adapter} {adapter}-merged, and name {adapter}-merged" in error.value.fix
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

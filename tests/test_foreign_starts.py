@@ -265,7 +265,7 @@ def test_an_adapter_and_gguf_are_refused_by_name(small_checkpoint, small_model, 
     parts = {"language_model": str(folder)}
     with pytest.raises(CheckpointError, match=r"a LoRA adapter of PEFT.*its base is 'models/base'") as error:
         check_load(Checkpoint.of(small_checkpoint), parts, None, made_here=False)
-    assert f"merge BASE {folder} {folder}-merged; then load {folder}-merged" in error.value.fix
+    assert f"merge BASE {folder} {folder}-merged, and name {folder}-merged" in error.value.fix
     (folder / "adapter_config.json").unlink()
     (folder / "adapter_model.safetensors").rename(folder / "model-Q4_K_M.gguf")
     with pytest.raises(CheckpointError, match=r"model-Q4_K_M\.gguf: GGUF is a form for inference"):

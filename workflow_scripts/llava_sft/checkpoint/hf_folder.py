@@ -37,8 +37,13 @@ NATIVE_MERGER = {".merger.linear_fc1.": ".merger.mlp.0.", ".merger.linear_fc2.":
 BARE_MLCD = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.|class_pos_emb$")
 
 
-def refuse_other_forms(folder: Path, said: str) -> None:
-    """Raise CheckpointError, with the way on, where weights lie in `folder` in no form that is read; `said` names it."""
+def refuse_other_forms(folder: Path, said: str, adapter: str = "") -> None:
+    """Raise CheckpointError, with the way on, where weights lie in `folder` in no form that is read.
+
+    Args:
+        said: names the folder.
+        adapter: stands before the way on of an adapter.
+    """
     names = names_in(folder)
     if _whole(names):
         return
@@ -46,7 +51,7 @@ def refuse_other_forms(folder: Path, said: str) -> None:
         base = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
         raise CheckpointError(
             f"{said}: a LoRA adapter of PEFT ({ADAPTER}), no whole model; its base is {shown(base)}",
-            merging(folder, base),
+            adapter + merging(folder, base),
         )
     refuse_pickles(folder, said)
     if found := sorted(name for name in names if name.endswith(".gguf")):
@@ -70,7 +75,7 @@ def merging(folder: Path, base: str, by_peft: bool = False) -> str:
     # The code of what another's file names is not to be run by a command of ours.
     base, merged = base if Path(base).is_dir() else "BASE", f"{folder}-merged"
     if not by_peft:
-        return f"merge it: {MERGE_HERE} {shlex.join([base, str(folder), merged])}; then load {merged}"
+        return f"merge it: {MERGE_HERE} {shlex.join([base, str(folder), merged])}, and name {merged}"
     code = MERGE
     for word, path in (("BASE", base), ("ADAPTER", folder), ("MERGED", merged)):
         code = code.replace(word, json.dumps(str(path)))

@@ -6,6 +6,7 @@ Small files are read each time; weights only where `full`, or where they are not
 import time
 from pathlib import Path
 
+from llava_sft.checkpoint.hf_folder import is_adapter, refuse_other_forms
 from llava_sft.checksums import find_damage
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_object
@@ -30,6 +31,10 @@ def require_export(folder: Path) -> Path:
     """`export_in`, or CheckpointError."""
     if export := export_in(folder):
         return export
+    if is_adapter(folder):
+        refuse_other_forms(
+            folder, str(folder), f"`hf upload org/name {folder}` uploads it as it is; to have an export "
+        )
     raise CheckpointError(
         f"{folder}: no export in it",
         "name an export, or a run's results; `make export_X` makes them for the experiment X",
