@@ -7,6 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import convert_checkpoint
 import evaluate
@@ -177,3 +184,17 @@ def test_exports_and_answers_of_the_start_depend_on_the_form(folders, resolved, 
         convert_checkpoint.main.__wrapped__()
         depends.append(start_of(run_dir, tmp_path).fingerprint)
     assert len(set(depends)) == 4 and depends[2:4] == depends[4:]
+
+
+@pytest.mark.parametrize("value", [1, 2, 2.0, 100, 1e-30, 0, True, "2", float("nan")])
+def test_settings_of_sampling_are_numbers_that_transformers_takes(value):
+    given = {"do_sample": True, "temperature": value, "top_p": value, "min_p": value, "repetition_penalty": value}
+    ids = {token: number for number, token in enumerate((*export_files.TOKEN_ID_KEYS.values(), *export_files._TURNS))}
+    written = export_files.complete_generation_config(given, ids, [])
+    for key, made in (
+        ("temperature", TemperatureLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper),
+        ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
+    ):  # fmt: skip
+        if key in written:
+            scores = made(written[key])(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[30.0, 20.0, -5.0]]))
+            assert not scores.isnan().any() and scores.max() < float("inf"), key

@@ -88,6 +88,17 @@ def test_the_card_says_what_the_runs_files_say(export):
     assert "No licence" not in text and str(Path.cwd()) not in text and "patient" not in text
 
 
+def test_the_card_of_a_run_with_lora_says_that_its_pairs_are_merged(export, resolved):
+    parts = {"trainable_modules": ["language_model"], "lora_rank": 8, "lora_modules": ["language_model"]}
+    write_json(export.parent / "resolved.json", resolved | {"settings": resolved["settings"] | parts})
+    assert write_card(export)
+    text = (export / CARD).read_text()
+    assert re.search(
+        r"\. It was trained by LoRA of rank 8 \([\d,]+ parameters\), which is merged into these weights\.", text
+    )
+    assert "| lora_rank | 8 |" in text and "| lr_vision" not in text and "| lr_adapter" not in text
+
+
 def test_its_code_runs_as_it_stands(export, capsys):
     write_card(export, str(export))
     (needed,) = re.findall(r'NEEDED_TRANSFORMERS = "(.*)"', (export / "configuration_llavaonevision1_5.py").read_text())

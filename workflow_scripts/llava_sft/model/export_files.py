@@ -166,16 +166,18 @@ def complete_tokenizer_config(given: dict[str, Any], ids: Mapping[str, int], not
     return config | {"padding_side": "left", "processor_class": PROCESSOR_CLASS}
 
 
+COLDEST, HOTTEST = 0.001, 100.0  # temperatures that float32 can divide the scores by
 # Settings of generating that a start folder may bring, and what they may be.
 _SAMPLING: dict[str, Callable[[Any], bool]] = {
     "do_sample": lambda x: isinstance(x, bool),
-    "temperature": lambda x: _is_number(x) and 0 < x <= 100,
+    "temperature": lambda x: _is_number(x) and COLDEST <= x <= HOTTEST,
     "top_p": lambda x: _is_number(x) and 0 < x <= 1,
     "min_p": lambda x: _is_number(x) and 0 <= x <= 1,
     "top_k": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31,
     "repetition_penalty": lambda x: _is_number(x) and 0 < x <= 100,
     "max_new_tokens": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31,
 }
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")  # transformers refuses a 2 in place of 2.0
 _TURNS = START_OF_TURN, END_OF_TURN, END_OF_TEXT
 _TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
@@ -192,6 +194,7 @@ def _is_number(value: Any) -> bool:
 def complete_generation_config(given: dict[str, Any], ids: Mapping[str, int], notes: list[str]) -> dict[str, Any]:
     """generation_config.json for the export: the end of a turn and of the text end an answer, whatever was given."""
     known = {key: value for key, value in given.items() if key in _SAMPLING and _SAMPLING[key](value)}
+    known |= {key: float(known[key]) for key in _FLOATS if key in known}
     unnamed = {"transformers_version", "_from_model_config", *_TOKEN_IDS}
     for key in sorted(given.keys() - known.keys() - unnamed):
         notes.append(f"generation_config.json: {shown(key)}: {shown(given[key])} is not taken over")

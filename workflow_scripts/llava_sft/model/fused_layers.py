@@ -13,7 +13,7 @@ the vision tower are so short that element-wise kernels took as long as products
 """
 
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -110,7 +110,7 @@ class LanguageLayer(torch.autograd.Function):
         middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch, room)
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
         branch, for_fc2 = product(swiglu(gate_and_up, room), mlp.linear_fc2, recipe)
-        ctx.constants = layer, segments, recipe, eps, head_norms
+        ctx.constants = layer, segments, recipe, eps, head_norms, room
         ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
         ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad else None
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
@@ -118,29 +118,32 @@ class LanguageLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, recipe, eps, head_norms = ctx.constants
+        layer, segments, recipe, eps, head_norms, room = ctx.constants
         hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up = ctx.saved
         inputs, (for_qkv, for_proj, for_fc1, for_fc2) = ctx.inputs, ctx.operands
         ctx.saved = ctx.inputs = ctx.operands = (
             None  # or the inputs of all layers would live until the whole graph goes
         )
-        attention, mlp, grad = layer.self_attention, layer.mlp, grad.contiguous()
+        attention, mlp = layer.self_attention, layer.mlp
         width, head_dim = hidden.size(1), head_norms[0].numel()
+        if grad.stride() != (width + room, 1):  # it comes from another kind of layer
+            grad = grad.contiguous()
         sums = PartialSums(2 * (width + head_dim), hidden.device)
-        first_norm, second_norm = attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight
-        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, lambda: swiglu(gate_and_up), recipe)
-        d_x = swiglu_backward(gate_and_up, d_x)
-        again = lambda: norm(middle, second_norm, None, eps)[1]  # noqa: E731
-        d_x, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, again, recipe)
-        grad = norm_backward(d_x, middle, second_norm, None, second_scale, grad, sums)
-        d_x, d_proj = product_backward(grad, for_proj, attention.linear_proj, lambda: attended.flatten(1), recipe)
+        qkv_norm, fc1_norm = attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight
+        again = hasattr(mlp.linear_fc1, "lora_a")  # its kernel writes a product's input into the place of its gradient
+        through_swiglu = partial(swiglu_backward, gate_and_up=gate_and_up, again=again)
+        through_norm = partial(norm_backward, bias=None, mean=None, sums=sums, room=room, again=again)
+        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, through_swiglu, recipe)
+        before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad)
+        grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe)
         cos, sin = segments.rope
         inputs = inputs or rope(qkv, layer.config.num_query_groups, cos, sin, head_norms, eps)
-        d_inputs = attend_backward(d_x, inputs, attended, statistics, segments, True)
+        given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
+        before, x = partial(attend_backward, **given, causal=True), attended.flatten(1)
+        d_inputs, d_proj = product_backward(grad, for_proj, attention.linear_proj, before, recipe, x)
         d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps)
-        again = lambda: norm(hidden, first_norm, None, eps)[1]  # noqa: E731
-        d_x, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, again, recipe)
-        grad = norm_backward(d_x, hidden, first_norm, None, first_scale, grad, sums)
+        before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad)
+        grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe)
         d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
         return grad, None, None, *d_norms, *d_qkv, *d_proj, *d_fc1, *d_fc2
 
@@ -152,7 +155,7 @@ class FusedLanguageLayer(TransformerLayer):
         """[tokens, 1, hidden] of the samples of a pack → the same, and None for cross attention's context."""
         attention, mlp = self.self_attention, self.mlp
         if packed_seq_params is None:
-            for module in (attention.linear_qkv, mlp.linear_fc1, mlp.linear_fc2):
+            for module in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
                 move_back(module)
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)
         if packed_seq_params.rope is None:  # the same for all layers
@@ -191,35 +194,35 @@ class VisionLayer(torch.autograd.Function):
         middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch)
         before, for_fc1 = product(x, fc1, bias=fc1.bias)
         branch, for_fc2 = product(gelu(before), fc2, bias=fc2.bias)
-        ctx.constants = layer, segments, angles, eps
+        ctx.constants = layer, segments, angles
         ctx.saved = hidden, first_norm, inputs, attended, statistics, middle, second_norm, before
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
         return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, (cos, sin), eps = ctx.constants
+        layer, segments, (cos, sin) = ctx.constants
         hidden, first_norm, inputs, attended, statistics, middle, second_norm, before = ctx.saved
         for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
         ctx.saved = ctx.operands = None
         attention, fc1, fc2, grad = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2, grad.contiguous()
         qkv, proj = attention.linear_qkv, attention.linear_proj
-
-        def normed(x: Tensor, linear: torch.nn.Module) -> Tensor:
-            return norm(x, linear.layer_norm_weight, linear.layer_norm_bias, eps)[1]
-
-        width, inner = hidden.size(1), before.size(1)
+        width, inner, again = hidden.size(1), before.size(1), hasattr(fc1, "lora_a")
         sums = PartialSums(9 * width + inner, hidden.device)
-        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, lambda: gelu(before))
-        d_x, d_fc1 = product_backward(gelu_backward(d_x, before, sums), for_fc1, fc1, lambda: normed(middle, fc1))
-        mean, scale = second_norm
-        grad = norm_backward(d_x, middle, fc1.layer_norm_weight, mean, scale, grad, sums, biases=True)
-        d_x, d_proj = product_backward(grad, for_proj, proj, lambda: attended.flatten(1))
-        d_inputs = attend_backward(d_x, inputs, attended, statistics, segments, False)
+
+        def through_norm(linear: torch.nn.Module, x: Tensor, of_tokens: list, biases: bool) -> partial:
+            weight, bias, (mean, scale) = linear.layer_norm_weight, linear.layer_norm_bias, of_tokens
+            of_norm = {"weight": weight, "bias": bias, "mean": mean, "scale": scale}
+            return partial(norm_backward, x=x, residual=grad, sums=sums, biases=biases, again=again, **of_norm)
+
+        through_gelu = partial(gelu_backward, x=before, sums=sums, again=again)
+        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, through_gelu)
+        grad, d_fc1 = product_backward(d_x, for_fc1, fc1, through_norm(fc1, middle, second_norm, True))
+        given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
+        through_attention, x = partial(attend_backward, **given, causal=False), attended.flatten(1)
+        d_inputs, d_proj = product_backward(grad, for_proj, proj, through_attention, x=x)
         d_x = rope_backward(d_inputs, None, cos, sin, sums)
-        d_x, d_qkv = product_backward(d_x, for_qkv, qkv, lambda: normed(hidden, qkv))
-        mean, scale = first_norm
-        grad = norm_backward(d_x, hidden, qkv.layer_norm_weight, mean, scale, grad, sums)
+        grad, d_qkv = product_backward(d_x, for_qkv, qkv, through_norm(qkv, hidden, first_norm, False))
         totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
         return grad, None, None, *totals, *d_qkv, *d_proj, *d_fc1, *d_fc2
 

@@ -3,6 +3,7 @@
 Notable:
 - a backward kernel goes over many tokens and keeps the sums over them, the gradients of norms' weights and of biases, in
   registers: rows of `PartialSums`, added up once a layer, in the same order in every run;
+- a backward kernel has what the forward one gave at hand: where it was not saved, it is written in the gradient's place;
 - everything is computed in float32 and stored in the tensors' own precision;
 - torch.compile's for the same took half as long again (docs/performance.md).
 With `TRITON_INTERPRET=1` they run on a CPU, for tests.
@@ -101,28 +102,36 @@ def norm(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_backward(
-    grad, x, weight, mean, scale, residual, out, sums, tokens, columns,
-    width: tl.constexpr, pitch: tl.constexpr, CENTER: tl.constexpr, BIASES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, x, weight, bias, mean, scale, residual, out, sums, tokens, columns,
+    width: tl.constexpr, grad_pitch: tl.constexpr, residual_pitch: tl.constexpr, out_pitch: tl.constexpr,
+    CENTER: tl.constexpr, BIASES: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0) * ROWS
     column = tl.arange(0, BLOCK)
     inside = column < width
     gain = tl.load(weight + column, inside, 0.0).to(tl.float32)[None, :]
+    if AGAIN and CENTER:
+        shift = tl.load(bias + column, inside, 0.0).to(tl.float32)[None, :]
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     d_bias, sum_residual, sum_out = d_weight, d_weight, d_weight
     for start in range(program * ROWS, tokens, step):
         row = start + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None] & inside[None, :]
-        at = row.to(tl.int64)[:, None] * width + column[None, :]
-        d_x = tl.load(grad + row.to(tl.int64)[:, None] * pitch + column[None, :], mask, 0.0).to(tl.float32)
-        value = tl.load(x + at, mask, 0.0).to(tl.float32)
-        before = tl.load(residual + at, mask, 0.0).to(tl.float32)
+        first, along_row = row.to(tl.int64)[:, None], column[None, :]
+        d_x = tl.load(grad + first * grad_pitch + along_row, mask, 0.0).to(tl.float32)
+        value = tl.load(x + first * width + along_row, mask, 0.0).to(tl.float32)
+        before = tl.load(residual + first * residual_pitch + along_row, mask, 0.0).to(tl.float32)
         factor = tl.load(scale + row, row < tokens, 0.0)[:, None]
         if CENTER:
             value -= tl.load(mean + row, row < tokens, 0.0)[:, None]
             d_bias += d_x
         value *= factor
         d_weight += d_x * value
+        if AGAIN:
+            normed = value * gain
+            if CENTER:
+                normed += shift
+            tl.store(grad + first * grad_pitch + along_row, normed, mask)
         d_x *= gain
         along = tl.sum(d_x * value, 1)[:, None] / width
         if CENTER:
@@ -131,7 +140,7 @@ def _norm_backward(
         if BIASES:
             sum_residual += before
             sum_out += tl.where(mask, d_x, 0.0)
-        tl.store(out + at, d_x, mask)
+        tl.store(out + first * out_pitch + along_row, d_x, mask)
     sums += program.to(tl.int64) * columns + column
     tl.store(sums, tl.sum(d_weight, 0), inside)
     if CENTER:
@@ -142,17 +151,25 @@ def _norm_backward(
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, scale: Tensor, residual: Tensor, sums: PartialSums,
-    biases: bool = False,
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor, residual: Tensor,
+    sums: PartialSums, biases: bool = False, room: int = 0, again: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Gradient of x [tokens, width], `residual` (its gradient along the other way) added. Sums taken: weight; bias, with
-    a mean; `residual` and the result itself, with `biases`: the gradients of the biases of the products around."""
+    """Gradient of x [tokens, width], `residual` (its gradient along the other way) added, with `room` columns beside it.
+    Sums taken: weight; bias, with a mean; `residual` and the result itself, with `biases`: the gradients of the biases of
+    the products around. `again`: what the norm gave takes the place of `grad`."""
     tokens, width = x.shape
-    out, block = torch.empty_like(x), power_of_2(width)
+    out, block = with_room(x, tokens, width, room), power_of_2(width)
     partial = sums.take(width * (1 + (mean is not None) + 2 * biases))
-    switches = {"CENTER": mean is not None, "BIASES": biases, "ROWS": max(1, TILE // block), "BLOCK": block}
+    pitches = grad.stride(0), residual.stride(0), out.stride(0)
+    switches = {
+        "CENTER": mean is not None,
+        "BIASES": biases,
+        "AGAIN": again,
+        "ROWS": max(1, TILE // block),
+        "BLOCK": block,
+    }
     _norm_backward[len(partial),](
-        grad, x, weight, mean, scale, residual, out, partial, tokens, sums.columns, width, grad.stride(0), **switches,
+        grad, x, weight, bias, mean, scale, residual, out, partial, tokens, sums.columns, width, *pitches, **switches,
         num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -344,12 +361,17 @@ def _swiglu(gate_and_up, out, width: tl.constexpr, pitch: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _swiglu_backward(gate_and_up, grad, out, width: tl.constexpr, pitch: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(
+    gate_and_up, grad, out, width: tl.constexpr, pitch: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr
+):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)
     d_x = tl.load(grad + row * pitch + column, inside, 0.0).to(tl.float32)
     share = tl.sigmoid(gate)
+    if AGAIN:
+        opened = (gate * share).to(out.dtype.element_ty).to(tl.float32)
+        tl.store(grad + row * pitch + column, opened * up, inside)
     _store_halves(out + at, width, inside, d_x * up * share * (1 + gate * (1 - share)), d_x * gate * share)
 
 
@@ -361,9 +383,10 @@ def swiglu(gate_and_up: Tensor, room: int = 0) -> Tensor:
     return out
 
 
-def swiglu_backward(gate_and_up: Tensor, grad: Tensor) -> Tensor:
+def swiglu_backward(grad: Tensor, gate_and_up: Tensor, again: bool = False) -> Tensor:
+    """Gradient of `gate_and_up`. `again`: swiglu(gate_and_up) takes the place of `grad`."""
     out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
-    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, grad.stride(0), BLOCK=1024)
+    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, grad.stride(0), again, BLOCK=1024)
     return out
 
 
@@ -386,7 +409,18 @@ def _gelu(x, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _gelu_backward(grad, x, out, sums, tokens, columns, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_backward(
+    grad,
+    x,
+    out,
+    sums,
+    tokens,
+    columns,
+    width: tl.constexpr,
+    AGAIN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, total = column < width, tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
@@ -396,6 +430,8 @@ def _gelu_backward(grad, x, out, sums, tokens, columns, width: tl.constexpr, ROW
         value = tl.load(x + at, mask, 0.0).to(tl.float32)
         d_x = tl.load(grad + at, mask, 0.0).to(tl.float32)
         below, density = _normal(value)
+        if AGAIN:
+            tl.store(grad + at, value * below, mask)
         d_x *= below + value * density
         total += d_x
         tl.store(out + at, d_x, mask)
@@ -409,13 +445,14 @@ def gelu(x: Tensor) -> Tensor:
     return out
 
 
-def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums) -> Tensor:
-    """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it."""
+def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums, again: bool = False) -> Tensor:
+    """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it. `again`: gelu(x) takes the place of
+    `grad`."""
     (tokens, width), out = x.shape, torch.empty_like(x)
     partial, block = sums.take(width), min(1024, power_of_2(width))
     grid = (len(partial), cdiv(width, block))
     _gelu_backward[grid](
-        grad, x, out, partial, tokens, sums.columns, width, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
+        grad, x, out, partial, tokens, sums.columns, width, again, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
     )
     return out
 

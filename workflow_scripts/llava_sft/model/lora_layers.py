@@ -25,7 +25,7 @@ from llava_sft.model.fused_layers import FusedLanguageLayer
 from llava_sft.model.llava import LlavaOneVision
 from llava_sft.model.lora import LINEARS, Lora
 from llava_sft.model.lora_dropout import Dropout, dropped
-from llava_sft.model.products import lay_beside, room_beside
+from llava_sft.model.products import joined, room_beside
 
 
 def attach(model: LlavaOneVision, lora: Lora, seed: int) -> None:
@@ -63,14 +63,15 @@ def _add_pair(linear: nn.Module, lora: Lora, seed: int) -> None:
 
 
 def settle(model: LlavaOneVision) -> None:
-    """Before a step: give the weights of the GPU's layers room for B beside them (products.py), where they have none yet,
+    """Before a step: give the weights of the GPU's layers room for their pairs (products.py), where they have none yet,
     or a validation of unpacked samples has moved them back."""
     moved = False
     for layer in model.language_model.decoder.layers:
         if isinstance(layer, FusedLanguageLayer):
-            for linear in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1, layer.mlp.linear_fc2):
-                if room_beside(linear, layer.config.fp8) and not hasattr(linear, "weight_and_b"):
-                    lay_beside(linear)
+            attention, mlp = layer.self_attention, layer.mlp
+            for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+                if room_beside(linear, layer.config.fp8) and not hasattr(linear, "joined"):
+                    joined(linear)
                     moved = True
     if moved:
         torch.cuda.empty_cache()  # holes where they lay

@@ -3,12 +3,13 @@
 Notable:
 - products add weights' gradients to Megatron's gradient buffer in place;
 - Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each;
-- a frozen weight keeps nothing but itself; its pair keeps A·x, of `rank` columns, and asks for x again.
+- a frozen weight keeps nothing but itself; its pair keeps A·x, of `rank` columns, and is given x again.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,11 @@ def quantizers(recipe: str) -> tuple:
 
 def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias: Tensor | None = None) -> tuple:
     """x [tokens, in] · weightᵀ + bias, LoRA's pair in the precision of x added; with what the gradients need."""
-    if x.stride(0) > x.size(1):  # it has room for A·x
-        return product_beside(x, module, bias)
+    if has_room(x):
+        low = F.linear(x, module.lora_a)
+        both, weight = whole_rows(x), joined(module)[: module.lora_b.size(0)]
+        both[:, x.size(1) :] = low
+        return F.linear(both, weight, bias), (None, low, None)
     out, operands = weight_product(x, module, recipe, bias)
     if not hasattr(module, "lora_a"):
         return out, (operands, None, None)
@@ -83,32 +87,49 @@ def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias:
 
 
 def product_backward(
-    grad: Tensor, operands: tuple, module: torch.nn.Module, x: Callable[[], Tensor], recipe: str | None = None
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Gradient of x, and those of `trainable(module)`. A frozen weight keeps no x, which its pair asks for again."""
+    grad: Tensor, operands: tuple, module: torch.nn.Module, before: Callable[[Tensor], Any], recipe: str | None = None,
+    x: Tensor | None = None,
+) -> tuple[Any, tuple[Tensor | None, ...]]:  # fmt: skip
+    """What `before` makes of the gradient of x, and the gradients of `trainable(module)`.
+
+    before: the backward pass of what x comes from. Of a frozen weight nothing keeps x, which the pair's gradient needs: it
+    leaves x in the place of its gradient, unless `x` is given.
+    """
     for_weight, low, key = operands
-    if for_weight is None:
-        return product_beside_backward(grad, low, module, x)
-    d_x, d_weight = weight_product_backward(grad, for_weight, module, recipe)
     if low is None:
-        return d_x, (d_weight,)
-    d_low, d_b = (
-        module.lora_scale * (grad @ module.lora_b),
-        weight_gradient(module.lora_b, grad, low, module.lora_scale),
-    )
-    if key is None:
-        return d_x.addmm_(d_low, module.lora_a), (d_weight, weight_gradient(module.lora_a, d_low, x()), d_b)
-    seen = leave_out_at(x(), module.lora_dropout, key)
-    d_x += leave_out_at(d_low @ module.lora_a, module.lora_dropout, key)
-    return d_x, (d_weight, weight_gradient(module.lora_a, d_low, seen), d_b)
+        d_x, d_weight = weight_product_backward(grad, for_weight, module, recipe)
+        return before(d_x), (d_weight,)
+    (out, rank), columns = module.lora_b.shape, module.lora_a.size(1)
+    d_b = weight_gradient(module.lora_b, grad, low, module.lora_scale)
+    if has_room(grad):
+        both, weight = whole_rows(grad), joined(module)
+        d_low = torch.mm(grad, weight[:out, columns:], out=both[:, out:])
+        d_x = both @ weight[:, :columns]
+    elif for_weight is None:
+        d_x, d_low = (grad @ module.joined[:out]).split([columns, rank], dim=1)
+        d_x.addmm_(d_low, module.lora_a)
+    else:
+        d_x, _ = weight_product_backward(grad, for_weight, module, recipe)
+        d_low = module.lora_scale * (grad @ module.lora_b)
+        if key is None:
+            d_x.addmm_(d_low, module.lora_a)
+        else:
+            d_x += leave_out_at(d_low @ module.lora_a, module.lora_dropout, key)
+    earlier = before(d_x)
+    x = d_x if x is None else x
+    if key is not None:
+        x = leave_out_at(x, module.lora_dropout, key)
+    return earlier, (None, weight_gradient(module.lora_a, d_low, x), d_b)
 
 
-# One product for both: [x, A·x] · [W, alpha/rank·B]ᵀ. A product of rank 32 alone waits for memory: it reads and writes all of
-# the output, and another one reads all of its gradient.
+# A product of rank 32 alone waits for memory: it reads and writes all of the output, and another one all of the gradient. With
+# room beside x or the gradient there is one product for the weight and its pair: [x, A·x] · [W, s·B]ᵀ, and for the gradient
+# of x [grad, s·grad·B] · [W; A]. Without room beside the gradient, grad · [W, s·B] gives that of A·x along.
 
 
 def room_beside(module: torch.nn.Module, recipe: str | None) -> int:
-    """Columns beside its input that `product` can use: of a rank that matrix units like, in bf16, without dropout."""
+    """Columns beside its input, and beside the gradient of its output, that `product` can use: of a rank that matrix units
+    like, in bf16, without dropout."""
     if recipe or not hasattr(module, "lora_a") or module.lora_a.size(0) % 8 or module.lora_dropout.share:
         return 0
     if getattr(module, "trains_unpacked", False):
@@ -116,43 +137,36 @@ def room_beside(module: torch.nn.Module, recipe: str | None) -> int:
     return module.lora_a.size(0)
 
 
-def lay_beside(module: torch.nn.Module) -> None:
-    """Move a frozen weight to where B has room beside it."""
-    if not hasattr(module, "weight_and_b"):
-        out, columns = module.weight.shape
-        both = module.weight.new_empty(out, columns + module.lora_a.size(0))
-        both[:, :columns] = module.weight.detach()
-        module.weight.data, module.weight_and_b, module.b_is_current = both[:, :columns], both, False
+def has_room(x: Tensor) -> bool:
+    return x.stride(0) > x.size(1)
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """x with the room beside it."""
+    return x.as_strided((x.size(0), x.stride(0)), (x.stride(0), 1))
+
+
+def joined(module: torch.nn.Module) -> Tensor:
+    """A frozen weight, moved to where its pair has room: [out + rank, in + rank], with scale · B to its right and A below it.
+    The pair is copied once a step: `is_first_microbatch` is Megatron's flag."""
+    (out, columns), rank = module.weight.shape, module.lora_a.size(0)
+    if not hasattr(module, "joined"):
+        module.joined, module.pair_is_current = module.weight.new_empty(out + rank, columns + rank), False
+        module.joined[:out, :columns] = module.weight.detach()
+        module.weight.data = module.joined[:out, :columns]
+    if getattr(module, "is_first_microbatch", True) or not (module.pair_is_current and module.training):
+        module.joined[:out, columns:] = module.lora_scale * module.lora_b.detach()
+        module.joined[out:, :columns] = module.lora_a.detach()
+        module.pair_is_current, module.is_first_microbatch = module.training, False
+    return module.joined
 
 
 def move_back(module: torch.nn.Module) -> None:
     """Lay a weight out as layers of Transformer Engine expect it: for good, where samples are trained unpacked."""
     module.trains_unpacked = module.training
-    if hasattr(module, "weight_and_b"):
+    if hasattr(module, "joined"):
         module.weight.data = module.weight.detach().contiguous()
-        del module.weight_and_b
-
-
-def product_beside(x: Tensor, module: torch.nn.Module, bias: Tensor | None) -> tuple[Tensor, tuple]:
-    """`product` of an x with room beside it. B is copied once a step: `is_first_microbatch` is Megatron's flag."""
-    lay_beside(module)
-    columns, low = x.size(1), F.linear(x, module.lora_a)
-    both = x.as_strided((x.size(0), x.stride(0)), (x.stride(0), 1))
-    both[:, columns:] = low
-    if getattr(module, "is_first_microbatch", True) or not (module.b_is_current and module.training):
-        module.weight_and_b[:, columns:] = module.lora_scale * module.lora_b.detach()
-        module.b_is_current, module.is_first_microbatch = module.training, False
-    return F.linear(both, module.weight_and_b, bias), (None, low, None)
-
-
-def product_beside_backward(
-    grad: Tensor, low: Tensor, module: torch.nn.Module, x: Callable[[], Tensor]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Its gradients; that of x has room beside it, too."""
-    d_both, columns = grad @ module.weight_and_b, module.lora_a.size(1)
-    d_x, d_low = d_both[:, :columns], d_both[:, columns:]
-    d_b, d_a = weight_gradient(module.lora_b, grad, low, module.lora_scale), weight_gradient(module.lora_a, d_low, x())
-    return d_x.addmm_(d_low, module.lora_a), (None, d_a, d_b)
+        del module.joined
 
 
 def trainable(module: torch.nn.Module) -> tuple[Tensor, ...]:

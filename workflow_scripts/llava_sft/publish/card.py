@@ -87,6 +87,7 @@ def render(export: Path, model_id: str) -> str:
         title=model_id.rpartition("/")[2] or run_dir.name,
         model_id=model_id or run_dir.name,
         marker=marker,
+        trained=run and run.settings.trained.parameters(run.architecture),
         start=f"[{base}](https://huggingface.co/{base})" if base else f"`{started}`",
         run=run,
         settings=run and {name: getattr(run.settings, name) for name in settings_of(run)},
@@ -98,8 +99,10 @@ def render(export: Path, model_id: str) -> str:
 
 
 def settings_of(run: Resolved) -> tuple[str, ...]:
-    """Names of the settings that the card names; LoRA's where a run has it."""
-    return SETTINGS + (tuple(LoraSettings.model_fields) if run.settings.trained.lora else ())
+    """Names of the settings that the card names; LoRA's where a run has it, and no rate of a frozen part."""
+    frozen = {"lr_vision": "vision_model", "lr_adapter": "adapter"}
+    found = tuple(name for name in SETTINGS if frozen.get(name, "") in ("", *run.settings.trained.parts))
+    return found + (tuple(LoraSettings.model_fields) if run.settings.trained.lora else ())
 
 
 def newest_settings(*paths: Path) -> Resolved | None:
