@@ -15,11 +15,12 @@ from llava_sft.checkpoint.adapters import write_peft
 from llava_sft.checkpoint.base import beside_its_base, require_wanted
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf, merge
 from llava_sft.checkpoint.peft import Adapter
-from llava_sft.checkpoint.start import Checkpoint, check_load, open_start
-from llava_sft.checkpoint.verify import verify
+from llava_sft.checkpoint.start import Checkpoint, Start, check_load, open_start
+from llava_sft.checkpoint.verify import require_export, verify
 from llava_sft.errors import CheckpointError
 from llava_sft.model.lora import Lora
 from llava_sft.model.tensors import PARTS
+from llava_sft.publish.card import base_model
 
 LIMITS = 3136, 50_000
 Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -176,6 +177,9 @@ def test_load_parts_and_an_adapter_is_refused_either_way(small_checkpoint, small
     with pytest.raises(CheckpointError, match="a LoRA adapter of PEFT") as error:
         check_load(Checkpoint.of(small_checkpoint), {"language_model": str(adapter)}, None, made_here=False)
     assert f"merge {small_checkpoint} {adapter} {adapter}-merged, and name {adapter}-merged" in error.value.fix
+    with pytest.raises(CheckpointError, match="a LoRA adapter of PEFT") as error:  # push_to_hub, evaluate
+        require_export(adapter)
+    assert error.value.fix.startswith(f"`hf upload --private org/name {adapter}` uploads it")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -241,5 +245,7 @@ def test_the_folder_names_a_base_that_its_user_has(script, small_checkpoint, sma
         assert (config["base_model_name_or_path"], config["revision"]) == wanted, said
         assert card in (tmp_path / "out/README.md").read_text() and "warning" not in said
         assert Adapter.of(tmp_path / "out").base == (base or str(small_checkpoint))
+        start = Start(load=str(tmp_path / "out"), sidecars=tmp_path, fingerprint="")
+        assert base_model(start) == ("org/4B" if base else None)  # of a run from there, for its model card
     _, said = script("mcore2peft", tmp_path / "made/pairs", tmp_path / "out", "--base", tmp_path / "made")
     assert f"warning: PEFT cannot load {tmp_path / 'made'}" in said

@@ -111,7 +111,7 @@ def merge_adapters(args: argparse.Namespace) -> None:
     said = [fingerprint(read_object(adapter.folder / ADAPTER)) for adapter, _ in adapters]
     weights = [[source_fingerprint(folder) for folder in (base, *folders)], [number for _, number in adapters], said]
     finish(args, done, fingerprint(weights))
-    write_card(args.target)
+    write_card(args.target, args.target.name)
 
 
 def numbered(word: str) -> tuple[Adapter, float]:

@@ -181,6 +181,8 @@ def hf2mcore(
     source_of = {part: sources[parts.get(part, source)] for part in PARTS}
     rows = {row.mcore: row for row in tensor_rows(model)}
     model, dtypes, said = looked_at(sources, source_of, model, sidecars)
+    if adapter:  # refused here where it does not fit: the base may take minutes
+        said["origin"].append(f"pairs of rank {adapter.lora(model).rank} from {adapter.folder}")
     print("\n".join(line for lines in said.values() for line in lines), flush=True)
     dtype = reduce(torch.promote_types, dtypes)
     digest = xxhash.xxh3_128()

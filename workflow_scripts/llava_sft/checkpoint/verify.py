@@ -33,7 +33,7 @@ def require_export(folder: Path) -> Path:
         return export
     if is_adapter(folder):
         refuse_other_forms(
-            folder, str(folder), f"`hf upload org/name {folder}` uploads it as it is; to have an export "
+            folder, str(folder), f"`hf upload --private org/name {folder}` uploads it as it is; for an export "
         )
     raise CheckpointError(
         f"{folder}: no export in it",

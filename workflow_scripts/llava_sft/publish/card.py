@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from llava_sft.checkpoint.start import Start
+from llava_sft.checkpoint.start import Checkpoint, Start
 from llava_sft.checkpoint.verify import MARKER
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import read_meta
@@ -116,6 +116,8 @@ def newest_settings(*paths: Path) -> Resolved | None:
 def base_model(start: Start, depth: int = 10) -> str | None:
     """The model on the hub that a run, or the run before it …, started from; None where it was a folder."""
     load = start.load
+    with contextlib.suppress(SftError):
+        load = Checkpoint.of(load).base.name  # that of a PEFT folder
     # A folder that is gone may look like org/name: its conversion noted the commit of an id without a revision.
     if "@" in load or any(note.startswith(f"{load} ") for note in start.notes):
         return load.partition("@")[0]
