@@ -25,7 +25,7 @@ from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.machine import vllm_interpreter
 
 PREDICTIONS = "predictions.jsonl"
-RULES = 4  # version of what evaluation.json holds: another number evaluates anew
+RULES = 5  # version of what evaluation.json holds: another number evaluates anew
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -60,7 +60,7 @@ def answers_of(model: Model, questions: list[Sample], data: str, options: Option
         before = f", of which {len(found):,} were answered before" if found else ""
         print(f"{model.name}: {len(questions):,} questions{before}", flush=True)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with model.export() as folder, open(partial, "a" if found else "w") as file:
+        with model.export() as folder, open(partial, "a" if found else "w", buffering=1) as file:
             file.write("\n" if found else json.dumps(depends) + "\n")  # the last line may be half-written
             _answer_the_rest(folder, questions, found, options, file)
     answers = [found[number] for number in range(len(questions))]
@@ -88,7 +88,6 @@ def _answer_the_rest(
         file.write(f"{zlib.crc32(row.encode()):08x} {row}\n")
         if count and time.monotonic() - max(said, began) > SAID_EVERY_S:
             said = time.monotonic()
-            file.flush()
             rate = count / (said - began)
             minutes, seconds = divmod(round((len(left) - count) / rate), 60)
             print(
