@@ -12,7 +12,7 @@ import torch
 
 from evaluate import cached_result, main
 from helpers.models import MAX_PIXELS, MIN_PIXELS
-from helpers.questions import asked_of, write_test_set
+from helpers.questions import asked_of, run, write_test_set
 from helpers.webdatasets import Raw, record
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.data.images import decode_rgb
@@ -136,12 +136,6 @@ def test_a_streamed_answer_is_the_greedy_one_and_stops_when_it_is_closed(export,
     longer.close()  # would take minutes
     with pytest.raises(ValueError, match="temperature"):
         list(loaded.stream(question.messages, images, do_sample=True, temperature=-1.0))
-
-
-def run(monkeypatch, export: Path, data: Path, output: Path, *words: str) -> None:
-    options = ["--dataset", str(data / "dataset.json"), "--output", str(output), "--max-new-tokens", "2", *words]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(data / "wds"), *options])
-    main()
 
 
 @pytest.fixture
@@ -297,39 +291,3 @@ def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
     assert "damaged" in read_json(tmp_path / "evaluation.json")["base"]["missing"] and asked == [10]
     run(monkeypatch, export, data, tmp_path / "evaluation.json", "--base", str(export))
     assert read_json(tmp_path / "evaluation.json")["base"]["name"] == str(export)
-
-
-@pytest.mark.parametrize(
-    "case",
-    ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch", "output", "base"],
-)
-def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
-    folder = tmp_path / "export"
-    folder.mkdir()
-    for path in export.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    words = {
-        "samples": ["--samples", "half"], "batch": ["--batch-size", "0"], "output": ["--output", str(tmp_path)],
-        "base": ["--base", str(folder), "--start-of", str(tmp_path)],
-    }.get(case, [])  # fmt: skip
-    if case == "no export":
-        (folder / "converted.json").unlink()
-    elif case == "marker":
-        write_json(folder / "converted.json", {"fingerprint": 1})
-    elif not words:
-        (folder / {"weights": "model.safetensors"}.get(case, case)).write_bytes(b"\0" * 30)
-    with pytest.raises(SystemExit) as end:
-        run(monkeypatch, folder, data, tmp_path / "e.json", *words)
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and "error: " in said and "Traceback" not in said
-    assert not (tmp_path / "e.json").exists()
-
-
-def test_a_raw_file_without_records_is_a_mistake(export, tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    words = [str(export), str(tmp_path / "empty.jsonl"), "--output", str(tmp_path / "e.json")]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1 and "empty.jsonl" in capsys.readouterr().err
-    assert not (tmp_path / "e.json").exists()
