@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from evaluate import cached_result, main
+from helpers import SCRIPTS
 from helpers.models import MAX_PIXELS, MIN_PIXELS
 from helpers.questions import asked_of, run, write_test_set
 from helpers.webdatasets import Raw, record
@@ -164,8 +167,9 @@ def test_kept_answers_are_used_for_the_same_model_data_and_options_alone(
     run(monkeypatch, export, data, output)
     assert (read_json(output), asked) == (first, [10])
     assert "nothing to evaluate" in capsys.readouterr().out
-    for words in (("--scores", "f1"), ("--by", "id")):  # judged anew, not asked
+    for words in (("--scores", "f1"), ("--by", "nokey")):  # judged anew, not asked
         run(monkeypatch, export, data, output, *words)
+        assert ("no record has the key 'nokey'" in capsys.readouterr().out) == ("nokey" in words)
     assert asked == [10] and list(read_json(output)["groups"]) == ["all"]
     for words in (("--samples", "2"), ("--batch-size", "3"), ("--max-new-tokens", "3")):
         run(monkeypatch, export, data, output, *words)
@@ -200,8 +204,9 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(export, data, tmp_path
             yield number, Answer(f"{answer.text} {number}", False)
 
     monkeypatch.setattr(answers_module, "generate", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         run(monkeypatch, export, data, output)
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     partial = tmp_path / ".evaluation.json.answers.partial"
     partial.write_text(partial.read_text().replace("Answer 0. 5", "Answer 0. 9") + '12345678 [2, "half')
     monkeypatch.setattr(answers_module, "generate", complete)
@@ -212,6 +217,41 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(export, data, tmp_path
     assert [turn["prediction"] for row in rows for turn in row["turns"]] == [
         *["Answer 0."] * 4, "Answer 0. 4", "Answer 0.", *(f"Answer 0. {n}" for n in (6, 7, 8, 9)),
     ]  # fmt: skip
+
+
+def test_a_second_evaluation_of_the_same_waits_for_the_answers_of_the_first(
+    export, data, tmp_path, monkeypatch, capsys, asked
+):
+    output, complete, second = tmp_path / "evaluation.json", answers_module.generate, []
+
+    def met(folder, questions, *options):
+        """While the first one asks, another begins."""
+        for number, answer in complete(folder, questions, *options):
+            if number == 5:
+                code = f"import sys; sys.argv = {sys.argv!r}; from evaluate import main; main()"
+                environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+                second.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment))
+                waits = second[0].stdout.readline().decode()
+                assert "another evaluation asks these questions" in waits, waits
+            yield number, answer
+
+    monkeypatch.setattr(answers_module, "generate", met)
+    run(monkeypatch, export, data, output)
+    said, _ = second[0].communicate(timeout=100)
+    assert b"answered before" in said and second[0].returncode == 0 and asked == [10]
+    assert not (tmp_path / ".evaluation.json.answers.lock").exists() and read_json(output)["correct"] == 1
+
+
+def test_an_answer_is_on_the_disk_before_the_next_is_made(export, data, tmp_path, monkeypatch, asked):
+    partial, complete = tmp_path / ".evaluation.json.answers.partial", answers_module.generate
+
+    def looked(folder, questions, *options):
+        for count, pair in enumerate(complete(folder, questions, *options)):
+            assert len(partial.read_text().splitlines()) == 1 + count, "what kill -9 leaves"
+            yield pair
+
+    monkeypatch.setattr(answers_module, "generate", looked)
+    run(monkeypatch, export, data, tmp_path / "evaluation.json")
 
 
 def test_no_held_out_split_is_said_and_no_model_is_loaded(export, tmp_path, monkeypatch, capsys):

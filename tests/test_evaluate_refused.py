@@ -1,13 +1,18 @@
 """What evaluate.py refuses, with one message; and what lies in a folder that only says it is an export."""
 
+import errno
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from evaluate import main
+from helpers import SCRIPTS
 from helpers.questions import run, write_test_set
+from llava_sft.errors import as_message
 from llava_sft.files import read_json, write_json
 
 
@@ -75,3 +80,33 @@ def test_a_raw_file_without_records_is_a_mistake(export, tmp_path, monkeypatch, 
         main()
     assert end.value.code == 1 and "empty.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("script", ["evaluate.py", "list_runs.py"])
+def test_a_reader_that_ends_early_is_no_traceback(script, unbuffered, export, data, tmp_path):
+    """As of `| head -1`: the pipe is closed before anything is written."""
+    words = {
+        "evaluate.py": [export, data / "wds", "--samples", "1", "--output", tmp_path / "e.json"],
+        "list_runs.py": [],
+    }
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / script, *words[script]],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writing)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr and done.returncode in (0, 1)
+
+
+def test_what_may_not_be_written_is_no_reason_to_remove_it():
+    for number in (errno.EROFS, errno.EACCES):
+        message = str(as_message(OSError(number, "no", "/results/evaluation.json")))
+        assert message.startswith("/results/evaluation.json: no") and "make it readable" in message
+        assert "remove" not in message
+    assert "remove" in str(as_message(OSError(errno.EISDIR, "no", "x")))
