@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from llava_sft.checkpoint.hf_folder import refuse_other_forms
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint
 from llava_sft.checkpoint.verify import MARKER, export_in, is_export
@@ -45,7 +46,8 @@ def find_model(name: str) -> Path:
             f"{folder}: a checkpoint of the original project, which keeps no tokenizer beside it",
             f"convert_checkpoint.py hf2mcore {folder} FOLDER --sidecars HUGGING_FACE_FOLDER, then name that FOLDER",
         )
-    if checkpoint.kind == "huggingface":
+    if checkpoint.kind in ("huggingface", "peft"):
+        refuse_other_forms(folder, name)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: neither a model nor a run", CHOICES)
         return folder

@@ -64,7 +64,7 @@ def _exported_start(resolved: Resolved, folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
     try:
         mcore2hf(
-            start.folder,
+            start.pairs or start.folder,
             folder,
             start.sidecars,
             resolved.architecture,

@@ -26,8 +26,8 @@ def readable(folder: Path) -> Iterator[Path]:
     """
     if is_export(folder):
         require_whole(folder)
-    from llava_sft.checkpoint.hf_folder import weight_files
-    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header
+    from llava_sft.checkpoint.hf_folder import read_header, weight_files
+    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name
 
     config = read_hf_config(folder)
     try:
@@ -38,7 +38,7 @@ def readable(folder: Path) -> Iterator[Path]:
     wanted = hf_shapes(model)
     check_tensors({name: reader.shape(name) for name in reader.names()}, wanted, folder)
     # transformers makes random weights of those that it does not find: it knows these two spellings.
-    stored = {name for path in weight_files(folder) for name in read_header(path)}
+    stored = {name for path in weight_files(folder) for name in read_header(path)[0]}
     if not (wanted.keys() <= stored or set(map(old_name, wanted)) <= stored):
         raise CheckpointError(
             f"{folder}: its tensors are named in another way than LLaVA-OneVision-1.5's",
