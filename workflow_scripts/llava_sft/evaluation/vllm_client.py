@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,12 +55,14 @@ def generate_with_vllm(
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment = ({} if gpu_count() else ON_CPU) | {"VLLM_LOGGING_LEVEL": "WARNING"} | environment
     reading, writing = os.pipe()
-    with tempfile.TemporaryFile() as said, open(reading) as results:
+    alive, held = os.pipe()  # closed by the end of this process, however it ends
+    with tempfile.TemporaryFile() as said, open(reading) as results, open(held, "wb"):
         worker = subprocess.Popen(
-            [python, WORKER, str(writing)], stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=[writing],
-            env=environment,
+            [python, WORKER, str(writing), str(alive)], stdin=subprocess.PIPE, stdout=said, stderr=said,
+            pass_fds=[writing, alive], env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(writing)
+        os.close(alive)
         try:
             assert worker.stdin
             errors, done = list[Exception](), 0
@@ -71,14 +75,13 @@ def generate_with_vllm(
                 raise errors[0]
             if worker.wait() or done < len(questions):
                 said.seek(0)
-                last = "\n".join(
-                    f"    {text[:300]}" for text in said.read().decode(errors="replace").splitlines()[-15:]
-                )
+                last = "\n".join(f"    {text[:600]}" for text in last_words(said.read().decode(errors="replace")))
                 raise RunError(
                     f"vLLM ({python}) ended with exit code {worker.returncode}:\n{last}", "evaluate_with: transformers"
                 )
         finally:
-            worker.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # vLLM's engine too, which holds the GPU
             worker.wait()
 
 
@@ -98,3 +101,17 @@ def _feed(pipe: BinaryIO, job: dict, texts: list[str], questions: list[Sample], 
         pass  # the worker has ended, and its exit code says so
     except Exception as error:  # a picture that cannot be read
         errors.append(error)
+
+
+def last_words(said: str) -> list[str]:
+    """The errors that vLLM names, the cause first; without one, what it said last."""
+    causes = []
+    for line in said.splitlines():
+        # The lines of its engine begin with (EngineCore pid=…).
+        text = line.split(") ", 1)[-1] if line.startswith("(") else line
+        name = text.split(":")[0]
+        if name.replace(".", "_").isidentifier() and name.endswith(("Error", "Exception")):
+            causes.append(text)
+    # The process that waits for the engine says that there is a cause above.
+    named = [text for text in dict.fromkeys(causes) if "root cause" not in text]
+    return named[:3] or said.splitlines()[-15:]
