@@ -134,6 +134,7 @@ class Start(BaseModel):
     fingerprint: stands for the content.
     untrained: the weights are random.
     pairs: a checkpoint of LoRA that stands beside `folder`, and whose pairs are gone on with.
+    base_load: what `load` was for `folder`, where there are pairs.
     notes: what its conversion found that the user may not expect, such as the commit that an id on the hub stood for.
     """
 
@@ -145,6 +146,7 @@ class Start(BaseModel):
     fingerprint: str
     untrained: bool = False
     pairs: Path | None = None
+    base_load: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -273,6 +275,11 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     if checkpoint.kind == "random":
         assert tokenizer is not None, "check_load asks for it"
         return Start(load=RANDOM, sidecars=tokenizer, fingerprint="random", untrained=True)
+    if converted and not converted.is_dir():
+        raise CheckpointError(
+            f"{converted}: gone, which {checkpoint.name} was converted to",
+            f"delete {converted}.done.json and run the same command",
+        )
     folder = converted / "release" if converted else existing_checkpoint(checkpoint.folder)
     require_whole(folder)
     top = folder.parent
