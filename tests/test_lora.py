@@ -11,7 +11,7 @@ from helpers import ROOT
 from helpers.forked_trainings import forked_trainings
 from helpers.trainings import Run, same
 from llava_sft.checkpoint.adapters import write_peft
-from llava_sft.checkpoint.base import beside_its_base, lora_of, name_of_base
+from llava_sft.checkpoint.base import base_of, beside_its_base, lora_of
 from llava_sft.checkpoint.convert import mcore2hf
 from llava_sft.checkpoint.start import Checkpoint, open_start
 from llava_sft.checkpoint.weights import open_weights
@@ -57,6 +57,12 @@ def undisturbed(base, trainings, tmp_path_factory):
     run = Run(base, tmp_path_factory.mktemp("runs") / "undisturbed", **HOW)
     trainings.train(run)
     return run
+
+
+def script(*arguments) -> None:
+    command = [sys.executable, ROOT / "workflow_scripts/convert_checkpoint.py", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_pairs_lower_the_loss_and_a_checkpoint_holds_them_alone(base, undisturbed):
@@ -123,11 +129,8 @@ def test_the_merged_export_passes_parity_and_the_peft_folder_adds_up_to_it(base,
     from safetensors.torch import load_file
 
     source, sidecars = checkpoint_dir(undisturbed.folder, STEPS), Path(base["start"]["sidecars"])
-    command = ["mcore2hf", source, tmp_path / "merged", "--samples", base["data"]["path"]]
-    done = subprocess.run(
-        [sys.executable, ROOT / "workflow_scripts/convert_checkpoint.py", *command], capture_output=True, text=True
-    )
-    assert read_json(tmp_path / "merged/parity.json")["passed"], done.stdout + done.stderr
+    script("mcore2hf", source, tmp_path / "merged", "--samples", base["data"]["path"])
+    assert read_json(tmp_path / "merged/parity.json")["passed"]
     write_peft(source, tmp_path / "adapter", ModelConfig(**base["model"]))
     config = read_json(tmp_path / "adapter/adapter_config.json")
     pairs = load_file(tmp_path / "adapter/adapter_model.safetensors")
@@ -147,7 +150,9 @@ def test_the_merged_export_passes_parity_and_the_peft_folder_adds_up_to_it(base,
     assert len(pairs) == 2 * changed and name.rsplit(".", 2)[1] not in config["target_modules"]
 
 
-def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(base, trainings, undisturbed, tmp_path):
+def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(
+    base, prepared_project, trainings, undisturbed, tmp_path
+):
     lora = ResolvedSettings(experiment="x", **HOW).trained.lora
     pairs = checkpoint_dir(undisturbed.folder, STEPS)
     start = open_start(Checkpoint.of(pairs), None, None)
@@ -163,11 +168,18 @@ def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(
     assert run.losses()[0][1] < undisturbed.losses()[0][1] - 0.1  # the same samples
     name = next(name for name in run.weights(1) if name.endswith("lora_a"))
     assert run.weights(1)[name] != undisturbed.weights(STEPS)[name]
-    assert name_of_base(checkpoint_dir(run.folder, 1)) == base["start"]["load"]
+    assert base_of(checkpoint_dir(run.folder, 1))["load"] == base["start"]["load"]
     mcore2hf(pairs, tmp_path / "merged", start.sidecars, ModelConfig(**base["model"]), *PIXELS)
     with start_of(run.folder, tmp_path).export() as exported:  # what it began with, for an evaluation
         names = "model.safetensors"
         assert (exported / names).read_bytes() == (tmp_path / "merged" / names).read_bytes()
+    # As a PEFT folder they are the same start.
+    write_peft(pairs, tmp_path / "adapter", ModelConfig(**base["model"]), str(prepared_project / base["start"]["load"]))
+    script("hf2mcore", tmp_path / "adapter", tmp_path / "made")
+    start = beside_its_base(open_start(Checkpoint.of(tmp_path / "adapter"), tmp_path / "made", None), lora)
+    other = Run(base | {"start": start.model_dump(mode="json")}, tmp_path / "other", **settings)
+    trainings.train(other)
+    assert other.losses() == run.losses()
 
 
 def test_a_run_that_is_older_than_lora_goes_on_without(base):

@@ -203,7 +203,7 @@ class Workflow(Experiments):
     def checkpoint_folders(self, wildcards) -> list[str]:
         """The folders that the start checkpoint is converted from; a hub id is none."""
         paths = self.converting(wildcards)
-        sources = [paths.settings.load, *paths.settings.load_parts.values()]
+        sources = paths.start_names
         made = [str(paths.demo_done) for source in sources if paths.is_demo(Path(source))]
         return made[:1] + [source for source in sources if not paths.is_demo(Path(source)) and Path(source).is_dir()]
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from llava_sft.checkpoint.hf_folder import refuse_other_forms
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, export_in, is_export, require_whole
@@ -54,7 +55,8 @@ def find_model(name: str) -> Path:
             f"{folder}: a checkpoint of the original project, which keeps no tokenizer beside it",
             f"convert_checkpoint.py hf2mcore {folder} FOLDER --sidecars HUGGING_FACE_FOLDER, then name that FOLDER",
         )
-    if checkpoint.kind == "huggingface":
+    if checkpoint.kind in ("huggingface", "peft"):
+        refuse_other_forms(folder, name)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: neither a model nor a run", CHOICES)
         return folder
@@ -90,8 +92,8 @@ def readable(folder: Path) -> Iterator[Path]:
     """
     if is_export(folder):
         require_whole(folder)
-    from llava_sft.checkpoint.hf_folder import weight_files
-    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header
+    from llava_sft.checkpoint.hf_folder import read_header, weight_files
+    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name
 
     config = read_hf_config(folder)
     try:
@@ -102,7 +104,7 @@ def readable(folder: Path) -> Iterator[Path]:
     wanted = hf_shapes(model)
     check_tensors({name: reader.shape(name) for name in reader.names()}, wanted, folder)
     # transformers makes random weights of those that it does not find: it knows these two spellings.
-    stored = {name for path in weight_files(folder) for name in read_header(path)}
+    stored = {name for path in weight_files(folder) for name in read_header(path)[0]}
     if not (wanted.keys() <= stored or set(map(old_name, wanted)) <= stored):
         raise CheckpointError(
             f"{folder}: its tensors are named in another way than LLaVA-OneVision-1.5's",

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from llava_sft.checkpoint.start import Start, content_of
-from llava_sft.checkpoint.verify import require_whole
+from llava_sft.checkpoint.start import Start
+from llava_sft.checkpoint.verify import content_of, require_whole
 from llava_sft.errors import CheckpointError
 from llava_sft.files import fingerprint, read_object, write_json
 from llava_sft.model.lora import Lora
 from llava_sft.run.layout import LORA
 
 
-def base_of(start: Start) -> dict[str, str]:
+def base_to_note(start: Start) -> dict[str, str]:
     """What pairs stand beside that are trained from now on: asked once, as the base may be deleted while they are."""
     assert start.folder, "LoRA begins from a trained model"
     content = content_of(start.folder)[0]
@@ -23,9 +23,9 @@ def note_base(folder: Path, lora: Lora, base: dict[str, str]) -> None:
     write_json(folder / LORA, {"lora": lora._asdict(), "base": base}, sealed=True)
 
 
-def name_of_base(folder: Path) -> str:
-    """The Hugging Face folder or hub id that the base of a checkpoint of LoRA came from."""
-    return str(read_object(folder / LORA)["base"]["load"])
+def base_of(folder: Path) -> dict[str, str]:
+    """What is noted of the base of a checkpoint of LoRA: its `folder` and `fingerprint`, and what it came from, `load`."""
+    return dict(read_object(folder / LORA)["base"])
 
 
 def lora_of(folder: Path) -> tuple[Lora, Path] | None:
@@ -59,19 +59,27 @@ def beside_its_base(start: Start, wanted: Lora | None) -> Start:
 
     Raises CheckpointError when `wanted`, the pairs that the settings ask for, are others.
     """
-    found = lora_of(start.folder) if start.folder else None
-    if not found:
+    pairs = start.pairs or start.folder
+    if not pairs or not (found := lora_of(pairs)):
         return start
-    assert start.folder
-    (lora, base), pairs = found, start.folder
-    if wanted is None or wanted._replace(dropout=lora.dropout) != lora:
-        parts = f"[{', '.join(lora.parts)}]"
-        raise CheckpointError(
-            f"load: {start.load}: LoRA's pairs of rank {lora.rank}, alpha {lora.alpha:g}, in {parts}; the settings ask for others",
-            f"lora_rank: {lora.rank}, lora_alpha: {lora.alpha:g}, lora_modules: {parts}; or export it "
-            "(convert_checkpoint.py mcore2hf), which merges them, and load that folder",
-        )
-    require_whole(base)
-    content = fingerprint([content_of(base)[0], start.fingerprint])
-    given = {"folder": base, "pairs": pairs, "base_load": name_of_base(pairs), "fingerprint": content}
+    lora, base = found
+    merging = "export it (convert_checkpoint.py mcore2hf), which merges them, and load that folder"
+    require_wanted(start.load, lora, wanted, merging)
+    given: dict[str, Any] = {"base_load": base_of(pairs)["load"]}
+    if not start.pairs:  # no PEFT folder, which was converted together with its base
+        require_whole(base)
+        content = fingerprint([content_of(base)[0], start.fingerprint])
+        given |= {"folder": base, "pairs": pairs, "fingerprint": content}
     return start.model_copy(update=given)
+
+
+def require_wanted(load: str, lora: Lora, wanted: Lora | None, merging: str) -> None:
+    """Raise CheckpointError unless the settings ask for pairs as those of `load` are; `merging`: the way on without them."""
+    if wanted and wanted._replace(dropout=lora.dropout, parts=lora.parts) == lora and {*wanted.parts} == {*lora.parts}:
+        return
+    parts = f"[{', '.join(lora.parts)}]"
+    raise CheckpointError(
+        f"load: {load}: LoRA's pairs of rank {lora.rank}, alpha {lora.alpha:.10g}, in {parts}; the settings ask for "
+        + (f"rank {wanted.rank}, alpha {wanted.alpha:.10g}, in [{', '.join(wanted.parts)}]" if wanted else "none"),
+        f"lora_rank: {lora.rank}, lora_alpha: {lora.alpha:.10g}, lora_modules: {parts}; or {merging}",
+    )
