@@ -31,6 +31,10 @@ MERGE = (
     "P.from_pretrained(base, **own).save_pretrained(MERGED)"
 )
 MERGE_HERE = ".venv/bin/python workflow_scripts/convert_checkpoint.py merge"
+OTHER_FORMS = {
+    ".gguf": "GGUF is a form for inference and cannot be trained on", ".onnx": "ONNX is a form for inference",
+    ".h5": "weights of TensorFlow, which are not read", ".msgpack": "weights of Flax, which are not read",
+}  # fmt: skip
 PICKLES = ("pytorch_model*.bin", "consolidated*.pt*", "*.ckpt", "*.pth", "*.pt", "*.bin")
 # As the native class of transformers names the merger's layers, and as MLCD is named without the name of its part.
 NATIVE_MERGER = {".merger.linear_fc1.": ".merger.mlp.0.", ".merger.linear_fc2.": ".merger.mlp.2."}
@@ -54,11 +58,11 @@ def refuse_other_forms(folder: Path, said: str, adapter: str = "") -> None:
             adapter + merging(folder, base),
         )
     refuse_pickles(folder, said)
-    if found := sorted(name for name in names if name.endswith(".gguf")):
-        raise CheckpointError(
-            f"{said}: its weights are in {found[0]}: GGUF is a form for inference and cannot be trained on",
-            "the Hugging Face folder that it was made from",
-        )
+    for suffix, form in OTHER_FORMS.items():
+        if found := sorted(name for name in names if name.lower().endswith(suffix)):
+            raise CheckpointError(
+                f"{said}: its weights are in {found[0]}: {form}", "the Hugging Face folder that it was made from"
+            )
 
 
 def _whole(names: list[str]) -> bool:

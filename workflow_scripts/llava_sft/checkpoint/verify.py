@@ -90,9 +90,11 @@ def require_whole(folder: Path, full: bool = False) -> int:
     small = {name: entry for name, entry in files.items() if name not in weights}
     memo = (folder.parent if folder.name.startswith("iter_") else root) / VERIFIED
     if damage := find_damage(root, small, full=True) or find_damage(root, weights, memo, full):
-        again = (
-            "use another iter_ folder" if folder.name.startswith("iter_") else f"delete {root} and run the same command"
-        )
+        again = f"delete {root} and run the command again that made it"
+        if folder.name.startswith("iter_"):
+            again = "use another iter_ folder"
+        elif is_export(root):
+            again = f"delete {root} and export again: `snakemake export_X`, or convert_checkpoint.py mcore2hf"
         raise CheckpointError(
             f"{root}{'/' if damage.split()[0] in files else ': '}{damage}: damaged since it was written",
             f"restore it from a copy, or {again}",
