@@ -43,7 +43,7 @@ def test_too_long_a_conversation_and_too_little_memory_are_said(small_checkpoint
     with pytest.raises(RunError, match="the model reads 2,048"):
         list(model.answer([Turn("user", "7 " * 3000)]))
     monkeypatch.setattr(model.export.model, "generate", lambda **_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(RunError, match="memory does not suffice"):
+    with pytest.raises(RunError, match="not enough memory"):
         list(model.answer([Turn("user", "7")]))
 
 

@@ -61,7 +61,7 @@ def _exported_start(resolved: Resolved, folder: Path) -> Iterator[Path]:
     assert start.folder, "start_of has looked"
     # Of an evaluation that was killed on this machine: as large as the checkpoint. Others may share the folder.
     for leftover in folder.parent.glob(f"{folder.stem}.*"):
-        if not os.path.exists(f"/proc/{leftover.suffix[1:]}"):
+        if leftover.stem == folder.stem and not os.path.exists(f"/proc/{leftover.suffix[1:]}"):
             shutil.rmtree(leftover, ignore_errors=True)
     try:
         mcore2hf(

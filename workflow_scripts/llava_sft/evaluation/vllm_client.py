@@ -47,7 +47,7 @@ def generate_with_vllm(
         "llm": {
             "model": str(folder.resolve()), "trust_remote_code": True, "model_impl": "transformers",
             "dtype": config["dtype"], "enforce_eager": True, "max_model_len": max(lengths) + max_new_tokens,
-            "limit_mm_per_prompt": {"image": max(1, *(len(question.images) for question in questions), 1)},
+            "limit_mm_per_prompt": {"image": max([1, *(len(question.images) for question in questions)])},
             "skip_mm_profiling": not gpu_count(), "seed": 0,
         },
         "sampling": {"temperature": 0, "max_tokens": max_new_tokens, "stop_token_ids": ends, "detokenize": False},
