@@ -227,6 +227,34 @@ def test_a_merge_that_would_be_none_is_refused_in_one_message(script, small_chec
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_a_folder_of_others_is_never_replaced(script, small_checkpoint, small_model, tmp_path):
+    """Each direction replaces what it wrote itself, and nothing else: neither its source nor what lies around it."""
+    source = shutil.copytree(small_checkpoint, tmp_path / "models/source")
+    adapter = write_adapter(tmp_path / "models/adapter", source, small_model, shared=True)
+    converted(adapter, tmp_path / "models/made", small_model)
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "precious").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    pairs = tmp_path / "models/made/pairs"
+    for words in (
+        ("hf2mcore", source, source),
+        ("hf2mcore", source, tmp_path / "models"),
+        ("hf2mcore", source, others),
+        ("mcore2hf", pairs, others, "--sidecars", source),
+        ("mcore2peft", pairs, pairs.parent),
+        ("mcore2peft", pairs, others),
+        ("mcore2peft", pairs, source),
+        ("merge", source, adapter, others / "precious"),
+    ):
+        status, found = script(*words)
+        assert status == 1 and "exists already" in found and "Traceback" not in found, (words, found)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert script("mcore2peft", pairs, tmp_path / "empty", "--sidecars", source)[0] == 0
+
+
 def test_a_merge_without_numbers_is_what_training_exports(small_checkpoint, small_model, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", small_checkpoint, small_model, shared=True)
     converted(adapter, tmp_path / "made", small_model)

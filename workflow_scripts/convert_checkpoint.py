@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
-from llava_sft.checkpoint.hf_folder import ADAPTER
+from llava_sft.checkpoint.hf_folder import ADAPTER, is_adapter
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
@@ -71,8 +71,21 @@ def main() -> None:
         made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
         print(verify(made))
         return
+    refuse_others_folder(args.direction, args.target, Path(args.source))
     done = {"mcore2peft": export_peft, "merge": merge_adapters}.get(args.direction, convert)
     done(args)
+
+
+def refuse_others_folder(direction: str, target: Path, source: Path) -> None:
+    """Raise SettingsError for a target that holds anything but what this direction wrote: it is replaced as a whole."""
+    ours = is_adapter(target) if direction == "mcore2peft" else (target / MARKER).is_file()
+    empty = not target.exists() or target.is_dir() and not any(target.iterdir())
+    holds_source = source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents)
+    if holds_source or not (ours or empty):
+        raise SettingsError(
+            f"{target}: exists already, and is not what {direction} wrote",
+            "the folder to write comes last: name a new one",
+        )
 
 
 def export_peft(args: argparse.Namespace) -> None:
