@@ -42,15 +42,17 @@ from llava_sft.settings.layers import load_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "merge", "verify"])
+    directions = ["hf2mcore", "mcore2hf", "mcore2peft", "merge", "verify"]
+    add("direction", choices=directions)
     add(
         "source",
         help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder",
     )
-    if sys.argv[1:2] == ["merge"]:
+    direction = next((word for word in sys.argv[1:] if word in directions), "")
+    if direction == "merge":
         add("adapters", nargs="+", metavar="adapter[:number]", help="PEFT folder, and what its product counts (1)")
     # An optional one would count as left out where options stand before it, as in the rules.
-    optional = "?" if "verify" in sys.argv[1:] else None
+    optional = "?" if direction == "verify" else None
     add("target", type=Path, nargs=optional, help="folder to write; it appears only when it is whole")
     add("--model", help="config/models/<model>.yaml, or a path (default: what run.json or config.json says)")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
@@ -79,7 +81,7 @@ def main() -> None:
 def refuse_others_folder(direction: str, target: Path, source: Path) -> None:
     """Raise SettingsError for a target that holds anything but what this direction wrote: it is replaced as a whole."""
     ours = is_adapter(target) if direction == "mcore2peft" else (target / MARKER).is_file()
-    empty = not target.exists() or target.is_dir() and not any(target.iterdir())
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     holds_source = source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents)
     if holds_source or not (ours or empty):
         raise SettingsError(

@@ -69,7 +69,8 @@ class Checkpoint:
         if self.kind != "peft":
             return self
         base = Checkpoint.of(Adapter.of(self.folder).base)
-        if base.kind != "hub" and not (base.kind == "huggingface" and (base.folder / "config.json").is_file()):
+        is_folder = base.kind == "huggingface" and (base.folder / "config.json").is_file()
+        if not base.name or not (base.kind == "hub" or is_folder):
             raise CheckpointError(
                 f"load: {self.name}: its base is {shown(base.name)}: neither a Hugging Face folder nor on the hub",
                 f"write the base's folder or hub id into {self.folder / ADAPTER}, as base_model_name_or_path",
@@ -78,7 +79,7 @@ class Checkpoint:
 
     def converted_name(self, parts: dict[str, str]) -> str:
         """`LLaVA-OneVision-1.5-4B-stage0_mcore_tp1_pp1`, of whatever kind it is; parts from elsewhere add their names."""
-        path, _, revision = self.name.partition("@") if self.kind == "hub" else (self.name, "", "")
+        path, revision = split_id(self.name)
         folder = Path(path)
         if _is_iteration(folder):
             top = folder.parent
@@ -92,6 +93,12 @@ class Checkpoint:
         if tokenizer:
             return tokenizer
         return (converted or (self.folder.parent if self.kind == "iteration" else self.folder)) / SIDECARS
+
+
+def split_id(name: str) -> tuple[str, str]:
+    """(`org/name`, `revision`) of a hub id; of anything else, which may have an @ in its path, (itself, "")."""
+    repo, _, revision = name.partition("@") if Checkpoint.of(name).kind == "hub" else (name, "", "")
+    return repo, revision
 
 
 def _kind(name: str) -> Kind:
