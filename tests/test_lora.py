@@ -11,16 +11,16 @@ from helpers import ROOT
 from helpers.forked_trainings import forked_trainings
 from helpers.trainings import Run, same
 from llava_sft.checkpoint.adapters import write_peft
-from llava_sft.checkpoint.base import base_of, beside_its_base, lora_of
+from llava_sft.checkpoint.base import base_of, base_to_note, beside_its_base, lora_of, note_base
 from llava_sft.checkpoint.convert import mcore2hf
-from llava_sft.checkpoint.start import Checkpoint, open_start
+from llava_sft.checkpoint.start import Checkpoint, Start, open_start
 from llava_sft.checkpoint.weights import open_weights
 from llava_sft.errors import CheckpointError
 from llava_sft.evaluation.base import start_of
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.run.identity import identity
-from llava_sft.run.layout import TRACKER, checkpoint_dir
+from llava_sft.run.layout import CHECKSUMS, TRACKER, checkpoint_dir
 from llava_sft.run.records import forget_after
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
@@ -109,6 +109,23 @@ def test_a_stopped_run_goes_on_bit_for_bit_beside_its_base_and_no_other(base, tr
     weights.write_bytes(content)
     trainings.train(run)
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+
+
+def test_a_base_that_was_trained_anew_in_its_place_is_refused(base, undisturbed, tmp_path):
+    """Its names and sizes are those of before; LoRA checkpoints of before checksums were noted go on."""
+    trained = shutil.copytree(Path(base["start"]["folder"]), tmp_path / "run/iter_0000400")
+    (trained / CHECKSUMS).write_text("{}")
+    noted = base_to_note(Start.model_validate(base["start"] | {"folder": str(trained)}))
+    checkpoint = tmp_path / "iter_0000006"
+    checkpoint.mkdir()
+    lora = lora_of(checkpoint_dir(undisturbed.folder, STEPS))[0]
+    note_base(checkpoint, lora, noted)
+    assert lora_of(checkpoint) == (lora, trained)
+    (trained / CHECKSUMS).write_text("[]")
+    with pytest.raises(CheckpointError, match="other weights"):
+        lora_of(checkpoint)
+    note_base(checkpoint, lora, {name: value for name, value in noted.items() if name != "checksums"})
+    assert lora_of(checkpoint) == (lora, trained)
 
 
 def test_a_base_is_found_from_any_folder(base, undisturbed, tmp_path, monkeypatch):

@@ -1,21 +1,22 @@
 """The base of a checkpoint of LoRA: what is trained alone is saved, beside weights that are named and not copied. No torch."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from llava_sft.checkpoint.start import Start
+from llava_sft.checkpoint.start import Start, is_legacy
 from llava_sft.checkpoint.verify import content_of, require_whole
 from llava_sft.errors import CheckpointError
-from llava_sft.files import fingerprint, read_object, write_json
+from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.lora import Lora
-from llava_sft.run.layout import LORA
+from llava_sft.run.layout import CHECKSUMS, LORA
 
 
 def base_to_note(start: Start) -> dict[str, str]:
     """What pairs stand beside that are trained from now on: asked once, as the base may be deleted while they are."""
     assert start.folder, "LoRA begins from a trained model"
-    content = content_of(start.folder)[0]
-    return {"folder": str(start.folder), "fingerprint": content, "load": start.base_load or start.load}
+    noted = {"folder": str(start.folder), "load": start.base_load or start.load}
+    return noted | {"fingerprint": content_of(start.folder)[0], "checksums": _checksums(start.folder)}
 
 
 def note_base(folder: Path, lora: Lora, base: dict[str, str]) -> None:
@@ -37,15 +38,30 @@ def lora_of(folder: Path) -> tuple[Lora, Path] | None:
     if not noted:
         return None
     base, load = _found(Path(noted["base"]["folder"]), folder), noted["base"]["load"]
-    again = f"convert_checkpoint.py hf2mcore {load} {base.parent}" if base.name == "release" else f"restore {base}"
+    again = _making_again(base, load)
     if not base.is_dir():
-        raise CheckpointError(f"{folder}: the base that its LoRA stands beside is gone: {base}", again)
-    if content_of(base)[0] != noted["base"]["fingerprint"]:
+        raise CheckpointError(f"{folder}: the base of its LoRA is gone: {base}", again)
+    same = noted["base"].get("checksums") in (None, _checksums(base))  # noted since a later version
+    if content_of(base)[0] != noted["base"]["fingerprint"] or not same:
         raise CheckpointError(
-            f"{folder}: its LoRA stands beside other weights than {base} holds now",
+            f"{folder}: its LoRA was trained on other weights than {base} holds now",
             f"delete that folder; then, with {load} as it was: {again}" if base.name == "release" else again,
         )
     return Lora(**noted["lora"] | {"parts": tuple(noted["lora"]["parts"])}), base
+
+
+def _checksums(base: Path) -> str:
+    """Of a run's checkpoint those of its files: a run that is trained anew saves the same names and sizes."""
+    path = base / CHECKSUMS
+    return file_fingerprint(path) if path.is_file() and base.name != "release" else ""
+
+
+def _making_again(base: Path, load: str) -> str:
+    if base.name != "release":
+        return f"restore {base}"
+    if "+" in base.parent.name or is_legacy(Path(load)):  # converted with options that are not noted
+        return "run the command again that converted it: `snakemake preflight_X` of its experiment X"
+    return shlex.join(["python", "workflow_scripts/convert_checkpoint.py", "hf2mcore", load, str(base.parent)])
 
 
 def _found(base: Path, checkpoint: Path) -> Path:
