@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from evaluate import main
 from helpers import SCRIPTS
 from helpers.questions import run, write_test_set
 from llava_sft.errors import as_message
+from llava_sft.evaluation.view import readable
 from llava_sft.files import read_json, write_json
 
 
@@ -51,6 +55,28 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
     said = capsys.readouterr().err
     assert end.value.code == 1 and "error: " in said and "Traceback" not in said
     assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize("form", ["stale", "no index", "other name"])
+def test_the_weights_that_were_looked_at_are_those_that_answer(small_checkpoint, tmp_path, form):
+    """Whatever their files are called, and whatever lies beside them: transformers goes by names of its own."""
+    folder = shutil.copytree(small_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = load_file(small_checkpoint / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    if form == "other name":
+        halves = {"weights.safetensors": names}
+    for file, held in halves.items():
+        save_file({name: tensors[name] for name in held}, folder / file, {"format": "pt"})
+    if form == "stale":
+        save_file({name: torch.zeros_like(each) for name, each in tensors.items()}, folder / "model.safetensors")
+        index = {name: file for file, held in halves.items() for name in held}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    with readable(folder) as view:
+        model = AutoModelForImageTextToText.from_pretrained(view, trust_remote_code=True)
+    assert (
+        model.get_input_embeddings().weight.float().equal(tensors["model.language_model.embed_tokens.weight"].float())
+    )
 
 
 @pytest.mark.parametrize("spoiled", ["code", "other code in config.json", "processor"])
