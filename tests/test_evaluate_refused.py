@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 from evaluate import main
 from helpers import SCRIPTS
 from helpers.questions import run, write_test_set
-from llava_sft.errors import as_message
+from llava_sft.errors import CheckpointError, as_message
+from llava_sft.evaluation.export import Export
 from llava_sft.evaluation.view import readable
 from llava_sft.files import read_json, write_json
 
@@ -79,6 +80,22 @@ def test_the_weights_that_were_looked_at_are_those_that_answer(small_checkpoint,
     )
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_transformers_cannot_load_is_named_as_the_user_knows_it(small_checkpoint, tmp_path, monkeypatch, ours):
+    """Nobody is told to delete a folder that this project cannot make again."""
+    left_out = () if ours else ("converted.json",)
+    folder = shutil.copytree(small_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns(*left_out))
+
+    def fails(*_: object) -> None:
+        raise ValueError("unreadable")
+
+    monkeypatch.setattr("llava_sft.evaluation.export.load_export", fails)
+    with pytest.raises(CheckpointError) as refused, readable(folder) as view:
+        Export(view, 1)
+    assert refused.value.problem == f"{folder}: transformers cannot load this model: unreadable"
+    assert ("delete" in refused.value.fix) is ours and "/model-" not in refused.value.fix
+
+
 @pytest.mark.parametrize("spoiled", ["code", "other code in config.json", "processor"])
 def test_code_of_a_folder_that_says_it_is_an_export_is_not_run(export, data, tmp_path, monkeypatch, spoiled):
     folder, ran = shutil.copytree(export, tmp_path / "export"), tmp_path / "ran"
@@ -135,4 +152,6 @@ def test_what_may_not_be_written_is_no_reason_to_remove_it():
         message = str(as_message(OSError(number, "no", "/results/evaluation.json")))
         assert message.startswith("/results/evaluation.json: no") and "make it readable" in message
         assert "remove" not in message
+    missing = str(as_message(OSError(errno.ENOENT, "no", "in.jsonl")))
+    assert "check the path" in missing and "remove" not in missing
     assert "remove" in str(as_message(OSError(errno.EISDIR, "no", "x")))

@@ -47,7 +47,7 @@ class Export:
                 raise
             raise CheckpointError(
                 f"{folder}: transformers cannot load this model: {str(error)[:300]}",
-                "an export of this project: delete the folder and run the same command; another folder: copy it again",
+                "copy the folder again, and check that transformers can load it",
             ) from error
         self.ends = answer_greedily(self.model, token_ids, max_new_tokens)
         self.processor.tokenizer.pad_token = END_OF_TEXT  # whatever tokenizer_config.json says

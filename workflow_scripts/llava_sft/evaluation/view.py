@@ -59,4 +59,7 @@ def readable(folder: Path) -> Iterator[Path]:
         try:
             yield view
         except CheckpointError as error:  # the user knows of no view
-            raise CheckpointError(error.problem.replace(str(view), str(folder)), error.fix) from error
+            if str(view) not in error.problem:
+                raise
+            fix = f"delete {folder} and export again" if is_export(folder) else error.fix
+            raise CheckpointError(error.problem.replace(str(view), str(folder)), fix) from error

@@ -70,8 +70,9 @@ def render(export: Path, model_id: str) -> str:
     source = Path(str(marker.get("source", "an export/x")))
     root = project_of(export, source)
     run_dir = root / source.parent
-    name = source.parent.name or export.resolve().parent.name
-    run = newest_settings(results / "resolved.json", run_dir / RUN_FILE)
+    trained = ITERATION.fullmatch(source.name)  # a merge lies where somebody put it: beside the files of any run
+    name = (trained and source.parent.name) or export.resolve().parent.name
+    run = newest_settings(results / "resolved.json", run_dir / RUN_FILE) if trained else None
     base = (run and run.settings.base_model) or (run and base_model(run.start, root))
     started = Path(split_id(run.start.load)[0]).name if run else "a checkpoint that is not recorded"
     metadata = {
