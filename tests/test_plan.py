@@ -27,7 +27,7 @@ FLOORS = [
     ["preflight"],
     ["megatron"],  # the one wall of what is patched in Megatron and Transformer Engine
     ["paths", "training"],
-    ["demo", "evaluation", "inputs"],
+    ["demo", "evaluation", "inputs", "migrate"],
     ["experiments"],
     ["locks", "workflow"],
     ["report"],  # pages know the house, the house knows no pages
