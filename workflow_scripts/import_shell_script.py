@@ -40,7 +40,9 @@ def main() -> None:
     try:
         found = translate(options_of(command), exports, script.variables.shown)
     except ValueError as error:
-        raise SettingsError(f"{args.script}: line {command.line}: {error}", "a number there, then import it again") from None
+        raise SettingsError(
+            f"{args.script}: line {command.line}: {error}", "a number there, then import it again"
+        ) from None
     if found.refused:
         raise SettingsError(
             f"{args.script}: line {command.line}: what it trains cannot be trained here:\n    "

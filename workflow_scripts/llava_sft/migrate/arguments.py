@@ -35,9 +35,7 @@ class Wanted(NamedTuple):
 
 OF_MODEL = Ignored("config/models/<model>.yaml and the start checkpoint say this")
 OF_MACHINE = Ignored("always on here, or chosen by the machine")
-OF_LAUNCH = Ignored(
-    "the training starts its processes itself; it finds other nodes by the same variables, or by Slurm"
-)
+OF_LAUNCH = Ignored("the training starts its processes itself; it finds other nodes by the same variables, or by Slurm")
 OF_SAVING = Ignored("checkpoints are sharded (torch_dist) here and hold the position in the data")
 OF_LOADING = Ignored("a start from `load` takes the weights; the same command resumes the rest")
 OF_DATA = Ignored("the data's layout is recognised")
