@@ -51,7 +51,6 @@ def main() -> None:
             f"{count} packages of {lock} (with CUDA's libraries up to 3.5 GB to download, 7 GB on disk) …", flush=True
         )
         install(["-r", str(lock)], args.wheels)
-        install(["setuptools"], args.wheels)
         install(["--no-deps", "--no-build-isolation", "--editable", "."], args.wheels)
     gpu = gpu_name()
     if gpu or args.engine:
@@ -85,7 +84,6 @@ def bootstrap(wheels: Path | None) -> None:
     run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *offline, "uv"],
         wheels,
-        pip=True,
     )
 
 
