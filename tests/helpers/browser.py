@@ -5,6 +5,8 @@ import base64
 import itertools
 import json
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,17 @@ class Browser:
     async def screenshot(self, path: Path, whole: bool = False) -> None:
         found = await self.do("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
+
+
+async def _picture(page: str, picture: str, width: str, height: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        async with Browser("chromium", Path(folder)) as browser:
+            await browser.screen(int(width), int(height))
+            await browser.do("Page.navigate", url=Path(page).absolute().as_uri())
+            await browser.until("document.readyState == 'complete'")
+            await asyncio.sleep(1)  # until the curves are drawn
+            await browser.screenshot(Path(picture))
+
+
+if __name__ == "__main__":  # PYTHONPATH=tests python -m helpers.browser PAGE PNG WIDTH HEIGHT
+    asyncio.run(_picture(*sys.argv[1:]))

@@ -167,7 +167,7 @@ def _about_training(found: dict[str, Any], records: dict[str, list[dict[str, Any
     if bad := {each["iteration"] for each in records["bad"]}:
         steps.append(
             say(
-                "At %(count)s steps the loss jumped or was not a number; bad_steps.jsonl names their samples. If it goes on: a "
+                "Steps whose loss jumped or was not a number: %(count)s; bad_steps.jsonl names their samples. If it goes on: a "
                 "lower learning rate, `lr: %(lr)s`.",
                 count=number(len(bad)),
                 lr=f"{lower_lr(settings['lr']):g}",
@@ -185,7 +185,7 @@ def _about_training(found: dict[str, Any], records: dict[str, list[dict[str, Any
     if never and found["counts"]["epochs"] < 0.95:
         steps.append(
             say(
-                "%(epochs)s epochs: %(count)s samples were never seen. `epochs: 1` sees each once.",
+                "%(epochs)s epochs; samples that were never seen: %(count)s. `epochs: 1` sees each once.",
                 epochs=number(float(found["counts"]["epochs"])),
                 count=number(never),
             )
@@ -194,7 +194,7 @@ def _about_training(found: dict[str, Any], records: dict[str, list[dict[str, Any
     if dataset.get("rejected", 0) > REJECTED * dataset.get("read", 1):
         steps.append(
             say(
-                "%(count)s of %(all)s records were rejected: the reasons stand under “Data”.",
+                "Rejected records: %(count)s of %(all)s; the reasons stand under “Data”.",
                 count=number(dataset["rejected"]),
                 all=number(dataset["read"]),
             )
