@@ -23,6 +23,7 @@ from llava_sft.experiments import Experiments
 from llava_sft.inputs import check_inputs
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE
+from llava_sft.settings.schema import DEFAULTS
 from llava_sft.sources import Shard
 
 STEPS = {  # target → (attribute of Paths that it produces, help text)
@@ -164,10 +165,15 @@ class Workflow(Experiments):
         shard, settings = self.shard(wildcards), self.of(wildcards).settings
         # The rule's --input is then the marker; this one comes later and counts.
         demo = f"--input {shlex.quote(str(shard.raw))} " if self.of(wildcards).is_demo(shard.raw) else ""
+        # Only where they are not the defaults: a change of this line converts again.
+        reading = f" --columns {shlex.quote(json.dumps(shard.source.columns))}" if shard.source.columns else ""
+        for name in ("caption_prompt", "image_first"):
+            if (value := getattr(settings, name)) != DEFAULTS[name]:
+                reading += f" --{name.replace('_', '-')}={shlex.quote(str(value))}"
         return (
             f"{demo}--max-shard-bytes {settings.max_shard_bytes} --decode-images {settings.decode_images}"
             f" --image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
-            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}"
+            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}{reading}"
         )
 
     @exits_cleanly
