@@ -52,7 +52,8 @@ def index_webdataset(
     rejects = (row for source in sources for row in read_rejects(source.notes_dir, source.shards))
     first = write_all_rejects(notes_dir / ALL_REJECTS, rejects)
     if rejected > max_reject_fraction * read:
-        raise too_many_rejects(rejected, read, max_reject_fraction, first, notes_dir / ALL_REJECTS)
+        reasons = counted(shards, "reasons")
+        raise too_many_rejects(rejected, read, max_reject_fraction, first, notes_dir / ALL_REJECTS, reasons)
     _check_filled(sources)
     chosen: Chosen = {}
     record = None
