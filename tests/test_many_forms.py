@@ -261,7 +261,7 @@ def test_one_way_out_is_said_where_all_records_lack_the_same(tmp_path):
     path = write_table(tmp_path / "raw.csv", [{"file": "a.png", "q": "q", "a": "a"}] * 30)
     convert(raw, path, 10**6)
     with pytest.raises(
-        DataError, match=r"row 2: missing key .*found: file, q, a.*, and 29 more for the same\n.*columns:"
+        DataError, match=r"row 2: missing key .*found: file, q, a.*, and 27 more for the same\n.*columns:"
     ):
         index_webdataset(raw.wds, raw.parts)
     convert(raw, path, 10**6, columns={"image": "file", "question": "q", "answer": "a"})
@@ -309,12 +309,12 @@ def test_an_inspection_shows_unread_keys_leaks_and_what_counts_in_the_loss(tmp_p
     assert report["kept_keys"] == {"note": {"records": 7, "example": "'n'"}}
     assert report["trained_on"] == {"records": 1, "images": 2, "of": 4, "first": ["r0"]}
     assert any("1 of 4 held-out samples are trained on (25%" in note for note in report["notes"])
-    rendered = {sample["id"]: sample["rendered"] for sample in gallery if "rendered" in sample}
-    assert 2 <= len(rendered) <= 5 and any(span["cut"] for span in rendered["r7"])
+    rendered = [(sample["id"], sample["rendered"]) for sample in gallery if "rendered" in sample]
+    assert 2 <= len(rendered) <= 5 and any(span["cut"] for span in dict(rendered)["r7"])
     page = inspection_page(report, gallery)
     assert "&lt;b&gt;" in page and "<i>x" not in page and "</mark>End" not in page and "× 6&lt;|vision_end|&gt;" in page
     assert page.count("<mark><b>▸</b>") == sum(
-        span["counts"] and not span["cut"] for spans in rendered.values() for span in spans
+        span["counts"] and not span["cut"] for _, spans in rendered for span in spans
     )
 
 

@@ -65,6 +65,29 @@ class TokenCounter:
         return shown
 
 
+class Leak:
+    """Which held-out samples are trained on as well: by their images and question, or by an image alone."""
+
+    def __init__(self) -> None:
+        self.questions: set[int] = set()  # of training, each with its images
+        self.images: set[bytes] = set()
+        self.held: list[tuple[int, list[bytes], str]] = []  # question, images and id of each held-out sample
+
+    def note(self, split: str, sample: Sample[str], hashes: list[bytes]) -> None:
+        digest = xxhash.xxh3_64(sample.questions.encode("utf-8", "surrogatepass"))
+        digest.update(b"".join(hashes))
+        if split == "val":
+            self.held.append((digest.intdigest(), hashes, str(sample.id)))
+        else:
+            self.questions.add(digest.intdigest())
+            self.images.update(hashes)
+
+    def counts(self) -> dict[str, Any]:
+        same = [name for question, _, name in self.held if question in self.questions]
+        shared = sum(not self.images.isdisjoint(hashes) for _, hashes, _ in self.held)
+        return {"records": len(same), "images": shared, "of": len(self.held), "first": same[:PROBLEMS_KEPT]}
+
+
 class Findings:
     """What has been found so far. `looked_at` counts what each check has seen, `problems` what it found wrong."""
 
@@ -86,11 +109,7 @@ class Findings:
         self.longest: tuple[int, dict[str, Any]] | None = None
         self.kept_keys: Counter[str] = Counter()  # of the samples' meta, and a value of each
         self.kept_examples: dict[str, str] = {}
-        self.asked: dict[str, set[int]] = {
-            "train": set(),
-            "images": set(),
-        }  # of training: questions with images; images
-        self.held: list[tuple[int, list[bytes], str]] = []  # of each held-out sample the same two, and its id
+        self.leak = Leak()
 
     def problem(self, check: str, where: str, what: str) -> None:
         self.problem_counts[check] += 1
@@ -129,29 +148,13 @@ class Findings:
             if key not in ("kind", "source"):
                 self.kept_keys[key] += 1
                 self.kept_examples.setdefault(key, example(value))
-        self._note_asked(split, sample, hashes)
+        self.leak.note(split, sample, hashes)
         texts = "\n".join(message["content"] for message in sample.messages)
         self.note_duplicate("sample", texts.encode("utf-8", "surrogatepass"), *hashes)
         self.scripts[script_of(texts)] += 1
         if self.tokens and len(infos) == len(sample.images):
             sizes = [(info.width, info.height) for info in infos]
             self.values["tokens"][self.tokens.count(sample.messages, sizes)] += 1
-
-    def _note_asked(self, split: str, sample: Sample[str], hashes: list[bytes]) -> None:
-        digest = xxhash.xxh3_64(sample.questions.encode("utf-8", "surrogatepass"))
-        for each in hashes:
-            digest.update(each)
-        if split == "val":
-            self.held.append((digest.intdigest(), hashes, str(sample.id)))
-        else:
-            self.asked["train"].add(digest.intdigest())
-            self.asked["images"].update(int.from_bytes(each) for each in hashes)
-
-    def trained_on(self) -> dict[str, Any]:
-        """How many held-out samples are trained on as well: with the same images and question, or an image of them."""
-        same = [name for asked, _, name in self.held if asked in self.asked["train"]]
-        image = sum(any(int.from_bytes(each) in self.asked["images"] for each in hashes) for _, hashes, _ in self.held)
-        return {"records": len(same), "images": image, "of": len(self.held), "first": same[:PROBLEMS_KEPT]}
 
     def offer_to_gallery(
         self, kind: str, split: str, key: str, sample: Sample[str], contents: dict[str, bytes], infos: list[ImageInfo]
@@ -218,7 +221,7 @@ class Findings:
                 key: {"records": n, "example": self.kept_examples[key]}
                 for key, n in self.kept_keys.most_common(MOST_KEYS)
             },
-            "trained_on": self.trained_on(),
+            "trained_on": self.leak.counts(),
             "sequence_length": length
             and {"seq_length": length.seq_length, "cut": length.cut, "left_out": length.left_out},
             "rejects": _rejects(converted),

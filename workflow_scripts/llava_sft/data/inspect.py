@@ -63,7 +63,7 @@ def inspect_webdataset(
             held = findings.splits.get(ENERGON_SPLITS[split], Counter())["samples"]
             if held != noted["samples"]:
                 findings.problem(META, split, f"holds {held} samples, the dataset file says {noted['samples']}")
-    if leak := leak_note({"heldout_trained_on": findings.trained_on()}):
+    if leak := leak_note({"heldout_trained_on": findings.leak.counts()}):
         findings.notes.append(leak)
     if findings.excluded:
         findings.notes.append(f"{findings.excluded:,} samples are excluded: training does not see them where they lie")

@@ -12,7 +12,7 @@ from llava_sft.errors import SHOWN, DataError
 from llava_sft.files import atomic_file
 
 ALL_REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
-FIRST_REASONS = 10  # that a message quotes
+FIRST_REASONS, FIRST_ALIKE = 10, 3  # that a message quotes; of one reason and detail
 FORMS = (
     "LLaVA (conversations of from and value, image), OpenAI (messages of role and content, images), question and answer"
 )
@@ -66,21 +66,24 @@ def read_rejects(notes_dir: Path, shards: Iterable[dict[str, Any]]) -> Iterator[
 
 def write_all_rejects(path: Path, rejects: Iterable[dict[str, Any]]) -> list[str]:
     """Write the rejects of all shards into one file; return the first of them in words."""
-    first: dict[tuple[str, str, str], list[Any]] = {}  # by file, reason and detail: in words, and how many
+    first: list[str] = []
+    alike: Counter[tuple[str, str, str]] = Counter()  # by file, reason and detail
+    last: dict[tuple[str, str, str], int] = {}  # of each of these, the place in `first`
     with atomic_file(path) as file:
         for reject in rejects:
             file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
             kind = reject["file"], reject["reason"], reject["detail"]
-            if kind in first:
-                first[kind][1] += 1
-            elif len(first) < FIRST_REASONS:
+            if len(first) < FIRST_REASONS and alike[kind] < FIRST_ALIKE:
                 name = f", id {reject['id']}" if reject["id"] is not None else ""
                 detail = f" ({reject['detail']})" if reject["detail"] else ""
-                first[kind] = [
-                    f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}",
-                    0,
-                ]
-    return [words + (f", and {more:,} more for the same" if more else "") for words, more in first.values()]
+                last[kind] = len(first)
+                first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
+            if kind in last:
+                alike[kind] += 1
+    for kind, place in last.items():
+        if alike[kind] > FIRST_ALIKE:
+            first[place] += f", and {alike[kind] - FIRST_ALIKE:,} more for the same"
+    return first
 
 
 def too_many_rejects(

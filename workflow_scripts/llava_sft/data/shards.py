@@ -210,9 +210,8 @@ def convert_range(
             "plan again (the file has changed since), or give 0 <= start < end <= size",
         )
     _make_room(wds_dir, notes_dir, name)
-    key_prefix = (
-        f"{'' if prefix == TRAIN_PREFIX else prefix[0]}{cut.number:05d}"  # no other shard of either split has it
-    )
+    # No other shard of either split has it.
+    key_prefix = f"{'' if prefix == TRAIN_PREFIX else prefix[0]}{cut.number:05d}"
     raw_hash = xxhash.xxh3_128()
     with ExitStack() as files:
         file = files.enter_context(open(raw, "rb", buffering=1 << 20))
@@ -222,8 +221,8 @@ def convert_range(
             shard.take(line, load)
             done = line.offset - cut.start
             if max_shard_bytes and shard.tar.offset > max_shard_bytes:
-                sizes = (0 if raw_format in ONE_RANGE else done), cut.end - cut.start, shard.tar.offset
-                raise _too_large(name, *sizes, max_shard_bytes)
+                fits = 0 if raw_format in ONE_RANGE else done
+                raise _too_large(name, fits, cut.end - cut.start, shard.tar.offset, max_shard_bytes)
             if not shard.lines % PROGRESS_RECORDS:
                 progress(done, shard.read)
         tar_hash = shard.finish()
@@ -265,5 +264,5 @@ def _too_large(name: str, done: int, planned: int, tar_bytes: int, allowed: int)
     return DataError(
         f"{name}.tar grows beyond max_shard_bytes {allowed:,}: its images are large for the {planned:,} bytes of raw data"
         " that it is made from",
-        f"raise max_shard_bytes{f', or cut finer with shard_bytes: {fits}' if done else ''}",
+        f"raise max_shard_bytes{f', or cut finer with shard_bytes: {fits}' if done else ', or split the raw file'}",
     )
