@@ -261,7 +261,7 @@ def test_one_way_out_is_said_where_all_records_lack_the_same(tmp_path):
     path = write_table(tmp_path / "raw.csv", [{"file": "a.png", "q": "q", "a": "a"}] * 30)
     convert(raw, path, 10**6)
     with pytest.raises(
-        DataError, match=r"row 2: missing key .*found: file, q, a.*, and 27 more for the same\n.*columns:"
+        DataError, match=r"row 4: missing key .*found: file, q, a.*, and 27 more for the same\n.*columns:"
     ):
         index_webdataset(raw.wds, raw.parts)
     convert(raw, path, 10**6, columns={"image": "file", "question": "q", "answer": "a"})
