@@ -115,7 +115,9 @@ def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatc
     queued, job = [], Job("4711", "10.0.0.1", nodes=1, cpus_per_node=1)
     monkeypatch.setattr(Job, "requeue", lambda self: queued.append(self.number))
     answers = {"this_job": job, "open_run": 5, "launch": 0, "iterations_done": reached}
-    answers |= dict.fromkeys(("check_machine", "check_space", "check_what_is_loaded", "prune", "forget_after"))
+    answers |= dict.fromkeys(
+        ("check_nodes", "check_node", "check_space", "check_what_is_loaded", "prune", "forget_after")
+    )
     for name, answer in answers.items():
         monkeypatch.setattr(train, name, lambda *args, answer=answer, **named: answer)
     start = {"sidecars": "hf", "fingerprint": "s"}

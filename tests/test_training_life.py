@@ -192,7 +192,7 @@ def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_l
         if not (left := alive(run)):
             break
         time.sleep(0.1)
-    assert not left  # neither training processes nor their helpers outlive torchrun
+    assert not left  # neither training processes nor their helpers outlive the launcher
     run.change(max_minutes=0.001)
     assert run.finish() == 75, run.said()
     run.change(max_minutes=None)

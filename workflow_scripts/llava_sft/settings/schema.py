@@ -242,7 +242,8 @@ class Run(Section):
     )
     nodes: Positive | Auto = setting(
         "auto",
-        "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says",
+        "machines that train together: 1, with --profile slurm what the profile says, on a platform that starts several "
+        "(NNODES or WORLD_SIZE) all of them",
         later=True,
     )
     gpus_per_node: Natural | Auto = setting(
