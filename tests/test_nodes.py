@@ -204,7 +204,9 @@ def test_the_same_snakemake_command_on_both_nodes_trains_once(project):
     assert read_json(project / "output/stage2_sft_vqa_nodes/run.json")["settings"]["nodes"] == 2
 
 
-@pytest.mark.parametrize(("nodes", "started", "said"), [(1, 2, "the platform started 2"), (2, 1, "outside a Slurm job")])
+@pytest.mark.parametrize(
+    ("nodes", "started", "said"), [(1, 2, "the platform started 2"), (2, 1, "outside a Slurm job")]
+)
 def test_another_number_of_nodes_than_was_started_is_refused(shipped_settings, nodes, started, said):
     values = ResolvedSettings(**shipped_settings | {"nodes": nodes})
     with pytest.raises(RunError, match=said) as error:

@@ -220,12 +220,9 @@ def test_settings_of_another_run_are_refused_by_snakemake_before_a_finished_one_
     (results / "train.done.json").unlink()
 
 
-def test_another_number_of_ranks_is_refused_and_another_number_of_workers_is_not(base, undisturbed):
+def test_another_number_of_workers_is_the_same_run(base, undisturbed):
     asked = read_json(undisturbed.resolved)
-    undisturbed.change(nproc_per_node=2)
-    assert undisturbed.finish() == 1
-    assert "nproc_per_node: 1 → 2 (the data position is stored per rank" in undisturbed.said()
-    undisturbed.change(nproc_per_node=1, num_workers=2)
+    undisturbed.change(num_workers=2)
     assert undisturbed.finish() == 0
     assert "nothing to train" in undisturbed.said()
     undisturbed.change(**asked["settings"])

@@ -174,7 +174,7 @@ def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:
 
 def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
     """What a person should know before the training, and what does not stop it."""
-    settings, excluded = paths.settings, samples.sizes.left_out
+    settings, values, excluded = paths.settings, resolved.settings, samples.sizes.left_out
     notes = warnings(settings, resolved.start.untrained)
     notes += length_warning(settings, resolved.settings, samples.epoch.sequences)
     if excluded:
@@ -183,6 +183,8 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {excluded[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
+    if values.log_answers and values.eval_iters and values.pipeline_model_parallel_size > 1:
+        notes.append("with pipeline parallelism no held-out sample is answered during the training (log_answers)")
     notes += filter(None, [leak_note(samples.dataset)])
     if not samples.dataset["heldout"]["samples"]:
         notes.append(
