@@ -16,6 +16,7 @@ PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executabl
 from llava_sft import paths
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
+from llava_sft.model.export_files import export_form
 from llava_sft.training.meeting import role_of_node
 from llava_sft.workflow import STEPS, Workflow, cluster_numbers, overview
 

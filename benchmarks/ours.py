@@ -8,6 +8,7 @@ import collections
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -134,7 +135,11 @@ class Cases:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         last = case["steps"] - 1
-        steps = [self.timed_step(case, case.get("profile") and step == last) for step in range(case["steps"])]
+        limit_memory(case.get("gpu_gib", math.inf))
+        try:
+            steps = [self.timed_step(case, case.get("profile") and step == last) for step in range(case["steps"])]
+        except torch.OutOfMemoryError as error:
+            return case | {"out_of_memory": str(error).splitlines()[0]}
         return case | {
             "steps": steps,
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
@@ -168,6 +173,7 @@ class Cases:
 
     def step(self) -> None:
         self.loop.saves.finish()
+        self.loop.forward.begin(self.iteration)
         sums = self.loop.forward_backward()
         self.phases.mark("gradient norm and optimizer")
         norm = self.loop.update()
@@ -196,7 +202,7 @@ class Cases:
         """How much there was to do for a micro-batch. Of a chunk: tokens, patches, images, answer tokens."""
         grids = [tuple(grid) for grid in batch.grids.tolist()]
         chunks = batch.chunks(case["pack_chunk_tokens"], pad_multiple(self.loop.on_gpu))
-        trained, answers = set(self.loop.values.trainable_modules), len(batch.answer_labels)
+        trained, answers = self.loop.values.trained, len(batch.answer_labels)
         return {
             "chunks": [(c.input_ids.numel(), len(c.pixels), len(c.grids), len(c.answer_labels)) for c in chunks],
             "segments": batch.lengths,
@@ -270,7 +276,7 @@ def limit_memory(gib: float) -> None:
     device = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(device)
     whole = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1, gib * GIB / whole), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / whole), device)
 
 
 def train(args) -> None:
@@ -298,9 +304,13 @@ def train(args) -> None:
     trainer = Cases(loop, cases, resolved, run_dir)
     for case in cases:
         report["cases"][case["name"]] = result = trainer.run(case)
+        if "out_of_memory" in result:
+            write(f"CASE {case['name']}: {result['out_of_memory']}")
+            continue
         shown = figures(result)
         memory = f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB"
-        write(f"CASE {case['name']}: {shown['step_ms']:.0f} ms, {shown['mfu']:.3f} MFU, {memory}")
+        rate = shown["useful_tokens_per_s"]
+        write(f"CASE {case['name']}: {shown['step_ms']:.0f} ms, {rate:,.0f} tokens/s, {shown['mfu']:.3f} MFU, {memory}")
     if args.vision:
         report["vision"] = vision_alone(loop)
         write(f"VISION {report['vision']}")

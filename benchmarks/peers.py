@@ -62,6 +62,14 @@ def build_model(config: ModelConfig, template: ChatTemplate, attention: str) -> 
     return model
 
 
+def add_pairs(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+    """PEFT's LoRA on the linear layers of the language model; all else is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    linears = r".*language_model\.layers\..*(q|k|v|o|gate|up|down)_proj"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=linears))
+
+
 def recompute(model: torch.nn.Module, what: str) -> None:
     """`what`: none, vision or full."""
     model.gradient_checkpointing_disable()
@@ -105,6 +113,9 @@ def train(args) -> None:
     batches = [next(loader) for _ in range(case["accumulate"] * (case["warm"] + case["steps"]))]
     inputs = [model_inputs(batch) for batch in batches]
     model = build_model(config, template, case["attention"])
+    if case.get("lora_rank"):
+        model = add_pairs(model, case["lora_rank"])
+        values = values.model_copy(update={"trainable_modules": ["language_model"], "lora_rank": case["lora_rank"]})
     out_of_memory = []
     for what in case["recompute"]:
         recompute(model, what)
@@ -122,7 +133,7 @@ def train(args) -> None:
     flops = useful = 0
     for batch in batches[case["accumulate"] * case["warm"] :]:
         grids = [tuple(grid) for grid in batch.grids.tolist()]
-        flops += training_flops(config, values.trainable_modules, batch.lengths, grids, len(batch.answer_labels))
+        flops += training_flops(config, values.trained, batch.lengths, grids, len(batch.answer_labels))
         useful += batch.num_tokens
     result = case | {
         "recompute": what,

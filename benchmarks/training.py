@@ -100,22 +100,24 @@ def processes(part: str, args: argparse.Namespace) -> list[tuple[str, list[dict]
 
 def measure(part: str, args: argparse.Namespace, folder: Path) -> list[dict]:
     """Raw figures of the processes of a part, which run one after another."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if part == "two_gpus" else []
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2") if part == "two_gpus" else ()
     raw = []
     for number, (worker, cases, more) in enumerate(processes(part, args)):
         result = folder / f"{part}_{number}.json"
-        command = [sys.executable, *torchrun, __file__, str(args.webdatasets), str(args.tokenizer), "--worker", worker]
-        command += ["--cases", json.dumps(cases), "--result", str(result), *more]
+        command = [__file__, str(args.webdatasets), str(args.tokenizer), "--worker", worker]
+        command += ["--cases", json.dumps(cases), *more]
         began = time.perf_counter()
-        code = run(command, result.with_suffix(".log"), args.minutes)
+        code = run(command, result, args.minutes, torchrun)
         print(f"{part} {number}: {time.perf_counter() - began:.0f} s, exit code {code}", flush=True)
         if result.is_file():
             raw.append(json.loads(result.read_text()))
     return raw
 
 
-def run(command: list[str], log: Path, minutes: float) -> int:
-    """Exit code of a command, killed after `minutes`; its figures are printed, all else is in the log."""
+def run(arguments: list[str], result: Path, minutes: float, torchrun: tuple[str, ...] = ()) -> int:
+    """Exit code of a process of ours that writes `result`, killed after `minutes`; its figures are printed, all else is in
+    the log beside it."""
+    command, log = [sys.executable, *torchrun, *arguments, "--result", str(result)], result.with_suffix(".log")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     timer = threading.Timer(60 * minutes, process.kill)
     timer.start()

@@ -31,6 +31,7 @@ rule convert_checkpoint_mcore2hf:
         run_dir=flow.path("run_dir"),
         webdatasets=flow.path("webdatasets"),
         options=flow.options("parity", "export_names"),
+        form=export_form(),  # exports of an earlier version are made anew
     shell:
         "{PYTHON}convert_checkpoint.py mcore2hf {params.run_dir:q} {params.folder:q} {params.options}"
         " --samples {params.webdatasets:q} --done {output:q} > {log:q} 2>&1"

@@ -41,7 +41,7 @@ def test_the_master_weights_take_the_step_of_adamw_in_float32(dtype):
         gradient = torch.randn(1500).to(dtype)
         reference.grad = gradient.float()
         adamw.step()
-        adam_step(gradient, *tensors, step=step, seed=1, **SETTINGS)
+        adam_step([(gradient, *tensors)], [1], step=step, **SETTINGS)
         # The first moment is rounded to bf16 as before, the second at random: each by half or one part in 128 at most.
         assert (joined(tensors[0], tensors[3]) - reference).abs().max() <= (1e-6 if step == 1 else 3e-4)
     assert torch.equal(tensors[0], split(joined(tensors[0], tensors[3]))[0])
@@ -55,7 +55,7 @@ def test_the_second_moment_falls_again_after_one_large_gradient(beta2):
     for step in range(1, 400):
         gradient = torch.full((1024,), 1.0 if step == 1 else 1e-2)
         exact = beta2 * exact + (1 - beta2) * gradient[:1] ** 2
-        adam_step(gradient, *tensors, step=step, seed=1, **settings)
+        adam_step([(gradient, *tensors)], [1], step=step, **settings)
     assert abs(float(tensors[2].float().mean() / exact) - 1) <= 0.01
     assert float((tensors[2].float() / exact - 1).square().mean().sqrt()) <= 0.05
 

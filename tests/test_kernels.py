@@ -20,7 +20,14 @@ from llava_sft.model.attention import packed_seq_params
 # Compute capability → bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"): A100, RTX 3090, RTX 4090 and L40S, H100, RTX 5090.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16", int: "i32", float: "fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int16: "*i16",
+    torch.int64: "*i64",
+    int: "i32",
+    float: "fp32",
+}
 
 
 @pytest.mark.parametrize(
@@ -72,19 +79,24 @@ def launch_all() -> None:
         x, weight = ones(2, width), ones(width)
         for branch in (None, x):
             _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, branch)
-        kernels.norm_backward(x, x, weight, mean, scale, x, sums)
-    kernels.norm_backward(x, x, weight, mean, scale, x, sums, biases=True)
+        for again in (False, True):
+            kernels.norm_backward(x, x, weight, bias, mean, scale, x, sums, again=again)
+    kernels.norm_backward(x, x, weight, bias, mean, scale, x, sums, biases=True)
     for heads, groups, head_dim, weights in ((32, 8, 128, (ones(128), ones(128))), (16, 16, 64, None)):
         qkv, angle = ones(2, (heads + 2 * groups) * head_dim), ones(2, 1, head_dim, dtype=torch.float32)
         grads = kernels.rope(qkv, groups, angle, angle, weights, 1e-6)
         kernels.rope_backward(grads, qkv, angle, angle, sums, weights, 1e-6)
-    kernels.swiglu_backward(ones(2, 2 * 9728), kernels.swiglu(ones(2, 2 * 9728)))
-    kernels.gelu_backward(kernels.gelu(ones(2, 4096)), ones(2, 4096), sums)
+    gate_and_up = ones(2, 2 * 9728)
+    activated = kernels.swiglu(gate_and_up)
+    for again in (False, True):
+        kernels.swiglu_backward(activated, gate_and_up, again)
+        kernels.gelu_backward(kernels.gelu(ones(2, 4096)), ones(2, 4096), sums, again)
     sums.totals([20_000], torch.bfloat16)
     kernels.scale_(ones(10), ones(1, dtype=torch.float32))
     remainder = ones(10, dtype=torch.int16)
     for gradient in (ones(10), ones(10, dtype=torch.float32)):
-        adam.adam_step(gradient, ones(10), ones(10), ones(10), remainder, 1e-5, 0.9, 0.99, 1e-8, 1, 0.0, True, seed=7)
+        tensors = [(gradient, ones(10), ones(10), ones(10), remainder)]
+        adam.adam_step(tensors, [7], 1e-5, 0.9, 0.99, 1e-8, 1, 0.0, True)
     print(len(compiled), max(kernel.metadata.shared for kernel in compiled))
 
 

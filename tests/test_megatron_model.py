@@ -13,6 +13,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from helpers import MODELS
 from helpers.conversations import VALUES, conversation, loader_batch
+from helpers.megatron_model import (
+    answer_losses,
+    assert_same,
+    greatest_difference,
+    losses_and_gradients,
+    mcore_forward,
+    megatron_here,
+    recompute_all,
+    use_fused_layers,
+)
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.megatron import cpu
 from llava_sft.model.config import load_model_config
@@ -23,31 +33,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer
 
 @pytest.fixture(scope="module")
 def megatron():
-    """Megatron in this process, as training sets it up, and `build(model_config)`; taken back at the end."""
-    with pytest.MonkeyPatch.context() as patch:
-        real = {}
-        replace = cpu._replace
-
-        def remember(owner, name, value):
-            real.setdefault((owner, name), vars(owner).get(name))
-            replace(owner, name, value)
-
-        patch.setattr(cpu, "_replace", remember)
-        from megatron.core import parallel_state
-
-        cpu.apply()
-        from llava_sft.megatron import parallel
-        from llava_sft.training.forward import build_model
-
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        parallel.start(VALUES, torch.distributed.HashStore())
+    with megatron_here() as build_model:
         yield SimpleNamespace(build=lambda model: build_model(model, VALUES))
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-        for (owner, name), value in real.items():
-            delattr(owner, name) if value is None else setattr(owner, name, value)
-        cpu.PATCHED.clear()
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +53,10 @@ def both(megatron, small_checkpoint, small_model, tmp_path_factory):
     )
 
 
-def answer_losses(model, batch):
-    """Loss of every answer token of a batch, packed or padded."""
-    from llava_sft.model.attention import packed_seq_params
-
-    return mcore_forward(
-        model,
-        batch,
-        answer_index=batch.answer_index,
-        answer_labels=batch.answer_labels,
-        packed_seq_params=packed_seq_params(batch.segments, torch.device("cpu")) if batch.segments else None,
-    )
-
-
-def mcore_forward(model, batch, **kwargs):
-    grids = [tuple(grid) for grid in batch.grids.tolist()]
-    return model(batch.input_ids, batch.pixels, grids, batch.image_index, **kwargs)
-
-
 def hf_inputs(processor, conversations):
     texts = [processor.apply_chat_template(messages) for messages, _ in conversations]
     pictures = [picture for _, pictures in conversations for picture in pictures]
     return processor(text=texts, images=pictures or None, padding=True, padding_side="right", return_tensors="pt")
-
-
-def greatest_difference(ours, theirs):
-    """Relative to the greatest value."""
-    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 CASES = {
@@ -102,20 +66,6 @@ CASES = {
     "five images": [conversation(5)],
     "padded batch of three": [conversation(1, 3), conversation(0, 1), conversation(3, 2)],
 }
-
-
-def losses_and_gradients(model, batches):
-    model.zero_grad()
-    losses = torch.cat([answer_losses(model, batch) for batch in batches])
-    losses.sum().backward()
-    return losses.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours, theirs):
-    assert greatest_difference(ours[0], theirs[0]) <= 1e-5
-    assert ours[1].keys() == theirs[1].keys()
-    for name, gradient in theirs[1].items():
-        assert greatest_difference(ours[1][name], gradient) <= 1e-5, name
 
 
 @pytest.fixture(scope="module")
@@ -147,49 +97,15 @@ def test_a_pack_in_chunks_has_the_losses_and_gradients_of_the_pack(both, pack, s
 
 def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypatch):
     """With PyTorch's attention in the place of cuDNN's, and the kernels run by Triton's interpreter."""
-    from megatron.core.transformer.enums import AttnMaskType
-
-    from llava_sft.model import fused_layers
-    from llava_sft.model.attention import SegmentAttention
-
     # Texts and pictures of several sizes, and no more: the interpreter takes most of this file's time.
     conversations = [conversation(1), conversation(0, 1), conversation(2, 2)]
-    packed, seen = loader_batch(small_checkpoint, conversations, packing=True, pad_multiple=64), set()
-
-    def attend(query, key, value, segments, causal):
-        seen.add(causal)
-        kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
-        attention = SegmentAttention(SimpleNamespace(attention_dropout=0.0), 1, kind, "self")
-        return attention(query, key, value, packed_seq_params=segments).view_as(query), None
-
-    def attend_backward(grad, inputs, out, statistics, segments, causal):
-        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-        with torch.enable_grad():
-            out = attend(*inputs, segments, causal)[0]
-        return torch.autograd.grad(out, inputs, grad.view_as(out))
-
-    monkeypatch.setattr(fused_layers, "attend", attend)
-    monkeypatch.setattr(fused_layers, "attend_backward", attend_backward)
+    packed = loader_batch(small_checkpoint, conversations, packing=True, pad_multiple=64)
     model = both.mcore.train()
     expected = losses_and_gradients(model, [packed])
-    for kind, tower in (
-        (fused_layers.FusedLanguageLayer, model.language_model),
-        (fused_layers.FusedVisionLayer, model.vision_model),
-    ):
-        for layer in tower.decoder.layers:
-            monkeypatch.setattr(layer, "__class__", kind)
-            for linear, norm in (
-                (layer.self_attention.linear_qkv, layer.input_layernorm),
-                (layer.mlp.linear_fc1, layer.pre_mlp_layernorm),
-            ):  # where Transformer Engine keeps them
-                monkeypatch.setitem(vars(linear), "layer_norm_weight", norm.weight)
-                monkeypatch.setitem(vars(linear), "layer_norm_bias", getattr(norm, "bias", None))
+    seen = use_fused_layers(model, monkeypatch)
     assert_same(losses_and_gradients(model, [packed]), expected)
     assert seen == {True, False}  # both towers
-    for tower in (model.language_model, model.vision_model):
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        for name, value in recompute.items():
-            monkeypatch.setattr(tower.decoder.config, name, value)
+    recompute_all(model, monkeypatch)
     assert_same(losses_and_gradients(model, [packed]), expected)
 
 
@@ -197,7 +113,7 @@ def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypa
 def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
     from torch.utils.checkpoint import checkpoint
 
-    from llava_sft.model.fused_layers import AccumulatingLinear
+    from llava_sft.model.products import AccumulatingLinear
 
     x, weight = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5))
     weight.main_grad = torch.ones(3, 5)

@@ -1,4 +1,5 @@
-"""An export is the same folder to every script that is given one: itself, or what a run's results hold, and nothing else."""
+"""An export is the same folder to every script that is given one: itself, or what a run's results hold, and nothing else. One
+of an earlier version is made anew."""
 
 import shutil
 import sys
@@ -6,6 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import convert_checkpoint
 import evaluate
@@ -13,8 +21,9 @@ import push_to_hub
 from llava_sft.chat.models import find_model
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, SftError
-from llava_sft.evaluation.base import exported
+from llava_sft.evaluation.base import exported, start_of
 from llava_sft.files import write_json
+from llava_sft.model import config, export_files
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +107,94 @@ def test_nothing_else_is_taken_for_one(asked: Callable, name, folders, monkeypat
     with pytest.raises(CheckpointError, match="no export in it") as refused:
         asked(folders[name], monkeypatch)
     assert isinstance(refused.value, SftError) and str(folders[name]) in str(refused.value)
+
+
+# --- of an earlier version ----------------------------------------------------------------------------------------------
+
+CHANGES = {
+    "template": lambda m, code: edit(code / "chat_template.jinja"),
+    "vision": lambda m, code: edit(code / "vision_llavaonevision1_5.py"),
+    "modeling": lambda m, code: edit(code / "modeling_llavaonevision1_5.py"),
+    "processing": lambda m, code: edit(code / "processing_llavaonevision1_5.py"),
+    "configuration": lambda m, code: edit(code / "configuration_llavaonevision1_5.py"),
+    "auto map": lambda m, code: m.setitem(export_files._AUTO_MAP, "AutoVideoProcessor", "x"),
+    "model type": lambda m, code: m.setattr(config, "MODEL_TYPE", "x"),
+    "key": lambda m, code: m.setitem(config.LANGUAGE_KEYS, "kv_channels", "kv_channels"),
+    "fixed": lambda m, code: m.setitem(config.VISION_FIXED, "hidden_act", "gelu_pytorch_tanh"),
+    "pixels": lambda m, code: m.setattr(export_files, "CLIP_MEAN", (0.5, 0.5, 0.5)),
+    "end token": lambda m, code: m.setattr(export_files, "END_OF_TURN", "<|vision_end|>"),
+    "by hand": lambda m, code: m.setattr(export_files, "FORM", 99),
+}
+
+
+def edit(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch) -> Path:
+    """The code of exports, to be edited."""
+    copy = shutil.copytree(export_files.HF_CODE_DIR, tmp_path / "hf")
+    monkeypatch.setattr(export_files, "HF_CODE_DIR", copy)
+    export_files.export_form.cache_clear()
+    yield copy
+    export_files.export_form.cache_clear()
+
+
+def test_every_change_of_what_stands_beside_the_weights_is_another_form(code):
+    forms = {export_files.export_form()}
+    for name, change in CHANGES.items():
+        with pytest.MonkeyPatch.context() as undone:
+            export_files.export_form.cache_clear()
+            change(undone, code)
+            found = export_files.export_form()
+        assert found not in forms, name
+        forms.add(found)
+
+
+def test_the_form_is_of_all_files_that_are_written(small_checkpoint, small_model, tmp_path, monkeypatch):
+    """A file of another kind has to be added to export_form, or noted here as one that comes from the source folder."""
+    export_files.write_hf_sidecars(tmp_path, small_checkpoint, small_model, 3136, 6272)
+    seen = []
+    monkeypatch.setattr(export_files, "fingerprint", lambda value: seen.append(value) or "")
+    export_files.export_form.__wrapped__()
+    of_the_source = {*export_files.TOKENIZER_FILES, *export_files.SETTINGS_FILES}
+    assert {path.name for path in tmp_path.iterdir()} - of_the_source == {*seen[0][2], *export_files.CODE_FILES}
+
+
+def test_exports_and_answers_of_the_start_depend_on_the_form(folders, resolved, tmp_path, monkeypatch):
+    run_dir, depends = tmp_path / "run", []
+    (run_dir / "iter_0000001").mkdir(parents=True)
+    (run_dir / "iter_0000001/.metadata").touch()
+    start = {"folder": str(run_dir / "iter_0000001")}
+    write_json(run_dir / "run.json", resolved | {"start": resolved["start"] | start})
+    monkeypatch.setattr(convert_checkpoint, "made_before", lambda _, on: depends.append(on) or {"made": "before"})
+    words = [
+        "mcore2hf",
+        "--sidecars",
+        str(folders["export"]),
+        "--",
+        str(run_dir / "iter_0000001"),
+        str(tmp_path / "export"),
+    ]
+    for form in ("one", "two", "two"):
+        monkeypatch.setattr(convert_checkpoint, "export_form", lambda form=form: form)
+        monkeypatch.setattr("llava_sft.evaluation.base.export_form", lambda form=form: form)
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
+        convert_checkpoint.main.__wrapped__()
+        depends.append(start_of(run_dir, tmp_path).fingerprint)
+    assert len(set(depends)) == 4 and depends[2:4] == depends[4:]
+
+
+@pytest.mark.parametrize("value", [1, 2, 2.0, 100, 1e-30, 0, True, "2", float("nan")])
+def test_settings_of_sampling_are_numbers_that_transformers_takes(value):
+    given = {"do_sample": True, "temperature": value, "top_p": value, "min_p": value, "repetition_penalty": value}
+    ids = {token: number for number, token in enumerate((*export_files.TOKEN_ID_KEYS.values(), *export_files._TURNS))}
+    written = export_files.complete_generation_config(given, ids, [])
+    for key, made in (
+        ("temperature", TemperatureLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper),
+        ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
+    ):  # fmt: skip
+        if key in written:
+            scores = made(written[key])(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[30.0, 20.0, -5.0]]))
+            assert not scores.isnan().any() and scores.max() < float("inf"), key

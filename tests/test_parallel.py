@@ -27,6 +27,8 @@ LAYOUTS = {
     f"TP{tp} PP{pp}": (tp, pp) for tp, pp in [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)] if tp * pp <= RANKS
 }
 IN_BF16 = ("TP1 PP1", "TP2 PP2")
+WITH_LORA = ("TP2 PP1", "TP4 PP1", "TP2 PP2")
+LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_modules": ["language_model", "vision_model", "adapter"]}
 ONE = "one process"  # where TP × PP < 4 the rest of the four ranks is data parallel
 
 ALL, IMAGE_PARTS = ["language_model", "adapter", "vision_model"], ["adapter", "vision_model"]
@@ -56,9 +58,11 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     write_tiny_checkpoint(folder / "hf", TEXTS, model, 1, MIN_PIXELS, MAX_PIXELS)
     hf2mcore(folder / "hf", folder / "hf_mcore_tp1_pp1", model)
-    runs = [(ONE, 1, 1, 4, False, True)]
-    runs += [(name, tp, pp, 1, False, True) for name, (tp, pp) in LAYOUTS.items()]
-    runs += [(f"{name} bf16", *LAYOUTS[name], 1, True, False) for name in IN_BF16]
+    runs = [(ONE, 1, 1, 4, {}, True)]
+    runs += [(name, tp, pp, 1, {}, True) for name, (tp, pp) in LAYOUTS.items()]
+    runs += [(f"{name} bf16", *LAYOUTS[name], 1, {"bf16": True}, False) for name in IN_BF16]
+    runs += [(f"{ONE} LoRA", 1, 1, 4, LORA, True)]
+    runs += [(f"{name} LoRA", *LAYOUTS[name], 1, LORA, True) for name in WITH_LORA]
     steps = [(name, *how, {}) for name, how in TWO_REPLICAS.items()]
     steps += [(f"{name}, overlap", *how, OVERLAP) for name, how in TWO_REPLICAS.items()]
     job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs, "steps": steps}  # fmt: skip
@@ -95,12 +99,16 @@ def test_a_checkpoint_is_loaded_and_saved_at_every_layout_with_the_same_bits(res
         assert torch.equal(after[key], value), key
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_every_gradient_equal_those_of_one_process(results, layout):
+@pytest.mark.parametrize(
+    ("layout", "one"),
+    [(layout, ONE) for layout in LAYOUTS] + [(f"{layout} LoRA", f"{ONE} LoRA") for layout in WITH_LORA],
+)
+def test_loss_and_every_gradient_equal_those_of_one_process(results, layout, one):
     """One process has all samples in one micro-batch, the others one at a time: MBS 1 and 4 are compared too."""
-    assert results.losses[layout] == pytest.approx(results.losses[ONE], rel=1e-6)
-    before, after = (stored(results.folder / name / "gradients") for name in (ONE, layout))
+    assert results.losses[layout] == pytest.approx(results.losses[one], rel=1e-6)
+    before, after = (stored(results.folder / name / "gradients") for name in (one, layout))
     assert after.keys() == before.keys() and any(key.startswith("vision_model.") for key in before)
+    assert ("LoRA" in layout) == all("lora_" in key for key in before)
     worst = {key: float((after[key] - value).abs().max() / value.abs().max()) for key, value in before.items()}
     key = max(worst, key=worst.get)
     print(f"{layout}: loss {results.losses[layout]:.7f}, worst gradient {key} {worst[key]:.1e}")

@@ -17,7 +17,9 @@ from helpers.runs import VALUES, save
 from llava_sft.errors import RunError
 from llava_sft.files import write_json
 from llava_sft.model.config import load_model_config
+from llava_sft.model.lora import Lora
 from llava_sft.model.tensors import parameter_count
+from llava_sft.model.trained import Trained
 from llava_sft.preflight.cost import expected_bytes, matmul_parameters, training_flops
 from llava_sft.run import checkpoints as checkpoints_module
 from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune
@@ -261,7 +263,7 @@ def test_a_half_written_record_is_shown_when_it_is_whole(tmp_path):
 def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     model = load_model_config(ROOT / "config/models/4b.yaml")
     language, output, vision, adapter = matmul_parameters(model)
-    parts = ("language_model", "adapter", "vision_model")
+    parts = Trained(("language_model", "adapter", "vision_model"))
     assert output == 151936 * 2560
     assert 0 <= 1 - (language + output + vision + adapter + 151936 * 2560) / parameter_count(model) < 1e-3
     short = training_flops(model, parts, [1], [], 1)
@@ -269,8 +271,16 @@ def test_flops_are_six_per_weight_and_token_and_less_for_frozen_parts():
     long = training_flops(model, parts, [8192], [], 100)
     assert long == pytest.approx(6 * language * 8192 + 6 * output * 100 + 6 * 36 * 32 * 128 * 8192**2)
     grids = [(64, 64)] * 4
-    frozen, trained = (training_flops(model, which, [8192], grids, 100) for which in (("adapter",), parts))
-    assert frozen < 0.7 * trained
+    alone = training_flops(model, parts._replace(whole=("adapter",)), [8192], grids, 100)
+    attention, image = 36 * 32 * 128 * 8192**2, (64 * 64) ** 2 * 4
+    # The language model's products twice, its attention three times; the adapter's three times, the tower once.
+    expected = 4 * (language * 8192 + output * 100) + 6 * attention + 6 * adapter * 4096
+    assert alone == pytest.approx(expected + 2 * vision * 4 * 4096 + 4 * 24 * 1024 * image)
+    pairs = Lora(rank=16, alpha=16, parts=("language_model",))
+    by_pairs = training_flops(model, Trained((), pairs), [8192], [], 100)
+    language_alone = training_flops(model, Trained(("language_model",)), [8192], [], 100)
+    of_pairs = 6 * pairs.parameters(model) * 8192
+    assert language_alone - by_pairs + of_pairs == pytest.approx(2 * (language * 8192 + output * 100))
 
 
 def test_runs_are_listed_with_the_command_that_goes_on(tmp_path):

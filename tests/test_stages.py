@@ -9,7 +9,7 @@ from helpers import ROOT
 from llava_sft.errors import SettingsError
 from llava_sft.files import read_json
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
-from llava_sft.settings.resolve import part_rates, resolve
+from llava_sft.settings.resolve import part_rates, resolve, warnings
 from llava_sft.settings.schema import STAGES, Settings
 from write_schema import config_yaml, json_schema
 
@@ -84,3 +84,21 @@ def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):
     again = make("leaves")
     assert again.returncode != 0 and "is there already" in again.stderr
     assert make("").returncode != 0
+
+
+def test_lora_trains_parts_that_are_trained_beside_weights_that_are_kept(at_root):
+    settings = load_settings("agriculture_lora")
+    assert settings.trained.whole == () and settings.trained.by_pairs == ("language_model",)
+    with_tower = load_settings("agriculture", {"lora_rank": 8, "lr": 1e-4})
+    assert with_tower.trained.whole == ("vision_model", "adapter") and with_tower.trained.by_pairs == (
+        "language_model",
+    )
+    assert "set lr_vision" in warnings(with_tower, False)[0]
+    assert warnings(load_settings("agriculture", {"lora_rank": 8, "lr": 1e-4, "lr_vision": 1e-5}), False) == []
+    low = warnings(load_settings("agriculture", {"lora_rank": 8}), False)
+    assert len(low) == 1 and "lr 1e-05 is low for LoRA" in low[0]
+    with pytest.raises(SettingsError, match="lora_modules: language_model is not trained") as refused:
+        load_settings("agriculture", {"lora_rank": 8, "stage": "align"})
+    assert refused.value.fix == "add language_model to trainable_modules"
+    with pytest.raises(SettingsError, match="load: random"):
+        load_settings("agriculture", {"lora_rank": 8, "load": "random"})

@@ -10,7 +10,6 @@ Ctrl-C ends an answer; once more, it ends the program.
 
 import argparse
 import contextlib
-import math
 import os
 import shlex
 import sys
@@ -19,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_sft.chat.models import CHOICES, find_model, readable
+from llava_sft.chat.questions import Turn, checked, question, read_picture
 from llava_sft.chat.web import check_page, serve
 from llava_sft.checkpoint.verify import export_in
-from llava_sft.errors import DataError, SettingsError, SftError, exits_cleanly
+from llava_sft.errors import SettingsError, SftError, exits_cleanly
+from llava_sft.model.export_files import COLDEST, HOTTEST
 
 if TYPE_CHECKING:
-    from llava_sft.chat.answers import Model, Turn
+    from llava_sft.chat.answers import Model
 
 COMMANDS = "/image FILE… gives pictures to the next question, /reset begins another conversation, /quit ends it"
 INTERRUPTED = 130  # exit code
@@ -59,14 +60,21 @@ def run(args: argparse.Namespace) -> None:
     if not args.model:
         made = sorted(str(path) for path in Path("output").glob("stage*_results") if export_in(path))
         raise SettingsError("no model is named", f"one of {', '.join(made)}" if made else CHOICES)
-    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
-        raise SettingsError("--max-new-tokens must be at least 1, --temperature 0 or more", "the defaults: 1024 and 0")
-    for path in args.image:  # before an export is made
-        if not Path(path).expanduser().exists():
-            raise DataError(f"picture {path}: No such file or directory", "the path of a picture file")
+    if args.max_new_tokens < 1 or not (args.temperature == 0 or COLDEST <= args.temperature <= HOTTEST):
+        raise SettingsError(
+            f"--max-new-tokens must be at least 1, --temperature 0 or {COLDEST} to {HOTTEST:g}",
+            "the defaults: 1024 and 0",
+        )
+    if args.question is not None and not args.question.strip():
+        raise SettingsError("the question is empty", "leave it out, for a conversation")
+    pictures = [read_picture(path) for path in args.image]  # before an export is made
+    first = [Turn("system", checked(args.system))] if args.system else []
+    asked = question(args.question, pictures) if args.question is not None else None
     if args.web:
+        if asked or pictures:
+            raise SettingsError("--web takes no question and no --image", "leave them out: the page asks for both")
         check_page(args.port)
-    elif not args.question and sys.stdin is None:
+    elif not asked and sys.stdin is None:
         raise SettingsError("there is no question, and stdin is closed", 'chat.py MODEL "the question"')
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, TextIOWrapper):  # not closed, nor a stand-in
@@ -74,11 +82,8 @@ def run(args: argparse.Namespace) -> None:
     folder = find_model(args.model)
     print(f"{folder}: loading", file=sys.stderr, flush=True)
 
-    from llava_sft.chat.answers import Model, Turn, checked, question, read_picture
+    from llava_sft.chat.answers import Model
 
-    pictures = [read_picture(path) for path in args.image]
-    first = [Turn("system", checked(args.system))] if args.system else []
-    asked = question(args.question, pictures) if args.question else None
     with contextlib.redirect_stdout(sys.stderr), readable(folder) as path:
         model = Model(path, args.device, args.dtype, args.max_new_tokens, args.temperature)
     print(f"{folder}: {model}", file=sys.stderr, flush=True)
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         converse(model, first, pictures)
 
 
-def say(model: "Model", turns: list["Turn"]) -> tuple[str, bool]:
+def say(model: "Model", turns: list[Turn]) -> tuple[str, bool]:
     """Print the answer as it comes; returns its text, and whether Ctrl-C ended it."""
     text, interrupted = "", False
     try:
@@ -107,10 +112,8 @@ def say(model: "Model", turns: list["Turn"]) -> tuple[str, bool]:
     return text.strip(), interrupted
 
 
-def converse(model: "Model", first: list["Turn"], pictures: list) -> None:
+def converse(model: "Model", first: list[Turn], pictures: list) -> None:
     """Answer line after line of stdin, each with all that was said before."""
-    from llava_sft.chat.answers import Turn, question, read_picture
-
     terminal, turns, interrupted = sys.stdin.isatty(), list(first), False
     if terminal:
         import readline

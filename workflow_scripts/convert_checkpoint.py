@@ -2,6 +2,7 @@
 
     convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
     convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --samples output/data/vqa/webdatasets
+    convert_checkpoint.py mcore2peft output/stage2_sft_vqa/iter_0000800 adapter
     convert_checkpoint.py verify exported
 
 hf2mcore also takes a hub id (org/name or org/name@revision) and Megatron folders of the original project
@@ -22,21 +23,19 @@ from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.model.export_files import image_limits
+from llava_sft.model.export_files import export_form, image_limits
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.publish.card import write_card
 from llava_sft.run.layout import RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
 
-EXPORT_FORM = 3  # what stands in an export beside the weights; a new number has exports of earlier versions made anew
-
 
 @exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("direction", choices=["hf2mcore", "mcore2hf", "verify"])
+    add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "verify"])
     add(
         "source",
         help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder",
@@ -62,7 +61,20 @@ def main() -> None:
         made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
         print(verify(made))
         return
+    if args.direction == "mcore2peft":
+        export_peft(args)
+        return
     convert(args)
+
+
+def export_peft(args: argparse.Namespace) -> None:
+    from llava_sft.checkpoint.adapters import write_peft
+
+    source = existing_checkpoint(Path(args.source))
+    sidecars = args.sidecars or source.parent / SIDECARS
+    model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
+    write_peft(source, args.target, model)
+    print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -106,7 +118,7 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
     sidecars = args.sidecars or source.parent / SIDECARS
     limits = limits_of(source, sidecars, args)
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
-    export = [EXPORT_FORM, *limits, args.parity, bool(args.samples), args.export_names]
+    export = [export_form(), *limits, args.parity, bool(args.samples), args.export_names]
     depends = depends_on(args.direction, [source], [], model, export)
     if made := made_before(args.target, depends):
         return made

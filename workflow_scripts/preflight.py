@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from llava_sft.checkpoint.architecture import model_of_start
+from llava_sft.checkpoint.base import beside_its_base
 from llava_sft.checkpoint.start import open_start
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import Dataset
@@ -81,6 +82,7 @@ def main() -> None:
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
     model, own_values = load_model(settings.model), list[str]()
     if not args.gpu:  # what another machine would need may be asked for any size, whatever there is to start from
+        start = beside_its_base(start, settings.trained.lora)
         model, own_values = model_of_start(start, model, paths.converted is not None)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 

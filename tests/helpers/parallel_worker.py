@@ -28,6 +28,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock  # noqa
 
 from helpers.conversations import VALUES, conversation, loader_batch  # noqa: E402
 from llava_sft.megatron import config, distributed, parallel  # noqa: E402
+from llava_sft.model.llava import LlavaOneVision  # noqa: E402
+from llava_sft.model.lora import A, B  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.loop import Loop  # noqa: E402
 
@@ -52,14 +54,31 @@ def build(job: dict, tp: int, pp: int, values: dict, reduction: dict) -> Loop:
     distributed.ddp_config = lambda *given: made
     model_config = ModelConfig(**job["model"])
     built = build_model(model_config, settings)
-    state = dist_checkpointing.load({"model": built.sharded_state_dict()}, job["release"])
-    built.load_state_dict(state["model"])
+    wanted = {name: value for name, value in built.sharded_state_dict().items() if not name.endswith((A, B))}
+    built.load_state_dict(
+        dist_checkpointing.load({"model": wanted}, job["release"])["model"], strict=not settings.lora_rank
+    )
+    if settings.lora_rank:
+        load_pairs(built, Path(job["folder"]) / "pairs")
     model = distributed.wrap(built, settings)
     model.train()
     watch = SimpleNamespace(batch=lambda *counted: None)
     optimizer = SimpleNamespace(zero_grad=lambda: None)
     forward = Forward(model, torch.device("cpu"))
     return Loop(settings, model_config, model, forward, optimizer, None, iter(()), watch, None, None, 0)
+
+
+def load_pairs(model: LlavaOneVision, folder: Path) -> None:
+    """Those that one process has drawn, for all layouts the same; none is zero."""
+    pairs = {name: value for name, value in model.sharded_state_dict().items() if name.endswith((A, B))}
+    if not folder.is_dir():
+        torch.manual_seed(1)
+        for pair in pairs.values():
+            torch.nn.init.normal_(pair.data, std=0.05)
+        torch.distributed.barrier()
+        folder.mkdir(exist_ok=True)
+        dist_checkpointing.save(pairs, str(folder))
+    model.load_state_dict(dist_checkpointing.load({"model": pairs}, str(folder))["model"], strict=False)
 
 
 def forward_backward(loop: Loop, batches: list) -> float:
@@ -71,11 +90,11 @@ def forward_backward(loop: Loop, batches: list) -> float:
     return float(total[0] / total[1])
 
 
-def run(job: dict, tp: int, pp: int, micro_batch_size: int, bf16: bool, save: Path | None) -> float:
+def run(job: dict, tp: int, pp: int, micro_batch_size: int, values: dict, save: Path | None) -> float:
     """Load, forward, backward; returns the mean loss.
 
     The four samples are shared out to the data-parallel ranks; with a micro-batch size of 4 each rank takes them all."""
-    loop = build(job, tp, pp, {"bf16": bf16, "global_batch_size": 16}, {})
+    loop = build(job, tp, pp, {"global_batch_size": 16} | values, {})
     samples = [conversation(1, 1), conversation(0, 1), conversation(3, 2), conversation(2, 4)]
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = samples if micro_batch_size == 4 else samples[rank::replicas]

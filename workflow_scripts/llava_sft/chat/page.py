@@ -1,14 +1,16 @@
 """The page of `chat.py --web`. Streamlit runs this file from top to bottom when a browser opens the page, and for every
 question; a browser's conversation is in its `session_state`."""
 
+import re
 from contextlib import closing
 
 import streamlit as st
 
-from llava_sft.chat.answers import Turn, decode_picture, question
+from llava_sft.chat.questions import Turn, decode_picture, question
 from llava_sft.chat.web import Shown
 from llava_sft.errors import SftError
 
+MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+.!|$~:-])")
 SMALLEST = 160  # pixels that a picture is shown with at least, and at most four times as wide
 
 
@@ -42,7 +44,7 @@ if given := st.chat_input("Ask something; + adds pictures", accept_file="multipl
             if Shown.model.was_cut:
                 st.caption("cut: --max-new-tokens")
     except SftError as error:
-        st.error(f"{error.problem}  \nfix: {error.fix}")
+        st.error("  \n".join(MARKDOWN.sub(r"\\\1", line) for line in (error.problem, f"fix: {error.fix}")))
     finally:  # what was said before Stop, too
         if asked and pieces:
             turns += [asked, Turn("assistant", "".join(pieces).strip())]

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from llava_sft.errors import SettingsError
 
 if TYPE_CHECKING:
-    from llava_sft.chat.answers import Model, Turn
+    from llava_sft.chat.answers import Model
+    from llava_sft.chat.questions import Turn
 
 ADDRESS = "127.0.0.1"
+NAMES = (ADDRESS, "localhost")  # a page of elsewhere whose name leads here is not let in
 INSTALL = ".venv/bin/uv pip install -e '.[web]'"
 OPTIONS = {
     "global.developmentMode": "false",
@@ -50,4 +52,5 @@ def serve(model: "Model", title: str, first: list["Turn"], port: int) -> None:
 
     Shown.model, Shown.title, Shown.first = model, title, first
     options = [f"--{name}={value}" for name, value in {**OPTIONS, "server.port": str(port)}.items()]
+    options += [f"--server.allowedHosts={name}" for name in NAMES]
     cli.main(["run", str(Path(__file__).with_name("page.py")), *options], standalone_mode=False)

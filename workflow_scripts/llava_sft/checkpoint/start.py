@@ -133,6 +133,7 @@ class Start(BaseModel):
     sidecars: folder with config, tokenizer and the like.
     fingerprint: stands for the content.
     untrained: the weights are random.
+    pairs: a checkpoint of LoRA that stands beside `folder`, and whose pairs are gone on with.
     notes: what its conversion found that the user may not expect, such as the commit that an id on the hub stood for.
     """
 
@@ -143,6 +144,7 @@ class Start(BaseModel):
     sidecars: Path
     fingerprint: str
     untrained: bool = False
+    pairs: Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -241,7 +243,6 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
         raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
     if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
         raise CheckpointError(f"load: {load}: one rank of a checkpoint", f"load: {folder.parent}")
-    existing_checkpoint(folder)
     if checkpoint.kind == "legacy" and tokenizer is None:
         raise CheckpointError(
             f"load: {load}: a checkpoint of the original project, which keeps no tokenizer beside it",
@@ -276,14 +277,8 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     require_whole(folder)
     top = folder.parent
     sidecars = tokenizer or _with_tokenizer(checkpoint.hf_files(converted, None), checkpoint.name)
-    if folder.name == "release" and (marker := read_object(top / MARKER, {})):
-        content, untrained, notes = marker.get("fingerprint"), bool(marker.get("untrained")), marker.get("notes")
-        if not isinstance(content, str):
-            raise CheckpointError(
-                f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
-            )
-    else:
-        content, untrained, notes = _fingerprint_of_iteration(folder), False, None
+    content, untrained = content_of(folder)
+    notes = read_object(top / MARKER, {}).get("notes") if folder.name == "release" else None
     return Start(
         load=checkpoint.name,
         folder=folder,
@@ -292,6 +287,19 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
         untrained=untrained,
         notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
     )
+
+
+def content_of(folder: Path) -> tuple[str, bool]:
+    """What stands for the content of a checkpoint folder, and whether its weights are random."""
+    top = folder.parent
+    if folder.name != "release" or not (marker := read_object(top / MARKER, {})):
+        return _fingerprint_of_iteration(folder), False
+    content = marker.get("fingerprint")
+    if not isinstance(content, str):
+        raise CheckpointError(
+            f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
+        )
+    return content, bool(marker.get("untrained"))
 
 
 def _fingerprint_of_iteration(folder: Path) -> str:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TextIO
 from llava_sft.data.records import Sample
 from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.evaluation.judge import Answer
+from llava_sft.evaluation.questions import image_token_counts
 from llava_sft.evaluation.vllm_client import generate_with_vllm
 from llava_sft.files import fingerprint, read_json, write_json
-from llava_sft.model.export_files import image_limits
 
 RULES = 3  # version of how answers are generated: another number asks anew
 SAID_EVERY_S = 10
@@ -120,16 +120,14 @@ def generate(
     """
     import torch
 
-    from llava_sft.data.images import decode_rgb, image_grid
+    from llava_sft.data.images import decode_rgb
     from llava_sft.evaluation.export import Export
-    from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS, image_tokens
 
     gc.collect()  # the model that answered before, if any
     torch.cuda.empty_cache()
     export = Export(folder, max_new_tokens)
     texts = [export.render(question.messages) for question in questions]
-    limits = image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)
-    tokens = [sum(image_tokens(image_grid(data, *limits)) for data in question.images) for question in questions]
+    tokens = image_token_counts(folder, questions)
     order = sorted(range(len(questions)), key=lambda i: (-tokens[i] - len(texts[i]) // 4, i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

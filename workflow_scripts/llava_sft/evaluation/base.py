@@ -11,8 +11,8 @@ from pathlib import Path
 from llava_sft.checkpoint.verify import MARKER, require_export, require_whole
 from llava_sft.errors import CheckpointError, RunError
 from llava_sft.evaluation.answers import Model
-from llava_sft.files import file_fingerprint, fingerprint, read_object
-from llava_sft.model.export_files import HF_CODE_DIR
+from llava_sft.files import fingerprint, read_object
+from llava_sft.model.export_files import export_form
 from llava_sft.run.layout import RUN_FILE
 from llava_sft.settings.resolved import Resolved
 
@@ -43,8 +43,7 @@ def start_of(run_dir: Path, scratch: Path) -> Model:
     if not start.folder.is_dir():
         raise RunError(f"the start checkpoint is no longer there: {start.folder}")
     limits = settings.min_pixels, settings.max_pixels
-    code = [file_fingerprint(path) for path in sorted(HF_CODE_DIR.glob("*_*.*"))]  # that every export is run with
-    depends = fingerprint([start.fingerprint, resolved.model, limits, code])
+    depends = fingerprint([start.fingerprint, resolved.model, limits, export_form()])
     return Model(
         f"start checkpoint ({start.load})",
         depends,

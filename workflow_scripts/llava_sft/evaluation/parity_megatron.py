@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ ON_CPU = cpu.apply()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 
+from llava_sft.checkpoint.base import lora_of  # noqa: E402
+from llava_sft.checkpoint.torch_dist import TorchDistReader  # noqa: E402
 from llava_sft.files import read_json  # noqa: E402
 from llava_sft.megatron import parallel  # noqa: E402
+from llava_sft.model import lora_layers  # noqa: E402
 from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.model.processing import image_tokens  # noqa: E402
@@ -29,8 +33,22 @@ def load_model(model: ModelConfig, checkpoint: Path, bf16: bool) -> LlavaOneVisi
     parallel.start(values, torch.distributed.HashStore())
     built = build_model(model, values, random_weights=False)
     built = built.to(torch.bfloat16 if bf16 else torch.float32).to("cpu" if ON_CPU else "cuda")
-    built.load_state_dict(dist_checkpointing.load({"model": built.sharded_state_dict()}, str(checkpoint))["model"])
+    if found := lora_of(checkpoint):
+        lora, base = found
+        _load(built, base)
+        lora_layers.attach(built, lora, seed=0)
+        _load(built, checkpoint, ours=TorchDistReader(checkpoint).tensors().keys())
+    else:
+        _load(built, checkpoint)
     return built.eval()
+
+
+def _load(built: LlavaOneVision, folder: Path, ours: Collection[str] | None = None) -> None:
+    """Read all weights, or `ours` alone."""
+    wanted = built.sharded_state_dict()
+    if ours is not None:
+        wanted = {name: entry for name, entry in wanted.items() if entry.key in ours}
+    built.load_state_dict(dist_checkpointing.load({"model": wanted}, str(folder))["model"], strict=ours is None)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import xxhash
 
 from llava_sft.data.formats import FORMATS, format_of
 from llava_sft.data.image_checks import ImageRoot, check_image
+from llava_sft.data.images import image_grid
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import NV_META, source_folders
 from llava_sft.data.records import Sample, parse_json, parse_record
@@ -17,6 +18,8 @@ from llava_sft.data.stored import read_split
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DamagedFileError, DataError
 from llava_sft.files import file_fingerprint, fingerprint, read_json
+from llava_sft.model.export_files import image_limits
+from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS, image_tokens
 
 
 class Questions(NamedTuple):
@@ -97,3 +100,9 @@ def _records(path: Path, image_root: Path, digest: xxhash.xxh3_128) -> Iterator[
                     "mend or remove that record: all of a test set counts",
                 ) from None
             yield sample._replace(id=sample.id or f"{line.word} {line.number}").with_images(pictures)
+
+
+def image_token_counts(export: Path, questions: list[Sample[bytes]]) -> list[int]:
+    """How many tokens the pictures of each question become, with the image limits of `export`; from their headers alone."""
+    limits = image_limits(export) or (MIN_PIXELS, MAX_PIXELS)
+    return [sum(image_tokens(image_grid(data, *limits)) for data in question.images) for question in questions]

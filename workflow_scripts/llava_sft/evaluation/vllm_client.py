@@ -12,6 +12,7 @@ from typing import BinaryIO
 from llava_sft.data.records import Sample
 from llava_sft.errors import RunError
 from llava_sft.evaluation.judge import Answer
+from llava_sft.evaluation.questions import image_token_counts
 from llava_sft.files import read_json
 from llava_sft.machine import gpu_count
 
@@ -26,19 +27,18 @@ def generate_with_vllm(
     """Yield (number of the question, answer): as `generate`, equal in float32. Errors: RunError with vLLM's last words."""
     from transformers import AutoProcessor
 
-    from llava_sft.data.images import image_grid
     from llava_sft.evaluation.export import read_answer
-    from llava_sft.model.export_files import image_limits, tokenizer_token_ids
-    from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS, image_tokens
+    from llava_sft.model.export_files import tokenizer_token_ids
     from llava_sft.model.tokens import END_OF_TEXT, END_OF_TURN
 
     processor, token_ids = AutoProcessor.from_pretrained(folder, trust_remote_code=True), tokenizer_token_ids(folder)
     ends = [token_ids[END_OF_TURN], token_ids[END_OF_TEXT]]
-    limits = image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)
     texts = [processor.apply_chat_template(q.messages, add_generation_prompt=True, tokenize=False) for q in questions]
     lengths = [
-        len(ids) + sum(image_tokens(image_grid(data, *limits)) for data in question.images)
-        for ids, question in zip(processor.tokenizer(texts)["input_ids"], questions, strict=True)
+        len(ids) + count
+        for ids, count in zip(
+            processor.tokenizer(texts)["input_ids"], image_token_counts(folder, questions), strict=True
+        )
     ]
     config = read_json(folder / "config.json")
     job = {

@@ -21,37 +21,51 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from llava_sft.checkpoint.torch_dist import write_for_older_torch
+from llava_sft.checkpoint.torch_dist import TorchDistReader, write_for_older_torch
 from llava_sft.megatron.distributed import unwrapped
+from llava_sft.model.lora import A, B
 
+PAIR = (A, B)
 NICE = 10  # of the process that writes
 
 
 class Checkpoints:
-    """Saves and loads what is trained. `in_background`: the training goes on while a checkpoint is written."""
+    """Saves and loads what is trained. `in_background`: the training goes on while a checkpoint is written.
+
+    `trained_only`: a checkpoint holds the weights that are trained; the others are those of `load_weights`, before `load`.
+    """
 
     def __init__(
         self, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
-        in_background: bool,
+        in_background: bool, trained_only: bool = False,
     ):  # fmt: skip
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.trained_only = trained_only
         self.queue = AsyncCallsQueue() if in_background else None
         write_for_older_torch()
         get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
 
-    def load_weights(self, folder: Path) -> None:
-        """Begin from the weights in a folder (`release/`, or `iter_…` of another run)."""
+    def load_weights(self, folder: Path, those_there: bool = False) -> None:
+        """Begin from the weights in a folder (`release/`, or `iter_…` of another run): all of the model but LoRA's pairs; or
+        `those_there`, of a checkpoint of LoRA."""
         module = unwrapped(self.model)
         metadata = self._metadata(folder)
-        state = dist_checkpointing.load({"model": module.sharded_state_dict(metadata=metadata)}, str(folder))
-        module.load_state_dict(state["model"])
+        wanted = module.sharded_state_dict(metadata=metadata)
+        stored = TorchDistReader(folder).tensors() if those_there else {}
+        wanted = {
+            key: entry
+            for key, entry in wanted.items()
+            if (entry.key in stored if those_there else not key.endswith(PAIR))
+        }
+        state = dist_checkpointing.load({"model": wanted}, str(folder))
+        module.load_state_dict(state["model"], strict=not self.trained_only)
         self.optimizer.reload_model_params()  # its float32 masters
         self._loaded()
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint of this run."""
         state = dist_checkpointing.load(self._state(self._metadata(folder), loading=True), str(folder))
-        unwrapped(self.model).load_state_dict(state["model"])
+        unwrapped(self.model).load_state_dict(state["model"], strict=not self.trained_only)
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
@@ -93,6 +107,8 @@ class Checkpoints:
     def _state(self, metadata: dict[str, Any], loading: bool = False) -> dict[str, Any]:
         state: dict[str, Any] = {"checkpoint_version": 3.0}
         state["model"] = unwrapped(self.model).sharded_state_dict(metadata=metadata)
+        if self.trained_only:
+            state["model"] = {key: entry for key, entry in state["model"].items() if entry.data.requires_grad}
         if not self.optimizer.is_stub_optimizer:  # this rank trains nothing
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
         state["opt_param_scheduler"] = self.scheduler.state_dict()

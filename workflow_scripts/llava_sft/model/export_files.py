@@ -5,6 +5,7 @@ what training used, so that inference sees the same pixels and the same text. Of
 generation those that inference needs are completed, and what could run code or is not known is left out; a line says each.
 """
 
+import functools
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_sft.errors import CheckpointError, shown
-from llava_sft.files import read_object, write_json
-from llava_sft.model.config import ModelConfig
+from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
+from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
 from llava_sft.model.processing import CLIP_MEAN, CLIP_STD, MERGE_SIZE, PATCH_SIZE
 from llava_sft.model.tokens import END_OF_TEXT, END_OF_TURN, START_OF_TURN, TOKEN_ID_KEYS
 
+# Raised by hand where exports of earlier versions are to be made anew for what export_form does not see: their weights, or
+# what is made of a tokenizer's own settings.
+FORM = 4
 HF_CODE_DIR = Path(__file__).parent / "hf"
 CHAT_TEMPLATE_FILE = HF_CODE_DIR / "chat_template.jinja"
 CODE_FILES = (
@@ -65,11 +69,43 @@ def write_hf_sidecars(
     for name in CODE_FILES:
         shutil.copyfile(HF_CODE_DIR / name, target_dir / name)
     _write_tokenizer_files(target_dir, source_hf_dir, ids)
-    hf_config = model.to_hf_config({key: ids[token] for key, token in TOKEN_ID_KEYS.items()}, dtype)
-    versions = {"transformers_version": version("transformers")}
-    write_json(target_dir / "config.json", {**hf_config, **versions, **(extra_config or {})})
-    write_json(target_dir / "processor_config.json", {"processor_class": PROCESSOR_CLASS, "auto_map": _AUTO_MAP})
-    write_json(target_dir / "preprocessor_config.json", preprocessor_config(min_pixels, max_pixels))
+    files = _settings_files(model, ids, min_pixels, max_pixels, dtype)
+    files["config.json"] |= {"transformers_version": version("transformers"), **(extra_config or {})}
+    for name, content in files.items():
+        write_json(target_dir / name, content)
+
+
+@functools.cache
+def export_form() -> str:
+    """Stands for what an export holds beside its weights: another one as soon as a line of its code, or a setting that is
+    written whatever the model, is another. Exports and what was answered with them depend on it."""
+    language = LanguageConfig(
+        num_layers=1, hidden_size=2, ffn_hidden_size=3, num_attention_heads=4, num_query_groups=2, kv_channels=6,
+        vocab_size=7, rotary_base=8, max_position_embeddings=9,
+    )  # fmt: skip
+    vision = VisionConfig(num_layers=1, hidden_size=16, ffn_hidden_size=3, num_attention_heads=4)
+    model = ModelConfig(name="any", language=language, vision=vision)
+    ids = {token: number for number, token in enumerate((*TOKEN_ID_KEYS.values(), *_TURNS))}
+    return fingerprint(
+        [
+            FORM,
+            [file_fingerprint(HF_CODE_DIR / name) for name in CODE_FILES],
+            _settings_files(model, ids, 1, 2, "bfloat16"),
+            complete_tokenizer_config({}, ids, []),
+            complete_generation_config({}, ids, []),
+        ]
+    )
+
+
+def _settings_files(
+    model: ModelConfig, ids: Mapping[str, int], min_pixels: int, max_pixels: int, dtype: str
+) -> dict[str, dict[str, Any]]:
+    """The settings that do not come from the source folder, by the names of their files."""
+    return {
+        "config.json": model.to_hf_config({key: ids[token] for key, token in TOKEN_ID_KEYS.items()}, dtype),
+        "processor_config.json": {"processor_class": PROCESSOR_CLASS, "auto_map": _AUTO_MAP},
+        "preprocessor_config.json": preprocessor_config(min_pixels, max_pixels),
+    }
 
 
 def preprocessor_config(min_pixels: int, max_pixels: int) -> dict[str, Any]:
@@ -130,16 +166,19 @@ def complete_tokenizer_config(given: dict[str, Any], ids: Mapping[str, int], not
     return config | {"padding_side": "left", "processor_class": PROCESSOR_CLASS}
 
 
+COLDEST, HOTTEST = 0.001, 100.0  # temperatures that float32 can divide the scores by
 # Settings of generating that a start folder may bring, and what they may be.
 _SAMPLING: dict[str, Callable[[Any], bool]] = {
     "do_sample": lambda x: isinstance(x, bool),
-    "temperature": lambda x: _is_number(x) and 0 < x <= 100,
+    "temperature": lambda x: _is_number(x) and COLDEST <= x <= HOTTEST,
     "top_p": lambda x: _is_number(x) and 0 < x <= 1,
     "min_p": lambda x: _is_number(x) and 0 <= x <= 1,
     "top_k": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31,
     "repetition_penalty": lambda x: _is_number(x) and 0 < x <= 100,
     "max_new_tokens": lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 < x < 2**31,
 }
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")  # transformers refuses a 2 in place of 2.0
+_TURNS = START_OF_TURN, END_OF_TURN, END_OF_TEXT
 _TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 
@@ -155,6 +194,7 @@ def _is_number(value: Any) -> bool:
 def complete_generation_config(given: dict[str, Any], ids: Mapping[str, int], notes: list[str]) -> dict[str, Any]:
     """generation_config.json for the export: the end of a turn and of the text end an answer, whatever was given."""
     known = {key: value for key, value in given.items() if key in _SAMPLING and _SAMPLING[key](value)}
+    known |= {key: float(known[key]) for key in _FLOATS if key in known}
     unnamed = {"transformers_version", "_from_model_config", *_TOKEN_IDS}
     for key in sorted(given.keys() - known.keys() - unnamed):
         notes.append(f"generation_config.json: {shown(key)}: {shown(given[key])} is not taken over")
@@ -188,7 +228,7 @@ def tokenizer_token_ids(hf_dir: Path | str) -> dict[str, int]:
             )
     read_object(hf_dir / "tokenizer_config.json")
     ids = tokenizer_added_tokens(hf_dir)
-    missing = [t for t in (*TOKEN_ID_KEYS.values(), START_OF_TURN, END_OF_TURN, END_OF_TEXT) if t not in ids]
+    missing = [t for t in (*TOKEN_ID_KEYS.values(), *_TURNS) if t not in ids]
     if missing:
         raise CheckpointError(
             f"the tokenizer in {hf_dir} lacks {', '.join(missing)}", "use the tokenizer of LLaVA-OneVision-1.5"

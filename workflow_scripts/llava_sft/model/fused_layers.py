@@ -4,20 +4,18 @@ Notable:
 - they compute with the parameters of Megatron's Transformer Engine layers: checkpoints, optimizer and names stay the same;
 - a layer is one autograd function: matrix products of cuBLAS, in bf16 or FP8, attention of cuDNN, and one kernel for all
   that stands between two of them (kernels.py), with which residuals and the gradients of biases and norms go along;
-- products add weights' gradients to Megatron's gradient buffer in place;
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
   cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
   (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
-- Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each.
+- where weights are frozen, what is cheap to compute again is not saved (LoRA: 38 % of the activations).
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
 """
 
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -34,11 +32,9 @@ from llava_sft.model.kernels import (
     swiglu,
     swiglu_backward,
 )
+from llava_sft.model.products import move_back, product, product_backward, room_beside, trainable
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
-    from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
-    from transformer_engine.pytorch.constants import DType
-    from transformer_engine.pytorch.cpp_extensions import general_gemm
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
 
 
@@ -93,89 +89,6 @@ def attend_backward(
     return flash(grad, *inputs, out, sums, *ends, longest, longest, 0.0, causal, *state)
 
 
-# --- matrix products -----------------------------------------------------------------------------------------------
-
-
-def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None) -> Tensor | None:
-    """gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision. None of a frozen weight."""
-    if not weight.requires_grad:
-        return None
-    buffer = getattr(weight, "main_grad", None)
-    if buffer is None or buffer.dtype != grad.dtype:
-        return grad.t() @ x
-    buffer.addmm_(grad.t(), x)
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)  # Megatron's hook waits for one, and does not look at it
-
-
-class AccumulatingLinear(torch.autograd.Function):
-    """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to Megatron's buffer."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight = weight  # itself: recomputation hands back a copy without the buffer
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        return grad @ weight if ctx.needs_input_grad[0] else None, weight_gradient(weight, grad, x)
-
-
-@cache
-def quantizers(recipe: str) -> tuple:
-    """What casts inputs, weights and gradients to FP8, each once in rows and once in columns."""
-
-    def quantizer(kind, block_dimensions):
-        if recipe == "tensorwise":
-            found = Float8CurrentScalingQuantizer(kind, device="cuda")
-        else:
-            found = Float8BlockQuantizer(kind, rowwise=True, columnwise=True, block_scaling_dim=block_dimensions)
-        found.internal = True
-        return found
-
-    kinds = DType.kFloat8E4M3, DType.kFloat8E5M2
-    return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
-
-
-def product(x: Tensor, module: torch.nn.Module, recipe: str | None) -> tuple[Tensor, tuple]:
-    """x [tokens, in] · weightᵀ, in FP8 where there is a recipe; and both operands, for the gradients (no x where the weight
-    is frozen). A weight is cast once a step: `is_first_microbatch` is Megatron's flag."""
-    weight = module.weight
-    trained = weight.requires_grad
-    if not recipe:
-        return F.linear(x, weight), (x if trained else None, weight)
-    cast_input, cast_weight, _ = quantizers(recipe)
-    if module.is_first_microbatch or not hasattr(module, "weight_in_fp8"):
-        module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
-        module.is_first_microbatch = False
-    x_in_fp8, fast = cast_input.quantize_impl(x), recipe == "tensorwise"
-    out = general_gemm(module.weight_in_fp8, x_in_fp8, out_dtype=x.dtype, use_split_accumulator=not fast)[0]
-    x_in_fp8.update_usage(rowwise_usage=False)
-    return out, (x_in_fp8 if trained else None, module.weight_in_fp8)
-
-
-def product_backward(
-    grad: Tensor, operands: tuple, module: torch.nn.Module, recipe: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the weight."""
-    (x, weight_operand), weight = operands, module.weight
-    if not recipe:
-        return grad @ weight, weight_gradient(weight, grad, x)
-    exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
-    grad = quantizers(recipe)[2].quantize_impl(grad)
-    x_grad = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
-    if not weight.requires_grad:
-        return x_grad, None
-    buffer = getattr(weight, "main_grad", None)
-    if buffer is None:
-        return x_grad, general_gemm(x, grad, layout="NT", **exact)[0]
-    general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
-    weight.grad_added_to_main_grad = True
-    return x_grad, torch.empty_like(weight)
-
-
 # --- language model ------------------------------------------------------------------------------------------------
 
 
@@ -187,42 +100,52 @@ class LanguageLayer(torch.autograd.Function):
         attention, mlp, config = layer.self_attention, layer.mlp, layer.config
         recipe, eps = config.fp8 and config.fp8_recipe, config.layernorm_epsilon
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
-        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps)
+        room = room_beside(attention.linear_qkv, recipe)
+        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps, room=room)
         qkv, for_qkv = product(x, attention.linear_qkv, recipe)
         cos, sin = segments.rope
         inputs = rope(qkv, config.num_query_groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
         branch, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
-        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch)
+        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch, room)
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
-        branch, for_fc2 = product(swiglu(gate_and_up), mlp.linear_fc2, recipe)
-        ctx.constants = layer, segments, recipe, eps, head_norms
-        ctx.saved = hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up
+        branch, for_fc2 = product(swiglu(gate_and_up, room), mlp.linear_fc2, recipe)
+        ctx.constants = layer, segments, recipe, eps, head_norms, room
+        ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
+        ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad else None
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
         return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, recipe, eps, head_norms = ctx.constants
-        hidden, first_scale, qkv, inputs, attended, statistics, middle, second_scale, gate_and_up = ctx.saved
-        for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
-        ctx.saved = ctx.operands = None  # or the inputs of all layers would live until the whole graph goes
-        attention, mlp, grad = layer.self_attention, layer.mlp, grad.contiguous()
+        layer, segments, recipe, eps, head_norms, room = ctx.constants
+        hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up = ctx.saved
+        inputs, (for_qkv, for_proj, for_fc1, for_fc2) = ctx.inputs, ctx.operands
+        ctx.saved = ctx.inputs = ctx.operands = (
+            None  # or the inputs of all layers would live until the whole graph goes
+        )
+        attention, mlp = layer.self_attention, layer.mlp
         width, head_dim = hidden.size(1), head_norms[0].numel()
+        if grad.stride() != (width + room, 1):  # it comes from another kind of layer
+            grad = grad.contiguous()
         sums = PartialSums(2 * (width + head_dim), hidden.device)
-        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, recipe)
-        d_x, d_fc1 = product_backward(swiglu_backward(gate_and_up, d_x), for_fc1, mlp.linear_fc1, recipe)
-        weight = mlp.linear_fc1.layer_norm_weight
-        grad = norm_backward(d_x, middle, weight, None, second_scale, grad, sums)
-        d_x, d_proj = product_backward(grad, for_proj, attention.linear_proj, recipe)
-        d_inputs = attend_backward(d_x, inputs, attended, statistics, segments, True)
+        qkv_norm, fc1_norm = attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight
+        again = hasattr(mlp.linear_fc1, "lora_a")  # its kernel writes a product's input into the place of its gradient
+        through_swiglu = partial(swiglu_backward, gate_and_up=gate_and_up, again=again)
+        through_norm = partial(norm_backward, bias=None, mean=None, sums=sums, room=room, again=again)
+        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, through_swiglu, recipe)
+        before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad)
+        grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe)
         cos, sin = segments.rope
+        inputs = inputs or rope(qkv, layer.config.num_query_groups, cos, sin, head_norms, eps)
+        given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
+        before, x = partial(attend_backward, **given, causal=True), attended.flatten(1)
+        d_inputs, d_proj = product_backward(grad, for_proj, attention.linear_proj, before, recipe, x)
         d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps)
-        d_x, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, recipe)
-        weight = attention.linear_qkv.layer_norm_weight
-        grad = norm_backward(d_x, hidden, weight, None, first_scale, grad, sums)
+        before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad)
+        grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe)
         d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
-        return grad, None, None, *d_norms, d_qkv, d_proj, d_fc1, d_fc2
+        return grad, None, None, *d_norms, *d_qkv, *d_proj, *d_fc1, *d_fc2
 
 
 class FusedLanguageLayer(TransformerLayer):
@@ -232,6 +155,8 @@ class FusedLanguageLayer(TransformerLayer):
         """[tokens, 1, hidden] of the samples of a pack → the same, and None for cross attention's context."""
         attention, mlp = self.self_attention, self.mlp
         if packed_seq_params is None:
+            for module in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+                move_back(module)
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)
         if packed_seq_params.rope is None:  # the same for all layers
             angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]
@@ -241,10 +166,10 @@ class FusedLanguageLayer(TransformerLayer):
             attention.q_layernorm.weight,
             attention.k_layernorm.weight,
             attention.linear_qkv.layer_norm_weight,
-            attention.linear_qkv.weight,
-            attention.linear_proj.weight,
-            mlp.linear_fc1.weight,
-            mlp.linear_fc2.weight,
+            *trainable(attention.linear_qkv),
+            *trainable(attention.linear_proj),
+            *trainable(mlp.linear_fc1),
+            *trainable(mlp.linear_fc2),
         )
         hidden = LanguageLayer.apply(hidden_states.squeeze(1), self, packed_seq_params, *parameters)
         return hidden.unsqueeze(1), None
@@ -261,40 +186,45 @@ class VisionLayer(torch.autograd.Function):
         attention, fc1, fc2 = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2
         linear_qkv, proj, eps = attention.linear_qkv, attention.linear_proj, layer.config.layernorm_epsilon
         angles = segments.rotary_cos, segments.rotary_sin
-        _, first, *first_norm = norm(hidden, linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias, eps)
-        inputs = rope(F.linear(first, linear_qkv.weight, linear_qkv.bias), layer.config.num_query_groups, *angles)
+        _, x, *first_norm = norm(hidden, linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias, eps)
+        qkv, for_qkv = product(x, linear_qkv, bias=linear_qkv.bias)
+        inputs = rope(qkv, layer.config.num_query_groups, *angles)
         attended, statistics = attend(*inputs, segments, False)
-        branch = F.linear(attended.flatten(1), proj.weight, proj.bias)
-        middle, second, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch)
-        before = F.linear(second, fc1.weight, fc1.bias)
-        active = gelu(before)
+        branch, for_proj = product(attended.flatten(1), proj, bias=proj.bias)
+        middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch)
+        before, for_fc1 = product(x, fc1, bias=fc1.bias)
+        branch, for_fc2 = product(gelu(before), fc2, bias=fc2.bias)
         ctx.constants = layer, segments, angles
-        ctx.saved = hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active
-        return middle + F.linear(active, fc2.weight, fc2.bias)
+        ctx.saved = hidden, first_norm, inputs, attended, statistics, middle, second_norm, before
+        ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
+        return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, angles = ctx.constants
-        hidden, first, first_norm, inputs, attended, statistics, middle, second, second_norm, before, active = ctx.saved
-        ctx.saved, grad = None, grad.contiguous()
-        attention, fc1, fc2 = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2
-        linear_qkv, proj = attention.linear_qkv, attention.linear_proj
-        width, inner = hidden.size(1), before.size(1)
+        layer, segments, (cos, sin) = ctx.constants
+        hidden, first_norm, inputs, attended, statistics, middle, second_norm, before = ctx.saved
+        for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
+        ctx.saved = ctx.operands = None
+        attention, fc1, fc2, grad = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2, grad.contiguous()
+        qkv, proj = attention.linear_qkv, attention.linear_proj
+        width, inner, again = hidden.size(1), before.size(1), hasattr(fc1, "lora_a")
         sums = PartialSums(9 * width + inner, hidden.device)
-        d_fc2 = weight_gradient(fc2.weight, grad, active)
-        d_x = gelu_backward(grad @ fc2.weight, before, sums)
-        d_fc1 = weight_gradient(fc1.weight, d_x, second)
-        mean, scale = second_norm
-        grad = norm_backward(d_x @ fc1.weight, middle, fc1.layer_norm_weight, mean, scale, grad, sums, biases=True)
-        d_proj = weight_gradient(proj.weight, grad, attended.flatten(1))
-        d_inputs = attend_backward(grad @ proj.weight, inputs, attended, statistics, segments, False)
-        cos, sin = angles
+
+        def through_norm(linear: torch.nn.Module, x: Tensor, of_tokens: list, biases: bool) -> partial:
+            weight, bias, (mean, scale) = linear.layer_norm_weight, linear.layer_norm_bias, of_tokens
+            of_norm = {"weight": weight, "bias": bias, "mean": mean, "scale": scale}
+            return partial(norm_backward, x=x, residual=grad, sums=sums, biases=biases, again=again, **of_norm)
+
+        through_gelu = partial(gelu_backward, x=before, sums=sums, again=again)
+        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, through_gelu)
+        grad, d_fc1 = product_backward(d_x, for_fc1, fc1, through_norm(fc1, middle, second_norm, True))
+        given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
+        through_attention, x = partial(attend_backward, **given, causal=False), attended.flatten(1)
+        d_inputs, d_proj = product_backward(grad, for_proj, proj, through_attention, x=x)
         d_x = rope_backward(d_inputs, None, cos, sin, sums)
-        d_qkv = weight_gradient(linear_qkv.weight, d_x, first)
-        mean, scale = first_norm
-        grad = norm_backward(d_x @ linear_qkv.weight, hidden, linear_qkv.layer_norm_weight, mean, scale, grad, sums)
+        grad, d_qkv = product_backward(d_x, for_qkv, qkv, through_norm(qkv, hidden, first_norm, False))
         totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
-        return grad, None, None, *totals, d_qkv, d_proj, d_fc1, d_fc2
+        return grad, None, None, *totals, *d_qkv, *d_proj, *d_fc1, *d_fc2
 
 
 class FusedVisionLayer(TransformerLayer):
@@ -314,6 +244,6 @@ class FusedVisionLayer(TransformerLayer):
             qkv.layer_norm_weight,
             qkv.layer_norm_bias,
         )
-        weights = qkv.weight, proj.weight, fc1.weight, fc2.weight
-        hidden = VisionLayer.apply(hidden_states.squeeze(1), self, packed_seq_params, *small, *weights)
+        linears = (each for module in (qkv, proj, fc1, fc2) for each in trainable(module))
+        hidden = VisionLayer.apply(hidden_states.squeeze(1), self, packed_seq_params, *small, *linears)
         return hidden.unsqueeze(1), None

@@ -3,6 +3,7 @@
 Notable:
 - a backward kernel goes over many tokens and keeps the sums over them, the gradients of norms' weights and of biases, in
   registers: rows of `PartialSums`, added up once a layer, in the same order in every run;
+- a backward kernel has what the forward one gave at hand: where it was not saved, it is written in the gradient's place;
 - everything is computed in float32 and stored in the tensors' own precision;
 - torch.compile's for the same took half as long again (docs/performance.md).
 With `TRITON_INTERPRET=1` they run on a CPU, for tests.
@@ -50,13 +51,18 @@ def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexp
     tl.store(out + column, tl.sum(total, 0), column < columns)
 
 
+def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
+    """An empty [rows, columns] whose rows are `room` longer in memory."""
+    return like.new_empty(rows, columns + room)[:, :columns]
+
+
 # --- norms ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _norm(
     x, branch, weight, bias, total, out, mean, scale, eps,
-    width: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
+    width: tl.constexpr, pitch: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, at = column < width, row * width + column
@@ -74,47 +80,58 @@ def _norm(
     value = value * factor * tl.load(weight + column, inside, 0.0).to(tl.float32)
     if CENTER:
         value += tl.load(bias + column, inside, 0.0).to(tl.float32)
-    tl.store(out + at, value, inside)
+    tl.store(out + row * pitch + column, value, inside)
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None, room: int = 0
 ) -> tuple[Tensor, ...]:
     """RMSNorm, or LayerNorm where there is a bias, of x + branch, both [tokens, width] → x + branch, the normed [tokens,
-    width], and what the gradient needs: mean (None without bias) and reciprocal deviation, [tokens] float32."""
+    width], with `room` columns beside it, and what the gradient needs: mean (None without bias) and reciprocal deviation,
+    [tokens] float32."""
     (tokens, width), center = x.shape, bias is not None
-    total, out = x if branch is None else torch.empty_like(x), torch.empty_like(x)
+    total, out = x if branch is None else torch.empty_like(x), with_room(x, tokens, width, room)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(scale) if center else None
     switches = {"ADD": branch is not None, "CENTER": center, "BLOCK": power_of_2(width)}
-    _norm[tokens,](x, branch, weight, bias, total, out, mean, scale, eps, width, **switches, num_warps=WARPS)
+    _norm[tokens,](
+        x, branch, weight, bias, total, out, mean, scale, eps, width, width + room, **switches, num_warps=WARPS
+    )
     return total, out, mean, scale
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_backward(
-    grad, x, weight, mean, scale, residual, out, sums, tokens, columns,
-    width: tl.constexpr, CENTER: tl.constexpr, BIASES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, x, weight, bias, mean, scale, residual, out, sums, tokens, columns,
+    width: tl.constexpr, grad_pitch: tl.constexpr, residual_pitch: tl.constexpr, out_pitch: tl.constexpr,
+    CENTER: tl.constexpr, BIASES: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0) * ROWS
     column = tl.arange(0, BLOCK)
     inside = column < width
     gain = tl.load(weight + column, inside, 0.0).to(tl.float32)[None, :]
+    if AGAIN and CENTER:
+        shift = tl.load(bias + column, inside, 0.0).to(tl.float32)[None, :]
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     d_bias, sum_residual, sum_out = d_weight, d_weight, d_weight
     for start in range(program * ROWS, tokens, step):
         row = start + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None] & inside[None, :]
-        at = row.to(tl.int64)[:, None] * width + column[None, :]
-        d_x = tl.load(grad + at, mask, 0.0).to(tl.float32)
-        value = tl.load(x + at, mask, 0.0).to(tl.float32)
-        before = tl.load(residual + at, mask, 0.0).to(tl.float32)
+        first, along_row = row.to(tl.int64)[:, None], column[None, :]
+        d_x = tl.load(grad + first * grad_pitch + along_row, mask, 0.0).to(tl.float32)
+        value = tl.load(x + first * width + along_row, mask, 0.0).to(tl.float32)
+        before = tl.load(residual + first * residual_pitch + along_row, mask, 0.0).to(tl.float32)
         factor = tl.load(scale + row, row < tokens, 0.0)[:, None]
         if CENTER:
             value -= tl.load(mean + row, row < tokens, 0.0)[:, None]
             d_bias += d_x
         value *= factor
         d_weight += d_x * value
+        if AGAIN:
+            normed = value * gain
+            if CENTER:
+                normed += shift
+            tl.store(grad + first * grad_pitch + along_row, normed, mask)
         d_x *= gain
         along = tl.sum(d_x * value, 1)[:, None] / width
         if CENTER:
@@ -123,7 +140,7 @@ def _norm_backward(
         if BIASES:
             sum_residual += before
             sum_out += tl.where(mask, d_x, 0.0)
-        tl.store(out + at, d_x, mask)
+        tl.store(out + first * out_pitch + along_row, d_x, mask)
     sums += program.to(tl.int64) * columns + column
     tl.store(sums, tl.sum(d_weight, 0), inside)
     if CENTER:
@@ -134,17 +151,26 @@ def _norm_backward(
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, scale: Tensor, residual: Tensor, sums: PartialSums,
-    biases: bool = False,
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor, residual: Tensor,
+    sums: PartialSums, biases: bool = False, room: int = 0, again: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Gradient of x [tokens, width], `residual` (its gradient along the other way) added. Sums taken: weight; bias, with
-    a mean; `residual` and the result itself, with `biases`: the gradients of the biases of the products around."""
+    """Gradient of x [tokens, width], `residual` (its gradient along the other way) added, with `room` columns beside it.
+    Sums taken: weight; bias, with a mean; `residual` and the result itself, with `biases`: the gradients of the biases of
+    the products around. `again`: what the norm gave takes the place of `grad`."""
     tokens, width = x.shape
-    out, block = torch.empty_like(x), power_of_2(width)
+    out, block = with_room(x, tokens, width, room), power_of_2(width)
     partial = sums.take(width * (1 + (mean is not None) + 2 * biases))
-    switches = {"CENTER": mean is not None, "BIASES": biases, "ROWS": max(1, TILE // block), "BLOCK": block}
+    pitches = grad.stride(0), residual.stride(0), out.stride(0)
+    switches = {
+        "CENTER": mean is not None,
+        "BIASES": biases,
+        "AGAIN": again,
+        "ROWS": max(1, TILE // block),
+        "BLOCK": block,
+    }
     _norm_backward[len(partial),](
-        grad, x, weight, mean, scale, residual, out, partial, tokens, sums.columns, width, **switches, num_warps=WARPS
+        grad, x, weight, bias, mean, scale, residual, out, partial, tokens, sums.columns, width, *pitches, **switches,
+        num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -325,36 +351,42 @@ def rope_backward(
 
 
 @triton.jit
-def _swiglu(gate_and_up, out, width: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(gate_and_up, out, width: tl.constexpr, pitch: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)
     # Two steps, as in Megatron: the first is rounded too.
     opened = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + column, opened * up, inside)
+    tl.store(out + row * pitch + column, opened * up, inside)
 
 
 @triton.jit
-def _swiglu_backward(gate_and_up, grad, out, width: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(
+    gate_and_up, grad, out, width: tl.constexpr, pitch: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr
+):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)
-    d_x = tl.load(grad + row * width + column, inside, 0.0).to(tl.float32)
+    d_x = tl.load(grad + row * pitch + column, inside, 0.0).to(tl.float32)
     share = tl.sigmoid(gate)
+    if AGAIN:
+        opened = (gate * share).to(out.dtype.element_ty).to(tl.float32)
+        tl.store(grad + row * pitch + column, opened * up, inside)
     _store_halves(out + at, width, inside, d_x * up * share * (1 + gate * (1 - share)), d_x * gate * share)
 
 
-def swiglu(gate_and_up: Tensor) -> Tensor:
-    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width]."""
+def swiglu(gate_and_up: Tensor, room: int = 0) -> Tensor:
+    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width], with `room` columns beside it."""
     tokens, width = gate_and_up.size(0), gate_and_up.size(1) // 2
-    out = gate_and_up.new_empty(tokens, width)
-    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, width, BLOCK=1024)
+    out = with_room(gate_and_up, tokens, width, room)
+    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, width, width + room, BLOCK=1024)
     return out
 
 
-def swiglu_backward(gate_and_up: Tensor, grad: Tensor) -> Tensor:
+def swiglu_backward(grad: Tensor, gate_and_up: Tensor, again: bool = False) -> Tensor:
+    """Gradient of `gate_and_up`. `again`: swiglu(gate_and_up) takes the place of `grad`."""
     out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
-    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, BLOCK=1024)
+    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, grad.stride(0), again, BLOCK=1024)
     return out
 
 
@@ -377,7 +409,18 @@ def _gelu(x, out, size, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _gelu_backward(grad, x, out, sums, tokens, columns, width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_backward(
+    grad,
+    x,
+    out,
+    sums,
+    tokens,
+    columns,
+    width: tl.constexpr,
+    AGAIN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, total = column < width, tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
@@ -387,6 +430,8 @@ def _gelu_backward(grad, x, out, sums, tokens, columns, width: tl.constexpr, ROW
         value = tl.load(x + at, mask, 0.0).to(tl.float32)
         d_x = tl.load(grad + at, mask, 0.0).to(tl.float32)
         below, density = _normal(value)
+        if AGAIN:
+            tl.store(grad + at, value * below, mask)
         d_x *= below + value * density
         total += d_x
         tl.store(out + at, d_x, mask)
@@ -400,15 +445,51 @@ def gelu(x: Tensor) -> Tensor:
     return out
 
 
-def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums) -> Tensor:
-    """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it."""
+def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums, again: bool = False) -> Tensor:
+    """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it. `again`: gelu(x) takes the place of
+    `grad`."""
     (tokens, width), out = x.shape, torch.empty_like(x)
     partial, block = sums.take(width), min(1024, power_of_2(width))
     grid = (len(partial), cdiv(width, block))
     _gelu_backward[grid](
-        grad, x, out, partial, tokens, sums.columns, width, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
+        grad, x, out, partial, tokens, sums.columns, width, again, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
     )
     return out
+
+
+# --- dropout -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["size", "key", "first", "limit"])
+def _leave_out(x, out, size, key, first, columns, limit, gain, width: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = ((at // width) * columns + first + at % width).to(tl.uint32) ^ key.to(tl.uint32)
+    place *= 2654435761
+    place = (place ^ (place >> 15)) * 2246822519
+    place ^= place >> 13
+    value = tl.load(x + at, at < size, 0.0).to(tl.float32) * gain
+    tl.store(out + at, tl.where((place >> 8).to(tl.int32) < limit, 0.0, value), at < size)
+
+
+def leave_out(x: Tensor, share: float, key: int, first: int, columns: int) -> Tensor:
+    """x [..., width] with a share of its values 0 and the others scaled: by `key`, row, and column, of which x has those from
+    `first` on, of `columns`."""
+    out = torch.empty_like(x)
+    limit, gain = round(share * 2**24), 1 / (1 - share)
+    _leave_out[cdiv(x.numel(), 2048),](
+        x, out, x.numel(), key, first, columns, limit, gain, x.size(-1), BLOCK=2048, num_warps=WARPS
+    )
+    return out
+
+
+def leave_out_on_cpu(x: Tensor, share: float, key: int, first: int, columns: int) -> Tensor:
+    """The same in PyTorch."""
+    rows, width = x.numel() // x.size(-1), x.size(-1)
+    place = torch.arange(rows).unsqueeze(1) * columns + torch.arange(first, first + width)
+    place = (((place ^ key) & 0xFFFF_FFFF) * 2654435761) & 0xFFFF_FFFF
+    place = ((place ^ (place >> 15)) * 2246822519) & 0xFFFF_FFFF
+    place ^= place >> 13
+    return x * ((place >> 8) >= round(share * 2**24)).view_as(x).to(x.dtype) / (1 - share)
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------

@@ -21,17 +21,20 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import make_viewless_tensor
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint, make_viewless_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_sft.model.attention import SegmentAttention, vision_attention
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.fused_layers import AccumulatingLinear, FusedLanguageLayer, FusedVisionLayer
+from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
+from llava_sft.model.products import AccumulatingLinear
 from llava_sft.model.vision import Adapter, Grid, RiceViT
 
 with suppress(ImportError):  # a machine without it has no GPU
@@ -64,6 +67,8 @@ class LlavaOneVision(MegatronModule):
         self.pg_collection = pg_collection
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
+        self.begins_frozen = False  # embeddings are frozen, and layers are not
+        self.dropout_seed: int | None = None  # of LoRA's dropout
         if pre_process:
             vision_config = vision_transformer_config(config, model, recompute_vision)
             self.vision_model = RiceViT(vision_config, model.vision, layer_spec(config, vision=True), pg_collection)
@@ -109,6 +114,8 @@ class LlavaOneVision(MegatronModule):
             embeddings = self.language_model.embedding(
                 input_ids=input_ids, position_ids=None
             )  # [tokens, batch, hidden]
+            if self.begins_frozen and torch.is_grad_enabled():
+                embeddings.requires_grad_()  # recomputation has no backward pass for a layer whose input wants no gradient
             if grids:
                 features = self.adapter(self.vision_model(pixels, grids)).to(embeddings.dtype)
                 flat = embeddings.flatten(0, 1).index_copy(0, image_index, features)
@@ -131,7 +138,8 @@ class LlavaOneVision(MegatronModule):
         """What a checkpoint holds: weights alone. Megatron's `_extra_state` (scales of delayed FP8) depends on the
         layer spec and would tie a checkpoint to the kind of machine that wrote it."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        return {key: split_pair(entry, self.pg_collection.tp, metadata) for key, entry in state.items()}
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -139,6 +147,18 @@ class LlavaOneVision(MegatronModule):
         if strict and (missing or result.unexpected_keys):
             raise RuntimeError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
         return result
+
+
+def split_pair(entry, group, metadata):
+    """LoRA's pairs are split over tensor-parallel ranks as their linear layer is, whose own state knows its weight alone."""
+    if not (entry.key.endswith(("lora_a", "lora_b")) and getattr(entry.data, "tensor_model_parallel", False)):
+        return entry
+    replicas = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+    groups = {"tp_group": group, "dp_cp_group": replicas}
+    made = make_tp_sharded_tensor_for_checkpoint(entry.data, entry.key, entry.data.partition_dim, **groups)
+    if entry.key.startswith("language_model") and entry.key.endswith("linear_fc1.lora_b"):  # each rank: gate, then up
+        return apply_swiglu_sharded_factory(made, (), tp_group=group, dp_group=replicas)
+    return made
 
 
 def answer_losses(hidden_states: Tensor, output_layer, config, context, **unused) -> Tensor:

@@ -54,6 +54,7 @@ class RiceViT(MegatronModule):
     def __init__(self, config: TransformerConfig, vision: VisionConfig, layer_spec: ModuleSpec, pg_collection):
         super().__init__(config=config)
         self.vision, self.head_dim = vision, config.kv_channels
+        self.begins_frozen = False  # what comes before the layers is frozen, and they are not
         self.patch_embed = nn.Linear(3 * vision.patch_size**2, vision.hidden_size, bias=False)
         # The released models keep the class token and its rotary vector as constants: they are never trained.
         self.class_embedding = nn.Parameter(torch.randn(vision.hidden_size), requires_grad=False)
@@ -96,6 +97,8 @@ class RiceViT(MegatronModule):
 
         hidden = self.class_embedding.to(dtype).expand(tokens, -1).index_copy(0, patch_index, patches)
         hidden = self.pre_layernorm(hidden).unsqueeze(1)  # [tokens, 1, hidden]
+        if self.begins_frozen and torch.is_grad_enabled():
+            hidden.requires_grad_()  # as of embeddings (llava.py)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=segments)
         return hidden.squeeze(1).index_select(0, patch_index)
 

@@ -7,16 +7,20 @@ Notable:
 No torch.
 """
 
-from collections.abc import Collection
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, parameters_by_part, tensor_rows
+from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, tensor_rows
+from llava_sft.model.trained import Trained
 from llava_sft.settings.resolve import ResolvedSettings
 
 FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
+
+# Products of a pair wait for memory, and its frozen layer computes some things again: it takes as long as so many ranks more
+# would by their FLOPs (4B and 8B on an H100, benchmarks/lora.py).
+RANKS_MORE = 290
 
 
 class MicroBatch(NamedTuple):
@@ -43,41 +47,64 @@ def matmul_parameters(model: ModelConfig) -> tuple[int, int, int, int]:
     return sizes["language"], sizes["output"], sizes["vision"], sizes["adapter"]
 
 
+class Work(NamedTuple):
+    """FLOPs of one forward pass: matrix products of a part, and attention, whose backward pass costs differently. Without
+    the output layer."""
+
+    language: float
+    language_attention: float
+    vision: float
+    vision_attention: float
+    adapter: float
+
+
 def forward_flops(
     model: ModelConfig, tokens: float, token_squares: float, patches: float, patch_squares: float
-) -> tuple[float, float, float]:
-    """FLOPs of one forward pass: language model (without its output layer), vision tower, adapter.
-
-    A matrix product is 2 per weight and row. Attention is 4·n²·heads·head_dim a layer over a segment of n, half of it when
-    causal.
-    """
+) -> Work:
+    """A matrix product is 2 per weight and row. Attention is 4·n²·heads·head_dim a layer over a segment of n, half of it
+    when causal."""
     language, _, vision, adapter = matmul_parameters(model)
     t, v = model.language, model.vision
-    llm = 2 * language * tokens + 2 * t.num_layers * t.num_attention_heads * t.kv_channels * token_squares
-    vit = 2 * vision * patches + 4 * v.num_layers * v.hidden_size * patch_squares
-    return llm, vit, 2 * adapter * patches / v.spatial_merge_size**2
+    return Work(
+        language=2 * language * tokens,
+        language_attention=2 * t.num_layers * t.num_attention_heads * t.kv_channels * token_squares,
+        vision=2 * vision * patches,
+        vision_attention=4 * v.num_layers * v.hidden_size * patch_squares,
+        adapter=2 * adapter * patches / v.spatial_merge_size**2,
+    )
+
+
+def pair_flops(model: ModelConfig, trained: Trained, tokens: float, patches: float) -> dict[str, float]:
+    """FLOPs of LoRA's pairs in one forward pass, by part."""
+    rows = {"language_model": tokens, "vision_model": patches, "adapter": patches / model.vision.spatial_merge_size**2}
+    return (
+        {part: 2 * trained.lora.parameters(model, part) * rows[part] for part in trained.by_pairs}
+        if trained.lora
+        else {}
+    )
 
 
 def training_flops(
-    model: ModelConfig, trained: Collection[str], lengths: list[int], grids: list[tuple[int, int]], answers: int
+    model: ModelConfig, trained: Trained, lengths: list[int], grids: list[tuple[int, int]], answers: int
 ) -> float:
     """FLOPs that one micro-batch of samples needs: of `lengths` tokens (padding apart), `answers` of which are learned, and
     images of `grids` patches.
 
     The output layer counts for answers alone: no other token has a loss, so no other needs its 152k logits (a program that
-    computes them all the same does not earn MFU by it). Backward is twice the forward where weights are trained, once where
-    only the gradient passes through, nothing for a frozen vision tower. Recomputation and padding do not count
-    (PaLM, arXiv:2204.02311, appendix B).
+    computes them all the same does not earn MFU by it). `Trained.passes` says what the backward pass takes: nothing for a
+    frozen vision tower. Recomputation and padding do not count (PaLM, arXiv:2204.02311, appendix B).
     """
     patches = [height * width for height, width in grids]
     squares = sum(n * n for n in lengths), sum(n * n for n in patches)
-    llm, vit, merger = forward_flops(model, sum(lengths), squares[0], sum(patches), squares[1])
-    llm += 2 * matmul_parameters(model)[1] * answers
+    work = forward_flops(model, sum(lengths), squares[0], sum(patches), squares[1])
+    output = 2 * matmul_parameters(model)[1] * answers
+    pairs = pair_flops(model, trained, sum(lengths), sum(patches))
+    language, vision, adapter = (trained.passes(part) for part in ("language_model", "vision_model", "adapter"))
     return (
-        llm * (3 if "language_model" in trained else 2)
-        + merger * (3 if "adapter" in trained else 2 if "vision_model" in trained else 1)
-        + vit * (3 if "vision_model" in trained else 1)
-    )
+        (work.language + output) * language[0] + work.language_attention * language[1]
+        + work.vision * vision[0] + work.vision_attention * vision[1]
+        + work.adapter * adapter[0] + 3 * sum(pairs.values())
+    )  # fmt: skip
 
 
 def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> tuple[float, float]:
@@ -85,19 +112,21 @@ def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) 
 
     The output layer runs where an answer is: hardly ever. The adapter is counted with the vision tower.
     """
-    trained = set(values.trainable_modules)
-    llm, vit, merger = forward_flops(model, *batch[:4])
-    llm *= (3 if "language_model" in trained else 2) + (values.recompute_language == "full")
-    vit = (vit + merger) * (3 + (values.recompute_vision == "full") if "vision_model" in trained else 1)
+    trained = values.trained
+    work = forward_flops(model, *batch[:4])
+    pairs = pair_flops(model, trained, batch.tokens, batch.patches)
+    pairs = {part: flops * (1 + RANKS_MORE / trained.lora.rank) for part, flops in pairs.items() if trained.lora}
+    again = values.recompute_language == "full"
+    products, attention = (passes + again for passes in trained.passes("language_model"))
+    llm = products * work.language + attention * work.language_attention + (3 + again) * pairs.get("language_model", 0)
+    again = values.recompute_vision == "full" and trained.reaches("vision_model")
+    products, attention = (passes + again for passes in trained.passes("vision_model"))
+    vit = products * work.vision + attention * work.vision_attention + (3 + again) * pairs.get("vision_model", 0)
+    vit += (trained.passes("adapter")[0] + again) * work.adapter + (3 + again) * pairs.get("adapter", 0)
     return llm / values.model_parallel_size, vit / values.model_parallel_size
 
 
 # ------------------------------------------------------------------------------------------------------- bytes
-
-
-def trained_parameters(model: ModelConfig, values: ResolvedSettings) -> int:
-    counts = parameters_by_part(model)
-    return sum(counts[part] for part in values.trainable_modules)
 
 
 def expected_bytes(parameters: int, trained: int, values: ResolvedSettings) -> int:
@@ -109,13 +138,15 @@ def expected_bytes(parameters: int, trained: int, values: ResolvedSettings) -> i
 
 
 def checkpoint_size(model: ModelConfig, values: ResolvedSettings) -> int:
-    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained."""
-    return expected_bytes(parameter_count(model), trained_parameters(model, values), values)
+    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained; with LoRA of those alone."""
+    trained = values.trained.parameters(model)
+    return expected_bytes(trained if values.trained.lora else parameter_count(model), trained, values)
 
 
 def state_bytes(model: ModelConfig, values: ResolvedSettings) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer state of the fullest process. On GPUs all replicas share the last."""
-    total, trained = parameter_count(model), trained_parameters(model, values)
+    pairs, trained = values.trained.lora, values.trained.parameters(model)
+    total = parameter_count(model) + (pairs.parameters(model) if pairs else 0)
     weights: float = expected_bytes(total, 0, values)  # as in a checkpoint
     optimizer: float = expected_bytes(0, trained, values)
     gradients = 4 * trained
@@ -135,9 +166,14 @@ def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroB
     """
     size, t, v = 2 if values.bf16 else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
-    attention = (2 * heads + t.num_attention_heads) * t.kv_channels
-    language = batch.tokens * (4 * t.hidden_size + attention + 3 * t.ffn_hidden_size)
-    vision = batch.patches * (8 * v.hidden_size + 2 * v.ffn_hidden_size)
+    # With frozen weights the layers for GPUs keep neither inputs of products nor queries, keys and values.
+    language_whole, vision_whole = (
+        not values.on_gpu or part in values.trained.whole for part in ("language_model", "vision_model")
+    )
+    attention = ((1 + language_whole) * heads + t.num_attention_heads) * t.kv_channels
+    of_token = (2 + 2 * language_whole) * t.hidden_size + attention + (2 + language_whole) * t.ffn_hidden_size
+    language = batch.tokens * of_token
+    vision = batch.patches * ((6 + 2 * vision_whole) * v.hidden_size + (1 + vision_whole) * v.ffn_hidden_size)
     if not values.on_gpu:
         language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
         vision += batch.patch_squares * v.num_attention_heads
@@ -145,7 +181,7 @@ def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroB
         language, batch.tokens * t.hidden_size, t.num_layers, values.recompute_language == "full"
     )
     vision = stored_activations(vision, batch.patches * v.hidden_size, v.num_layers, values.recompute_vision == "full")
-    if "vision_model" not in values.trainable_modules:
+    if not values.trained.reaches("vision_model"):
         vision = 0.0
     # Layers of a later pipeline stage run while an earlier stage holds several micro-batches: as much as without one.
     split = values.tensor_model_parallel_size

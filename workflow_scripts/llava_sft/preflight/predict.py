@@ -19,7 +19,7 @@ from llava_sft.files import read_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.preflight.cost import MicroBatch, activation_bytes, checkpoint_size, state_bytes, step_flops
-from llava_sft.run.remedies import less_memory
+from llava_sft.run.remedies import in_yaml, less_memory, with_lora
 from llava_sft.settings.resolve import ResolvedSettings
 
 FACTORS = Path(__file__).with_name("factors.json")
@@ -186,7 +186,8 @@ def fits(prediction: Prediction, machine: Machine) -> bool:
 
 
 def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any], Prediction]]:
-    """Changed settings that would fit, the fastest first; those that keep seq_length before those that do not."""
+    """Changed settings that would fit, the fastest first; those that train the same before LoRA, and those that keep
+    seq_length before those that do not."""
     values = case.values
     piece = min(values.seq_length, values.chunk_tokens)  # what goes through the model at once
     smaller = less_memory(values, values.seq_length)
@@ -195,8 +196,10 @@ def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any]
     sizes = choices["tensor_model_parallel_size"]
     choices["tensor_model_parallel_size"] = [size for size in sizes if not (groups % size or heads % size)]
     found = []
-    for picked in product(*(dict.fromkeys(options) for options in choices.values())):
+    trainings = [{}, lora] if (lora := with_lora(values)) else [{}]
+    for training, *picked in product(trainings, *(dict.fromkeys(options) for options in choices.values())):
         changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
+        changed |= training
         tried = values.model_copy(update=changed)
         rows = tried.micro_batch_size / values.micro_batch_size
         scales = tried.seq_length / values.seq_length, min(tried.seq_length, tried.chunk_tokens) / piece
@@ -209,7 +212,7 @@ def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any]
         prediction = predict(case._replace(values=tried, mean=mean, largest=largest), calibration)
         if fits(prediction, case.machine):
             found.append((changed, prediction))
-    found.sort(key=lambda each: ("seq_length" in each[0], -each[1].tokens_per_s, len(each[0])))
+    found.sort(key=lambda each: ("seq_length" in each[0], "lora_rank" in each[0], -each[1].tokens_per_s, len(each[0])))
     needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
     return [each for each in found if each[0] not in needless]
 
@@ -253,7 +256,7 @@ def table(prediction: Prediction, machine: Machine, calibration: Calibration, va
 def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
     """The three fastest settings that would fit, a line each."""
     return [
-        ", ".join(f"{name}: {value}" for name, value in changed.items())
+        ", ".join(f"{name}: {in_yaml(value)}" for name, value in changed.items())
         + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
         for changed, prediction in found[:3]
     ]

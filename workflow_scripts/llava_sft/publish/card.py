@@ -23,6 +23,7 @@ from llava_sft.model.export_files import image_limits
 from llava_sft.report.figures import with_scores
 from llava_sft.report.html import number, percent, points
 from llava_sft.run.layout import ITERATION, RUN_FILE
+from llava_sft.settings.lora import LoraSettings
 from llava_sft.settings.resolved import Resolved
 
 CARD = "README.md"
@@ -88,12 +89,17 @@ def render(export: Path, model_id: str) -> str:
         marker=marker,
         start=f"[{base}](https://huggingface.co/{base})" if base else f"`{started}`",
         run=run,
-        settings=run and {name: getattr(run.settings, name) for name in SETTINGS},
+        settings=run and {name: getattr(run.settings, name) for name in settings_of(run)},
         data=run and data_of(run),
         evaluation=evaluation_of(export),
         limits=image_limits(export),
     )
     return f"---\n{head}---\n\n{body.rstrip()}\n"
+
+
+def settings_of(run: Resolved) -> tuple[str, ...]:
+    """Names of the settings that the card names; LoRA's where a run has it."""
+    return SETTINGS + (tuple(LoraSettings.model_fields) if run.settings.trained.lora else ())
 
 
 def newest_settings(*paths: Path) -> Resolved | None:

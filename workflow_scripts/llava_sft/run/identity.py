@@ -160,14 +160,14 @@ def open_run(run_dir: Path, resolved: Resolved) -> int:
             settings = resolved.settings.model_copy(update={"lr_decay_iters": length})
             resolved = resolved.model_copy(update={"settings": settings})
     resolved.write(run_dir / RUN_FILE)
-    keep_sidecars(run_dir, resolved.start, done)
+    keep_sidecars(run_dir, resolved.start, done, needs_base=resolved.settings.trained.lora is not None)
     return done
 
 
-def keep_sidecars(run_dir: Path, start: Start, done: int) -> None:
+def keep_sidecars(run_dir: Path, start: Start, done: int, needs_base: bool = False) -> None:
     """Copy the start checkpoint's tokenizer and config into the run, which the export takes them from."""
     sidecars = run_dir / SIDECARS
-    if not done and start.folder:
+    if start.folder and (not done or needs_base):
         require_whole(start.folder)
     damage = sidecars_damage(sidecars)
     if done and sidecars.is_dir() and not damage:

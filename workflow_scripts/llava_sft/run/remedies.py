@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from llava_sft.errors import RunError
 from llava_sft.model.processing import PATCH_SIZE
@@ -85,6 +86,19 @@ def less_memory(values: ResolvedSettings, tokens: int) -> dict[str, list]:
     }
 
 
+def with_lora(values: ResolvedSettings) -> dict[str, Any]:
+    """What trains the language model alone, by LoRA, where it is trained whole; empty where it cannot."""
+    if "language_model" not in values.trained.whole or values.load == "random":
+        return {}
+    return {"lora_rank": 32, "trainable_modules": ["language_model"], "lr": max(values.lr, 1e-4)}
+
+
+def in_yaml(value: Any) -> str:
+    return (
+        f"[{', '.join(value)}]" if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+
+
 def out_of_memory(values: ResolvedSettings, memory: dict[str, float], largest: dict[str, int]) -> RunError:
     """The memory in use, and the settings that need less of what took most.
 
@@ -112,6 +126,8 @@ def out_of_memory(values: ResolvedSettings, memory: dict[str, float], largest: d
     notes |= {"recompute_language": notes["recompute_vision"]}
     notes |= {"micro_batch_size": f" (global_batch_size stays {values.global_batch_size})"}
     ways = [f"{name}: {smaller[name][0]}{notes.get(name, '')}" for name in helps if helps[name] and smaller[name]]
+    if mostly_state and (lora := with_lora(values)):
+        ways.append("LoRA: " + ", ".join(f"{name}: {in_yaml(value)}" for name, value in lora.items()))
     return RunError(
         f"out of memory at a micro-batch of {largest['rows']} × {largest['tokens']} tokens and {largest['patches']} image "
         f"patches. GiB in use: {parts}",

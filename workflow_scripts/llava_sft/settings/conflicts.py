@@ -39,8 +39,17 @@ def check_combinations(settings: Settings) -> None:
     for key, part in (("lr_vision", "vision_model"), ("lr_adapter", "adapter")):
         if getattr(settings, key) != "auto" and part not in settings.trainable_modules:
             raise Conflict(key, f"{part} is not trained", f"add {part} to trainable_modules, or leave {key} out")
+    if settings.lora_rank:
+        _check_lora(settings)
     if settings.run_tag.endswith("results"):
         raise Conflict("run_tag", f"{settings.run_tag!r} would name the results folder of a run", "choose another tag")
+
+
+def _check_lora(settings: Settings) -> None:
+    if frozen := [part for part in settings.lora_modules if part not in settings.trainable_modules]:
+        raise Conflict("lora_modules", f"{frozen[0]} is not trained", f"add {frozen[0]} to trainable_modules")
+    if settings.load == "random":
+        raise Conflict("lora_rank", "load: random, and a base of random weights is not kept", "load: a trained model")
 
 
 def processes_per_node(settings: Settings, gpus: int) -> int:

@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
+
+from llava_sft.model.tensors import Part
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -11,6 +13,8 @@ Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]  # `1e-5` too, which is text to YAML
 NonNegative = Annotated[float, Field(ge=0)]
+# Of the model, each once and in one order: the same parts are the same run.
+Parts = Annotated[list[Part], Field(min_length=1), AfterValidator(lambda parts: sorted(set(parts), reverse=True))]
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)]
 
 

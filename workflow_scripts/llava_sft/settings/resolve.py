@@ -169,7 +169,7 @@ def part_rates(values: ResolvedSettings) -> dict[str, tuple[float, float]]:
     """Trained part → (lr, min_lr). Every part's rate ends at the same share of where it began."""
     rates = {"language_model": values.lr, "adapter": values.lr_adapter, "vision_model": values.lr_vision}
     share = values.min_lr / values.lr
-    return {part: (rate, rate * share) for part, rate in rates.items() if part in values.trainable_modules}
+    return {part: (rate, rate * share) for part, rate in rates.items() if part in values.trained.parts}
 
 
 def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int:
@@ -212,7 +212,13 @@ def packing_window(settings: Settings, lengths: list[int]) -> int:
 
 def warnings(settings: Settings, untrained: bool) -> list[str]:
     """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
-    if not untrained and "language_model" in settings.trainable_modules and not 1e-6 <= settings.lr <= 5e-5:
+    if settings.trained.lora and settings.lr < 5e-5:
+        return [f"lr {settings.lr:g} is low for LoRA, whose pairs start from zero: 1e-4 or 2e-4 is usual"]
+    if settings.trained.lora and "vision_model" in settings.trained.whole and settings.lr_vision == "auto":
+        return [
+            f"the vision tower is trained whole, at LoRA's lr {settings.lr:g}: set lr_vision, 1e-5 or 2e-6, or freeze it"
+        ]
+    if not untrained and "language_model" in settings.trained.whole and not 1e-6 <= settings.lr <= 5e-5:
         return [
             f"lr {settings.lr:g} is outside 1e-6 … 5e-5, the range for trained LLM weights: "
             "5e-6 or 1e-6 if the loss is unstable, 2e-5 or 5e-5 if it falls too slowly"

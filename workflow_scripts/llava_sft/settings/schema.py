@@ -11,14 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+from llava_sft.model.lora import Lora
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
-from llava_sft.model.tensors import Part
+from llava_sft.model.trained import Trained
 from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
     Auto,
     Fraction,
     Natural,
     NonNegative,
+    Parts,
     Positive,
     Rate,
     Section,
@@ -27,6 +29,7 @@ from llava_sft.settings.fields import (
     free,
     setting,
 )
+from llava_sft.settings.lora import LoraSettings
 
 # Names of run directories begin like this; the values of a stage are in config/stages/.
 STAGES = {"align": "stage1_align", "mid": "stage1.5_mid", "sft": "stage2_sft"}
@@ -135,15 +138,9 @@ class Model(Section):
     stage: Literal["align", "mid", "sft"] = free(
         "sft", "align (stage 1) | mid (stage 1.5) | sft (stage 2): config/stages/<stage>.yaml", shown=True
     )
-    trainable_modules: Annotated[list[Part], Field(min_length=1)] = setting(
+    trainable_modules: Parts = setting(
         ["language_model", "adapter", "vision_model"], "what is trained; parts left out are frozen", shown=True
     )
-
-    @field_validator("trainable_modules")
-    @classmethod
-    def _each_part_once(cls, parts: list[Part]) -> list[Part]:
-        """In one order: the same parts are the same run."""
-        return sorted(set(parts), reverse=True)
 
 
 class Batches(Section):
@@ -303,11 +300,11 @@ class Export(Section):
     language: tuple[str, ...] = free((), "languages of the data, for the model card: [en, zh]")
 
 
-SECTIONS = (Where, Data, Model, Batches, Optimizer, Run, Watching, Evaluation, Export)
+SECTIONS = (Where, Data, Model, LoraSettings, Batches, Optimizer, Run, Watching, Evaluation, Export)
 
 
 # The experiment's name comes first, then the sections in order: pydantic collects the fields of the last base first.
-class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, Model, Data, Where, Named):
+class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, LoraSettings, Model, Data, Where, Named):
     """The settings of one experiment, given or resolved."""
 
     @property
@@ -319,6 +316,13 @@ class AllSettings(Export, Evaluation, Watching, Run, Optimizer, Batches, Model, 
     def model_parallel_size(self) -> int:
         """Processes that share one replica of the model, TP × PP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def trained(self) -> Trained:
+        """Which parts of the model learn, and how."""
+        pairs = tuple(self.lora_modules) if self.lora_rank else ()
+        whole = tuple(part for part in self.trainable_modules if part not in pairs)
+        return Trained(whole, Lora(self.lora_rank, self.lora_alpha, pairs, self.lora_dropout) if pairs else None)
 
 
 ABOUT = {name: about_field(field) for name, field in AllSettings.model_fields.items()}

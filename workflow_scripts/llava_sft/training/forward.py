@@ -13,14 +13,16 @@ from torch import Tensor
 from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.config import transformer_config
 from llava_sft.megatron.distributed import reduce_gradients, report_complete, unwrapped
+from llava_sft.model import lora_layers
 from llava_sft.model.attention import packed_seq_params
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.llava import LlavaOneVision
+from llava_sft.model.lora_dropout import begin_pass
 from llava_sft.settings.resolve import ResolvedSettings
 
 
 def build_model(model: ModelConfig, values: ResolvedSettings, random_weights: bool = True) -> LlavaOneVision:
-    """This rank's share of the model, what is not in `trainable_modules` frozen; not `random_weights`: without any yet."""
+    """This rank's share of the model, what is not trained frozen; not `random_weights`: without any yet."""
     config = transformer_config(model, values)
     config.perform_initialization = random_weights
     last = parallel_state.is_pipeline_last_stage()
@@ -37,8 +39,10 @@ def build_model(model: ModelConfig, values: ResolvedSettings, random_weights: bo
         # Transformer Engine's layers add weight gradients in place; Megatron's output layer (TP > 1) would need Apex.
         built.language_model.output_layer.gradient_accumulation_fusion = False
     for name, part in built.named_children():
-        if name not in values.trainable_modules:
+        if name not in values.trained.whole:
             part.requires_grad_(False)
+    if values.trained.lora:
+        lora_layers.attach(built, values.trained.lora, values.seed)
     return built
 
 
@@ -52,10 +56,11 @@ class Forward:
         self.text_only = False  # the model sees no image just now
         self.image_parameters: list[torch.nn.Parameter] = []  # that are trained, where reduction overlaps
         module = unwrapped(model)
+        self.dropout_seed, self.step, self.passes = module.dropout_seed, 0, 0
         if module.pre_process and model.ddp_config.overlap_grad_reduce:
             parts = (module.vision_model, module.adapter)
             self.image_parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
-            module.language_model.embedding.register_forward_hook(self._after_embedding)
+            module.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True)
 
     def __call__(self, batch: VlmBatch) -> Tensor:
         """Loss of each answer token [answer tokens] of a batch, or what the next pipeline stage takes."""
@@ -63,6 +68,9 @@ class Forward:
         rows, tokens = batch.input_ids.shape
         image = max((height * width for height, width in grids), default=0)
         self.text_only = self.model.training and not grids
+        if self.dropout_seed is not None and self.model.training:
+            begin_pass(self.dropout_seed, self.step, parallel_state.get_data_parallel_rank(), self.passes)
+            self.passes += 1
         self.largest = {"rows": rows, "tokens": tokens, "patches": len(batch.pixels), "image": image}
         output = self.model(
             self._on_device(batch.input_ids),
@@ -78,6 +86,11 @@ class Forward:
             output.register_hook(self._no_image_gradients)
         return output
 
+    def begin(self, step: int) -> None:
+        """The micro-batches that follow are those of a training step."""
+        self.step, self.passes = step, 0
+        lora_layers.settle(unwrapped(self.model))
+
     def evaluate(self, batches: Iterable[VlmBatch]) -> Tensor:
         """[2]: sum of losses, answer tokens."""
         return torch.vstack([torch.stack((self(batch).sum(), self.count(batch).float())) for batch in batches]).sum(
@@ -92,9 +105,9 @@ class Forward:
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
-    def _after_embedding(self, embedding, inputs, output: Tensor) -> None:
-        if self.text_only and output.requires_grad:
-            output.register_hook(self._no_image_gradients)
+    def _before_language_model(self, language_model, inputs, named: dict) -> None:
+        if self.text_only and named["decoder_input"].requires_grad:
+            named["decoder_input"].register_hook(self._no_image_gradients)
 
     def _no_image_gradients(self, gradient: Tensor) -> None:
         report_complete(self.model, self.image_parameters)

@@ -65,6 +65,7 @@ class Loop:
         self.model.train()
         while iteration < last:
             self.saves.finish()
+            self.forward.begin(iteration)
             sums = self.forward_backward()
             norm = self.update()
             iteration += 1
@@ -175,9 +176,8 @@ class Loop:
         batch = next(self.loader)
         waited = time.perf_counter() - began
         grids = [tuple(grid) for grid in batch.grids.tolist()]
-        flops = training_flops(
-            self.model_config, set(self.values.trainable_modules), batch.lengths, grids, len(batch.answer_labels)
-        )
+        trained, answers = self.values.trained, len(batch.answer_labels)
+        flops = training_flops(self.model_config, trained, batch.lengths, grids, answers)
         self.watch.batch(waited, batch.num_tokens, batch.input_ids.numel(), flops, batch.__key__)
         return batch
 

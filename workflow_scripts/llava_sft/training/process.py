@@ -60,11 +60,14 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
     model = distributed.wrap(build_model(model_config, values), values)
     optimizer = distributed.make_optimizer(model, values)
     scheduler = distributed.make_schedule(optimizer, values)
-    states = Checkpoints(model, optimizer, scheduler, in_background=values.async_save)
+    lora = values.trained.lora is not None  # the frozen weights are never saved: they come from the start every time
+    states = Checkpoints(model, optimizer, scheduler, in_background=values.async_save, trained_only=lora)
+    if start.folder and (lora or not first):
+        states.load_weights(start.folder)
     if first:
         states.load(checkpoint_dir(run_dir, first))
-    elif start.folder:
-        states.load_weights(start.folder)
+    elif start.pairs:
+        states.load_weights(start.pairs, those_there=True)
 
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     world_size = torch.distributed.get_world_size()
@@ -77,7 +80,7 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
     gpu = None if ON_CPU else known_gpu(torch.cuda.get_device_name(device))
     peak = PEAK_FLOPS[gpu] * world_size // replicas if gpu else None
     watch = Watch(run_dir, values, rank, replicas, first, writes, peak, tensorboard)
-    saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch)
+    saves = Saves(run_dir, values, checkpoint_size(model_config, values), states, loader, watch, start)
     held_out = None
     if values.eval_iters:
         batches = values.eval_iters * values.global_batch_size // (values.micro_batch_size * replicas)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from llava_sft.checkpoint.base import note_base
+from llava_sft.checkpoint.start import Start
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.errors import RunError
 from llava_sft.files import write_text
@@ -32,8 +34,10 @@ class Saves:
         states: Checkpoints,
         loader: TrainingLoader,
         watch: Watch,
+        start: Start,
     ):
         self.run_dir, self.values, self.expected = run_dir, values, expected
+        self.start = start
         self.states, self.loader, self.watch = states, loader, watch
         self.first_rank = torch.distributed.get_rank() == 0
         self.begun = 0  # the step whose checkpoint was begun last
@@ -60,6 +64,8 @@ class Saves:
     def _written(self, iteration: int) -> None:
         """Have the tracker name it; note checksums and delete old checkpoints, beside the training."""
         if self.first_rank:
+            if lora := self.values.trained.lora:
+                note_base(checkpoint_dir(self.run_dir, iteration), lora, self.start)
             write_text(self.run_dir / TRACKER, str(iteration))
             self.sealing = threading.Thread(target=self._seal, args=(iteration,))
             self.sealing.start()

@@ -1,0 +1,124 @@
+"""LoRA on one GPU, beside full training of the same model: memory on cards of 24, 40 and 48 GB, speed there and without a cap.
+
+    python benchmarks/lora.py WEBDATASETS TOKENIZER [--only 4b-lora full] [--output FOLDER]
+
+One process for each set of trained parts, one after another on the same GPU, on the same batches of real images, with random
+weights at the true shape (as benchmarks/training.py). A smaller card is this one with PyTorch's memory capped
+(`torch.cuda.set_per_process_memory_fraction`) to what such a card has left beside CUDA's own: 22 GiB of 24, 38 of 40, 46 of
+48. Chunks of 4,096 tokens are those of a pack whose longest sample has as many.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from results import row, write_results
+from training import run
+from training_rows import figures
+
+RANK = 32
+BY_PAIRS = {"trainable_modules": ["language_model"], "lora_rank": RANK, "lora_alpha": RANK, "lr": 1e-4}
+BY_PAIRS |= {"load": "the weights of a benchmark are random"}
+SHORT = {"micro_batches": 4, "steps": 5, "warm": 2}
+CHUNKS, FULL = {"pack_chunk_tokens": 4096}, {"recompute_language": "full"}
+CARDS = [
+    {"name": "22 GiB, chunks", "gpu_gib": 22, **CHUNKS},
+    {"name": "22 GiB, recomputed", "gpu_gib": 22, **FULL},
+    {"name": "38 GiB", "gpu_gib": 38},
+    {"name": "chunks", **CHUNKS},
+    {"name": "whole packs"},
+    {"name": "whole packs, profile", "profile": True},
+    {"name": "whole packs, fp8", "fp8": "tensorwise"},
+]
+CARDS_8B = [
+    {"name": "38 GiB, chunks", "gpu_gib": 38, **CHUNKS},
+    {"name": "38 GiB, recomputed", "gpu_gib": 38, **FULL},
+    {"name": "46 GiB, chunks", "gpu_gib": 46, **CHUNKS},
+    {"name": "whole packs"},
+]
+PROCESSES = {  # name: worker, model, settings, cases
+    "4b-lora": ("ours", "4b", BY_PAIRS, CARDS),
+    "full": ("ours", "4b", {}, [{"name": "chunks", **CHUNKS}]),
+    "language": (
+        "ours", "4b", {"trainable_modules": ["language_model"]}, [{"name": "chunks", **CHUNKS}, {"name": "whole packs"}],
+    ),
+    "8b-lora": ("ours", "8b", BY_PAIRS, CARDS_8B),
+    "peft": (
+        "peers", "4b", {},
+        [{"name": "peft", "packed": True, "attention": "flex_attention", "seq_length": 8192, "accumulate": 8, "warm": 2,
+          "steps": 2, "recompute": ["none", "full"], "lora_rank": RANK}],
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("webdatasets")
+    parser.add_argument("tokenizer")
+    parser.add_argument("--only", nargs="+", default=list(PROCESSES), choices=PROCESSES)
+    parser.add_argument("--output", type=Path, help="folder for the raw figures; results/ is then left as it is")
+    parser.add_argument("--read", type=Path, help="folder of raw figures, of another machine: write results/ from them")
+    args = parser.parse_args()
+    folder = args.read or args.output or Path(tempfile.mkdtemp())
+    for name in [] if args.read else args.only:
+        worker, model, values, cases = PROCESSES[name]
+        cases = [SHORT | case for case in cases] if worker == "ours" else cases
+        command = [__file__.replace("lora.py", "training.py"), args.webdatasets, args.tokenizer, "--worker", worker]
+        command += ["--model", model, "--values", json.dumps(values), "--cases", json.dumps(cases)]
+        began = time.perf_counter()
+        code = run(command, folder / f"{name}.json", 6)
+        print(f"{name}: {time.perf_counter() - began:.0f} s, exit code {code}", flush=True)
+    if not args.output:
+        paths = {name: folder / f"{name}.json" for name in PROCESSES}
+        raw = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+        source = {"command": "python benchmarks/lora.py WEBDATASETS TOKENIZER", **raw["full"]["machine"]}
+        write_results("lora", rows(raw), **source)
+
+
+def rows(raw: dict[str, dict]) -> list[dict]:
+    """The table of all processes of one run."""
+    found: dict[str, dict[str, dict]] = {}
+    for name, process in raw.items():
+        cases = {"peft": process["peer"]} if "peer" in process else process["cases"]
+        found[name] = {each: case for each, case in cases.items() if not case.get("out_of_memory")}
+    rate = {
+        (name, each): case["useful_tokens_per_s"]
+        if "useful_tokens_per_s" in case
+        else figures(case)["useful_tokens_per_s"]
+        for name, cases in found.items()
+        for each, case in cases.items()
+    }
+    gpu = raw["full"]["gpu"]
+    result = []
+    for (name, each), tokens in rate.items():
+        result.append(row("useful_tokens_per_s", tokens, "tokens/s", None, "higher", run=f"{name}: {each}", gpu=gpu))
+        if "peak_reserved_gib" in found[name][each]:
+            gib = found[name][each]["peak_reserved_gib"]
+            result.append(row("peak_reserved_gib", gib, "GiB", None, "lower", run=f"{name}: {each}", gpu=gpu))
+    full = rate["full", "chunks"]
+    language = max(tokens for (name, _), tokens in rate.items() if name == "language")
+    for model, gib in (("4b", 22), ("8b", 38)):
+        capped = {each: case for each, case in found[f"{model}-lora"].items() if each.startswith(f"{gib} GiB")}
+        best = max(capped, key=lambda each: rate[f"{model}-lora", each])
+        note = f"of {gib} GiB that PyTorch may take: {best}"
+        result.append(
+            row(f"lora_peak_gib_{model}", capped[best]["peak_reserved_gib"], "GiB", gib, "lower", note, gpu=gpu)
+        )
+        if model == "4b":
+            result.append(row("lora_speedup_capped", rate["4b-lora", best] / full, "×", 1.15, "higher", note, gpu=gpu))
+    peer = rate.get(("peft", "peft"))
+    fastest = max(rate["4b-lora", each] for each in ("chunks", "whole packs"))
+    for metric, other, goal, note in (
+        ("lora_speedup", full, 1.5, "against full training of all parts, in chunks of 4,096"),
+        ("lora_speedup_same_parts", language, 1.2, "against the language model alone, at its best"),
+        ("lora_speedup_peft", peer, 2, "against transformers' Trainer with PEFT"),
+    ):
+        if other:
+            result.append(row(metric, fastest / other, "×", goal, "higher", note, gpu=gpu))
+    return result
+
+
+if __name__ == "__main__":
+    main()
