@@ -10,6 +10,7 @@ of 4. Efficiency: useful tokens/s (without padding) of two GPUs over twice that 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -106,10 +107,12 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
 
-    from llava_sft.checkpoint.start import Start
+    from llava_sft.training import process  # first: it makes Megatron run without a GPU
+
+    from llava_sft.checkpoint.start import Start  # isort: skip
+    from llava_sft.megatron import distributed
     from llava_sft.model.config import load_model_config
     from llava_sft.settings.resolved import Resolved, ResolvedData
-    from llava_sft.training import process
 
     values = {"seq_length": args.seq_length, "pack_chunk_tokens": args.chunk, "global_batch_size": LOSS_PACKS}
     values |= {"gpus_per_node": job["processes"]} if gpu_count() else {"gpus_per_node": 0, "bf16": False}
@@ -122,7 +125,9 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
     )
     began = time.monotonic()
     run_dir = Path(job["run_dir"])
-    steps = Steps(process.set_up(resolved, run_dir))
+    loop = process.set_up(resolved, run_dir)
+    fill(loop)
+    steps = Steps(loop)
     report = {"layout": job["layout"], "machine": machine(), "setup_s": time.monotonic() - began, "speed": {}}
     report |= {"model": args.model, "settings": values | LAYOUTS[job["layout"]] | args.values}
     report["gpu"] = torch.cuda.get_device_name() if gpu_count() else "CPU"
@@ -134,6 +139,7 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
 
     for _ in range(args.loss_steps):
         steps.take()
+    report["unlike_copies"] = distributed.unlike_copies(distributed.unwrapped(steps.loop.model))
     write()
     for packs in args.packs:
         warm, timed = SPEED.get(packs, (1, 3))
@@ -143,6 +149,29 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
     for child in multiprocessing.active_children():
         child.kill()
     torch.distributed.destroy_process_group()
+
+
+def fill(loop) -> None:
+    """Random weights that are the same in every layout: drawn for each whole tensor from a seed of its name's."""
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    from llava_sft.megatron.distributed import unwrapped
+
+    state = unwrapped(loop.model).sharded_state_dict()
+    apply_factories(state)
+    for part in nested_values(state):
+        if not isinstance(part, ShardedTensor) or "norm" in part.key or part.key.endswith("bias"):
+            continue
+        seed = int(hashlib.sha256(part.key.encode()).hexdigest()[:12], 16)
+        generator = torch.Generator(part.data.device).manual_seed(seed)
+        whole = torch.empty(part.global_shape, device=part.data.device).normal_(0, 0.02, generator=generator)
+        mine = tuple(slice(at, at + size) for at, size in zip(part.global_offset, part.local_shape, strict=True))
+        with torch.no_grad():
+            part.data.copy_(whole[mine])
+    loop.optimizer.reload_model_params()
 
 
 class Steps:
@@ -227,6 +256,8 @@ def compare(raw: dict[str, dict]) -> None:
     for name, found in raw.items():
         steps = len(found["losses"])
         print(f"{name}: {found['gpu']}, {steps} losses, {found['losses'][:1]} … {found['losses'][-1:]}", end="")
+        if found.get("unlike_copies"):
+            print(f", COPIES DIFFER: {found['unlike_copies'][:5]}", end="")
         print(f", at most {difference(found['losses'], one['losses']):.2e} from one GPU's" if one else "")
         for packs, speed in found["speed"].items():
             memory = ", ".join(f"{gib:.1f}" for gib in speed["peak_gib"])

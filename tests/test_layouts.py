@@ -126,3 +126,37 @@ def test_on_gpus_a_layout_that_the_optimizers_state_does_not_fit_is_refused(tmp_
     with pytest.raises(RunError) as error:
         refuse_layout(tmp_path, 4, old, new)
     assert refused in error.value.problem and "load=" in error.value.fix
+
+
+COPIES = """
+import json, os
+if "RANK" in os.environ:
+    from llava_sft.training import loop
+    run = loop.Loop.run
+    def checked(self):
+        from llava_sft.megatron import distributed
+        import torch
+        run(self)
+        model = distributed.unwrapped(self.model)
+        names = [name for name, _ in distributed.replicated(model)]
+        same = distributed.unlike_copies(model)
+        if torch.distributed.get_rank() == 1:  # one of its own now
+            next(model.adapter.parameters()).data.flatten()[0] += 1
+        found = {"names": names, "unlike": same, "spoiled": distributed.unlike_copies(model)}
+        json.dump(found, open(os.environ["COPIES"], "w")) if torch.distributed.get_rank() == 0 else None
+    loop.Loop.run = checked
+"""
+
+
+def test_copies_of_a_parameter_frozen_or_not_are_equal_on_all_tensor_parallel_ranks_after_50_steps(
+    base, servers, tmp_path
+):
+    run = trainings.Run(base, tmp_path / "copies", train_iters=50, save_interval=50, eval_interval=50)
+    run.change(eval_iters=0, trainable_modules=["language_model", "adapter"], lr=1e-3, lr_adapter=1e-3)
+    first = f"import os; os.environ['COPIES'] = {str(tmp_path / 'found.json')!r}\n{COPIES}"
+    assert start(servers, run, first, **LAYOUTS["TP2"]).wait() == 0, run.said()
+    found = read_json(tmp_path / "found.json")
+    assert {"vision_model.class_embedding", "adapter.linear_1.weight"} & set(found["names"]) and len(
+        found["names"]
+    ) > 10
+    assert found["unlike"] == [] and len(found["spoiled"]) == 1 and found["spoiled"][0].startswith("adapter.")

@@ -35,10 +35,12 @@ from llava_sft.preflight.predict import (
     forecast_of,
     host_bytes_for_save,
     mean_and_largest,
+    needless_parallelism,
     proposal_lines,
     table,
 )
 from llava_sft.run.identity import refuse_other_run, same_run
+from llava_sft.settings.conflicts import check_parallel_sizes
 from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
@@ -84,6 +86,7 @@ def main() -> None:
     if not args.gpu:  # what another machine would need may be asked for any size, whatever there is to start from
         start = beside_its_base(start, settings.trained.lora)
         model, own_values = model_of_start(start, model, paths.converted is not None)
+        check_parallel_sizes(settings, model)  # the checkpoint may have another vocabulary than the model's file
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
@@ -105,6 +108,7 @@ def main() -> None:
         versions={package: version(package) for package in PACKAGES},
     )
     notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved)]
+    notes += needless_parallelism(forecast.case, forecast.calibration) if forecast else []
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)

@@ -135,7 +135,7 @@ def resolve(
 
 
 def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
-    node = this_node()
+    node = this_node() if settings.nodes == "auto" else None
     auto.settle("nodes", node.nodes if node else 1, "those that the platform started" if node else "this machine")
     found = gpu_count()
     why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
