@@ -155,11 +155,11 @@ def servers(tmp_path_factory):
         yield servers
 
 
-def start(servers, run, rank: int, port: int):
+def start(servers, run, rank: int, port: int, more: str = ""):
     """train.py on one of two nodes; its ranks are forked from a process that has imported Megatron."""
     with open(run.folder.with_name(f"{run.folder.name}.node{rank}.log"), "ab") as log:
         first = f"import os; [os.environ.setdefault(*each) for each in {list(variables(rank, port).items())}]"
-        return servers.ask(run.script(), ROOT, log.fileno(), first)
+        return servers.ask(run.script(), ROOT, log.fileno(), first + more)
 
 
 def said(run, rank: int) -> str:
@@ -184,6 +184,21 @@ def test_two_nodes_train_what_one_machine_does_also_after_one_of_them_broke_down
     assert [node.wait(120) for node in nodes] == [0, 0], said(run, 0) + said(run, 1)
     assert "resuming from step" in said(run, 0)
     assert same(run, alone, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
+
+
+BROKEN = """
+if os.environ.get("LOCAL_RANK") and os.environ["RANK"] == "1":
+    from llava_sft.data import stream
+    stream.MicroBatches.__getitem__ = lambda self, packs: {}["a sample of node 1"]
+"""
+
+
+def test_what_a_rank_of_another_node_raises_stands_on_node_0s_terminal(base, servers, tmp_path):
+    run, port = trainings.Run(base, tmp_path / "raises", **HOW, nodes=2), free_port()
+    nodes = [start(servers, run, rank, port, "\n" + BROKEN) for rank in (1, 0)]
+    assert [node.wait(60) for node in nodes] == [1, 1]
+    last = said(run, 0).partition("error: ")[2]
+    assert "rank 1 of 2 on " in last and "KeyError: 'a sample of node 1'" in last, last
 
 
 def test_the_same_snakemake_command_on_both_nodes_trains_once(project):

@@ -12,7 +12,6 @@ from faults.server import Servers
 from helpers import ROOT, trainings
 from helpers.trainings import same
 from llava_sft.files import read_json
-from llava_sft.run.layout import FAILURE
 from llava_sft.run.records import read_jsonl
 from llava_sft.training import ranks
 
@@ -41,11 +40,10 @@ def wait(started: ranks.Processes) -> tuple[int, str]:
     """Exit code, and what is noted as the cause."""
     while (code := started.poll()) is None:
         time.sleep(0.02)
-    return code, read_json(started.run_dir / FAILURE, {"problem": ""})["problem"]
+    return code, (ranks.noted_failure(started.run_dir) or {"problem": ""})["problem"]
 
 
 def test_a_killed_rank_is_the_cause_also_where_another_one_has_noted_that_it_lost_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(ranks, "AFTER_CAUSES_S", 0)
     started = processes(tmp_path, "import os; os.kill(os.getpid(), 9)", FOLLOWS)
     code, problem = wait(started)
     assert code and problem == "rank 0 of 2 was ended by SIGKILL"

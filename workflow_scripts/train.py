@@ -9,7 +9,6 @@ second Ctrl-C, without one; 1 an error, with its message.
 """
 
 import argparse
-import contextlib
 import datetime
 import platform
 import shlex
@@ -21,19 +20,20 @@ from typing import BinaryIO
 
 from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
-from llava_sft.files import fingerprint, read_json, write_json
+from llava_sft.errors import RunError, exits_cleanly
+from llava_sft.files import fingerprint, write_json
 from llava_sft.nodes import Node, is_settled, this_node
 from llava_sft.run.checkpoints import iterations_done, prune
 from llava_sft.run.coverage import count_samples
 from llava_sft.run.identity import identity, open_run
-from llava_sft.run.layout import FAILURE, METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
+from llava_sft.run.layout import METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
 from llava_sft.run.lock import DEAD_AFTER_S, give_back, lock
 from llava_sft.run.records import forget_after, read_metrics
 from llava_sft.settings.resolved import Resolved
 from llava_sft.training.checks import check_node, check_nodes, check_space
 from llava_sft.training.launcher import STOPPED, launch
 from llava_sft.training.meeting import Host, Meeting, join
+from llava_sft.training.ranks import forget_failure, noted_failure
 from llava_sft.training.slurm import Job, this_job
 
 EXIT_RESUMABLE = 75  # stopped cleanly before the last step: the same command resumes
@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
     check_node(resolved)
     prune(run_dir, settings.keep_last, settings.keep_every)
     check_space(run_dir, resolved)
-    (run_dir / FAILURE).unlink(missing_ok=True)
+    forget_failure(run_dir)
     forget_after(run_dir, start)
     log = run_dir / f"run_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{platform.node()}.log"
     print(f"{run_dir}: " + (f"resuming from step {start} of {train_iters}" if start else f"{train_iters} steps"))
@@ -99,6 +99,8 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
         meeting = Meeting(node, run_dir, run_dir / RUN_FILE)
         with meeting as place:
             code = launch(settings, arguments, run_dir, log, held, place=place, trouble=meeting.trouble)
+            if code not in (0, STOPPED):
+                meeting.last_words(run_dir)
     else:
         code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
@@ -126,10 +128,9 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
 
 def failure(run_dir: Path, where: str, code: int, log: Path) -> RunError:
     """Why the training ended with exit code `code`: the cause that it noted, a full disk, or the end of its log."""
-    with contextlib.suppress(DamagedFileError):  # the disk was full
-        if known := read_json(run_dir / FAILURE, None):
-            trace = "".join(f"\n    {line[:200]}" for line in known.get("lines", ()))
-            return RunError(f"training stopped {where}: {known['problem']}{trace}", known.get("fix") or f"see {log}")
+    if known := noted_failure(run_dir):
+        trace = "".join(f"\n    {line[:200]}" for line in known.get("lines", ()))
+        return RunError(f"training stopped {where}: {known['problem']}{trace}", known.get("fix") or f"see {log}")
     if (free := shutil.disk_usage(run_dir).free) < 1 << 20:  # too little for the note
         return RunError(
             f"training stopped {where}: {run_dir} is on a full disk: {free >> 10} KiB free",

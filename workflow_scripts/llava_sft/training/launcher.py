@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 from llava_sft.run.records import Tail
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training import slurm
-from llava_sft.training.ranks import Command, Processes, Trouble
+from llava_sft.training.ranks import Command, Failure, Processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 TERMINALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -97,12 +97,12 @@ def launch(
     job: slurm.Job | None = None,
     srun_options: list[str] | None = None,
     place: Place | None = None,
-    trouble: Callable[[], Trouble | None] = lambda: None,
+    trouble: Callable[[], Failure | None] = lambda: None,
 ) -> int:
     """Run the training to its end; return its exit code.
 
     The processes inherit `lock`: the run directory stays locked as long as any of them lives on this machine.
-    `trouble`: asked again and again; what another node says that ends the training here, too.
+    `trouble`: asked again and again; what has happened on another node that ends the training here, too.
     """
     count, tail = values.nproc_per_node, Tail(run_dir)
     store = tempfile.TemporaryDirectory(prefix="llava_sft_", ignore_cleanup_errors=True)

@@ -30,10 +30,11 @@ from llava_sft.nodes import Node, settle, this_node
 from llava_sft.settings.resolved import Resolved
 from llava_sft.training.checks import check_node
 from llava_sft.training.launcher import Place, free_port, launch, say
-from llava_sft.training.ranks import Trouble
+from llava_sft.training.ranks import GOES_ON, GRACE_S, Failure, note_failure, noted_failure
 
 MEET_WITHIN_S = 1800.0  # a pod of node 0 may have to be found a place, and its image loaded
 SAY_EVERY_S = 60.0
+LAST_WORDS_S = 2 * GRACE_S  # for another node whose ranks failed first
 SILENT_FOR_S = 60  # a connection on which not even the system of the other side answers is dead
 
 
@@ -186,16 +187,25 @@ class Meeting:
     def __exit__(self, *_: Any) -> None:
         self.connection.close()
 
-    def trouble(self) -> Trouble | None:
-        """What has befallen another node, of whose ranks one may have noted the cause."""
+    def trouble(self, timeout: float = 0.001) -> Failure | None:
+        """What has befallen another node, as its ranks know it."""
         try:
-            message = self.connection.read(0.001)
+            message = self.connection.read(timeout)
         except ConnectionError:
-            return "the process that speaks for node 0 is gone", False
+            return {"problem": "the process that speaks for node 0 is gone", "fix": GOES_ON}
         if message and (message.get("gone") or message.get("ended")):
             what = "is gone" if message.get("gone") else f"ended with exit code {message['ended']}"
-            return f"node {message['node']} ({message['host']}) {what}", not message.get("gone")
+            said = {"problem": f"node {message['node']} ({message['host']}) {what}", "fix": GOES_ON}
+            return message.get("failure") or said | {"follows": not message.get("gone")}
         return None
+
+    def last_words(self, run_dir: Path) -> None:
+        """After ranks here have lost others: note what those say of it, as soon as they do."""
+        began = time.monotonic()
+        while time.monotonic() < began + LAST_WORDS_S and (noted_failure(run_dir) or {"follows": True}).get("follows"):
+            if failure := self.trouble(1.0):
+                note_failure(run_dir, failure)
+                return
 
 
 @exits_cleanly
@@ -246,10 +256,11 @@ def join(node: Node) -> int:
         if "training" in message:
             try:
                 code = take_part(node, connection, message["training"])
+                failure = noted_failure(Path(message["training"]["run_dir"])) if code else None
             except SftError as error:
                 connection.send({"problem": error.problem, "fix": error.fix})
                 raise
-            connection.send({"ended": code})
+            connection.send({"ended": code, "failure": failure})
     raise RunError(f"node 0 ({node.address}) is gone", "look at its output; the same command on all nodes goes on")
 
 
@@ -264,12 +275,13 @@ def take_part(node: Node, connection: Connection, training: dict[str, Any]) -> i
     check_node(resolved)
     connection.send({"ready": True})
 
-    def trouble() -> Trouble | None:
+    def trouble() -> Failure | None:
         try:
             message = connection.read(0.001)
         except ConnectionError:
-            return f"node 0 ({node.address}) is gone", False
-        return ("node 0 has ended its training", True) if message and "stop" in message else None
+            return {"problem": f"node 0 ({node.address}) is gone", "fix": GOES_ON}
+        over = {"problem": "node 0 has ended its training", "fix": GOES_ON, "follows": True}
+        return over if message and "stop" in message else None
 
     log = run_dir / f"run_{time.strftime('%Y-%m-%d_%H-%M-%S')}_{platform.node()}_node{node.rank}.log"
     say(

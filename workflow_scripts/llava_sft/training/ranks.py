@@ -20,15 +20,14 @@ import psutil
 
 from llava_sft.errors import DamagedFileError
 from llava_sft.files import read_json, write_json
-from llava_sft.run.layout import FAILURE
+from llava_sft.run.layout import FAILURE, LOST_RANKS
 
 GRACE_S = 20.0  # for ranks that have lost another: a save in the background may end, and a rank says what it has seen
 STOPPED_LOOKS, LOOK_EVERY_S = 12, 5.0  # so many looks in a row find a process stopped; a debugger's short stop is none
-AFTER_CAUSES_S = 2.0  # a rank that lost another one speaks after it
 GOES_ON = "the same command goes on from the last checkpoint"
 
 Command = tuple[list[str], dict[str, str]]  # argv, and variables on top of our environment
-Trouble = tuple[str, bool]
+Failure = dict[str, Any]  # problem, fix; `lines` of a traceback; whether it `follows` from the end of another rank
 
 
 class Processes:
@@ -38,13 +37,13 @@ class Processes:
         commands: one a process.
         run_dir: where the failure of a rank is noted; None where they are no ranks.
         before: called in each process before its program starts.
-        trouble: what another node says that ends them, and whether it follows from a cause that is noted there.
+        trouble: asked again and again; what another node says that ends them, to be noted.
     """
 
     def __init__(
         self, commands: list[Command], run_dir: Path | None = None, output: BinaryIO | None = None,
         pass_fds: tuple[int, ...] = (), before: Callable[[], None] | None = None,
-        trouble: Callable[[], Trouble | None] = lambda: None,
+        trouble: Callable[[], Failure | None] = lambda: None,
     ):  # fmt: skip
         self.run_dir, self.trouble, self.names = run_dir, trouble, [rank_name(each) for _, each in commands]
         self.failed_at: float | None = None
@@ -70,7 +69,7 @@ class Processes:
             return self.code
         if self.failed_at is None and (trouble := self.trouble() or self._long_stopped(now)):
             self.failed_at, self.code = now, 1
-            self._note(trouble[0], GOES_ON, follows=trouble[1])
+            self._note(trouble)
             self.kill()
         if self.failed_at is not None and now >= self.failed_at + GRACE_S:
             self.kill()
@@ -97,10 +96,12 @@ class Processes:
             why = "if nobody did it, the system did for want of memory (dmesg | tail); " if name == "SIGKILL" else ""
             # NCCL aborts a rank that has waited for another one too long.
             waited = name == "SIGABRT" and len(self.processes) > 1
-            self._note(f"{self.names[number]} was ended by {name}", why + GOES_ON, follows=waited)
+            self._note(
+                {"problem": f"{self.names[number]} was ended by {name}", "fix": why + GOES_ON, "follows": waited}
+            )
             return
 
-    def _long_stopped(self, now: float) -> Trouble | None:
+    def _long_stopped(self, now: float) -> Failure | None:
         """The first process, of the ranks and their loaders, that has long been stopped: the others wait for it."""
         if now < self.looked + LOOK_EVERY_S:
             return None
@@ -112,13 +113,13 @@ class Processes:
                 if stopped[pid] >= STOPPED_LOOKS:
                     seconds, whose = STOPPED_LOOKS * LOOK_EVERY_S, "" if pid == process.pid else "a loader process of "
                     long = f"has been stopped (SIGSTOP) for {seconds:.0f} s, the others wait for it"
-                    return f"{whose}{name} (pid {pid}) {long}", False
+                    return {"problem": f"{whose}{name} (pid {pid}) {long}", "fix": GOES_ON}
         self.stopped = stopped
         return None
 
-    def _note(self, problem: str, fix: str, follows: bool = False) -> None:
+    def _note(self, failure: Failure) -> None:
         if self.run_dir:
-            note_failure(self.run_dir, {"problem": problem, "fix": fix, "follows": follows})
+            note_failure(self.run_dir, failure)
 
 
 def _stopped_processes(pid: int) -> list[int]:
@@ -137,15 +138,24 @@ def rank_name(environment: Mapping[str, str]) -> str:
     return f"rank {environment['RANK']} of {environment['WORLD_SIZE']}{where}"
 
 
-def note_failure(run_dir: Path, failure: dict[str, Any]) -> None:
-    """Note why a training ends, for train.py. The first cause stays; one that `follows` from another is noted only where
-    there is none."""
-    path = run_dir / FAILURE
+def note_failure(run_dir: Path, failure: Failure) -> None:
+    """Note why a training ends. Of several causes the first stays; what only `follows` from one is kept apart: neither who
+    is faster nor how late a file system shows a file of another node decides what is said."""
     with contextlib.suppress(OSError):  # a full disk: train.py says it
-        known = None
-        if failure.get("follows"):
-            time.sleep(AFTER_CAUSES_S)
-        with contextlib.suppress(DamagedFileError):
-            known = read_json(path, None)
-        if known is None or (known.get("follows") and not failure.get("follows")):
+        path = run_dir / (LOST_RANKS if failure.get("follows") else FAILURE)
+        if not path.is_file():
             write_json(path, failure)
+
+
+def forget_failure(run_dir: Path) -> None:
+    for name in (FAILURE, LOST_RANKS):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def noted_failure(run_dir: Path) -> Failure | None:
+    """Why the training ended, where that is known."""
+    for name in (FAILURE, LOST_RANKS):
+        with contextlib.suppress(DamagedFileError):  # the disk was full
+            if known := read_json(run_dir / name, None):
+                return known
+    return None
