@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=8192)
     parser.add_argument("--chunk", type=int, default=4096, help="pack_chunk_tokens: what fits into 80 GB")
     parser.add_argument("--packs", type=int, nargs="+", default=[*SPEED], help="for each GPU, in the timed steps")
+    parser.add_argument("--unbalanced", action="store_true", help="deal the packs in turn, whatever they cost")
     parser.add_argument("--loss-steps", type=int, default=50)
     parser.add_argument("--values", type=json.loads, default={}, help="JSON of further settings")
     parser.add_argument("--minutes", type=float, default=3, help="longest time of one layout")
@@ -127,6 +128,8 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
     run_dir = Path(job["run_dir"])
     loop = process.set_up(resolved, run_dir)
     fill(loop)
+    if args.unbalanced:
+        loop.loader.cost = None
     steps = Steps(loop)
     report = {"layout": job["layout"], "machine": machine(), "setup_s": time.monotonic() - began, "speed": {}}
     report |= {"model": args.model, "settings": values | LAYOUTS[job["layout"]] | args.values}
@@ -204,7 +207,7 @@ class Steps:
         from megatron.core import parallel_state
 
         loop, group = self.loop, parallel_state.get_data_parallel_group()
-        loop.micro_batches = packs // loop.replicas
+        loop.micro_batches = loop.loader.micro_batches = packs // loop.replicas
         rates, seconds = [], []
         if loop.on_gpu:
             torch.cuda.reset_peak_memory_stats()

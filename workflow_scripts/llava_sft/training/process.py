@@ -28,8 +28,9 @@ from llava_sft.errors import SHOWN, SftError, of_file  # noqa: E402
 from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
+from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
-from llava_sft.preflight.cost import checkpoint_size, state_bytes  # noqa: E402
+from llava_sft.preflight.cost import checkpoint_size, state_bytes, training_flops  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
 from llava_sft.run.layout import TENSORBOARD, checkpoint_dir  # noqa: E402
@@ -72,7 +73,7 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     world_size = torch.distributed.get_world_size()
     limits = ChatTemplate(start.sidecars), values.seq_length, values.min_pixels, values.max_pixels
-    loader = make_loader(values, data, run_dir, limits, rank, replicas)
+    loader = make_loader(values, data, run_dir, limits, rank, replicas, model_config)
     if first:
         restore_position(loader, run_dir, first)
     writes = torch.distributed.get_rank() == world_size - 1
@@ -97,8 +98,15 @@ def make_loader(
     limits: tuple[ChatTemplate, int, int, int],
     rank: int,
     replicas: int,
+    model: ModelConfig | None = None,
 ) -> TrainingLoader:
-    """Micro-batches of this data-parallel rank."""
+    """Micro-batches of this data-parallel rank; with the `model`, of ranks that have equally much to do."""
+
+    trained = values.trained
+
+    def cost(tokens: int, patches: list[int]) -> float:
+        return training_flops(model, trained, [tokens], [(each, 1) for each in patches], 0) if model else 0
+
     return train_loader(
         data.path,
         VlmTaskEncoder(*limits, values.packing, pad_multiple(not ON_CPU), values.seed),
@@ -109,6 +117,8 @@ def make_loader(
         max_damaged=values.max_damaged_samples,
         pin_memory=not ON_CPU,
         found_damaged=functools.partial(note_damaged, run_dir),
+        micro_batches=values.global_batch_size // (values.micro_batch_size * replicas),
+        cost=cost if model and values.packing else None,
     )
 
 
