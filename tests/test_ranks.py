@@ -56,6 +56,14 @@ def test_ranks_that_do_not_end_by_themselves_are_killed(monkeypatch, tmp_path):
     assert time.monotonic() < began + 5
 
 
+def test_a_rank_that_has_noted_why_it_ends_and_does_not_is_killed_with_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "GRACE_S", 0.5)
+    hangs = FOLLOWS.replace('"follows": True', '"follows": False').replace("sys.exit(1)", WAITS)
+    began = time.monotonic()
+    assert wait(processes(tmp_path, WAITS, hangs)) == (1, "rank 1 of 2 lost the others")
+    assert time.monotonic() < began + 8
+
+
 def test_a_stopped_rank_is_named_after_a_minute_and_a_short_stop_is_not(monkeypatch, tmp_path):
     monkeypatch.setattr(ranks, "LOOK_EVERY_S", 0.1)
     started = processes(tmp_path, WAITS, WAITS)

@@ -24,6 +24,7 @@ from llava_sft.run.layout import FAILURE, LOST_RANKS
 
 GRACE_S = 20.0  # for ranks that have lost another: a save in the background may end, and a rank says what it has seen
 STOPPED_LOOKS, LOOK_EVERY_S = 12, 5.0  # so many looks in a row find a process stopped; a debugger's short stop is none
+READ_EVERY_S = 1.0  # of what the ranks have noted
 GOES_ON = "the same command goes on from the last checkpoint"
 
 Command = tuple[list[str], dict[str, str]]  # argv, and variables on top of our environment
@@ -47,7 +48,7 @@ class Processes:
     ):  # fmt: skip
         self.run_dir, self.trouble, self.names = run_dir, trouble, [rank_name(each) for _, each in commands]
         self.failed_at: float | None = None
-        self.code, self.looked, self.stopped = 0, time.monotonic(), Counter[int]()
+        self.code, self.looked, self.stopped, self.read = 0, time.monotonic(), Counter[int](), 0.0
         errors = subprocess.STDOUT if output else None
         self.processes: list[subprocess.Popen] = []
         for argv, environment in commands:
@@ -71,6 +72,8 @@ class Processes:
             self.failed_at, self.code = now, 1
             self._note(trouble)
             self.kill()
+        if self.failed_at is None and self._has_noted(now):
+            self.failed_at, self.code = now, 1
         if self.failed_at is not None and now >= self.failed_at + GRACE_S:
             self.kill()
         return None
@@ -100,6 +103,13 @@ class Processes:
                 {"problem": f"{self.names[number]} was ended by {name}", "fix": why + GOES_ON, "follows": waited}
             )
             return
+
+    def _has_noted(self, now: float) -> bool:
+        """Whether a rank, of any node, has noted why it ends: it may wait for a collective of NCCL's before it does."""
+        if self.run_dir is None or now < self.read + READ_EVERY_S:
+            return False
+        self.read = now
+        return noted_failure(self.run_dir) is not None
 
     def _long_stopped(self, now: float) -> Failure | None:
         """The first process, of the ranks and their loaders, that has long been stopped: the others wait for it."""
@@ -155,7 +165,7 @@ def forget_failure(run_dir: Path) -> None:
 def noted_failure(run_dir: Path) -> Failure | None:
     """Why the training ended, where that is known."""
     for name in (FAILURE, LOST_RANKS):
-        with contextlib.suppress(DamagedFileError):  # the disk was full
+        with contextlib.suppress(DamagedFileError, OSError):  # the disk was full; another node has deleted it just now
             if known := read_json(run_dir / name, None):
                 return known
     return None
