@@ -89,15 +89,14 @@ class Host:
     def __init__(self, node: Node):
         self.node, self.nodes, self.lock = node, dict[int, Connection](), threading.Lock()
         self.training: tuple[Connection, dict[str, Any]] | None = None
-        self.listening = socket.socket()
-        self.listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
         try:
-            self.listening.bind(("", node.port))
+            self.listening = socket.create_server(("", node.port), family=family, backlog=1024, dualstack_ipv6=both)
         except OSError as error:
             raise SettingsError(
                 f"MASTER_PORT {node.port}: {error.strerror}", "another MASTER_PORT, the same on every node"
             ) from None
-        self.listening.listen(1024)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def over(self, code: int) -> None:
