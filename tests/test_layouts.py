@@ -6,8 +6,6 @@ import time
 
 import pytest
 
-from faults.project import environment
-from faults.server import Servers
 from helpers import ROOT, trainings
 from llava_sft.errors import RunError
 from llava_sft.files import read_json
@@ -28,19 +26,10 @@ ALONE = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "mi
 @pytest.fixture(scope="module")
 def base(prepared_project):
     """The embedded experiment with a model that two tensor-parallel ranks or two stages can share."""
-    resolved = read_json(prepared_project / "output/stage2_sft_vqa_results/resolved.json")
-    for name in ("path", "sizes"):
-        resolved["data"][name] = str(prepared_project / resolved["data"][name])
-    resolved["start"] |= {"folder": None, "sidecars": str(prepared_project / resolved["start"]["sidecars"])}
+    resolved = trainings.demo(prepared_project)
+    resolved["start"]["folder"] = None
     resolved["model"]["vision"]["num_attention_heads"] = 4
     return resolved
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    with Servers(ROOT, tmp_path_factory.mktemp("servers"), environment()) as servers:
-        servers.wait()
-        yield servers
 
 
 def start(servers, run, first: str = "", **settings):
@@ -91,15 +80,14 @@ def test_a_run_goes_from_layout_to_layout(base, undisturbed, servers, tmp_path):
     assert answers == [one["prediction"] for one in undisturbed.validations()[-1]["answers"]] and answers
 
 
-@pytest.mark.parametrize("name", ["TP2", "PP2"])
 def test_what_two_ranks_saved_before_one_of_them_was_killed_one_process_goes_on_with(
-    base, undisturbed, servers, tmp_path, name
+    base, undisturbed, servers, tmp_path
 ):
     run, pid = a_run(base, tmp_path / "killed"), tmp_path / "pid"
     assert start(servers, run, max_minutes=0.001).wait() == 75, run.said()  # random weights are drawn by layout
     run.change(max_minutes=None)
     noted = f"import os; os.environ.get('RANK') == '0' and open({str(pid)!r}, 'w').write(str(os.getpid()))"
-    process = start(servers, run, noted, **LAYOUTS[name])
+    process = start(servers, run, noted, **LAYOUTS["PP2"])
     while process.poll() is None and not run.logged(5):
         time.sleep(0.01)
     os.kill(int(pid.read_text()), signal.SIGKILL)

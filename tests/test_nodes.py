@@ -11,8 +11,6 @@ import time
 import psutil
 import pytest
 
-from faults.project import environment
-from faults.server import Servers
 from helpers import ROOT, trainings
 from helpers.projects import snakemake_command
 from helpers.trainings import ENVIRONMENT, same
@@ -135,24 +133,8 @@ def test_a_node_that_does_not_fit_is_refused_and_a_taken_port_is_named():
 
 
 @pytest.fixture(scope="module")
-def project(prepared_project):
-    return prepared_project
-
-
-@pytest.fixture(scope="module")
-def base(project):
-    resolved = read_json(project / "output/stage2_sft_vqa_results/resolved.json")
-    for name in ("path", "sizes"):
-        resolved["data"][name] = str(project / resolved["data"][name])
-    resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
-    return resolved
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    with Servers(ROOT, tmp_path_factory.mktemp("servers"), environment()) as servers:
-        servers.wait()
-        yield servers
+def base(prepared_project):
+    return trainings.demo(prepared_project)
 
 
 def start(servers, run, rank: int, port: int, more: str = ""):
@@ -201,13 +183,13 @@ def test_what_a_rank_of_another_node_raises_stands_on_node_0s_terminal(base, ser
     assert "rank 1 of 2 on " in last and "KeyError: 'a sample of node 1'" in last, last
 
 
-def test_the_same_snakemake_command_on_both_nodes_trains_once(project):
+def test_the_same_snakemake_command_on_both_nodes_trains_once(prepared_project):
     port, target = free_port(), "output/stage2_sft_vqa_nodes_results/train.done.json"
     words = ["--cores", "1", target, "--config", "run_tag=nodes", "train_iters=4", "save_interval=2", "eval_iters=0"]
 
     def workflow(rank: int, *more: str) -> subprocess.Popen:
         return subprocess.Popen(
-            snakemake_command(*words, "global_batch_size=16", "micro_batch_size=8", *more), cwd=project, text=True,
+            snakemake_command(*words, "global_batch_size=16", "micro_batch_size=8", *more), cwd=prepared_project, text=True,
             env=ENVIRONMENT | variables(rank, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -215,8 +197,8 @@ def test_the_same_snakemake_command_on_both_nodes_trains_once(project):
     out = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], out
     assert "node 1 of 2: training" in out[0] and "node 0 has ended" in out[0] and "rule" not in out[0]
-    assert read_json(project / target)["iteration"] == 4
-    assert read_json(project / "output/stage2_sft_vqa_nodes/run.json")["settings"]["nodes"] == 2
+    assert read_json(prepared_project / target)["iteration"] == 4
+    assert read_json(prepared_project / "output/stage2_sft_vqa_nodes/run.json")["settings"]["nodes"] == 2
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,8 @@ import time
 
 import pytest
 
-from faults.project import environment
-from faults.server import Servers
 from helpers import ROOT, trainings
 from helpers.trainings import same
-from llava_sft.files import read_json
 from llava_sft.run.records import read_jsonl
 from llava_sft.training import ranks
 
@@ -111,18 +108,7 @@ IMPATIENT = "from llava_sft.training import ranks; ranks.LOOK_EVERY_S = 0.1"
 
 @pytest.fixture(scope="module")
 def base(prepared_project):
-    resolved = read_json(prepared_project / "output/stage2_sft_vqa_results/resolved.json")
-    for name in ("path", "sizes"):
-        resolved["data"][name] = str(prepared_project / resolved["data"][name])
-    resolved["start"] |= {key: str(prepared_project / resolved["start"][key]) for key in ("folder", "sidecars")}
-    return resolved
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    with Servers(ROOT, tmp_path_factory.mktemp("servers"), environment()) as servers:
-        servers.wait()
-        yield servers
+    return trainings.demo(prepared_project)
 
 
 def start(servers, run, first: str = ""):

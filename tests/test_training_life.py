@@ -14,7 +14,6 @@ import time
 import psutil
 import pytest
 
-from faults.project import environment
 from faults.server import Servers
 from helpers import ROOT, trainings
 from helpers.projects import snakemake
@@ -32,19 +31,12 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def base(prepared_project):
     """Resolved settings of the embedded experiment, its data and start checkpoint made."""
-    project = prepared_project
-    resolved = read_json(project / "output/stage2_sft_vqa_results/resolved.json")
-    for name in ("path", "sizes"):
-        resolved["data"][name] = str(project / resolved["data"][name])
-    resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
-    return resolved
+    return trainings.demo(prepared_project)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def servers(tmp_path_factory):
-    with Servers(ROOT, tmp_path_factory.mktemp("servers"), environment()) as servers:
-        Run.servers = servers
-        yield servers
+def _forked(servers):
+    Run.servers = servers
 
 
 class Run(trainings.Run):
@@ -54,7 +46,6 @@ class Run(trainings.Run):
 
     def finish(self, first: str = "") -> int:
         """Exit code. `first`: Python that the training processes run before anything else."""
-        self.servers.wait()
         with open(self.folder.with_suffix(".log"), "ab") as log:
             return self.servers.ask(self.script(), ROOT, log.fileno(), first).wait()
 
