@@ -15,7 +15,7 @@ from llava_sft.preflight.predict import FACTORS, Calibration, Case, memory_terms
 from llava_sft.settings.resolve import ResolvedSettings
 from results import RESULTS, ROOT
 
-ENOUGH_RUNS = 8  # of one device; from fewer of them no factor is sure
+ENOUGH_RUNS, ENOUGH_FP8 = 8, 4  # of one device, and of them in FP8 on a GPU: from fewer no factor is sure
 
 
 class Recorded(NamedTuple):
@@ -65,14 +65,20 @@ def of_device(device: str, runs: Collection[Recorded]) -> list[Recorded]:
     no GPU for a CPU."""
     kind = [run for run in runs if (run.case.machine.device == "CPU") == (device == "CPU")]
     own = [run for run in kind if run.case.machine.device == device]
-    return own if len(own) >= ENOUGH_RUNS else kind
+    return own if enough(own) else kind
+
+
+def enough(runs: Collection[Recorded]) -> bool:
+    """Whether these runs of one device tell how it computes, in FP8 too where it is a GPU."""
+    in_fp8 = sum(run.case.values.fp8 != "none" or run.case.machine.device == "CPU" for run in runs)
+    return len(runs) >= ENOUGH_RUNS and in_fp8 >= ENOUGH_FP8
 
 
 def all_factors() -> dict[str, Calibration]:
     """Of each device with enough runs, and of all GPUs."""
     runs = recorded()
-    devices = [run.case.machine.device for run in runs]
-    own = [device for device in sorted(set(devices)) if devices.count(device) >= ENOUGH_RUNS]
+    devices = sorted({run.case.machine.device for run in runs})
+    own = [device for device in devices if enough([run for run in runs if run.case.machine.device == device])]
     return {device: calibrate(of_device(device, runs)) for device in (*own, "GPU")}
 
 

@@ -12,11 +12,12 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from results import row, write_results
 from training import run
-from training_rows import figures
+from training_rows import figures, memory_and_time
 
 RANK = 32
 BY_PAIRS = {"trainable_modules": ["language_model"], "lora_rank": RANK, "lora_alpha": RANK, "lr": 1e-4}
@@ -75,6 +76,17 @@ def main() -> None:
         raw = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
         source = {"command": "python benchmarks/lora.py WEBDATASETS TOKENIZER", **raw["full"]["machine"]}
         write_results("lora", rows(raw), **source)
+        write_results("memory_time", memory_and_time(list(recorded(raw))), **source)
+
+
+def recorded(raw: dict[str, dict]) -> Iterator[dict]:
+    """Our processes with what they trained, for preflight; of cases that differ by the cap alone, the one without."""
+    alike = ("pack_chunk_tokens", "recompute_language", "fp8")
+    for name, process in raw.items():
+        if "cases" in process:
+            cases = sorted(process["cases"].items(), key=lambda case: "gpu_gib" not in case[1])
+            kept = {tuple(case[key] for key in alike): (each, case) for each, case in cases if "profile" not in case}
+            yield process | {"values": PROCESSES[name][2], "cases": dict(kept.values())}
 
 
 def rows(raw: dict[str, dict]) -> list[dict]:

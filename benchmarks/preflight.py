@@ -21,12 +21,14 @@ from calibration import Recorded, calibrate, of_device, recorded, write_factors
 from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import gpu, this_machine
+from llava_sft.model.tensors import PARTS
 from llava_sft.preflight import predict
 from llava_sft.preflight.cost import MicroBatch
 from llava_sft.run.records import read_metrics
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import Epoch, packing_window, resolve
 from results import DEMO_RUN, RESULTS, ROOT, row, single_process, write_results
+from training_rows import TRAINED
 
 OUT = Path("/tmp/llava_sft_preflight")
 STEPS, WARM = 9, 3
@@ -45,7 +47,7 @@ RUNS = [
 ]
 # What the settings of a recorded run are made of: all that the formulas look at.
 RECORDED = ["model", "seq_length", "micro_batch_size", "global_batch_size", "packing", "pack_chunk_tokens"]
-RECORDED += ["bf16", "fp8", "optimizer_precision", "recompute_language", "recompute_vision", "trainable_modules"]
+RECORDED += ["bf16", "fp8", "optimizer_precision", "recompute_language", "recompute_vision", *TRAINED]
 RECORDED += ["gpus_per_node", "nodes", "nproc_per_node", "tensor_model_parallel_size", "pipeline_model_parallel_size"]
 
 
@@ -105,15 +107,17 @@ def take_over() -> list[dict]:
         of_image, of_sample = patches / images, tokens / images
         step = given["step_padded_tokens"] / given["micro_batches"], given["step_patches"] / given["micro_batches"]
         gpus = given.get("gpus", 1)
-        values = {name: given[name] for name in RECORDED if name in given} | {
-            "global_batch_size": given["micro_batches"] * given["micro_batch_size"] * gpus,
-            **{"gpus_per_node": gpus, "nodes": 1, "nproc_per_node": gpus},
-            **GPU_RUN,
-        }
+        values = GPU_RUN | {name: given[name] for name in RECORDED if name in given}
+        values |= {"global_batch_size": given["micro_batches"] * given["micro_batch_size"] * gpus}
+        values |= {"gpus_per_node": gpus, "nodes": 1, "nproc_per_node": gpus}
         named = ("seq_length", "pack_chunk_tokens", "micro_batch_size", "micro_batches", "fp8", "recompute_language")
         known = {
             "run": f"{gpus} × {given['gpu']}, {given['model']}: "
-            + ", ".join(f"{name} {given[name]}" for name in (*named, "recompute_vision", "optimizer_precision")),
+            + ", ".join(
+                f"{name} {given[name]}"
+                for name in (*named, "recompute_vision", "optimizer_precision", *TRAINED)
+                if name in given
+            ),
             "values": values,
             "machine": gpu(given["gpu"]),
             "mean": MicroBatch(step[0], step[0] * of_sample, step[1], step[1] * of_image),
@@ -139,6 +143,8 @@ def short(run: Recorded) -> str:
         unusual = {name: getattr(run.case.values, name) for name in USUAL}
         gpus = run.case.values.nproc_per_node
         given = [f"{run.case.values.global_batch_size} packs" + (f" on {gpus} GPUs" if gpus > 1 else "")]
+    parts, rank = run.case.values.trainable_modules, run.case.values.lora_rank
+    given += [f"LoRA of rank {rank}"] if rank else [f"{', '.join(parts)} alone"] if len(parts) < len(PARTS) else []
     return "; ".join(given + [f"{name}: {value}" for name, value in unusual.items() if value != USUAL[name]])
 
 

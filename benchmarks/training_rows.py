@@ -9,6 +9,7 @@ from llava_sft.model.tensors import parameter_count
 from results import ROOT, row
 
 GOALS = {"bf16_8192": 0.52, "bf16_32768": 0.50}  # MFU
+TRAINED = ("trainable_modules", "lora_rank", "lora_alpha", "lora_modules")  # settings of what is trained
 VISION_GOALS = {"24x1024": 0.50, "6x4096": 0.45}
 
 
@@ -46,6 +47,7 @@ def memory_and_time(processes: list[dict]) -> list[dict]:
                 "parameters": parameters[process["model"]],
                 "optimizer_precision": process["optimizer_precision"],
                 "gpus": process.get("gpus", 1),
+                **{key: process["values"][key] for key in TRAINED if key in process.get("values", {})},
                 **{key: case[key] for key in CASE if key not in ("steps", "warm", "images")},
                 **amounts(case["steps"], median),
                 "gpu": process["gpu"],

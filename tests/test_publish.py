@@ -88,6 +88,17 @@ def test_the_card_says_what_the_runs_files_say(export):
     assert "No licence" not in text and str(Path.cwd()) not in text and "patient" not in text
 
 
+def test_the_card_of_a_run_with_lora_says_that_its_pairs_are_merged(export, resolved):
+    parts = {"trainable_modules": ["language_model"], "lora_rank": 8, "lora_modules": ["language_model"]}
+    write_json(export.parent / "resolved.json", resolved | {"settings": resolved["settings"] | parts})
+    assert write_card(export)
+    text = (export / CARD).read_text()
+    assert re.search(
+        r"\. It was trained by LoRA of rank 8 \([\d,]+ parameters\), which is merged into these weights\.", text
+    )
+    assert "| lora_rank | 8 |" in text and "| lr_vision" not in text and "| lr_adapter" not in text
+
+
 def test_its_code_runs_as_it_stands(export, capsys):
     write_card(export, str(export))
     (needed,) = re.findall(r'NEEDED_TRANSFORMERS = "(.*)"', (export / "configuration_llavaonevision1_5.py").read_text())
@@ -228,7 +239,7 @@ def test_an_interrupted_upload_goes_on_with_the_same_command(export, hub, monkey
         ("dots", "no name of a repository"), ("dash", "no name of a repository"),
         ("no token", "no token"), ("wrong token", "401"), ("not mine", "403"), ("public already", "is public already"),
         ("private already", "is private already"), ("unreachable", "cannot be reached"), ("metadata", "is no YAML"),
-        ("offline", "HF_HUB_OFFLINE=0"), ("no checksums", "no checksums are noted"), ("hub down", "(503): not now"),
+        ("offline", "HF_HUB_OFFLINE=0"), ("no checksums", "no checksums are noted"), ("refused card", "the metadata of README.md: - license is not allowed"), ("hub down", "(503): not now"),
         ("too many", "(429): not now"),
     ],
 )  # fmt: skip
@@ -253,6 +264,8 @@ def test_what_cannot_be_pushed_is_one_message(export, hub, monkeypatch, capsys, 
         hub.close()
     if case == "offline":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if case == "refused card":
+        hub.card_errors = ["license is not allowed"]
     if case == "no checksums":
         write_json(export / "converted.json", {"source": "x"})
     if case in ("hub down", "too many"):
@@ -262,7 +275,7 @@ def test_what_cannot_be_pushed_is_one_message(export, hub, monkeypatch, capsys, 
     before = {path: path.read_bytes() for path in export.iterdir()}
     assert push(monkeypatch, *words, *(["--public"] if case == "private already" else [])) == 1
     said = capsys.readouterr().err
-    if case not in ("not mine", "metadata"):  # which the hub says last
+    if case not in ("not mine", "metadata", "refused card"):  # which the hub says last
         assert before == {path: path.read_bytes() for path in export.iterdir()}
     assert message in said and "\n  fix: " in said and "Traceback" not in said
     assert not any(repository["files"] for repository in hub.repositories.values())

@@ -106,6 +106,24 @@ def test_page_tells_what_a_reader_came_for(run):
     assert len(re.findall(r'<img class="tiny" width="112"', page)) == 1, "only the small picture is enlarged"
 
 
+def test_a_run_with_lora_says_what_was_trained_and_what_its_checkpoints_need(run):
+    checkpoint = run.folder / "stage2_sft_vqa/iter_0000040"
+    checkpoint.mkdir()
+    (checkpoint / "checksums.json").write_text("{}")
+    parts = {"trainable_modules": ["language_model"], "lora_modules": ["language_model"], "lora_rank": 8}
+    changes = {
+        "resolved": {"settings": parts, "start": {"load": "a/folder", "folder": "converted/folder"}},
+        "prediction": {"trained_parameters": 26112},
+    }
+    text = text_of(run(*EVERYTHING, **changes))
+    assert "1,234,567 parameters, 26,112 trained by LoRA of rank 8" in text
+    assert "base, which checkpoints need converted/folder" in text and "[language_model]" in text
+    assert "convert_checkpoint.py mcore2peft" in text and "iter_0000040 adapter" in text
+    parts["trainable_modules"] += ["adapter"]  # whole: no PEFT folder holds it
+    assert "mcore2peft" not in run(*EVERYTHING, **changes)
+    assert "trained by" not in run(*EVERYTHING) and "which checkpoints need" not in run(*EVERYTHING)
+
+
 def test_missing_inputs_are_said(run):
     page = run()
     assert "There is no evaluation" in page

@@ -24,9 +24,10 @@ from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, this_machine
+from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
-from llava_sft.preflight.cost import checkpoint_size
+from llava_sft.preflight.cost import MicroBatch, checkpoint_size
 from llava_sft.preflight.predict import (
     Case,
     Forecast,
@@ -54,6 +55,7 @@ from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.settings.schema import ABOUT, Settings
 from llava_sft.workflow import Workflow
 
+ENOUGH_PACKS = 2000  # whose largest is as good as that of an epoch
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 
 
@@ -92,9 +94,14 @@ def main() -> None:
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
     counts = len(samples.sizes.tokens), samples.dataset["heldout"]["samples"]
     values, why = resolve(settings, *counts, samples.epoch, cores=cores)
-    batch = mean_and_largest(samples.sizes, values, samples.epoch.packs if settings.packing else None)
+    packs = samples.epoch.packs if settings.packing else None
+    batch = mean_and_largest(samples.sizes, values, packs)
+
+    def batches_of(**changed) -> tuple[MicroBatch, MicroBatch]:
+        return mean_and_largest(samples.sizes, values.model_copy(update=changed), packs and packs[:ENOUGH_PACKS])
+
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.gpus_per_node, values.nproc_per_node)
-    forecast = forecast_of(Case(model, values, machine, *batch)) if machine else None
+    forecast = forecast_of(Case(model, values, machine, *batch), batches_of) if machine else None
     if forecast and "num_workers" in why:
         values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
     resolved = Resolved(
@@ -117,10 +124,11 @@ def main() -> None:
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
+        known |= {"trained_parameters": values.trained.parameters(model)}
         known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, parameter_count(model), notes, settings.origin)
+    show(resolved, model, notes, settings.origin)
     for line in lines:
         print(f"  {line}")
 
@@ -285,10 +293,12 @@ def describe(forecast: Forecast) -> tuple[dict, list[str]]:
     return facts, lines
 
 
-def show(resolved: Resolved, parameters: int, notes: list[str], origin: dict[str, str]) -> None:
+def show(resolved: Resolved, model: ModelConfig, notes: list[str], origin: dict[str, str]) -> None:
     """The settings that decide what is learned, and all that are not defaults: value, and where it came from."""
     values, why, data = resolved.settings, resolved.why, resolved.data
-    print(f"{resolved.run_name}: {resolved.model['name']}, {parameters:,} parameters, from {resolved.start.load}")
+    parameters, trained = parameter_count(model), values.trained.parameters(model)
+    learning = f" ({trained:,} trained{', by LoRA' if values.lora_rank else ''})" if trained != parameters else ""
+    print(f"{resolved.run_name}: {model.name}, {parameters:,} parameters{learning}, from {resolved.start.load}")
     if resolved.start.untrained:
         print("  the start checkpoint is untrained: random weights")
     packs = f" in {data.sequences:,.0f} packs" if values.packing else ""

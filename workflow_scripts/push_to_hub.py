@@ -11,6 +11,7 @@ goes on; weights of an earlier upload that this export does not have are deleted
 import argparse
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def main() -> None:
 def warn(export: Path) -> None:
     """Say what a reader of the model card would miss."""
     if not metadata((export / CARD).read_text(errors="replace")).get("license"):
-        print("warning: the model card states no licence: set `license` in the experiment's file, or edit README.md")
+        made = "set `license` in the experiment's file and run `snakemake preflight_X`, or edit README.md"
+        print(f"warning: the model card states no licence: {made}")
     if read_json(export / "parity.json", {}).get("passed") is not True:
         print("warning: this export was never compared with the trained model (parity)")
 
@@ -63,8 +65,9 @@ def warn(export: Path) -> None:
 def metadata(card: str) -> dict[str, Any]:
     """What stands between the two `---` of a model card. Errors: CheckpointError."""
     try:
-        found = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else None
-    except (yaml.YAMLError, IndexError):
+        head = re.match(r"---\n(.*?)^---$", card, re.DOTALL | re.MULTILINE)
+        found = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
         raise CheckpointError(
             f"{CARD}: its metadata, between the two ---, is no YAML", "correct it, or delete the file"
         ) from None
@@ -139,6 +142,11 @@ def refusal(error: BaseException, hub: str, repository: str) -> SftError | None:
         }
         reason = str(error.server_message or error)[:300]
         return SftError(f"{hub} refuses the request ({status}): {reason}", fixes.get(status, AGAIN))
+    if isinstance(error, ValueError) and "Invalid metadata" in str(error):  # of the client, before anything is uploaded
+        what = "`license`, `language` or `base_model` in the experiment's file, and `snakemake preflight_X`"
+        return SftError(
+            f"{hub} refuses the metadata of {CARD}: {str(error).partition(chr(10))[2]}", f"{what}, or edit it"
+        )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return SftError("HF_HUB_OFFLINE is set: the hub is not asked", "the same command behind `HF_HUB_OFFLINE=0`")
     if type(error).__module__.startswith("http"):

@@ -140,7 +140,7 @@ def page(args: argparse.Namespace) -> str:
         wrong=[example for example in examples if not example["correct"]],
         right=[example for example in examples if example["correct"]],
         predictions=evaluation.get("predictions") and args.evaluation.with_name("predictions.jsonl"),
-        paths=paths(run_dir, args.export),
+        paths=paths(run_dir, args.export, found["resolved"]),
     )
 
 
@@ -161,19 +161,32 @@ def other_sets(evaluation: Path, model: str | None) -> dict[str, dict[str, Any]]
     }
 
 
-def paths(run_dir: Path, export: Path | None) -> dict[str, str]:
+def paths(run_dir: Path, export: Path | None, resolved: dict[str, Any]) -> dict[str, str]:
     """What a reader may want to open next, where it exists."""
     found = {"run": str(run_dir)}
     if step := iterations_done(run_dir):
         found["newest checkpoint"] = str(checkpoint_dir(run_dir, step))
     if export:
         found["export (Hugging Face)"] = str(export)
+    found |= of_lora(found.get("newest checkpoint"), resolved)
     logs = sorted(run_dir.glob("run_*.log"))
     found |= {"log" if len(logs) == 1 else f"log {n}": str(path) for n, path in enumerate(logs, 1)}
     if (run_dir / TENSORBOARD).is_dir():
         found["TensorBoard"] = f"tensorboard --logdir {run_dir / TENSORBOARD}"
     if export and is_export(export):
         found["talk to it"] = chat_command(run_dir)
+    return found
+
+
+def of_lora(checkpoint: str | None, resolved: dict[str, Any]) -> dict[str, str]:
+    """What LoRA's pairs stand beside, and the command that makes a PEFT folder of them; of a run without LoRA nothing."""
+    settings, start = resolved["settings"], resolved.get("start", {})
+    if not settings.get("lora_rank"):
+        return {}
+    found = {"base, which checkpoints need": str(start["folder"])} if start.get("folder") else {}
+    if checkpoint and set(settings["trainable_modules"]) == set(settings["lora_modules"]):
+        to_peft = f"python workflow_scripts/convert_checkpoint.py mcore2peft {shlex.quote(checkpoint)} adapter"
+        found["adapter for PEFT"] = to_peft
     return found
 
 

@@ -38,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.uploaded: list[int] = []  # sizes
         self.break_after: int | None = None
         self.closed = False
+        self.card_errors: list[str] = []  # what it has against a model card's metadata
         self.asked: list[str] = []
         self.refuses: Callable[[str], int] = lambda request: 0
         threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
@@ -162,7 +163,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.repositories.setdefault(name, {"private": asked["visibility"] == "private", "files": {}})
             self.reply({"url": f"{self.server.address}/{name}"})
         elif self.path == "/api/validate-yaml":
-            self.reply({"errors": [], "warnings": []})
+            errors = [{"message": error} for error in self.server.card_errors]
+            self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
         elif "/preupload/" in self.path:
             files = json.loads(data)["files"]
             modes = {True: "lfs", False: "regular"}

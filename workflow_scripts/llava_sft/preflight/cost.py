@@ -19,8 +19,9 @@ from llava_sft.settings.resolve import ResolvedSettings
 FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
 
 # Products of a pair wait for memory, and its frozen layer computes some things again: it takes as long as so many ranks more
-# would by their FLOPs (4B and 8B on an H100, benchmarks/lora.py).
-RANKS_MORE = 290
+# would by their FLOPs (4B and 8B on an H100, benchmarks/lora.py). In FP8, of one run: nothing of a pair is joined with its
+# layer's product.
+RANKS_MORE, RANKS_MORE_FP8 = 290, 530
 
 
 class MicroBatch(NamedTuple):
@@ -107,23 +108,26 @@ def training_flops(
     )  # fmt: skip
 
 
-def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> tuple[float, float]:
-    """FLOPs that one micro-batch makes a process do, for the language and the vision model, recomputation included.
+def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> tuple[float, float, float]:
+    """FLOPs that one micro-batch makes a process do, recomputation included: of the language model, of LoRA's pairs in it
+    (never in FP8), of the vision model.
 
     The output layer runs where an answer is: hardly ever. The adapter is counted with the vision tower.
     """
     trained = values.trained
     work = forward_flops(model, *batch[:4])
     pairs = pair_flops(model, trained, batch.tokens, batch.patches)
-    pairs = {part: flops * (1 + RANKS_MORE / trained.lora.rank) for part, flops in pairs.items() if trained.lora}
+    more = RANKS_MORE if values.fp8 == "none" else RANKS_MORE_FP8
+    pairs = {part: flops * (1 + more / trained.lora.rank) for part, flops in pairs.items() if trained.lora}
     again = values.recompute_language == "full"
     products, attention = (passes + again for passes in trained.passes("language_model"))
-    llm = products * work.language + attention * work.language_attention + (3 + again) * pairs.get("language_model", 0)
+    llm = products * work.language + attention * work.language_attention
+    in_llm = (3 + again) * pairs.get("language_model", 0.0)
     again = values.recompute_vision == "full" and trained.reaches("vision_model")
     products, attention = (passes + again for passes in trained.passes("vision_model"))
     vit = products * work.vision + attention * work.vision_attention + (3 + again) * pairs.get("vision_model", 0)
     vit += (trained.passes("adapter")[0] + again) * work.adapter + (3 + again) * pairs.get("adapter", 0)
-    return llm / values.model_parallel_size, vit / values.model_parallel_size
+    return llm / values.model_parallel_size, in_llm / values.model_parallel_size, vit / values.model_parallel_size
 
 
 # ------------------------------------------------------------------------------------------------------- bytes

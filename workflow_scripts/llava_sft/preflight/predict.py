@@ -9,6 +9,9 @@ No torch: preflight runs where there is no GPU.
 
 import math
 import random
+import shlex
+from collections.abc import Callable
+from functools import cache
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,7 @@ from llava_sft.settings.resolve import ResolvedSettings
 FACTORS = Path(__file__).with_name("factors.json")
 PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
+CUDA_GIB = 1.5  # of a GPU, at least: CUDA's own memory (0.5 to 1.3 GiB) is no part of the prediction
 
 
 class Case(NamedTuple):
@@ -136,8 +140,12 @@ def calibration_for(device: str) -> Calibration:
 
 
 def memory_terms(case: Case) -> list[float]:
-    """GiB: what a process needs whatever it trains, language activations, vision activations."""
-    return [1.0, *(size / GIB for size in activation_bytes(case.model, case.values, case.largest).values())]
+    """GiB: what a process needs whatever it trains, language activations, vision activations; and gradients where a GPU
+    recomputes the language model, which leaves memory unused between them (8 % of what full training takes then)."""
+    model, values = case.model, case.values
+    gradients = state_bytes(model, values)["gradients"] / GIB
+    holes = gradients if values.on_gpu and values.recompute_language == "full" else 0.0
+    return [1.0, *(size / GIB for size in activation_bytes(model, values, case.largest).values()), holes]
 
 
 def time_terms(case: Case) -> list[float]:
@@ -145,11 +153,11 @@ def time_terms(case: Case) -> list[float]:
     costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
     to do), and of attention."""
     model, values, batch = case.model, case.values, case.mean
-    llm, vit = step_flops(model, values, batch)
+    llm, pairs, vit = step_flops(model, values, batch)
     micro_batches = _micro_batches(values)
     state = state_bytes(model, values)
     calls = micro_batches * max(1.0, batch.tokens / values.chunk_tokens)
-    products, of_model = ([llm, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([0.0, llm], [0.0, calls])
+    products, of_model = ([llm + pairs, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([pairs, llm], [0.0, calls])
     attentions = 0.0
     if not values.on_gpu:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
         passes = 1 + (values.recompute_language == "full") / 3  # forward and backward, which takes twice as long
@@ -169,28 +177,36 @@ def _micro_batches(values: ResolvedSettings) -> int:
 def predict(case: Case, calibration: Calibration) -> Prediction:
     """What one step takes."""
     state = {name: size / GIB for name, size in state_bytes(case.model, case.values).items()}
-    fixed, language, vision = (
+    fixed, language, vision, holes = (
         factor * term for factor, term in zip(calibration.memory, memory_terms(case), strict=True)
     )
-    memory = state | {"language activations": language, "vision activations": vision, "libraries and the rest": fixed}
+    activations = {"language activations": language, "vision activations": vision}
+    memory = state | activations | {"libraries and the rest": fixed + holes}
     seconds = sum(factor * term for factor, term in zip(calibration.time, time_terms(case), strict=True))
     micro_batches = _micro_batches(case.values) * case.values.data_parallel_size
     return Prediction(memory, seconds, case.mean.tokens * micro_batches)
 
 
 def fits(prediction: Prediction, machine: Machine) -> bool:
-    return prediction.memory_gib <= machine.memory_gib * (1 - RESERVE)
+    least = 0.0 if machine.device == "CPU" else CUDA_GIB
+    return prediction.memory_gib <= machine.memory_gib - max(RESERVE * machine.memory_gib, least)
 
 
 # ------------------------------------------------------------------------------------------------- proposals
 
 
-def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any], Prediction]]:
-    """Changed settings that would fit, the fastest first; those that train the same before LoRA, those that keep
+BatchesOf = Callable[..., tuple[MicroBatch, MicroBatch]]
+
+
+def proposals(
+    case: Case, calibration: Calibration, batches_of: BatchesOf | None = None
+) -> list[tuple[dict[str, Any], Prediction]]:
+    """Changed settings that would fit, the fastest first; those that train the same before LoRA, and those that keep
     seq_length before those that do not, and without more tensor parallelism before with it: two GPUs that share the layers
-    were measured slower than one."""
+    were measured slower than one. `batches_of`: mean and largest micro-batch with another micro_batch_size or
+    pack_chunk_tokens (its arguments); estimated without."""
     values = case.values
-    piece = min(values.seq_length, values.chunk_tokens)  # what goes through the model at once
+    batches_of = cache(batches_of) if batches_of else None
     smaller = less_memory(values, values.seq_length)
     choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
     groups, heads = case.model.language.num_query_groups, case.model.vision.num_attention_heads
@@ -202,14 +218,11 @@ def proposals(case: Case, calibration: Calibration) -> list[tuple[dict[str, Any]
         changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
         changed |= training
         tried = values.model_copy(update=changed)
-        rows = tried.micro_batch_size / values.micro_batch_size
-        scales = tried.seq_length / values.seq_length, min(tried.seq_length, tried.chunk_tokens) / piece
         if not changed or tried.global_batch_size % (tried.micro_batch_size * tried.data_parallel_size):
             continue
-        mean, largest = (
-            MicroBatch(*(rows * scale * each for each in batch))
-            for scale, batch in zip(scales, (case.mean, case.largest), strict=True)
-        )
+        known = batches_of if tried.seq_length == values.seq_length else None
+        cut = {name: changed[name] for name in ("micro_batch_size", "pack_chunk_tokens") if name in changed}
+        mean, largest = known(**cut) if known else estimated_batches(case, tried)
         prediction = predict(case._replace(values=tried, mean=mean, largest=largest), calibration)
         if fits(prediction, case.machine):
             found.append((changed, prediction))
@@ -236,6 +249,22 @@ def needless_parallelism(case: Case, calibration: Calibration) -> list[str]:
     ]
 
 
+def estimated_batches(case: Case, tried: ResolvedSettings) -> tuple[MicroBatch, MicroBatch]:
+    """Mean and largest micro-batch of changed settings, from those of the case."""
+    of_sample = case.mean.token_squares / max(1.0, case.mean.tokens)
+
+    def piece(values: ResolvedSettings) -> float:  # chunks are cut between samples: one is longer by about a sample
+        return min(values.seq_length, values.chunk_tokens + of_sample * (values.chunk_tokens < values.seq_length))
+
+    rows = tried.micro_batch_size / case.values.micro_batch_size
+    longer = tried.seq_length / case.values.seq_length, min(1.0, piece(tried) / piece(case.values))
+    mean, largest = (
+        MicroBatch(*(rows * scale * each for each in batch))
+        for scale, batch in zip(longer, (case.mean, case.largest), strict=True)
+    )
+    return mean, largest
+
+
 class Forecast(NamedTuple):
     """The prediction of a case, the fit behind it, and the changed settings that would fit where it does not."""
 
@@ -245,10 +274,10 @@ class Forecast(NamedTuple):
     would_fit: list[tuple[dict[str, Any], Prediction]]
 
 
-def forecast_of(case: Case) -> Forecast:
+def forecast_of(case: Case, batches_of: BatchesOf | None = None) -> Forecast:
     calibration = calibration_for(case.machine.device)
     prediction = predict(case, calibration)
-    near = [] if fits(prediction, case.machine) else proposals(case, calibration)
+    near = [] if fits(prediction, case.machine) else proposals(case, calibration, batches_of)
     return Forecast(case, prediction, calibration, near)
 
 
@@ -273,9 +302,9 @@ def table(prediction: Prediction, machine: Machine, calibration: Calibration, va
 
 
 def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
-    """The three fastest settings that would fit, a line each."""
+    """The three fastest settings that would fit, a line each, as a command takes them."""
     return [
-        ", ".join(f"{name}: {in_yaml(value)}" for name, value in changed.items())
+        " ".join(["--config", *(shlex.quote(f"{name}={in_yaml(value)}") for name, value in changed.items())])
         + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
         for changed, prediction in found[:3]
     ]

@@ -6,7 +6,9 @@ cover, because it is written again when scores are known; a card that somebody h
 
 import contextlib
 import hashlib
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +67,12 @@ def _digest(text: str) -> str:
 def render(export: Path, model_id: str) -> str:
     """The card's text: metadata, then Markdown."""
     marker, results = read_object(export / MARKER), export.parent
-    run_dir = Path(str(marker.get("source"))).parent
+    source = Path(str(marker.get("source", "an export/x")))
+    root = project_of(export, source)
+    run_dir = root / source.parent
+    name = source.parent.name or export.resolve().parent.name
     run = newest_settings(results / "resolved.json", run_dir / RUN_FILE)
-    base = (run and run.settings.base_model) or (run and base_model(run.start))
+    base = (run and run.settings.base_model) or (run and base_model(run.start, root))
     started = Path(run.start.load.partition("@")[0]).name if run else "a checkpoint that is not recorded"
     metadata = {
         "license": run and run.settings.license,
@@ -82,15 +87,18 @@ def render(export: Path, model_id: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, undefined=jinja2.ChainableUndefined
     )
-    environment.filters |= {each.__name__: each for each in (number, percent, points, cell, with_scores)}
+    environment.filters |= {
+        each.__name__: each for each in (number, percent, points, cell, with_scores, json_text, word)
+    }
     body = environment.get_template("card.md.j2").render(
-        title=model_id.rpartition("/")[2] or run_dir.name,
-        model_id=model_id or run_dir.name,
+        title=model_id.rpartition("/")[2] or name,
+        model_id=model_id or name,
         marker=marker,
+        trained=run and run.settings.trained.parameters(run.architecture),
         start=f"[{base}](https://huggingface.co/{base})" if base else f"`{started}`",
         run=run,
         settings=run and {name: getattr(run.settings, name) for name in settings_of(run)},
-        data=run and data_of(run),
+        data=run and data_of(run, root),
         evaluation=evaluation_of(export),
         limits=image_limits(export),
     )
@@ -98,8 +106,10 @@ def render(export: Path, model_id: str) -> str:
 
 
 def settings_of(run: Resolved) -> tuple[str, ...]:
-    """Names of the settings that the card names; LoRA's where a run has it."""
-    return SETTINGS + (tuple(LoraSettings.model_fields) if run.settings.trained.lora else ())
+    """Names of the settings that the card names; LoRA's where a run has it, and no rate of a frozen part."""
+    frozen = {"lr_vision": "vision_model", "lr_adapter": "adapter"}
+    found = tuple(name for name in SETTINGS if frozen.get(name, "") in ("", *run.settings.trained.parts))
+    return found + (tuple(LoraSettings.model_fields) if run.settings.trained.lora else ())
 
 
 def newest_settings(*paths: Path) -> Resolved | None:
@@ -110,26 +120,35 @@ def newest_settings(*paths: Path) -> Resolved | None:
     return None
 
 
-def base_model(start: Start, depth: int = 10) -> str | None:
-    """The model on the hub that a run, or the run before it …, started from; None where it was a folder."""
+def project_of(export: Path, source: Path) -> Path:
+    """The folder that the paths in a run's files start from: this one, or the one above the export that holds the run."""
+    return next((top for top in (Path(), *export.resolve().parents) if (top / source).parent.is_dir()), Path())
+
+
+def base_model(start: Start, root: Path = Path(), depth: int = 10) -> str | None:
+    """The model on the hub that a run, or the run before it …, started from; None where it was a folder.
+
+    Args:
+        root: the folder that relative paths start from.
+    """
     load = start.load
     # A folder that is gone may look like org/name: its conversion noted the commit of an id without a revision.
     if "@" in load or any(note.startswith(f"{load} ") for note in start.notes):
         return load.partition("@")[0]
-    folder = Path(load)
+    folder = root / load
     if depth:
         with contextlib.suppress(SftError, OSError):
             run_dir = folder.parent if ITERATION.fullmatch(folder.name) else folder
-            return base_model(Resolved.read(run_dir / RUN_FILE).start, depth - 1)
+            return base_model(Resolved.read(run_dir / RUN_FILE).start, root, depth - 1)
     return None
 
 
-def data_of(run: Resolved) -> dict[str, Any] | None:
+def data_of(run: Resolved, root: Path) -> dict[str, Any] | None:
     """Sources by name, and counts; None where the dataset file is gone."""
-    dataset = read_json(run.data.dataset_file or "", None)
+    dataset = read_json(root / run.data.dataset_file, None) if run.data.dataset_file else None
     if not isinstance(dataset, dict):
         return None
-    folder, weights = Path(run.data.path), dataset.get("weights")
+    folder, weights = root / run.data.path, dataset.get("weights")
     if weights:
         sources = [{"name": name, "weight": weight, "samples": None} for name, weight in weights.items()]
         for source in sources:
@@ -158,3 +177,13 @@ def cell(value: Any) -> str:
         value = ", ".join(map(str, value))
     text = value if isinstance(value, str) else number(value)
     return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def json_text(value: str) -> str:
+    """A text as Python code writes it, in double quotes."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def word(value: str) -> str:
+    """A text as one word of a command line."""
+    return shlex.quote(value)

@@ -50,6 +50,8 @@ def number(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return f"[{', '.join(value)}]"
     return str(value)
 
 

@@ -80,7 +80,7 @@ def check_memory(resolved: Resolved) -> None:
             settings,
             f"each process is predicted to need {forecast.prediction.memory_gib:.1f} GiB ({parts}), and has "
             f"{machine.memory_gib:.1f}",
-            " | ".join(proposal_lines(forecast.would_fit))
+            " or ".join(proposal_lines(forecast.would_fit))
             or "a smaller model, or more GPUs and a larger tensor_model_parallel_size",
         )
 
