@@ -114,8 +114,7 @@ def main() -> None:
         start=start,
         versions={package: version(package) for package in PACKAGES},
     )
-    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved)]
-    notes += needless_parallelism(forecast.case, forecast.calibration) if forecast else []
+    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved, forecast)]
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
@@ -128,9 +127,7 @@ def main() -> None:
         known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, model, notes, settings.origin)
-    for line in lines:
-        print(f"  {line}")
+    show(resolved, model, [*(f"warning: {note}" for note in notes), *lines], settings.origin)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -186,7 +183,7 @@ def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:
     )
 
 
-def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
+def notes_of(paths: Paths, samples: Samples, resolved: Resolved, forecast: Forecast | None) -> list[str]:
     """What a person should know before the training, and what does not stop it."""
     settings, values, excluded = paths.settings, resolved.settings, samples.sizes.left_out
     notes = warnings(settings, resolved.start.untrained)
@@ -197,6 +194,7 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {excluded[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
+    notes += needless_parallelism(forecast.case, forecast.calibration) if forecast else []
     if values.log_answers and values.eval_iters and values.pipeline_model_parallel_size > 1:
         notes.append("with pipeline parallelism no held-out sample is answered during the training (log_answers)")
     notes += filter(None, [leak_note(samples.dataset)])
@@ -293,7 +291,7 @@ def describe(forecast: Forecast) -> tuple[dict, list[str]]:
     return facts, lines
 
 
-def show(resolved: Resolved, model: ModelConfig, notes: list[str], origin: dict[str, str]) -> None:
+def show(resolved: Resolved, model: ModelConfig, lines: list[str], origin: dict[str, str]) -> None:
     """The settings that decide what is learned, and all that are not defaults: value, and where it came from."""
     values, why, data = resolved.settings, resolved.why, resolved.data
     parameters, trained = parameter_count(model), values.trained.parameters(model)
@@ -312,8 +310,8 @@ def show(resolved: Resolved, model: ModelConfig, notes: list[str], origin: dict[
         given = name in why or origin.get(name, defaults) != defaults
         if shown or (shown is None and given):
             print(f"  {name:26} {spelled(value):14} {f'auto: {why[name]}' if name in why else origin[name]}")
-    for note in notes:
-        print(f"  warning: {note}")
+    for line in lines:
+        print(f"  {line}")
 
 
 def spelled(value: Any) -> str:

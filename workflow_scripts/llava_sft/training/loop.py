@@ -129,10 +129,7 @@ class Loop:
         """Hand the step's loss to the watch, on one of the ranks that share the last pipeline stage."""
         if sums is None:
             return
-        lost = torch.zeros(self.replicas, device=sums.device)  # a sum does not tell whose part of it is no number
-        lost[parallel_state.get_data_parallel_rank()] = ~torch.isfinite(sums[0])
-        sums = torch.cat((sums, lost))
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        sums = over_replicas(sums)
         size = parallel_state.get_tensor_model_parallel_world_size()
         if parallel_state.get_tensor_model_parallel_rank() == size - 1:
             loss, rates = float(sums[0] / sums[1]), current_rates(self.scheduler, self.values)
@@ -158,8 +155,7 @@ class Loop:
             wanted = self.values.log_answers, self.values.max_new_tokens
             found = validation.answers(self.model, held_out, *wanted, self.forward.device)
         if sums is not None and self.watch.writes:
-            examples = held_out.examples(self.values.log_answers)
-            loss = float(total[0] / total[1])
+            examples, loss = held_out.examples(self.values.log_answers), float(total[0] / total[1])
             validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
         self.model.train()
         self.watch.pause(time.perf_counter() - began)
@@ -186,6 +182,16 @@ class Loop:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
+
+
+def over_replicas(sums: Tensor) -> Tensor:
+    """[2 + replicas]: sum of losses and answer tokens over all data-parallel ranks, and for each of them 1 where its own
+    loss is no number, which a sum does not tell."""
+    lost = torch.zeros(parallel_state.get_data_parallel_world_size(), device=sums.device)
+    lost[parallel_state.get_data_parallel_rank()] = ~torch.isfinite(sums[0])
+    total = torch.cat((sums, lost))
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total
 
 
 def pad_multiple(on_gpu: bool) -> int:

@@ -56,9 +56,7 @@ class Watch:
         self.state_file, self.steps = f"watch_dprank{data_rank:03d}.json", 0
         self.reset()
         if first:
-            folder = data_dir(run_dir, first)  # a rank that is new among them goes by the first one's
-            names = (self.state_file, "watch_dprank000.json")
-            self._restore(next(filter(None, (read_json(folder / name, None) for name in names)), None))
+            self._restore(saved_state(data_dir(run_dir, first), self.state_file))
         if tensorboard:
             purge(tensorboard, first)
 
@@ -176,13 +174,18 @@ class Watch:
         if len(self.bad) == 1 and self.writes:
             fault = "the loss jumped" if finite else "loss or gradient is not a number, no update"
             before = f", the steps before had {usual:.3g}" if usual is not None else ""
-            fault += of_ranks(step)
-            self.say(iteration, f"{fault}: loss {loss:.3g}{before}; samples in {BAD_STEPS}")
+            self.say(iteration, f"{fault}: loss {loss:.3g}{of_ranks(step)}{before}; samples in {BAD_STEPS}")
         if len(self.bad) >= self.values.max_bad_steps:
             raise exploded(self.values, self.run_dir, self.bad, usual, self.trouble)
 
     def say(self, iteration: int, message: str) -> None:
         append(self.run_dir / EVENTS, {"iteration": iteration, "message": message})
+
+
+def saved_state(folder: Path, name: str) -> dict | None:
+    """What this rank kept with a checkpoint; one that the run did not have then goes by the first one's."""
+    names = (name, "watch_dprank000.json")
+    return next(filter(None, (read_json(folder / each, None) for each in names)), None)
 
 
 def purge(tensorboard: Any, first: int) -> None:
