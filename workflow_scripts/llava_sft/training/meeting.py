@@ -273,14 +273,18 @@ def take_part(node: Node, connection: Connection, training: dict[str, Any]) -> i
     resolved = Resolved.read(run_json)
     check_node(resolved)
     connection.send({"ready": True})
+    stopped: list[float] = []
 
     def trouble() -> Failure | None:
         try:
             message = connection.read(0.001)
         except ConnectionError:
             return {"problem": f"node 0 ({node.address}) is gone", "fix": GOES_ON}
-        over = {"problem": "node 0 has ended its training", "fix": GOES_ON, "follows": True}
-        return over if message and "stop" in message else None
+        if message and "stop" in message:
+            stopped.append(time.monotonic())
+        if stopped and time.monotonic() > stopped[0] + GRACE_S:  # at a good end ours are just ending, too
+            return {"problem": "node 0 has ended its training", "fix": GOES_ON, "follows": True}
+        return None
 
     log = run_dir / f"run_{time.strftime('%Y-%m-%d_%H-%M-%S')}_{platform.node()}_node{node.rank}.log"
     say(

@@ -95,7 +95,7 @@ class Processes:
             code = self.processes[number].returncode
             if code >= 0:
                 continue
-            name = signal.Signals(-code).name
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             why = "if nobody did it, the system did for want of memory (dmesg | tail); " if name == "SIGKILL" else ""
             # NCCL aborts a rank that has waited for another one too long.
             waited = name == "SIGABRT" and len(self.processes) > 1
