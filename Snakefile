@@ -18,7 +18,7 @@ from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
 from llava_sft.model.export_files import export_form
 from llava_sft.training.meeting import role_of_node
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers, overview
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers, overview, to_export
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 

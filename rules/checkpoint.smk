@@ -19,7 +19,7 @@ rule convert_checkpoint_hf2mcore:
 
 rule convert_checkpoint_mcore2hf:
     input:
-        flow.path("train_done"),
+        to_export(flow),
     output:
         paths.EXPORT_DONE,
     log:

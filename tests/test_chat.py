@@ -330,12 +330,12 @@ def test_ctrl_c_on_a_real_terminal(small_checkpoint):
         until(b"?\r\n")
         time.sleep(1)
         os.write(main, b"\x03")
-        until(b"^C", 20)  # the answer may hold a prompt's characters
-        until(b"> ", 20)
-        for _ in range(30):  # on a busy machine the answer may still be closing
+        until(b"^C")  # the answer may hold a prompt's characters
+        until(b"> ")
+        for _ in range(4):  # on a busy machine the answer may still be closing, and the exit takes seconds
             os.write(main, b"\x03")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2)
+                process.wait(15)
                 break
         assert process.wait(1) == chat.INTERRUPTED
     finally:

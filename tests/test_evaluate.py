@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 from evaluate import cached_result, main
+from helpers import SCRIPTS
 from helpers.models import MAX_PIXELS, MIN_PIXELS
-from helpers.questions import asked_of, write_test_set
+from helpers.questions import asked_of, run, write_test_set
 from helpers.webdatasets import Raw, record
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.data.images import decode_rgb
@@ -138,12 +141,6 @@ def test_a_streamed_answer_is_the_greedy_one_and_stops_when_it_is_closed(export,
         list(loaded.stream(question.messages, images, do_sample=True, temperature=-1.0))
 
 
-def run(monkeypatch, export: Path, data: Path, output: Path, *words: str) -> None:
-    options = ["--dataset", str(data / "dataset.json"), "--output", str(output), "--max-new-tokens", "2", *words]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(data / "wds"), *options])
-    main()
-
-
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
     """How many questions were asked at each loading of a model, whose answers are then always the same."""
@@ -170,8 +167,9 @@ def test_kept_answers_are_used_for_the_same_model_data_and_options_alone(
     run(monkeypatch, export, data, output)
     assert (read_json(output), asked) == (first, [10])
     assert "nothing to evaluate" in capsys.readouterr().out
-    for words in (("--scores", "f1"), ("--by", "id")):  # judged anew, not asked
+    for words in (("--scores", "f1"), ("--by", "nokey")):  # judged anew, not asked
         run(monkeypatch, export, data, output, *words)
+        assert ("no record has the key 'nokey'" in capsys.readouterr().out) == ("nokey" in words)
     assert asked == [10] and list(read_json(output)["groups"]) == ["all"]
     for words in (("--samples", "2"), ("--batch-size", "3"), ("--max-new-tokens", "3")):
         run(monkeypatch, export, data, output, *words)
@@ -206,8 +204,9 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(export, data, tmp_path
             yield number, Answer(f"{answer.text} {number}", False)
 
     monkeypatch.setattr(answers_module, "generate", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         run(monkeypatch, export, data, output)
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     partial = tmp_path / ".evaluation.json.answers.partial"
     partial.write_text(partial.read_text().replace("Answer 0. 5", "Answer 0. 9") + '12345678 [2, "half')
     monkeypatch.setattr(answers_module, "generate", complete)
@@ -218,6 +217,41 @@ def test_an_interrupted_evaluation_asks_only_what_is_left(export, data, tmp_path
     assert [turn["prediction"] for row in rows for turn in row["turns"]] == [
         *["Answer 0."] * 4, "Answer 0. 4", "Answer 0.", *(f"Answer 0. {n}" for n in (6, 7, 8, 9)),
     ]  # fmt: skip
+
+
+def test_a_second_evaluation_of_the_same_waits_for_the_answers_of_the_first(
+    export, data, tmp_path, monkeypatch, capsys, asked
+):
+    output, complete, second = tmp_path / "evaluation.json", answers_module.generate, []
+
+    def met(folder, questions, *options):
+        """While the first one asks, another begins."""
+        for number, answer in complete(folder, questions, *options):
+            if number == 5:
+                code = f"import sys; sys.argv = {sys.argv!r}; from evaluate import main; main()"
+                environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+                second.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment))
+                waits = second[0].stdout.readline().decode()
+                assert "another evaluation asks these questions" in waits, waits
+            yield number, answer
+
+    monkeypatch.setattr(answers_module, "generate", met)
+    run(monkeypatch, export, data, output)
+    said, _ = second[0].communicate(timeout=100)
+    assert b"answered before" in said and second[0].returncode == 0 and asked == [10]
+    assert not (tmp_path / ".evaluation.json.answers.lock").exists() and read_json(output)["correct"] == 1
+
+
+def test_an_answer_is_on_the_disk_before_the_next_is_made(export, data, tmp_path, monkeypatch, asked):
+    partial, complete = tmp_path / ".evaluation.json.answers.partial", answers_module.generate
+
+    def looked(folder, questions, *options):
+        for count, pair in enumerate(complete(folder, questions, *options)):
+            assert len(partial.read_text().splitlines()) == 1 + count, "what kill -9 leaves"
+            yield pair
+
+    monkeypatch.setattr(answers_module, "generate", looked)
+    run(monkeypatch, export, data, tmp_path / "evaluation.json")
 
 
 def test_no_held_out_split_is_said_and_no_model_is_loaded(export, tmp_path, monkeypatch, capsys):
@@ -297,39 +331,3 @@ def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
     assert "damaged" in read_json(tmp_path / "evaluation.json")["base"]["missing"] and asked == [10]
     run(monkeypatch, export, data, tmp_path / "evaluation.json", "--base", str(export))
     assert read_json(tmp_path / "evaluation.json")["base"]["name"] == str(export)
-
-
-@pytest.mark.parametrize(
-    "case",
-    ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch", "output", "base"],
-)
-def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
-    folder = tmp_path / "export"
-    folder.mkdir()
-    for path in export.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    words = {
-        "samples": ["--samples", "half"], "batch": ["--batch-size", "0"], "output": ["--output", str(tmp_path)],
-        "base": ["--base", str(folder), "--start-of", str(tmp_path)],
-    }.get(case, [])  # fmt: skip
-    if case == "no export":
-        (folder / "converted.json").unlink()
-    elif case == "marker":
-        write_json(folder / "converted.json", {"fingerprint": 1})
-    elif not words:
-        (folder / {"weights": "model.safetensors"}.get(case, case)).write_bytes(b"\0" * 30)
-    with pytest.raises(SystemExit) as end:
-        run(monkeypatch, folder, data, tmp_path / "e.json", *words)
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and "error: " in said and "Traceback" not in said
-    assert not (tmp_path / "e.json").exists()
-
-
-def test_a_raw_file_without_records_is_a_mistake(export, tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    words = [str(export), str(tmp_path / "empty.jsonl"), "--output", str(tmp_path / "e.json")]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 1 and "empty.jsonl" in capsys.readouterr().err
-    assert not (tmp_path / "e.json").exists()

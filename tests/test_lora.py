@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT
 from helpers.trainings import Run, same
-from llava_sft.checkpoint.base import beside_its_base, name_of_base
+from llava_sft.checkpoint.base import base_of, beside_its_base
 from llava_sft.checkpoint.start import Checkpoint, open_start
 from llava_sft.checkpoint.weights import open_weights
 from llava_sft.errors import CheckpointError
@@ -102,7 +102,9 @@ def test_the_merged_export_passes_parity_and_the_peft_folder_adds_up_to_it(base,
     assert len(pairs) == 2 * changed and name.rsplit(".", 2)[1] not in config["target_modules"]
 
 
-def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(base, undisturbed, tmp_path):
+def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(
+    base, prepared_project, undisturbed, tmp_path
+):
     lora = ResolvedSettings(experiment="x", **HOW).trained.lora
     start = open_start(Checkpoint.of(checkpoint_dir(undisturbed.folder, STEPS)), None, None)
     with pytest.raises(CheckpointError, match="pairs of rank 8, alpha 16") as refused:
@@ -116,7 +118,15 @@ def test_another_run_goes_on_from_the_pairs_where_its_settings_ask_for_the_same(
     assert run.losses()[0][1] < undisturbed.losses()[0][1] - 0.1  # the same samples
     name = next(name for name in run.weights(2) if name.endswith("lora_a"))
     assert run.weights(2)[name] != undisturbed.weights(STEPS)[name]
-    assert name_of_base(checkpoint_dir(run.folder, 2)) == base["start"]["load"]
+    assert base_of(checkpoint_dir(run.folder, 2))["load"] == base["start"]["load"]
+    # As a PEFT folder they are the same start.
+    source, adapter = checkpoint_dir(undisturbed.folder, STEPS), tmp_path / "adapter"
+    script("mcore2peft", source, adapter, "--base", prepared_project / base["start"]["load"])
+    script("hf2mcore", adapter, tmp_path / "made")
+    start = beside_its_base(open_start(Checkpoint.of(adapter), tmp_path / "made", None), lora)
+    other = Run(base | {"start": start.model_dump(mode="json")}, tmp_path / "other", **settings)
+    assert other.finish() == 0, other.said()
+    assert other.losses() == run.losses()
 
 
 def test_a_run_that_is_older_than_lora_goes_on_without(base):

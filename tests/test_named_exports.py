@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ import convert_checkpoint
 import evaluate
 import push_to_hub
 from llava_sft.chat.models import find_model
+from llava_sft.checkpoint.verify import require_whole
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, SftError
 from llava_sft.evaluation.base import exported, start_of
 from llava_sft.files import write_json
 from llava_sft.model import config, export_files
+from llava_sft.workflow import Workflow, to_export
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,26 @@ def test_nothing_else_is_taken_for_one(asked: Callable, name, folders, monkeypat
     with pytest.raises(CheckpointError, match="no export in it") as refused:
         asked(folders[name], monkeypatch)
     assert isinstance(refused.value, SftError) and str(folders[name]) in str(refused.value)
+
+
+def test_a_damaged_export_is_made_again_as_its_message_says(folders, tmp_path):
+    """Whoever follows it deletes the folder; the marker that Snakemake looks for stays, which alone would be `nothing to do`."""
+    export, done, forced = tmp_path / "results/huggingface", tmp_path / "results/export.done.json", []
+    flow = Workflow.__new__(Workflow)
+    flow.of, flow.force = (
+        lambda _: SimpleNamespace(export=export, export_done=done, train_done="train.done"),
+        forced.extend,
+    )
+    assert to_export(flow)(None) == "train.done" and not forced, "never made"
+    shutil.copytree(folders["export"], export)
+    done.touch()
+    assert to_export(flow)(None) == "train.done" and not forced
+    (export / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="damaged since it was written") as damaged:
+        require_whole(export)
+    assert f"delete {export} and export again" in damaged.value.fix
+    shutil.rmtree(export)
+    assert to_export(flow)(None) == "train.done" and forced == [str(done)]
 
 
 # --- of an earlier version ----------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from helpers.original_checkpoint import write_original
 from helpers.runs import save
 from llava_sft.checkpoint.architecture import check_sizes, model_of_start
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf
-from llava_sft.checkpoint.start import Checkpoint, Start, open_start
+from llava_sft.checkpoint.start import Checkpoint, Start, check_load, open_start
 from llava_sft.errors import CheckpointError, RunError
 from llava_sft.model.config import ModelConfig
+from llava_sft.model.hf_config import model_of_config
 from llava_sft.run.identity import identity, refuse_other_run
 from llava_sft.settings.resolved import Resolved
 
@@ -175,3 +176,28 @@ def test_a_run_is_the_same_at_another_number_of_positions_and_another_at_another
         refuse_other_run(run_dir, changed(rotary_base=2e6))
     with pytest.raises(RunError, match="model: tiny → other\n"):
         refuse_other_run(run_dir, run.model_copy(update={"model": run.model | {"name": "other"}}))
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize(("beside", "same"), [(2e6, True), (2_000_000, True), (1e6, False), (None, True)])
+def test_a_base_that_is_said_twice_is_said_alike(part, beside, same, small_model):
+    """transformers 4 reads the one, transformers 5 the other: two values would be two models."""
+    config = small_model.to_hf_config()
+    config[part] |= {"rope_theta": beside, "rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}
+    if same:
+        read = model_of_config(config, "x")
+        assert (read.language if part == "text_config" else read.vision).rotary_base == 2e6
+    else:
+        with pytest.raises(CheckpointError, match=f"{part}.rope_parameters.rope_theta = 2000000.0"):
+            model_of_config(config, "x")
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "X-Q4_K_M.GGUF", "tf_model.h5", "flax_model.msgpack", "model.onnx"])
+def test_weights_in_another_form_are_named_before_any_job(name, small_checkpoint, tmp_path):
+    folder = shutil.copytree(
+        small_checkpoint, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors", "converted*")
+    )
+    (folder / name).touch()
+    for parts in ({}, {"vision_model": str(folder)}):
+        with pytest.raises(CheckpointError, match=f"its weights are in {name}: "):
+            check_load(Checkpoint.of(folder if not parts else small_checkpoint), parts, None, made_here=False)

@@ -3,16 +3,27 @@
 import io
 import random
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from scipy.stats import binomtest, permutation_test
 
 from helpers import ROOT
 from helpers.webdatasets import picture
 from llava_sft.data.records import Sample
 from llava_sft.errors import SettingsError, SftError
-from llava_sft.evaluation.intervals import compare, mean_interval, wilson_interval
-from llava_sft.evaluation.judge import RIGHT_SHOWN, WRONG_SHOWN, Answer, examples, group_summaries, judge, summary
+from llava_sft.evaluation.intervals import compare, design_effect, mean_interval, wilson_interval
+from llava_sft.evaluation.judge import (
+    RIGHT_SHOWN,
+    WRONG_SHOWN,
+    Answer,
+    examples,
+    group_summaries,
+    judge,
+    picture_clusters,
+    summary,
+)
 from llava_sft.evaluation.scores import load_score, parse_score
 from llava_sft.experiments import Experiments
 from llava_sft.inputs import check_inputs
@@ -135,6 +146,62 @@ def test_difference_of_other_scores_is_that_of_the_paired_bootstrap():
     assert mean_interval([0.5, 0.5]) == (0.5, 0.5)
 
 
+def in_litters(rats: str) -> tuple[list[int], list[int]]:
+    values, litters = [], []
+    for litter, (alive, size) in enumerate(map(int, pair.split("/")) for pair in rats.split()):
+        values += [1] * alive + [0] * (size - alive)
+        litters += [litter] * size
+    return values, litters
+
+
+# Weil 1970: rats of each litter that lived, without and with a treatment; table 1 of Rao and Scott 1992.
+CONTROL = in_litters("13/13 12/12 9/9 9/9 8/8 8/8 12/13 11/12 9/10 9/10 8/9 11/13 4/5 5/7 7/10 7/10")
+TREATED = in_litters("12/12 11/11 10/10 9/9 10/11 9/10 9/10 8/9 8/9 4/5 7/9 4/7 5/10 3/6 3/10 0/7")
+
+
+def test_samples_that_share_a_picture_make_intervals_wider():
+    assert design_effect(*CONTROL) == pytest.approx(1.232495, abs=1e-6)  # as R's PF::rsb says of these rats
+    assert design_effect(*TREATED) == pytest.approx(3.952861, abs=1e-6)
+    values, litters = TREATED
+    low, high = mean_interval(values, litters)
+    assert (low, high) == pytest.approx(wilson_interval(112 / 3.952861, 145 / 3.952861), abs=1e-6)
+    others = mean_interval([0.01 + 0.98 * value for value in values], litters)  # no longer binary: the bootstrap
+    assert others[1] - others[0] == pytest.approx(high - low, rel=0.15)
+    assert mean_interval(values, range(145)) == mean_interval(values) == wilson_interval(112, 145)
+    assert mean_interval([1] * 30, [n // 10 for n in range(30)]) == pytest.approx(wilson_interval(3, 3))
+    assert mean_interval([1, 0], [0, 0])[1] > 0.9, "one picture says next to nothing"
+    assert mean_interval([0.2, 0.4], [7, 7]) == (0.2, 0.4)
+
+
+def test_questions_about_one_picture_are_compared_together():
+    pictures = [n // 5 for n in range(100)]
+    changes = [(0, 1)] * 8 + [(1, 0)] * 2 + [(0, 0)] * 5 + [(1, 1)] * 5  # each picture's five questions alike
+    before, after = ([changes[picture][which] for picture in pictures] for which in (0, 1))
+    after[:3] = [0, 0, 0]
+    alone, together = compare(before, after), compare(before, after, pictures)
+    assert together["p"] > alone["p"] > 0
+    width, alone_width = (c["interval_of_difference"][1] - c["interval_of_difference"][0] for c in (together, alone))
+    assert width > 1.8 * alone_width
+    sums = [[sum(v[p * 5 : p * 5 + 5]) for p in range(20)] for v in (before, after)]
+    exact = permutation_test(
+        sums, lambda a, b, axis: (b - a).sum(axis), permutation_type="samples", n_resamples=2**20, vectorized=True
+    )
+    assert together["p"] == pytest.approx(exact.pvalue, abs=0.002)
+    for d in ((3, 1), (0, 0), (1, 9)):
+        pair = [0] * d[0] + [1] * d[1], [1] * d[0] + [0] * d[1]
+        mcnemar = binomtest(d[0], sum(d)).pvalue if sum(d) else 1
+        assert compare([*pair[0], 1], [*pair[1], 1])["p"] == pytest.approx(mcnemar)
+
+
+def test_pictures_that_are_linked_by_samples_of_several_are_one_cluster():
+    a, b, c, d = b"a", b"b", b"c", b"d"
+    asked = [sample("", "x", images=images) for images in ([a], [b], [], [c, b], [d], [c, a], [], [d, d])]
+    found = picture_clusters(asked)
+    assert [found.index(cluster) for cluster in found] == [0, 0, 2, 0, 4, 0, 6, 4]
+    rows = judge(asked, said(*["x"] * 8), [EXACT], "kind")
+    assert [row["cluster"] for row in rows] == found and summary(rows, ["exact"])["clusters"] == 4
+
+
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +247,7 @@ def test_both_models_stand_in_one_row_and_are_compared_by_group():
     assert [(name, group["samples"], group["scores"][0]["base"]) for name, group in groups.items()] == [
         ("k0", 10, 0.3), ("k1", 10, 0.2),
     ]  # fmt: skip
-    assert summary([], ["exact"]) == {"samples": 0, "correct": 0, "scores": []}
+    assert summary([], ["exact"]) == {"samples": 0, "correct": 0, "scores": [], "clusters": 0}
 
 
 def test_wrong_examples_come_first_and_among_them_those_that_were_right_before():
@@ -209,21 +276,31 @@ def test_scores_and_vllm_are_checked_before_any_job_runs(tmp_path, monkeypatch):
         check_inputs(Experiments(overrides, {}).paths("vqa"))
 
     good, vllm = own(tmp_path, "def score(a, b): return True"), tmp_path / "python"
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
     check(evaluate_scores=["exact", good], evaluate_with="transformers")
     for overrides, said in (
         ({"evaluate_scores": ["exact", f"{tmp_path}/none.py:score"]}, "none.py:score: no such file"),
         ({"evaluate_scores": good.replace(":score", ":rate")}, "there is no function rate"),
         ({"vllm_python": str(vllm)}, "vllm_python: .*/python: no such program"),
         ({"evaluate_with": "vllm", "vllm_python": sys.executable}, "has no vLLM"),
+        ({"evaluate_with": "vllm", "vllm_python": "/bin/true"}, "has no vLLM"),
+        ({"evaluate_with": "vllm", "vllm_python": str(tmp_path)}, "no such program"),
+        ({"evaluate_with": "vllm", "vllm_python": str(broken)}, "cannot be run: Exec format error"),
+        ({"evaluate_scores": {"a": 1}}, "input should be a valid list"),
     ):
         with pytest.raises(SettingsError, match=said):
             check(**overrides)
-    vllm.write_text("#!/bin/sh\nexit 0\n")
+    vllm.write_text("#!/bin/sh\necho vLLM\n")
     vllm.chmod(0o755)
     check(evaluate_with="vllm", vllm_python=str(vllm))
     assert vllm_interpreter(None, vllm) is None, "no GPU"
     monkeypatch.setattr("llava_sft.machine.gpu_count", lambda: 1)
     assert vllm_interpreter(None, vllm) == vllm and vllm_interpreter("transformers", vllm) is None
+    with pytest.raises(SettingsError, match="has no vLLM"):
+        vllm_interpreter(None, Path(sys.executable))  # whoever names one wants its vLLM
+    assert vllm_interpreter(None, None) is None, "not installed here"
 
 
 def test_a_setting_of_several_values_is_an_option_several_times():

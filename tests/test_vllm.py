@@ -11,7 +11,7 @@ from llava_sft.data.images import decode_rgb
 from llava_sft.errors import RunError
 from llava_sft.evaluation.export import Export
 from llava_sft.evaluation.judge import Answer
-from llava_sft.evaluation.vllm_client import generate_with_vllm
+from llava_sft.evaluation.vllm_client import generate_with_vllm, last_words
 
 VLLM = """
 import hashlib, json, os, types
@@ -64,3 +64,16 @@ def test_vllm_gets_the_rendered_questions_with_their_pictures_and_answers_in_ord
         RunError, match=r"(?s)ended with exit code 1:.*no room for 3 blocks.*evaluate_with: transformers"
     ):
         dict(generate_with_vllm(small_checkpoint, asked, python, 2))
+
+
+def test_the_cause_of_an_engine_that_did_not_start_is_named_and_no_traceback_is():
+    engine = "(EngineCore pid=7) "
+    short = "ValueError: Free memory on device cuda:0 (4.1/79.2 GiB) on startup is less than desired"
+    told = [f"{engine}ERROR 11-28 07:31:47 [core.py:1330] {short}", f"{engine}Traceback (most recent call last):"]
+    waiting = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+    called = ["Traceback (most recent call last):", *['  File "vllm/v1/engine/utils.py", line 7, in wait'] * 20]
+    assert last_words("\n".join([*told, f"{engine}{short}", *called, waiting])) == [short]
+    memory = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore met an issue. See stack trace (above) for the root cause."
+    assert last_words(f"{engine}{memory}\n{dead}") == [memory]
+    assert last_words("loading\nKilled") == ["loading", "Killed"]

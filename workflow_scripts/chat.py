@@ -17,11 +17,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sft.chat.models import CHOICES, find_model, readable
+from llava_sft.chat.models import CHOICES, find_model
 from llava_sft.chat.questions import Turn, checked, question, read_picture
 from llava_sft.chat.web import check_page, serve
 from llava_sft.checkpoint.verify import export_in
 from llava_sft.errors import SettingsError, SftError, exits_cleanly
+from llava_sft.evaluation.view import readable
 from llava_sft.model.export_files import COLDEST, HOTTEST
 
 if TYPE_CHECKING:

@@ -3,21 +3,28 @@
     convert_checkpoint.py hf2mcore LLaVA-OneVision-1.5-4B-Base LLaVA-OneVision-1.5-4B-Base_mcore_tp1_pp1 --model 4b
     convert_checkpoint.py mcore2hf output/stage2_sft_vqa/iter_0000800 exported --samples output/data/vqa/webdatasets
     convert_checkpoint.py mcore2peft output/stage2_sft_vqa/iter_0000800 adapter
+    convert_checkpoint.py merge LLaVA-OneVision-1.5-4B-Instruct adapter other:0.5 merged
     convert_checkpoint.py verify exported
 
 hf2mcore also takes a hub id (org/name or org/name@revision) and Megatron folders of the original project
-(release/mp_rank_00/…); --part also Qwen3 and RICE-ViT as published.
+(release/mp_rank_00/…); --part also Qwen3 and RICE-ViT as published. Of a PEFT folder it converts the base, with the pairs
+beside it.
 mcore2hf with --samples loads the export and compares it with the Megatron model before it gets its name.
+merge adds the pairs of PEFT folders, each times the number behind it, to the base's weights: an adapter that is not named
+is left out, and the base alone is the folder that it is.
 verify compares every byte of an export, a converted folder, or a run's checkpoint with what was written.
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
+from llava_sft.checkpoint.hf_folder import ADAPTER
 from llava_sft.checkpoint.hub import fetch
+from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
 from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
@@ -35,11 +42,13 @@ from llava_sft.settings.layers import load_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "verify"])
+    add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "merge", "verify"])
     add(
         "source",
         help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder",
     )
+    if sys.argv[1:2] == ["merge"]:
+        add("adapters", nargs="+", metavar="adapter[:number]", help="PEFT folder, and what its product counts (1)")
     # An optional one would count as left out where options stand before it, as in the rules.
     optional = "?" if "verify" in sys.argv[1:] else None
     add("target", type=Path, nargs=optional, help="folder to write; it appears only when it is whole")
@@ -47,6 +56,7 @@ def main() -> None:
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
     add("--part", action="append", default=[], metavar="PART=FOLDER",
         help="hf2mcore: take language_model, vision_model or adapter from there; adapter=random")  # fmt: skip
+    add("--base", default="", help="mcore2peft: written as the base's folder or hub id (default: as it was loaded)")
     add("--min-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
     add("--max-pixels", type=int, help="mcore2hf: written for inference (default: as in the training)")
     add("--samples", type=Path,
@@ -61,10 +71,8 @@ def main() -> None:
         made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
         print(verify(made))
         return
-    if args.direction == "mcore2peft":
-        export_peft(args)
-        return
-    convert(args)
+    done = {"mcore2peft": export_peft, "merge": merge_adapters}.get(args.direction, convert)
+    done(args)
 
 
 def export_peft(args: argparse.Namespace) -> None:
@@ -73,8 +81,51 @@ def export_peft(args: argparse.Namespace) -> None:
     source = existing_checkpoint(Path(args.source))
     sidecars = args.sidecars or source.parent / SIDECARS
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
-    write_peft(source, args.target, model)
-    print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them")
+    base = write_peft(source, args.target, model, args.base)
+    print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them, beside {base}")
+    if Checkpoint.of(base.partition(" ")[0]).kind not in ("hub", "huggingface"):
+        print(f"warning: PEFT cannot load {base}: --base: a Hugging Face folder (mcore2hf makes one of it) or a hub id")
+
+
+def merge_adapters(args: argparse.Namespace) -> None:
+    from llava_sft.checkpoint.convert import merge
+
+    adapters = [numbered(each) for each in args.adapters]
+    folders = [adapter.folder.resolve() for adapter, _ in adapters]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise SettingsError(f"{twice[0]}: named twice", f"{twice[0]}:2 counts it twice")
+    if args.target.exists():
+        raise SettingsError(
+            f"{args.target}: exists already", "the folder to write comes last: name a new one, or delete this one"
+        )
+    checkpoint = Checkpoint.of(args.source)
+    base, lines = fetch(args.source) if checkpoint.kind == "hub" else (checkpoint.folder, [])
+    model = named_model(args) or model_of_folder(base)
+    for adapter, number in adapters:
+        lines.append(
+            f"{adapter.folder}: × {number:g}: rank {adapter.rank}, alpha {adapter.alpha:g}, beside "
+            f"{len(adapter.beside(model))} weights of {adapter.base or 'a base that it does not name'}"
+        )
+    print("\n".join(lines), flush=True)
+    done = merge(base, adapters, args.target, model, *limits_of(base, base, args), args.export_names)
+    said = [fingerprint(read_object(adapter.folder / ADAPTER)) for adapter, _ in adapters]
+    weights = [[source_fingerprint(folder) for folder in (base, *folders)], [number for _, number in adapters], said]
+    finish(args, done, fingerprint(weights))
+    write_card(args.target, args.target.name)
+
+
+def numbered(word: str) -> tuple[Adapter, float]:
+    """A PEFT folder, and the number behind its last colon."""
+    path, _, number = word.rpartition(":")
+    if not path or Path(word).is_dir():
+        return Adapter.of(Path(word)), 1.0
+    try:
+        value = float(number)
+    except ValueError:
+        raise SettingsError(f"{word}: no such folder", "a PEFT folder, or ADAPTER:NUMBER") from None
+    if not math.isfinite(value) or not value:
+        raise SettingsError(f"{word}: nothing is merged {number} times", "another number, or leave the adapter out")
+    return Adapter.of(Path(path)), value
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -91,12 +142,15 @@ def to_megatron(args: argparse.Namespace) -> dict:
     """The marker of the converted folder, made anew only where what it depends on has changed."""
     parts = named_parts((each.partition("=")[::2] for each in args.part), "--part {}={}")
     checkpoint = Checkpoint.of(args.source)
+    adapter = Adapter.of(checkpoint.folder) if checkpoint.kind == "peft" else None
+    checkpoint = checkpoint.base
     on_hub = checkpoint.kind == "hub"
     source = checkpoint.folder if on_hub else existing_checkpoint(checkpoint.folder)
     model = named_model(args)
     if model is None and not on_hub:
         model = model_of_folder(args.sidecars or source)
-    depends = depends_on(args.direction, [source, *(part.name for part in parts.values())], list(parts), model)
+    beside = [adapter.folder] if adapter else []
+    depends = depends_on(args.direction, [source, *beside, *(part.name for part in parts.values())], list(parts), model)
     if made := made_before(args.target, depends):
         return made
 
@@ -108,7 +162,7 @@ def to_megatron(args: argparse.Namespace) -> dict:
     folders = {part: fetched.get(each.name, (each.name,))[0] for part, each in parts.items()}
     folder = fetched[checkpoint.name][0] if on_hub else source
     model = model or model_of_folder(args.sidecars or folder)
-    done = hf2mcore(folder, args.target, model, args.sidecars, folders)
+    done = hf2mcore(folder, args.target, model, args.sidecars, folders, adapter)
     return finish(args, done | {"source": args.source, "notes": commits + done["notes"]}, depends)
 
 
@@ -221,7 +275,9 @@ def source_fingerprint(source: Path | str) -> str:
         return str(source)
     try:
         files = sorted(path for path in folder.glob("*/*" if is_legacy(folder) else "*") if path.is_file())
-        small = [path for path in files if path.name in ("config.json", ".metadata", "model.safetensors.index.json")]
+        small = [
+            path for path in files if path.name in ("config.json", ADAPTER, ".metadata", "model.safetensors.index.json")
+        ]
         weights = [path for path in files if path.suffix in (".safetensors", ".distcp", ".pt")]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
         return fingerprint([[file_fingerprint(path) for path in small], stats])

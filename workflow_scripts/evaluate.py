@@ -25,7 +25,9 @@ from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.machine import vllm_interpreter
 
 PREDICTIONS = "predictions.jsonl"
-RULES = 4  # version of what evaluation.json holds: another number evaluates anew
+DEFAULT_BY = "kind"
+INTERRUPTED = 130  # exit code
+RULES = 5  # version of what evaluation.json holds: another number evaluates anew
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SCORE",
         help=f"the first decides what is right; several: repeat. {SPELLINGS}",
     )
-    add("--by", default="kind", metavar="KEY", help="the record's key that scores are reported by (%(default)s)")
+    add("--by", default=DEFAULT_BY, metavar="KEY", help="the record's key that scores are reported by (%(default)s)")
     add("--samples", default="all", help="all, or the number of samples")
     add("--base", type=Path, metavar="EXPORT", help="another export, to compare with")
     add("--start-of", type=path, metavar="RUN_DIR", help="compare with what this run started from")
@@ -80,7 +82,14 @@ def parse_arguments() -> argparse.Namespace:
 
 @exits_cleanly
 def main() -> None:
-    args = parse_arguments()
+    try:
+        evaluate(parse_arguments())
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with the answers that are there", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def evaluate(args: argparse.Namespace) -> None:
     scores = read_scores(args.scores)
     options = Options(args.batch_size, args.max_new_tokens, vllm_interpreter(args.engine, args.vllm_python))
     model, (base, missing) = exported(args.model_dir), find_base(args)
@@ -108,8 +117,6 @@ def main() -> None:
             missing = error.problem
     rows = judge(asked.samples, answers, scores, args.by, before)
     result = described(rows, [score.name for score in scores], answers, before)
-    if missing:
-        print(f"not compared: {missing}", file=sys.stderr)
     result["base"] = {"name": base.name, "cut": sum(a.cut for a in before)} if base and before else {"missing": missing}
     result |= {"split": asked.split, "by": args.by, "examples": examples(rows, asked.samples)}
     result |= {"max_new_tokens": args.max_new_tokens, "engine": "vLLM" if options.vllm else "transformers"}
@@ -120,6 +127,9 @@ def main() -> None:
     write_json(cache, result, sealed=True)
     write_json(args.output, result, sealed=True)
     print_summary(args, result, asked)
+    if missing:  # last, where it is seen
+        sys.stdout.flush()
+        print(f"not compared: {missing}", file=sys.stderr)
 
 
 def read_scores(names: list[str]) -> list[Score]:
@@ -186,6 +196,8 @@ def print_summary(args: argparse.Namespace, result: dict[str, Any], asked: Quest
             )
     if asked.leak:
         print(f"  {asked.leak}")
+    if args.by not in (DEFAULT_BY, "id") and set(result["groups"]) == {"all"}:
+        print(f"  no record has the key {args.by!r}: all are one group")
 
 
 def score_line(score: dict[str, Any]) -> str:

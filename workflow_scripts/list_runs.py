@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from llava_sft.errors import DamagedFileError
+from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import FAILURE, LOST_RANKS, RUN_FILE
@@ -18,6 +18,7 @@ from llava_sft.run.records import read_metrics
 from llava_sft.settings.resolve import ResolvedSettings
 
 
+@exits_cleanly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("exp_dir", type=Path, nargs="?", default=Path("output"), help="EXP_DIR (default: output)")

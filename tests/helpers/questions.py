@@ -1,8 +1,10 @@
 """A small test set with everything in it, for the tests of the evaluation."""
 
 import json
+import sys
 from pathlib import Path
 
+from evaluate import main
 from helpers.webdatasets import Raw, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
@@ -29,3 +31,10 @@ def write_test_set(folder: Path) -> Path:
 
 def asked_of(data: Path, split: str = "val") -> list[Sample]:
     return [sample.before(turn) for sample in read_split(data / "wds", split) for turn in sample.answers()]
+
+
+def run(monkeypatch, export: Path, data: Path, output: Path, *words: str) -> None:
+    """evaluate.py about the test set `data`, in this process."""
+    options = ["--dataset", str(data / "dataset.json"), "--output", str(output), "--max-new-tokens", "2", *words]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(data / "wds"), *options])
+    main()

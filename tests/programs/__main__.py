@@ -3,7 +3,8 @@
     PYTHONPATH=tests:benchmarks python -m programs [--only vLLM] [--environments FOLDER]
 
 Writes benchmarks/results/consumers.json if all were asked. Needs the embedded experiment, trained: `make export_vqa`.
-A program passes in float32 if it loads both exports, gives this project's answers to all questions that it has a form for,
+Two exports, and for the programs that take LoRA a PEFT folder beside one of them.
+A program passes in float32 if it loads them, gives this project's answers to all questions that it has a form for,
 and nothing else that its script looks at is wrong. In bfloat16 the share of equal answers is a figure, not a test.
 """
 
@@ -19,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from helpers.adapters import write_adapter
+from llava_sft.settings.layers import load_model
 from programs import environments, questions
 from programs.environments import HERE, NOT_TRIED, PROGRAMS, TRANSFORMERS, InstallError, Program
 from results import RESULTS, ROOT, row, write_results
@@ -28,6 +31,7 @@ WEBDATASETS = ROOT / "output/data/vqa/webdatasets"
 START = ROOT / "output/checkpoints/LLaVA-OneVision-1.5-tiny_mcore_tp1_pp1"
 MAX_NEW_TOKENS = 8
 TIME_LIMIT = 1200  # s a program and export
+CONVERT = str(ROOT / "workflow_scripts/convert_checkpoint.py")
 ALL_CALLS = [f"transformers {version}" for version in TRANSFORMERS[-3:]]  # every call of consumers/calls.py has to work
 
 
@@ -39,6 +43,8 @@ class Exam(NamedTuple):
     questions: list[questions.Question]
     own: list[str]
     truths: list[str]
+    adapter: Path | None = None  # a PEFT folder, whose answers beside the export are asked for: those of `merged`
+    merged: Path | None = None
 
 
 class Outcome(NamedTuple):
@@ -56,7 +62,7 @@ def exams(folder: Path) -> list[Exam]:
     """Exports by the code as it stands, and their questions."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "pictures").mkdir(parents=True)
-    convert = [sys.executable, str(ROOT / "workflow_scripts/convert_checkpoint.py"), "mcore2hf", "--model", "tiny"]
+    convert = [sys.executable, CONVERT, "mcore2hf", "--model", "tiny"]
     for source, name in ((RUN, "embedded"), (START, "tiny")):
         subprocess.run([*convert, str(source), str(folder / name)], check=True, cwd=ROOT)
     asked, truths = zip(*questions.embedded_samples(WEBDATASETS), strict=True)
@@ -67,7 +73,29 @@ def exams(folder: Path) -> list[Exam]:
     ):
         own = [plain(text) for text in questions.own_answers(folder / name, samples, MAX_NEW_TOKENS)]
         made.append(Exam(name, folder / name, questions.written(samples, folder / "pictures"), own, true))
+    made.append(with_adapter(made[0], list(asked), folder / "lora"))
     return made
+
+
+def with_adapter(exam: Exam, samples: list[Any], folder: Path) -> Exam:
+    """The exam with a PEFT folder that this project wrote: pairs of random values beside the export, which went through a
+    checkpoint of LoRA. Its own answers are those of the merged export."""
+    random = write_adapter(folder / "random", exam.export, load_model("tiny"), seed=1, rank=8, size=0.25)
+    made, adapter, merged = (folder / name for name in ("mcore", "adapter", "merged"))
+    for words in (
+        ("hf2mcore", random, made),
+        ("mcore2peft", made / "pairs", adapter),
+        ("merge", exam.export, adapter, merged),
+    ):
+        subprocess.run([sys.executable, CONVERT, *map(str, words)], check=True, cwd=ROOT)
+    own = [plain(text) for text in questions.own_answers(merged, samples, MAX_NEW_TOKENS)]
+    if not any(answer != other for answer, other in zip(own, exam.own, strict=True)):
+        raise SystemExit("error: the adapter changes no answer: nothing would be shown")
+    return exam._replace(name="adapter", own=own, truths=[], adapter=adapter, merged=merged)
+
+
+def files_of(exam: Exam) -> list[Path]:
+    return [path for folder in (exam.export, exam.adapter, exam.merged) if folder for path in folder.iterdir()]
 
 
 def plain(text: str) -> str:
@@ -77,11 +105,12 @@ def plain(text: str) -> str:
 
 def ask(program: Program, python: Path, exam: Exam, dtype: str, folder: Path) -> Outcome:
     given = {"export": str(exam.export), "dtype": dtype, "max_new_tokens": MAX_NEW_TOKENS, "questions": exam.questions}
+    given |= {"adapter": str(exam.adapter or ""), "merged": str(exam.merged or "")}
     # The calls hang on no weight: asked of one export.
     calls = program.name in ALL_CALLS and exam.name == "tiny" and dtype == "float32"
     text = json.dumps(given | {"calls": calls})
     # What was answered before is not asked again: an interrupted run goes on.
-    asked = [text.encode(), *(path.read_bytes() for path in sorted([HERE / program.script, *exam.export.iterdir()]))]
+    asked = [text.encode(), *(path.read_bytes() for path in sorted([HERE / program.script, *files_of(exam)]))]
     key = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in asked)).hexdigest()[:12]
     job, output, log = (folder / f"{exam.name}-{dtype}-{key}.{kind}" for kind in ("job.json", "output.json", "log"))
     if output.is_file():
@@ -130,7 +159,7 @@ def run(program: Program, python: Path, made: list[Exam]) -> list[Outcome]:
     here.mkdir(exist_ok=True)
     outcomes = []
     for dtype in program.dtypes:
-        for exam in made:
+        for exam in (each for each in made if program.adapters or not each.adapter):
             began = time.monotonic()
             outcome = ask(program, python, exam, dtype, here)
             outcomes.append(outcome)
@@ -159,7 +188,7 @@ def rows_of(tried: dict[str, list[Outcome]], missing: dict[str, str]) -> list[di
             equal, asked = sum(each.equal for each in mine), sum(each.asked for each in mine)
             said = [
                 f"{equal} of {asked} answers",
-                mine[-1].called,
+                *dict.fromkeys(each.called for each in mine),
                 *dict.fromkeys(note for each in mine for note in each.notes),
             ]
             said += [f"{each.exam}: {problem}" for each in mine for problem in each.problems]

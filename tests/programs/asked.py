@@ -20,12 +20,18 @@ class Job:
 
     def __init__(self) -> None:
         parser = argparse.ArgumentParser()
-        parser.add_argument("job", type=Path, help="JSON: export, dtype, calls, max_new_tokens, questions")
+        parser.add_argument(
+            "job",
+            type=Path,
+            help="JSON: export, adapter and merged (a PEFT folder, the export with it; or empty), dtype, calls, max_new_tokens, questions",
+        )
         parser.add_argument("output", type=Path, help="JSON: versions, called, answers, checks")
         args = parser.parse_args()
         given = json.loads(args.job.read_text())
         self.output = args.output
         self.export: str = given["export"]
+        self.adapter: str = given["adapter"]
+        self.merged: str = given["merged"]
         self.dtype: str = given["dtype"]
         self.calls: bool = given["calls"]
         self.max_new_tokens: int = given["max_new_tokens"]

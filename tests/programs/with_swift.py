@@ -14,6 +14,7 @@ def main() -> None:
         torch_dtype=getattr(torch, job.dtype),
         device_map="cpu",
         max_batch_size=4,
+        adapters=[job.adapter] if job.adapter else None,
     )
     engine.template.image_token_id = engine.model.config.image_token_id
     requests = []

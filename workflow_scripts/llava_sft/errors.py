@@ -7,12 +7,15 @@ keeps its traceback: hiding that would hide the cause.
 import errno
 import functools
 import inspect
+import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
 MORE_SPACE = "free some space on that disk, then run the same command again"
 SHOWN = 200  # characters of a user's string that a message quotes, at most
@@ -65,8 +68,13 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if sys.stdout and not sys.stdout.closed:
+                sys.stdout.flush()
+            return result
         except BaseException as error:  # torch derives the error of a checkpoint's writer from BaseException
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                sys.exit(1)
             message = as_message(error)
             if message is None:
                 raise
@@ -75,6 +83,16 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     wrapped.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]  # Snakemake asks for it with every job
     return wrapped
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has ended, as `head` does. What Python would still write at exit is let go."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def as_message(error: BaseException) -> SftError | None:
@@ -94,4 +112,8 @@ def of_file(error: OSError) -> SftError:
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
         return SftError(what, MORE_SPACE)
+    if error.errno in NOT_ALLOWED:
+        return SftError(
+            what, "make it readable and writable for you (`ls -ld` shows whose it is), or name another place"
+        )
     return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 from llava_sft.checkpoint.architecture import check_sizes
+from llava_sft.checkpoint.base import require_wanted
+from llava_sft.checkpoint.hf_folder import merging
+from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.start import check_load
 from llava_sft.data.nv_meta import is_finished
 from llava_sft.data.tars import no_tar
@@ -78,5 +81,8 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True) -> No
     made_here = paths.is_demo(paths.checkpoint.folder)
     check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
     if of_start and not made_here:
-        check_sizes(paths.checkpoint, settings.load_parts, model)
+        check_sizes(paths.checkpoint.base, settings.load_parts, model)
+    if of_start and paths.checkpoint.kind == "peft":
+        adapter = Adapter.of(paths.checkpoint.folder)
+        require_wanted(settings.load, adapter.lora(model), settings.trained.lora, merging(adapter.folder, adapter.base))
     check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)

@@ -133,16 +133,30 @@ def vllm_interpreter(choice: str | None, python: Path | None) -> Path | None:
 
     Without a choice, vLLM does where there are both it and a GPU. Raises SettingsError where it is asked for and not there.
     """
-    if python and not os.access(python, os.X_OK):
+    if python and not (python.is_file() and os.access(python, os.X_OK)):
         raise SettingsError(f"vllm_python: {python}: no such program", "bin/python of an environment with vLLM")
     if choice == "transformers" or (choice is None and not gpu_count()):
         return None
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    if subprocess.run([python, "-c", look], check=False).returncode == 0 if python else find_spec("vllm"):
-        return python or Path(sys.executable)
-    if choice is None:
+    if python is None and find_spec("vllm"):
+        return Path(sys.executable)
+    if python and _has_vllm(python):
+        return python
+    if choice is None and python is None:
         return None
     raise SettingsError(
-        f"evaluate_with: vllm, and {python or sys.executable} has no vLLM",
+        f"{'evaluate_with: vllm, and' if choice else 'vllm_python:'} {python or sys.executable} has no vLLM",
         "vllm_python: bin/python of an environment with vLLM, or evaluate_with: transformers",
     )
+
+
+def _has_vllm(python: Path) -> bool:
+    look = "import importlib.util; print('vLLM' * (importlib.util.find_spec('vllm') is not None))"
+    try:
+        said = subprocess.run(
+            [python, "-c", look], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise SettingsError(
+            f"vllm_python: {python} cannot be run: {error.strerror}", "bin/python of an environment with vLLM"
+        ) from None
+    return said.stdout.strip() == "vLLM"  # any other program may end with exit code 0

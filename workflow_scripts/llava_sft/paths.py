@@ -109,6 +109,12 @@ class Paths:
         return self._at(CHECKPOINT_DONE, self.converted_stem) if self.converted_stem else None
 
     @property
+    def start_names(self) -> list[str]:
+        """The folders and hub ids that the start checkpoint is converted from."""
+        names = [self.settings.load, self.checkpoint.base.name, *self.settings.load_parts.values()]
+        return list(dict.fromkeys(names))
+
+    @property
     def converted_from(self) -> dict[str, str]:
         """What the converted checkpoint depends on."""
         settings = self.settings
@@ -126,7 +132,7 @@ class Paths:
     @property
     def tokenizer(self) -> Path | None:
         """A folder with tokenizer.json for counting tokens; None when it is known only once the checkpoint is converted."""
-        folder = self.settings.tokenizer or self.checkpoint.folder
+        folder = self.settings.tokenizer or self.checkpoint.base.folder
         return folder if self.is_demo(folder) or (folder / "tokenizer.json").is_file() else None
 
     @property

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sft.checkpoint.start import with_old_names
+from llava_sft.checkpoint.verify import is_export
 from llava_sft.data.verify import out_of_date
 from llava_sft.errors import SettingsError, exits_cleanly, shown
 from llava_sft.experiments import Experiments
@@ -203,7 +204,7 @@ class Workflow(Experiments):
     def checkpoint_folders(self, wildcards) -> list[str]:
         """The folders that the start checkpoint is converted from; a hub id is none."""
         paths = self.converting(wildcards)
-        sources = [paths.settings.load, *paths.settings.load_parts.values()]
+        sources = paths.start_names
         made = [str(paths.demo_done) for source in sources if paths.is_demo(Path(source))]
         return made[:1] + [source for source in sources if not paths.is_demo(Path(source)) and Path(source).is_dir()]
 
@@ -213,6 +214,20 @@ class Workflow(Experiments):
         words = [settings.load, "--model", settings.model]
         words += [f"--part={part}={source}" for part, source in with_old_names(settings.load_parts).items()]
         return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
+
+
+def to_export(flow: Workflow) -> Callable:
+    """Input function: what an export is made from. One whose folder somebody has deleted is made again, as messages advise:
+    what Snakemake looks for lies beside that folder."""
+
+    @exits_cleanly
+    def of_wildcards(wildcards) -> Path:
+        paths = flow.of(wildcards)
+        if flow.force and paths.export_done.is_file() and not is_export(paths.export):
+            flow.force([str(paths.export_done)])
+        return paths.train_done
+
+    return of_wildcards
 
 
 def as_words(option: str, value: Any) -> list[str]:

@@ -1,9 +1,6 @@
 """What a user names to talk to → a Hugging Face folder that transformers can load.
 
 Notable:
-- the weights of any Hugging Face folder are read with this project's code and side files: nothing in it is executed, whatever
-  marker of an export lies in it;
-- the files of an export have to be those that were written;
 - a Megatron checkpoint is exported first; the export stays beside its run, and is made only once.
 """
 
@@ -11,19 +8,14 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from llava_sft.checkpoint.hf_folder import refuse_other_forms
 from llava_sft.checkpoint.hub import fetch
-from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, read_hf_config
-from llava_sft.checkpoint.verify import MARKER, export_in, is_export, require_whole
+from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint
+from llava_sft.checkpoint.verify import MARKER, export_in, is_export
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_json
-from llava_sft.model.export_files import image_limits, write_hf_sidecars
-from llava_sft.model.hf_config import model_of_config
-from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
-from llava_sft.model.tensors import check_tensors, hf_shapes
 from llava_sft.run.layout import SIDECARS
 
 CHOICES = (
@@ -54,7 +46,8 @@ def find_model(name: str) -> Path:
             f"{folder}: a checkpoint of the original project, which keeps no tokenizer beside it",
             f"convert_checkpoint.py hf2mcore {folder} FOLDER --sidecars HUGGING_FACE_FOLDER, then name that FOLDER",
         )
-    if checkpoint.kind == "huggingface":
+    if checkpoint.kind in ("huggingface", "peft"):
+        refuse_other_forms(folder, name)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: neither a model nor a run", CHOICES)
         return folder
@@ -80,39 +73,3 @@ def exported(checkpoint: Path) -> Path:
     if done.returncode:
         raise SystemExit(1)  # it has said why
     return target
-
-
-@contextlib.contextmanager
-def readable(folder: Path) -> Iterator[Path]:
-    """A folder with links to the weights of `folder`, beside which the code, chat template and settings are this project's.
-
-    Errors: CheckpointError for weights that are missing, damaged, or not of this model.
-    """
-    if is_export(folder):
-        require_whole(folder)
-    from llava_sft.checkpoint.hf_folder import weight_files
-    from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, read_header
-
-    config = read_hf_config(folder)
-    try:
-        model = model_of_config(config, folder.name)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error.problem}", error.fix) from None
-    reader = SafetensorsReader(folder)
-    wanted = hf_shapes(model)
-    check_tensors({name: reader.shape(name) for name in reader.names()}, wanted, folder)
-    # transformers makes random weights of those that it does not find: it knows these two spellings.
-    stored = {name for path in weight_files(folder) for name in read_header(path)}
-    if not (wanted.keys() <= stored or set(map(old_name, wanted)) <= stored):
-        raise CheckpointError(
-            f"{folder}: its tensors are named in another way than LLaVA-OneVision-1.5's",
-            f"convert it: convert_checkpoint.py hf2mcore {folder} {folder}_mcore_tp1_pp1, and name that folder",
-        )
-    dtype = str(reader.dtype(next(iter(wanted)))).removeprefix("torch.")
-    with tempfile.TemporaryDirectory(prefix="chat-") as temporary:
-        view = Path(temporary) / "model"  # transformers keeps a copy of the code by this name: always the same one
-        view.mkdir()
-        write_hf_sidecars(view, folder, model, *(image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)), dtype)
-        for path in folder.glob("*.safetensors*"):
-            (view / path.name).symlink_to(path.resolve())
-        yield view

@@ -21,9 +21,9 @@ def note_base(folder: Path, lora: Lora, start: Start) -> None:
     write_json(folder / LORA, {"lora": lora._asdict(), "base": base}, sealed=True)
 
 
-def name_of_base(folder: Path) -> str:
-    """The Hugging Face folder or hub id that the base of a checkpoint of LoRA came from."""
-    return str(read_object(folder / LORA)["base"]["load"])
+def base_of(folder: Path) -> dict[str, str]:
+    """What is noted of the base of a checkpoint of LoRA: its `folder` and `fingerprint`, and what it came from, `load`."""
+    return dict(read_object(folder / LORA)["base"])
 
 
 def lora_of(folder: Path) -> tuple[Lora, Path] | None:
@@ -49,17 +49,27 @@ def beside_its_base(start: Start, wanted: Lora | None) -> Start:
 
     Raises CheckpointError when `wanted`, the pairs that the settings ask for, are others.
     """
-    found = lora_of(start.folder) if start.folder else None
+    pairs = start.pairs or start.folder
+    found = lora_of(pairs) if pairs else None
     if not found:
         return start
-    (lora, base), pairs = found, start.folder
-    if wanted is None or wanted._replace(dropout=lora.dropout) != lora:
-        parts = f"[{', '.join(lora.parts)}]"
-        raise CheckpointError(
-            f"load: {start.load}: LoRA's pairs of rank {lora.rank}, alpha {lora.alpha:g}, in {parts}; the settings ask for others",
-            f"lora_rank: {lora.rank}, lora_alpha: {lora.alpha:g}, lora_modules: {parts}; or export it "
-            "(convert_checkpoint.py mcore2hf), which merges them, and load that folder",
-        )
+    lora, base = found
+    merging = "export it (convert_checkpoint.py mcore2hf), which merges them, and load that folder"
+    require_wanted(start.load, lora, wanted, merging)
+    if start.pairs:  # a PEFT folder, which was converted together with its base
+        return start
     require_whole(base)
     content = fingerprint([content_of(base)[0], start.fingerprint])
     return start.model_copy(update={"folder": base, "pairs": pairs, "fingerprint": content})
+
+
+def require_wanted(load: str, lora: Lora, wanted: Lora | None, merging: str) -> None:
+    """Raise CheckpointError unless the settings ask for pairs as those of `load` are; `merging`: the way on without them."""
+    if wanted and wanted._replace(dropout=lora.dropout, parts=lora.parts) == lora and {*wanted.parts} == {*lora.parts}:
+        return
+    parts = f"[{', '.join(lora.parts)}]"
+    raise CheckpointError(
+        f"load: {load}: LoRA's pairs of rank {lora.rank}, alpha {lora.alpha:.10g}, in {parts}; the settings ask for "
+        + (f"rank {wanted.rank}, alpha {wanted.alpha:.10g}, in [{', '.join(wanted.parts)}]" if wanted else "none"),
+        f"lora_rank: {lora.rank}, lora_alpha: {lora.alpha:.10g}, lora_modules: {parts}; or {merging}",
+    )

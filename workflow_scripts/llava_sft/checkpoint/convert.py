@@ -16,11 +16,19 @@ from typing import Any
 import torch
 import xxhash
 
+from llava_sft.checkpoint.adapters import merged, write_pairs
 from llava_sft.checkpoint.architecture import parts_of_folder, with_own_values, with_values_beside
-from llava_sft.checkpoint.hf_folder import ADAPTER
+from llava_sft.checkpoint.hf_folder import ADAPTER, ADAPTER_WEIGHTS
 from llava_sft.checkpoint.legacy import LegacySource
+from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.pickles import check_pickles
-from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name, tensor_bytes, write_safetensors
+from llava_sft.checkpoint.safetensors_io import (
+    SafetensorsReader,
+    check_finite,
+    old_name,
+    tensor_bytes,
+    write_safetensors,
+)
 from llava_sft.checkpoint.start import (
     RANDOM,
     copy_sidecars,
@@ -32,7 +40,7 @@ from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
 from llava_sft.checkpoint.weights import open_weights
 from llava_sft.checksums import note
 from llava_sft.errors import CheckpointError, shown
-from llava_sft.files import atomic_dir, read_object, write_json
+from llava_sft.files import atomic_dir, file_hash, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
 from llava_sft.model.hf_config import LANGUAGE_ALONE, Parts
@@ -50,7 +58,7 @@ from llava_sft.model.tensors import (
     tensor_rows,
 )
 from llava_sft.model.tokens import TOKEN_ID_KEYS
-from llava_sft.run.layout import SIDECARS, TRACKER
+from llava_sft.run.layout import PAIRS, SIDECARS, TRACKER
 
 
 class HfSource:
@@ -155,12 +163,13 @@ def open_source(folder: Path | str, model: ModelConfig) -> Source:
 
 def hf2mcore(
     source: Path, target: Path, model: ModelConfig, sidecars: Path | None = None,
-    parts: dict[str, Path | str] | None = None,
+    parts: dict[str, Path | str] | None = None, adapter: Adapter | None = None,
 ) -> dict:  # fmt: skip
     """Convert a Hugging Face folder, or one of the original project, into a Megatron folder; returns its marker.
 
     Args:
         sidecars: folder with config and tokenizer; by default the source itself.
+        adapter: LoRA's pairs that stand beside the source; they become a checkpoint of LoRA in `target`/pairs.
         parts: part of the model → the folder that it comes from instead; "adapter" may be "random".
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than `model` has.
@@ -172,6 +181,8 @@ def hf2mcore(
     source_of = {part: sources[parts.get(part, source)] for part in PARTS}
     rows = {row.mcore: row for row in tensor_rows(model)}
     model, dtypes, said = looked_at(sources, source_of, model, sidecars)
+    if adapter:  # refused here where it does not fit: the base may take minutes
+        said["origin"].append(f"pairs of rank {adapter.lora(model).rank} from {adapter.folder}")
     print("\n".join(line for lines in said.values() for line in lines), flush=True)
     dtype = reduce(torch.promote_types, dtypes)
     digest = xxhash.xxh3_128()
@@ -191,14 +202,18 @@ def hf2mcore(
         copy_sidecars(sidecars or source, folder / SIDECARS)
         files = {f"release/{name}": entry for name, entry in weights.items()}
         files |= note(folder, [folder / TRACKER, *(folder / SIDECARS).iterdir()])
+        base = {"folder": str(target / "release"), "fingerprint": digest.hexdigest()}
+        pairs = write_pairs(folder, adapter, model, base | {"load": adapter.base}) if adapter else {}
         marker = _marker(source, model, dtype) | {
             "fingerprint": digest.hexdigest(),
             "untrained": bool(sources[source].config.get("untrained")),
             "origin": said["origin"],
             "notes": said["notes"],
             "model": model.model_dump(),
-            "files": files,
+            "files": files | pairs,
         }
+        if adapter:
+            marker[PAIRS] = fingerprint([file_hash(adapter.folder / ADAPTER_WEIGHTS), adapter.rank, adapter.alpha])
         write_json(folder / MARKER, marker, sealed=True)
     return marker
 
@@ -279,16 +294,31 @@ def mcore2hf(
     return marker
 
 
+def merge(
+    base: Path, adapters: list[tuple[Adapter, float]], target: Path, model: ModelConfig, min_pixels: int, max_pixels: int,
+    names: str = "model",
+) -> dict:  # fmt: skip
+    """Write a Hugging Face folder of the weights of `base` with the pairs of `adapters`, each times its number.
+
+    The rest as in `mcore2hf`. Raises CheckpointError when a pair does not fit the model.
+    """
+    for adapter, _ in adapters:
+        adapter.beside(model)
+    tokenizer_token_ids(base)
+    source, rows = HfSource(base, model), list(tensor_rows(model))
+    print("".join(f"{line}\n" for line in source.check(rows, alone=True)), end="", flush=True)
+    spell = old_name if names == "published" else str
+    shapes, dtype = hf_shapes(model), source.dtype(rows)
+    marker = _marker(base, model, dtype)
+    with atomic_dir(target) as folder:
+        write_hf_sidecars(folder, base, model, min_pixels, max_pixels, marker["dtype"])
+        tensors = zip(map(spell, shapes), merged(source.reader, list(shapes), adapters), strict=True)
+        weights = write_safetensors(folder, {spell(name): shape for name, shape in shapes.items()}, dtype, tensors)
+        marker["files"] = weights | note(folder, [path for path in folder.iterdir() if path.name not in weights])
+        write_json(folder / MARKER, marker, sealed=True)
+    return marker
+
+
 def _marker(source: Path, model: ModelConfig, dtype: torch.dtype) -> dict:
     tensors, parameters = len(hf_shapes(model)), parameter_count(model)
     return {"source": str(source), "tensors": tensors, "parameters": parameters, "dtype": str(dtype)[len("torch.") :]}
-
-
-def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError for a tensor with a value that is NaN or infinite: least and greatest are, if one is."""
-    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        count = int((~tensor.isfinite()).sum())
-        raise CheckpointError(
-            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite",
-            "use a checkpoint from before that happened",
-        )

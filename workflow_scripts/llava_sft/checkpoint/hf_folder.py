@@ -1,8 +1,12 @@
 """The files of a Hugging Face folder that hold its weights, and what is said of weights in another form. No torch."""
 
+import errno
 import glob
 import json
+import os
+import re
 import shlex
+import struct
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -26,23 +30,65 @@ MERGE = (
     "PeftModel.from_pretrained(M.from_pretrained(base, **own), ADAPTER).merge_and_unload().save_pretrained(MERGED); "
     "P.from_pretrained(base, **own).save_pretrained(MERGED)"
 )
+MERGE_HERE = ".venv/bin/python workflow_scripts/convert_checkpoint.py merge"
+OTHER_FORMS = {
+    ".gguf": "GGUF is a form for inference and cannot be trained on", ".onnx": "ONNX is a form for inference",
+    ".h5": "weights of TensorFlow, which are not read", ".msgpack": "weights of Flax, which are not read",
+}  # fmt: skip
 PICKLES = ("pytorch_model*.bin", "consolidated*.pt*", "*.ckpt", "*.pth", "*.pt", "*.bin")
+# As the native class of transformers names the merger's layers, and as MLCD is named without the name of its part.
+NATIVE_MERGER = {".merger.linear_fc1.": ".merger.mlp.0.", ".merger.linear_fc2.": ".merger.mlp.2."}
+BARE_MLCD = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.|class_pos_emb$")
 
 
-def refuse_other_forms(folder: Path, said: str) -> None:
-    """Raise CheckpointError, with the way on, where weights lie in `folder` in no form that is read; `said` names it."""
+def refuse_other_forms(folder: Path, said: str, adapter: str = "") -> None:
+    """Raise CheckpointError, with the way on, where weights lie in `folder` in no form that is read.
+
+    Args:
+        said: names the folder.
+        adapter: stands before the way on of an adapter.
+    """
     names = names_in(folder)
-    if any(name.endswith(".safetensors") and name != ADAPTER_WEIGHTS for name in names):
+    if _whole(names):
         return
     if ADAPTER in names:
         base = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
-        # The code of what another's file names is not to be run by a command of ours.
-        code = MERGE.replace("BASE", json.dumps(base if Path(base).is_dir() else "BASE"))
-        code = code.replace("ADAPTER", json.dumps(str(folder))).replace("MERGED", json.dumps(f"{folder}-merged"))
         raise CheckpointError(
             f"{said}: a LoRA adapter of PEFT ({ADAPTER}), no whole model; its base is {shown(base)}",
-            f"merge it, where peft is installed: {_command(code)}; then load {folder}-merged",
+            adapter + merging(folder, base),
         )
+    refuse_pickles(folder, said)
+    for suffix, form in OTHER_FORMS.items():
+        if found := sorted(name for name in names if name.lower().endswith(suffix)):
+            raise CheckpointError(
+                f"{said}: its weights are in {found[0]}: {form}", "the Hugging Face folder that it was made from"
+            )
+
+
+def _whole(names: list[str]) -> bool:
+    return any(name.endswith(".safetensors") and name != ADAPTER_WEIGHTS for name in names)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether it is a PEFT folder, with no whole model beside the adapter."""
+    return (folder / ADAPTER).is_file() and not _whole(names_in(folder))
+
+
+def merging(folder: Path, base: str, by_peft: bool = False) -> str:
+    """How an adapter is merged into its base; `by_peft` one of a kind that is not read here."""
+    # The code of what another's file names is not to be run by a command of ours.
+    base, merged = base if Path(base).is_dir() else "BASE", f"{folder}-merged"
+    if not by_peft:
+        return f"merge it: {MERGE_HERE} {shlex.join([base, str(folder), merged])}, and name {merged}"
+    code = MERGE
+    for word, path in (("BASE", base), ("ADAPTER", folder), ("MERGED", merged)):
+        code = code.replace(word, json.dumps(str(path)))
+    return f"merge it, where peft is installed: {_command(code)}; then load {merged}"
+
+
+def refuse_pickles(folder: Path, said: str) -> None:
+    """Raise CheckpointError, with a command that converts them, where the weights in `folder` are pickles."""
+    names = names_in(folder)
     for pattern in PICKLES:
         if found := sorted(name for name in names if fnmatch(name, pattern) and name != "training_args.bin"):
             if pattern in ("*.bin", "*.pt", "*.pth"):  # others may lie beside it: an optimizer's, a scheduler's
@@ -52,11 +98,6 @@ def refuse_other_forms(folder: Path, said: str) -> None:
                 f"{said}: its weights are in {found[0]}, a pickle: that form is not read",
                 f"write them as safetensors beside it: {_command(code)}",
             )
-    if found := sorted(name for name in names if name.endswith(".gguf")):
-        raise CheckpointError(
-            f"{said}: its weights are in {found[0]}: GGUF is a form for inference and cannot be trained on",
-            "the Hugging Face folder that it was made from",
-        )
 
 
 def _command(code: str) -> str:
@@ -96,3 +137,38 @@ def names_in(folder: Path) -> list[str]:
         raise CheckpointError(
             f"{folder}: cannot be read: {error.strerror}", "name a folder that you may read"
         ) from None
+
+
+def canonical(name: str) -> str:
+    """The in-memory name of a tensor; older checkpoints spell the parts without `model.` in front. Those of MLCD stay."""
+    if BARE_MLCD.match(name):
+        return f"vision_model.{name}"
+    for theirs, ours in NATIVE_MERGER.items():
+        name = name.replace(theirs, ours)
+    if name.startswith("visual."):
+        return f"model.{name}"
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return name.replace("model.", "model.language_model.", 1)
+    return name
+
+
+def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
+    """Per tensor of a safetensors file `dtype`, `shape` and `start`, its first byte in the file; and what is noted in it.
+
+    Raises CheckpointError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            pass  # the library looks at the header, the offsets and the file's size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except OSError as error:
+        reason = error.strerror or os.strerror(errno.EACCES if path.exists() else errno.ENOENT)
+        raise CheckpointError(f"{path}: cannot be read: {reason}", "a file that you may read") from None
+    except (SafetensorError, struct.error, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
+    about = header.pop("__metadata__", {})
+    return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in header.items()}, about

@@ -3,19 +3,17 @@
 Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, raw little-endian data).
 """
 
-import errno
 import json
-import os
 import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava_sft.checkpoint.hf_folder import INDEX, weight_files
+from llava_sft.checkpoint.hf_folder import ADAPTER_WEIGHTS, INDEX, canonical, read_header, weight_files
+from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checksums import HashingFile
 from llava_sft.errors import CheckpointError
 from llava_sft.files import atomic_file, write_json
@@ -24,24 +22,6 @@ SHARD_BYTES = 5_000_000_000
 # Buffers that older versions of transformers stored, and newer ones compute.
 LEFTOVER = re.compile(r".*\.(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|embeddings\.position_ids)")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-# As the native class of transformers names the merger's layers, and as MLCD is named without the name of its part.
-NATIVE_MERGER = {".merger.linear_fc1.": ".merger.mlp.0.", ".merger.linear_fc2.": ".merger.mlp.2."}
-BARE_MLCD = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm)\.|class_pos_emb$")
-
-
-def canonical(name: str) -> str:
-    """The in-memory name of a tensor; older checkpoints spell the parts without `model.` in front. Those of MLCD stay."""
-    if BARE_MLCD.match(name):
-        return f"vision_model.{name}"
-    for theirs, ours in NATIVE_MERGER.items():
-        name = name.replace(theirs, ours)
-    if name.startswith("visual."):
-        return f"model.{name}"
-    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
-        return name.replace("model.", "model.language_model.", 1)
-    return name
 
 
 def old_name(name: str) -> str:
@@ -58,7 +38,7 @@ class SafetensorsReader:
     def __init__(self, folder: Path):
         self._place: dict[str, tuple[Path, str, dict]] = {}  # file, name in it, and its entry in the header
         for path in weight_files(folder):
-            for name, entry in read_header(path).items():
+            for name, entry in read_header(path)[0].items():
                 if LEFTOVER.fullmatch(name):
                     print(f"{path.name}: {name} is left out: older versions stored it, and it follows from config.json")
                     continue
@@ -66,6 +46,13 @@ class SafetensorsReader:
                     problem = f"{path}: {name} is also in {self._place[canonical(name)][0].name}"
                     raise CheckpointError(problem, "keep the files of one checkpoint only")
                 self._place[canonical(name)] = (path, name, entry)
+
+    @classmethod
+    def of_pairs(cls, adapter: Adapter) -> "SafetensorsReader":
+        """Of a PEFT folder, by the names in `adapter.pairs`."""
+        made = cls.__new__(cls)
+        made._place = {name: (adapter.folder / ADAPTER_WEIGHTS, name, entry) for name, entry in adapter.pairs.items()}
+        return made
 
     def names(self) -> set[str]:
         return set(self._place)
@@ -94,27 +81,17 @@ class SafetensorsReader:
         return tensor
 
 
-def read_header(path: Path) -> dict[str, dict]:
-    """Per tensor of a safetensors file: `dtype`, `shape` and `start`, its first byte in the file. Raises CheckpointError."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # the library looks at the header, the offsets and the file's size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except OSError as error:
-        reason = error.strerror or os.strerror(errno.EACCES if path.exists() else errno.ENOENT)
-        raise CheckpointError(f"{path}: cannot be read: {reason}", "a file that you may read") from None
-    except (SafetensorError, struct.error, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
-    header.pop("__metadata__", None)
-    return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in header.items()}
-
-
 def write_safetensors(
-    folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
+    about: dict[str, str] | None = None,
 ) -> dict[str, list]:
     """Stream `tensors` into the folder, in the order of `shapes`, in shards of at most 5 GB with an index file.
+
+    Args:
+        about: what is noted in each file beside its tensors.
 
     Returns the size and xxh3_128 of each file of weights, by its name: taken while it is written.
     """
@@ -132,7 +109,7 @@ def write_safetensors(
         file_names = ["model.safetensors"]
     stream = iter(tensors)
     for file_name, shard in zip(file_names, shards, strict=True):
-        header: dict = {"__metadata__": {"format": "pt"}}
+        header: dict = {"__metadata__": {"format": "pt"} | (about or {})}
         offset = 0
         for name, length in shard.items():
             place = [offset, offset + length]
@@ -159,3 +136,13 @@ def write_safetensors(
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, without a copy where it is contiguous."""
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError for a tensor with a value that is NaN or infinite: least and greatest are, if one is."""
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise CheckpointError(
+            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite",
+            "use a checkpoint from before that happened",
+        )

@@ -13,22 +13,23 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_sft.checkpoint.hf_folder import WEIGHT_SUFFIXES, refuse_other_forms
+from llava_sft.checkpoint.hf_folder import ADAPTER, WEIGHT_SUFFIXES, is_adapter, refuse_other_forms
+from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.verify import MARKER, require_whole
 from llava_sft.errors import CheckpointError, shown
 from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.tensors import PARTS
-from llava_sft.run.layout import CHECKSUMS, ITERATION, SIDECARS, TRACKER, iteration_name
+from llava_sft.run.layout import CHECKSUMS, ITERATION, PAIRS, SIDECARS, TRACKER, iteration_name
 
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 CHOICES = (
-    "a Hugging Face folder, a hub id (org/name or org/name@revision), a …_mcore_tp1_pp1 folder, an iter_0000400 folder or "
-    "its run directory, or `random`"
+    "a Hugging Face folder, a hub id (org/name or org/name@revision), a PEFT folder, a …_mcore_tp1_pp1 folder, an "
+    "iter_0000400 folder or its run directory, or `random`"
 )
-Kind = Literal["random", "hub", "huggingface", "megatron", "iteration", "legacy"]
+Kind = Literal["random", "hub", "huggingface", "peft", "megatron", "iteration", "legacy"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Checkpoint:
         hub: org/name@revision, or org/name: then the conversion takes the newest commit and notes which that was
         megatron: a folder with a tracker file: a run directory, or a converted checkpoint
         iteration: one checkpoint folder of those, iter_0000400 or release
+        peft: LoRA's pairs in PEFT's form, which stand beside the weights of `base`
         legacy: either of both in the original project's `torch` format: a folder per model-parallel rank
         huggingface: any other folder, whether it is there or not
     """
@@ -59,7 +61,20 @@ class Checkpoint:
     @property
     def needs_conversion(self) -> bool:
         """Whether it is not in our own format (`torch_dist`) yet: the `hf2mcore` rule converts it first."""
-        return self.kind in ("hub", "huggingface", "legacy")
+        return self.kind in ("hub", "huggingface", "peft", "legacy")
+
+    @property
+    def base(self) -> "Checkpoint":
+        """What the pairs of a PEFT folder stand beside; of another kind the checkpoint itself. Raises CheckpointError."""
+        if self.kind != "peft":
+            return self
+        base = Checkpoint.of(Adapter.of(self.folder).base)
+        if base.kind != "hub" and not (base.kind == "huggingface" and (base.folder / "config.json").is_file()):
+            raise CheckpointError(
+                f"load: {self.name}: its base is {shown(base.name)}: neither a Hugging Face folder nor on the hub",
+                f"write the base's folder or hub id into {self.folder / ADAPTER}, as base_model_name_or_path",
+            )
+        return base
 
     def converted_name(self, parts: dict[str, str]) -> str:
         """`LLaVA-OneVision-1.5-4B-stage0_mcore_tp1_pp1`, of whatever kind it is; parts from elsewhere add their names."""
@@ -88,7 +103,7 @@ def _kind(name: str) -> Kind:
         return "legacy"
     if _is_iteration(Path(name)):
         return "iteration"
-    return "megatron" if _has_tracker(Path(name)) else "huggingface"
+    return "megatron" if _has_tracker(Path(name)) else "peft" if is_adapter(Path(name)) else "huggingface"
 
 
 def _is_hub_id(name: str) -> bool:
@@ -219,9 +234,9 @@ def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | 
         raise CheckpointError(
             "load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from"
         )
-    if parts and not checkpoint.needs_conversion:
+    if parts and (kind == "peft" or not checkpoint.needs_conversion):
         raise CheckpointError(
-            f"load_parts, and load: {load} is a whole Megatron checkpoint",
+            f"load_parts, and load: {load} is {'a PEFT folder' if kind == 'peft' else 'a whole Megatron checkpoint'}",
             "load: a Hugging Face folder, or no load_parts",
         )
     for part, source in named_parts(parts.items()).items():
@@ -229,10 +244,11 @@ def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | 
             raise CheckpointError(
                 f"load_parts: {part}: {source.name}: no such folder", "a folder, or org/name on the hub"
             )
-        if source.kind == "huggingface":
+        if source.kind in ("huggingface", "peft"):
             refuse_other_forms(source.folder, f"load_parts: {part}: {source.name}")
-    if kind not in ("random", "hub") and not made_here:
-        _check_folder(checkpoint, bool(parts), tokenizer)
+    for each in dict.fromkeys((checkpoint, checkpoint.base)):
+        if each.kind not in ("random", "hub") and not made_here:
+            _check_folder(each, bool(parts), tokenizer)
 
 
 def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | None) -> None:
@@ -255,10 +271,8 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
     if checkpoint.kind == "huggingface":
         refuse_other_forms(folder, f"load: {load}")
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                f"load: {load}: contains neither config.json (Hugging Face) nor {TRACKER} (Megatron)",
-                f"load: {CHOICES}",
-            )
+            missing = f"neither config.json (Hugging Face) nor {TRACKER} (Megatron)"
+            raise CheckpointError(f"load: {load}: contains {missing}", f"load: {CHOICES}")
         if not has_parts:
             try:
                 model_of_config(read_hf_config(folder))
@@ -278,13 +292,15 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     top = folder.parent
     sidecars = tokenizer or _with_tokenizer(checkpoint.hf_files(converted, None), checkpoint.name)
     content, untrained = content_of(folder)
+    pairs = top / PAIRS if folder.name == "release" and (top / PAIRS).is_dir() else None
     notes = read_object(top / MARKER, {}).get("notes") if folder.name == "release" else None
     return Start(
         load=checkpoint.name,
         folder=folder,
         sidecars=sidecars,
-        fingerprint=content,
+        fingerprint=fingerprint([content, read_object(top / MARKER)[PAIRS]]) if pairs else content,
         untrained=untrained,
+        pairs=pairs,
         notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
     )
 

@@ -6,10 +6,11 @@ Small files are read each time; weights only where `full`, or where they are not
 import time
 from pathlib import Path
 
+from llava_sft.checkpoint.hf_folder import is_adapter, refuse_other_forms
 from llava_sft.checksums import find_damage
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_object
-from llava_sft.run.layout import CHECKSUMS, SIDECARS, VERIFIED
+from llava_sft.run.layout import CHECKSUMS, PAIRS, SIDECARS, VERIFIED
 
 MARKER = "converted.json"  # of a converted checkpoint and of an export
 SIDECARS_NOTE = ".checksums.json"  # in a run's copy of the tokenizer and config
@@ -30,6 +31,10 @@ def require_export(folder: Path) -> Path:
     """`export_in`, or CheckpointError."""
     if export := export_in(folder):
         return export
+    if is_adapter(folder):
+        refuse_other_forms(
+            folder, str(folder), f"`hf upload --private org/name {folder}` uploads it as it is; for an export "
+        )
     raise CheckpointError(
         f"{folder}: no export in it",
         "name an export, or a run's results; `make export_X` makes them for the experiment X",
@@ -46,7 +51,7 @@ def noted(folder: Path) -> tuple[Path, dict[str, list]]:
         sealed = read_object(folder / CHECKSUMS)
         names = {name.partition("/")[2]: entry for name, entry in sealed.items() if name.startswith("iter_")}
         return folder, {name: entry for name, entry in names.items() if not Path(name).name.startswith(f".{CHECKSUMS}")}
-    top = folder.parent if folder.name == "release" else folder
+    top = folder.parent if folder.name in ("release", PAIRS) else folder
     files = read_object(top / MARKER, {}).get("files", {})
     if not isinstance(files, dict):
         raise CheckpointError(f"{top / MARKER}: damaged: `files` is no object", f"delete {top} and convert again")
@@ -60,9 +65,11 @@ def require_whole(folder: Path, full: bool = False) -> int:
     small = {name: entry for name, entry in files.items() if name not in weights}
     memo = (folder.parent if folder.name.startswith("iter_") else root) / VERIFIED
     if damage := find_damage(root, small, full=True) or find_damage(root, weights, memo, full):
-        again = (
-            "use another iter_ folder" if folder.name.startswith("iter_") else f"delete {root} and run the same command"
-        )
+        again = f"delete {root} and run the command again that made it"
+        if folder.name.startswith("iter_"):
+            again = "use another iter_ folder"
+        elif is_export(root):
+            again = f"delete {root} and export again: `snakemake export_X`, or convert_checkpoint.py mcore2hf"
         raise CheckpointError(
             f"{root}{'/' if damage.split()[0] in files else ': '}{damage}: damaged since it was written",
             f"restore it from a copy, or {again}",

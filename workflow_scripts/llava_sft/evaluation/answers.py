@@ -4,13 +4,14 @@ Notable: answers are kept as they come, so that an interrupted evaluation goes o
 run from the same start, asks nothing anew.
 """
 
+import fcntl
 import gc
 import json
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -47,26 +48,54 @@ class Model(NamedTuple):
 def answers_of(model: Model, questions: list[Sample], data: str, options: Options, cache: Path) -> list[Answer]:
     """One answer a question, in order. `data`: a fingerprint of the questions; `cache`: the file that keeps the answers."""
     depends = fingerprint([model.fingerprint, data, options.depends()])
+    if (known := _known(model, cache, depends, len(questions))) is not None:
+        return known
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(cache) as waited:
+        if waited and (known := _known(model, cache, depends, len(questions))) is not None:
+            return known
+        partial = cache.with_name(f"{cache.name}.partial")
+        found = _read_partial(partial, depends)
+        if len(found) < len(questions):
+            before = f", of which {len(found):,} were answered before" if found else ""
+            print(f"{model.name}: {len(questions):,} questions{before}", flush=True)
+            with model.export() as folder, open(partial, "a" if found else "w", buffering=1) as file:
+                file.write("\n" if found else json.dumps(depends) + "\n")  # the last line may be half-written
+                _answer_the_rest(folder, questions, found, options, file)
+        answers = [found[number] for number in range(len(questions))]
+        write_json(cache, {"depends": depends, "answers": answers}, indent=None, sealed=True)
+        partial.unlink(missing_ok=True)
+    return answers
+
+
+def _known(model: Model, cache: Path, depends: str, count: int) -> list[Answer] | None:
+    """The answers in `cache`, where they are all there, and of this model and these questions."""
     try:
         known = read_json(cache, {"depends": None})
-        if known["depends"] == depends and len(known["answers"]) == len(questions):
+        if known["depends"] == depends and len(known["answers"]) == count:
             print(f"{model.name}: the same model and questions, answered before ({cache})", flush=True)
             return [Answer(*answer) for answer in known["answers"]]
     except (DamagedFileError, KeyError, TypeError) as error:
         print(f"{getattr(error, 'problem', cache)}: answering again", flush=True)
-    partial = cache.with_name(f"{cache.name}.partial")
-    found = _read_partial(partial, depends)
-    if len(found) < len(questions):
-        before = f", of which {len(found):,} were answered before" if found else ""
-        print(f"{model.name}: {len(questions):,} questions{before}", flush=True)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with model.export() as folder, open(partial, "a" if found else "w") as file:
-            file.write("\n" if found else json.dumps(depends) + "\n")  # the last line may be half-written
-            _answer_the_rest(folder, questions, found, options, file)
-    answers = [found[number] for number in range(len(questions))]
-    write_json(cache, {"depends": depends, "answers": answers}, indent=None, sealed=True)
-    partial.unlink(missing_ok=True)
-    return answers
+    return None
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[bool]:
+    """Let one evaluation at a time fill `cache`: of several runs from one start, the others wait and read it. True after that."""
+    path, waited = cache.with_name(f"{cache.name}.lock"), False
+    with open(path, "w") as lock:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another evaluation asks these questions ({cache}): waiting for its answers", flush=True)
+                waited = True
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield waited
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _answer_the_rest(
@@ -88,7 +117,6 @@ def _answer_the_rest(
         file.write(f"{zlib.crc32(row.encode()):08x} {row}\n")
         if count and time.monotonic() - max(said, began) > SAID_EVERY_S:
             said = time.monotonic()
-            file.flush()
             rate = count / (said - began)
             minutes, seconds = divmod(round((len(left) - count) / rate), 60)
             print(

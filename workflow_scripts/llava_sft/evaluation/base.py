@@ -4,13 +4,14 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.verify import MARKER, require_export, require_whole
 from llava_sft.errors import CheckpointError, RunError
 from llava_sft.evaluation.answers import Model
+from llava_sft.evaluation.view import readable
 from llava_sft.files import fingerprint, read_object
 from llava_sft.model.export_files import export_form
 from llava_sft.run.layout import RUN_FILE
@@ -26,7 +27,7 @@ def exported(folder: Path) -> Model:
         raise CheckpointError(
             f"{folder / MARKER}: has no depends", f"delete {folder} and run the same command: it is exported again"
         )
-    return Model(str(folder), depends, lambda: nullcontext(folder))
+    return Model(str(folder), depends, partial(readable, folder))
 
 
 def start_of(run_dir: Path, scratch: Path) -> Model:
@@ -63,7 +64,7 @@ def _exported_start(resolved: Resolved, folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
     try:
         mcore2hf(
-            start.folder,
+            start.pairs or start.folder,
             folder,
             start.sidecars,
             resolved.architecture,

@@ -3,6 +3,7 @@
 A sample of several turns is right when every answer is; of other scores it has the mean.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ def judge(
         by: the record's key that names a sample's group.
     """
     rows, place = [], 0
-    for sample in samples:
+    for sample, cluster in zip(samples, picture_clusters(samples), strict=True):
         turns, asked = [], 0
         for turn in sample.answers():
             questions = (message["content"] for message in sample.messages[asked:turn] if message["role"] == "user")
@@ -40,6 +41,7 @@ def judge(
         row: dict[str, Any] = {
             "id": sample.id,
             "group": str(sample.meta.get(by, "all")),
+            "cluster": cluster,
             "question": sample.questions,
             "turns": turns,
         }
@@ -48,6 +50,22 @@ def judge(
             row[f"{prefix}correct"] = row[f"{prefix}scores"][scores[0].name] == 1
         rows.append(row)
     return rows
+
+
+def picture_clusters(samples: list[Sample]) -> list[int]:
+    """A number for each sample; the same one for samples that share a picture, or are linked by others that do."""
+    parent = list(range(len(samples)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = number = parent[parent[number]]
+        return number
+
+    first: dict[str, int] = {}
+    for number, sample in enumerate(samples):
+        for picture in sample.images:
+            parent[root(number)] = root(first.setdefault(hashlib.sha256(picture).hexdigest(), number))
+    return [root(number) for number in range(len(samples))]
 
 
 def _rate(score: Score, sample: Sample, turns: list[dict[str, Any]], key: str) -> float:
@@ -59,16 +77,19 @@ def _rate(score: Score, sample: Sample, turns: list[dict[str, Any]], key: str) -
 
 
 def summary(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Counts and scores of all samples: {samples, correct, scores: [{name, mean, interval}]}; beside another model, each
-    score has `base` and `base_interval`, and what `intervals.compare` says."""
+    """Counts and scores of all samples: {samples, correct, clusters, scores: [{name, mean, interval}]}, where samples that share
+    a picture are one of `clusters`; beside another model, each score has `base` and `base_interval`, and what
+    `intervals.compare` says."""
+    clusters = [row["cluster"] for row in rows]
     result: dict[str, Any] = {"samples": len(rows), "correct": sum(row["correct"] for row in rows), "scores": []}
+    result["clusters"] = len(set(clusters))
     for name in names if rows else ():
         values = [row["scores"][name] for row in rows]
-        entry = {"name": name, "mean": sum(values) / len(values), "interval": mean_interval(values)}
+        entry = {"name": name, "mean": sum(values) / len(values), "interval": mean_interval(values, clusters)}
         if "base_scores" in rows[0]:
             before = [row["base_scores"][name] for row in rows]
-            entry |= {"base": sum(before) / len(before), "base_interval": mean_interval(before)}
-            entry |= compare(before, values)
+            entry |= {"base": sum(before) / len(before), "base_interval": mean_interval(before, clusters)}
+            entry |= compare(before, values, clusters)
         result["scores"].append(entry)
     return result
 

@@ -71,9 +71,7 @@ def generate_with_vllm(
                 raise errors[0]
             if worker.wait() or done < len(questions):
                 said.seek(0)
-                last = "\n".join(
-                    f"    {text[:300]}" for text in said.read().decode(errors="replace").splitlines()[-15:]
-                )
+                last = "\n".join(f"    {text[:600]}" for text in last_words(said.read().decode(errors="replace")))
                 raise RunError(
                     f"vLLM ({python}) ended with exit code {worker.returncode}:\n{last}", "evaluate_with: transformers"
                 )
@@ -98,3 +96,17 @@ def _feed(pipe: BinaryIO, job: dict, texts: list[str], questions: list[Sample], 
         pass  # the worker has ended, and its exit code says so
     except Exception as error:  # a picture that cannot be read
         errors.append(error)
+
+
+def last_words(said: str) -> list[str]:
+    """The errors that vLLM names, the cause first; without one, what it said last."""
+    causes = []
+    for line in said.splitlines():
+        # The lines of its engine begin with (EngineCore pid=…).
+        text = line.split(") ", 1)[-1] if line.startswith("(") else line
+        name = text.split(":")[0]
+        if name.replace(".", "_").isidentifier() and name.endswith(("Error", "Exception")):
+            causes.append(text)
+    # The process that waits for the engine says that there is a cause above.
+    named = [text for text in dict.fromkeys(causes) if "root cause" not in text]
+    return named[:3] or said.splitlines()[-15:]

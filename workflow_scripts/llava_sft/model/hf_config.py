@@ -159,7 +159,12 @@ def _with_rope_theta(section: Mapping[str, Any], where: str, *plain: str) -> dic
         _refuse_unless(f"{where}rope_parameters.{key}", scaling[key], None)
     for given in (section, scaling):
         _refuse_unless(f"{where}partial_rotary_factor", given.get("partial_rotary_factor") or 1, 1)
-    return dict(section) | ({"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {})
+    inside, beside = rope.get("rope_theta"), section.get("rope_theta")
+    if inside is not None and beside is not None:
+        _refuse_unless(
+            f"{where}rope_parameters.rope_theta", inside, beside
+        )  # versions of transformers read one or the other
+    return dict(section) | ({"rope_theta": inside} if inside is not None else {})
 
 
 def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from llava_sft.checkpoint.start import Start
+from llava_sft.checkpoint.start import Checkpoint, Start
 from llava_sft.checkpoint.verify import MARKER
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import read_meta
@@ -132,6 +132,8 @@ def base_model(start: Start, root: Path = Path(), depth: int = 10) -> str | None
         root: the folder that relative paths start from.
     """
     load = start.load
+    with contextlib.suppress(SftError):
+        load = Checkpoint.of(load).base.name  # that of a PEFT folder
     # A folder that is gone may look like org/name: its conversion noted the commit of an id without a revision.
     if "@" in load or any(note.startswith(f"{load} ") for note in start.notes):
         return load.partition("@")[0]

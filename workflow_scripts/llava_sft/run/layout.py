@@ -11,6 +11,7 @@ RUN_FILE = "run.json"  # the resolved settings: which run this is
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's: the step of the newest checkpoint
 SIDECARS = "huggingface"  # tokenizer and config, which the export takes along
 CHECKSUMS = "checksums.json"  # seals a checkpoint once it is complete
+PAIRS = "pairs"  # in a converted checkpoint: those of a PEFT folder, beside release/
 LORA = "lora.json"  # in a checkpoint that holds what is trained alone: what stands beside which base
 VERIFIED = ".verified.json"  # files that were found whole: not read again before they change
 BEST = "best.json"

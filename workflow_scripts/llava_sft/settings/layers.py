@@ -160,6 +160,10 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
             f"{where}: unknown setting {shown(key)}",
             f"did you mean {near[0]}?" if near else "see config/config.yaml",
         )
-    faults = [f["msg"].removeprefix("Value error, ") for f in error.errors() if f["loc"] and f["loc"][0] == key]
+    faults = [
+        f["msg"].removeprefix("Value error, ").replace("tuple", "list")
+        for f in error.errors()
+        if f["loc"] and f["loc"][0] == key
+    ]
     rules = " or ".join(sorted({text[0].lower() + text[1:] for text in faults}))[:400]
     return f"{where}: {key}: {shown(values.get(key))}: {rules}", f"change {key}; config/config.yaml explains it"
