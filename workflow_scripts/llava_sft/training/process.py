@@ -158,7 +158,7 @@ def note(error: BaseException, resolved: Resolved, run_dir: Path, loop: Loop | N
         said = f"{who} lost the others: {str(error).strip().splitlines()[-1][:SHOWN]}"
         note_failure(run_dir, {"problem": said, "fix": GOES_ON, "follows": True})
     else:
-        lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
+        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()[-LAST_LINES:]
         note_failure(run_dir, {"problem": f"{prefix}{type(error).__name__}", "lines": lines})
 
 
