@@ -45,7 +45,8 @@ soak: $(READY)
 
 # vLLM, lmms-eval, PEFT and others from the package index, each in an environment of its own, against an export: half an hour,
 # 17 GB. ARGS="--only vLLM", "--environments /scratch/programs".
-test-consumers: export_vqa
+test-consumers: $(READY)
+	$(MAKE) export_vqa ARGS=
 	PYTHONPATH=tests:benchmarks $(VENV)/bin/python -m programs $(ARGS)
 
 checks: $(READY)

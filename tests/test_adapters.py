@@ -15,7 +15,7 @@ from llava_sft.checkpoint.adapters import write_peft
 from llava_sft.checkpoint.base import beside_its_base, require_wanted
 from llava_sft.checkpoint.convert import hf2mcore, mcore2hf, merge
 from llava_sft.checkpoint.peft import Adapter
-from llava_sft.checkpoint.start import Checkpoint, Start, check_load, open_start
+from llava_sft.checkpoint.start import Checkpoint, Start, check_load, open_start, split_id
 from llava_sft.checkpoint.verify import require_export, verify
 from llava_sft.errors import CheckpointError
 from llava_sft.model.lora import Lora
@@ -115,14 +115,14 @@ SPOILED = {
     "a tensor more": (lambda f: rewrite_pairs(f, {"base_model.model.lm_head.weight": pairs(f)[A]}), "lm_head.weight", "copy it"),
     "another shape": (lambda f: rewrite_pairs(f, {A: torch.zeros(4, 5)}), r"\(4, 5\)", "copy it"),
     "another rank": (lambda f: edit(f, r=8), "shape", "copy it"),
-    "no PEFT names": (lambda f: rewrite_pairs(f, {"x": torch.zeros(2)}), "x is no tensor of PEFT", "copy"),
+    "no PEFT names": (lambda f: rewrite_pairs(f, {"x": torch.zeros(2)}), "x is not a tensor of a PEFT adapter", "copy"),
     "NaN": (lambda f: rewrite_pairs(f, {A: pairs(f)[A].fill_(torch.nan)}), "q_proj.lora_A.weight: .* values are NaN", "checkpoint"),
     "float64": (lambda f: rewrite_pairs(f, {A: pairs(f)[A].double()}), "of type F64", "F32"),
     "cut off": (lambda f: cut(f / "adapter_model.safetensors"), "damaged or cut off", "copy"),
     "config cut off": (lambda f: cut(f / "adapter_config.json"), "adapter_config.json: damaged", "copy"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors", "copy"),
     "a pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "a pickle", "save_file"),
-    "no rank": (lambda f: edit(f, r=None), "r is None", "copy"),
+    "no rank": (lambda f: edit(f, r=None), "r and lora_alpha must be numbers above 0, not None", "copy"),
     "no base": (lambda f: edit(f, base_model_name_or_path=None), "its base is ''", "base_model_name_or_path"),
     "base gone": (lambda f: edit(f, base_model_name_or_path="/gone/4B"), "its base is '/gone/4B'", "base_model_name_or_path"),
 }  # fmt: skip
@@ -174,10 +174,10 @@ def test_load_parts_and_an_adapter_is_refused_either_way(small_checkpoint, small
     adapter = write_adapter(tmp_path / "adapter", small_checkpoint, small_model)
     with pytest.raises(CheckpointError, match="is a PEFT folder"):
         check_load(Checkpoint.of(adapter), {"adapter": "random"}, None, made_here=False)
-    with pytest.raises(CheckpointError, match="a LoRA adapter of PEFT") as error:
+    with pytest.raises(CheckpointError, match="a PEFT adapter") as error:
         check_load(Checkpoint.of(small_checkpoint), {"language_model": str(adapter)}, None, made_here=False)
     assert f"merge {small_checkpoint} {adapter} {adapter}-merged, and name {adapter}-merged" in error.value.fix
-    with pytest.raises(CheckpointError, match="a LoRA adapter of PEFT") as error:  # push_to_hub, evaluate
+    with pytest.raises(CheckpointError, match="a PEFT adapter") as error:  # push_to_hub, evaluate
         require_export(adapter)
     assert error.value.fix.startswith(f"`hf upload --private org/name {adapter}` uploads it")
 
@@ -225,6 +225,51 @@ def test_a_merge_that_would_be_none_is_refused_in_one_message(script, small_chec
         status, found = script("merge", *words[:-1], tmp_path / words[-1])
         assert status and said in found and "Traceback" not in found, (words, found)
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_words_that_only_look_like_others(script, small_checkpoint, small_model, tmp_path, monkeypatch):
+    """An @ in a path is no revision, a folder may be called as a direction is, and the current folder is no adapter's base."""
+    assert split_id("org/name@abc") == ("org/name", "abc")
+    assert split_id("/data/me@site/X") == ("/data/me@site/X", "")
+    monkeypatch.chdir(shutil.copytree(small_checkpoint, tmp_path / "me@site"))
+    adapter = write_adapter(tmp_path / "ADAPTERS/MERGED", small_checkpoint, small_model)
+    assert script("--export-names", "published", "merge", small_checkpoint, adapter, "verify")[0] == 0
+    assert "whole" in script("verify", "verify")[1]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    said = script("hf2mcore", adapter, "new")[1]
+    assert f'"{adapter}").merge' in said.replace("\\", "") and f'"{adapter}-merged"' in said.replace("\\", "")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": ""}))
+    status, said = script("hf2mcore", adapter, "new", "--model", "tiny")
+    assert status == 1 and "neither a Hugging Face folder nor on the hub" in said
+
+
+def test_a_folder_of_others_is_never_replaced(script, small_checkpoint, small_model, tmp_path):
+    """Each direction replaces what it wrote itself, and nothing else: neither its source nor what lies around it."""
+    source = shutil.copytree(small_checkpoint, tmp_path / "models/source")
+    adapter = write_adapter(tmp_path / "models/adapter", source, small_model, shared=True)
+    converted(adapter, tmp_path / "models/made", small_model)
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "precious").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    pairs = tmp_path / "models/made/pairs"
+    for words in (
+        ("hf2mcore", source, source),
+        ("hf2mcore", source, tmp_path / "models"),
+        ("hf2mcore", source, others),
+        ("mcore2hf", pairs, others, "--sidecars", source),
+        ("mcore2peft", pairs, pairs.parent),
+        ("mcore2peft", pairs, others),
+        ("mcore2peft", pairs, source),
+        ("merge", source, adapter, others / "precious"),
+    ):
+        status, found = script(*words)
+        assert status == 1 and "exists already" in found and "Traceback" not in found, (words, found)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert script("mcore2peft", pairs, tmp_path / "empty", "--sidecars", source)[0] == 0
 
 
 def test_a_merge_without_numbers_is_what_training_exports(small_checkpoint, small_model, tmp_path):

@@ -43,7 +43,7 @@ def test_too_long_a_conversation_and_too_little_memory_are_said(small_checkpoint
     with pytest.raises(RunError, match="the model reads 2,048"):
         list(model.answer([Turn("user", "7 " * 3000)]))
     monkeypatch.setattr(model.export.model, "generate", lambda **_: (_ for _ in ()).throw(MemoryError()))
-    with pytest.raises(RunError, match="memory does not suffice"):
+    with pytest.raises(RunError, match="not enough memory"):
         list(model.answer([Turn("user", "7")]))
 
 
@@ -88,7 +88,8 @@ def test_what_is_typed_is_looked_at_before_a_model_is_made(case, tmp_path, monke
 @pytest.mark.parametrize("temperature", [chat.COLDEST, 1.0, chat.HOTTEST])
 def test_temperatures_that_are_allowed_can_be_computed(small_checkpoint, temperature):
     for dtype in ("float32", "bfloat16"):
-        assert list(Model(small_checkpoint, "cpu", dtype, 3, temperature).answer([Turn("user", "7")]))
+        model = Model(small_checkpoint, "cpu", dtype, 3, temperature)
+        assert any(list(model.answer([Turn("user", "7")])) for _ in range(5))  # one may be drawn to end at once
 
 
 def test_the_page_is_for_names_of_this_machine_alone(monkeypatch):

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from evaluate import main
 from helpers import SCRIPTS
 from helpers.questions import run, write_test_set
-from llava_sft.errors import as_message
+from llava_sft.errors import CheckpointError, as_message
+from llava_sft.evaluation.export import Export
+from llava_sft.evaluation.view import readable
 from llava_sft.files import read_json, write_json
 
 
@@ -51,6 +56,44 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
     said = capsys.readouterr().err
     assert end.value.code == 1 and "error: " in said and "Traceback" not in said
     assert not (tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize("form", ["stale", "no index", "other name"])
+def test_the_weights_that_were_looked_at_are_those_that_answer(small_checkpoint, tmp_path, form):
+    """Whatever their files are called, and whatever lies beside them: transformers goes by names of its own."""
+    folder = shutil.copytree(small_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = load_file(small_checkpoint / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    if form == "other name":
+        halves = {"weights.safetensors": names}
+    for file, held in halves.items():
+        save_file({name: tensors[name] for name in held}, folder / file, {"format": "pt"})
+    if form == "stale":
+        save_file({name: torch.zeros_like(each) for name, each in tensors.items()}, folder / "model.safetensors")
+        index = {name: file for file, held in halves.items() for name in held}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    with readable(folder) as view:
+        model = AutoModelForImageTextToText.from_pretrained(view, trust_remote_code=True)
+    assert (
+        model.get_input_embeddings().weight.float().equal(tensors["model.language_model.embed_tokens.weight"].float())
+    )
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_transformers_cannot_load_is_named_as_the_user_knows_it(small_checkpoint, tmp_path, monkeypatch, ours):
+    """Nobody is told to delete a folder that this project cannot make again."""
+    left_out = () if ours else ("converted.json",)
+    folder = shutil.copytree(small_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns(*left_out))
+
+    def fails(*_: object) -> None:
+        raise ValueError("unreadable")
+
+    monkeypatch.setattr("llava_sft.evaluation.export.load_export", fails)
+    with pytest.raises(CheckpointError) as refused, readable(folder) as view:
+        Export(view, 1)
+    assert refused.value.problem == f"{folder}: transformers cannot load this model: unreadable"
+    assert ("delete" in refused.value.fix) is ours and "/model-" not in refused.value.fix
 
 
 @pytest.mark.parametrize("spoiled", ["code", "other code in config.json", "processor"])
@@ -109,4 +152,6 @@ def test_what_may_not_be_written_is_no_reason_to_remove_it():
         message = str(as_message(OSError(number, "no", "/results/evaluation.json")))
         assert message.startswith("/results/evaluation.json: no") and "make it readable" in message
         assert "remove" not in message
+    missing = str(as_message(OSError(errno.ENOENT, "no", "in.jsonl")))
+    assert "check the path" in missing and "remove" not in missing
     assert "remove" in str(as_message(OSError(errno.EISDIR, "no", "x")))

@@ -263,7 +263,7 @@ def test_an_adapter_and_gguf_are_refused_by_name(small_checkpoint, small_model, 
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/base"}))
     parts = {"language_model": str(folder)}
-    with pytest.raises(CheckpointError, match=r"a LoRA adapter of PEFT.*its base is 'models/base'") as error:
+    with pytest.raises(CheckpointError, match=r"a PEFT adapter.*its base is 'models/base'") as error:
         check_load(Checkpoint.of(small_checkpoint), parts, None, made_here=False)
     assert f"merge BASE {folder} {folder}-merged, and name {folder}-merged" in error.value.fix
     (folder / "adapter_config.json").unlink()

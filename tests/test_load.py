@@ -53,7 +53,7 @@ def hub(monkeypatch, tmp_path):
     """The hub, with one repository; `hub.commit` is an exception where it does not answer so."""
     hub = SimpleNamespace(commit=COMMIT, asked=[])
 
-    def model_info(self, repo):
+    def model_info(self, repo, **options):
         if isinstance(hub.commit, Exception):
             raise hub.commit
         return SimpleNamespace(sha=hub.commit)
@@ -85,7 +85,9 @@ def test_an_id_without_a_revision_says_which_commit_it_took(hub, monkeypatch):
 
 def test_a_repository_that_is_not_there_may_have_been_meant_as_a_folder(hub):
     hub.commit = made(RepositoryNotFoundError)
-    with pytest.raises(CheckpointError, match="no org/name on the hub, or not for you, and org/name is no folder here"):
+    with pytest.raises(
+        CheckpointError, match="no org/name on the hub, or you have no access to it, and org/name is no folder here"
+    ):
         fetch("org/name")
 
 

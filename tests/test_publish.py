@@ -138,6 +138,15 @@ def test_what_is_not_known_is_not_made_up(export, capsys):
     assert "`a checkpoint that is not recorded`" in text
 
 
+def test_a_merge_among_the_files_of_a_run_is_not_of_that_run(export):
+    marker = json.loads((export / "converted.json").read_text()) | {"source": "models/Base-4B"}
+    write_json(export / "converted.json", marker, sealed=True)
+    write_card(export)
+    assert metadata(export).keys() == {"library_name", "pipeline_tag", "tags"}
+    text = (export / CARD).read_text()
+    assert text.count("Not recorded.") == 2 and "`a checkpoint that is not recorded`" in text
+
+
 def test_scores_of_another_export_are_not_the_cards(export):
     path = export.parent / "evaluation.json"
     evaluation = json.loads(path.read_text())
@@ -173,6 +182,7 @@ def test_the_origin_is_found_through_earlier_runs(tmp_path, resolved):
 
     assert origin("org/name@rev") == origin("org/name", "org/name names no revision: commit 1") == "org/name"
     assert origin("some/folder") is None, "gone, and no id on the hub"
+    assert origin("/data/me@site/Base-4B") is None, "an @ in a path is no revision"
     first, second = tmp_path / "stage1_align_x", tmp_path / "stage2_sft_x"
     for run_dir, load in ((first, "org/name@rev"), (second, first / "iter_0000100")):
         run_dir.mkdir()
@@ -217,8 +227,11 @@ def test_what_is_shown_is_uploaded_privately_and_again_without_the_weights(expor
     assert found["files"]["model.safetensors"] == (export / "model.safetensors").read_bytes()
     assert "# plants" in found["files"]["README.md"].decode()
     found["files"]["model-00001-of-00002.safetensors"] = b"of an earlier, larger model"
+    found["files"] |= {"adapter_config.json": b"{}", "adapter_model.safetensors": b"of an earlier adapter"}
     assert push(monkeypatch, export, "me/plants") == 0
-    assert "deleted there: model-00001-of-00002.safetensors" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for stale in ("model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors"):
+        assert f"deleted there: {stale}" in said
     assert sorted(found["files"]) == sorted(shown) and len(hub.uploaded) == 1
 
 

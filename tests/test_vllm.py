@@ -2,8 +2,13 @@
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from helpers.questions import asked_of, write_test_set
@@ -14,12 +19,17 @@ from llava_sft.evaluation.judge import Answer
 from llava_sft.evaluation.vllm_client import generate_with_vllm, last_words
 
 VLLM = """
-import hashlib, json, os, types
+import hashlib, json, os, subprocess, time, types
+from pathlib import Path
 class SamplingParams(types.SimpleNamespace):
     def __init__(self, **given):
         super().__init__(**given)
 class LLM:
     def __init__(self, **given):
+        if "STARTED" in os.environ:
+            engine = subprocess.Popen(["sleep", "300"])
+            Path(os.environ["STARTED"]).write_text(f"{engine.pid}\\n")
+            time.sleep(300)
         if os.environ.get("NO_MEMORY"):
             raise MemoryError("no room for 3 blocks")
         self.given = given
@@ -35,14 +45,20 @@ class LLM:
 """
 
 
+def stand_in(folder: Path) -> Path:
+    """An interpreter whose vLLM is the stand-in."""
+    python = folder / "python"
+    (folder / "vllm.py").write_text(VLLM)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 def test_vllm_gets_the_rendered_questions_with_their_pictures_and_answers_in_order(
     small_checkpoint, tmp_path, monkeypatch
 ):
     """A stand-in for vLLM in another environment: what it was given, and what is made of its tokens."""
-    python = tmp_path / "python"
-    (tmp_path / "vllm.py").write_text(VLLM)
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+    python = stand_in(tmp_path)
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     monkeypatch.setenv("PYTHONPATH", "/nothing/of/ours")
     asked, loaded = asked_of(write_test_set(tmp_path)), Export(small_checkpoint, 2)
@@ -77,3 +93,30 @@ def test_the_cause_of_an_engine_that_did_not_start_is_named_and_no_traceback_is(
     dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore met an issue. See stack trace (above) for the root cause."
     assert last_words(f"{engine}{memory}\n{dead}") == [memory]
     assert last_words("loading\nKilled") == ["loading", "Killed"]
+
+
+def test_a_terminated_evaluation_leaves_no_engine_behind(small_checkpoint, tmp_path):
+    python, started = stand_in(tmp_path), tmp_path / "started"
+    ask = f"""
+from pathlib import Path
+from llava_sft.data.records import Sample
+from llava_sft.evaluation.vllm_client import generate_with_vllm
+asked = [Sample("1", [{{"role": "user", "content": "How many?"}}], [], {{}})]
+dict(generate_with_vllm(Path({str(small_checkpoint)!r}), asked, Path({str(python)!r}), 2))
+"""
+    environment = os.environ | {"STARTED": str(started), "PYTHONPATH": os.pathsep.join(sys.path)}
+    evaluation = subprocess.Popen([sys.executable, "-c", ask], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not (started.is_file() and started.read_text().endswith("\n")):
+            assert evaluation.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        engine = psutil.Process(int(started.read_text()))
+        evaluation.terminate()
+        evaluation.wait(20)
+        deadline = time.monotonic() + 10
+        while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the engine still runs"
+            time.sleep(0.05)
+    finally:
+        evaluation.kill()

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
-from llava_sft.checkpoint.hf_folder import ADAPTER
+from llava_sft.checkpoint.hf_folder import ADAPTER, is_adapter
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
@@ -42,15 +42,17 @@ from llava_sft.settings.layers import load_model
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("direction", choices=["hf2mcore", "mcore2hf", "mcore2peft", "merge", "verify"])
+    directions = ["hf2mcore", "mcore2hf", "mcore2peft", "merge", "verify"]
+    add("direction", choices=directions)
     add(
         "source",
         help="Hugging Face folder, org/name or org/name@revision | run directory, iter_0000400 or release folder",
     )
-    if sys.argv[1:2] == ["merge"]:
+    direction = next((word for word in sys.argv[1:] if word in directions), "")
+    if direction == "merge":
         add("adapters", nargs="+", metavar="adapter[:number]", help="PEFT folder, and what its product counts (1)")
     # An optional one would count as left out where options stand before it, as in the rules.
-    optional = "?" if "verify" in sys.argv[1:] else None
+    optional = "?" if direction == "verify" else None
     add("target", type=Path, nargs=optional, help="folder to write; it appears only when it is whole")
     add("--model", help="config/models/<model>.yaml, or a path (default: what run.json or config.json says)")
     add("--sidecars", type=Path, help="folder with config and tokenizer (default: in or beside the source)")
@@ -71,8 +73,21 @@ def main() -> None:
         made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
         print(verify(made))
         return
+    refuse_others_folder(args.direction, args.target, Path(args.source))
     done = {"mcore2peft": export_peft, "merge": merge_adapters}.get(args.direction, convert)
     done(args)
+
+
+def refuse_others_folder(direction: str, target: Path, source: Path) -> None:
+    """Raise SettingsError for a target that holds anything but what this direction wrote: it is replaced as a whole."""
+    ours = is_adapter(target) if direction == "mcore2peft" else (target / MARKER).is_file()
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    holds_source = source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents)
+    if holds_source or not (ours or empty):
+        raise SettingsError(
+            f"{target}: exists already, and is not what {direction} wrote",
+            "the folder to write comes last: name a new one",
+        )
 
 
 def export_peft(args: argparse.Namespace) -> None:

@@ -26,7 +26,8 @@ from llava_sft.publish.card import CARD, write_card
 
 KEPT_HERE = ("parity.json",)  # of the files that an export's checksums name
 AGAIN = "the same command goes on from here"
-WEIGHTS = (".safetensors", ".safetensors.index.json")
+# Where an adapter was uploaded before, transformers would load the base that it names.
+WEIGHTS = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 
 
 @exits_cleanly

@@ -93,7 +93,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
     print(f"{run_dir}: " + (f"resuming from step {start} of {train_iters}" if start else f"{train_iters} steps"))
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
-    check_what_is_loaded(run_dir, start, resolved.start.folder)
+    check_what_is_loaded(run_dir, start, resolved)
     arguments = [str(run_dir / RUN_FILE), str(run_dir)]
     if node:
         meeting = Meeting(node, run_dir, run_dir / RUN_FILE)
@@ -141,15 +141,17 @@ def failure(run_dir: Path, where: str, code: int, log: Path) -> RunError:
     return RunError(f"training ended with exit code {code} {where}.\n{end}", f"see {log}")
 
 
-def check_what_is_loaded(run_dir: Path, step: int, start: Path | None) -> None:
+def check_what_is_loaded(run_dir: Path, step: int, resolved: Resolved) -> None:
     """Raise CheckpointError unless Megatron and energon can load what they start from without running code in it."""
     from llava_sft.checkpoint.pickles import check_pickles  # imports torch, which a finished run need not wait for
 
+    start, needs_base = resolved.start, resolved.settings.trained.lora
     if step:
-        positions = sorted(data_dir(run_dir, step).rglob("*.pt"))
-        check_pickles(checkpoint_dir(run_dir, step), *positions)
-    elif start:
-        check_pickles(start)
+        check_pickles(checkpoint_dir(run_dir, step), *sorted(data_dir(run_dir, step).rglob("*.pt")))
+    if start.folder and (needs_base or not step):
+        check_pickles(start.folder)
+    if start.pairs and not step:
+        check_pickles(start.pairs)
 
 
 def finish(done: Path, run_dir: Path, resolved: Resolved) -> None:

@@ -116,4 +116,6 @@ def of_file(error: OSError) -> SftError:
         return SftError(
             what, "make it readable and writable for you (`ls -ld` shows whose it is), or name another place"
         )
+    if error.errno == errno.ENOENT:
+        return SftError(what, "check the path, or restore it; what this workflow made, the same command makes again")
     return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")

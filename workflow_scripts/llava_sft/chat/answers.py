@@ -61,4 +61,4 @@ class Model:
 
 
 def out_of_memory() -> RunError:
-    return RunError("the memory does not suffice", "smaller or fewer pictures, --dtype bfloat16, or another --device")
+    return RunError("not enough memory", "smaller or fewer pictures, --dtype bfloat16, or another --device")

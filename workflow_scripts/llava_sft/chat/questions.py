@@ -58,7 +58,10 @@ def question(text: str, pictures: list[Image.Image]) -> Turn:
     """A user's turn. Errors: DataError for a control token, or another number of `<image>` than of pictures."""
     marks = checked(text).count(IMAGE)
     if marks not in (0, len(pictures)):
-        raise DataError(f"the question says {IMAGE} {marks} times, and has {len(pictures)} pictures", f"no {IMAGE}")
+        raise DataError(
+            f"the question says {IMAGE} {marks} times, and the number of pictures is {len(pictures)}",
+            f"leave {IMAGE} out",
+        )
     return Turn("user", text if marks else f"{IMAGE}\n" * len(pictures) + text, tuple(pictures))
 
 

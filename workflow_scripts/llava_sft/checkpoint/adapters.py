@@ -18,7 +18,7 @@ from llava_sft.checkpoint.hf_folder import ADAPTER, ADAPTER_WEIGHTS
 from llava_sft.checkpoint.peft import PREFIX, Adapter, pair_of
 from llava_sft.checkpoint.pickles import check_pickles
 from llava_sft.checkpoint.safetensors_io import SafetensorsReader, check_finite, write_safetensors
-from llava_sft.checkpoint.start import Checkpoint
+from llava_sft.checkpoint.start import Checkpoint, split_id
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.checkpoint.verify import require_whole
 from llava_sft.errors import CheckpointError
@@ -77,7 +77,7 @@ def write_peft(source: Path, target: Path, model: ModelConfig, base: str = "") -
     if lora.parts == ("language_model",):  # elsewhere the last words are those of other modules too
         modules = {name.rsplit(".", 1)[1] for name in modules}
     noted = base_of(source)
-    name, _, revision = (base or str(noted["load"])).partition("@")
+    name, revision = split_id(base or str(noted["load"]))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

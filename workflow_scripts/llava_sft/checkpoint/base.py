@@ -1,23 +1,26 @@
 """The base of a checkpoint of LoRA: what is trained alone is saved, beside weights that are named and not copied. No torch."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from llava_sft.checkpoint.start import Start, content_of
-from llava_sft.checkpoint.verify import require_whole
+from llava_sft.checkpoint.start import Start, is_legacy
+from llava_sft.checkpoint.verify import content_of, require_whole
 from llava_sft.errors import CheckpointError
-from llava_sft.files import fingerprint, read_object, write_json
+from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.lora import Lora
-from llava_sft.run.layout import LORA
+from llava_sft.run.layout import CHECKSUMS, LORA
 
 
-def note_base(folder: Path, lora: Lora, start: Start) -> None:
-    """Write what a checkpoint folder is without meaning, beside its weights."""
-    if start.pairs:
-        base = read_object(start.pairs / LORA)["base"]
-    else:
-        content = content_of(start.folder)[0] if start.folder else start.fingerprint
-        base = {"folder": str(start.folder), "fingerprint": content, "load": start.load}
+def base_to_note(start: Start) -> dict[str, str]:
+    """What pairs stand beside that are trained from now on: asked once, as the base may be deleted while they are."""
+    assert start.folder, "LoRA begins from a trained model"
+    noted = {"folder": str(start.folder), "load": start.base_load or start.load}
+    return noted | {"fingerprint": content_of(start.folder)[0], "checksums": _checksums(start.folder)}
+
+
+def note_base(folder: Path, lora: Lora, base: dict[str, str]) -> None:
+    """Write what the pairs in a checkpoint folder are, and stand beside."""
     write_json(folder / LORA, {"lora": lora._asdict(), "base": base}, sealed=True)
 
 
@@ -27,21 +30,44 @@ def base_of(folder: Path) -> dict[str, str]:
 
 
 def lora_of(folder: Path) -> tuple[Lora, Path] | None:
-    """The pairs that a checkpoint folder holds, and the folder of their base; None for a checkpoint of all weights."""
+    """The pairs that a checkpoint folder holds, and the folder of their base; None for a checkpoint of all weights.
+
+    Raises CheckpointError when the base is gone, or holds other weights.
+    """
     noted: dict[str, Any] = read_object(folder / LORA, {})
     if not noted:
         return None
-    base = Path(noted["base"]["folder"])
+    base, load = _found(Path(noted["base"]["folder"]), folder), noted["base"]["load"]
+    again = _making_again(base, load)
     if not base.is_dir():
+        raise CheckpointError(f"{folder}: the base of its LoRA is gone: {base}", again)
+    same = noted["base"].get("checksums") in (None, _checksums(base))  # noted since a later version
+    if content_of(base)[0] != noted["base"]["fingerprint"] or not same:
         raise CheckpointError(
-            f"{folder}: the base of its LoRA is gone: {base}", f"make it again from {noted['base']['load']}"
-        )
-    if content_of(base)[0] != noted["base"]["fingerprint"]:
-        raise CheckpointError(
-            f"{folder}: its LoRA stands beside other weights than {base} holds now",
-            f"make {base.parent} again from {noted['base']['load']} as it was",
+            f"{folder}: its LoRA was trained on other weights than {base} holds now",
+            f"delete that folder; then, with {load} as it was: {again}" if base.name == "release" else again,
         )
     return Lora(**noted["lora"] | {"parts": tuple(noted["lora"]["parts"])}), base
+
+
+def _checksums(base: Path) -> str:
+    """Of a run's checkpoint those of its files: a run that is trained anew saves the same names and sizes."""
+    path = base / CHECKSUMS
+    return file_fingerprint(path) if path.is_file() and base.name != "release" else ""
+
+
+def _making_again(base: Path, load: str) -> str:
+    if base.name != "release":
+        return f"restore {base}"
+    if "+" in base.parent.name or is_legacy(Path(load)):  # converted with options that are not noted
+        return "run the command again that converted it: `snakemake preflight_X` of its experiment X"
+    return shlex.join(["python", "workflow_scripts/convert_checkpoint.py", "hf2mcore", load, str(base.parent)])
+
+
+def _found(base: Path, checkpoint: Path) -> Path:
+    """A base may be noted from the project's folder, which commands need not be called from."""
+    near = next((place for parent in checkpoint.absolute().parents if (place := parent / base).is_dir()), base)
+    return base if base.is_dir() and near.samefile(base) else near
 
 
 def beside_its_base(start: Start, wanted: Lora | None) -> Start:
@@ -50,17 +76,17 @@ def beside_its_base(start: Start, wanted: Lora | None) -> Start:
     Raises CheckpointError when `wanted`, the pairs that the settings ask for, are others.
     """
     pairs = start.pairs or start.folder
-    found = lora_of(pairs) if pairs else None
-    if not found:
+    if not pairs or not (found := lora_of(pairs)):
         return start
     lora, base = found
     merging = "export it (convert_checkpoint.py mcore2hf), which merges them, and load that folder"
     require_wanted(start.load, lora, wanted, merging)
-    if start.pairs:  # a PEFT folder, which was converted together with its base
-        return start
-    require_whole(base)
-    content = fingerprint([content_of(base)[0], start.fingerprint])
-    return start.model_copy(update={"folder": base, "pairs": pairs, "fingerprint": content})
+    given: dict[str, Any] = {"base_load": base_of(pairs)["load"]}
+    if not start.pairs:  # no PEFT folder, which was converted together with its base
+        require_whole(base)
+        content = fingerprint([content_of(base)[0], start.fingerprint])
+        given |= {"folder": base, "pairs": pairs, "fingerprint": content}
+    return start.model_copy(update=given)
 
 
 def require_wanted(load: str, lora: Lora, wanted: Lora | None, merging: str) -> None:

@@ -52,9 +52,9 @@ def refuse_other_forms(folder: Path, said: str, adapter: str = "") -> None:
     if _whole(names):
         return
     if ADAPTER in names:
-        base = str(read_object(folder / ADAPTER).get("base_model_name_or_path"))
+        base = str(read_object(folder / ADAPTER).get("base_model_name_or_path") or "")
         raise CheckpointError(
-            f"{said}: a LoRA adapter of PEFT ({ADAPTER}), no whole model; its base is {shown(base)}",
+            f"{said}: a PEFT adapter ({ADAPTER}), not a whole model; its base is {shown(base)}",
             adapter + merging(folder, base),
         )
     refuse_pickles(folder, said)
@@ -77,12 +77,11 @@ def is_adapter(folder: Path) -> bool:
 def merging(folder: Path, base: str, by_peft: bool = False) -> str:
     """How an adapter is merged into its base; `by_peft` one of a kind that is not read here."""
     # The code of what another's file names is not to be run by a command of ours.
-    base, merged = base if Path(base).is_dir() else "BASE", f"{folder}-merged"
+    base, merged = base if base and Path(base).is_dir() else "BASE", f"{folder}-merged"
     if not by_peft:
         return f"merge it: {MERGE_HERE} {shlex.join([base, str(folder), merged])}, and name {merged}"
-    code = MERGE
-    for word, path in (("BASE", base), ("ADAPTER", folder), ("MERGED", merged)):
-        code = code.replace(word, json.dumps(str(path)))
+    paths = {"BASE": base, "ADAPTER": str(folder), "MERGED": merged}
+    code = re.sub("|".join(paths), lambda word: json.dumps(paths[word[0]]), MERGE)
     return f"merge it, where peft is installed: {_command(code)}; then load {merged}"
 
 
@@ -170,5 +169,5 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
         raise CheckpointError(f"{path}: cannot be read: {reason}", "a file that you may read") from None
     except (SafetensorError, struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
-    about = header.pop("__metadata__", {})
+    about = header.pop("__metadata__", None) or {}
     return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in header.items()}, about

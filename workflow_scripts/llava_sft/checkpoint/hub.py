@@ -41,7 +41,7 @@ def newest_on_hub(repo: str) -> tuple[str | None, str]:
     if constants.HF_HUB_OFFLINE:
         return None, " (HF_HUB_OFFLINE is set)"
     try:
-        return HfApi().model_info(repo).sha, ""
+        return HfApi().model_info(repo, timeout=10).sha, ""
     except Exception as error:  # the client passes on those of its HTTP library
         if isinstance(error, HfHubHTTPError) and not is_busy(error):  # there is none, or not for this user
             raise _refusal(repo, error) from None
@@ -104,7 +104,7 @@ def _refusal(load: str, error: Exception) -> CheckpointError:
         (errors.RevisionNotFoundError, f"{repo} has no revision {revision}", "a commit or tag of that repository"),
         (
             errors.RepositoryNotFoundError,
-            f"no {repo} on the hub, or not for you{folder}",
+            f"no {repo} on the hub, or you have no access to it{folder}",
             "check its name, or `hf auth login`",
         ),
     )

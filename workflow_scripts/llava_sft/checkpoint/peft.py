@@ -52,21 +52,22 @@ class Adapter(NamedTuple):
         for key, value in sorted(config.items()):
             if value and (key not in KNOWN or value not in ALONE.get(key, (value,))):
                 raise CheckpointError(
-                    f"{folder / ADAPTER}: {key} is {shown(value)}: such adapters are not read here",
+                    f"{folder / ADAPTER}: {key} is {shown(value)}: adapters of this kind are not supported",
                     merging(folder, base, by_peft=True),
                 )
         rank: Any = config.get("r")
         alpha: Any = config.get("lora_alpha")
         if type(rank) is not int or type(alpha) not in (int, float) or not (rank > 0 and 0 < alpha < float("inf")):
             raise CheckpointError(
-                f"{folder / ADAPTER}: r is {shown(rank)}, lora_alpha {shown(alpha)}", "copy the file again"
+                f"{folder / ADAPTER}: r and lora_alpha must be numbers above 0, not {shown(rank)} and {shown(alpha)}",
+                "copy the file again",
             )
         if not weights.is_file():
             refuse_pickles(folder, str(folder))
             raise CheckpointError(f"{folder}: no {ADAPTER_WEIGHTS} in it", "copy the folder again")
         header, about = read_header(weights)
         if others := [name for name in header if not name.startswith(PREFIX)]:
-            raise CheckpointError(f"{weights}: {others[0]} is no tensor of PEFT", "copy the file again")
+            raise CheckpointError(f"{weights}: {others[0]} is not a tensor of a PEFT adapter", "copy the file again")
         pairs = {canonical(name.removeprefix(PREFIX)): entry for name, entry in header.items()}
         if config.get("use_rslora"):
             alpha *= rank**0.5

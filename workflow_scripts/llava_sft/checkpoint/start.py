@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict
 
 from llava_sft.checkpoint.hf_folder import ADAPTER, WEIGHT_SUFFIXES, is_adapter, refuse_other_forms
 from llava_sft.checkpoint.peft import Adapter
-from llava_sft.checkpoint.verify import MARKER, require_whole
+from llava_sft.checkpoint.verify import MARKER, content_of, require_whole
 from llava_sft.errors import CheckpointError, shown
-from llava_sft.files import file_fingerprint, fingerprint, read_object
+from llava_sft.files import fingerprint, read_object
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.tensors import PARTS
-from llava_sft.run.layout import CHECKSUMS, ITERATION, PAIRS, SIDECARS, TRACKER, iteration_name
+from llava_sft.run.layout import ITERATION, PAIRS, SIDECARS, TRACKER, iteration_name
 
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
@@ -69,7 +69,8 @@ class Checkpoint:
         if self.kind != "peft":
             return self
         base = Checkpoint.of(Adapter.of(self.folder).base)
-        if base.kind != "hub" and not (base.kind == "huggingface" and (base.folder / "config.json").is_file()):
+        is_folder = base.kind == "huggingface" and (base.folder / "config.json").is_file()
+        if not base.name or not (base.kind == "hub" or is_folder):
             raise CheckpointError(
                 f"load: {self.name}: its base is {shown(base.name)}: neither a Hugging Face folder nor on the hub",
                 f"write the base's folder or hub id into {self.folder / ADAPTER}, as base_model_name_or_path",
@@ -78,7 +79,7 @@ class Checkpoint:
 
     def converted_name(self, parts: dict[str, str]) -> str:
         """`LLaVA-OneVision-1.5-4B-stage0_mcore_tp1_pp1`, of whatever kind it is; parts from elsewhere add their names."""
-        path, _, revision = self.name.partition("@") if self.kind == "hub" else (self.name, "", "")
+        path, revision = split_id(self.name)
         folder = Path(path)
         if _is_iteration(folder):
             top = folder.parent
@@ -92,6 +93,12 @@ class Checkpoint:
         if tokenizer:
             return tokenizer
         return (converted or (self.folder.parent if self.kind == "iteration" else self.folder)) / SIDECARS
+
+
+def split_id(name: str) -> tuple[str, str]:
+    """(`org/name`, `revision`) of a hub id; of anything else, which may have an @ in its path, (itself, "")."""
+    repo, _, revision = name.partition("@") if Checkpoint.of(name).kind == "hub" else (name, "", "")
+    return repo, revision
 
 
 def _kind(name: str) -> Kind:
@@ -149,6 +156,7 @@ class Start(BaseModel):
     fingerprint: stands for the content.
     untrained: the weights are random.
     pairs: a checkpoint of LoRA that stands beside `folder`, and whose pairs are gone on with.
+    base_load: what `load` was for `folder`, where there are pairs.
     notes: what its conversion found that the user may not expect, such as the commit that an id on the hub stood for.
     """
 
@@ -160,6 +168,7 @@ class Start(BaseModel):
     fingerprint: str
     untrained: bool = False
     pairs: Path | None = None
+    base_load: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -287,6 +296,11 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
     if checkpoint.kind == "random":
         assert tokenizer is not None, "check_load asks for it"
         return Start(load=RANDOM, sidecars=tokenizer, fingerprint="random", untrained=True)
+    if converted and not converted.is_dir():
+        raise CheckpointError(
+            f"{converted}: gone, which {checkpoint.name} was converted to",
+            f"delete {converted}.done.json and run the same command",
+        )
     folder = converted / "release" if converted else existing_checkpoint(checkpoint.folder)
     require_whole(folder)
     top = folder.parent
@@ -303,31 +317,6 @@ def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path |
         pairs=pairs,
         notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
     )
-
-
-def content_of(folder: Path) -> tuple[str, bool]:
-    """What stands for the content of a checkpoint folder, and whether its weights are random."""
-    top = folder.parent
-    if folder.name != "release" or not (marker := read_object(top / MARKER, {})):
-        return _fingerprint_of_iteration(folder), False
-    content = marker.get("fingerprint")
-    if not isinstance(content, str):
-        raise CheckpointError(
-            f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
-        )
-    return content, bool(marker.get("untrained"))
-
-
-def _fingerprint_of_iteration(folder: Path) -> str:
-    """Of its metadata and the sizes of its files; not of what is noted about them, nor what a killed process left."""
-    files = [p for p in folder.iterdir() if p.name == ".metadata" or not p.name.startswith((".", CHECKSUMS))]
-    try:
-        return fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in files)])
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: .metadata cannot be read: {error.strerror}: not a whole torch_dist checkpoint",
-            "use another iter_ folder",
-        ) from None
 
 
 def _with_tokenizer(folder: Path, load: str) -> Path:

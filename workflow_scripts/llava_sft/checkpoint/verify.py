@@ -9,7 +9,7 @@ from pathlib import Path
 from llava_sft.checkpoint.hf_folder import is_adapter, refuse_other_forms
 from llava_sft.checksums import find_damage
 from llava_sft.errors import CheckpointError, DamagedFileError
-from llava_sft.files import read_object
+from llava_sft.files import file_fingerprint, fingerprint, read_object
 from llava_sft.run.layout import CHECKSUMS, PAIRS, SIDECARS, VERIFIED
 
 MARKER = "converted.json"  # of a converted checkpoint and of an export
@@ -39,6 +39,31 @@ def require_export(folder: Path) -> Path:
         f"{folder}: no export in it",
         "name an export, or a run's results; `make export_X` makes them for the experiment X",
     )
+
+
+def content_of(folder: Path) -> tuple[str, bool]:
+    """What stands for the content of a checkpoint folder, and whether its weights are random."""
+    top = folder.parent
+    if folder.name != "release" or not (marker := read_object(top / MARKER, {})):
+        return _fingerprint_of_iteration(folder), False
+    content = marker.get("fingerprint")
+    if not isinstance(content, str):
+        raise CheckpointError(
+            f"{top / MARKER}: damaged: no fingerprint in it", f"delete {top} and run the same command"
+        )
+    return content, bool(marker.get("untrained"))
+
+
+def _fingerprint_of_iteration(folder: Path) -> str:
+    """Of its metadata and the sizes of its files; not of what is noted about them, nor what a killed process left."""
+    files = [p for p in folder.iterdir() if p.name == ".metadata" or not p.name.startswith((".", CHECKSUMS))]
+    try:
+        return fingerprint([file_fingerprint(folder / ".metadata"), sorted(p.stat().st_size for p in files)])
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: .metadata cannot be read: {error.strerror}: not a whole torch_dist checkpoint",
+            "use another iter_ folder",
+        ) from None
 
 
 def noted(folder: Path) -> tuple[Path, dict[str, list]]:

@@ -51,8 +51,8 @@ def answers_of(model: Model, questions: list[Sample], data: str, options: Option
     if (known := _known(model, cache, depends, len(questions))) is not None:
         return known
     cache.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(cache) as waited:
-        if waited and (known := _known(model, cache, depends, len(questions))) is not None:
+    with _alone(cache):
+        if (known := _known(model, cache, depends, len(questions))) is not None:  # another one may have asked meanwhile
             return known
         partial = cache.with_name(f"{cache.name}.partial")
         found = _read_partial(partial, depends)
@@ -81,19 +81,18 @@ def _known(model: Model, cache: Path, depends: str, count: int) -> list[Answer] 
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[bool]:
-    """Let one evaluation at a time fill `cache`: of several runs from one start, the others wait and read it. True after that."""
-    path, waited = cache.with_name(f"{cache.name}.lock"), False
+def _alone(cache: Path) -> Iterator[None]:
+    """Let one evaluation at a time fill `cache`: of several runs from one start, the others wait and read it."""
+    path = cache.with_name(f"{cache.name}.lock")
     with open(path, "w") as lock:
         with suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"another evaluation asks these questions ({cache}): waiting for its answers", flush=True)
-                waited = True
                 fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            yield waited
+            yield
         finally:
             path.unlink(missing_ok=True)
 
@@ -170,7 +169,8 @@ def generate(
         torch.cuda.empty_cache()
         if len(batch) == 1:
             raise RunError(
-                f"a question of {tokens[batch[0]]:,} image tokens does not fit into this GPU's memory", "a larger GPU"
+                f"a question of {tokens[batch[0]]:,} image tokens does not fit into this GPU's memory",
+                "smaller pictures (max_pixels), or a larger GPU",
             )
         halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
         return [each for half in halves for each in answer(half, encode(half))]

@@ -41,8 +41,9 @@ def start_of(run_dir: Path, scratch: Path) -> Model:
     start, settings = resolved.start, resolved.settings
     if start.folder is None:
         raise RunError("training started from random weights")
-    if not start.folder.is_dir():
-        raise RunError(f"the start checkpoint is no longer there: {start.folder}")
+    weights = start.pairs or start.folder  # the pairs of an earlier run are merged
+    if not weights.is_dir():
+        raise RunError(f"the start checkpoint is no longer there: {weights}")
     limits = settings.min_pixels, settings.max_pixels
     depends = fingerprint([start.fingerprint, resolved.model, limits, export_form()])
     return Model(
@@ -60,7 +61,7 @@ def _exported_start(resolved: Resolved, folder: Path) -> Iterator[Path]:
     assert start.folder, "start_of has looked"
     # Of an evaluation that was killed on this machine: as large as the checkpoint. Others may share the folder.
     for leftover in folder.parent.glob(f"{folder.stem}.*"):
-        if not os.path.exists(f"/proc/{leftover.suffix[1:]}"):
+        if leftover.stem == folder.stem and not os.path.exists(f"/proc/{leftover.suffix[1:]}"):
             shutil.rmtree(leftover, ignore_errors=True)
     try:
         mcore2hf(

@@ -46,8 +46,8 @@ class Export:
             if isinstance(error, torch.OutOfMemoryError | MemoryError):
                 raise
             raise CheckpointError(
-                f"{folder}: transformers cannot load this export: {str(error)[:300]}",
-                "delete the folder and run the same command: it is exported again",
+                f"{folder}: transformers cannot load this model: {str(error)[:300]}",
+                "copy the folder again, and check that transformers can load it",
             ) from error
         self.ends = answer_greedily(self.model, token_ids, max_new_tokens)
         self.processor.tokenizer.pad_token = END_OF_TEXT  # whatever tokenizer_config.json says

@@ -2,7 +2,7 @@
 
 Samples that share a picture are right or wrong together, so that a picture with many questions says less than as many
 pictures. `clusters` names the picture of each sample: the variance of the clusters' sums, over that of independent samples, is
-the design effect (Kish 1965), and its quotient the effective number of samples, which never is larger than their number: method
+the design effect (Kish 1965), and its quotient the effective number of samples, which is never larger than their number: method
 of Rao and Scott 1992 (Biometrics 48, 577-585). With Wilson's interval: Franco et al. 2019 (J. Surv. Stat. Methodol. 7, 334-364).
 """
 

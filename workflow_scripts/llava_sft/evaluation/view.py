@@ -12,6 +12,7 @@ from pathlib import Path
 from llava_sft.checkpoint.start import read_hf_config
 from llava_sft.checkpoint.verify import is_export, require_whole
 from llava_sft.errors import CheckpointError
+from llava_sft.files import write_json
 from llava_sft.model.export_files import image_limits, write_hf_sidecars
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
@@ -26,7 +27,7 @@ def readable(folder: Path) -> Iterator[Path]:
     """
     if is_export(folder):
         require_whole(folder)
-    from llava_sft.checkpoint.hf_folder import read_header, weight_files
+    from llava_sft.checkpoint.hf_folder import INDEX, read_header, weight_files
     from llava_sft.checkpoint.safetensors_io import SafetensorsReader, old_name
 
     config = read_hf_config(folder)
@@ -38,10 +39,11 @@ def readable(folder: Path) -> Iterator[Path]:
     wanted = hf_shapes(model)
     check_tensors({name: reader.shape(name) for name in reader.names()}, wanted, folder)
     # transformers makes random weights of those that it does not find: it knows these two spellings.
-    stored = {name for path in weight_files(folder) for name in read_header(path)[0]}
-    if not (wanted.keys() <= stored or set(map(old_name, wanted)) <= stored):
+    files = weight_files(folder)
+    file_of = {name: path.name for path in files for name in read_header(path)[0]}
+    if not (wanted.keys() <= file_of.keys() or set(map(old_name, wanted)) <= file_of.keys()):
         raise CheckpointError(
-            f"{folder}: its tensors are named in another way than LLaVA-OneVision-1.5's",
+            f"{folder}: its tensors are not named as in LLaVA-OneVision-1.5",
             f"convert it: convert_checkpoint.py hf2mcore {folder} {folder}_mcore_tp1_pp1, and name that folder",
         )
     dtype = str(reader.dtype(next(iter(wanted)))).removeprefix("torch.")
@@ -49,6 +51,15 @@ def readable(folder: Path) -> Iterator[Path]:
         view = Path(temporary) / "model"  # transformers keeps a copy of the code by this name: always the same one
         view.mkdir()
         write_hf_sidecars(view, folder, model, *(image_limits(folder) or (MIN_PIXELS, MAX_PIXELS)), dtype)
-        for path in folder.glob("*.safetensors*"):
-            (view / path.name).symlink_to(path.resolve())
-        yield view
+        # Those that were looked at, and no others: transformers would take a stale model.safetensors beside an index.
+        for path in files:
+            (view / (path.name if files[1:] else "model.safetensors")).symlink_to(path.resolve())
+        if files[1:]:
+            write_json(view / INDEX, {"metadata": {}, "weight_map": file_of})
+        try:
+            yield view
+        except CheckpointError as error:  # the user knows of no view
+            if str(view) not in error.problem:
+                raise
+            fix = f"delete {folder} and export again" if is_export(folder) else error.fix
+            raise CheckpointError(error.problem.replace(str(view), str(folder)), fix) from error

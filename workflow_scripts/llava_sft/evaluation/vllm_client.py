@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,7 +47,7 @@ def generate_with_vllm(
         "llm": {
             "model": str(folder.resolve()), "trust_remote_code": True, "model_impl": "transformers",
             "dtype": config["dtype"], "enforce_eager": True, "max_model_len": max(lengths) + max_new_tokens,
-            "limit_mm_per_prompt": {"image": max(1, *(len(question.images) for question in questions), 1)},
+            "limit_mm_per_prompt": {"image": max([1, *(len(question.images) for question in questions)])},
             "skip_mm_profiling": not gpu_count(), "seed": 0,
         },
         "sampling": {"temperature": 0, "max_tokens": max_new_tokens, "stop_token_ids": ends, "detokenize": False},
@@ -53,12 +55,14 @@ def generate_with_vllm(
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment = ({} if gpu_count() else ON_CPU) | {"VLLM_LOGGING_LEVEL": "WARNING"} | environment
     reading, writing = os.pipe()
-    with tempfile.TemporaryFile() as said, open(reading) as results:
+    alive, held = os.pipe()  # closed by the end of this process, however it ends
+    with tempfile.TemporaryFile() as said, open(reading) as results, open(held, "wb"):
         worker = subprocess.Popen(
-            [python, WORKER, str(writing)], stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=[writing],
-            env=environment,
+            [python, WORKER, str(writing), str(alive)], stdin=subprocess.PIPE, stdout=said, stderr=said,
+            pass_fds=[writing, alive], env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(writing)
+        os.close(alive)
         try:
             assert worker.stdin
             errors, done = list[Exception](), 0
@@ -76,7 +80,8 @@ def generate_with_vllm(
                     f"vLLM ({python}) ended with exit code {worker.returncode}:\n{last}", "evaluate_with: transformers"
                 )
         finally:
-            worker.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # vLLM's engine too, which holds the GPU
             worker.wait()
 
 

@@ -1,17 +1,20 @@
 """Answer questions with vLLM, in an interpreter that has it and nothing of this project.
 
 Standard input: a line of JSON with the arguments of LLM and SamplingParams; then for each question a line {prompt, sizes} and
-the RGB bytes of its pictures. Each answer is a line [number of the question, [token, …]] to the file descriptor that is given.
+the RGB bytes of its pictures. Each answer is a line [number of the question, [token, …]] to the first file descriptor that is
+given; the second one is open as long as the process that asks lives.
 """
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from typing import BinaryIO
 
-AT_ONCE = 512  # questions that vLLM gets at a time, and that are in memory
+AT_ONCE = 256  # questions that vLLM gets at a time, and that are in memory
 
 
 def questions(source: BinaryIO) -> Iterator[dict]:
@@ -24,7 +27,14 @@ def questions(source: BinaryIO) -> Iterator[dict]:
         yield {"prompt": asked["prompt"]} | ({"multi_modal_data": {"image": images}} if images else {})
 
 
+def end_with(alive: int) -> None:
+    """End with the process that asks, vLLM's engine too: killed, it cannot say so, and the GPU's memory would stay taken."""
+    os.read(alive, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
+    threading.Thread(target=end_with, args=(int(sys.argv[2]),), daemon=True).start()
     sys.path.pop(0)  # this folder, whose modules are none of vLLM's business
     job = json.loads(sys.stdin.buffer.readline())
     from vllm import LLM, SamplingParams

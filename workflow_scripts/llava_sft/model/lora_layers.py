@@ -70,7 +70,7 @@ def settle(model: LlavaOneVision) -> None:
         if isinstance(layer, FusedLanguageLayer):
             attention, mlp = layer.self_attention, layer.mlp
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
-                if room_beside(linear, layer.config.fp8) and not hasattr(linear, "joined"):
+                if room_beside(linear, layer.config.fp8) and not hasattr(linear, "weight_and_pair"):
                     joined(linear)
                     moved = True
     if moved:

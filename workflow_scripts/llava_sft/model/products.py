@@ -106,7 +106,7 @@ def product_backward(
         d_low = torch.mm(grad, weight[:out, columns:], out=both[:, out:])
         d_x = both @ weight[:, :columns]
     elif for_weight is None:
-        d_x, d_low = (grad @ module.joined[:out]).split([columns, rank], dim=1)
+        d_x, d_low = (grad @ module.weight_and_pair[:out]).split([columns, rank], dim=1)
         d_x.addmm_(d_low, module.lora_a)
     else:
         d_x, _ = weight_product_backward(grad, for_weight, module, recipe)
@@ -150,23 +150,23 @@ def joined(module: torch.nn.Module) -> Tensor:
     """A frozen weight, moved to where its pair has room: [out + rank, in + rank], with scale · B to its right and A below it.
     The pair is copied once a step: `is_first_microbatch` is Megatron's flag."""
     (out, columns), rank = module.weight.shape, module.lora_a.size(0)
-    if not hasattr(module, "joined"):
-        module.joined, module.pair_is_current = module.weight.new_empty(out + rank, columns + rank), False
-        module.joined[:out, :columns] = module.weight.detach()
-        module.weight.data = module.joined[:out, :columns]
+    if not hasattr(module, "weight_and_pair"):
+        module.weight_and_pair, module.pair_is_current = module.weight.new_empty(out + rank, columns + rank), False
+        module.weight_and_pair[:out, :columns] = module.weight.detach()
+        module.weight.data = module.weight_and_pair[:out, :columns]
     if getattr(module, "is_first_microbatch", True) or not (module.pair_is_current and module.training):
-        module.joined[:out, columns:] = module.lora_scale * module.lora_b.detach()
-        module.joined[out:, :columns] = module.lora_a.detach()
+        module.weight_and_pair[:out, columns:] = module.lora_scale * module.lora_b.detach()
+        module.weight_and_pair[out:, :columns] = module.lora_a.detach()
         module.pair_is_current, module.is_first_microbatch = module.training, False
-    return module.joined
+    return module.weight_and_pair
 
 
 def move_back(module: torch.nn.Module) -> None:
     """Lay a weight out as layers of Transformer Engine expect it: for good, where samples are trained unpacked."""
     module.trains_unpacked = module.training
-    if hasattr(module, "joined"):
+    if hasattr(module, "weight_and_pair"):
         module.weight.data = module.weight.detach().contiguous()
-        del module.joined
+        del module.weight_and_pair
 
 
 def trainable(module: torch.nn.Module) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from llava_sft.checkpoint.start import Checkpoint, Start
+from llava_sft.checkpoint.start import Checkpoint, Start, split_id
 from llava_sft.checkpoint.verify import MARKER
 from llava_sft.data.index import leak_note
 from llava_sft.data.nv_meta import read_meta
@@ -70,10 +70,11 @@ def render(export: Path, model_id: str) -> str:
     source = Path(str(marker.get("source", "an export/x")))
     root = project_of(export, source)
     run_dir = root / source.parent
-    name = source.parent.name or export.resolve().parent.name
-    run = newest_settings(results / "resolved.json", run_dir / RUN_FILE)
+    trained = ITERATION.fullmatch(source.name)  # a merge lies where somebody put it: beside the files of any run
+    name = (trained and source.parent.name) or export.resolve().parent.name
+    run = newest_settings(results / "resolved.json", run_dir / RUN_FILE) if trained else None
     base = (run and run.settings.base_model) or (run and base_model(run.start, root))
-    started = Path(run.start.load.partition("@")[0]).name if run else "a checkpoint that is not recorded"
+    started = Path(split_id(run.start.load)[0]).name if run else "a checkpoint that is not recorded"
     metadata = {
         "license": run and run.settings.license,
         "language": run and list(run.settings.language),
@@ -135,8 +136,9 @@ def base_model(start: Start, root: Path = Path(), depth: int = 10) -> str | None
     with contextlib.suppress(SftError):
         load = Checkpoint.of(load).base.name  # that of a PEFT folder
     # A folder that is gone may look like org/name: its conversion noted the commit of an id without a revision.
-    if "@" in load or any(note.startswith(f"{load} ") for note in start.notes):
-        return load.partition("@")[0]
+    repo, revision = split_id(load)
+    if revision or any(note.startswith(f"{load} ") for note in start.notes):
+        return repo
     folder = root / load
     if depth:
         with contextlib.suppress(SftError, OSError):

@@ -9,6 +9,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from llava_sft.checkpoint.base import lora_of
 from llava_sft.checkpoint.start import Start, copy_sidecars
 from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
 from llava_sft.checksums import note
@@ -160,7 +161,10 @@ def open_run(run_dir: Path, resolved: Resolved) -> int:
             settings = resolved.settings.model_copy(update={"lr_decay_iters": length})
             resolved = resolved.model_copy(update={"settings": settings})
     resolved.write(run_dir / RUN_FILE)
-    keep_sidecars(run_dir, resolved.start, done, needs_base=resolved.settings.trained.lora is not None)
+    needs_base = resolved.settings.trained.lora is not None and done < resolved.settings.train_iters
+    if needs_base and done:
+        lora_of(checkpoint_dir(run_dir, done))  # raises where its base is gone, or another
+    keep_sidecars(run_dir, resolved.start, done, needs_base)
     return done
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from llava_sft.checkpoint.base import note_base
+from llava_sft.checkpoint.base import base_to_note, note_base
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.stream import TrainingLoader
 from llava_sft.errors import RunError
@@ -37,7 +37,7 @@ class Saves:
         start: Start,
     ):
         self.run_dir, self.values, self.expected = run_dir, values, expected
-        self.start = start
+        self.base = base_to_note(start) if values.trained.lora else None
         self.states, self.loader, self.watch = states, loader, watch
         self.first_rank = torch.distributed.get_rank() == 0
         self.begun = 0  # the step whose checkpoint was begun last
@@ -64,8 +64,8 @@ class Saves:
     def _written(self, iteration: int) -> None:
         """Have the tracker name it; note checksums and delete old checkpoints, beside the training."""
         if self.first_rank:
-            if lora := self.values.trained.lora:
-                note_base(checkpoint_dir(self.run_dir, iteration), lora, self.start)
+            if (lora := self.values.trained.lora) and self.base:
+                note_base(checkpoint_dir(self.run_dir, iteration), lora, self.base)
             write_text(self.run_dir / TRACKER, str(iteration))
             self.sealing = threading.Thread(target=self._seal, args=(iteration,))
             self.sealing.start()
