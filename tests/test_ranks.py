@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import train
 from helpers import ROOT, trainings
 from helpers.trainings import same
 from llava_sft.run.records import read_jsonl
@@ -51,6 +52,32 @@ def test_ranks_that_do_not_end_by_themselves_are_killed(monkeypatch, tmp_path):
     began = time.monotonic()
     assert wait(processes(tmp_path, "raise SystemExit(3)", WAITS)) == (3, "")
     assert time.monotonic() < began + 5
+
+
+def test_a_training_of_one_process_may_be_stopped_and_takes_its_time_to_end_after_it_has_noted_why(
+    monkeypatch, tmp_path
+):
+    for name in ("GRACE_S", "LOOK_EVERY_S", "READ_EVERY_S"):
+        monkeypatch.setattr(ranks, name, 0.01)
+    started = processes(tmp_path, FOLLOWS.replace('"follows": True', '"follows": False').replace("sys.exit(1)", WAITS))
+    process = started.processes[0]
+    while ranks.noted_failure(tmp_path) is None:
+        assert started.poll() is None
+    process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    while time.monotonic() < began + 0.5:
+        assert started.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert wait(started)[0] == -signal.SIGKILL
+
+
+def test_the_end_of_the_log_is_shown_where_a_rank_crashed_and_could_not_say_why(tmp_path):
+    log = tmp_path / "run.log"
+    log.write_text("Fatal Python error: Segmentation fault\n")
+    wait(processes(tmp_path, "import os; os.kill(os.getpid(), 11)"))
+    error = train.failure(tmp_path, "at step 1 of 2", -11, log)
+    assert "the training was ended by SIGSEGV\n    Fatal Python error" in error.problem and str(log) in error.fix
 
 
 def test_a_rank_that_has_noted_why_it_ends_and_does_not_is_killed_with_the_others(monkeypatch, tmp_path):

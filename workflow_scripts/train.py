@@ -128,17 +128,21 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
 
 def failure(run_dir: Path, where: str, code: int, log: Path) -> RunError:
     """Why the training ended with exit code `code`: the cause that it noted, a full disk, or the end of its log."""
+    end = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
     if known := noted_failure(run_dir):
-        trace = "".join(f"\n    {line[:200]}" for line in known.get("lines", ()))
-        return RunError(f"training stopped {where}: {known['problem']}{trace}", known.get("fix") or f"see {log}")
+        lines, fix = known.get("lines", ()), known.get("fix") or f"see {log}"
+        if "crashed" in known:  # and could not say why
+            fix = f"see {log}; {fix}"
+            lines = end if this_job() or known["crashed"] == platform.node() else ()
+        shown = "".join(f"\n    {line[:200]}" for line in lines)
+        return RunError(f"training stopped {where}: {known['problem']}{shown}", fix)
     if (free := shutil.disk_usage(run_dir).free) < 1 << 20:  # too little for the note
         return RunError(
             f"training stopped {where}: {run_dir} is on a full disk: {free >> 10} KiB free",
             "free space there; the same command resumes from the newest checkpoint",
         )
-    lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-    end = "\n".join(f"    {line[:200]}" for line in lines)
-    return RunError(f"training ended with exit code {code} {where}.\n{end}", f"see {log}")
+    shown = "\n".join(f"    {line[:200]}" for line in end)
+    return RunError(f"training ended with exit code {code} {where}.\n{shown}", f"see {log}")
 
 
 def check_what_is_loaded(run_dir: Path, step: int, resolved: Resolved) -> None:

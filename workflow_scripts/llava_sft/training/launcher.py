@@ -60,8 +60,8 @@ def commands(count: int, arguments: list[str], store: str, place: Place | None =
         cores = len(os.sched_getaffinity(0))
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
     argv = [sys.executable, "-m", "llava_sft.training", *arguments]
-    ranks = ({"RANK": str(first + i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(world)} for i in range(count))
-    return [(argv, environment | rank) for rank in ranks]
+    environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(count)}
+    return [(argv, environment | {"RANK": str(first + i), "LOCAL_RANK": str(i)}) for i in range(count)]
 
 
 def node_command(

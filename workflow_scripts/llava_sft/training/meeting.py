@@ -28,7 +28,6 @@ from typing import Any
 from llava_sft.errors import RunError, SettingsError, SftError, exits_cleanly
 from llava_sft.nodes import Node, settle, this_node
 from llava_sft.settings.resolved import Resolved
-from llava_sft.training.checks import check_node
 from llava_sft.training.launcher import Place, free_port, launch, say
 from llava_sft.training.ranks import GOES_ON, GRACE_S, Failure, note_failure, noted_failure
 
@@ -265,6 +264,8 @@ def join(node: Node) -> int:
 
 def take_part(node: Node, connection: Connection, training: dict[str, Any]) -> int:
     """Run this node's ranks of a training; returns their exit code. Errors: SftError when they cannot run here."""
+    from llava_sft.training.checks import check_node  # with numpy, for which no start of Snakemake need wait
+
     run_dir, run_json = Path(training["run_dir"]), Path(training["run_json"])
     if not run_json.is_file():
         raise RunError(

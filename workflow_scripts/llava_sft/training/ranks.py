@@ -28,7 +28,8 @@ READ_EVERY_S = 1.0  # of what the ranks have noted
 GOES_ON = "the same command goes on from the last checkpoint"
 
 Command = tuple[list[str], dict[str, str]]  # argv, and variables on top of our environment
-Failure = dict[str, Any]  # problem, fix; `lines` of a traceback; whether it `follows` from the end of another rank
+# problem, fix; `lines` of a traceback, or where it `crashed` without one; whether it `follows` from another rank's end
+Failure = dict[str, Any]
 
 
 class Processes:
@@ -47,6 +48,7 @@ class Processes:
         trouble: Callable[[], Failure | None] = lambda: None,
     ):  # fmt: skip
         self.run_dir, self.trouble, self.names = run_dir, trouble, [rank_name(each) for _, each in commands]
+        self.alone = run_dir is None or all(each.get("WORLD_SIZE", "1") == "1" for _, each in commands)
         self.failed_at: float | None = None
         self.code, self.looked, self.stopped, self.read = 0, time.monotonic(), Counter[int](), 0.0
         errors = subprocess.STDOUT if output else None
@@ -68,6 +70,8 @@ class Processes:
             self._note_end(failed)
         if None not in codes:
             return self.code
+        if self.alone:  # nobody waits for it: it may be stopped, and take its time to end
+            return None
         if self.failed_at is None and (trouble := self.trouble() or self._long_stopped(now)):
             self.failed_at, self.code = now, 1
             self._note(trouble)
@@ -98,10 +102,9 @@ class Processes:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             why = "if nobody did it, the system did for want of memory (dmesg | tail); " if name == "SIGKILL" else ""
             # NCCL aborts a rank that has waited for another one too long.
-            waited = name == "SIGABRT" and len(self.processes) > 1
-            self._note(
-                {"problem": f"{self.names[number]} was ended by {name}", "fix": why + GOES_ON, "follows": waited}
-            )
+            waited = name == "SIGABRT" and not self.alone
+            found = {"problem": f"{self.names[number]} was ended by {name}", "fix": why + GOES_ON, "follows": waited}
+            self._note(found if name in ("SIGKILL", "SIGTERM") else found | {"crashed": platform.node()})
             return
 
     def _has_noted(self, now: float) -> bool:
