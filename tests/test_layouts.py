@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, trainings
 from llava_sft.errors import RunError
 from llava_sft.files import read_json
+from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.identity import refuse_layout
 from llava_sft.settings.resolve import ResolvedSettings
 
@@ -96,11 +97,29 @@ def test_what_two_ranks_saved_before_one_of_them_was_killed_one_process_goes_on_
     assert_same(run, undisturbed)
 
 
+@pytest.mark.long
+def test_eight_ranks_learn_what_one_does_and_go_on_as_two_and_as_one(base, undisturbed, servers, tmp_path):
+    run, pid = a_run(base, tmp_path / "eight"), tmp_path / "pid"
+    eight = {"nproc_per_node": 8, "micro_batch_size": 1, "max_minutes": None}
+    noted = f"import os; os.environ.get('RANK') == '5' and open({str(pid)!r}, 'w').write(str(os.getpid()))"
+    process = start(servers, run, noted, **eight)
+    while process.poll() is None and not run.logged(3):
+        time.sleep(0.01)
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert process.wait(60) == 1 and "rank 5 of 8 was ended by SIGKILL" in run.said(), run.said()
+    for number, layout in enumerate((eight, LAYOUTS["DP2"]), iterations_done(run.folder) + 1):
+        assert start(servers, run, **layout | {"max_minutes": 0.001}).wait() == 75, run.said()
+        assert f"stopped at step {number} of {STEPS}" in run.said(), run.said()
+    assert start(servers, run, max_minutes=None, **LAYOUTS["one"]).wait() == 0, run.said()
+    assert_same(run, undisturbed)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "refused"),
     [
         ({"nproc_per_node": 8}, {"nproc_per_node": 4}, None),
         ({"nproc_per_node": 8}, {"nproc_per_node": 8, "nodes": 2}, None),
+        ({"nproc_per_node": 8}, {"nproc_per_node": 8, "nodes": 6}, "data_parallel_size: 8 → 48"),
         ({"nproc_per_node": 1}, {"nproc_per_node": 2}, "data_parallel_size: 1 → 2"),
         ({"nproc_per_node": 2}, {"nproc_per_node": 2, "tensor_model_parallel_size": 2}, "tensor_model_parallel_size: 1 → 2"),
         ({"nproc_per_node": 2}, {"nproc_per_node": 2, "gpus_per_node": 0}, "gpus_per_node: 2 → 0"),

@@ -183,6 +183,7 @@ def test_what_a_rank_of_another_node_raises_stands_on_node_0s_terminal(base, ser
     assert "rank 1 of 2 on " in last and "KeyError: 'a sample of node 1'" in last, last
 
 
+@pytest.mark.long
 def test_the_same_snakemake_command_on_both_nodes_trains_once(prepared_project):
     port, target = free_port(), "output/stage2_sft_vqa_nodes_results/train.done.json"
     words = ["--cores", "1", target, "--config", "run_tag=nodes", "train_iters=4", "save_interval=2", "eval_iters=0"]

@@ -21,6 +21,8 @@ from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
 from llava_sft.settings.schema import ABOUT
 
+BUCKETS_ALIKE = range(2, 41)  # data-parallel replicas: `bucket_size` in megatron/config.py
+
 
 def identity(resolved: Resolved) -> dict[str, Any]:
     """What makes a run this run and no other."""
@@ -114,13 +116,14 @@ def refuse_layout(run_dir: Path, done: int, before: ResolvedSettings, now: Resol
 
     What is learned does not depend on the number of processes, nor does the position in the data. On CPUs the optimizer's
     state does not either. On GPUs it is kept in Megatron's buckets (`dp_reshardable`): they are those of one TP × PP, and
-    the same for all numbers of replicas that reduce gradients during the backward pass, that is for all but one.
+    the same for some numbers of replicas.
     """
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
     changed = [name for name in names if getattr(before, name) != getattr(now, name)]
+    replicas = before.data_parallel_size, now.data_parallel_size
     if before.on_gpu != now.on_gpu:
         changed = ["gpus_per_node"]
-    elif not now.on_gpu or (changed == [names[2]] and min(before.data_parallel_size, now.data_parallel_size) > 1):
+    elif not now.on_gpu or (changed == [names[2]] and all(size in BUCKETS_ALIKE for size in replicas)):
         return
     if changed:
         difference = ", ".join(f"{name}: {getattr(before, name)} → {getattr(now, name)}" for name in changed)
