@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,3 +243,14 @@ def test_parallelism_that_the_model_does_not_need_is_said_to_be_slower(sizes):
 )
 def test_gpus_are_known_by_their_makers_names(name, known):
     assert known_gpu(name) == known and (known is None or known in GPU_MEMORY_GIB)
+
+
+def test_what_a_cluster_takes_is_told_from_the_result_files(monkeypatch, capsys):
+    import sizing
+
+    monkeypatch.setattr(sys, "argv", ["sizing.py", "--gpus", "1", "1024", "--packs", "16"])
+    sizing.main()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in capsys.readouterr().out.splitlines() if "---" not in line)
+    assert rows["useful tokens/s"].startswith("15,370 ")  # that was measured
+    alone, many = rows["efficiency"].split(" | ")
+    assert alone == "100%" and 0.5 < float(many[:-1]) / 100 < 0.9
