@@ -271,6 +271,10 @@ class Watching(Section):
     max_damaged_samples: Natural = free(
         0, "samples that the training may leave out because they cannot be read, each noted in damaged_samples.jsonl"
     )
+    report_language: Literal["auto", "en", "zh"] = free(
+        "auto",
+        "of the report and the inspection: en | zh (Chinese); auto: that of the locale (LC_ALL, LC_MESSAGES, LANG)",
+    )
     max_bad_steps: Positive = free(
         20, "stop after so many bad steps in a row (NaN, or a loss far above the steps before)"
     )
