@@ -16,9 +16,9 @@ from helpers import ROOT, SCRIPTS
 # From the ground up: a package imports itself and what stands on lower floors, nothing beside or above it. A module that
 # belongs lower than the rest of its package has an entry of its own.
 FLOORS = [
-    ["errors"],
+    ["errors", "gpu_stack"],
     ["files"],
-    ["checksums", "embedded", "machine", "run.layout", "settings.yaml_file"],
+    ["checksums", "embedded", "machine", "nodes", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],
     ["checkpoint", "evaluation.scores", "report.pictures"],

@@ -139,10 +139,10 @@ def test_a_broken_or_hanging_tracker_costs_the_run_nothing_and_the_next_start_se
 
 
 def test_a_package_that_is_missing_is_said_before_anything_runs(monkeypatch):
-    trackers.require([])
+    trackers.require_packages([])
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else object())
     with pytest.raises(SettingsError) as error:
-        trackers.require(["wandb"])
+        trackers.require_packages(["wandb"])
     assert "trackers: wandb" in error.value.problem and "pip install wandb" in error.value.fix
 
 

@@ -39,7 +39,7 @@ PATIENCE_S = 30.0  # with a tracker that has not sent everything when the traini
 LAST_LINE = 300  # characters of an error, at most
 
 
-def require(trackers: Sequence[str]) -> None:
+def require_packages(trackers: Sequence[str]) -> None:
     """Raise SettingsError for a tracker whose package is not installed."""
     for name in trackers:
         if not find_spec(name):
