@@ -262,10 +262,10 @@ def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
             f"gpus_per_node is {gpus}, this machine has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
         )
-    require_engine(gpus)
-    require_packages(values.trackers)
     if not cluster:
         require_able_gpus(gpus, values.fp8)
+        require_engine(gpus)
+    require_packages(values.trackers)
 
 
 def describe(forecast: Forecast) -> tuple[dict, list[str]]:
