@@ -84,6 +84,8 @@ def print_summary(report: dict[str, Any]) -> None:
             print(f"duplicates: {counts['repeated']:,} {what}s repeat an earlier one")
     if rejects := report["rejects"]:
         print(f"rejects: {rejects['rejected']:,} of {rejects['read']:,} records")
+    for key, row in report["unread"].items():
+        print(f"note: {row['records']:,} records have the key {key}, which is not read ({row['example']})")
     for note in report["notes"]:
         print(f"note: {note}")
     for check in report["checks"]:
