@@ -6,6 +6,7 @@ CONVERT = "python workflow_scripts/convert_checkpoint.py"
 
 # A form of command → the test that runs it, or the script whose dated result is in benchmarks/results.
 COMMANDS = {
+    r"(NNODES=2 .* )?\.venv/bin/snakemake --cores all train_mydata": "tests/test_nodes.py::snakemake",
     rf"make train_\w+{OPTIONS}": 'benchmarks/clone_to_report.py::"make", "train_vqa"',
     rf"snakemake( --cores 8)? (-n )?train_(vqa|mydata|agriculture|X){OPTIONS}": "tests/test_end_to_end.py::test_killed_run_goes_on",
     r"snakemake inspect_mydata": "tests/test_terminal.py::inspect_bad",
@@ -31,6 +32,7 @@ COMMANDS = {
 }
 # Those that no test runs: shell and Slurm's own commands, what needs the network, a GPU or another machine. Day, where.
 BY_HAND = {
+    r"export NNODES=.*": "not run: no Volcano at hand",
     r"source .venv/bin/activate|cd /shared/me/llava_sft|tmux|EXPORT=\S+|touch .venv/.ready": "the shell's own",
     r"squeue --me .*|tail -f \S+|tensorboard --logdir .*|nvcc --version": "of other programs",
     r"snakemake|snakemake -n train_vqa|make clean": "2026-11-28, two CPU cores",
