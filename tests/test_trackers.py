@@ -3,13 +3,16 @@
 Stand-ins for the packages write down how they are called; where a package is installed, it is tried too, offline.
 """
 
+import contextlib
 import json
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import train
 from llava_sft.errors import SettingsError
 from llava_sft.files import write_json
 from llava_sft.run.records import append
@@ -57,11 +60,11 @@ def run_dir(tmp_path, resolved, monkeypatch):
     monkeypatch.setenv("NOTED", str(tmp_path / "noted.jsonl"))
     monkeypatch.delenv("WANDB_DIR", raising=False)
     for step in (10, 20):
-        train(run_dir, step)
+        log_step(run_dir, step)
     return run_dir
 
 
-def train(run_dir: Path, step: int) -> None:
+def log_step(run_dir: Path, step: int) -> None:
     append(run_dir / "metrics.jsonl", {"iteration": step, "train_iters": 40, "lm loss": 1 / step, "grad-norm": None})
 
 
@@ -88,10 +91,10 @@ def test_records_are_sent_while_the_run_goes_on_once_and_after_a_resume_to_the_s
     names = list(trackers.DOORS)
     with trackers.followed(run_dir, names):
         wait_for(lambda: all(len(noted(run_dir, "log", name)) == 2 for name in names))
-        train(run_dir, 30)
+        log_step(run_dir, 30)
         validate(run_dir, 30)
     with trackers.followed(run_dir, names):  # a resume from step 20: step 30 is taken again
-        train(run_dir, 40)
+        log_step(run_dir, 40)
     for name in names:
         logged = noted(run_dir, "log", name)
         steps = [given["values"].get("iteration", given.get("step")) for given in logged]
@@ -146,6 +149,42 @@ def test_a_package_that_is_missing_is_said_before_anything_runs(monkeypatch):
     assert "trackers: wandb" in error.value.problem and "pip install wandb" in error.value.fix
 
 
+def test_a_training_is_followed_from_its_start_to_its_end(run_dir, resolved, monkeypatch, tmp_path):
+    happened = []
+
+    @contextlib.contextmanager
+    def followed(folder, names):
+        happened.append((folder, names))
+        yield
+        happened.append("over")
+
+    answers = {"open_run": 5, "iterations_done": 7, "launch": 0} | dict.fromkeys(
+        (
+            "check_nodes",
+            "check_node",
+            "check_space",
+            "check_what_is_loaded",
+            "prune",
+            "forget_after",
+            "require_packages",
+        )
+    )
+    for name, answer in answers.items():
+        monkeypatch.setattr(
+            train, name, lambda *args, name=name, answer=answer, **named: happened.append(name) or answer
+        )
+    monkeypatch.setattr(train, "followed", followed)
+    write_json(tmp_path / "resolved.json", resolved | {"settings": resolved["settings"] | {"trackers": ["wandb"]}})
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", str(tmp_path / "resolved.json"), "--run-dir", str(run_dir), "--done", "d"]
+    )
+    with pytest.raises(SystemExit):
+        train.main()
+    following = happened.index((run_dir, ("wandb",)))
+    assert happened.index("require_packages") < following
+    assert happened[following + 1 : following + 3] == ["launch", "over"]
+
+
 @pytest.mark.parametrize("name", list(trackers.DOORS))
 def test_the_real_package_takes_a_run_offline(name, run_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("PYTHONPATH")
@@ -159,6 +198,6 @@ def test_the_real_package_takes_a_run_offline(name, run_dir, tmp_path, monkeypat
         monkeypatch.setenv(variable, value)
     for _ in range(2):
         with trackers.followed(run_dir, [name]):
-            train(run_dir, 30)
+            log_step(run_dir, 30)
     assert "warning" not in capfd.readouterr().out
     assert json.loads((run_dir / f"trackers/{name}.json").read_text())["metrics.jsonl"] == 30
