@@ -321,7 +321,7 @@ def spelled(value: Any) -> str:
         return ", ".join(map(spelled, value))
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {spelled(each)}" for key, each in value.items() if each not in (None, "")) + "}"
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

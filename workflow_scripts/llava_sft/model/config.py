@@ -164,8 +164,8 @@ def load_model_config(path: Path | str) -> ModelConfig:
     """Read one of `config/models/*.yaml`. Raises SettingsError with the file, key, value and rule."""
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none in that folder"
-        raise SettingsError(f"model config {path} does not exist", f"write one of: {known}")
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none there"
+        raise SettingsError(f"model {path.stem}: {path} does not exist", f"a model of {path.parent}/: {known}")
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
