@@ -13,6 +13,7 @@ sys.path.insert(0, str(SCRIPTS))
 # Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything.
 PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
 
+import snakemake_logger_plugin_llava_sft as terminal
 from llava_sft import paths
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
@@ -25,7 +26,10 @@ if workflow.is_main_process:  # a job may run on another machine, where the kern
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
 
 # A closed terminal ends nothing: Snakemake hears of it and asks the jobs to save.
-shell.prefix("set -euo pipefail; trap '' HUP; ")
+shell.prefix("set -euo pipefail; trap '' HUP; export PYTHONUTF8=1; ")
+
+terminal.targets.update({"targets"}, {f"{step}_{name}" for step in STEPS for name in flow.experiments})
+terminal.closing = flow.closing
 
 if workflow.is_main_process:
     flow.force = lambda files: workflow.dag.forcefiles.update(files)

@@ -90,7 +90,7 @@ def running_scripts() -> list[psutil.Process]:
                 name = child.name()
                 if name in ("sh", "bash"):
                     shells.append(child)
-                elif name != "tee":
+                else:
                     found.append(child)
     return found
 

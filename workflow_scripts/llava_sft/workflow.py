@@ -7,6 +7,7 @@ Notable:
 - wildcards match only what the settings name, so that no file of a user's can become the output of a rule.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -33,6 +34,15 @@ STEPS = {  # target → (attribute of Paths that it produces, help text)
     "export": ("export_done", "train and convert to Hugging Face format"),
     "evaluate": ("evaluation", "export and answer the held-out split"),
     "report": ("report", "evaluate and write report.html"),
+}
+OUTCOME = {  # target → (rule, the lines of its log that say what came out)
+    "data": ("index_webdataset", slice(1)),
+    "inspect": ("inspect_webdataset", slice(-1, None)),
+    "preflight": ("preflight", slice(4)),
+    "train": ("report", slice(None)),
+    "export": ("convert_checkpoint_mcore2hf", slice(-1, None)),
+    "evaluate": ("evaluate", slice(2)),
+    "report": ("report", slice(None)),
 }
 
 
@@ -78,6 +88,7 @@ class Workflow(Experiments):
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
             overrides = overrides | {"run_tag": tags[-1]}  # as typed: Snakemake makes a number of 0103
         super().__init__(dict(overrides), cluster or {})
+        self.words = words
         self.force: Callable[[list[str]], None] | None = None  # set by the main process
         self._checked: set[Path] = set()
         if "--allowed-rules" not in words:  # a job of Slurm names rules, not targets
@@ -95,6 +106,19 @@ class Workflow(Experiments):
             return [*shards, getattr(paths, STEPS[step][0])]
 
         return files
+
+    def closing(self, told: set[str]) -> list[str]:
+        """What came out of the targets that were asked for, but of those whose rule's log the terminal has shown."""
+        lines: list[str] = []
+        for step, _, experiment in (word.partition("_") for word in self.words):
+            if step in OUTCOME and experiment in self.experiments and OUTCOME[step][0] not in told:
+                rule, which = OUTCOME[step]
+                paths = self.paths(experiment)
+                name = experiment if step in ("data", "inspect") else paths.settings.run_name
+                with contextlib.suppress(OSError):
+                    log = paths.settings.exp_dir / "logs" / rule / f"{name}.log"
+                    lines += log.read_text(errors="replace").splitlines()[which]
+        return lines
 
     # --- by wildcards: {experiment} in data paths, {run_name} in results, {checkpoint} in converted ones -----------
 
