@@ -39,7 +39,9 @@ def lift_stale_lock(wait: bool = True) -> None:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fcntl.flock(_held, fcntl.LOCK_SH)
-        return  # whoever lives noted itself, and the logger plugin shows that note to a second run
+        if wait:
+            _note_myself()  # another that lives has lifted what there was to lift
+        return
     except OSError:
         return  # a file system without locks: Snakemake's own message says what to do
     if wait:
@@ -50,11 +52,17 @@ def lift_stale_lock(wait: bool = True) -> None:
     if stale:
         print("The last run was killed and left its lock: lifted, going on where it was.", file=sys.stderr)
     if wait:
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
         _held.truncate(0)
-        _held.write(json.dumps(note | {"command": shlex.join(["snakemake", *sys.argv[1:]])}))
-        _held.flush()
+        _note_myself()
     fcntl.flock(_held, fcntl.LOCK_SH)
+
+
+def _note_myself() -> None:
+    """Add a line about this Snakemake, for another that finds the files locked (the logger plugin)."""
+    if _held:
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
+        _held.write(json.dumps(note | {"command": shlex.join(["snakemake", *sys.argv[1:]])}) + "\n")
+        _held.flush()
 
 
 # ------------------------------------------------------------------------------------------------- signals

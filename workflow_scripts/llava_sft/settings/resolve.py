@@ -178,8 +178,8 @@ def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int
 
 
 def auto_save_interval(train_iters: int) -> int:
-    """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100)."""
-    intervals = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100), and 20 at least."""
+    intervals = (digit * 10**power for power in itertools.count(1) for digit in (2, 5, 10))
     return next(interval for interval in intervals if math.ceil(train_iters / interval) <= 16)
 
 
