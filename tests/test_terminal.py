@@ -1,4 +1,4 @@
-"""What the terminal shows at last: the job's own message, its log and how to go on, whatever Snakemake says before."""
+"""What the terminal shows: what runs and how far it is; at last what came out, or the job's own message and how to go on."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 import snakemake_logger_plugin_llava_sft as terminal
 from helpers.projects import snakemake
 from llava_sft import locks
+from snakemake_logger_plugin_llava_sft import words
 
 SETTINGS = SimpleNamespace(
     verbose=False, dryrun=False, debug_dag=False, stdout=False, nocolor=True, quiet=set(), show_failed_logs=True,
@@ -29,6 +30,7 @@ def handler(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["snakemake", "train_vqa"])
     handler = terminal.LogHandler(SETTINGS, None)
     handler.printed = lambda: capsys.readouterr().err
+    handler.on_stdout = lambda: capsys.readouterr().out.splitlines()
     return handler
 
 
@@ -37,9 +39,9 @@ def say(handler, event, message="", level=logging.INFO, **facts):
     handler.emit(record)
 
 
-def start(handler, number=1, rule="train", log="train.log"):
+def start(handler, number=1, rule="train", log="train.log", reason="Missing output files: a.tar"):
     wildcards = {"exp_dir": "output", "run_name": "stage2_sft_vqa"}
-    say(handler, LogEvent.JOB_INFO, jobid=number, rule_name=rule, wildcards=wildcards, log=[log])
+    say(handler, LogEvent.JOB_INFO, jobid=number, rule_name=rule, wildcards=wildcards, log=[log], reason=reason)
 
 
 def fail(handler, number=1, rule="train", log="train.log"):
@@ -70,8 +72,8 @@ def test_a_log_without_a_message_shows_its_end_and_an_empty_one_says_so(handler,
     (tmp_path / "index.log").touch()
     start(handler), fail(handler), start(handler, 2, "index", "index.log"), fail(handler, 2, "index", "index.log")
     assert "999" in (lines := last_lines(handler)) and "900" not in lines
-    monkeypatch.setattr(terminal.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    assert "no space left" in terminal.disk_full("index.log")
+    monkeypatch.setattr(words.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert "no space left" in words.disk_full("index.log")
 
 
 def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
@@ -99,21 +101,26 @@ def test_a_stopped_training_says_last_that_it_has_saved(handler, tmp_path, faile
 def test_a_locked_folder_names_who_works_there_and_advises_no_unlock_while_it_lives(handler, tmp_path):
     (tmp_path / ".snakemake").mkdir()
     note = {
-        "pid": os.getpid(),
+        "pid": os.getppid(),
         "host": socket.gethostname(),
         "since": "2026-11-27 18:02",
         "command": "snakemake train_x",
     }
-    (tmp_path / ".snakemake/alive").write_text(json.dumps(note))
+    others = [
+        note | {"pid": os.getpid(), "command": "snakemake mine"},
+        note | {"pid": 2**22 + 1, "command": "snakemake dead"},
+    ]
+    (tmp_path / ".snakemake/alive").write_text("".join(json.dumps(each) + "\n" for each in [note, *others]))
     advice = "Error: Directory cannot be locked. … It can be removed with the --unlock argument."
     say(handler, LogEvent.ERROR, advice, logging.ERROR, exception="LockException")
     said = "\n".join(last_lines(handler))
-    assert f"process {os.getpid()} on {note['host']}, since 2026-11-27 18:02: snakemake train_x" in said
+    assert f"process {os.getppid()} on {note['host']}, since 2026-11-27 18:02: snakemake train_x" in said
+    assert "snakemake mine" not in said and "snakemake dead" not in said
     assert "fix: wait until it has ended" in said and "--unlock" not in said
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("typed", "said"),
     [
         (["--config", "lr=1e-3", "train_vqa"], "fix: targets first: snakemake train_vqa --config lr=1e-3"),
         (["train_vqa", "--config", "lr", "=", "1e-3"], "without spaces"),
@@ -122,8 +129,8 @@ def test_a_locked_folder_names_who_works_there_and_advises_no_unlock_while_it_li
         (["train_vqa", "--config", "lr=1e-3", "--cores", "2"], None),
     ],
 )
-def test_what_stands_wrongly_after_config_is_named(words, said):
-    mistake = terminal.command_line_mistake(words)
+def test_what_stands_wrongly_after_config_is_named(typed, said):
+    mistake = words.command_line_mistake(typed)
     assert mistake is None if said is None else said in mistake
 
 
@@ -131,7 +138,7 @@ def test_what_stands_wrongly_after_config_is_named(words, said):
 def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number):
     script = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print(0, flush=True); signal.pause()"
     job = subprocess.Popen(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{script}' | tee -i /dev/stderr; exit $?"],
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{script}' >&2; exit $?"],
         stderr=subprocess.PIPE,
     )
     kept = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}

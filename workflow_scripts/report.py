@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 from markupsafe import Markup
 
 from llava_sft.checkpoint.verify import is_export
