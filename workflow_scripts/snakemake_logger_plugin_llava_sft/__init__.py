@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ RERUN = "fix it and run the same command again: finished steps are kept"
 TOLD = ("index_webdataset", "preflight", "train", "evaluate")  # rules whose whole log is shown
 MANY = ("stage2_sftdata2webdataset",)  # rules of many short jobs: one line for all
 NOTE = re.compile(r" *(warning|note): ")
-PROGRESS = re.compile(r"  [\d,]+ of [\d,]+ .* left$")  # llava_sft.progress
+PROGRESS = re.compile(r"  ([\d,]+ of [\d,]+ \S+), \S+/s(, \S+ left)$")  # llava_sft.progress
 TICK_S, SAID_EVERY_S = 0.5, 10
 
 # Set by the Snakefile: names of its target rules, and what to say when they are there; `told`: whose logs were shown.
@@ -61,7 +62,7 @@ class Job:
         self.rule, self.logs = record.rule_name, list(record.log)
         wildcards = [str(value) for name, value in dict(record.wildcards or {}).items() if name != "exp_dir"]
         self.name = " ".join([self.rule, *wildcards])
-        self.started, self.finished = time.monotonic(), False
+        self.started = time.monotonic()
         self.log = Log(self.logs[0], record.created) if self.logs and self.rule not in MANY else None
         self.progress, self.said = "", time.monotonic()
 
@@ -86,6 +87,10 @@ class LogHandler(LogHandlerBase):
                 stream.reconfigure(errors="backslashreplace")
         self.screen, self.turn, self.ended = Screen(), threading.RLock(), threading.Event()
         self.jobs: dict[int, Job] = {}
+        self.running: dict[int, Job] = {}
+        self.begun: Counter[str] = Counter()  # jobs of each rule
+        self.done: Counter[str] = Counter()
+        self.first: dict[str, float] = {}  # when a rule's first job started
         self.failed: dict[int, list[str]] = {}  # and their logs
         self.errors: list[str] = []
         self.counts: dict[str, int] = {}  # jobs of each rule
@@ -104,6 +109,7 @@ class LogHandler(LogHandlerBase):
                 self.default.emit(record)
             elif not self.common_settings.dryrun:
                 self._tell(record)
+                self._look()
 
     # --- what is remembered ---------------------------------------------------------------------------------------------
 
@@ -116,19 +122,24 @@ class LogHandler(LogHandlerBase):
             self.reasons.setdefault(record.rule_name, why(str(record.reason)))
             if not self.jobs and not self.common_settings.dryrun:
                 threading.Thread(target=self._watch, daemon=True).start()
-            self.jobs[record.jobid] = Job(record)
+            self.begun[record.rule_name] += record.jobid not in self.jobs  # else tried again
+            self.jobs[record.jobid] = self.running[record.jobid] = Job(record)
+            self.first.setdefault(record.rule_name, time.monotonic())
         elif event == LogEvent.JOB_FINISHED and record.job_id in self.jobs:
             self.failed.pop(record.job_id, None)  # tried again, under Slurm
             self._read(self.jobs[record.job_id], ended=True)
-            self.jobs[record.job_id].finished = True
+            self.running.pop(record.job_id, None)
+            self.done[self.jobs[record.job_id].rule] += 1
         elif event == LogEvent.RUN_INFO:
             stats = getattr(record, "stats", None) or {}
             self.counts = {rule: count for rule, count in stats.items() if rule not in targets and rule != "total"}
         elif event == LogEvent.JOB_ERROR:
             self.failed[record.jobid] = list(record.log)
+            self.running.pop(record.jobid, None)
         elif event == LogEvent.GROUP_ERROR:
             for job in record.job_error_info:
                 self.failed[job["jobid"]] = [*job["log"], *record.aux_logs]
+                self.running.pop(job["jobid"], None)
         elif event == LogEvent.ERROR or record.levelno >= logging.ERROR:
             self.errors.append(own_words(getattr(record, "exception", ""), record.getMessage()))
 
@@ -139,19 +150,17 @@ class LogHandler(LogHandlerBase):
         if event == LogEvent.RUN_INFO and self.counts:
             self.screen.say(f"{clock}  {listing(self.counts)}")
         elif event == LogEvent.JOB_INFO and (job := self.jobs.get(record.jobid)):
-            jobs = self._of(job.rule)
             if job.rule not in MANY:
                 self.screen.say(f"{clock}  {job.name}")
-            elif len(jobs) == 1:
+            elif self.begun[job.rule] == 1:
                 self.screen.say(f"{clock}  {job.rule}: {many(self.counts.get(job.rule, 1))}")
         elif event == LogEvent.JOB_FINISHED and (job := self.jobs.get(record.job_id)):
-            jobs = self._of(job.rule)
-            of = f", {sum(job.finished for job in self.jobs.values())} of {sum(self.counts.values())}"
+            of = f", {self.done.total():,} of {sum(self.counts.values()):,}"
             if job.rule not in MANY:
                 self.screen.say(f"{clock}  {job.name}: done in {duration(time.monotonic() - job.started)}{of}")
-            elif sum(job.finished for job in jobs) == self.counts.get(job.rule):
-                took = duration(time.monotonic() - jobs[0].started)
-                self.screen.say(f"{clock}  {job.rule}: {many(len(jobs))} done in {took}{of}")
+            elif self.done[job.rule] == self.counts.get(job.rule):
+                took = duration(time.monotonic() - self.first[job.rule])
+                self.screen.say(f"{clock}  {job.rule}: {many(self.done[job.rule])} done in {took}{of}")
         elif event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR):
             job = self.jobs.get(getattr(record, "jobid", -1))
             self.screen.say(f"{clock}  {job.name if job else 'a group of jobs'}: failed")
@@ -159,9 +168,6 @@ class LogHandler(LogHandlerBase):
             text = str(record.msg or "").rstrip()
             if text and not NOISE.match(text.strip()):
                 self.screen.say(text, sys.stderr)
-
-    def _of(self, rule: str) -> list[Job]:
-        return [job for job in self.jobs.values() if job.rule == rule]
 
     def _watch(self) -> None:
         while not self.ended.wait(TICK_S):
@@ -171,27 +177,30 @@ class LogHandler(LogHandlerBase):
 
     def _look(self) -> None:
         """Show what is new in the logs, and how far the jobs are."""
-        running = [job for number, job in self.jobs.items() if not job.finished and number not in self.failed]
-        states = []
-        for job in running:
-            self._read(job)
+        states = {}
+        for job in list(self.running.values()):
             if job.rule in MANY:
-                continue
-            states.append(job.progress or f"  {duration(time.monotonic() - job.started)}  {job.name}")
-        for rule in MANY:
-            if any(job.rule == rule for job in running):
-                done, count = sum(job.finished for job in self._of(rule)), self.counts.get(rule, 1)
-                states.append(f"  {done:,} of {count:,} jobs  {rule}")
+                states[job.rule] = f"{job.rule} {self._far(job.rule)}"
+            else:
+                self._read(job)
+                states[job.name] = f"{job.rule} {job.progress or duration(time.monotonic() - job.started)}"
         if not self.plain:
-            self.screen.show(" |".join(states))
+            self.screen.show("  " + " | ".join(states.values()) if states else "")
+
+    def _far(self, rule: str) -> str:
+        """How far a rule of many jobs is."""
+        done, count = self.done[rule], self.counts.get(rule, 1)
+        took = time.monotonic() - self.first[rule]
+        left = f", {duration(took / done * (count - done))} left" if done else ""
+        return f"{done:,} of {count:,} jobs{left}"
 
     def _read(self, job: Job, ended: bool = False) -> None:
         for line in job.log.lines(ended) if job.log else ():
-            if PROGRESS.match(line):
-                job.progress = f"{line}  {job.name}"
+            if found := PROGRESS.match(line):
+                job.progress = found[1] + found[2]
                 if not self.screen.rewrites and time.monotonic() - job.said >= SAID_EVERY_S:
                     job.said = time.monotonic()
-                    self.screen.say(job.progress)
+                    self.screen.say(f"{line}  {job.name}")
             elif job.rule in TOLD or NOTE.match(line):
                 self.screen.say(line)
 
@@ -203,9 +212,8 @@ class LogHandler(LogHandlerBase):
             if not self.closed:
                 self.closed = True
                 self.ended.set()
-                for job in self.jobs.values():
-                    if not job.finished:
-                        self._read(job, ended=True)
+                for job in self.running.values():
+                    self._read(job, ended=True)
                 self.screen.show("")
                 if lines := self._end():
                     self.screen.say("\n".join(lines), sys.stderr)
@@ -238,9 +246,7 @@ class LogHandler(LogHandlerBase):
     def _end(self) -> list[str]:
         jobs = list(self.failed.items())
         # Ended by Ctrl-C, Snakemake waits for its jobs and names none.
-        jobs = jobs or [
-            (number, job.logs) for number, job in self.jobs.items() if not job.finished and self.interrupted
-        ]
+        jobs = jobs or [(number, job.logs) for number, job in self.running.items() if self.interrupted]
         told = [(number, *message(logs)) for number, logs in jobs]
         told = [entry for entry in told if entry[2]] or told[:1]  # of a group, those that say something
         if not told:
