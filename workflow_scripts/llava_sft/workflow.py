@@ -38,7 +38,7 @@ STEPS = {  # target → (attribute of Paths that it produces, help text)
 OUTCOME = {  # target → (rule, the lines of its log that say what came out)
     "data": ("index_webdataset", slice(1)),
     "inspect": ("inspect_webdataset", slice(-1, None)),
-    "preflight": ("preflight", slice(4)),
+    "preflight": ("preflight", slice(5)),
     "train": ("report", slice(None)),
     "export": ("convert_checkpoint_mcore2hf", slice(-1, None)),
     "evaluate": ("evaluate", slice(2)),
