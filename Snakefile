@@ -3,6 +3,7 @@
 import gc
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 # Ten thousand jobs are millions of objects that stay: to search them for garbage takes a fifth of the planning.
@@ -18,7 +19,7 @@ from llava_sft import paths
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
 from llava_sft.model.export_files import export_form
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers, overview, to_export
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers, outcome, overview, to_export
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
@@ -29,7 +30,7 @@ if workflow.is_main_process:  # a job may run on another machine, where the kern
 shell.prefix("set -euo pipefail; trap '' HUP; export PYTHONUTF8=1; ")
 
 terminal.targets.update({"targets"}, {f"{step}_{name}" for step in STEPS for name in flow.experiments})
-terminal.closing = flow.closing
+terminal.closing = partial(outcome, flow, sys.argv[1:])
 
 if workflow.is_main_process:
     flow.force = lambda files: workflow.dag.forcefiles.update(files)

@@ -16,7 +16,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 import snakemake_logger_plugin_llava_sft as terminal
 from helpers.projects import snakemake
 from llava_sft import locks
-from snakemake_logger_plugin_llava_sft import words
+from snakemake_logger_plugin_llava_sft import ending, words
 
 SETTINGS = SimpleNamespace(
     verbose=False, dryrun=False, debug_dag=False, stdout=False, nocolor=True, quiet=set(), show_failed_logs=True,
@@ -62,7 +62,7 @@ def test_a_failed_job_ends_the_terminal_with_its_message_its_log_and_how_to_go_o
     lines = last_lines(handler)
     assert lines[-5:] == [
         "train stage2_sft_vqa failed:", "error: lr: 7: too high", "  fix: lr: 1e-5", "  log: train.log",
-        f"  then: {terminal.RERUN}",
+        f"  then: {ending.RERUN}",
     ]  # fmt: skip
     assert not any("CalledProcessError" in line or "Exiting" in line for line in lines)
 
@@ -79,7 +79,7 @@ def test_a_log_without_a_message_shows_its_end_and_an_empty_one_says_so(handler,
 def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
     start(handler), fail(handler)
     say(handler, LogEvent.JOB_FINISHED, job_id=1)
-    handler.errors.clear()
+    handler.state.errors.clear()
     assert "failed:" not in "\n".join(last_lines(handler))
 
 
@@ -164,7 +164,7 @@ def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
     (project / "config/experiments/bad.yaml").write_text("raw_data: mine.jsonl\nload: x\nmodel: tiny\n")
     done = snakemake(project, "inspect_bad")
     lines = done.stdout.rstrip().splitlines()
-    assert done.returncode == 1 and lines[-1] == f"  then: {terminal.RERUN}", done.stdout
+    assert done.returncode == 1 and lines[-1] == f"  then: {ending.RERUN}", done.stdout
     assert "error: 2 of 2 records were rejected" in done.stdout and "output/logs/index_webdataset/bad.log" in lines[-2]
     assert "CalledProcessError" not in done.stdout and "Traceback" not in done.stdout
 

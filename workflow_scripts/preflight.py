@@ -129,9 +129,7 @@ def main() -> None:
         known |= {"warnings": notes, "origin": settings.origin}
         given = {"overrides": args.config, "cluster": args.cluster}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, model, first, [f"warning: {note}" for note in notes], settings.origin)
-    for line in last:
-        print(f"  {line}")
+    show(resolved, model, first, notes, last, settings.origin)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -292,7 +290,9 @@ def describe(forecast: Forecast) -> tuple[dict, list[str], list[str]]:
     return facts, first, last
 
 
-def show(resolved: Resolved, model: ModelConfig, first: list[str], warned: list[str], origin: dict[str, str]) -> None:
+def show(
+    resolved: Resolved, model: ModelConfig, first: list[str], notes: list[str], last: list[str], origin: dict[str, str]
+) -> None:
     """The answer first; then the settings that decide what is learned, and all that are not defaults: value, and where it
     came from."""
     values, why, data = resolved.settings, resolved.why, resolved.data
@@ -302,26 +302,20 @@ def show(resolved: Resolved, model: ModelConfig, first: list[str], warned: list[
     packs = f" in {data.sequences:,.0f} packs" if values.packing else ""
     epochs = values.train_iters * values.global_batch_size / data.sequences
     held = data.heldout_samples
+    weights = "random weights: the start checkpoint is untrained" if resolved.start.untrained else "trained weights"
+    of_accuracy = f"its accuracy on {held:,} held-out samples, to within ±{98 / held**0.5:.1f} points" if held else ""
     lines = [
-        *first,
-        f"learns  {epochs:,.2f} epochs of {data.train_samples:,} samples{packs}, "
-        + (
-            "from random weights: the start checkpoint is untrained"
-            if resolved.start.untrained
-            else "from trained weights"
-        ),
-        f"shows   its accuracy on {held:,} held-out samples, to within ±{98 / held**0.5:.1f} points"
-        if held
-        else "shows   no accuracy: there is no held-out data",
-        *warned,
+        f"learns  {epochs:,.2f} epochs of {data.train_samples:,} samples{packs}, from {weights}",
+        f"shows   {of_accuracy or 'no accuracy: there is no held-out data'}",
     ]
-    print("\n".join(f"  {line}" for line in lines))
+    print("\n".join(f"  {line}" for line in [*first, *lines, *(f"warning: {note}" for note in notes)]))
     defaults = str(CONFIG_DIR / "config.yaml")
     for name, value in values.dump().items():
         shown = ABOUT[name].shown
         given = name in why or origin.get(name, defaults) != defaults
         if shown or (shown is None and given):
             print(f"  {name:26} {spelled(value):14} {f'auto: {why[name]}' if name in why else origin[name]}")
+    print("\n".join(f"  {line}" for line in last))
 
 
 def spelled(value: Any) -> str:

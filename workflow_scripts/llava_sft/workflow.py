@@ -88,7 +88,6 @@ class Workflow(Experiments):
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
             overrides = overrides | {"run_tag": tags[-1]}  # as typed: Snakemake makes a number of 0103
         super().__init__(dict(overrides), cluster or {})
-        self.words = words
         self.force: Callable[[list[str]], None] | None = None  # set by the main process
         self._checked: set[Path] = set()
         if "--allowed-rules" not in words:  # a job of Slurm names rules, not targets
@@ -106,19 +105,6 @@ class Workflow(Experiments):
             return [*shards, getattr(paths, STEPS[step][0])]
 
         return files
-
-    def closing(self, told: set[str]) -> list[str]:
-        """What came out of the targets that were asked for, but of those whose rule's log the terminal has shown."""
-        lines: list[str] = []
-        for step, _, experiment in (word.partition("_") for word in self.words):
-            if step in OUTCOME and experiment in self.experiments and OUTCOME[step][0] not in told:
-                rule, which = OUTCOME[step]
-                paths = self.paths(experiment)
-                name = experiment if step in ("data", "inspect") else paths.settings.run_name
-                with contextlib.suppress(OSError):
-                    log = paths.settings.exp_dir / "logs" / rule / f"{name}.log"
-                    lines += log.read_text(errors="replace").splitlines()[which]
-        return lines
 
     # --- by wildcards: {experiment} in data paths, {run_name} in results, {checkpoint} in converted ones -----------
 
@@ -252,6 +238,20 @@ def to_export(flow: Workflow) -> Callable:
         return paths.train_done
 
     return of_wildcards
+
+
+def outcome(flow: Workflow, words: list[str], told: set[str]) -> list[str]:
+    """What came out of the targets that were asked for, but of those whose rule's log the terminal has shown."""
+    lines: list[str] = []
+    for step, _, experiment in (word.partition("_") for word in words):
+        if step in OUTCOME and experiment in flow.experiments and OUTCOME[step][0] not in told:
+            rule, which = OUTCOME[step]
+            paths = flow.paths(experiment)
+            name = experiment if step in ("data", "inspect") else paths.settings.run_name
+            with contextlib.suppress(OSError):
+                log = paths.settings.exp_dir / "logs" / rule / f"{name}.log"
+                lines += log.read_text(errors="replace").splitlines()[which]
+    return lines
 
 
 def as_words(option: str, value: Any) -> list[str]:
