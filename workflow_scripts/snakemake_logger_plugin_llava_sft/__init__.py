@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import snakemake.cli
+from snakemake.common.argparse import ArgumentParser
 from snakemake.logging import ColorizingTextHandler, DefaultFilter, DefaultFormatter, get_event
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -43,6 +44,7 @@ def print_unless_profile(*words: Any, **options: Any) -> None:
 
 if "--verbose" not in sys.argv:
     vars(snakemake.cli)["print"] = print_unless_profile
+ArgumentParser.print_usage = lambda *_: None  # a hundred lines before the one that says which option is wrong
 
 
 class LogHandler(LogHandlerBase):

@@ -50,6 +50,6 @@ def plan(state: State) -> list[str]:
     width = max(map(len, state.counts), default=0)
     rows = [f"{count:6,}  {rule:{width}}  {state.reasons.get(rule, '')}" for rule, count in state.counts.items()]
     if not rows:
-        return [NOTHING]
+        return [NOTHING] if state.nothing else []
     last = "Nothing was run (-n); -n -p shows the commands, -n --verbose all that Snakemake says."
     return [f"{many(sum(state.counts.values()))} would run:", *rows, last]

@@ -67,7 +67,7 @@ class State:
             for job in record.job_error_info:
                 self._fail(job["jobid"], [*job["log"], *record.aux_logs])
         elif event == LogEvent.ERROR or record.levelno >= logging.ERROR:
-            self.errors.append(own_words(getattr(record, "exception", ""), record.getMessage()))
+            self.errors.append(own_words(getattr(record, "exception", ""), record.getMessage(), self.targets))
 
     def _fail(self, number: int, logs: list[str]) -> None:
         self.failed[number] = logs

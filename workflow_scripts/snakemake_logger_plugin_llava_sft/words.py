@@ -1,10 +1,12 @@
 """What went wrong, in words: a failed job's own message, and Snakemake's errors as people meet them."""
 
+import difflib
 import json
 import os
 import re
 import shutil
 import socket
+from collections.abc import Collection
 from pathlib import Path
 
 STEPS = ("data", "inspect", "preflight", "train", "export", "evaluate", "report")
@@ -12,16 +14,23 @@ SHOWN_LINES, SHOWN_BYTES = 25, 1 << 16
 ALIVE = Path(".snakemake/alive")  # a line for each Snakemake that works here, by llava_sft.locks
 
 
-def own_words(kind: str, text: str) -> str:
+def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
     """Snakemake's error as ours, where it is one that people meet."""
     if kind == "LockException":
         return locked()
     if found := re.search(r"No rule to produce (.+?) \(if", text):
         return (
             f"error: {found[1][:200]}: neither a target nor a file that a rule makes\n"
-            "  fix: `snakemake` alone lists the targets, as train_vqa; settings stand after --config as KEY=VALUE"
+            f"  fix: {near(found[1][:200], targets)}`snakemake` alone lists the targets; settings stand after --config as KEY=VALUE"
         )
     return text.strip()
+
+
+def near(word: str, targets: Collection[str]) -> str:
+    """The targets that may be meant."""
+    of_step = [target for target in sorted(targets) if target.startswith(f"{word}_")]
+    meant = of_step[:4] or difflib.get_close_matches(word.replace("-", "_"), targets, n=1, cutoff=0.75)
+    return f"did you mean {' or '.join(meant)}? " if meant else ""
 
 
 def message(logs: list[str]) -> tuple[str, str]:
@@ -74,7 +83,9 @@ def locked() -> str:
 
 
 def command_line_mistake(words: list[str]) -> str | None:
-    """What Snakemake answers with a traceback: what stands after --config and is no KEY=VALUE."""
+    """What Snakemake answers with a traceback, or not at all: what stands after --config and is no KEY=VALUE; two of them."""
+    if sum(word in ("--config", "-C") for word in words) > 1:
+        return "--config stands twice: Snakemake would drop the first\n  fix: all settings after one, as --config lr=1e-3 seed=7"
     for start, word in enumerate(words):
         if word not in ("--config", "-C"):
             continue
