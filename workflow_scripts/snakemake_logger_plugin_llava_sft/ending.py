@@ -25,7 +25,8 @@ def failure(state: State) -> list[str]:
     told = [(number, *message(logs)) for number, logs in list(state.failed.items()) or stopped]
     told = [entry for entry in told if entry[2]] or told[:1]  # of a group, those that say something
     if not told:
-        ours = [text for text in state.errors if text and not NOISE.match(text)]
+        errors = list(filter(None, state.errors))
+        ours = [text for text in errors if not NOISE.match(text)] or errors  # a silent end would be worse
         return ["", *ours[-1:]] if ours else []
     lines: list[str] = []
     rerun = False

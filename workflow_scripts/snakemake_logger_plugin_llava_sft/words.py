@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
         return (
             f"error: {found[1][:200]}: neither a target nor a file that a rule makes\n"
             f"  fix: {near(found[1][:200], targets)}`snakemake` alone lists the targets; settings stand after --config as KEY=VALUE"
+        )
+    if "Target rules may not contain wildcards" in text and (steps := [word for word in sys.argv[1:] if word in STEPS]):
+        return (
+            f"error: {steps[0]}: of which experiment?\n"
+            f"  fix: {near(steps[0], targets)}`snakemake` alone lists the experiments"
         )
     return text.strip()
 
