@@ -228,7 +228,9 @@ def test_the_last_line_on_a_terminal_is_cut_to_it_and_gives_way(monkeypatch, cap
 
 
 def test_no_terminal_or_locale_ends_a_message_in_a_traceback():
-    shows = r"import llava_sft, sys; print('3 \xd7 \u2192 \u2265 \u56fe\u7247 \udcff'); print('\u2026', file=sys.stderr)"
+    shows = (
+        r"import llava_sft, sys; print('3 \xd7 \u2192 \u2265 \u56fe\u7247 \udcff'); print('\u2026', file=sys.stderr)"
+    )
     for variables in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}):
         done = subprocess.run([sys.executable, "-c", shows], env=os.environ | variables, capture_output=True)
         assert done.returncode == 0, done.stderr
@@ -239,13 +241,16 @@ def test_no_terminal_or_locale_ends_a_message_in_a_traceback():
 
 
 def test_a_python_that_is_too_old_is_told_so_by_every_script():
-    for path in [*SCRIPTS.glob("*.py"), SCRIPTS / "llava_sft/__init__.py"]:
-        tree = ast.parse(path.read_text(), feature_version=(3, 8))
-        modules = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
-        lines = [node.lineno for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        named = [getattr(node, "module", None) or node.names[0].name for node in tree.body if node.lineno in lines]
-        foreign = [name.partition(".")[0] for name in named if name.partition(".")[0] not in sys.stdlib_module_names]
-        assert foreign[:1] in ([], ["llava_sft"]), f"{path.name}: {foreign[0]} is imported before llava_sft, {modules}"
+    paths = [*SCRIPTS.glob("*.py"), SCRIPTS / "llava_sft/__init__.py"]
+    syntax = [Path(sys.executable).with_name("ruff"), "check", "--isolated", "--target-version=py38", "--select=F632"]
+    done = subprocess.run([*syntax, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    for path in paths:
+        tree = ast.parse(path.read_text())
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        named = [(getattr(node, "module", None) or node.names[0].name).partition(".")[0] for node in imports]
+        foreign = [name for name in named if name not in sys.stdlib_module_names]
+        assert foreign[:1] in ([], ["llava_sft"]), f"{path.name}: {foreign[0]} is imported before llava_sft"
     code = "import sys; sys.version_info = (3, 11, 7); import llava_sft"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "(Python 3.11): 3.12 or newer is needed\n  fix: .venv/bin/python" in done.stderr
