@@ -10,7 +10,7 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup chat test test-slurm test-faults test-consumers soak checks format figures lock clean experiment runs schema
+.PHONY: targets setup chat test test-slurm test-faults test-consumers soak checks format figures lock clean experiment runs compare schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
@@ -97,9 +97,13 @@ experiment:
 	@sed '/^# Copy to /d; s/NAME/$(NAME)/g; s/<name>/$(NAME)/g' config/experiments/TEMPLATE.yaml > config/experiments/$(NAME).yaml
 	@echo "config/experiments/$(NAME).yaml: edit its paths, then make train_$(NAME)"
 
-# Name, state, step, loss and size of every run, and the command that goes on with it.
+# State, loss, accuracy and settings of every run, and the command that goes on with it.
 runs: $(READY)
 	@$(VENV)/bin/python workflow_scripts/list_runs.py $(ARGS)
+
+# One page with runs side by side: make compare RUNS=stage2_sft_a,stage2_sft_b
+compare: $(READY)
+	@$(VENV)/bin/python workflow_scripts/compare_runs.py "$(RUNS)" $(ARGS)
 
 schema: $(READY)
 	$(VENV)/bin/python workflow_scripts/write_schema.py

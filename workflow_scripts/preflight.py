@@ -44,6 +44,7 @@ from llava_sft.preflight.predict import (
     proposal_lines,
 )
 from llava_sft.run.identity import refuse_other_run, same_run
+from llava_sft.run.sessions import command_line
 from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
@@ -127,7 +128,7 @@ def main() -> None:
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
         known |= {"trained_parameters": values.trained.parameters(model)}
         known |= {"warnings": notes, "origin": settings.origin}
-        given = {"overrides": args.config, "cluster": args.cluster}
+        given = {"overrides": args.config, "cluster": args.cluster, "command": command_line()}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
     show(resolved, model, first, notes, last, settings.origin)
 

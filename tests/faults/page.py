@@ -32,7 +32,7 @@ PROMISES = [
         "the same command continues the run; a checkpoint is saved first on SIGTERM, SIGINT and SIGUSR1 to the training, and on SIGTERM "
         "and SIGINT to the others",
         "SIGTERM、SIGINT、SIGUSR1、SIGHUP、SIGQUIT 发给整个进程组、只发给 Snakemake 或只发给训练",
-        "同一条命令接着运行；训练收到 SIGTERM、SIGINT、SIGUSR1，其余收到 SIGTERM、SIGINT 时，先保存检查点",
+        "同一条命令接着运行；训练收到 SIGTERM、SIGINT、SIGUSR1，其余收到 SIGTERM、SIGINT 时，先保存checkpoint",
         LONG, "test_signals_of_each_sort_lose_nothing_and_save_where_promised",
     ),
     Promise(
@@ -92,7 +92,7 @@ CHINESE = {
     "promises": "## 故障、承诺与测试\n\n| 故障 | 承诺 | 测试 |\n|---|---|---|\n",
     "kinds": "## 静态损坏：流程保存的每类文件（原始数据除外）\n\n"
     "损坏方式：翻转一位、改一个数字、随机字节、缺尾、清零一块、换成同类另一文件的内容、空文件、文件丢失、原处变成文件夹或悬空链接；\n"
-    "修改时间保持不变或更新。只要还有完整的检查点，第一组文件的损坏都不会让运行停下：损坏的文件被移开或重新生成，并给出说明；只有占据文件位置的文件夹会被指出，由你处理。\n\n"
+    "修改时间保持不变或更新。只要还有完整的checkpoint，第一组文件的损坏都不会让运行停下：损坏的文件被移开或重新生成，并给出说明；只有占据文件位置的文件夹会被指出，由你处理。\n\n"
     "| 文件 | | 用到它的步骤（逐一测试） |\n|---|---|---|\n",
     "own": "运行状态",
     "limits": "## 限制\n\n已知不会被发现的损坏及其原因。测试中单独计数（`faults_documented`）。\n\n",

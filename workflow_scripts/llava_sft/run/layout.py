@@ -21,6 +21,7 @@ METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "e
 LOGS = (METRICS, VALIDATION, EVENTS, BAD_STEPS)
 DAMAGED_SAMPLES = "damaged_samples.jsonl"  # those that the training skipped
 SAMPLES = "samples"  # a folder: the sample ids of every step, one file per data-parallel rank
+SESSIONS = "sessions.jsonl"  # when and where the run was trained
 TENSORBOARD = "tensorboard"
 
 ITERATION = re.compile(r"iter_(\d+)")
