@@ -31,7 +31,9 @@ def read_yaml(path: Path) -> dict:
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: byte {error.start} is not UTF-8", "save the file again as UTF-8") from None
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:400]
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
+        reason = " ".join(where.split())[:400]
         tab = "; indent with spaces, not with tabs" if "\\t" in reason else ""
         raise SettingsError(f"{path}: not valid YAML: {reason}", f"mend that line{tab}") from None
     except RecursionError:
