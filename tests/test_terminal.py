@@ -143,6 +143,8 @@ def test_two_config_options_and_what_is_near_a_wrong_target_are_named(handler, m
     targets = ["train_vqa", "train_mine", "data_vqa"]
     missing = "Missing: No rule to produce trian_vqa (if you use input functions …)"
     assert "did you mean train_vqa? " in words.own_words("", missing, targets)
+    denied = "WorkflowError:\nFailed to create output directory out/data.\nPermissionError: [Errno 13] Permission denied: 'out'"
+    assert words.own_words("", denied).startswith("error: out: Permission denied\n  fix: make it writable for you")
     monkeypatch.setattr(sys, "argv", ["snakemake", "train"])
     said = words.own_words("", "WorkflowError:\nTarget rules may not contain wildcards. Please …", targets)
     assert "of which experiment?" in said and "train_mine or train_vqa" in said
@@ -187,7 +189,11 @@ def test_of_other_rules_only_warnings_are_shown(handler, tmp_path):
     start(handler, rule="inspect_webdataset")
     (tmp_path / "train.log").write_text("tokens: median 41\nnote: 3 records have the key x, which is not read\n")
     handler._look()
-    assert handler.on_stdout()[1:] == ["note: 3 records have the key x, which is not read"]
+    start(handler, 2, "evaluate", "evaluate.log")
+    (tmp_path / "evaluate.log").write_text("600 questions\nerror: at the end\n  fix: that\n")
+    handler._look()
+    shown = [line for line in handler.on_stdout() if "stage2_sft_vqa" not in line]
+    assert shown == ["note: 3 records have the key x, which is not read", "600 questions"]
 
 
 def test_success_ends_with_what_came_out_and_a_stop_with_what_is_left(handler, monkeypatch):

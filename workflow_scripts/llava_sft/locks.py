@@ -21,9 +21,12 @@ from pathlib import Path
 
 import psutil
 
+from llava_sft.errors import exits_cleanly
+
 _held = None  # keeps the shared lock for the life of the process
 
 
+@exits_cleanly
 def lift_stale_lock(wait: bool = True) -> None:
     """Remove Snakemake's lock files when the run that made them is dead, after the last of its Slurm jobs.
 

@@ -136,7 +136,9 @@ class LogHandler(LogHandlerBase):
                 if not self.screen.rewrites and time.monotonic() - job.said >= SAID_EVERY_S:
                     job.said = time.monotonic()
                     self.screen.say(f"{line}  {job.name}")
-            elif job.rule in TOLD or NOTE.match(line):
+            elif line.startswith("error: "):
+                job.erring = True  # shown at the end
+            elif not job.erring and (job.rule in TOLD or NOTE.match(line)):
                 self.screen.say(line)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ class Job:
         self.name = " ".join([self.rule, *wildcards])
         self.log = Log(self.logs[0], record.created) if self.logs and self.rule not in MANY else None
         self.started = self.said = time.monotonic()
-        self.progress = ""
+        self.progress, self.erring = "", False
 
     def took(self) -> str:
         return duration(time.monotonic() - self.started)

@@ -1,6 +1,7 @@
 """What went wrong, in words: a failed job's own message, and Snakemake's errors as people meet them."""
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -12,6 +13,10 @@ from pathlib import Path
 
 STEPS = ("data", "inspect", "preflight", "train", "export", "evaluate", "report")
 SHOWN_LINES, SHOWN_BYTES = 25, 1 << 16
+ANOTHER = "or choose another folder: --config exp_dir=FOLDER"
+FILE_FIXES = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), f"make it writable for you, {ANOTHER}")
+FILE_FIXES |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"free some space on that disk, {ANOTHER}")
+FILE_FIXES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), f"move that file out of the way, {ANOTHER}")
 ALIVE = Path(".snakemake/alive")  # a line for each Snakemake that works here, by llava_sft.locks
 
 
@@ -29,6 +34,9 @@ def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
             f"error: {steps[0]}: of which experiment?\n"
             f"  fix: {near(steps[0], targets)}`snakemake` alone lists the experiments"
         )
+    if of_file := re.findall(r"Error: \[Errno (\d+)\] ([^:\n]+): '([^'\n]+)'", text):
+        number, reason, path = of_file[-1]
+        return f"error: {path}: {reason}\n  fix: {FILE_FIXES.get(int(number), 'mend that path')}"
     return text.strip()
 
 
