@@ -11,8 +11,9 @@ gc.set_threshold(200_000, 20, 100)
 
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
-# Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything.
-PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
+# Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything. `exec`: no
+# shell is left that prints `Terminated`.
+PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && exec {shlex.quote(sys.executable)} workflow_scripts/"
 
 import snakemake_logger_plugin_llava_sft as terminal
 from llava_sft import paths
