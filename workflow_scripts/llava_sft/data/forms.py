@@ -146,7 +146,7 @@ def _question_and_answer(
     elif len(asked) == 1:
         question = record[asked[0]] if isinstance(record[asked[0]], list) else _text(record, asked[0])
     else:
-        raise _unclear("question", asked, record)
+        raise _unclear("question", QUESTIONS, asked, record)
     if not answered and "answers" in names:
         given, answered = record[names["answers"]], [names["answers"]]
         texts = [one.get("answer", one.get("text")) if isinstance(one, dict) else one for one in _listed(given)]
@@ -158,7 +158,7 @@ def _question_and_answer(
     elif len(answered) == 1:
         answer = record[answered[0]] if isinstance(record[answered[0]], list) else _text(record, answered[0])
     else:
-        raise _unclear("answer", answered, record)
+        raise _unclear("answer", ANSWERS, answered, record)
     if (options := _one_of(OPTIONS, names)) and not {"question", "answer"} <= reading.columns.keys():
         raise Rejected(
             "options are not read", f"{options[0]}: write them into the question, and the answer as its text"
@@ -182,14 +182,16 @@ def _caption(record: dict[str, Any], names: dict[str, str], reading: Reading) ->
         found = ", ".join(map(str, record))
         raise Rejected("missing key", f"conversations or messages, question and answer, or caption; found: {found}")
     if len(captions) > 1:
-        raise _unclear("caption", captions, record)
+        raise _unclear("caption", CAPTIONS, captions, record)
     if not any(holds_image(key, value) for key, value in record.items()):
         raise Rejected("caption without a picture", f"{captions[0]}; found: {', '.join(map(str, record))}")
     text = _text(record, captions[0])
     return [{"role": "user", "content": reading.caption_prompt}, {"role": "assistant", "content": text}], set(captions)
 
 
-def _unclear(what: str, keys: list[str], record: dict[str, Any]) -> Rejected:
+def _unclear(what: str, known: tuple[str, ...], keys: list[str], record: dict[str, Any]) -> Rejected:
+    if not keys and (empty := next((key for key in record if plain(key) in known), None)):
+        return Rejected(f"empty {what}", empty)
     if not keys:
         return Rejected(
             "missing key", f"{what}; found: {', '.join(map(str, record))}: say which, columns: {{{what}: KEY}}"
