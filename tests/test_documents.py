@@ -11,8 +11,9 @@ import yaml
 from helpers import ROOT
 from helpers.documented import BY_HAND, COMMANDS, FIGURES, QUESTIONS
 from helpers.documents import anchors, commands, comparable, english, links, sections, twin
+from llava_sft.settings.data import SourceSettings
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
-from llava_sft.settings.schema import Settings, SourceSettings
+from llava_sft.settings.schema import Settings
 from write_schema import chinese_texts, settings_page, untranslated
 
 DOCUMENTS = english()

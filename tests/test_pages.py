@@ -19,7 +19,7 @@ import list_runs
 import report
 from helpers import SCRIPTS
 from helpers.browser import Browser
-from helpers.reports import ReportOfARun, answer, step, validation, write_lines
+from helpers.reports import ReportOfARun, answer, step, text_of, validation, write_lines
 from helpers.webdatasets import picture
 from llava_sft.data.findings import IMAGES, INDEX, SAMPLES, SHARDS, VALUES
 from llava_sft.data.records import Sample
@@ -212,9 +212,7 @@ def test_runs_are_compared_on_the_same_questions_with_the_settings_that_differ(t
         with pytest.raises(SystemExit):
             compare(runs)
         assert said in capsys.readouterr().err
-    text = re.sub(
-        r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(script|style).*?</\1>", " ", page.read_text(), flags=re.DOTALL))
-    )
+    text = text_of(page.read_text())
     for expected in (
         "stage2_sft_b answers better than stage2_sft_a: +50.0 points (+35.", "On the 60 held-out questions", "lr 0.0001 1e-05",
         "stage2_sft_a 33.3 % – – 40 0.75", "stage2_sft_b 83.3 % +50.0",

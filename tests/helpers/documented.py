@@ -14,6 +14,7 @@ COMMANDS = {
     r"make (test|setup)": ".ci/run::make test",
     r"make experiment NAME=mydata": "tests/test_stages.py::test_make_experiment_gives_a_file",
     r"make runs": "tests/test_run_directory.py::list_runs.py",
+    r"make compare RUNS=\S+": "tests/test_pages.py::compare_runs",
     r"make chat RUN=\S+": "tests/test_chat.py::test_the_answer_alone_stands_on_stdout",
     r"make chat RUN=\S+ ARGS=--web": "tests/test_chat_page.py::--web",
     r"python workflow_scripts/chat.py output/stage2_sft_vqa .*": "tests/test_end_to_end.py::test_a_checkpoint_of_the_run_answers",

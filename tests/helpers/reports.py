@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from llava_sft.files import file_fingerprint
@@ -22,6 +23,7 @@ def answer(correct: bool, base: str | None = None, **changes) -> dict:
     return {**row, "turns": [turn], **changes}
 
 
+EVERYTHING = ("prediction", "dataset", "train-done", "evaluation")
 NAMES = [name.replace("-", "_") for name in OPTIONAL]
 TWO = (answer(True), answer(False, question=EVIL, prediction=EVIL))
 
@@ -77,3 +79,12 @@ class ReportOfARun:
             path.write_text(json.dumps(self.inputs[name] | changes.get(name.replace("-", "_"), {})))
             files[name.replace("-", "_")] = path
         return page(argparse.Namespace(**dict.fromkeys(NAMES) | files))[0]
+
+
+def score(name: str, mean: float, **compared) -> dict:
+    return {"name": name, "mean": mean, "interval": [mean - 0.1, mean + 0.1], **compared}
+
+
+def text_of(page: str) -> str:
+    shown = re.sub(r"<(script|style).*?</\1>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", shown))
