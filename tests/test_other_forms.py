@@ -9,7 +9,7 @@ import pytest
 from helpers.webdatasets import Raw, record
 from llava_sft.data.formats import format_of
 from llava_sft.data.image_checks import ImageRoot
-from llava_sft.data.index import index_webdataset
+from llava_sft.data.index import index_webdataset, unread_note
 from llava_sft.data.other_forms import Unread
 from llava_sft.data.records import parse_record
 from llava_sft.data.rejects import Rejected, too_many_rejects
@@ -135,7 +135,9 @@ def test_keys_that_are_not_read_are_counted_and_said(tmp_path, capsys):
     assert unread.examples["boxes"] == "[[1, 2]]" and len(unread.examples["note of a turn"]) < 99
     raw = Raw(tmp_path, [record(i, boxes=[[1, 2]]) for i in range(5)])
     raw.convert()
-    assert index_webdataset(raw.wds, raw.parts)["unread"] == {"boxes": 5}
+    dataset = index_webdataset(raw.wds, raw.parts)
+    assert dataset["unread"] == {"boxes": 5}
+    assert "not read: boxes (5 records); inspect.html" in unread_note(dataset)
 
 
 @pytest.mark.parametrize(
