@@ -35,6 +35,7 @@ CHANGED = {
     "several keys for the caption": [{"image": "0.jpg", "caption": "c", "text": "t"}],
     "several answers": [{"question": "q", "answers": ["a", "b"]}, {"question": "q", "answers": [{"answer": "a"}, {"answer": "b"}]}],
     "options are not read": [{"question": "q", "choices": ["a", "b"], "answer": 1}, {"question": "q", "options": "A. a", "answer": "A"}],
+    "picture is not named": [{"question": "q", "answer": "a", "imageId": "1"}, {"query": "q", "response": "a", "image_id": 7}],
     "caption without a picture": [{"text": "a text"}, {"image": None, "caption": "c"}],
     "content is not a string": [{"question": "q", "answer": 1.5}, one(system=["S"])],
     "system prompts differ": [
@@ -55,7 +56,7 @@ CHANGED = {
         {"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "{}"}]},
     ],
     "weight of a turn is not supported": [
-        asked("q", loss_scale=0.5), asked("q", mask=[1]), {"messages": [Q, A | {"weight": 0.5}]}, {"messages": [Q, A | {"loss": ""}]},
+        asked("q", loss_scale=0.5), asked("q", train=True), asked("q", mask=[1]), {"messages": [Q, A | {"weight": 0.5}]}, {"messages": [Q, A | {"loss": ""}]},
     ],
     "weight of a record is not supported": [one(loss=False), one(train=False)],
     "no answer counts in the loss": [{"messages": [Q, A | {"loss": False}]}, {"messages": [Q, A | {"mask": True}]}],

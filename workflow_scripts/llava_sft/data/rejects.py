@@ -19,7 +19,7 @@ FORMS = (
 # The way out where most rejects have one reason, and mending the records is not the first that comes to mind.
 WAYS_OUT = {
     "missing image": "set image_root to the folder that the records' image paths start from",
-    "missing key": "say which keys they are: columns: {question: KEY, answer: KEY, image: KEY}; the first row of a table names them",
+    "missing key": "say which keys they are: columns: {question: KEY, answer: KEY, image: KEY}, or caption: KEY; the first row of a table names them",
     "image is an address": "download the pictures, and name the files",
     "missing column": "correct `columns`: to the left what it is, to the right the key or column of your file",
     "number of <image> differs from images": "where no text has <image>: image_first: true",
