@@ -32,9 +32,9 @@ chat: $(READY)
 test: checks
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Time limits, scancel, a dead node and a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour. Eight ranks.
+# Eight ranks; nodes without Slurm; time limits, scancel, a dead node, a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
 test-slurm: $(READY)
-	$(VENV)/bin/python -m pytest -m long tests/test_slurm.py tests/test_nodes.py tests/test_layouts.py $(ARGS)
+	$(VENV)/bin/python -m pytest -m long tests/test_layouts.py tests/test_nodes.py tests/test_slurm.py $(ARGS)
 
 # Every fault of docs/faults.md in the real chain: about an hour; full disks as root only. `make soak`: random faults for another.
 test-faults: $(READY)
