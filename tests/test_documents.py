@@ -46,7 +46,10 @@ def test_both_languages_say_the_same(document):
         assert one.numbers == other.numbers, where
 
 
-@pytest.mark.parametrize("path", [path for one in DOCUMENTS for path in (one, twin(one))], ids=lambda path: path.name)
+EVERY = [path for one in DOCUMENTS for path in (one, twin(one))] + [ROOT / "config/README.md", ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.name)
 def test_links_lead_somewhere_and_stay_in_their_language(path):
     for link in links(path):
         name, _, anchor = link.partition("#")
