@@ -173,10 +173,14 @@ def test_a_question_is_answered_within_a_minute(asked):
     assert 30 < len(chinese.prose) <= 450
 
 
-def test_faq_has_no_question_that_nobody_asked():
-    assert {section.title for section in sections(ROOT / "docs/faq.md") if section.level == 3} == {
-        name for _, name in QUESTIONS
-    }
+def test_faq_has_questions_that_were_asked_and_an_index_of_them():
+    faq = ROOT / "docs/faq.md"
+    assert {section.title for section in sections(faq) if section.level == 3} == {name for _, name in QUESTIONS}
+    for page in (faq, twin(faq)):
+        index = [
+            f"#{anchor}" for section, anchor in zip(sections(page), anchors(page), strict=True) if section.level == 3
+        ]
+        assert [link for link in links(page)[1:] if link.startswith("#")][: len(index)] == index
 
 
 def test_code_that_writes_a_file_of_questions_runs(tmp_path, monkeypatch):
