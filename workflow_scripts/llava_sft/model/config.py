@@ -164,15 +164,10 @@ def load_model_config(path: Path | str) -> ModelConfig:
     """Read one of `config/models/*.yaml`. Raises SettingsError with the file, key, value and rule."""
     path = Path(path)
     if not path.is_file():
-<<<<<<< HEAD
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none there"
-        raise SettingsError(f"model {path.stem}: {path} does not exist", f"a model of {path.parent}/: {known}")
-=======
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none, for that folder has none"
         raise SettingsError(
             f"model: {path.stem}: no file {path}", f"model: one of {known}; another size: a copy of one of them"
         )
->>>>>>> main
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
