@@ -19,7 +19,7 @@ import yaml
 from llava_sft.checkpoint.architecture import model_of_start
 from llava_sft.checkpoint.base import beside_its_base
 from llava_sft.checkpoint.start import open_start
-from llava_sft.data.index import leak_note
+from llava_sft.data.index import leak_note, unread_note
 from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
@@ -203,7 +203,7 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved, forecast: Forec
     notes += needless_parallelism(forecast.case, forecast.calibration) if forecast else []
     if values.log_answers and values.eval_iters and values.pipeline_model_parallel_size > 1:
         notes.append("with pipeline parallelism no held-out sample is answered during the training (log_answers)")
-    notes += filter(None, [leak_note(samples.dataset)])
+    notes += filter(None, [leak_note(samples.dataset), unread_note(samples.dataset)])
     if not samples.dataset["heldout"]["samples"]:
         notes.append(
             "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
