@@ -1,6 +1,6 @@
 """What the documents' commands are run by, where README's figures stand, and where the questions of docs/faq.md were asked."""
 
-OPTIONS = r"( ARGS=.*| --config .*)?"
+OPTIONS = r"( ARGS=.*| --config .*|( \w+=\S+)+)?"
 EXPORT = r"(\$EXPORT|output/\w+/huggingface)"
 CONVERT = "python workflow_scripts/convert_checkpoint.py"
 
@@ -63,6 +63,7 @@ FIGURES = [
 QUESTIONS = [
     ("haotian-liu/LLaVA#1121, #564, #831", "I have pictures and answers. What do I have to do?"),
     ("haotian-liu/LLaVA#1228", "I have only pictures and captions. What is the question?"),
+    ("QwenLM/Qwen3-VL#937, modelscope/ms-swift#1074", "How do I ask about several images at once?"),
     ("haotian-liu/LLaVA#1121, #1499, QwenLM/Qwen3-VL#564", "Which GPU do I need, in full and with LoRA?"),
     ("EvolvingLMMs-Lab/LLaVA-OneVision-2#80", "Is there a cheap way to fine-tune it?"),
     ("haotian-liu/LLaVA#1658", "Must I mix in the original instruction data?"),
@@ -89,7 +90,7 @@ QUESTIONS = [
     ),
     ("modelscope/ms-swift#3544, #3779", "I have a validation and a test set"),
     ("EvolvingLMMs-Lab/lmms-eval#241", "How do I run lmms-eval on it?"),
-    ("modelscope/ms-swift#4009, #5745", "Another program answers differently"),
+    ("modelscope/ms-swift#4009, #5745, #2445, QwenLM/Qwen3-VL#935, #1025", "Another program answers differently"),
     ("LLaVA-VL/LLaVA-NeXT#155", 'It answers "!!!!" or rubbish'),
     ("modelscope/ms-swift#3974", "My LoRA has no effect after merging"),
 ]
