@@ -18,7 +18,7 @@ targets: $(READY)
 	@$(VENV)/bin/snakemake --quiet all
 
 # `make train_vqa lr=1e-3` is `--config lr=1e-3`.
-OWN := ARGS NAME PYTHON RUN RUNS VENV SHELL
+OWN := ARGS NAME PYTHON RUN RUNS VENV WHEELS SHELL
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 SETTINGS = $(if $(filter-out $(OWN),$(GIVEN)),--config $(foreach name,$(filter-out $(OWN),$(GIVEN)),'$(name)=$($(name))'))
 
