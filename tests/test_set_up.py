@@ -196,6 +196,24 @@ def test_preflight_and_train_ask_for_transformer_engine_before_anything_runs(mon
     assert "require_engine(settings.gpus_per_node)" in inspect.getsource(checks.check_node)
 
 
+def test_set_up_needs_nothing_but_python(tmp_path):
+    command = [sys.executable, "-S", "-E", ROOT / "workflow_scripts/set_up.py", "--wheels", tmp_path]  # -S: no packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "system: Linux" in done.stdout and "no wheels there" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", ["Dockerfile", "llava_sft.def"])
+def test_a_container_recipe_copies_what_there_is_onto_the_cuda_of_torch(recipe):
+    text = (ROOT / "container" / recipe).read_text()
+    assert re.findall(r"^(?:FROM|From:) (\S+)", text, re.M) == [
+        f"nvidia/cuda:{gpu_stack.CUDA}.0.1-cudnn-devel-ubuntu24.04"
+    ]
+    lines = re.findall(r"^(?:COPY | +)(\w.*) \S+$", text.replace("%post", "\0").partition("\0")[0], re.M)
+    names = {name for line in lines for name in line.split() if not line.startswith(("apt", "&&"))}
+    assert {"Makefile", "Snakefile", "config", "workflow_scripts", "requirements.lock"} <= names
+    assert all((ROOT / name).exists() for name in names)
+
+
 def test_make_hands_a_folder_of_wheels_on():
     command = ["make", "-n", "-W", "requirements.lock", "setup", "WHEELS=/a b"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
