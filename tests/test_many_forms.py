@@ -288,7 +288,7 @@ def test_records_beside_their_pictures_in_tars_are_adopted(tmp_path):
 
 
 def test_an_inspection_shows_unread_keys_leaks_and_what_counts_in_the_loss(tmp_path, small_checkpoint):
-    rows = [record(i, "a.png", boxes=[[1, "<b>"]], note="n") for i in range(6)]
+    rows = [record(i, "a.png", boxes=[[1, "<b>"]], note="n", system="S") for i in range(6)]
     long = record(7, "a.png")
     long["conversations"] += [{"from": "human", "value": "<i>x</i> " * 60}, {"from": "gpt", "value": "</mark>End."}]
     off = record(8, None)
