@@ -6,6 +6,9 @@ import json
 import shlex
 from pathlib import Path
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 import yaml
 from pydantic import ValidationError
 
@@ -14,7 +17,7 @@ from llava_sft.files import read_json
 from llava_sft.report.html import percent
 from llava_sft.report.runs import evaluation_of, results_of
 from llava_sft.run.checkpoints import iterations_done
-from llava_sft.run.layout import FAILURE, RUN_FILE
+from llava_sft.run.layout import FAILURE, LOST_RANKS, RUN_FILE
 from llava_sft.run.lock import is_running
 from llava_sft.run.records import read_metrics
 from llava_sft.settings.resolve import ResolvedSettings
@@ -47,7 +50,8 @@ def describe(run_dir: Path) -> tuple[str, ...]:
     elif done == settings.train_iters:
         state = "done"
     else:
-        state = "failed" if (run_dir / FAILURE).is_file() else "stopped"
+        failed = any((run_dir / name).is_file() for name in (FAILURE, LOST_RANKS))
+        state = "failed" if failed else "stopped"
     return (
         run_dir.name,
         state,

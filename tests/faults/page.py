@@ -46,6 +46,13 @@ PROMISES = [
         LONG, "test_two_copies_at_once_do_not_disturb_each_other",
     ),
     Promise(
+        "one of several ranks of a training is killed or stopped, its loader raises, or its loss alone is NaN",
+        "all ranks end within a minute and a half, the rank and its own error stand last on the terminal; the same command continues the run",
+        "多个 rank 中有一个被杀死、被挂起、数据加载报错，或只有它的损失为 NaN",
+        "所有 rank 在一分半钟内结束，终端最后几行是该 rank 和它自己的错误；同一条命令接着运行",
+        "../test_ranks.py", "test_a_rank_that_is_killed_or_stopped_is_named_and_the_run_goes_on_as_if_nothing_had_been",
+    ),
+    Promise(
         "folders with spaces, Chinese, quotes, `$`, braces; a linked project; another working directory; umask 077; 256 descriptors",
         "the whole workflow runs as it does anywhere else",
         "文件夹名含空格、中文、引号、`$`、花括号；项目是符号链接；从别的目录启动；umask 077；256 个文件描述符", "整条流程照常运行",

@@ -1,11 +1,12 @@
 """What the documents' commands are run by, where README's figures stand, and where the questions of docs/faq.md were asked."""
 
-OPTIONS = r"( ARGS=.*| --config .*)?"
+OPTIONS = r"( ARGS=.*| --config .*|( \w+=\S+)+)?"
 EXPORT = r"(\$EXPORT|output/\w+/huggingface)"
 CONVERT = "python workflow_scripts/convert_checkpoint.py"
 
 # A form of command → the test that runs it, or the script whose dated result is in benchmarks/results.
 COMMANDS = {
+    r"(NNODES=2 .* )?\.venv/bin/snakemake --cores all train_mydata": "tests/test_nodes.py::snakemake",
     rf"make train_\w+{OPTIONS}": 'benchmarks/clone_to_report.py::"make", "train_vqa"',
     rf"snakemake( --cores 8)? (-n )?train_(vqa|mydata|agriculture|X){OPTIONS}": "tests/test_end_to_end.py::test_killed_run_goes_on",
     r"snakemake inspect_mydata": "tests/test_terminal.py::inspect_bad",
@@ -14,6 +15,7 @@ COMMANDS = {
     r"make (test|setup)": ".ci/run::make test",
     r"make experiment NAME=mydata": "tests/test_stages.py::test_make_experiment_gives_a_file",
     r"make runs": "tests/test_run_directory.py::list_runs.py",
+    r"make compare RUNS=\S+": "tests/test_pages.py::compare_runs",
     r"make chat RUN=\S+": "tests/test_chat.py::test_the_answer_alone_stands_on_stdout",
     r"make chat RUN=\S+ ARGS=--web": "tests/test_chat_page.py::--web",
     r"python workflow_scripts/chat.py output/stage2_sft_vqa .*": "tests/test_end_to_end.py::test_a_checkpoint_of_the_run_answers",
@@ -30,6 +32,7 @@ COMMANDS = {
 }
 # Those that no test runs: shell and Slurm's own commands, what needs the network, a GPU or another machine. Day, where.
 BY_HAND = {
+    r"export NNODES=.*": "not run: no Volcano at hand",
     r"source .venv/bin/activate|cd /shared/me/llava_sft|tmux|EXPORT=\S+|touch .venv/.ready": "the shell's own",
     r"squeue --me .*|tail -f \S+|tensorboard --logdir .*|nvcc --version": "of other programs",
     r"snakemake|snakemake -n train_vqa|make clean": "2026-11-28, two CPU cores",
@@ -60,6 +63,7 @@ FIGURES = [
 QUESTIONS = [
     ("haotian-liu/LLaVA#1121, #564, #831", "I have pictures and answers. What do I have to do?"),
     ("haotian-liu/LLaVA#1228", "I have only pictures and captions. What is the question?"),
+    ("QwenLM/Qwen3-VL#937, modelscope/ms-swift#1074", "How do I ask about several images at once?"),
     ("haotian-liu/LLaVA#1121, #1499, QwenLM/Qwen3-VL#564", "Which GPU do I need, in full and with LoRA?"),
     ("EvolvingLMMs-Lab/LLaVA-OneVision-2#80", "Is there a cheap way to fine-tune it?"),
     ("haotian-liu/LLaVA#1658", "Must I mix in the original instruction data?"),
@@ -86,7 +90,7 @@ QUESTIONS = [
     ),
     ("modelscope/ms-swift#3544, #3779", "I have a validation and a test set"),
     ("EvolvingLMMs-Lab/lmms-eval#241", "How do I run lmms-eval on it?"),
-    ("modelscope/ms-swift#4009, #5745", "Another program answers differently"),
+    ("modelscope/ms-swift#4009, #5745, #2445, QwenLM/Qwen3-VL#935, #1025", "Another program answers differently"),
     ("LLaVA-VL/LLaVA-NeXT#155", 'It answers "!!!!" or rubbish'),
     ("modelscope/ms-swift#3974", "My LoRA has no effect after merging"),
 ]

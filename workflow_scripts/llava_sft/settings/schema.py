@@ -102,7 +102,7 @@ class Batches(Section):
     packing_buffer_size: Positive | Auto = setting(
         "auto", "samples that are packed at a time: those of 200 packs, 2,000 to 10,000"
     )
-    micro_batch_size: Positive | Auto = setting(
+    micro_batch_size: Positive | Auto = free(
         1,
         "MBS; auto: global_batch_size / data-parallel size, which is raised to fit; for small models",
         shown=True,
@@ -170,7 +170,9 @@ class Run(Section):
     memory_check: Literal["stop", "warn"] = free(
         "stop", "stop | warn: what to do when a run, or a save, needs more memory than its machine or job has"
     )
-    save_interval: Positive | Auto = free("auto", "steps between checkpoints: 1, 2 or 5 × 10^k, at most 16 checkpoints")
+    save_interval: Positive | Auto = free(
+        "auto", "steps between checkpoints: 20, 50, 100, 200 …, so that there are at most 16"
+    )
     async_save: bool | Auto = free(
         "auto", "the training goes on while a checkpoint is written, from a copy in host memory: on GPUs"
     )
@@ -184,19 +186,19 @@ class Run(Section):
     num_workers: Positive | Auto = free(
         "auto", "loader processes of a training process: half as many again as keep up, by measurement"
     )
-    nodes: Positive | Auto = setting(
+    nodes: Positive | Auto = free(
         "auto",
-        "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says",
-        later=True,
+        "machines that train together: 1, with --profile slurm what the profile says, on a platform that starts several "
+        "(NNODES or WORLD_SIZE) all of them",
     )
-    gpus_per_node: Natural | Auto = setting(
+    gpus_per_node: Natural | Auto = free(
         "auto", "GPUS_PER_NODE: those of this machine, with --profile slurm what the profile says; 0: CPU"
     )
-    nproc_per_node: Positive | Auto = setting(
+    nproc_per_node: Positive | Auto = free(
         "auto", "training processes: one a GPU; on a CPU TP × PP, or more for data parallelism"
     )
-    tensor_model_parallel_size: Positive = setting(1, "TP")
-    pipeline_model_parallel_size: Positive = setting(1, "PP")
+    tensor_model_parallel_size: Positive = free(1, "TP; a run on GPUs keeps it")
+    pipeline_model_parallel_size: Positive = free(1, "PP; a run on GPUs keeps it")
 
 
 class Watching(Section):
