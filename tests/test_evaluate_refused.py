@@ -34,7 +34,18 @@ def export(small_checkpoint) -> Path:
 
 @pytest.mark.parametrize(
     "case",
-    ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch", "output", "base"],
+    [
+        "no export",
+        "marker",
+        "weights",
+        "config.json",
+        "tokenizer.json",
+        "samples",
+        "batch",
+        "output",
+        "base",
+        "positions",
+    ],
 )
 def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
     folder = tmp_path / "export"
@@ -43,6 +54,7 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
         (folder / path.name).write_bytes(path.read_bytes())
     words = {
         "samples": ["--samples", "half"], "batch": ["--batch-size", "0"], "output": ["--output", str(tmp_path)],
+        "positions": ["--max-new-tokens", "2048"],
         "base": ["--base", str(folder), "--start-of", str(tmp_path)],
     }.get(case, [])  # fmt: skip
     if case == "no export":

@@ -169,7 +169,9 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
         process = run.start()
         listening(run, process, 4)
         with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free)  # at once; then what came free meanwhile
+            os.posix_fallocate(
+                file.fileno(), 0, shutil.disk_usage(folder).free
+            )  # at once; then what came free meanwhile
             while True:
                 file.write(bytes(1 << 12))
         assert process.wait() == 1, run.said()

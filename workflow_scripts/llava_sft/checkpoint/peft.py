@@ -94,7 +94,8 @@ class Adapter(NamedTuple):
 
     def lora(self, model: ModelConfig) -> Lora:
         """What trains these pairs on. Where q, k and v (gate and up) have an A each, as PEFT makes them, the one A that a
-        fused layer has here holds theirs one below the other, and the rank is a multiple of PEFT's.
+        fused layer has here holds theirs one below the other, and rank and alpha are PEFT's
+        times the number of the weights that are joined (3, 2).
 
         Raises CheckpointError unless every linear layer of each part that has pairs has one.
         """
