@@ -228,7 +228,7 @@ def test_a_second_evaluation_of_the_same_waits_for_the_answers_of_the_first(
 
     monkeypatch.setattr(answers_module, "generate", met)
     run(monkeypatch, export, data, output)
-    said, _ = second[0].communicate(timeout=100)
+    said, _ = second[0].communicate()
     assert b"answered before" in said and second[0].returncode == 0 and asked == [10]
     assert not (tmp_path / ".evaluation.json.answers.lock").exists() and read_json(output)["correct"] == 1
 
