@@ -123,7 +123,8 @@ SPOILED = {
     "config cut off": (lambda f: cut(f / "adapter_config.json"), "adapter_config.json: damaged", "copy"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors", "copy"),
     "a pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "a pickle", "save_file"),
-    "no rank": (lambda f: edit(f, r=None), "r and lora_alpha must be numbers above 0, not None", "copy"),
+    "no rank": (lambda f: edit(f, r=None), "r and lora_alpha must be numbers above 0, below 2..31, not None", "copy"),
+    "a huge rank": (lambda f: edit(f, r=10**400, use_rslora=True), "numbers above 0, below 2..31, not 1000", "copy"),
     "no base": (lambda f: edit(f, base_model_name_or_path=None), "its base is ''", "base_model_name_or_path"),
     "base gone": (lambda f: edit(f, base_model_name_or_path="/gone/4B"), "its base is '/gone/4B'", "base_model_name_or_path"),
 }  # fmt: skip
@@ -256,6 +257,7 @@ def test_words_that_only_look_like_others(script, small_checkpoint, small_model,
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     said = script("hf2mcore", adapter, "new")[1]
+    assert 'base, own = "BASE"' in said.replace("\\", ""), "no code of what another's file names"
     assert f'"{adapter}").merge' in said.replace("\\", "") and f'"{adapter}-merged"' in said.replace("\\", "")
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": ""}))
     status, said = script("hf2mcore", adapter, "new", "--model", "tiny")

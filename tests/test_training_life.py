@@ -107,25 +107,30 @@ def test_a_stopped_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_like_
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
 
 
-SLOW_WRITES = """
+HELD_WRITES = """
 import os, time
 flush = os.fsync
 def fsync(file):
-    if os.readlink(f"/proc/self/fd/{file}").endswith(".distcp"):
-        time.sleep(4)
+    name = os.readlink(f"/proc/self/fd/{file}")
+    while os.environ["HELD"] in name and name.endswith(".distcp") and not os.path.exists(os.environ["LET_GO"]):
+        time.sleep(0.02)
     flush(file)
 os.fsync = fsync
 """
 
 
 def interrupt_a_save(run, tmp_path, step, number):
-    """Signal a run that writes the checkpoint of a step in the background, and is at the next step already."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_WRITES)
-    process = run.start(PYTHONPATH=str(tmp_path))
+    """Signal a run whose checkpoint of a step is not written before that, and that is at the next step already."""
+    (tmp_path / "sitecustomize.py").write_text(HELD_WRITES)
+    let_go = tmp_path / "let_go"
+    process = run.start(PYTHONPATH=str(tmp_path), HELD=f"iter_{step:07d}", LET_GO=str(let_go))
     while process.poll() is None and not run.logged(step + 1):
         time.sleep(0.02)
-    assert iterations_done(run.folder) == step - 3 and checkpoint_dir(run.folder, step).is_dir()
+    assert iterations_done(run.folder) == step - 3 and checkpoint_dir(run.folder, step).is_dir(), run.said()
     kill(process, number)
+    if number == signal.SIGKILL:
+        process.wait()
+    let_go.touch()
     return process.wait()
 
 

@@ -169,6 +169,10 @@ def to_megatron(args: argparse.Namespace) -> dict:
     parts = named_parts((each.partition("=")[::2] for each in args.part), "--part {}={}")
     checkpoint = Checkpoint.of(args.source)
     adapter = Adapter.of(checkpoint.folder) if checkpoint.kind == "peft" else None
+    if adapter and parts:
+        raise SettingsError(
+            f"--part, and {args.source} is a PEFT folder", "merge it first (merge), or leave --part out"
+        )
     checkpoint = checkpoint.base
     on_hub = checkpoint.kind == "hub"
     source = checkpoint.folder if on_hub else existing_checkpoint(checkpoint.folder)

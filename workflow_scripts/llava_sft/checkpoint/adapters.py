@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_sft.checkpoint.base import base_of, lora_of
+from llava_sft.checkpoint.base import base_of, lora_of, note_base
 from llava_sft.checkpoint.hf_folder import ADAPTER, ADAPTER_WEIGHTS
 from llava_sft.checkpoint.peft import PREFIX, Adapter, pair_of
 from llava_sft.checkpoint.pickles import check_pickles
@@ -26,7 +26,7 @@ from llava_sft.files import atomic_dir, write_json, write_text
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.lora import pair
 from llava_sft.model.tensors import Row, Shape
-from llava_sft.run.layout import LORA, PAIRS
+from llava_sft.run.layout import PAIRS
 
 CARD = """---
 {base_model}library_name: peft
@@ -154,7 +154,7 @@ def write_pairs(folder: Path, adapter: Adapter, model: ModelConfig, base: dict[s
 
     shapes: dict[str, Shape] = {name: shape for row in lora.rows(model) for name, shape in lora.shapes(row).items()}
     files = write_torch_dist(folder / PAIRS, shapes, dict.fromkeys(shapes, torch.float32), produce)
-    write_json(folder / PAIRS / LORA, {"lora": lora._asdict(), "base": base}, sealed=True)
+    note_base(folder / PAIRS, lora, base)
     return {f"{PAIRS}/{name}": entry for name, entry in files.items()}
 
 

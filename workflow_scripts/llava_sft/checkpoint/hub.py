@@ -145,7 +145,8 @@ def _cache_of(repo: str) -> Path:
 
 def cached_commits(repo: str) -> list[str]:
     """The commits of a repository in the hub's cache, newest first by the time they came."""
-    found = [path for path in (_cache_of(repo) / "snapshots").glob("*") if path.is_dir()]
+    names = "[0-9a-f]" * 40  # not what somebody has put beside them
+    found = [path for path in (_cache_of(repo) / "snapshots").glob(names) if path.is_dir()]
     return [path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
 

@@ -49,6 +49,8 @@ class Model(NamedTuple):
 def answers_of(model: Model, questions: list[Sample], data: str, options: Options, cache: Path) -> list[Answer]:
     """One answer a question, in order. `data`: a fingerprint of the questions; `cache`: the file that keeps the answers."""
     depends = fingerprint([model.fingerprint, data, options.depends()])
+    if cache.is_dir():
+        raise RunError(f"{cache}: a folder, where the answers are to be kept", "remove it, or name another --output")
     if (known := _known(model, cache, depends, len(questions))) is not None:
         return known
     cache.parent.mkdir(parents=True, exist_ok=True)
