@@ -17,9 +17,13 @@ from llava_sft import paths
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
 from llava_sft.model.export_files import export_form
+from llava_sft.training.meeting import role_of_node
 from llava_sft.workflow import STEPS, Workflow, cluster_numbers, overview, to_export
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
+
+# Where a platform has started several nodes, the first runs the workflow, and the others never come back from here.
+host = role_of_node(sys.argv[1:]) if workflow.is_main_process else None
 
 if workflow.is_main_process:  # a job may run on another machine, where the kernel knows nothing of the main process
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
@@ -42,6 +46,16 @@ rule targets:
 onstart:
     if workflow.is_main_process:
         pass_on_signals()
+
+
+onsuccess:
+    if host:
+        host.over(0)
+
+
+onerror:
+    if host:
+        host.over(1)
 
 
 include: "rules/data.smk"

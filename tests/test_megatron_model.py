@@ -27,6 +27,8 @@ from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.megatron import cpu
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import tensor_rows
+from llava_sft.run.identity import BUCKETS_ALIKE
+from llava_sft.settings.resolve import ResolvedSettings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
 
@@ -282,3 +284,12 @@ def test_the_cpu_layer_moves_cuda_tensors_to_the_cpu_and_leaves_other_devices_al
     assert torch.zeros(2, device="meta").device.type == "meta"
     with torch.device("meta"):
         assert torch.zeros(2).device.type == "meta"
+
+
+def test_a_run_changes_its_number_of_replicas_only_where_the_buckets_of_its_gradients_stay(megatron):
+    from llava_sft.megatron.config import ddp_config
+
+    values = ResolvedSettings(experiment="x", gpus_per_node=1)
+    sizes = {replicas: ddp_config(values, replicas).bucket_size for replicas in (1, 2, 40, 41)}
+    alike = [replicas for replicas in sizes if sizes[replicas] == sizes[2]]
+    assert alike == [replicas for replicas in sizes if replicas in BUCKETS_ALIKE] == [2, 40]

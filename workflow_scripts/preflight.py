@@ -37,10 +37,13 @@ from llava_sft.preflight.predict import (
     forecast_of,
     host_bytes_for_save,
     mean_and_largest,
+    needless_parallelism,
     proposal_lines,
     table,
 )
 from llava_sft.run.identity import refuse_other_run, same_run
+from llava_sft.run.sessions import command_line
+from llava_sft.settings.conflicts import check_parallel_sizes
 from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
@@ -87,6 +90,7 @@ def main() -> None:
     if not args.gpu:  # what another machine would need may be asked for any size, whatever there is to start from
         start = beside_its_base(start, settings.trained.lora)
         model, own_values = model_of_start(start, model, paths.converted is not None)
+        check_parallel_sizes(settings, model)  # the checkpoint may have another vocabulary than the model's file
         require_positions(settings.max_new_tokens, model)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
@@ -112,7 +116,7 @@ def main() -> None:
         start=start,
         versions={package: version(package) for package in PACKAGES},
     )
-    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved)]
+    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved, forecast)]
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
@@ -123,11 +127,9 @@ def main() -> None:
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
         known |= {"trained_parameters": values.trained.parameters(model)}
         known |= {"warnings": notes, "origin": settings.origin}
-        given = {"overrides": args.config, "cluster": args.cluster}
+        given = {"overrides": args.config, "cluster": args.cluster, "command": command_line()}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, model, notes, settings.origin)
-    for line in lines:
-        print(f"  {line}")
+    show(resolved, model, [*(f"warning: {note}" for note in notes), *lines], settings.origin)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,9 +185,9 @@ def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:
     )
 
 
-def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
+def notes_of(paths: Paths, samples: Samples, resolved: Resolved, forecast: Forecast | None) -> list[str]:
     """What a person should know before the training, and what does not stop it."""
-    settings, excluded = paths.settings, samples.sizes.left_out
+    settings, values, excluded = paths.settings, resolved.settings, samples.sizes.left_out
     notes = warnings(settings, resolved.start.untrained)
     notes += length_warning(settings, resolved.settings, samples.epoch.sequences)
     if excluded:
@@ -194,6 +196,9 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {excluded[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
+    notes += needless_parallelism(forecast.case, forecast.calibration) if forecast else []
+    if values.log_answers and values.eval_iters and values.pipeline_model_parallel_size > 1:
+        notes.append("with pipeline parallelism no held-out sample is answered during the training (log_answers)")
     notes += filter(None, [leak_note(samples.dataset)])
     if not samples.dataset["heldout"]["samples"]:
         notes.append(
@@ -288,7 +293,7 @@ def describe(forecast: Forecast) -> tuple[dict, list[str]]:
     return facts, lines
 
 
-def show(resolved: Resolved, model: ModelConfig, notes: list[str], origin: dict[str, str]) -> None:
+def show(resolved: Resolved, model: ModelConfig, lines: list[str], origin: dict[str, str]) -> None:
     """The settings that decide what is learned, and all that are not defaults: value, and where it came from."""
     values, why, data = resolved.settings, resolved.why, resolved.data
     parameters, trained = parameter_count(model), values.trained.parameters(model)
@@ -307,8 +312,8 @@ def show(resolved: Resolved, model: ModelConfig, notes: list[str], origin: dict[
         given = name in why or origin.get(name, defaults) != defaults
         if shown or (shown is None and given):
             print(f"  {name:26} {spelled(value):14} {f'auto: {why[name]}' if name in why else origin[name]}")
-    for note in notes:
-        print(f"  warning: {note}")
+    for line in lines:
+        print(f"  {line}")
 
 
 def spelled(value: Any) -> str:

@@ -23,6 +23,7 @@ from llava_sft.experiments import Experiments
 from llava_sft.inputs import check_inputs
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE
+from llava_sft.settings.schema import DEFAULTS, Settings
 from llava_sft.sources import Shard
 
 STEPS = {  # target → (attribute of Paths that it produces, help text)
@@ -167,7 +168,7 @@ class Workflow(Experiments):
         return (
             f"{demo}--max-shard-bytes {settings.max_shard_bytes} --decode-images {settings.decode_images}"
             f" --image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
-            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}"
+            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}{_reading_options(shard, settings)}"
         )
 
     @exits_cleanly
@@ -214,6 +215,15 @@ class Workflow(Experiments):
         words = [settings.load, "--model", settings.model]
         words += [f"--part={part}={source}" for part, source in with_old_names(settings.load_parts).items()]
         return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
+
+
+def _reading_options(shard: Shard, settings: Settings) -> str:
+    """How records are read; only where it is not the default: a change of the job converts again."""
+    options = f" --columns {shlex.quote(json.dumps(shard.source.columns))}" if shard.source.columns else ""
+    for name in ("caption_prompt", "image_first"):
+        if (value := getattr(settings, name)) != DEFAULTS[name]:
+            options += f" --{name.replace('_', '-')}={shlex.quote(str(value))}"
+    return options
 
 
 def to_export(flow: Workflow) -> Callable:

@@ -52,7 +52,8 @@ def index_webdataset(
     rejects = (row for source in sources for row in read_rejects(source.notes_dir, source.shards))
     first = write_all_rejects(notes_dir / ALL_REJECTS, rejects)
     if rejected > max_reject_fraction * read:
-        raise too_many_rejects(rejected, read, max_reject_fraction, first, notes_dir / ALL_REJECTS)
+        reasons = counted(shards, "reasons")
+        raise too_many_rejects(rejected, read, max_reject_fraction, first, notes_dir / ALL_REJECTS, reasons)
     _check_filled(sources)
     chosen: Chosen = {}
     record = None
@@ -181,11 +182,13 @@ def _asked(row: dict[str, Any]) -> int:
 
 def leak_note(dataset: Mapping[str, Any]) -> str | None:
     """What dataset.json says of held-out samples that are trained on, in words."""
-    if not (leak := dataset.get("heldout_trained_on")):
+    leak = dataset.get("heldout_trained_on") or {"records": 0, "images": 0, "of": 0}
+    if not leak["records"] + leak["images"]:
         return None
     return (
-        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on (same images, same question),"
-        f" {leak['images']:,} share an image with the training data: the held-out accuracy says less than it seems"
+        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on ({leak['records'] / leak['of']:.0%}: same"
+        f" images, same question), {leak['images']:,} share an image with the training data: the held-out accuracy says less"
+        " than it seems"
     )
 
 

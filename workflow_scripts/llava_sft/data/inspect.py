@@ -63,8 +63,8 @@ def inspect_webdataset(
             held = findings.splits.get(ENERGON_SPLITS[split], Counter())["samples"]
             if held != noted["samples"]:
                 findings.problem(META, split, f"holds {held} samples, the dataset file says {noted['samples']}")
-        if leak := leak_note(dataset):
-            findings.notes.append(leak)
+    if leak := leak_note({"heldout_trained_on": findings.leak.counts()}):
+        findings.notes.append(leak)
     if findings.excluded:
         findings.notes.append(f"{findings.excluded:,} samples are excluded: training does not see them where they lie")
     return findings.report(wds_dir, converted), findings.picked_gallery()
@@ -160,7 +160,7 @@ class _Inspection:
                 findings.problem(IMAGES, f"{where}.{image} (id {shown(sample.id)})", str(rejected))
         kind = str(sample.meta.get("kind", "all"))
         findings.note_sample(split, kind, sample, infos, hashes)
-        findings.offer_to_gallery(kind, split, stored.key, sample, contents)
+        findings.offer_to_gallery(kind, split, stored.key, sample, contents, infos)
 
     def _check_index(self, name: str, samples: list[TarSample]) -> None:
         """Compare `.tar.idx`, `.info.json` and index.sqlite with the samples of a tar."""

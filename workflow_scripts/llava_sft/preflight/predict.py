@@ -202,7 +202,8 @@ def proposals(
     case: Case, calibration: Calibration, batches_of: BatchesOf | None = None
 ) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that train the same before LoRA, and those that keep
-    seq_length before those that do not. `batches_of`: mean and largest micro-batch with another micro_batch_size or
+    seq_length before those that do not, and without more tensor parallelism before with it: two GPUs that share the layers
+    were measured slower than one. `batches_of`: mean and largest micro-batch with another micro_batch_size or
     pack_chunk_tokens (its arguments); estimated without."""
     values = case.values
     batches_of = cache(batches_of) if batches_of else None
@@ -225,9 +226,27 @@ def proposals(
         prediction = predict(case._replace(values=tried, mean=mean, largest=largest), calibration)
         if fits(prediction, case.machine):
             found.append((changed, prediction))
-    found.sort(key=lambda each: ("seq_length" in each[0], "lora_rank" in each[0], -each[1].tokens_per_s, len(each[0])))
+    later = ("seq_length", "lora_rank", "tensor_model_parallel_size")
+    found.sort(key=lambda each: (*(name in each[0] for name in later), -each[1].tokens_per_s, len(each[0])))
     needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
     return [each for each in found if each[0] not in needless]
+
+
+def needless_parallelism(case: Case, calibration: Calibration) -> list[str]:
+    """What to say where a model is shared by several GPUs and would fit into one."""
+    values = case.values
+    if not values.on_gpu or values.model_parallel_size == 1:
+        return []
+    alone = values.model_copy(update={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1})
+    prediction = predict(case._replace(values=alone), calibration)
+    if not fits(prediction, case.machine):
+        return []
+    given = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    asked = " and ".join(f"{name} {size}" for name in given if (size := getattr(values, name)) > 1)
+    return [
+        f"{asked}: the model fits into one GPU ({prediction.memory_gib:.1f} of {case.machine.memory_gib:.1f} GiB); data "
+        "parallelism alone (both 1) is faster"
+    ]
 
 
 def estimated_batches(case: Case, tried: ResolvedSettings) -> tuple[MicroBatch, MicroBatch]:

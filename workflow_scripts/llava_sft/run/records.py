@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava_sft.files import write_text
 from llava_sft.run.checkpoints import iterations_done
-from llava_sft.run.layout import EVENTS, LOGS, METRICS, VALIDATION, data_dir
+from llava_sft.run.layout import EVENTS, LOGS, METRICS, SAMPLES, VALIDATION, data_dir
 
 CHECKED = re.compile(r'\{"crc": "([0-9a-f]{8})", ')
 
@@ -97,7 +97,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 def forget_after(run_dir: Path, iteration: int) -> None:
     """Drop the records of steps that a run which resumes from `iteration` takes again."""
-    for name in LOGS:
+    for name in (*LOGS, *(f"{SAMPLES}/{path.name}" for path in run_dir.glob(f"{SAMPLES}/rank*.jsonl"))):
         forget_after_in(run_dir / name, iteration)
 
 

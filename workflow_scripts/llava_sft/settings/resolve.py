@@ -9,6 +9,7 @@ from pydantic import ConfigDict, field_validator
 
 from llava_sft.errors import SettingsError
 from llava_sft.machine import gpu_count
+from llava_sft.nodes import this_node
 from llava_sft.settings.conflicts import check_global_batch_size, processes_per_node
 from llava_sft.settings.schema import AllSettings, Settings
 
@@ -134,7 +135,8 @@ def resolve(
 
 
 def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
-    auto.settle("nodes", 1, "this machine")
+    node = this_node() if settings.nodes == "auto" else None
+    auto.settle("nodes", node.nodes if node else 1, "those that the platform started" if node else "this machine")
     found = gpu_count()
     why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
     gpus = auto.settle("gpus_per_node", found, why)
