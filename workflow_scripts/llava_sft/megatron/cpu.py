@@ -48,7 +48,7 @@ def apply() -> bool:
     from torch import _dynamo  # noqa: F401
 
     torch.utils._device._device_constructors()
-    # Megatron compiles functions when it is imported: the compiler's start-up costs more than small models gain.
+    # Megatron's jit_fuser compiles functions as they are imported: the compiler's start-up costs more than small models gain.
     _replace(torch, "compile", lambda function=None, **_: function or (lambda function: function))
     from megatron.core.tensor_parallel import random as tp_random
 
