@@ -49,7 +49,7 @@ def apply() -> bool:
 
     torch.utils._device._device_constructors()
     # Megatron's jit_fuser compiles functions as they are imported: the compiler's start-up costs more than small models gain.
-    _replace(torch, "compile", lambda function=None, **_: function or (lambda function: function))
+    _replace(torch, "compile", lambda model=None, **_: model or (lambda function: function))
     from megatron.core.tensor_parallel import random as tp_random
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
