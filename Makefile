@@ -16,13 +16,23 @@ export PYTHONDONTWRITEBYTECODE :=
 targets: $(READY)
 	@$(VENV)/bin/snakemake --quiet all
 
+# `make train_vqa lr=1e-3` is `--config lr=1e-3`.
+OWN := ARGS NAME PYTHON RUN RUNS VENV SHELL
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+SETTINGS = $(if $(filter-out $(OWN),$(GIVEN)),--config $(foreach name,$(filter-out $(OWN),$(GIVEN)),'$(name)=$($(name))'))
+
 define STEP
 $(1)_%: $(READY)
-	@$(VENV)/bin/snakemake $$@ $$(ARGS)
+	@$(VENV)/bin/snakemake $$@ $$(ARGS) $$(SETTINGS)
 endef
 $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 
 setup: $(READY)
+
+# No such target here: Snakemake makes it, or says what is near.
+.DEFAULT:
+	@$(MAKE) --no-print-directory --silent setup
+	@$(VENV)/bin/snakemake $@ $(ARGS) $(SETTINGS)
 
 # Questions to what a run has learned: make chat RUN=output/stage2_sft_vqa, ARGS="--web" for a page.
 chat: $(READY)

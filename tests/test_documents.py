@@ -46,7 +46,10 @@ def test_both_languages_say_the_same(document):
         assert one.numbers == other.numbers, where
 
 
-@pytest.mark.parametrize("path", [path for one in DOCUMENTS for path in (one, twin(one))], ids=lambda path: path.name)
+EVERY = [path for one in DOCUMENTS for path in (one, twin(one))] + [ROOT / "config/README.md", ROOT / "CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.name)
 def test_links_lead_somewhere_and_stay_in_their_language(path):
     for link in links(path):
         name, _, anchor = link.partition("#")
@@ -108,7 +111,7 @@ def test_commands_name_targets_settings_and_options_that_exist(document):
         words = shlex.split(command, comments=True)
         for number, word in enumerate(words):
             step, _, experiment = word.partition("_")
-            if step in steps and experiment and words[0] in ("make", "snakemake"):
+            if step in steps and experiment and "=" not in word and words[0] in ("make", "snakemake"):
                 assert experiment in experiments | {"X", "mydata", "EXPERIMENT"}, command
             elif number == 1 and words[0] == "make" and "=" not in word:
                 assert word in targets, command
@@ -116,10 +119,9 @@ def test_commands_name_targets_settings_and_options_that_exist(document):
                 source = (ROOT / word).read_text() + SOURCES
                 for option in (other.partition("=")[0] for other in words if other.startswith("--")):
                     assert f'"{option}"' in source or option == "--help", f"{command}: {option}"
-        if "--config" in words:
-            values = dict(
-                word.split("=", 1) for word in words[words.index("--config") + 1 :] if re.match(r"\w+=", word)
-            )
+        first = words.index("--config") if "--config" in words else 0 if words[0] == "make" else None
+        if first is not None:
+            values = dict(word.split("=", 1) for word in words[first + 1 :] if re.match(r"[a-z_]+=", word))
             load_settings("vqa", {key: yaml.safe_load(value) for key, value in values.items()})
 
 
@@ -173,10 +175,14 @@ def test_a_question_is_answered_within_a_minute(asked):
     assert 30 < len(chinese.prose) <= 450
 
 
-def test_faq_has_no_question_that_nobody_asked():
-    assert {section.title for section in sections(ROOT / "docs/faq.md") if section.level == 3} == {
-        name for _, name in QUESTIONS
-    }
+def test_faq_has_questions_that_were_asked_and_an_index_of_them():
+    faq = ROOT / "docs/faq.md"
+    assert {section.title for section in sections(faq) if section.level == 3} == {name for _, name in QUESTIONS}
+    for page in (faq, twin(faq)):
+        index = [
+            f"#{anchor}" for section, anchor in zip(sections(page), anchors(page), strict=True) if section.level == 3
+        ]
+        assert [link for link in links(page)[1:] if link.startswith("#")][: len(index)] == index
 
 
 def test_code_that_writes_a_file_of_questions_runs(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 
 from helpers.projects import environment, losses, planned, snakemake, snakemake_command
 from helpers.trainings import stored
+from llava_sft.run.sessions import sessions
 
 SMALL = ["train_iters=20", "save_interval=5", "log_interval=2", "evaluate_samples=40"]
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
@@ -66,6 +67,8 @@ def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(prepared_project):
     assert evaluation["samples"] == 40
     page = (prepared_project / RESULTS / "report.html").read_text()
     assert 'id="curves"' in page and f"make chat RUN={RUN}" in page
+    trained = sessions(prepared_project / RUN)
+    assert len(trained) > 1 and trained[-1]["reached"] == 20 and "ended" in trained[-1]
     for place in ("iter_0000020", "dataloader", "tensorboard", "run.json"):
         assert (prepared_project / RUN / place).exists()
     card = (prepared_project / RESULTS / "huggingface/README.md").read_text()
@@ -97,7 +100,7 @@ def test_preflight_for_another_machine_says_what_would_fit_and_writes_nothing(pr
         cwd=prepared_project, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr
-    assert re.search(r"memory .* of 79\.1 \(H100\): DOES NOT FIT", asked.stdout)
+    assert re.search(r"fits +no: .* of 79\.1 \(H100\)", asked.stdout)
     assert asked.stdout.count("would fit: ") == 3
     assert {path: path.stat().st_mtime_ns for path in (prepared_project / RESULTS).iterdir()} == before
 

@@ -149,6 +149,33 @@ def test_one_row_has_no_room_beside_it_whatever_its_stride():
     assert not has_room(torch.empty(1, 8).as_strided((1, 8), (12, 1)))
 
 
+def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, small_checkpoint, monkeypatch):
+    """A product that adds to Megatron's buffer gives autograd a tensor without values: here of values that are no numbers. Nor
+    do the kernels leave a value of theirs unwritten."""
+    from llava_sft.megatron.distributed import wrap
+
+    packed = loader_batch(small_checkpoint, [conversation(1)], packing=True, pad_multiple=64)
+    expected = losses_and_gradients(both.mcore.train(), [packed])[1]
+    model = megatron.build(small_model)
+    model.load_state_dict(both.mcore.state_dict())
+    wrapped = wrap(model, VALUES)
+    use_fused_layers(model, monkeypatch)
+    empty_like = torch.empty_like
+
+    def no_numbers(*given, **named):
+        empty = empty_like(*given, **named)
+        return empty.fill_(float("nan")) if empty.is_floating_point() else empty
+
+    monkeypatch.setattr(torch, "empty_like", no_numbers)
+    wrapped.zero_grad_buffer()
+    for _ in range(2):
+        answer_losses(wrapped, packed).sum().backward()
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum(parameter.grad_added_to_main_grad for parameter in found.values()) > 10
+    for name, parameter in found.items():
+        assert greatest_difference(parameter.main_grad, 2 * expected[name]) <= 1e-5, name
+
+
 def test_gradients_are_scaled_in_place():
     from llava_sft.model.kernels import scale_
 

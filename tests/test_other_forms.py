@@ -9,7 +9,7 @@ import pytest
 from helpers.webdatasets import Raw, record
 from llava_sft.data.formats import format_of
 from llava_sft.data.image_checks import ImageRoot
-from llava_sft.data.index import index_webdataset
+from llava_sft.data.index import index_webdataset, unread_note
 from llava_sft.data.other_forms import Unread
 from llava_sft.data.records import parse_record
 from llava_sft.data.rejects import Rejected, too_many_rejects
@@ -35,6 +35,7 @@ CHANGED = {
     "several keys for the caption": [{"image": "0.jpg", "caption": "c", "text": "t"}],
     "several answers": [{"question": "q", "answers": ["a", "b"]}, {"question": "q", "answers": [{"answer": "a"}, {"answer": "b"}]}],
     "options are not read": [{"question": "q", "choices": ["a", "b"], "answer": 1}, {"question": "q", "options": "A. a", "answer": "A"}],
+    "picture is not named": [{"question": "q", "answer": "a", "imageId": "1"}, {"query": "q", "response": "a", "image_id": 7}],
     "caption without a picture": [{"text": "a text"}, {"image": None, "caption": "c"}],
     "content is not a string": [{"question": "q", "answer": 1.5}, one(system=["S"])],
     "system prompts differ": [
@@ -55,7 +56,7 @@ CHANGED = {
         {"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "{}"}]},
     ],
     "weight of a turn is not supported": [
-        asked("q", loss_scale=0.5), asked("q", mask=[1]), {"messages": [Q, A | {"weight": 0.5}]}, {"messages": [Q, A | {"loss": ""}]},
+        asked("q", loss_scale=0.5), asked("q", train=True), asked("q", mask=[1]), {"messages": [Q, A | {"weight": 0.5}]}, {"messages": [Q, A | {"loss": ""}]},
     ],
     "weight of a record is not supported": [one(loss=False), one(train=False)],
     "no answer counts in the loss": [{"messages": [Q, A | {"loss": False}]}, {"messages": [Q, A | {"mask": True}]}],
@@ -73,6 +74,7 @@ CHANGED = {
         {"conversations": str([Q, A])}, {"conversations": {"from": ["human", "gpt"], "value": ["q"]}}, {"turns": ["q", "a"]},
     ],
     "unknown role": [{"conversations": [{"from": None, "value": None}]}],
+    "empty answer": [{"question": "q", "answer": ""}], "empty question": [{"question": None, "answer": "a"}],
     "missing key": [{"id": "1", "image": "0.jpg", "title": "c"}, {"images": ["0.jpg"], "texts": [{"user": "q"}]}, {"question": "q"}],
 }  # fmt: skip
 
@@ -134,7 +136,9 @@ def test_keys_that_are_not_read_are_counted_and_said(tmp_path, capsys):
     assert unread.examples["boxes"] == "[[1, 2]]" and len(unread.examples["note of a turn"]) < 99
     raw = Raw(tmp_path, [record(i, boxes=[[1, 2]]) for i in range(5)])
     raw.convert()
-    assert index_webdataset(raw.wds, raw.parts)["unread"] == {"boxes": 5}
+    dataset = index_webdataset(raw.wds, raw.parts)
+    assert dataset["unread"] == {"boxes": 5}
+    assert "not read: boxes (5 records); inspect.html" in unread_note(dataset)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,7 @@ def test_a_picture_in_base64_and_an_absolute_path_below_the_root_are_read(tmp_pa
     root = ImageRoot(tmp_path)
     for name in (
         "x/a.jpg",
+        "x\\a.jpg",
         tmp_path / "x/a.jpg",
         tmp_path / "link/a.jpg",
         text,
@@ -179,7 +184,7 @@ FILES = {
     "is gzip, and holds no text": gzip.compress(b"PAR1" + bytes(50)), "damaged gzip": gzip.compress(LINE.encode())[:20],
     "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
     "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
-    "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
+    "go over several lines": 2 * (json.dumps(json.loads(LINE), indent=1) + "\n").encode(), "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
     "a web page": b"<!DOCTYPE html><html>",
 }  # fmt: skip
 

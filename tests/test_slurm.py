@@ -99,7 +99,7 @@ def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(proj
     for tool in ("bash", "sh", "which"):
         (tools / tool).symlink_to(shutil.which(tool))
     code, output = snakemake(
-        project, "--profile", "slurm", "-n", "train_vqa", "--config", "nodes=2", "gpus_per_node=4",
+        project, "--profile", "slurm", "-n", "-p", "train_vqa", "--config", "nodes=2", "gpus_per_node=4",
         "global_batch_size=256", PATH=f"{Path(sys.executable).parent}:{tools}",
     )  # fmt: skip
     assert code == 0, output

@@ -57,7 +57,7 @@ def main() -> None:
     if dataset["read"] is not None:
         read = f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
     print(
-        f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
+        f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shard{'s' * (train['shards'] != 1)} for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{read} → {output}"
     )
     for key, count in dataset.get("unread", {}).items():
@@ -68,7 +68,8 @@ def main() -> None:
         )
     if leak := leak_note(dataset):
         print(f"note: {leak}")
-    print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
+    if not args.output:  # by hand
+        print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
 
 
 def verify(wds_dir: Path, dataset: Path) -> None:

@@ -6,6 +6,9 @@ import json
 import shlex
 from pathlib import Path
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 import yaml
 from pydantic import ValidationError
 

@@ -22,7 +22,7 @@ from llava_sft.report.figures import best_validation, measured, with_scores
 from llava_sft.report.html import render
 from llava_sft.report.language import Say, sayer, spoken
 from llava_sft.report.places import chat_command, links, newest_log, paths, provenance
-from llava_sft.report.verdict import verdict
+from llava_sft.report.verdict import Verdict, verdict
 from llava_sft.run.coverage import count_samples
 from llava_sft.run.layout import BAD_STEPS, SAMPLE_COUNTS, VALIDATION
 from llava_sft.run.records import read_jsonl, read_metrics
@@ -62,13 +62,13 @@ def main() -> None:
     args = parser.parse_args()
     if not args.run_dir.is_dir():
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
-    html, language = page(args)
+    html, found, say = page(args)
     write_text(args.output, html)
-    say = sayer(language)
+    print(found.headline)
+    print(say("report: %(path)s", path=args.output))
     if args.export and is_export(args.export):
         write_card(args.export)  # again: the scores are known now
         print(say("talk to it: %(command)s", command=chat_command(args.run_dir)))
-    print(say("report: %(path)s", path=args.output))
 
 
 def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def not_this_run(path: Path, why: str) -> RunError:
     return RunError(f"{path}: not of this run: {why}", "delete it and run the same command: it is made again")
 
 
-def page(args: argparse.Namespace) -> tuple[str, str]:
-    """The page, and its language. In the template JSON files go by the names of their options, None where one is missing."""
+def page(args: argparse.Namespace) -> tuple[str, Verdict, Say]:
+    """The page, its verdict, and its language. In the template JSON files go by the names of their options, None where one is missing."""
     run_dir, found = args.run_dir, read_inputs(args)
     metrics, validations = read_metrics(run_dir), read_jsonl(run_dir / VALIDATION)
     settings, why = found["resolved"]["settings"], found["resolved"]["why"]
@@ -127,6 +127,7 @@ def page(args: argparse.Namespace) -> tuple[str, str]:
     evaluation = found["evaluation"] = with_scores(found["evaluation"]) if found["evaluation"] else {}
     groups = {name: with_scores(group) for name, group in evaluation.get("groups", {}).items()}
     records = {"metrics": metrics, "validations": validations, "bad": read_jsonl(run_dir / BAD_STEPS)}
+    judged = verdict(found, records, say, run_dir)
     inspection = args.inspect and args.inspect.with_suffix(".html")
     predictions = args.evaluation.with_name("predictions.jsonl") if evaluation else None
     html = render(
@@ -134,7 +135,7 @@ def page(args: argparse.Namespace) -> tuple[str, str]:
         language,
         **found,
         **measured(metrics),
-        verdict=verdict(found, records, say, run_dir),
+        verdict=judged,
         provenance=provenance(run_dir, found, metrics),
         links=links(
             args.output, inspection_of_the_data=inspection, exported_model=args.export,
@@ -157,7 +158,7 @@ def page(args: argparse.Namespace) -> tuple[str, str]:
         answers=answers_of(evaluation, predictions, found["resolved"].get("data", {}).get("path"), say),
         paths=paths(run_dir, args.export, found["resolved"]),
     )  # fmt: skip
-    return html, language
+    return html, judged, say
 
 
 def answers_of(

@@ -17,6 +17,7 @@ from llava_sft.data.image_checks import MAX_IMAGE_PIXELS
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, default_notes_dir, plan_ranges
 from llava_sft.data.shards import convert_range
 from llava_sft.errors import SettingsError, exits_cleanly
+from llava_sft.progress import Progress
 
 
 @exits_cleanly
@@ -73,20 +74,15 @@ def main() -> None:
 
 
 def convert_all(ranges: list[tuple[str, Range]], convert: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert one range after the other, under a progress bar: raw data and records read, MB/s, the time left."""
-    from tqdm import tqdm  # not for one job of many
-
+    """Convert one range after the other, saying how far it is."""
     all_stats: list[dict[str, Any]] = []
-    total = sum(cut.end - cut.start for _, cut in ranges)
-    with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for raw, cut in ranges:
+    progress = Progress(sum(cut.end - cut.start for _, cut in ranges) / 1e6, "MB")
+    for raw, cut in ranges:
 
-            def show(raw_bytes: int, records: int, begun: float = bar.n) -> None:
-                records += sum(stats["read"] for stats in all_stats)
-                bar.set_postfix_str(f"{records:,} records", refresh=False)
-                bar.update(begun + raw_bytes - bar.n)
+        def show(raw_bytes: int, records: int, begun: float = progress.done) -> None:
+            progress.add(begun + raw_bytes / 1e6 - progress.done)
 
-            all_stats.append(convert(raw, cut, show))
+        all_stats.append(convert(raw, cut, show))
     return all_stats
 
 

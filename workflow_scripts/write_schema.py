@@ -10,6 +10,9 @@ import sys
 import textwrap
 from typing import Any
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 import yaml
 
 from llava_sft.files import write_json, write_text

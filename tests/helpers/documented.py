@@ -1,6 +1,6 @@
 """What the documents' commands are run by, where README's figures stand, and where the questions of docs/faq.md were asked."""
 
-OPTIONS = r"( ARGS=.*| --config .*)?"
+OPTIONS = r"( ARGS=.*| --config .*|( \w+=\S+)+)?"
 EXPORT = r"(\$EXPORT|output/\w+/huggingface)"
 CONVERT = "python workflow_scripts/convert_checkpoint.py"
 

@@ -1,7 +1,10 @@
 """What the machine has: GPUs, their peak speed and memory, and the memory that is free. No torch."""
 
+import contextlib
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -13,6 +16,7 @@ import psutil
 
 from llava_sft.errors import SettingsError
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
 # Dense bf16 peak of a GPU, FLOP/s with sums in float32, as its maker publishes it; MFU is relative to it.
 PEAK_FLOPS = {
@@ -163,3 +167,9 @@ def _has_vllm(python: Path) -> bool:
     except OSError as error:
         raise SettingsError(f"vllm_python: {python} cannot be run: {error.strerror}", WITH_VLLM) from None
     return said.stdout.strip() == "vLLM"  # any other program may end with exit code 0
+
+
+def end_with_parent() -> None:
+    """Let this process end when its parent does, however that ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
@@ -102,8 +103,8 @@ def _files_in(folder: Path, key: str) -> str:
         "**/*.csv",
         "**/*.tsv",
     ):
-        if next(folder.glob(pattern), None):
-            return f"name the files in it: {key}: {folder}/{pattern}"
+        if found := list(islice(folder.glob(pattern), 2)):
+            return f"name what in it: {key}: {found[0] if len(found) == 1 else folder / pattern}"
     if next(folder.rglob("*.tar"), None):
         return f"it holds a WebDataset: webdatasets: {folder}, in place of {key}"
     return f"name a file of records, or a pattern of several: {key}: {folder}/*.jsonl"

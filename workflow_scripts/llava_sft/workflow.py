@@ -7,6 +7,7 @@ Notable:
 - wildcards match only what the settings name, so that no file of a user's can become the output of a rule.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,15 @@ STEPS = {  # target → (attribute of Paths that it produces, help text)
     "export": ("export_done", "train and convert to Hugging Face format"),
     "evaluate": ("evaluation", "export and answer the held-out split"),
     "report": ("report", "evaluate and write report.html"),
+}
+OUTCOME = {  # target → (rule, the lines of its log that say what came out)
+    "data": ("index_webdataset", slice(1)),
+    "inspect": ("inspect_webdataset", slice(-1, None)),
+    "preflight": ("preflight", slice(5)),
+    "train": ("report", slice(None)),
+    "export": ("convert_checkpoint_mcore2hf", slice(-1, None)),
+    "evaluate": ("evaluate", slice(2)),
+    "report": ("report", slice(None)),
 }
 
 
@@ -238,6 +248,20 @@ def to_export(flow: Workflow) -> Callable:
         return paths.train_done
 
     return of_wildcards
+
+
+def outcome(flow: Workflow, words: list[str], told: set[str]) -> list[str]:
+    """What came out of the targets that were asked for, but of those whose rule's log the terminal has shown."""
+    lines: list[str] = []
+    for step, _, experiment in (word.partition("_") for word in words):
+        if step in OUTCOME and experiment in flow.experiments and OUTCOME[step][0] not in told:
+            rule, which = OUTCOME[step]
+            paths = flow.paths(experiment)
+            name = experiment if step in ("data", "inspect") else paths.settings.run_name
+            with contextlib.suppress(OSError):
+                log = paths.settings.exp_dir / "logs" / rule / f"{name}.log"
+                lines += log.read_text(errors="replace").splitlines()[which]
+    return lines
 
 
 def as_words(option: str, value: Any) -> list[str]:

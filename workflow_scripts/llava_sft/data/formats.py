@@ -18,13 +18,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
+from llava_sft.data.forms import has_known_form
 from llava_sft.data.records import BOM, MAX_LINE_BYTES, Line, read_lines
 from llava_sft.data.rejects import Rejected
 from llava_sft.data.tables import batch_rows, read_arrow, read_blocks, read_table, separator_of, table_starts
 from llava_sft.errors import SHOWN, DataError
 
 BLOCK = 1 << 20
-RECORD_KEYS = {"conversations", "messages", "image", "images", "id"}
 ROWS_AT_ONCE = 32  # of a Parquet file: rows may hold images
 EXTENSIONS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".csv": "table", ".tsv": "table"
@@ -36,9 +36,9 @@ BEHIND_ANY = 1 << 62  # bytes
 
 # Whole files of another kind, by how they begin: one message in place of a reject for each line.
 OTHER_FILES = {
-    b"\x1f\x8b": ("gzip", "gunzip -c"), b"PK\3\4": ("a zip archive or an Excel file", "unpack it, or save it as JSONL"),
+    b"\x1f\x8b": ("gzip", "gunzip -c"), b"PK\3\4": ("a zip archive or an Excel file", "unpack it, or save the sheet as CSV, UTF-8"),
     b"BZh": ("bzip2", "bunzip2 -c"), b"\xfd7zXZ": ("xz", "xz -dc"), b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it"), b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as JSONL"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"), b"\xd0\xcf\x11\xe0": ("an old Excel file", "save the sheet as CSV, UTF-8"),
     b"SQLite format": ("an SQLite database", "export it as JSONL"),
     b"version https://git-lfs": ("a Git LFS pointer", "git lfs pull"), b"<!DO": ("a web page", "download the file itself"),
     b"<htm": ("a web page", "download the file itself"),
@@ -110,10 +110,12 @@ def _is_table(path: Path, head: bytes, whole: bool, extension: str | None) -> bo
         raise DataError(f"{path} is not UTF-8, it may be {code}", f"iconv -f {code} -t UTF-8 {path} > NEW{path.suffix}")
     if lines[0].startswith(b"{"):
         one = _json(head) if whole else None
-        wrapped = (
-            isinstance(one, dict) and not set(one) & RECORD_KEYS and any(isinstance(v, list) for v in one.values())
-        )
+        wrapped = isinstance(one, dict) and not has_known_form(one) and any(isinstance(v, list) for v in one.values())
         spread = (isinstance(one, dict) and len(lines) > 1) or (lines[0] == b"{" and not any(map(_json, lines)))
+        if b"\n}\n{" in head.replace(b"\r", b""):
+            raise DataError(
+                f"{path}: its records go over several lines", f"a record a line: jq -c . {path} > NEW.jsonl"
+            )
         if wrapped or spread:
             keys = f" with the keys {', '.join(map(str, one))}"[:SHOWN] if isinstance(one, dict) else ""
             raise DataError(

@@ -21,8 +21,9 @@ TARGETS: tuple[str, ...] = get_args(Target)
 TURNS = ("conversation", "dialog", "dialogue", "chat", "turns", "texts", "qa", "qapairs", "rounds", "history")
 QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "user", "human", "input")
 ANSWERS = ("answer", "response", "multiplechoiceanswer", "output", "completion", "solution", "assistant", "gpt", "bot")
-CAPTIONS = ("caption", "text", "txt", "description")
+CAPTIONS = ("caption", "captions", "text", "txt", "description")
 OPTIONS = ("choices", "options")
+NUMBERS = ("imageid", "imgid")  # of a picture that is somewhere else
 NAMED = re.compile(r"<img>([^<]{1,500})</img>")  # Qwen-VL's
 
 
@@ -142,11 +143,11 @@ def _question_and_answer(
 ) -> tuple[list[Any], set[str]]:
     """The turns of a record that holds one question and its answer, after a `history` of earlier ones; and the keys used."""
     if [plain(key) for key in asked] == ["instruction", "input"]:  # Alpaca's
-        question = "\n".join(_text(record, key) for key in asked)
+        question = "\n".join(_text(record, key, "question") for key in asked)
     elif len(asked) == 1:
-        question = record[asked[0]] if isinstance(record[asked[0]], list) else _text(record, asked[0])
+        question = record[asked[0]] if isinstance(record[asked[0]], list) else _text(record, asked[0], "question")
     else:
-        raise _unclear("question", asked, record)
+        raise _unclear("question", QUESTIONS, asked, record)
     if not answered and "answers" in names:
         given, answered = record[names["answers"]], [names["answers"]]
         texts = [one.get("answer", one.get("text")) if isinstance(one, dict) else one for one in _listed(given)]
@@ -156,13 +157,16 @@ def _question_and_answer(
             )
         answer: Any = texts[0]
     elif len(answered) == 1:
-        answer = record[answered[0]] if isinstance(record[answered[0]], list) else _text(record, answered[0])
+        answer = record[answered[0]] if isinstance(record[answered[0]], list) else _text(record, answered[0], "answer")
     else:
-        raise _unclear("answer", answered, record)
+        raise _unclear("answer", ANSWERS, answered, record)
     if (options := _one_of(OPTIONS, names)) and not {"question", "answer"} <= reading.columns.keys():
         raise Rejected(
             "options are not read", f"{options[0]}: write them into the question, and the answer as its text"
         )
+    number = next((key for key in record if plain(key) in NUMBERS and not is_empty(record[key])), None)
+    if number and not any(holds_image(key, value) for key, value in record.items()):
+        raise Rejected("picture is not named", f"{number} is no file: add a key or column with the picture's file")
     before = _expanded(_as_list(record[names["history"]], "history"))[0] if "history" in names else []
     if isinstance(question, list) and isinstance(answer, list):  # a prompt and its completion, of messages
         turns = [*question, *answer]
@@ -182,14 +186,16 @@ def _caption(record: dict[str, Any], names: dict[str, str], reading: Reading) ->
         found = ", ".join(map(str, record))
         raise Rejected("missing key", f"conversations or messages, question and answer, or caption; found: {found}")
     if len(captions) > 1:
-        raise _unclear("caption", captions, record)
+        raise _unclear("caption", CAPTIONS, captions, record)
     if not any(holds_image(key, value) for key, value in record.items()):
         raise Rejected("caption without a picture", f"{captions[0]}; found: {', '.join(map(str, record))}")
-    text = _text(record, captions[0])
+    text = _text(record, captions[0], "caption")
     return [{"role": "user", "content": reading.caption_prompt}, {"role": "assistant", "content": text}], set(captions)
 
 
-def _unclear(what: str, keys: list[str], record: dict[str, Any]) -> Rejected:
+def _unclear(what: str, known: tuple[str, ...], keys: list[str], record: dict[str, Any]) -> Rejected:
+    if not keys and (empty := next((key for key in record if plain(key) in known), None)):
+        return Rejected(f"empty {what}", empty)
     if not keys:
         return Rejected(
             "missing key", f"{what}; found: {', '.join(map(str, record))}: say which, columns: {{{what}: KEY}}"
@@ -197,12 +203,12 @@ def _unclear(what: str, keys: list[str], record: dict[str, Any]) -> Rejected:
     return Rejected(f"several keys for the {what}", f"{', '.join(keys)}: say which, columns: {{{what}: {keys[0]}}}")
 
 
-def _text(record: dict[str, Any], key: str) -> str:
+def _text(record: dict[str, Any], key: str, what: str) -> str:
     value = record[key]
     if type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        fix = f": choose one, columns: {{…: {key}.0}}" if isinstance(value, list) else ""
+        fix = f": choose one, columns: {{{what}: {key}.0}}" if isinstance(value, list) else ""
         raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}{fix}")
     return value
 

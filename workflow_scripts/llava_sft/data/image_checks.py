@@ -93,8 +93,9 @@ class ImageRoot:
             if error.errno == errno.ELOOP:
                 return self._read_link(path, full)
             if error.errno in RECORD_ERRORS:
-                fix = f"; image_root is {self.root}" if "\\" not in path else "; folders are parted by /"
-                raise Rejected("missing image", f"{path}: {error.strerror}{fix}") from None
+                if "\\" in path:  # as Windows writes it
+                    return self.read(path.replace("\\", "/"))
+                raise Rejected("missing image", f"{path}: {error.strerror}; image_root is {self.root}") from None
             raise
         try:
             status = os.fstat(file)

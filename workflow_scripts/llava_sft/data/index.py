@@ -23,6 +23,7 @@ from llava_sft.data.shards import MOST_UNREAD
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
 
+MOST_SAID = 5  # keys that are not read, in a warning
 HELDOUT_RECORD = "heldout.json"  # in .nv-meta: how val_fraction was carried out
 
 Chosen = dict[str, list[tuple[str, bytes]]]  # by source: (shard, row) of the samples that val_fraction holds out
@@ -190,6 +191,15 @@ def leak_note(dataset: Mapping[str, Any]) -> str | None:
         f" images, same question), {leak['images']:,} share an image with the training data: the held-out accuracy says less"
         " than it seems"
     )
+
+
+def unread_note(dataset: Mapping[str, Any]) -> str | None:
+    """What dataset.json says of keys that were not read, in words."""
+    if not (unread := dataset.get("unread")):
+        return None
+    named = ", ".join(f"{key} ({count:,} records)" for key, count in list(unread.items())[:MOST_SAID])
+    more = f" and {len(unread) - MOST_SAID} more" if len(unread) > MOST_SAID else ""
+    return f"keys that are not read: {named}{more}; inspect.html has an example of each"
 
 
 def read_finished(wds_dir: Path) -> Dataset:

@@ -30,6 +30,7 @@ from llava_sft.data.shards import idx_bytes
 from llava_sft.data.tars import TarSample, find_layout, read_at, walk_tar
 from llava_sft.errors import SHOWN, DataError, shown
 from llava_sft.files import file_hash
+from llava_sft.progress import Progress
 
 CHANGED = "its bytes are not those that were written"
 
@@ -82,6 +83,7 @@ class _Inspection:
         self.index: SampleIndex | None = None
         images = sum(stats["images"] for stats in shards) or sum(self.meta.counts.values())
         findings.decode_every = max(1, images // DECODED_IMAGES)
+        self.progress = Progress(sum(folder.joinpath(name).stat().st_size for name in tars) / 1e6, "MB")
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -132,6 +134,7 @@ class _Inspection:
         with open(tar, "rb") as file:
             for sample in included:
                 data = read_at(file.fileno(), sample.extent)
+                self.progress.add(len(data) / 1e6)
                 if sample.key in written and sample.digest(data) != written[sample.key]:
                     findings.problem(SAMPLES, f"{name}: {sample.key}", CHANGED)
                 self._check_sample(data, name, split, sample, layout)

@@ -132,8 +132,8 @@ def _is_image(name: str, value: Any) -> bool:
     return not isinstance(value, int | float) and bool(IMAGE_KEYS.fullmatch(name))
 
 
-def counts_in_loss(turn: dict[str, Any], number: int, unread: Unread) -> bool:
-    """Whether a turn counts in the loss, were it an answer; its other keys are held to the same as a record's. `number`
+def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread) -> bool:
+    """False for an answer that does not count in the loss; its other keys are held to the same as a record's. `number`
     counts from 1."""
     counted = True
     for key, value in turn.items():
@@ -146,13 +146,17 @@ def counts_in_loss(turn: dict[str, Any], number: int, unread: Unread) -> bool:
                 raise Rejected(
                     "weight of a turn is not supported", f"{key}: {str(value)[:40]} in turn {number}: 0 or 1 is"
                 )
+            if role != "assistant" and value and name.startswith("train"):
+                raise Rejected(
+                    "weight of a turn is not supported", f"{key} in turn {number}, of {role}: only answers are learned"
+                )
             counted = counted and (value is None or bool(value) == learned)
         elif not is_empty(value):
             if IMAGE_KEYS.fullmatch(name):
                 raise Rejected("image under another key", f"{key} in turn {number}: name it image, in the record")
             _check_supported(key, name, f" in turn {number}")
             unread.note(f"{key} of a turn", value)
-    return counted
+    return counted or role != "assistant"
 
 
 def check_text(role: str, content: str, number: int) -> None:

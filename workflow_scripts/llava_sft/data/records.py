@@ -148,7 +148,7 @@ def parse_record(
     messages, in_parts = [], []
     for number, turn in enumerate(turns, 1):
         message, named = _message(turn, number)
-        if not counts_in_loss(turn, number, unread) and message["role"] == "assistant":
+        if not counts_in_loss(turn, message["role"], number, unread):
             message["loss"] = False
         messages.append(message)
         in_parts += named
@@ -287,7 +287,7 @@ def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
         if role == "system" and position == 0:
             continue
         if role != expected:
-            raise Rejected("wrong turn order", f"turn {position + 1} is of {role}, {expected} was due")
+            raise Rejected("wrong turn order", f"turn {position + 1} is of {role}, {expected} was due: join or remove")
         if role == "assistant" and not content.strip():
             raise Rejected("empty answer", f"turn {position + 1}")
         learned = learned or counts(message)

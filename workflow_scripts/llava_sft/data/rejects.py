@@ -12,14 +12,15 @@ from llava_sft.errors import SHOWN, DataError
 from llava_sft.files import atomic_file
 
 ALL_REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
-FIRST_REASONS, FIRST_ALIKE = 10, 3  # that a message quotes; of one reason and detail
+FIRST_REASONS, FIRST_ALIKE = 10, 3  # that a message quotes; of one reason
 FORMS = (
     "LLaVA (conversations of from and value, image), OpenAI (messages of role and content, images), question and answer"
 )
 # The way out where most rejects have one reason, and mending the records is not the first that comes to mind.
 WAYS_OUT = {
     "missing image": "set image_root to the folder that the records' image paths start from",
-    "missing key": "say which keys they are: columns: {question: KEY, answer: KEY, image: KEY}",
+    "missing key": "say which keys they are: columns: {question: KEY, answer: KEY, image: KEY}, or caption: KEY; the first row of a table names them",
+    "image is an address": "download the pictures, and name the files",
     "missing column": "correct `columns`: to the left what it is, to the right the key or column of your file",
     "number of <image> differs from images": "where no text has <image>: image_first: true",
     "image outside the image root": "set image_root to a folder that all pictures lie below",
@@ -67,12 +68,12 @@ def read_rejects(notes_dir: Path, shards: Iterable[dict[str, Any]]) -> Iterator[
 def write_all_rejects(path: Path, rejects: Iterable[dict[str, Any]]) -> list[str]:
     """Write the rejects of all shards into one file; return the first of them in words."""
     first: list[str] = []
-    alike: Counter[tuple[str, str, str]] = Counter()  # by file, reason and detail
-    last: dict[tuple[str, str, str], int] = {}  # of each of these, the place in `first`
+    alike: Counter[tuple[str, str]] = Counter()  # by file and reason
+    last: dict[tuple[str, str], int] = {}  # of each of these, the place in `first`
     with atomic_file(path) as file:
         for reject in rejects:
             file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
-            kind = reject["file"], reject["reason"], reject["detail"]
+            kind = reject["file"], reject["reason"]
             if len(first) < FIRST_REASONS and alike[kind] < FIRST_ALIKE:
                 name = f", id {reject['id']}" if reject["id"] is not None else ""
                 detail = f" ({reject['detail']})" if reject["detail"] else ""
@@ -82,7 +83,7 @@ def write_all_rejects(path: Path, rejects: Iterable[dict[str, Any]]) -> list[str
                 alike[kind] += 1
     for kind, place in last.items():
         if alike[kind] > FIRST_ALIKE:
-            first[place] += f", and {alike[kind] - FIRST_ALIKE:,} more for the same"
+            first[place] += f", and {alike[kind] - FIRST_ALIKE:,} more for the same reason"
     return first
 
 

@@ -19,8 +19,10 @@ from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.data.stored import StoredShard, source_weights, stored_shards
 from llava_sft.errors import shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
+from llava_sft.machine import end_with_parent
 from llava_sft.model.processing import MERGE_SIZE, image_tokens, to_patches
 from llava_sft.model.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
+from llava_sft.progress import tracked
 
 SIZES_VERSION = 2  # of what is kept; 2: with each sample's place
 TIMED_S, TIMED_SHARDS = 2.0, 4  # for so long samples of so many shards are prepared, for the speed of a loader process
@@ -107,10 +109,10 @@ def sample_sizes(
         _shard_sizes, tokenizer, limits, cache and cache / fingerprint(_counted_with(tokenizer, limits))
     )
     if processes > 1 and len(shards) > 1:
-        with ProcessPoolExecutor(min(processes, len(shards))) as pool:
-            counted = list(pool.map(count, shards))
+        with ProcessPoolExecutor(min(processes, len(shards)), initializer=end_with_parent) as pool:
+            counted = list(tracked(pool.map(count, shards), len(shards), "shards"))
     else:
-        counted = [count(shard) for shard in shards]
+        counted = [count(shard) for shard in tracked(shards, len(shards), "shards")]
     return SampleSizes(*(list(chain.from_iterable(columns)) for columns in zip(*counted, strict=True)))
 
 

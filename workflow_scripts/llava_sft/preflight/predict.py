@@ -284,19 +284,24 @@ def forecast_of(case: Case, batches_of: BatchesOf | None = None) -> Forecast:
 # -------------------------------------------------------------------------------------------------- in words
 
 
-def table(prediction: Prediction, machine: Machine, calibration: Calibration, values: ResolvedSettings) -> list[str]:
-    """Lines for a terminal: memory by part, whether it fits, time."""
-    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
-    verdict = "fits" if fits(prediction, machine) else "DOES NOT FIT"
+def answer(prediction: Prediction, machine: Machine, values: ResolvedSettings) -> list[str]:
+    """Lines for a terminal: does it fit, how long does it take."""
+    verdict = "yes" if fits(prediction, machine) else "no"
     steps, devices = values.train_iters, values.nodes * values.nproc_per_node
     hours = steps * prediction.step_s / 3600
-    long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+    long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min" if hours > 1 / 30 else f"{hours * 3600:.0f} s"
     cost = "" if machine.device == "CPU" else f", {hours * devices:,.1f} GPU-hours"
     return [
-        f"memory  {prediction.memory_gib:.1f} GiB of {machine.memory_gib:.1f} ({machine.device}): {verdict}",
-        f"        {parts}",
-        f"time    {prediction.step_s:.3g} s a step of {prediction.tokens_per_step:,.0f} tokens "
-        f"({prediction.tokens_per_s:,.0f} tokens/s), {long} for {steps:,} steps{cost}",
+        f"fits    {verdict}: {prediction.memory_gib:.1f} GiB of {machine.memory_gib:.1f} ({machine.device})",
+        f"takes   {long}: {steps:,} steps of {prediction.step_s:.3g} s, {prediction.tokens_per_s:,.0f} tokens/s{cost}",
+    ]
+
+
+def details(prediction: Prediction, calibration: Calibration) -> list[str]:
+    """Lines about the memory's parts, and where the prediction comes from."""
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
+    return [
+        f"memory  {parts} GiB; {prediction.tokens_per_step:,.0f} tokens a step",
         f"        from {calibration.runs} recorded runs ({', '.join(calibration.devices)}, benchmarks/results/preflight.json)",
     ]
 

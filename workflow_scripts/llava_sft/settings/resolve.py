@@ -180,9 +180,9 @@ def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int
 
 
 def auto_save_interval(train_iters: int) -> int:
-    """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100)."""
-    intervals = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    return next(interval for interval in intervals if math.ceil(train_iters / interval) <= 16)
+    """The smallest of {2, 5, 10}·10^k, from 20 on, that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100; 20 → 20)."""
+    intervals = (digit * 10**power for power in itertools.count(1) for digit in (2, 5, 10))
+    return min(train_iters, next(each for each in intervals if math.ceil(train_iters / each) <= 16))
 
 
 def auto_num_workers(cores: int, processes: int, wanted: float | None = None, prepared: float | None = None) -> int:

@@ -170,7 +170,9 @@ class Run(Section):
     memory_check: Literal["stop", "warn"] = free(
         "stop", "stop | warn: what to do when a run, or a save, needs more memory than its machine or job has"
     )
-    save_interval: Positive | Auto = free("auto", "steps between checkpoints: 1, 2 or 5 × 10^k, at most 16 checkpoints")
+    save_interval: Positive | Auto = free(
+        "auto", "steps between checkpoints: 20, 50, 100, 200 …, so that there are at most 16"
+    )
     async_save: bool | Auto = free(
         "auto", "the training goes on while a checkpoint is written, from a copy in host memory: on GPUs"
     )
