@@ -110,14 +110,19 @@ os.fsync = fsync
 """
 
 
-def interrupt_a_save(run, tmp_path, step, number):
-    """Signal a run whose checkpoint of a step is not written before that, and that is at the next step already."""
+def in_a_save(run, tmp_path, step):
+    """A run whose checkpoint of a step is not written before `let_go` is made, and that is at the next step already."""
     (tmp_path / "sitecustomize.py").write_text(HELD_WRITES)
     let_go = tmp_path / "let_go"
     process = run.start(PYTHONPATH=str(tmp_path), HELD=f"iter_{step:07d}", LET_GO=str(let_go))
     while process.poll() is None and not run.logged(step + 1):
         time.sleep(0.02)
     assert iterations_done(run.folder) == step - 3 and checkpoint_dir(run.folder, step).is_dir(), run.said()
+    return process, let_go
+
+
+def interrupt_a_save(run, tmp_path, step, number):
+    process, let_go = in_a_save(run, tmp_path, step)
     kill(process, number)
     if number == signal.SIGKILL:
         process.wait()
@@ -162,13 +167,13 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
         pytest.skip("mounting is not allowed here")
     try:
         run = Run(base, folder, **HOW)
-        process = run.start()
-        listening(run, process, 4)
+        process, let_go = in_a_save(run, tmp_path, 6)
         with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 20))  # the last one as far as there is room
+        let_go.touch()
         assert process.wait() == 1, run.said()
-        named = ("is on a full disk", "the checkpoint of step 6 needs")  # whichever comes first: a log line or a save
+        named = ("is on a full disk", "the checkpoint of step ")  # whichever comes first: a log line or a save
         assert any(problem in run.said() for problem in named) and "Traceback" not in run.said(), run.said()
         (folder / "filler").unlink()
         assert run.finish() == 0, run.said()
