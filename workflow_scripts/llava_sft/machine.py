@@ -15,6 +15,7 @@ from typing import NamedTuple
 import psutil
 
 from llava_sft.errors import SettingsError
+from llava_sft.gpu_stack import engine_trouble
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
@@ -104,6 +105,14 @@ def gpus() -> list[Gpu]:
         Gpu(name, float(total) / 1024, float(used) / 1024, float(says) if says.replace(".", "").isdecimal() else None)
         for name, total, used, says in rows
     ]
+
+
+def require_engine(gpus: int) -> None:
+    """Raise SettingsError where a training on GPUs lacks Transformer Engine in this environment."""
+    if gpus and (missing := engine_trouble()):
+        raise SettingsError(
+            f"gpus_per_node is {gpus}: {missing.what}", f"{missing.fix}; gpus_per_node: 0 trains on the CPU"
+        )
 
 
 def require_able_gpus(count: int, fp8: str) -> None:
