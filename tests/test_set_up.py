@@ -170,6 +170,11 @@ def test_a_compiled_wheel_needs_neither_compiler_nor_toolkit_nor_a_network(progr
     lines = asked().splitlines()
     assert lines and all("--offline --no-index" in line and str(wheels) in line for line in lines)
     assert "transformer-engine" in lines[-1]
+    (wheels / "transformer_engine_torch-2.20.2-cp312-cp312-linux_x86_64.whl").rename(
+        wheels / "other-1-py3-none-any.whl"
+    )
+    assert run(set_up, monkeypatch, "--wheels", str(wheels)) == 0  # the CPU part is whole
+    assert "has no wheel transformer_engine_torch" in capfd.readouterr().out
 
 
 def test_without_a_network_one_message_says_so_and_how_to_go_on(programs, tmp_path, monkeypatch, capfd):

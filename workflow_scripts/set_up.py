@@ -18,6 +18,7 @@ from llava_sft.errors import SftError, exits_cleanly
 from llava_sft.gpu_stack import (
     BUILDS_ENGINE,
     ENGINE,
+    Missing,
     compiler_trouble,
     cudnn_trouble,
     driver_trouble,
@@ -133,7 +134,10 @@ def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
         return
     site_packages = Path(sysconfig.get_path("purelib"))
     troubles = [driver_trouble()] if gpu else []
-    if not (wheels and any(wheels.glob("transformer_engine_torch-*.whl"))):  # its extension is compiled here
+    if wheels and not any(wheels.glob("transformer_engine_torch-*")):
+        fix = "make its wheel where there are a network and CUDA's compiler (docs/performance.md)"
+        troubles.append(Missing(f"{wheels} has no wheel transformer_engine_torch", fix))
+    elif not (wheels and any(wheels.glob("transformer_engine_torch-*.whl"))):  # its extension is compiled here
         troubles += [compiler_trouble(), toolkit_trouble(), cudnn_trouble(site_packages)]
     missing = [trouble for trouble in troubles if trouble]
     if missing:
