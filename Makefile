@@ -102,7 +102,8 @@ doctor: $(READY)
 wheels: FOLDER := $(or $(WHEELS),wheels)
 wheels: $(READY)
 	$(VENV)/bin/python -m pip download --no-deps --require-hashes -r requirements.lock -d "$(FOLDER)"
-	printf '%s\n' uv wheel 'transformer-engine[core-cu13]>=2.20.2,<3' nvidia-cudnn-frontend nvdlfw-inspect onnx onnxscript einops | \
+	printf '%s\n' uv wheel 'transformer-engine[core-cu13]>=2.20.2,<3' nvidia-cudnn-frontend nvdlfw-inspect onnx onnxscript einops \
+	  "nvidia-cuda-nvcc==$$(sed -nE 's/^nvidia-cuda-runtime==([0-9]+\.[0-9]+).*/\1/p' requirements.lock).*" nvidia-cuda-crt | \
 	  $(VENV)/bin/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url -c requirements.lock -o "$(FOLDER)/gpu.txt" -
 	$(VENV)/bin/python -m pip download --no-deps -r "$(FOLDER)/gpu.txt" -d "$(FOLDER)"
 
