@@ -8,6 +8,9 @@ import argparse
 import re
 from pathlib import Path
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 import yaml
 
 from llava_sft.errors import SettingsError, exits_cleanly

@@ -34,6 +34,7 @@ COMMANDS = {
 }
 # Those that no test runs: shell and Slurm's own commands, what needs the network, a GPU or another machine. Day, where.
 BY_HAND = {
+    r"(docker|apptainer) (build|run) .*": "not run: no container program at hand; tests/test_set_up.py checks the recipes",
     r"export NNODES=.*": "not run: no Volcano at hand",
     r"source .venv/bin/activate|cd /shared/me/llava_sft|tmux|EXPORT=\S+": "the shell's own",
     r"squeue --me .*|tail -f \S+|tensorboard --logdir .*|make tensorboard|nvcc --version": "of other programs",

@@ -73,7 +73,7 @@ class LogHandler(LogHandlerBase):
 
     def emit(self, record: logging.LogRecord) -> None:
         with self.turn:
-            if get_event(record) == LogEvent.JOB_FINISHED and (job := self._job(record)):
+            if get_event(record) in (LogEvent.JOB_FINISHED, LogEvent.JOB_ERROR) and (job := self._job(record)):
                 self._read(job, ended=True)
             if get_event(record) == LogEvent.JOB_INFO and not self.state.jobs and not self.common_settings.dryrun:
                 threading.Thread(target=self._watch, daemon=True).start()

@@ -14,7 +14,7 @@ NOISE = re.compile(
     r"|Complete log|host: |Job counts|Rules claiming|singularity|Finished job|Conda env|Shutting down|Exiting because"
     r"|At least one job did not|Removing output files of failed|Terminating processes|Workflow finished|WorkflowError"
     r"|Elapsed time|Waiting at most|Will exit after|\[|Trying to restart|Nothing to be done|Group jobs|\d+ jobs have"
-    r"|Job \S+ has been submitted|SLURM run ID|No SLURM account|No account was given|Unable to guess SLURM|No partition"
+    r"|Shell command: None|Failed to setup log file|Job \S+ has been submitted|SLURM run ID|No SLURM account|No account was given|Unable to guess SLURM|No partition"
 )
 
 

@@ -66,6 +66,8 @@ class State:
         elif event == LogEvent.GROUP_ERROR:
             for job in record.job_error_info:
                 self._fail(job["jobid"], [*job["log"], *record.aux_logs])
+        elif text.startswith("Failed to setup log file"):
+            pass  # in a read-only folder, where the next message says so
         elif event == LogEvent.ERROR or record.levelno >= logging.ERROR:
             self.errors.append(own_words(getattr(record, "exception", ""), record.getMessage(), self.targets))
 
