@@ -111,44 +111,6 @@ def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypa
     assert_same(losses_and_gradients(model, [packed]), expected)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
-    from torch.utils.checkpoint import checkpoint
-
-    from llava_sft.model.products import AccumulatingLinear
-
-    x, weight = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5))
-    weight.main_grad = torch.ones(3, 5)
-    if recomputed:
-        out = checkpoint(AccumulatingLinear.apply, x, weight, use_reentrant=False)
-    else:
-        out = AccumulatingLinear.apply(x, weight)
-    out.sum().backward()
-    assert weight.grad_added_to_main_grad
-    torch.testing.assert_close(weight.main_grad, 1 + x.detach().sum(0).expand(3, 5))
-
-
-def test_a_product_with_a_frozen_weight_keeps_no_input():
-    from llava_sft.model.products import AccumulatingLinear
-
-    x, weight, kept = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5)), []
-    for trained in (True, False):
-        weight.requires_grad_(trained)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.append(tensor) or tensor, lambda saved: saved
-        ):
-            AccumulatingLinear.apply(x, weight).sum().backward()
-    assert [tuple(tensor.shape) for tensor in kept] == [(7, 5)] and weight.grad.shape == weight.shape
-    torch.testing.assert_close(x.grad, 2 * weight.detach().sum(0).expand(7, 5))
-
-
-def test_one_row_has_no_room_beside_it_whatever_its_stride():
-    from llava_sft.model.products import has_room
-
-    assert has_room(torch.empty(2, 12)[:, :8]) and not has_room(torch.empty(2, 8))
-    assert not has_room(torch.empty(1, 8).as_strided((1, 8), (12, 1)))
-
-
 def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, small_checkpoint, monkeypatch):
     """A product that adds to Megatron's buffer gives autograd a tensor without values: here of values that are no numbers. Nor
     do the kernels leave a value of theirs unwritten."""
@@ -174,15 +136,6 @@ def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, 
     assert sum(parameter.grad_added_to_main_grad for parameter in found.values()) > 10
     for name, parameter in found.items():
         assert greatest_difference(parameter.main_grad, 2 * expected[name]) <= 1e-5, name
-
-
-def test_gradients_are_scaled_in_place():
-    from llava_sft.model.kernels import scale_
-
-    gradients = torch.randn(5000)
-    expected = gradients / 4633
-    scale_(gradients, torch.tensor(1 / 4633))
-    torch.testing.assert_close(gradients, expected)
 
 
 def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch):
