@@ -138,15 +138,6 @@ def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, 
         assert greatest_difference(parameter.main_grad, 2 * expected[name]) <= 1e-5, name
 
 
-def test_gradients_are_scaled_in_place():
-    from llava_sft.model.kernels import scale_
-
-    gradients = torch.randn(5000)
-    expected = gradients / 4633
-    scale_(gradients, torch.tensor(1 / 4633))
-    torch.testing.assert_close(gradients, expected)
-
-
 def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch):
     """FP8 wants tokens in eights, and samples alone have any number of them; its copies of weights would be old ones."""
     from megatron.core import parallel_state

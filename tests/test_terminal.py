@@ -35,7 +35,8 @@ def handler(tmp_path, monkeypatch, capsys):
     handler = terminal.LogHandler(SimpleNamespace(**vars(SETTINGS)), None)
     handler.printed = lambda: capsys.readouterr().err
     handler.on_stdout = lambda: capsys.readouterr().out.splitlines()
-    return handler
+    yield handler
+    handler.ended.set()  # else it would speak when Python ends
 
 
 def say(handler, event, message="", level=logging.INFO, **facts):

@@ -136,7 +136,7 @@ def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
         return
     troubles = [driver_trouble()] if gpu else []
     if wheels and not any(wheels.glob("transformer_engine_torch-*")):
-        fix = "make its wheel where there are a network and CUDA's compiler (docs/performance.md)"
+        fix = "make its wheel where there are a network and a C++ compiler (docs/hardware.md)"
         troubles.append(Missing(f"{wheels} has no wheel transformer_engine_torch", fix))
     elif not (wheels and any(wheels.glob("transformer_engine_torch-*.whl"))):  # its extension is compiled here
         troubles.append(compiler_trouble())
