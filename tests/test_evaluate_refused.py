@@ -16,6 +16,7 @@ from evaluate import main
 from helpers import SCRIPTS
 from helpers.questions import run, write_test_set
 from llava_sft.errors import CheckpointError, as_message
+from llava_sft.evaluation import answers
 from llava_sft.evaluation.export import Export
 from llava_sft.evaluation.view import readable
 from llava_sft.files import read_json, write_json
@@ -34,7 +35,19 @@ def export(small_checkpoint) -> Path:
 
 @pytest.mark.parametrize(
     "case",
-    ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch", "output", "base"],
+    [
+        "no export",
+        "marker",
+        "weights",
+        "config.json",
+        "tokenizer.json",
+        "samples",
+        "batch",
+        "output",
+        "base",
+        "positions",
+        "answers",
+    ],
 )
 def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
     folder = tmp_path / "export"
@@ -43,12 +56,16 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
         (folder / path.name).write_bytes(path.read_bytes())
     words = {
         "samples": ["--samples", "half"], "batch": ["--batch-size", "0"], "output": ["--output", str(tmp_path)],
+        "positions": ["--max-new-tokens", "2048"],
         "base": ["--base", str(folder), "--start-of", str(tmp_path)],
     }.get(case, [])  # fmt: skip
     if case == "no export":
         (folder / "converted.json").unlink()
     elif case == "marker":
         write_json(folder / "converted.json", {"fingerprint": 1})
+    elif case == "answers":
+        (tmp_path / ".e.json.answers").mkdir()
+        monkeypatch.setattr(answers, "generate", None)  # before a question is asked
     elif not words:
         (folder / {"weights": "model.safetensors"}.get(case, case)).write_bytes(b"\0" * 30)
     with pytest.raises(SystemExit) as end:

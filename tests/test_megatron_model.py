@@ -111,23 +111,6 @@ def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypa
     assert_same(losses_and_gradients(model, [packed]), expected)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
-    from torch.utils.checkpoint import checkpoint
-
-    from llava_sft.model.products import AccumulatingLinear
-
-    x, weight = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5))
-    weight.main_grad = torch.ones(3, 5)
-    if recomputed:
-        out = checkpoint(AccumulatingLinear.apply, x, weight, use_reentrant=False)
-    else:
-        out = AccumulatingLinear.apply(x, weight)
-    out.sum().backward()
-    assert weight.grad_added_to_main_grad
-    torch.testing.assert_close(weight.main_grad, 1 + x.detach().sum(0).expand(3, 5))
-
-
 def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, small_checkpoint, monkeypatch):
     """A product that adds to Megatron's buffer gives autograd a tensor without values: here of values that are no numbers. Nor
     do the kernels leave a value of theirs unwritten."""
@@ -155,13 +138,39 @@ def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, 
         assert greatest_difference(parameter.main_grad, 2 * expected[name]) <= 1e-5, name
 
 
-def test_gradients_are_scaled_in_place():
-    from llava_sft.model.kernels import scale_
+def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch):
+    """FP8 wants tokens in eights, and samples alone have any number of them; its copies of weights would be old ones."""
+    from megatron.core import parallel_state
 
-    gradients = torch.randn(5000)
-    expected = gradients / 4633
-    scale_(gradients, torch.tensor(1 / 4633))
-    torch.testing.assert_close(gradients, expected)
+    from llava_sft.training import validation
+    from llava_sft.training.loop import Loop
+
+    assert (
+        both.mcore.config
+        is both.mcore.language_model.decoder.config
+        is both.mcore.language_model.decoder.layers[0].config
+    )
+    config, seen = SimpleNamespace(fp8="hybrid"), []
+    inner = SimpleNamespace(config=config)
+    model = SimpleNamespace(module=inner, eval=lambda: None, train=lambda: None)  # in Megatron's wrapper
+    forward = SimpleNamespace(device="cpu", evaluate=lambda batches: seen.append(config.fp8) or torch.ones(2))
+    values = SimpleNamespace(eval_iters=2, log_answers=1, max_new_tokens=1)
+    watch = SimpleNamespace(writes=False, pause=lambda seconds: None)
+    parts = {"model": model, "forward": forward, "values": values, "watch": watch}
+    loop = SimpleNamespace(**parts, stages=1, micro_batches=1, replicas=1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **named: None)
+    monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: 0)
+    monkeypatch.setattr(validation, "answers", lambda *given: seen.append(config.fp8))
+    Loop.validate(loop, SimpleNamespace(rewind=lambda: None), 1)
+    assert seen == [None, None, None] and config.fp8 == "hybrid"
+
+
+def test_samples_alone_are_filled_up_for_fp8(both, small_checkpoint):
+    conversations = [conversation(1, 1), conversation(0, 2)]
+    plain, padded = (loader_batch(small_checkpoint, conversations, pad_multiple=multiple) for multiple in (1, 64))
+    assert plain.input_ids.shape[1] % 64 and padded.input_ids.shape[1] % 64 == 0 and padded.segments == []
+    model = both.mcore.train()
+    assert_same(losses_and_gradients(model, [padded]), losses_and_gradients(model, [plain]))
 
 
 def test_logits_in_pieces_give_the_same_losses_and_gradients(both, small_checkpoint, monkeypatch):

@@ -35,7 +35,8 @@ def handler(tmp_path, monkeypatch, capsys):
     handler = terminal.LogHandler(SimpleNamespace(**vars(SETTINGS)), None)
     handler.printed = lambda: capsys.readouterr().err
     handler.on_stdout = lambda: capsys.readouterr().out.splitlines()
-    return handler
+    yield handler
+    handler.ended.set()  # else it would speak when Python ends
 
 
 def say(handler, event, message="", level=logging.INFO, **facts):
@@ -290,7 +291,7 @@ def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number)
             os.kill(os.getpid(), number)
         except KeyboardInterrupt:
             ended.append("at once")
-        assert job.wait(30) == 75
+        assert job.wait(300) == 75
         assert ended == ["at once" if number == signal.SIGINT else "gracefully"]
     finally:
         job.kill()

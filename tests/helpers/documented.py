@@ -41,7 +41,7 @@ BY_HAND = {
     r"snakemake|snakemake -n train_vqa|make clean": "2026-11-28, two CPU cores",
     r"snakemake --rulegraph dot train_vqa \| dot -Tsvg > chain.svg": "2026-11-28, two CPU cores",
     r"\.venv/bin/python -c 'import torch; .*'": "2026-11-28, two CPU cores",
-    r"\.venv/bin/python -m pip (wheel|download) .*": "2026-11-27, H200 without network, with python3.12 -m pip",
+    r"NVTE_\S+ .* -m pip wheel .*|\.venv/bin/uv pip install nvidia-.*": "compiled in part on 2026-11-28, two CPU cores, not to the end",
     r"hf (download|auth) .*": "the hub's own; no network at hand",
     r"vllm serve .*": "not on a GPU: docs/use.md, What was run",
     r"printf .* > overrides\.txt|VLLM_CPU_\S+ .*|curl .*": "2026-11-28, two CPU cores",

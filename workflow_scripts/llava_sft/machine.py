@@ -141,13 +141,18 @@ def free_memory() -> int:
     return free
 
 
+# As settings, and as options of evaluate.py.
+WITH_VLLM = "vllm_python: ENVIRONMENT/bin/python of an environment with vLLM (evaluate.py: --vllm-python)"
+WITHOUT_VLLM = "evaluate_with: transformers (evaluate.py: --with transformers)"
+
+
 def vllm_interpreter(choice: str | None, python: Path | None) -> Path | None:
     """The interpreter whose vLLM answers, as the settings evaluate_with and vllm_python choose; None: transformers do.
 
     Without a choice, vLLM does where there are both it and a GPU. Raises SettingsError where it is asked for and not there.
     """
     if python and not (python.is_file() and os.access(python, os.X_OK)):
-        raise SettingsError(f"vllm_python: {python}: no such program", "bin/python of an environment with vLLM")
+        raise SettingsError(f"vllm_python: {python}: no such program", WITH_VLLM)
     if choice == "transformers" or (choice is None and not gpu_count()):
         return None
     if python is None and find_spec("vllm"):
@@ -158,7 +163,7 @@ def vllm_interpreter(choice: str | None, python: Path | None) -> Path | None:
         return None
     raise SettingsError(
         f"{'evaluate_with: vllm, and' if choice else 'vllm_python:'} {python or sys.executable} has no vLLM",
-        "vllm_python: bin/python of an environment with vLLM, or evaluate_with: transformers",
+        f"{WITH_VLLM}; or {WITHOUT_VLLM}",
     )
 
 
@@ -169,9 +174,7 @@ def _has_vllm(python: Path) -> bool:
             [python, "-c", look], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise SettingsError(
-            f"vllm_python: {python} cannot be run: {error.strerror}", "bin/python of an environment with vLLM"
-        ) from None
+        raise SettingsError(f"vllm_python: {python} cannot be run: {error.strerror}", WITH_VLLM) from None
     return said.stdout.strip() == "vLLM"  # any other program may end with exit code 0
 
 
