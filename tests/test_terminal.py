@@ -81,6 +81,42 @@ def test_a_log_without_a_message_shows_its_end_and_an_empty_one_says_so(handler,
     assert "no space left" in words.disk_full("index.log")
 
 
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+            "slurm_account",
+        ),
+        ("sbatch: error: invalid partition specified: gpux", "slurm_partition"),
+        (
+            "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
+            "runtime",
+        ),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "mem_mb"),
+        (
+            "sinfo: error: fetch_config: DNS SRV lookup failed\nsinfo: fatal: Could not establish a configuration source",
+            "ping",
+        ),
+        ("SLURM-job '5' failed, SLURM status is: 'TIMEOUT'. Reason: Unknown.", "runtime"),
+    ],
+)
+@pytest.mark.parametrize("group", [False, True])
+def test_a_job_that_slurm_does_not_take_ends_with_slurms_reason_and_where_to_mend_it(handler, said, fix, group):
+    text = f"SLURM sbatch failed. The error message was '{said}'.\n    sbatch call:\n        sbatch -p cpu -A lab"
+    start(handler)
+    if group:
+        job = {"jobid": 1, "log": ["train.log"]}
+        facts = {"groupid": "x", "aux_logs": [], "job_error_info": [job]}
+        say(handler, LogEvent.GROUP_ERROR, "Error in group", logging.ERROR, rule_msg=text, **facts)
+    else:
+        facts = {"jobid": 1, "rule_name": "train", "log": ["train.log"]}
+        say(handler, LogEvent.JOB_ERROR, "Error in rule", logging.ERROR, rule_msg=text, **facts)
+    lines = last_lines(handler)
+    assert lines[-4].startswith("error: Slurm ") and lines[-4].split(": ")[-1] in text.replace("'", "")
+    assert lines[-3].startswith("  fix: ") and fix in lines[-3]
+
+
 def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
     start(handler), fail(handler)
     say(handler, LogEvent.JOB_FINISHED, job_id=1)
