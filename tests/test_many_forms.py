@@ -246,7 +246,7 @@ def test_a_bad_row_of_a_table_costs_itself_alone_and_is_named_by_its_row(tmp_pat
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b'image,question\n0.jpg,"q\n1.jpg,q\n', "never closed"), (b"image,image\n0.jpg,q\n", "two columns are named 'image'"),
+        (b'image,question\n0.jpg,"q\n1.jpg,q\n', "never closed"), (b"image,image\n0.jpg,q\n", "two columns are named 'image'"), (b"image,\xff\n0.jpg,q\n", "first row is not UTF-8"),
         (gzip.compress(b"image,question\n" + b"0.jpg,q\n" * 99, mtime=0)[:-9], "damaged gzip"),
     ],
 )  # fmt: skip
@@ -311,7 +311,7 @@ def test_an_inspection_shows_unread_keys_leaks_and_what_counts_in_the_loss(tmp_p
     assert report["unread"] == {"boxes": {"records": 7, "example": "[[1, '<b>']]"}}
     assert report["kept_keys"] == {"note": {"records": 7, "example": "'n'"}}
     assert report["trained_on"] == {"records": 1, "images": 2, "of": 4, "first": ["r0"]}
-    assert any("1 of 4 held-out samples are trained on (25%" in note for note in report["notes"])
+    assert any("1 of 4 held-out samples are trained on (25.0%" in note for note in report["notes"])
     rendered = [(sample["id"], sample["rendered"]) for sample in gallery if "rendered" in sample]
     assert 2 <= len(rendered) <= 5 and any(span["cut"] for span in dict(rendered)["r7"])
     page = inspection_page(report, gallery)

@@ -343,7 +343,6 @@ def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
     assert done.returncode == 1 and lines[-1] == f"  then: {ending.RERUN}", done.stdout
     assert "error: 2 of 2 records were rejected" in done.stdout and "output/logs/index_webdataset/bad.log" in lines[-2]
     assert "CalledProcessError" not in done.stdout and "Traceback" not in done.stdout
-
     graph = subprocess.run(
         [shutil.which("snakemake", path=os.path.dirname(sys.executable)), "inspect_bad", "--rulegraph"],
         cwd=project, capture_output=True, text=True,

@@ -46,7 +46,12 @@ def _packed(key: str, record: Any, members: Collection[str]) -> Sample[str]:
 
 def _record(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     """`KEY.jpg`, or several in the order of their names or of that in the record, and a record of raw data."""
-    pictures = sorted(name for name in members if name.rpartition(".")[2].lower() in PICTURES)
+    pictures = [name for name in members if name.rpartition(".")[2].lower() in PICTURES]
+    pictures.sort(
+        key=lambda name: [
+            (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)
+        ]
+    )
     named = [value for name, value in record.items() if holds_image(name, value)]
     order = next((value for value in named if isinstance(value, list) and len(value) == len(pictures)), [])
     places = {f"{key}.{name}": name for name in pictures} | {name: name for name in pictures}

@@ -152,7 +152,7 @@ def _about_training(found: dict[str, Any], records: dict[str, list[dict[str, Any
             "%(epochs)s epochs; samples that were never seen: %(count)s. `epochs: 1` sees each once.",
             epochs=number(float(counts["epochs"])), count=number(never),
         )  # fmt: skip
-    if dataset.get("rejected", 0) > REJECTED * dataset.get("read", 1):
+    if (dataset.get("rejected") or 0) > REJECTED * (dataset.get("read") or 1):  # None: of a finished folder
         yield say(
             "Rejected records: %(count)s of %(all)s; the reasons stand under “Data”.",
             count=number(dataset["rejected"]), all=number(dataset["read"]),
