@@ -15,7 +15,7 @@ import torch
 
 from evaluate import cached_result, main
 from helpers import SCRIPTS
-from helpers.questions import asked_of, counted, run, write_test_set
+from helpers.questions import asked_of, counted, run
 from helpers.webdatasets import Raw, record
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import index_webdataset
@@ -28,18 +28,6 @@ from llava_sft.evaluation.judge import Answer
 from llava_sft.files import read_json, write_json
 
 # --- the exported model -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_test_set(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(scope="module")
-def export(small_checkpoint) -> Path:
-    """A folder that `evaluate` takes: an export's files, of random weights."""
-    write_json(small_checkpoint / "converted.json", {"depends": "this export"})
-    return small_checkpoint
 
 
 def answers(export: Path, questions: list[Sample], batch_size: int = 16, max_new_tokens: int = 4) -> list[Answer]:

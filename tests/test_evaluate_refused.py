@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,23 +13,12 @@ from transformers import AutoModelForImageTextToText
 
 from evaluate import main
 from helpers import SCRIPTS
-from helpers.questions import run, write_test_set
+from helpers.questions import run
 from llava_sft.errors import CheckpointError, as_message
 from llava_sft.evaluation import answers
 from llava_sft.evaluation.export import Export
 from llava_sft.evaluation.view import readable
 from llava_sft.files import read_json, write_json
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_test_set(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(scope="module")
-def export(small_checkpoint) -> Path:
-    write_json(small_checkpoint / "converted.json", {"depends": "this export"})
-    return small_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,9 @@ from pathlib import Path
 import pytest
 
 from helpers.models import MAX_PIXELS, MIN_PIXELS
-from helpers.questions import counted, run, write_test_set
+from helpers.questions import counted, run
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.files import read_json, write_json
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_test_set(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(scope="module")
-def export(small_checkpoint) -> Path:
-    write_json(small_checkpoint / "converted.json", {"depends": "this export"})
-    return small_checkpoint
 
 
 @pytest.fixture

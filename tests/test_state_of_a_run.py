@@ -278,14 +278,14 @@ def test_tensorboard_forgets_the_steps_that_are_taken_again_and_may_fail(tmp_pat
 
 TRAINER = """
 import os, signal, sys, time
-from llava_sft.training.launcher import die_with_parent, hold_back
+from llava_sft.training.launcher import end_with_parent, hold_back
 os.register_at_fork(after_in_child=hold_back)
 print("importing", flush=True)
 if "stuck" in sys.argv: time.sleep(60)
 time.sleep(0.7)
 worker = os.fork()
 if not worker:
-    die_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(60)
 saved = []

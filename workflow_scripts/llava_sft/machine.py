@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 
 from llava_sft.errors import SettingsError
-from llava_sft.gpu_stack import engine_trouble
+from llava_sft.gpu_stack import engine_trouble, said
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
@@ -96,11 +96,7 @@ def gpus() -> list[Gpu]:
     command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,compute_cap", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command += ["-i", visible]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.rsplit(", ", 3) for line in listing.splitlines()]
+    rows = [line.rsplit(", ", 3) for line in (said(*command) or "").splitlines()]
     return [
         Gpu(name, float(total) / 1024, float(used) / 1024, float(says) if says.replace(".", "").isdecimal() else None)
         for name, total, used, says in rows
@@ -179,6 +175,7 @@ def _has_vllm(python: Path) -> bool:
 
 
 def end_with_parent() -> None:
-    """Let this process end when its parent does, however that ends."""
+    """Have the kernel kill this process when its parent ends, however it does (Linux): training processes that outlived a
+    killed launcher would keep writing into a run directory that the next start believes to be its own."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
