@@ -144,17 +144,17 @@ def test_gpus_are_those_that_are_visible(monkeypatch, visible, count):
 @pytest.mark.parametrize(
     ("here", "visible", "rule", "fix"),
     [
-        (1, "7", "7: this machine has 1, numbered from 0", "export CUDA_VISIBLE_DEVICES=0, or unset it"),
+        (1, "7", "this machine has 1, numbered from 0", "export CUDA_VISIBLE_DEVICES=0, or unset it"),
         (2, "0,1,2", "2: this machine has 2", "export CUDA_VISIBLE_DEVICES=0,1, or unset it"),
         (2, "0,0", "0: named twice", "CUDA_VISIBLE_DEVICES=0,1"),
-        (2, "0;1", "0;1: neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
-        (2, "all", "all: neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
-        (2, "-2", "-2: neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
-        (2, "cuda:1", "cuda:1: neither", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "0;1", "neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "all", "neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "-2", "neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "cuda:1", "neither", "CUDA_VISIBLE_DEVICES=0,1"),
         (2, "0,GPU-0007", "GPU-0007: no such GPU here: nvidia-smi -L", "CUDA_VISIBLE_DEVICES=0,1"),
-        (2, "MIG-1234", "MIG-1234: no such GPU here", "CUDA_VISIBLE_DEVICES=0,1"),
-        (0, "0", "0: there is no GPU here", "unset CUDA_VISIBLE_DEVICES, which trains on the CPU"),
-        (0, "GPU-0000", "GPU-0000: there is no GPU here", "unset CUDA_VISIBLE_DEVICES"),
+        (2, "MIG-1234", "no such GPU here", "CUDA_VISIBLE_DEVICES=0,1"),
+        (0, "0", "there is no GPU here", "unset CUDA_VISIBLE_DEVICES, which trains on the CPU"),
+        (0, "GPU-0000", "there is no GPU here", "unset CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_what_cuda_would_pass_over_in_silence_is_refused(project, monkeypatch, here, visible, rule, fix):

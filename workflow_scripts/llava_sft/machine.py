@@ -99,9 +99,8 @@ def chosen_gpus() -> list[str] | None:
     installed = _installed_gpus()
     for place, entry in enumerate(entries):
         if rule := _not_here(entry, installed) or ("named twice" if entry in entries[:place] else None):
-            raise SettingsError(
-                f"CUDA_VISIBLE_DEVICES is {shown(given)}: {shown(entry)[1:-1]}: {rule}", _visible_fix(installed)
-            )
+            which = f"{shown(entry)[1:-1]}: " if len(entries) > 1 else ""
+            raise SettingsError(f"CUDA_VISIBLE_DEVICES is {shown(given)}: {which}{rule}", _visible_fix(installed))
     return entries
 
 

@@ -85,7 +85,8 @@ def explain(error: ValidationError, values: dict, origin: dict[str, str], experi
         )
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown setting {shown(key)}", fix_of(key, value, where)
-    return f"{where}: {key}: {shown(value)}: {_rules(error, key, value)}", fix_of(key, value, where)
+    rule = f"{shown(value)}: {_rules(error, key)}" if value is not None else "nothing stands behind the colon"
+    return f"{where}: {key}: {rule}", fix_of(key, value, where)
 
 
 def fix_of(key: str, value: Any, where: str) -> str:
@@ -116,9 +117,7 @@ def _below(heading: str, values: dict) -> str | None:
     return None
 
 
-def _rules(error: ValidationError, key: str, value: Any) -> str:
-    if value is None:
-        return "nothing stands behind the colon"
+def _rules(error: ValidationError, key: str) -> str:
     faults = [
         f["msg"].removeprefix("Value error, ").replace("tuple", "list")
         for f in error.errors()
