@@ -145,7 +145,8 @@ def memory_terms(case: Case) -> list[float]:
     model, values = case.model, case.values
     gradients = state_bytes(model, values)["gradients"] / GIB
     holes = gradients if values.on_gpu and values.recompute_language == "full" else 0.0
-    return [1.0, *(size / GIB for size in activation_bytes(model, values, case.largest).values()), holes]
+    activations = activation_bytes(model, values, case.largest, case.machine.memory_gib * GIB)
+    return [1.0, *(size / GIB for size in activations.values()), holes]
 
 
 def time_terms(case: Case) -> list[float]:
