@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, parameters_by_part, tensor_rows
-from llava_sft.model.trained import Trained
+from llava_sft.model.trained import SPARED, Trained
 from llava_sft.settings.resolve import ResolvedSettings
 
 FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
@@ -222,15 +222,17 @@ def state_bytes(model: ModelConfig, values: ResolvedSettings, stage: Stage | Non
     return {name: size / values.tensor_model_parallel_size for name, size in parts.items()}
 
 
-def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, stage: Stage) -> dict[str, float]:
+def activation_bytes(
+    model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, memory: float, stage: Stage
+) -> dict[str, float]:
     """Bytes that a stage keeps for the backward passes of the micro-batches that it holds, counted in the tensors of a layer.
 
-    With full recomputation a layer keeps its input, and one layer at a time all of it. Attention in plain PyTorch (CPU)
-    keeps its scores too.
+    With frozen weights the layers for GPUs keep no inputs of products, and queries, keys and values only where the device's
+    `memory`, in bytes, holds them with a part to spare (model/fused_layers.py). With full recomputation a layer keeps its
+    input, and one layer at a time all of it. Attention in plain PyTorch (CPU) keeps its scores too.
     """
     size, t, v = 2 if values.bf16 else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
-    # With frozen weights the layers for GPUs keep neither inputs of products nor queries, keys and values.
     language_whole, vision_whole = (
         not values.on_gpu or part in values.trained.whole for part in ("language_model", "vision_model")
     )
@@ -239,15 +241,20 @@ def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroB
     language = batch.tokens * of_token
     vision = batch.patches * ((6 + 2 * vision_whole) * v.hidden_size + (1 + vision_whole) * v.ffn_hidden_size)
     if not values.on_gpu:
-        language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
         vision += batch.patch_squares * v.num_attention_heads
-    layers = stage.share * t.num_layers
-    language = stored_activations(language, batch.tokens * t.hidden_size, layers, values.recompute_language == "full")
     vision = stored_activations(vision, batch.patches * v.hidden_size, v.num_layers, values.recompute_vision == "full")
-    if not values.trained.reaches("vision_model"):
-        vision = 0.0
+    vision *= values.trained.reaches("vision_model") and stage.first
+    layers = stage.share * t.num_layers
+    if not values.on_gpu:
+        language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
+    elif not language_whole and values.tensor_model_parallel_size == 1 and values.recompute_language == "none":
+        inputs = batch.tokens * heads * t.kv_channels
+        kept = size * stage.batches * (vision + layers * (language + inputs))
+        if (1 - SPARED) * memory >= sum(state_bytes(model, values, stage).values()) + kept:
+            language += inputs
+    language = stored_activations(language, batch.tokens * t.hidden_size, layers, values.recompute_language == "full")
     held = size * stage.batches / values.tensor_model_parallel_size
-    return {"language activations": held * language, "vision activations": held * vision * stage.first}
+    return {"language activations": held * language, "vision activations": held * vision}
 
 
 def stored_activations(layer: float, layer_input: float, layers: float, recomputed: bool) -> float:

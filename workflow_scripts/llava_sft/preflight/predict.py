@@ -138,7 +138,8 @@ def memory_terms(case: Case, stage: Stage) -> list[float]:
     model, values = case.model, case.values
     gradients = state_bytes(model, values, stage)["gradients"] / GIB
     holes = gradients if values.on_gpu and values.recompute_language == "full" else 0.0
-    return [1.0, *(size / GIB for size in activation_bytes(model, values, case.largest, stage).values()), holes]
+    activations = activation_bytes(model, values, case.largest, case.machine.memory_gib * GIB, stage)
+    return [1.0, *(size / GIB for size in activations.values()), holes]
 
 
 def time_terms(case: Case, slowest: Stage) -> list[float]:
