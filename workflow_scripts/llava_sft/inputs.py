@@ -113,7 +113,9 @@ def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
     if not cluster and gpus > (found := gpu_count()):
         raise SettingsError(
             f"gpus_per_node is {gpus}, this machine has {found}",
-            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
+            f"gpus_per_node: {found}"
+            + ("" if found else " trains on the CPU")
+            + ", or make train_X ARGS='--profile slurm'",
         )
     if not cluster:
         require_able_gpus(gpus, settings.fp8)

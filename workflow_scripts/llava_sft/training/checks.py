@@ -26,7 +26,9 @@ def check_nodes(settings: ResolvedSettings, job: Job | None, node: Node | None) 
         where = f"Slurm job {job.number} has {available}" if job else f"the platform started {available}"
         where = where if job or node else "outside a Slurm job there is one"
         several = "start the same command on each node, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set"
-        raise RunError(f"nodes is {nodes}, {where}", f"snakemake --profile slurm, or {several}, or nodes: {available}")
+        raise RunError(
+            f"nodes is {nodes}, {where}", f"make train_X ARGS='--profile slurm', or {several}, or nodes: {available}"
+        )
     if node and nodes < available:
         raise RunError(f"nodes is {nodes}, the platform started {available}", f"nodes: {available}")
 
