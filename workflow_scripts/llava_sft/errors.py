@@ -19,6 +19,8 @@ from typing import Any
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
+MORE_QUOTA = "free some of your quota there (`quota -s` shows it), or --config exp_dir=FOLDER on another disk; then the same command"
+LEAST_SPACE = 16 << 20  # bytes free on a disk that may be the full one
 MORE_SPACE = "free some space on that disk, then run the same command again"
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
 SHOWN = 200  # characters of a user's string that a message quotes, at most
@@ -116,16 +118,38 @@ def as_message(error: BaseException) -> SftError | None:
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
         return of_file(error)
     if not isinstance(error, SystemExit | KeyboardInterrupt) and (found := DISK_FULL.search(str(error))):
-        return SftError(f"the disk may be full: {found[0][:SHOWN]}", MORE_SPACE)
+        where = where_full()
+        return SftError(
+            f"no space left on the disk{where}" if where else f"the disk may be full: {found[0][:SHOWN]}", MORE_SPACE
+        )
     return None
+
+
+def where_full() -> str:
+    """The disk that is full, of those that this process was told of: what failed to be written may not say its name."""
+    for word in [*sys.argv[1:], os.environ.get("TMPDIR", "/tmp"), "."]:
+        path = os.path.abspath(word.rpartition("=")[2])
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        try:
+            free = os.statvfs(path)
+        except OSError:
+            continue
+        if free.f_files and not free.f_favail:
+            return f": {path}: it holds as many files as it can (`df -i`)"
+        if free.f_bavail * free.f_frsize < LEAST_SPACE:
+            return f": {path} has {free.f_bavail * free.f_frsize >> 10:,} KiB left"
+    return ""
 
 
 def of_file(error: OSError) -> SftError:
     """The message for a file that cannot be read or written, or a disk that is full."""
     name = error.filename2 or error.filename  # of a renaming: the new name
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
-    if error.errno in NO_SPACE:
-        return SftError(what, MORE_SPACE)
+    if error.errno == errno.EDQUOT:
+        return SftError(what, MORE_QUOTA)
+    if error.errno == errno.ENOSPC:
+        return SftError(what if name else f"{what}{where_full()}", MORE_SPACE)
     if error.errno == errno.EROFS:
         return SftError(
             what, "work in a folder that is not read-only; output may lie elsewhere: --config exp_dir=FOLDER"
