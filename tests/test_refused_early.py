@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,31 @@ def test_on_a_cluster_other_machines_have_the_gpus(project, monkeypatch, capsys)
         Workflow({}, []).target("train", "mine")(None)
     assert "gpus_per_node is 8, this machine has 0" in capsys.readouterr().err
     Workflow({}, []).target("data", "mine")(None)
+
+
+def disk_of(free: int):
+    return lambda path: SimpleNamespace(free=free)
+
+
+def test_no_room_in_shared_memory_or_for_temporary_files_is_said_before_any_job(project, monkeypatch):
+    monkeypatch.setattr("llava_sft.machine.shutil.disk_usage", disk_of(20 << 20))
+    with pytest.raises(SettingsError, match="/dev/shm has 20 MiB free") as error:
+        check_inputs(Paths(load_settings("mine")), elsewhere=False)
+    assert "--shm-size=8g" in error.value.fix
+    monkeypatch.setattr("llava_sft.machine.shutil.disk_usage", disk_of(5 << 10))
+    assert "for temporary files, has 5 KiB left" in (error := mistake()).problem and "export TMPDIR=" in error.fix
+
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    assert "no folder for temporary files" in mistake().problem
+
+
+def test_an_exp_dir_through_a_link_to_nowhere_is_named_by_the_link(project):
+    Path("scratch").symlink_to("/gone/away")
+    error = mistake(exp_dir="scratch/me/output")
+    assert error.problem.endswith("scratch is a link to /gone/away, which is not there") and "mount" in error.fix
 
 
 # --- the start checkpoint ------------------------------------------------------------------------------------------------

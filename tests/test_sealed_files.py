@@ -88,7 +88,7 @@ def test_full_disk_ends_in_one_message_and_other_trouble_of_the_system_keeps_its
         (0, 3, "disk has 12 KiB left"),
         (9, 3, "disk has 12 KiB left"),
         (0, 1 << 20, None),
-        (-1, 1 << 20, "as many files as it can"),
+        (-1, 1 << 20, "as many files as its disk can"),
     ],
 )
 def test_the_disk_that_is_full_is_named_by_what_the_program_was_given(

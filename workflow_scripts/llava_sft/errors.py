@@ -125,19 +125,20 @@ def as_message(error: BaseException) -> SftError | None:
     return None
 
 
-def where_full() -> str:
-    """The disk that is full, of those that this process was told of: what failed to be written may not say its name."""
-    for word in [*sys.argv[1:], os.environ.get("TMPDIR", "/tmp"), "."]:
-        path = os.path.abspath(word.rpartition("=")[2])
-        while not os.path.exists(path):
+def where_full(*named: str) -> str:
+    """The disk that is full, of those that were `named`, or else that this process was told of: what failed to be written may
+    not say its name."""
+    for word in named or [*sys.argv[1:], os.environ.get("TMPDIR", "/tmp"), "."]:
+        path = os.path.abspath(word.rpartition("=")[2] or ".")
+        while not os.path.isdir(path):
             path = os.path.dirname(path)
         try:
             free = os.statvfs(path)
         except OSError:
             continue
         if free.f_files and not free.f_favail:
-            return f": {path}: it holds as many files as it can (`df -i`)"
-        if free.f_bavail * free.f_frsize < LEAST_SPACE:
+            return f": {path} holds as many files as its disk can, whatever their sizes (`df -i`)"
+        if not named and free.f_bavail * free.f_frsize < LEAST_SPACE:
             return f": {path} has {free.f_bavail * free.f_frsize >> 10:,} KiB left"
     return ""
 
@@ -149,7 +150,7 @@ def of_file(error: OSError) -> SftError:
     if error.errno == errno.EDQUOT:
         return SftError(what, MORE_QUOTA)
     if error.errno == errno.ENOSPC:
-        return SftError(what if name else f"{what}{where_full()}", MORE_SPACE)
+        return SftError(what + (where_full(str(name)) if name else where_full()), MORE_SPACE)
     if error.errno == errno.EROFS:
         return SftError(
             what, "work in a folder that is not read-only; output may lie elsewhere: --config exp_dir=FOLDER"
