@@ -1,10 +1,13 @@
-"""`columns` and keys of several forms: what is named is what is read, what it is preferred to is said, and nothing is chosen unasked."""
+"""What columns and keys name is what is read: what they are preferred to is said, and nothing is chosen, or lost, unasked."""
+
+import io
 
 import pytest
 
+from llava_sft.data.formats import FORMATS
 from llava_sft.data.forms import Reading
 from llava_sft.data.other_forms import Unread
-from llava_sft.data.records import parse_record
+from llava_sft.data.records import parse_json, parse_record
 from llava_sft.data.rejects import Rejected
 
 Q, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Green."}
@@ -79,3 +82,39 @@ def test_a_record_that_can_be_read_in_two_ways_is_rejected_by_name(reason, numbe
     with pytest.raises(Rejected) as rejected:
         parse_record(record, None, Reading(columns))
     assert rejected.value.reason == reason and len(str(rejected.value)) < 400
+
+
+ROWS = [["a.png", "q", "x, y"], ["b.png", "r", "z"]]
+# Text of a table → its rows; a reject by its detail.
+TABLES = {
+    "a blank first line": ("\n\nimage,question,answer\na.png,q,\"x, y\"\nb.png,r,z\n", ROWS),
+    "empty rows around": ("\ufeff,,\nimage,question,answer\n,,\na.png,q,\"x, y\"\n\nb.png,r,z\n,,\n", ROWS),
+    "empty columns to the right": ("image,question,answer,,\na.png,q,\"x, y\",,\nb.png,r,z,,\n", ROWS),
+    "a cell without a name": ("image,question,answer,,\na.png,q,\"x, y\",,note\nb.png,r,z\n", ["5 cells, 3 columns", ROWS[1]]),
+    "spaces behind the commas": ("image, question, answer\na.png, q, \"x, y\"\nb.png, r, z\n", ROWS),
+    "spaces in some rows": ("image,question,answer\na.png, \"q\",x\nb.png,r,z\n", ["a space before the quote", ROWS[1]]),
+    "a text that begins so": ('image,question,answer\na.png," ""q""",x\n', [["a.png", ' "q"', "x"]]),
+    "a quote that takes the next row": ('image,question,answer\na.png,"q,x\nb.png,"r",z\nb.png,r,z\n', ["expected after", ["b.png", "r", "z"], ROWS[1]]),
+    "a rest that looks like a row": ('image,question,answer\na.png,"q" s,"x\nb.png,r,z"\nb.png,r,z\n', ["expected after", "it follows one", ROWS[1]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("separator", ",;")
+@pytest.mark.parametrize("name", TABLES)
+def test_each_row_of_a_table_is_read_or_rejected_by_itself(name, separator):
+    text, expected = TABLES[name]
+    data = text.replace(",", separator).encode()
+    for range_bytes in (1 << 20, 9):
+        file, found = io.BytesIO(data), []
+        starts = FORMATS["table"].starts(file, len(data), range_bytes)
+        for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
+            for line in FORMATS["table"].read(file, start, end, lambda _: None):
+                try:
+                    found += [list(row.values())] if (row := parse_json(line)) else []
+                except Rejected as rejected:
+                    found.append(rejected.detail)
+        wanted = [row if isinstance(row, str) else [cell.replace(",", separator) for cell in row] for row in expected]
+        assert len(found) == len(wanted)
+        assert all(
+            want in got if isinstance(want, str) else want == got for want, got in zip(wanted, found, strict=True)
+        ), found

@@ -44,7 +44,7 @@ EFFECT_KEYS = re.compile(r"(sample|loss)?weight|loss(scale|mask)?|reward|advanta
 # Placeholders that other projects replace by a picture, or by what they know of it.
 IMAGE_TOKENS = re.compile(
     r"<\|?(?:image|img)[ _-]?\d+\|?>|<\|image\|>|<image ?/>|<(?:Image|IMAGE|ImageHere|image_placeholder|img_placeholder)>"
-    r"|<img>[^<]{1,500}</img>|<img\s+src=[^>]{1,500}>|!\[[^\]]{0,200}\]\([^)\s]{1,500}\.(?:jpe?g|png|webp|gif|bmp|tiff?)\)"
+    r"|</img>|<img\s+src=|!\[[^\]\[]*\]\((?:data:image|[^)(\s]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)\))"
 )
 MEDIA_TOKENS = re.compile(r"<\|?(video|audio|speech)(?:[ _-]?\d+)?\|?>")
 OBJECT_TOKENS = re.compile(r"<(?:ref-object|bbox|quad|polygon|point-object)>")
