@@ -9,6 +9,7 @@ from llava_sft.data.forms import Reading
 from llava_sft.data.other_forms import Unread
 from llava_sft.data.records import parse_json, parse_record
 from llava_sft.data.rejects import Rejected
+from llava_sft.evaluation.questions import read_questions
 
 Q, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Green."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -118,3 +119,13 @@ def test_each_row_of_a_table_is_read_or_rejected_by_itself(name, separator):
         assert all(
             want in got if isinstance(want, str) else want == got for want, got in zip(wanted, found, strict=True)
         ), found
+
+
+def test_questions_of_a_raw_file_are_read_with_columns_and_known_by_them(tmp_path):
+    (tmp_path / "ask.csv").write_text("q,a\nWhat?,Green.\n")
+    asked = [
+        read_questions(tmp_path / "ask.csv", None, "val", None, None, Reading({"question": one, "answer": other}))
+        for one, other in ("qa", "aq")
+    ]
+    assert [each.samples[0].messages[0]["content"] for each in asked] == ["What?", "Green."]
+    assert asked[0].fingerprint != asked[1].fingerprint

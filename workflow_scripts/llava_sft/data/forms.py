@@ -7,8 +7,9 @@ projects behind them have it.
 """
 
 import re
+from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
@@ -24,6 +25,7 @@ from llava_sft.data.other_forms import (
     plain,
 )
 from llava_sft.data.rejects import Rejected
+from llava_sft.errors import SettingsError
 from llava_sft.model.tokens import IMAGE
 
 # What `columns` may name, and `as_known` reads.
@@ -60,6 +62,25 @@ class Reading(NamedTuple):
 
 
 AS_GIVEN = Reading()
+
+
+def add_reading(add: Callable[..., Any]) -> None:
+    """The options of a script that reads records; `add`: of its parser."""
+    add("--columns", type=orjson.loads, default={}, metavar="JSON",
+        help='other names of keys or columns: {"question": "q", "answer": "a", "image": "file"}')  # fmt: skip
+    add("--caption-prompt", default=AS_GIVEN.caption_prompt, metavar="TEXT",
+        help="the question of a record that is a picture and its caption (%(default)s)")  # fmt: skip
+    add("--image-first", choices=["True", "False"], default="False",
+        help="put <image> before the first question where a record's texts have none (%(default)s)")  # fmt: skip
+
+
+def reading_of(args: Namespace) -> Reading:
+    """Errors: SettingsError for columns that there are not."""
+    if not isinstance(args.columns, dict) or not args.columns.keys() <= set(TARGETS):
+        raise SettingsError(
+            f"--columns {args.columns}: keys are {', '.join(TARGETS)}", '--columns \'{"question": "q"}\''
+        )
+    return Reading(args.columns, args.caption_prompt, args.image_first == "True")
 
 
 def renamed(record: dict[str, Any], columns: dict[str, str], unread: Unread) -> dict[str, Any]:
