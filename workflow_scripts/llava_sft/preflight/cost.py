@@ -167,8 +167,8 @@ def activation_bytes(
 ) -> dict[str, float]:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass, counted in the tensors of a layer.
 
-    With frozen weights the layers for GPUs keep no inputs of products, and queries, keys and values only where the device's
-    `memory`, in bytes, holds them with a part to spare (model/fused_layers.py). With full recomputation a layer keeps its
+    With frozen weights the layers for GPUs keep queries, keys and values, and what pairs are multiplied with, only where the
+    device's `memory`, in bytes, holds them with a part to spare (model/fused_layers.py). With full recomputation a layer keeps its
     input, and one layer at a time all of it. Attention in plain PyTorch (CPU) keeps its scores too.
     """
     size, t, v = 2 if values.bf16 else 4, model.language, model.vision
@@ -187,10 +187,11 @@ def activation_bytes(
     if not values.on_gpu:
         language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
     elif not language_whole and values.tensor_model_parallel_size == 1 and values.recompute_language == "none":
-        inputs = batch.tokens * heads * t.kv_channels
-        kept = size * (vision + t.num_layers * (language + inputs))
+        of_pairs = "language_model" in values.trained.by_pairs and 2 * t.hidden_size + t.ffn_hidden_size
+        all_of_it = language + batch.tokens * (heads * t.kv_channels + of_pairs)
+        kept = size * (vision + t.num_layers * all_of_it)
         if (1 - SPARED) * memory >= sum(state_bytes(model, values).values()) + kept:
-            language += inputs
+            language = all_of_it
     language = stored_activations(
         language, batch.tokens * t.hidden_size, t.num_layers, values.recompute_language == "full"
     )
