@@ -17,7 +17,7 @@ from helpers.megatron_model import (
 from llava_sft.machine import GIB
 from llava_sft.model.kernels import leave_out, leave_out_on_cpu
 from llava_sft.model.tensors import PARTS
-from llava_sft.preflight.cost import MicroBatch, activation_bytes, state_bytes
+from llava_sft.preflight.cost import MicroBatch, activation_bytes, stages, state_bytes
 from llava_sft.settings.layers import load_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
@@ -109,7 +109,8 @@ def test_what_is_cheap_to_compute_is_kept_where_memory_is_to_spare_as_preflight_
     lora = {"trainable_modules": ["language_model"], "lora_rank": 32, "lora_alpha": 32}
     given = lora if pairs else {"trainable_modules": ["adapter"]}
     values, model = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True} | given), load_model("4b")
-    t, tokens, state = model.language, 8192, sum(state_bytes(model, values).values())
+    (whole,) = stages(model, values)
+    t, tokens, state = model.language, 8192, sum(state_bytes(model, values, whole).values())
 
     def linear(out, columns, frozen=True):
         shape = (out, columns)
@@ -123,16 +124,16 @@ def test_what_is_cheap_to_compute_is_kept_where_memory_is_to_spare_as_preflight_
     layer = SimpleNamespace(self_attention=attention, mlp=mlp, config=SimpleNamespace(num_layers=t.num_layers))
 
     def kept(gib, others=0.0):
-        whole, cached = 80 * GIB, GIB
+        all_of_it, cached = 80 * GIB, GIB
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: gib / 80)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (whole - others * GIB - state - cached, whole))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (all_of_it - others * GIB - state - cached, all_of_it))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: state + cached)
         return has_memory_for_inputs(layer, tokens)
 
     def predicted(gib):
         batch = MicroBatch(tokens, 0, 0, 0)
-        return activation_bytes(model, values, batch, gib * GIB)["language activations"]
+        return activation_bytes(model, values, batch, gib * GIB, whole)["language activations"]
 
     extra = 2 * t.num_layers * tokens * (own + pairs * (2 * t.hidden_size + t.ffn_hidden_size))
     for gib in range(22, 80, 2):
