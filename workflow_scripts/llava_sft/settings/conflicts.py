@@ -2,7 +2,7 @@
 
 from llava_sft.errors import SettingsError
 from llava_sft.model.config import ModelConfig
-from llava_sft.settings.schema import DEFAULTS, Settings
+from llava_sft.settings.schema import DEFAULTS, AllSettings, Settings
 
 
 class Conflict(SettingsError):
@@ -59,6 +59,11 @@ def _check_lora(settings: Settings) -> None:
         raise Conflict("lora_modules", f"{frozen[0]} is not trained", f"add {frozen[0]} to trainable_modules")
     if settings.load == "random":
         raise Conflict("lora_rank", "load: random, and a base of random weights is not kept", "load: a trained model")
+
+
+def check_fp8(settings: AllSettings, gpus: int) -> None:
+    if settings.fp8 != "none" and not gpus:
+        raise Conflict("fp8", f"{settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Ada, Hopper or newer)")
 
 
 def processes_per_node(settings: Settings, gpus: int) -> int:
