@@ -100,22 +100,41 @@ def test_a_log_without_a_message_shows_its_end_and_an_empty_one_says_so(handler,
             "ping",
         ),
         ("SLURM-job '5' failed, SLURM status is: 'TIMEOUT'. Reason: Unknown.", "runtime"),
+        ("sbatch: unrecognized option '--nosuch'\nTry \"sbatch --help\" for more information", "slurm_extra"),
     ],
 )
 @pytest.mark.parametrize("group", [False, True])
 def test_a_job_that_slurm_does_not_take_ends_with_slurms_reason_and_where_to_mend_it(handler, said, fix, group):
     text = f"SLURM sbatch failed. The error message was '{said}'.\n    sbatch call:\n        sbatch -p cpu -A lab"
+    if "TIMEOUT" not in said:
+        Path("train.log").write_text("what an earlier job said\n")
     start(handler)
     if group:
         job = {"jobid": 1, "log": ["train.log"]}
         facts = {"groupid": "x", "aux_logs": [], "job_error_info": [job]}
         say(handler, LogEvent.GROUP_ERROR, "Error in group", logging.ERROR, rule_msg=text, **facts)
+        facts = {"jobid": 1, "rule_name": "train", "log": ["train.log"], "indent": True}
+        say(handler, LogEvent.JOB_ERROR, "Error in rule", logging.ERROR, **facts)  # which repeats it without the reason
     else:
         facts = {"jobid": 1, "rule_name": "train", "log": ["train.log"]}
         say(handler, LogEvent.JOB_ERROR, "Error in rule", logging.ERROR, rule_msg=text, **facts)
     lines = last_lines(handler)
-    assert lines[-4].startswith("error: Slurm ") and lines[-4].split(": ")[-1] in text.replace("'", "")
-    assert lines[-3].startswith("  fix: ") and fix in lines[-3]
+    at = next(number for number, line in enumerate(lines) if line.startswith("error: Slurm "))
+    assert lines[at].split(": ")[-1] in text and lines[at + 1].startswith("  fix: ") and fix in lines[at + 1]
+    assert not any("an earlier job" in line for line in lines)
+
+
+def test_a_profile_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "mine"))
+    for name in ("profiles/default", "profiles/slurm", "profiles/lab", "slurm", "mine/snakemake/own"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    line = "Error: profile directory given (slrum), but no profile.yaml (or config.yaml) found. Profile has …"
+    assert words.profile_missed(line) == (
+        "error: --profile slrum: there is no such profile\n  fix: --profile profiles/lab or slurm or own"
+    )
+    assert words.profile_missed("another line") == "another line"
 
 
 def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
