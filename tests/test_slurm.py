@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +19,6 @@ from helpers import mini_slurm
 from helpers.projects import losses, snakemake_command
 from helpers.trainings import Run
 from llava_sft.run.sessions import sessions
-from llava_sft.training import slurm
 from results import row, write_results
 
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
@@ -52,7 +50,7 @@ def cluster(tmp_path_factory):
 def here(prepared_project):
     """The demo and its start checkpoint, with the profile edited as a user does for this cluster; the rest is to be made."""
     project = prepared_project
-    shutil.rmtree(project / "output/data", ignore_errors=True)
+    shutil.rmtree(project / "output/data")
     shutil.rmtree(project / RESULTS)
     edit(project, auto_nodes=2, cpus_per_task=1, cores=1, conversion=3)
     edit(project, **{"slurm-init-seconds-before-status-checks": 1, "latency-wait": 10})
@@ -92,71 +90,17 @@ def trained(tag: str = "") -> str:
     return f"output/stage2_sft_vqa{tag and '_' + tag}_results/train.done.json"
 
 
-def stand_ins(folder: Path, **programs: str) -> str:
-    """PATH on which Slurm is these shell scripts."""
-    folder.mkdir()
-    for tool in ("bash", "sh", "which", "sleep"):
-        (folder / tool).symlink_to(shutil.which(tool))
-    for name, text in programs.items():
-        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
-        (folder / name).chmod(0o755)
-    return f"{Path(sys.executable).parent}:{folder}"
-
-
 # --- without Slurm ---------------------------------------------------------------------------------------------------
 
 
 def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(project, tmp_path):
     code, output = snakemake(
         project, "--profile", "slurm", "-n", "-p", "train_vqa", "--config", "nodes=2", "gpus_per_node=4",
-        "global_batch_size=256", PATH=stand_ins(tmp_path / "bin"),
+        "global_batch_size=256", PATH=mini_slurm.stand_ins(tmp_path / "bin"),
     )  # fmt: skip
     assert code == 0, output
     asked = re.search(r"rule train:.*?resources: (.*?)\n", output, re.DOTALL)[1]
     assert "nodes=2, tasks=0, gres=gpu:4" in asked and "--signal=TERM@300" in asked
-
-
-GONE = 'echo "${0##*/}: error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
-
-
-@pytest.mark.parametrize(
-    ("programs", "said", "fix"),
-    [
-        ({}, "there is no sbatch on PATH", "without --profile slurm"),
-        ({"sbatch": GONE, "sinfo": GONE}, "Unable to contact slurm controller (connect failure)", "scontrol ping"),
-        ({"sbatch": GONE, "sinfo": "exec sleep 60"}, "sinfo heard nothing for 1 s", "scontrol ping"),
-        (
-            {"sbatch": GONE, "sinfo": "echo all", "sacct": "echo Slurm accounting storage is disabled >&2; exit 1"},
-            "sacct: the end of a job would not be seen: Slurm accounting storage is disabled",
-            "slurm-status-command: squeue in profiles/slurm/config.yaml",
-        ),
-    ],
-)
-def test_a_slurm_that_is_not_there_or_not_to_be_followed_is_said_at_once(
-    tmp_path, monkeypatch, capsys, programs, said, fix
-):
-    monkeypatch.setenv("PATH", stand_ins(tmp_path / "bin", **programs))
-    monkeypatch.setattr(slurm, "ANSWERS_WITHIN_S", 1 if "heard" in said else 60)
-    with pytest.raises(SystemExit):
-        slurm.require_slurm("sacct")
-    problem, _, remedy = capsys.readouterr().err.partition("\n  fix: ")
-    assert said in problem and fix in remedy
-
-
-def test_a_slurm_that_goes_away_before_a_group_of_jobs_is_submitted_ends_the_workflow_with_its_words(
-    prepared_project, tmp_path
-):
-    once = f"[ -e {tmp_path}/asked ] || {{ : > {tmp_path}/asked; echo all; exit; }}; {GONE}"
-    path = stand_ins(tmp_path / "bin", sbatch=GONE, sinfo=once, squeue="", sacct="")
-    shutil.rmtree(prepared_project / "output/data")
-    run = start(
-        prepared_project, "--profile", "slurm", "data_vqa", "--slurm-status-command", "squeue",
-        "--slurm-init-seconds-before-status-checks", "1", PATH=path,
-    )  # fmt: skip
-    assert run.wait(60) == 1
-    said = (prepared_project / "snakemake.log").read_text()
-    assert "error: Slurm did not take the job: Unable to contact slurm controller" in said
-    assert said.count("failed") < 4, said  # one line for the group, not one for each of its jobs
 
 
 @pytest.mark.parametrize(("reached", "code"), [(7, 75), (5, 1)])
