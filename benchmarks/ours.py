@@ -39,6 +39,7 @@ from results import ROOT, machine
 from training_rows import figures
 
 from llava_sft.megatron.distributed import unwrapped  # isort: skip (the CPU layer, of `process`, comes first)
+from llava_sft.model import fused_layers  # isort: skip
 
 GIB = 2**30
 KERNELS = {
@@ -118,6 +119,7 @@ class Cases:
         self.loop, self.model = loop, unwrapped(loop.model)
         self.phases = Phases(self.model)
         self.iteration, self.waited = 0, 0.0
+        self.has_memory_for_inputs = fused_layers.has_memory_for_inputs
         self.batches: list[VlmBatch] = []
         # All loaders at once: each counts the samples' tokens first, which takes seconds.
         self.loaders = {}
@@ -145,6 +147,7 @@ class Cases:
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
             "between_steps_gib": torch.cuda.memory_allocated() / GIB,
+            "inputs_kept": self.inputs_kept,
         }
 
     def apply(self, case: dict) -> None:
@@ -160,6 +163,14 @@ class Cases:
         self.loop.micro_batches = case["micro_batches"]
         self.loop.loader = self.clocked(self.loaders[case["seq_length"], case["micro_batch_size"]], case["images"])
         self.phases.on = case.get("profile", False)
+        self.inputs_kept = False
+
+        def has_memory_for_inputs(layer, tokens: int) -> bool:
+            found = case.get("keep_inputs", True) and self.has_memory_for_inputs(layer, tokens)
+            self.inputs_kept |= found
+            return found
+
+        fused_layers.has_memory_for_inputs = has_memory_for_inputs
 
     def clocked(self, loader: Iterator[VlmBatch], images: bool) -> Iterator[VlmBatch]:
         while True:

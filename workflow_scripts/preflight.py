@@ -23,24 +23,22 @@ from llava_sft.data.index import leak_note, unread_note
 from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import DataError, SettingsError, exits_cleanly
+from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.evaluation.questions import require_positions
 from llava_sft.files import read_json, write_json
-from llava_sft.inputs import check_inputs
-from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, require_engine, this_machine
+from llava_sft.inputs import check_gpus, check_inputs
+from llava_sft.machine import GIB, PEAK_FLOPS, gpu, this_machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
-from llava_sft.preflight.cost import MicroBatch, checkpoint_size
+from llava_sft.preflight.cost import MicroBatch, checkpoint_size, checkpoints_kept, host_bytes_for_save
 from llava_sft.preflight.predict import (
     Case,
     Forecast,
     answer,
-    checkpoints_kept,
     details,
     fits,
     forecast_of,
-    host_bytes_for_save,
     mean_and_largest,
     needless_parallelism,
     proposal_lines,
@@ -59,7 +57,6 @@ from llava_sft.settings.resolve import (
 )
 from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.settings.schema import ABOUT, Settings
-from llava_sft.training.trackers import require_packages
 from llava_sft.workflow import Workflow
 
 ENOUGH_PACKS = 2000  # whose largest is as good as that of an epoch
@@ -108,9 +105,9 @@ def main() -> None:
         return mean_and_largest(samples.sizes, values.model_copy(update=changed), packs and packs[:ENOUGH_PACKS])
 
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.gpus_per_node, values.nproc_per_node)
-    forecast = forecast_of(Case(model, values, machine, *batch), batches_of) if machine else None
-    if forecast and "num_workers" in why:
-        values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
+    case = Case(model, values, machine, *batch) if machine else None
+    forecast = forecast_of(case, batches_of, cut="first_stage_layers" in why) if case else None
+    values = with_workers(forecast, why, cores, samples.prepared) if forecast else values
     resolved = Resolved(
         run_name=settings.run_name,
         settings=values,
@@ -123,7 +120,7 @@ def main() -> None:
     )
     notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved, forecast)]
     if not args.gpu:
-        check_gpus(values, bool(cluster))
+        check_gpus(values, values.gpus_per_node, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
     unknown = None, ["fits    not known: no recorded run of such a machine"], list[str]()
@@ -165,16 +162,17 @@ def samples_of(paths: Paths, tokenizer: Path, keep: bool) -> Samples:
     return Samples(dataset, sizes, prepared, Epoch(window, *order.first_pass()))
 
 
-def with_workers(
-    values: ResolvedSettings, cores: int, tokens_per_s: float, prepared: float
-) -> tuple[ResolvedSettings, str]:
-    """The settings with as many loader processes as keep up with the predicted speed, and why."""
-    wanted = tokens_per_s / values.data_parallel_size
+def with_workers(forecast: Forecast, why: dict[str, str], cores: int, prepared: float) -> ResolvedSettings:
+    """The forecast's settings, with as many loader processes as keep up with the predicted speed where `why` has them."""
+    values = forecast.case.values
+    if "num_workers" not in why:
+        return values
+    wanted = forecast.prediction.tokens_per_s / values.data_parallel_size
     count = auto_num_workers(cores, values.nproc_per_node, wanted, prepared)
-    why = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
+    why["num_workers"] = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
     if prepared * count < wanted:
-        why += f"; half of {cores} cores allow no more: steps will wait for data"
-    return values.model_copy(update={"num_workers": count}), why
+        why["num_workers"] += f"; half of {cores} cores allow no more: steps will wait for data"
+    return values.model_copy(update={"num_workers": count})
 
 
 def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:
@@ -253,25 +251,6 @@ def length_warning(settings: Settings, values: ResolvedSettings, sequences: floa
         f"train_iters {settings.train_iters:,} make {epochs:,.2f} epochs, epochs says {settings.epochs:g}; a batch counts "
         f"{what}. train_iters: auto follows epochs"
     ]
-
-
-def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
-    """Raise SettingsError for GPUs that cannot train as asked, or that this machine, which is to train, does not have."""
-    gpus = values.gpus_per_node
-    if gpus and not values.bf16:
-        raise SettingsError(
-            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
-            "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
-        )
-    if not cluster and gpus > (found := gpu_count()):
-        raise SettingsError(
-            f"gpus_per_node is {gpus}, this machine has {found}",
-            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
-        )
-    if not cluster:
-        require_able_gpus(gpus, values.fp8)
-        require_engine(gpus)
-    require_packages(values.trackers)
 
 
 def describe(forecast: Forecast) -> tuple[dict, list[str], list[str]]:

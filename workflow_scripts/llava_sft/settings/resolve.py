@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, field_validator
 
-from llava_sft.errors import SettingsError
 from llava_sft.machine import gpu_count
 from llava_sft.nodes import this_node
-from llava_sft.settings.conflicts import check_global_batch_size, processes_per_node
+from llava_sft.settings.conflicts import check_fp8, check_global_batch_size, processes_per_node
 from llava_sft.settings.schema import AllSettings, Settings
 
 EVAL_ITERS = 10
@@ -41,6 +40,7 @@ class ResolvedSettings(AllSettings):
     nodes: int = 1
     gpus_per_node: int = 0
     nproc_per_node: int = 0
+    first_stage_layers: int = 0  # as many as any stage
     eval_interval: int = 0
     eval_iters: int = 0
 
@@ -140,11 +140,14 @@ def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
     found = gpu_count()
     why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
     gpus = auto.settle("gpus_per_node", found, why)
-    if settings.fp8 != "none" and not gpus:
-        raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Ada, Hopper or newer)")
+    check_fp8(settings, gpus)
     processes = processes_per_node(settings, gpus)
     processes = auto.settle("nproc_per_node", processes, "one a GPU" if gpus else "TP × PP on a CPU")
     auto.settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {cores} cores")
+    if settings.pipeline_model_parallel_size > 1:
+        auto.settle("first_stage_layers", 0, "all stages equally slow, by prediction")
+    else:
+        auto.values["first_stage_layers"] = 0
     auto.settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
     why = "on GPUs, whose memory is copied in a second (the first time half a minute), and written in a minute"
     auto.settle("async_save", gpus > 0, why)
