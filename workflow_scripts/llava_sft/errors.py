@@ -15,6 +15,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -152,10 +153,8 @@ def of_file(error: OSError) -> SftError:
 
 def _room(path: str) -> str:
     """How much room there is where a path lies; empty where there is no such place."""
-    folder = os.path.dirname(os.path.abspath(path)) if path else ""
-    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-    if not folder:
+    if not path:
         return ""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     usage = shutil.disk_usage(folder)
     return f"; free in {folder}: {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"
