@@ -78,6 +78,10 @@ def test_shipped_experiments_hold_only_possible_settings(monkeypatch):
         ({"webdatasets": "wds"}, ["raw_data", "webdatasets", "exactly one"]),
         ({"raw_data": None}, ["raw_data", "webdatasets", "exactly one"]),
         ({"raw_data": None, "webdatasets": "wds", "heldout_data": "raw.jsonl"}, ["heldout_data", "remove"]),
+        (
+            {"raw_data": None, "image_root": None, "webdatasets": "wds", "columns": {"answer": "a"}},
+            ["columns", "read as it is"],
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_message_with_file_key_value_and_fix(project, settings, mentioned):

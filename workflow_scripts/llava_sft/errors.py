@@ -11,18 +11,22 @@ import inspect
 import os
 import re
 import select
+import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
-MORE_QUOTA = "free some of your quota there (`quota -s` shows it), or --config exp_dir=FOLDER on another disk; then the same command"
-LEAST_SPACE = 16 << 20  # bytes free on a disk that may be the full one
-MORE_SPACE = "free some space on that disk, then run the same command again"
+MORE_SPACE = (
+    "free some space on that disk, then run the same command again; output may lie elsewhere: --config exp_dir=FOLDER"
+)
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
+MORE_QUOTA = "free some of your quota there (`quota -s` shows it), or --config exp_dir=FOLDER on another disk; then the same command"
+LEAST_SPACE = 16 << 20  # bytes free that programs need for their temporary files
 SHOWN = 200  # characters of a user's string that a message quotes, at most
 
 
@@ -117,40 +121,26 @@ def as_message(error: BaseException) -> SftError | None:
         return error
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
         return of_file(error)
-    if not isinstance(error, SystemExit | KeyboardInterrupt) and (found := DISK_FULL.search(str(error))):
-        where = where_full()
-        return SftError(
-            f"no space left on the disk{where}" if where else f"the disk may be full: {found[0][:SHOWN]}", MORE_SPACE
-        )
+    if reason := full_disk(error):
+        return SftError(f"the disk may be full: {reason}", MORE_SPACE)
     return None
 
 
-def where_full(*named: str) -> str:
-    """The disk that is full, of those that were `named`, or else that this process was told of: what failed to be written may
-    not say its name."""
-    for word in named or [*sys.argv[1:], os.environ.get("TMPDIR", "/tmp"), "."]:
-        path = os.path.abspath(word.rpartition("=")[2] or ".")
-        while not os.path.isdir(path):
-            path = os.path.dirname(path)
-        try:
-            free = os.statvfs(path)
-        except OSError:
-            continue
-        if free.f_files and not free.f_favail:
-            return f": {path} holds as many files as its disk can, whatever their sizes (`df -i`)"
-        if not named and free.f_bavail * free.f_frsize < LEAST_SPACE:
-            return f": {path} has {free.f_bavail * free.f_frsize >> 10:,} KiB left"
-    return ""
+def full_disk(error: BaseException) -> str:
+    """What an error says of a full disk, in its own words or the system's; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return error.strerror or "no space left"
+    found = None if isinstance(error, SftError | SystemExit | KeyboardInterrupt) else DISK_FULL.search(str(error))
+    return found[0][:SHOWN] if found else ""
 
 
 def of_file(error: OSError) -> SftError:
     """The message for a file that cannot be read or written, or a disk that is full."""
     name = error.filename2 or error.filename  # of a renaming: the new name
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
-    if error.errno == errno.EDQUOT:
-        return SftError(what, MORE_QUOTA)
-    if error.errno == errno.ENOSPC:
-        return SftError(what + (where_full(str(name)) if name else where_full()), MORE_SPACE)
+    if error.errno in NO_SPACE:
+        fix = MORE_QUOTA if error.errno == errno.EDQUOT else MORE_SPACE
+        return SftError(f"{what}{_room(str(name or ''))}", fix)
     if error.errno == errno.EROFS:
         return SftError(
             what, "work in a folder that is not read-only; output may lie elsewhere: --config exp_dir=FOLDER"
@@ -162,3 +152,14 @@ def of_file(error: OSError) -> SftError:
     if error.errno == errno.ENOENT:
         return SftError(what, "check the path, or restore it; what this workflow made, the same command makes again")
     return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")
+
+
+def _room(path: str) -> str:
+    """How much room there is where a path lies; empty where there is no such place."""
+    if not path:
+        return ""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    usage, files = shutil.disk_usage(folder), os.statvfs(folder)
+    if files.f_files and not files.f_favail:
+        return f": {folder} holds as many files as its disk can, whatever their sizes (`df -i`)"
+    return f"; free in {folder}: {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"

@@ -2,7 +2,7 @@
 
 from llava_sft.errors import SettingsError
 from llava_sft.model.config import ModelConfig
-from llava_sft.settings.schema import AllSettings, Settings
+from llava_sft.settings.schema import DEFAULTS, AllSettings, Settings
 
 
 class Conflict(SettingsError):
@@ -26,6 +26,15 @@ def check_combinations(settings: Settings) -> None:
         finished = "a finished folder brings its own validation split"
         rule = "sources have their own `heldout`" if settings.sources else finished
         raise Conflict("heldout_data", f"goes with raw_data only: {rule}", "remove heldout_data")
+    of_records = [
+        key for key in ("columns", "caption_prompt", "image_first") if getattr(settings, key) != DEFAULTS[key]
+    ]
+    if settings.webdatasets and of_records:
+        raise Conflict(
+            of_records[0],
+            "is of records that are converted; a finished folder is read as it is",
+            f"remove {of_records[0]}, or set raw_data",
+        )
     if settings.min_pixels > settings.max_pixels:
         raise Conflict(
             "min_pixels", f"{settings.min_pixels} is above max_pixels {settings.max_pixels}", "lower min_pixels"
