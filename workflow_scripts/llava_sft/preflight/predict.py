@@ -230,9 +230,9 @@ def proposals(
     batches_of = cache(batches_of) if batches_of else None
     smaller = less_memory(values, values.seq_length)
     choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
-    groups, heads = case.model.language.num_query_groups, case.model.vision.num_attention_heads
+    groups = case.model.language.num_query_groups
     sizes = choices["tensor_model_parallel_size"]
-    choices["tensor_model_parallel_size"] = [size for size in sizes if not (groups % size or heads % size)]
+    choices["tensor_model_parallel_size"] = [size for size in sizes if not groups % size]
     found = []
     trainings = [{}, lora] if (lora := with_lora(values)) else [{}]
     for training, *picked in product(trainings, *(dict.fromkeys(options) for options in choices.values())):
