@@ -17,7 +17,7 @@ from helpers.megatron_model import (
 from llava_sft.machine import GIB
 from llava_sft.model.kernels import leave_out, leave_out_on_cpu
 from llava_sft.model.tensors import PARTS
-from llava_sft.preflight.cost import MicroBatch, activation_bytes, state_bytes
+from llava_sft.preflight.cost import MicroBatch, activation_bytes, stages, state_bytes
 from llava_sft.settings.layers import load_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
@@ -129,7 +129,8 @@ def test_queries_keys_and_values_are_kept_where_memory_is_to_spare_as_preflight_
 
     def predicted(gib):
         batch = MicroBatch(tokens, 0, 0, 0)
-        return activation_bytes(model, values, batch, gib * GIB)["language activations"]
+        [whole] = stages(model, values)
+        return activation_bytes(model, values, batch, gib * GIB, whole)["language activations"]
 
     extra = 2 * t.num_layers * tokens * own
     for gib in (22, 38, 41, 44, 46, 80):
