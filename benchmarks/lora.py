@@ -3,9 +3,9 @@
     python benchmarks/lora.py WEBDATASETS TOKENIZER [--only 4b-lora full] [--output FOLDER]
 
 One process for each set of trained parts, one after another on the same GPU, on the same batches of real images, with random
-weights at the true shape (as benchmarks/training.py), samples of up to 4,096 tokens (`make_photos.py --longest 4000`). A smaller card is this one with PyTorch's memory capped
-(`torch.cuda.set_per_process_memory_fraction`) to what such a card has left beside CUDA's own: 22 GiB of 24, 38 of 40, 46 of
-48. Chunks of 4,096 tokens are those of a pack whose longest sample has as many.
+weights at the true shape (as benchmarks/training.py), samples of up to 4,000 tokens (`make_photos.py --longest 4000`). A
+smaller card is this one with PyTorch's memory capped (`torch.cuda.set_per_process_memory_fraction`) to what such a card has
+left beside CUDA's own: 22 GiB of 24, 38 of 40, 46 of 48. Chunks are cut between samples: with samples of 4,000 tokens those of 2,048 are as long, those of 4,096 half as long again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LONG = {"steps": 10, "warm": 3}
 SHORT = {"micro_batches": 4, "steps": 5, "warm": 2}
 CHUNKS, FULL = {"pack_chunk_tokens": 4096}, {"recompute_language": "full"}
 CARDS = [
-    {"name": "22 GiB, chunks", "gpu_gib": 22, **CHUNKS},
+    {"name": "22 GiB, chunks of 2,048", "gpu_gib": 22, "pack_chunk_tokens": 2048},
     {"name": "22 GiB, recomputed", "gpu_gib": 22, **FULL},
     {"name": "38 GiB", "gpu_gib": 38},
     {"name": "chunks", **CHUNKS},
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("webdatasets")
     parser.add_argument("tokenizer")
     parser.add_argument("--only", nargs="+", default=list(PROCESSES), choices=PROCESSES)
+    parser.add_argument("--cases", nargs="+", help="of these names alone")
     parser.add_argument("--output", type=Path, help="folder for the raw figures; results/ is then left as it is")
     parser.add_argument("--read", type=Path, help="folder of raw figures, of another machine: write results/ from them")
     args = parser.parse_args()
@@ -73,6 +74,7 @@ def main() -> None:
     for name in [] if args.read else args.only:
         worker, model, values, cases = PROCESSES[name]
         cases = [SHORT | case for case in cases] if worker == "ours" else cases
+        cases = [case for case in cases if case["name"] in (args.cases or case["name"])]
         command = [__file__.replace("lora.py", "training.py"), args.webdatasets, args.tokenizer, "--worker", worker]
         command += ["--model", model, "--values", json.dumps(values), "--cases", json.dumps(cases)]
         began = time.perf_counter()

@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 
 import doctor
-import preflight
 import set_up
 from helpers import ROOT
-from llava_sft import gpu_stack, machine
+from llava_sft import gpu_stack, inputs, machine
 from llava_sft.errors import SettingsError, SftError
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training import checks
 
 SMI = """#!/bin/sh
 case "$*" in
-  -L) echo "GPU 0: NVIDIA H100" ;;
+  -L) echo "GPU 0: NVIDIA H100 (UUID: GPU-1-a)" ;;
   *memory*) echo "NVIDIA H100 80GB HBM3, 81559, 4, 9.0" ;;
   *driver*) echo "$DRIVER" ;;
   *name*) echo "NVIDIA H100 80GB HBM3" ;;
@@ -174,9 +173,9 @@ def test_preflight_and_train_ask_for_transformer_engine_before_anything_runs(mon
     machine.require_engine(0)
     with pytest.raises(SettingsError, match="gpus_per_node is 2: no Transformer Engine\n  fix: make gpu"):
         machine.require_engine(2)
-    monkeypatch.setattr(preflight, "gpu_count", lambda: 2)
+    monkeypatch.setattr(inputs, "gpu_count", lambda: 2)
     with pytest.raises(SettingsError, match="no Transformer Engine"):
-        preflight.check_gpus(ResolvedSettings(experiment="x", gpus_per_node=2, bf16=True), cluster=False)
+        inputs.check_gpus(ResolvedSettings(experiment="x", gpus_per_node=2, bf16=True), 2, cluster=False)
     assert "require_engine(settings.gpus_per_node)" in inspect.getsource(checks.check_node)
 
 
