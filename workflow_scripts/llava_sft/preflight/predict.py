@@ -203,6 +203,8 @@ def stage_seconds(case: Case, calibration: Calibration, stage: Stage) -> float:
 def equally_slow_stages(case: Case, calibration: Calibration) -> ResolvedSettings:
     """The settings with the model cut into the pipeline stages whose slowest is the fastest."""
     values = case.values
+    if values.pipeline_model_parallel_size == 1:
+        return values
     cuts = possible_cuts(case.model.language.num_layers, values.pipeline_model_parallel_size)
     tried = [values.model_copy(update={"first_stage_layers": first}) for first in cuts]
     return min(tried, key=lambda each: predict(case._replace(values=each), calibration).step_s)
