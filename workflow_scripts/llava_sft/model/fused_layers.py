@@ -20,6 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from llava_sft.model import flash4
 from llava_sft.model.attention import VisionSeqParams
 from llava_sft.model.kernels import (
     PartialSums,
@@ -63,6 +64,11 @@ def _cudnn(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> tuple[Tensor, list]:
     """Scaled dot-product attention inside each segment: query [tokens, heads, head_dim], key and value with as many
     heads or fewer → [tokens, heads, head_dim], and statistics for the gradient. Of cuDNN, or PyTorch's FlashAttention-2."""
+    if flash4.wanted(causal):
+        try:
+            return flash4.attend(query, key, value, segments, causal)
+        except (ImportError, RuntimeError, AttributeError, TypeError) as error:
+            flash4.give_up(causal, error)
     sizes, kind = _cudnn(segments, causal)
     if has_cudnn_attention():
         backend = FusedAttnBackend["F16_arbitrary_seqlen"]
@@ -79,6 +85,8 @@ def attend_backward(
     """Gradients of query, key and value."""
     sizes, kind = _cudnn(segments, causal)
     grad = grad.view_as(out)
+    if len(statistics) == 1:
+        return flash4.attend_backward(grad, inputs, out, statistics, segments, causal)
     if has_cudnn_attention():
         backend, exact = FusedAttnBackend["F16_arbitrary_seqlen"], torch.are_deterministic_algorithms_enabled()
         given = *sizes, *inputs, out, grad, grad.dtype, statistics, backend
