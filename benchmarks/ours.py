@@ -28,6 +28,7 @@ from cases import CASE, PEAK, run_settings
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.loader import VlmBatch
 from llava_sft.model.config import load_model_config
+from llava_sft.model import tries
 from llava_sft.model.processing import PATCH_VALUES
 from llava_sft.model.template import ChatTemplate
 from llava_sft.preflight.cost import matmul_parameters, training_flops
@@ -43,12 +44,12 @@ from llava_sft.megatron.distributed import unwrapped  # isort: skip (the CPU lay
 GIB = 2**30
 KERNELS = {
     "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
-    "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
+    "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn|FlashAttention",
     "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",
     "rotary": r"rope",
     "cross entropy": r"cross_entropy",
     "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
-    "casts to FP8": r"cast_transpose|quantize|amax",
+    "casts to FP8": r"cast_transpose|quantize|amax|^_cast",
     "optimizer": r"multi_tensor|adam|l2norm|^_scale",
     "copies and fills": r"memcpy|memset|fill|copy",
     "other element-wise": r"elementwise|reduce|index|scatter|gather|cat",
@@ -59,7 +60,11 @@ def kernel_times(trace: dict) -> dict:
     """Milliseconds on the GPU by kind of kernel, and the time in which nothing runs."""
     events = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     kinds: collections.Counter = collections.Counter()
+    names: dict[str, list] = collections.defaultdict(lambda: [0, 0.0, 0])
     for event in events:
+        one = names[event["name"][:160]]
+        moved = event.get("args", {}).get("bytes", 0)  # of copies and fills
+        one[:] = one[0] + 1, one[1] + event["dur"] / 1e3, one[2] + moved
         matching = (kind for kind, pattern in KERNELS.items() if re.search(pattern, event["name"], re.IGNORECASE))
         kind = next(matching, "other")
         kinds[kind] += event["dur"] / 1e3
@@ -71,10 +76,17 @@ def kernel_times(trace: dict) -> dict:
     whole = end - min(event["ts"] for event in events)
     return {
         "kinds_ms": dict(kinds.most_common()),
+        "names": sorted(([name, *one] for name, one in names.items()), key=lambda one: -one[2])[:80],
         "idle_ms": (whole - busy) / 1e3,
         "whole_ms": whole / 1e3,
         "kernels": len(events),
     }
+
+
+def trace(profiler: torch.profiler.profile) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        return json.loads(Path(f"{folder}/trace.json").read_text())
 
 
 class Phases:
@@ -119,6 +131,7 @@ class Cases:
         self.phases = Phases(self.model)
         self.iteration, self.waited = 0, 0.0
         self.batches: list[VlmBatch] = []
+        self.kept: dict[tuple[int, int], list[VlmBatch]] = {}
         # All loaders at once: each counts the samples' tokens first, which takes seconds.
         self.loaders = {}
         for length, rows in {(case["seq_length"], case["micro_batch_size"]) for case in cases}:
@@ -153,13 +166,25 @@ class Cases:
             full = case[f"recompute_{part}"] == "full"
             config.recompute_granularity = "full" if full else None
             config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
-        language.config.fp8 = None if case["fp8"] == "none" else "hybrid"
-        language.config.fp8_recipe = case["fp8"]
+        tries.TRIED = set(case.get("try", ()))
+        in_fp8 = None if case["fp8"] == "none" else "hybrid"
+        for config, fp8 in ((language.config, in_fp8), (vision.decoder.config, in_fp8 if tries.tried("fp8_vision") else None)):
+            config.fp8, config.fp8_recipe = fp8, case["fp8"]
         chunk = {"pack_chunk_tokens": case["pack_chunk_tokens"]}
         self.loop.values = self.loop.values.model_copy(update=chunk)
         self.loop.micro_batches = case["micro_batches"]
-        self.loop.loader = self.clocked(self.loaders[case["seq_length"], case["micro_batch_size"]], case["images"])
+        key = case["seq_length"], case["micro_batch_size"]
+        loader = self.again(key) if case.get("same_batches") else self.loaders[key]
+        self.loop.loader = self.clocked(loader, case["images"])
         self.phases.on = case.get("profile", False)
+
+    def again(self, key: tuple[int, int]) -> Iterator[VlmBatch]:
+        """The batches that an earlier case had, and then new ones."""
+        kept = self.kept.setdefault(key, [])
+        for number in itertools.count():
+            if number == len(kept):
+                kept.append(next(self.loaders[key]))
+            yield kept[number]
 
     def clocked(self, loader: Iterator[VlmBatch], images: bool) -> Iterator[VlmBatch]:
         while True:
@@ -193,9 +218,7 @@ class Cases:
         if self.phases.on:
             result["phases"] = self.phases.milliseconds()
         if profiler:
-            with tempfile.TemporaryDirectory() as folder:
-                profiler.export_chrome_trace(f"{folder}/trace.json")
-                result["kernels"] = kernel_times(json.loads(Path(f"{folder}/trace.json").read_text()))
+            result["kernels"] = kernel_times(trace(profiler))
         return result | {"batches": [self.amounts(batch, case) for batch in self.batches]}
 
     def amounts(self, batch: VlmBatch, case: dict) -> dict:
@@ -255,19 +278,24 @@ def vision_alone(loop: Loop) -> dict[str, dict]:
     result = {}
     for images, side in ((24, 32), (6, 64), (96, 16)):
         pixels = torch.randint(256, (images * side**2, PATCH_VALUES), dtype=torch.uint8, device=loop.forward.device)
-        times = []
-        for _ in range(12):
+
+        def once() -> tuple[float, float]:
             torch.cuda.synchronize()
             began = time.perf_counter()
             features = unwrapped(loop.model).vision_model(pixels, [(side, side)] * images)
             host = time.perf_counter() - began
             features.backward(features.detach())
             torch.cuda.synchronize()
-            times.append((time.perf_counter() - began, host))
+            return time.perf_counter() - began, host
+
+        times = [once() for _ in range(12)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            once()
         seconds, host = (statistics.median(column) for column in zip(*times[4:], strict=True))
         attention = 4 * vision.num_layers * vision.hidden_size * images * side**4
         flops = 3 * (2 * parameters * images * side**2 + attention)
         result[f"{images}x{side**2}"] = {"ms": seconds * 1e3, "host_ms": host * 1e3, "mfu": flops / seconds / PEAK}
+        result[f"{images}x{side**2}"]["kernels"] = kernel_times(trace(profiler))
     return result
 
 
@@ -307,13 +335,16 @@ def train(args) -> None:
         if "out_of_memory" in result:
             write(f"CASE {case['name']}: {result['out_of_memory']}")
             continue
+        if case.get("vision_alone"):
+            result["vision"] = vision_alone(loop)
+            write(f"VISION {case['name']}: { {name: round(tower['ms'], 1) for name, tower in result['vision'].items()} }")
         shown = figures(result)
         memory = f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB"
         rate = shown["useful_tokens_per_s"]
         write(f"CASE {case['name']}: {shown['step_ms']:.0f} ms, {rate:,.0f} tokens/s, {shown['mfu']:.3f} MFU, {memory}")
     if args.vision:
         report["vision"] = vision_alone(loop)
-        write(f"VISION {report['vision']}")
+        write(f"VISION { {name: tower['ms'] for name, tower in report['vision'].items()} }")
     if cases[-1].get("checkpoint"):
         report["checkpoint"] = trainer.save_and_load()
         write(f"CASE checkpoint: {report['checkpoint']}")

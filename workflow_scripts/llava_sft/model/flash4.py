@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llava_sft.model.tries import tried
 
-LONG = 512  # tokens of the longest segment: below, kernels differ by it
+LONG = 192  # tokens of the longest segment: below, kernels differ by it (of one tile, or of several)
 MANY = 256  # segments: above, kernels want a table of them
 REQUIRED = "4.0.0b36"  # whose kernels' arguments these are
 _failed: set[bool] = set()

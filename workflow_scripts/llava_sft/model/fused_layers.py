@@ -33,7 +33,9 @@ from llava_sft.model.kernels import (
     swiglu,
     swiglu_backward,
 )
-from llava_sft.model.products import move_back, product, product_backward, room_beside, trainable
+from llava_sft.model.casts import handed
+from llava_sft.model.products import move_back, places, product, product_backward, room_beside, trainable
+from llava_sft.model.tries import tried
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
@@ -109,15 +111,17 @@ class LanguageLayer(torch.autograd.Function):
         recipe, eps = config.fp8 and config.fp8_recipe, config.layernorm_epsilon
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
         room = room_beside(attention.linear_qkv, recipe)
-        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps, room=room)
+        amax = partial(places, recipe, hidden.device)
+        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps, room=room, amax=amax())
         qkv, for_qkv = product(x, attention.linear_qkv, recipe)
         cos, sin = segments.rope
         inputs = rope(qkv, config.num_query_groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
         branch, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
-        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch, room)
+        fc1_norm = mlp.linear_fc1.layer_norm_weight
+        middle, x, _, second_scale = norm(hidden, fc1_norm, None, eps, branch, room, amax())
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
-        branch, for_fc2 = product(swiglu(gate_and_up, room), mlp.linear_fc2, recipe)
+        branch, for_fc2 = product(swiglu(gate_and_up, room, amax()), mlp.linear_fc2, recipe)
         ctx.constants = layer, segments, recipe, eps, head_norms, room
         ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
         ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad else None
@@ -136,22 +140,25 @@ class LanguageLayer(torch.autograd.Function):
         width, head_dim = hidden.size(1), head_norms[0].numel()
         if grad.stride() != (width + room, 1):  # it comes from another kind of layer
             grad = grad.contiguous()
+        handed(segments).take(grad)
+        amax = partial(places, recipe, hidden.device)
         sums = PartialSums(2 * (width + head_dim), hidden.device)
         qkv_norm, fc1_norm = attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight
         again = hasattr(mlp.linear_fc1, "lora_a")  # its kernel writes a product's input into the place of its gradient
-        through_swiglu = partial(swiglu_backward, gate_and_up=gate_and_up, again=again)
+        through_swiglu = partial(swiglu_backward, gate_and_up=gate_and_up, again=again, amax=amax())
         through_norm = partial(norm_backward, bias=None, mean=None, sums=sums, room=room, again=again)
         d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, through_swiglu, recipe)
-        before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad)
+        before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad, amax=amax())
         grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe)
         cos, sin = segments.rope
         inputs = inputs or rope(qkv, layer.config.num_query_groups, cos, sin, head_norms, eps)
         given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
         before, x = partial(attend_backward, **given, causal=True), attended.flatten(1)
         d_inputs, d_proj = product_backward(grad, for_proj, attention.linear_proj, before, recipe, x)
-        d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps)
-        before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad)
+        d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps, amax())
+        before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad, amax=amax())
         grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe)
+        handed(segments).over(grad)
         d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
         return grad, None, None, *d_norms, *d_qkv, *d_proj, *d_fc1, *d_fc2
 
@@ -194,43 +201,49 @@ class VisionLayer(torch.autograd.Function):
         attention, fc1, fc2 = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2
         linear_qkv, proj, eps = attention.linear_qkv, attention.linear_proj, layer.config.layernorm_epsilon
         angles = segments.rotary_cos, segments.rotary_sin
-        _, x, *first_norm = norm(hidden, linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias, eps)
-        qkv, for_qkv = product(x, linear_qkv, bias=linear_qkv.bias)
+        recipe = layer.config.fp8 and layer.config.fp8_recipe
+        amax = partial(places, recipe, hidden.device)
+        qkv_norm = linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias
+        _, x, *first_norm = norm(hidden, *qkv_norm, eps, amax=amax())
+        qkv, for_qkv = product(x, linear_qkv, recipe, linear_qkv.bias)
         inputs = rope(qkv, layer.config.num_query_groups, *angles)
         attended, statistics = attend(*inputs, segments, False)
-        branch, for_proj = product(attended.flatten(1), proj, bias=proj.bias)
-        middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch)
-        before, for_fc1 = product(x, fc1, bias=fc1.bias)
-        branch, for_fc2 = product(gelu(before), fc2, bias=fc2.bias)
-        ctx.constants = layer, segments, angles
+        branch, for_proj = product(attended.flatten(1), proj, recipe, proj.bias)
+        middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch, amax=amax())
+        before, for_fc1 = product(x, fc1, recipe, fc1.bias)
+        branch, for_fc2 = product(gelu(before, amax()), fc2, recipe, fc2.bias)
+        ctx.constants = layer, segments, angles, recipe
         ctx.saved = hidden, first_norm, inputs, attended, statistics, middle, second_norm, before
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
         return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, (cos, sin) = ctx.constants
+        layer, segments, (cos, sin), recipe = ctx.constants
         hidden, first_norm, inputs, attended, statistics, middle, second_norm, before = ctx.saved
         for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
         ctx.saved = ctx.operands = None
         attention, fc1, fc2, grad = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2, grad.contiguous()
         qkv, proj = attention.linear_qkv, attention.linear_proj
         width, inner, again = hidden.size(1), before.size(1), hasattr(fc1, "lora_a")
-        sums = PartialSums(9 * width + inner, hidden.device)
+        sums, amax = PartialSums(9 * width + inner, hidden.device), partial(places, recipe, hidden.device)
+        handed(segments).take(grad)
 
         def through_norm(linear: torch.nn.Module, x: Tensor, of_tokens: list, biases: bool) -> partial:
             weight, bias, (mean, scale) = linear.layer_norm_weight, linear.layer_norm_bias, of_tokens
             of_norm = {"weight": weight, "bias": bias, "mean": mean, "scale": scale}
-            return partial(norm_backward, x=x, residual=grad, sums=sums, biases=biases, again=again, **of_norm)
+            of_norm |= {"biases": biases, "again": again, "amax": amax()}
+            return partial(norm_backward, x=x, residual=grad, sums=sums, **of_norm)
 
-        through_gelu = partial(gelu_backward, x=before, sums=sums, again=again)
-        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, through_gelu)
-        grad, d_fc1 = product_backward(d_x, for_fc1, fc1, through_norm(fc1, middle, second_norm, True))
+        through_gelu = partial(gelu_backward, x=before, sums=sums, again=again, amax=amax())
+        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, through_gelu, recipe)
+        grad, d_fc1 = product_backward(d_x, for_fc1, fc1, through_norm(fc1, middle, second_norm, True), recipe)
         given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
         through_attention, x = partial(attend_backward, **given, causal=False), attended.flatten(1)
-        d_inputs, d_proj = product_backward(grad, for_proj, proj, through_attention, x=x)
-        d_x = rope_backward(d_inputs, None, cos, sin, sums)
-        grad, d_qkv = product_backward(d_x, for_qkv, qkv, through_norm(qkv, hidden, first_norm, False))
+        d_inputs, d_proj = product_backward(grad, for_proj, proj, through_attention, recipe, x)
+        d_x = rope_backward(d_inputs, None, cos, sin, sums, amax=amax())
+        grad, d_qkv = product_backward(d_x, for_qkv, qkv, through_norm(qkv, hidden, first_norm, False), recipe)
+        handed(segments).over(grad)
         totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
         return grad, None, None, *totals, *d_qkv, *d_proj, *d_fc1, *d_fc2
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from triton import cdiv
 from triton import next_power_of_2 as power_of_2
 
+from llava_sft.model.casts import APART, SLOTS, note_largest
+
 WARPS = 4
 TILE = 4096  # values of a tensor that a program of a backward kernel holds at a time
 PROGRAMS = 4  # of a backward kernel, for each multiprocessor
@@ -51,6 +53,16 @@ def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexp
     tl.store(out + column, tl.sum(total, 0), column < columns)
 
 
+PLACES = {"SLOTS": SLOTS, "APART": APART}
+
+
+def known(tensor: Tensor, amax: Tensor | None) -> Tensor:
+    """The tensor, with where its largest values are."""
+    if amax is not None:
+        tensor.amax = amax
+    return tensor
+
+
 def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
     """An empty [rows, columns] whose rows are `room` longer in memory."""
     return like.new_empty(rows, columns + room)[:, :columns]
@@ -61,8 +73,9 @@ def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
 
 @triton.jit
 def _norm(
-    x, branch, weight, bias, total, out, mean, scale, eps,
-    width: tl.constexpr, pitch: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
+    x, branch, weight, bias, total, out, mean, scale, amax, eps,
+    width: tl.constexpr, pitch: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
+    SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, at = column < width, row * width + column
@@ -80,31 +93,37 @@ def _norm(
     value = value * factor * tl.load(weight + column, inside, 0.0).to(tl.float32)
     if CENTER:
         value += tl.load(bias + column, inside, 0.0).to(tl.float32)
+    value = value.to(out.dtype.element_ty)
     tl.store(out + row * pitch + column, value, inside)
+    if amax is not None:
+        note_largest(amax, row, tl.abs(value.to(tl.float32)), SLOTS, APART)
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None, room: int = 0
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None, room: int = 0,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """RMSNorm, or LayerNorm where there is a bias, of x + branch, both [tokens, width] → x + branch, the normed [tokens,
     width], with `room` columns beside it, and what the gradient needs: mean (None without bias) and reciprocal deviation,
-    [tokens] float32."""
+    [tokens] float32. `amax`: where the largest values of what is normed go (casts.places), here and below."""
     (tokens, width), center = x.shape, bias is not None
     total, out = x if branch is None else torch.empty_like(x), with_room(x, tokens, width, room)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(scale) if center else None
     switches = {"ADD": branch is not None, "CENTER": center, "BLOCK": power_of_2(width)}
     _norm[tokens,](
-        x, branch, weight, bias, total, out, mean, scale, eps, width, width + room, **switches, num_warps=WARPS
-    )
-    return total, out, mean, scale
+        x, branch, weight, bias, total, out, mean, scale, amax, eps, width, width + room, **switches, **PLACES,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return total, known(out, amax), mean, scale
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_backward(
-    grad, x, weight, bias, mean, scale, residual, out, sums, tokens, columns,
+    grad, x, weight, bias, mean, scale, residual, out, sums, amax, tokens, columns,
     width: tl.constexpr, grad_pitch: tl.constexpr, residual_pitch: tl.constexpr, out_pitch: tl.constexpr,
-    CENTER: tl.constexpr, BIASES: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTER: tl.constexpr, BIASES: tl.constexpr, AGAIN: tl.constexpr, SLOTS: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0) * ROWS
     column = tl.arange(0, BLOCK)
@@ -114,6 +133,7 @@ def _norm_backward(
         shift = tl.load(bias + column, inside, 0.0).to(tl.float32)[None, :]
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     d_bias, sum_residual, sum_out = d_weight, d_weight, d_weight
+    most = tl.zeros([ROWS], tl.float32) if BIASES else d_weight  # with biases registers are short
     for start in range(program * ROWS, tokens, step):
         row = start + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None] & inside[None, :]
@@ -140,7 +160,13 @@ def _norm_backward(
         if BIASES:
             sum_residual += before
             sum_out += tl.where(mask, d_x, 0.0)
+        d_x = d_x.to(out.dtype.element_ty)
         tl.store(out + first * out_pitch + along_row, d_x, mask)
+        if amax is not None:
+            size = tl.where(mask, tl.abs(d_x.to(tl.float32)), 0.0)
+            most = tl.maximum(most, tl.max(size, 1) if BIASES else size)
+    if amax is not None:
+        note_largest(amax, program, most, SLOTS, APART)
     sums += program.to(tl.int64) * columns + column
     tl.store(sums, tl.sum(d_weight, 0), inside)
     if CENTER:
@@ -152,7 +178,7 @@ def _norm_backward(
 
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor, residual: Tensor,
-    sums: PartialSums, biases: bool = False, room: int = 0, again: bool = False,
+    sums: PartialSums, biases: bool = False, room: int = 0, again: bool = False, amax: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient of x [tokens, width], `residual` (its gradient along the other way) added, with `room` columns beside it.
     Sums taken: weight; bias, with a mean; `residual` and the result itself, with `biases`: the gradients of the biases of
@@ -169,10 +195,10 @@ def norm_backward(
         "BLOCK": block,
     }
     _norm_backward[len(partial),](
-        grad, x, weight, bias, mean, scale, residual, out, partial, tokens, sums.columns, width, *pitches, **switches,
-        num_warps=WARPS,
+        grad, x, weight, bias, mean, scale, residual, out, partial, amax, tokens, sums.columns, width, *pitches, **switches,
+        **PLACES, num_warps=WARPS,
     )  # fmt: skip
-    return out
+    return known(out, amax)
 
 
 # --- queries, keys and values --------------------------------------------------------------------------------------
@@ -254,12 +280,14 @@ def _norm_gradient(g1, g2, x1, x2, weight, half, eps, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rope_backward(
-    q_grad, k_grad, v_grad, qkv, out, q_weight, k_weight, cos, sin, sums, tokens, columns, eps, NORM: tl.constexpr,
+    q_grad, k_grad, v_grad, qkv, out, q_weight, k_weight, cos, sin, sums, amax, tokens, columns, eps, NORM: tl.constexpr,
+    SLOTS: tl.constexpr, APART: tl.constexpr,
     heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0) * TOKENS
     sum_q1, sum_k1 = tl.zeros([TOKENS, HEADS, HALF], tl.float32), tl.zeros([TOKENS, GROUPS, HALF], tl.float32)
     sum_q2, sum_k2, sum_v1, sum_v2 = sum_q1, sum_k1, sum_k1, sum_k1
+    most = tl.zeros([HALF], tl.float32)
     for start in range(program * TOKENS, tokens, step):
         angle, q, k, q_alone, k_alone, valid, is_q, is_k = _head_offsets(
             start, tokens, heads, groups, half, TOKENS, HEADS, GROUPS, HALF
@@ -290,6 +318,15 @@ def _rope_backward(
         _store_halves(out + q, half, is_q, q1, q2)
         _store_halves(out + k, half, is_k, k1, k2)
         _store_halves(out + k + 2 * half, half, is_k, v1, v2)
+        if amax is not None:
+            kind: tl.constexpr = out.dtype.element_ty
+            largest_q = tl.where(is_q, tl.maximum(tl.abs(q1), tl.abs(q2)), 0.0)
+            largest_k = tl.maximum(tl.maximum(tl.abs(k1), tl.abs(k2)), tl.maximum(tl.abs(v1), tl.abs(v2)))
+            largest_k = tl.where(is_k, largest_k, 0.0)
+            most = tl.maximum(most, tl.max(tl.max(largest_q, 0), 0).to(kind).to(tl.float32))
+            most = tl.maximum(most, tl.max(tl.max(largest_k, 0), 0).to(kind).to(tl.float32))
+    if amax is not None:
+        note_largest(amax, program, most, SLOTS, APART)
     sums += program.to(tl.int64) * columns
     channel = tl.arange(0, HALF)
     if NORM:  # one weight for all heads
@@ -331,7 +368,7 @@ def rope(
 
 def rope_backward(
     grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor | None, cos: Tensor, sin: Tensor, sums: PartialSums,
-    weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0,
+    weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0, amax: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient of `qkv`, which the norms need. Sums taken: both norms' weights; without norms, the product's bias."""
     (tokens, heads, head_dim), groups = grads[0].shape, grads[1].size(1)
@@ -341,29 +378,35 @@ def rope_backward(
     q_weight, k_weight = weights or (None, None)
     partial = sums.take(2 * head_dim if weights else width)
     _rope_backward[len(partial),](
-        *grads, qkv, out, q_weight, k_weight, cos, sin, partial, tokens, sums.columns, eps, weights is not None, **shape,
-        num_warps=WARPS,
+        *grads, qkv, out, q_weight, k_weight, cos, sin, partial, amax, tokens, sums.columns, eps, weights is not None, **shape,
+        **PLACES, num_warps=WARPS,
     )  # fmt: skip
-    return out
+    return known(out, amax)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _swiglu(gate_and_up, out, width: tl.constexpr, pitch: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(
+    gate_and_up, out, amax, width: tl.constexpr, pitch: tl.constexpr, SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr
+):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)
     # Two steps, as in Megatron: the first is rounded too.
     opened = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * pitch + column, opened * up, inside)
+    value = (opened * up).to(out.dtype.element_ty)
+    tl.store(out + row * pitch + column, value, inside)
+    if amax is not None:
+        note_largest(amax, row + tl.program_id(1), tl.where(inside, tl.abs(value.to(tl.float32)), 0.0), SLOTS, APART)
 
 
 @triton.jit
 def _swiglu_backward(
-    gate_and_up, grad, out, width: tl.constexpr, pitch: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate_and_up, grad, out, amax, width: tl.constexpr, pitch: tl.constexpr, AGAIN: tl.constexpr,
+    SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)
@@ -372,22 +415,28 @@ def _swiglu_backward(
     if AGAIN:
         opened = (gate * share).to(out.dtype.element_ty).to(tl.float32)
         tl.store(grad + row * pitch + column, opened * up, inside)
-    _store_halves(out + at, width, inside, d_x * up * share * (1 + gate * (1 - share)), d_x * gate * share)
+    d_gate, d_up = d_x * up * share * (1 + gate * (1 - share)), d_x * gate * share
+    _store_halves(out + at, width, inside, d_gate, d_up)
+    if amax is not None:
+        most = tl.maximum(tl.abs(d_gate), tl.abs(d_up)).to(out.dtype.element_ty).to(tl.float32)
+        note_largest(amax, row + tl.program_id(1), tl.where(inside, most, 0.0), SLOTS, APART)
 
 
-def swiglu(gate_and_up: Tensor, room: int = 0) -> Tensor:
+def swiglu(gate_and_up: Tensor, room: int = 0, amax: Tensor | None = None) -> Tensor:
     """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width], with `room` columns beside it."""
     tokens, width = gate_and_up.size(0), gate_and_up.size(1) // 2
     out = with_room(gate_and_up, tokens, width, room)
-    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, width, width + room, BLOCK=1024)
-    return out
+    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, amax, width, width + room, **PLACES, BLOCK=1024)
+    return known(out, amax)
 
 
-def swiglu_backward(grad: Tensor, gate_and_up: Tensor, again: bool = False) -> Tensor:
+def swiglu_backward(grad: Tensor, gate_and_up: Tensor, again: bool = False, amax: Tensor | None = None) -> Tensor:
     """Gradient of `gate_and_up`. `again`: swiglu(gate_and_up) takes the place of `grad`."""
     out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
-    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, grad.stride(0), again, BLOCK=1024)
-    return out
+    _swiglu_backward[tokens, cdiv(width, 1024)](
+        gate_and_up, grad, out, amax, width, grad.stride(0), again, **PLACES, BLOCK=1024
+    )
+    return known(out, amax)
 
 
 @triton.jit
@@ -401,11 +450,14 @@ def _normal(x):
 
 
 @triton.jit
-def _gelu(x, out, size, BLOCK: tl.constexpr):
+def _gelu(x, out, amax, size, SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, at < size, 0.0).to(tl.float32)
     below, _ = _normal(value)
-    tl.store(out + at, value * below, at < size)
+    value = (value * below).to(out.dtype.element_ty)
+    tl.store(out + at, value, at < size)
+    if amax is not None:
+        note_largest(amax, tl.program_id(0), tl.abs(value.to(tl.float32)), SLOTS, APART)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -414,15 +466,19 @@ def _gelu_backward(
     x,
     out,
     sums,
+    amax,
     tokens,
     columns,
     width: tl.constexpr,
     AGAIN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    APART: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, total = column < width, tl.zeros([ROWS, BLOCK], tl.float32)
+    most = total
     for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None] & inside[None, :]
@@ -434,27 +490,35 @@ def _gelu_backward(
             tl.store(grad + at, value * below, mask)
         d_x *= below + value * density
         total += d_x
+        d_x = d_x.to(out.dtype.element_ty)
         tl.store(out + at, d_x, mask)
+        if amax is not None:
+            most = tl.maximum(most, tl.where(mask, tl.abs(d_x.to(tl.float32)), 0.0))
+    if amax is not None:
+        note_largest(amax, tl.program_id(0) + tl.program_id(1), most, SLOTS, APART)
     tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, tl.sum(total, 0), inside)
 
 
-def gelu(x: Tensor) -> Tensor:
+def gelu(x: Tensor, amax: Tensor | None = None) -> Tensor:
     """The exact GELU, of any shape."""
     out = torch.empty_like(x)
-    _gelu[cdiv(x.numel(), 2048),](x, out, x.numel(), BLOCK=2048, num_warps=WARPS)
-    return out
+    _gelu[cdiv(x.numel(), 2048),](x, out, amax, x.numel(), **PLACES, BLOCK=2048, num_warps=WARPS)
+    return known(out, amax)
 
 
-def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums, again: bool = False) -> Tensor:
+def gelu_backward(
+    grad: Tensor, x: Tensor, sums: PartialSums, again: bool = False, amax: Tensor | None = None
+) -> Tensor:
     """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it. `again`: gelu(x) takes the place of
     `grad`."""
     (tokens, width), out = x.shape, torch.empty_like(x)
     partial, block = sums.take(width), min(1024, power_of_2(width))
     grid = (len(partial), cdiv(width, block))
     _gelu_backward[grid](
-        grad, x, out, partial, tokens, sums.columns, width, again, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
-    )
-    return out
+        grad, x, out, partial, amax, tokens, sums.columns, width, again, **PLACES, ROWS=TILE // 2 // block, BLOCK=block,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return known(out, amax)
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------

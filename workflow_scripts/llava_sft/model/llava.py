@@ -35,6 +35,7 @@ from llava_sft.model.attention import SegmentAttention, vision_attention
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.fused_layers import FusedLanguageLayer, FusedVisionLayer
 from llava_sft.model.products import AccumulatingLinear
+from llava_sft.model.tries import tried
 from llava_sft.model.vision import Adapter, Grid, RiceViT
 
 with suppress(ImportError):  # a machine without it has no GPU
@@ -225,5 +226,6 @@ def vision_transformer_config(language: TransformerConfig, model: ModelConfig, r
     config.recompute_granularity = "full" if recompute else None
     config.recompute_method, config.recompute_num_layers = ("uniform", 1) if recompute else (None, None)
     config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
-    config.fp8 = None  # its rows are too short: casting costs more than the products gain
+    if not tried("fp8_vision"):
+        config.fp8 = None  # its rows are too short: casting costs more than the products gain
     return config

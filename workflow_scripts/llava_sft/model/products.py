@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_sft.model import casts
 from llava_sft.model.lora_dropout import leave_out_at
+from llava_sft.model.tries import tried
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.cpp_extensions import general_gemm
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
 
 def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None, scale: float = 1.0) -> Tensor | None:
@@ -66,6 +69,24 @@ def quantizers(recipe: str) -> tuple:
 
     kinds = DType.kFloat8E4M3, DType.kFloat8E5M2
     return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
+
+
+def places(recipe: str | None | bool, device: torch.device) -> Tensor | None:
+    """Where a kernel leaves the largest values of what becomes an operand in FP8: None where nobody asks."""
+    return casts.places(device) if recipe == "tensorwise" and tried("amax") else None
+
+
+def in_fp8(x: Tensor, quantizer: Any, recipe: str) -> Any:
+    """x in rows and in columns."""
+    amax = getattr(x, "amax", None)
+    if amax is None or recipe != "tensorwise" or not x.is_contiguous():
+        return quantizer.quantize_impl(x)
+    kind = torch.float8_e4m3fn if quantizer.dtype == DType.kFloat8E4M3 else torch.float8_e5m2
+    rows, columns, scale_inv = casts.cast(x, amax, kind)
+    return Float8TensorStorage(
+        data=rows.view(torch.uint8), data_transpose=columns.view(torch.uint8), fp8_scale_inv=scale_inv,
+        fp8_dtype=quantizer.dtype, fake_dtype=x.dtype, quantizer=None,
+    )  # fmt: skip
 
 
 def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias: Tensor | None = None) -> tuple:
@@ -177,7 +198,7 @@ def trainable(module: torch.nn.Module) -> tuple[Tensor, ...]:
 def weight_product(
     x: Tensor, module: torch.nn.Module, recipe: str | None, bias: Tensor | None = None
 ) -> tuple[Tensor, tuple]:
-    """x · weightᵀ + bias, in FP8 where there is a recipe (then without bias); and both operands, for the gradients: no x
+    """x · weightᵀ + bias, in FP8 where there is a recipe; and both operands, for the gradients: no x
     where the weight is frozen. A weight is cast once a step (`is_first_microbatch` is Megatron's flag), a frozen one once."""
     weight = module.weight
     trained = weight.requires_grad
@@ -188,8 +209,9 @@ def weight_product(
         move_back(module)
         module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
         module.is_first_microbatch = False
-    x_in_fp8, fast = cast_input.quantize_impl(x), recipe == "tensorwise"
-    out = general_gemm(module.weight_in_fp8, x_in_fp8, out_dtype=x.dtype, use_split_accumulator=not fast)[0]
+    x_in_fp8, fast = in_fp8(x, cast_input, recipe), recipe == "tensorwise"
+    how = {"out_dtype": x.dtype, "use_split_accumulator": not fast, "bias": bias}
+    out = general_gemm(module.weight_in_fp8, x_in_fp8, **how)[0]
     x_in_fp8.update_usage(rowwise_usage=False)
     return out, (x_in_fp8 if trained else None, module.weight_in_fp8)
 
@@ -202,7 +224,7 @@ def weight_product_backward(
     if not recipe:
         return grad @ weight, weight_gradient(weight, grad, x)
     exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
-    grad = quantizers(recipe)[2].quantize_impl(grad)
+    grad = in_fp8(grad, quantizers(recipe)[2], recipe)
     d_x = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
     if not weight.requires_grad:
         return d_x, None
