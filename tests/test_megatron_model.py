@@ -157,6 +157,23 @@ def test_gradients_are_scaled_in_place():
     torch.testing.assert_close(gradients, expected)
 
 
+def test_a_validation_casts_the_weights_to_fp8_again(megatron, monkeypatch):
+    """Layers of Transformer Engine keep their copies in FP8 until `is_first_microbatch` is set; packs set it for others."""
+    from llava_sft.training.loop import Loop
+
+    done = []
+    model = SimpleNamespace(
+        **{name: lambda name=name: done.append(name) for name in ("eval", "train", "set_is_first_microbatch")}
+    )
+    forward = SimpleNamespace(device="cpu", evaluate=lambda batches: done.append("evaluate") or torch.ones(2))
+    values = SimpleNamespace(eval_iters=2)
+    watch = SimpleNamespace(writes=False, pause=lambda seconds: None)
+    loop = SimpleNamespace(model=model, forward=forward, values=values, watch=watch, stages=1, micro_batches=1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **named: None)
+    Loop.validate(loop, SimpleNamespace(rewind=lambda: None), 1)
+    assert done == ["eval", "set_is_first_microbatch", "evaluate", "evaluate", "train"]
+
+
 def test_logits_in_pieces_give_the_same_losses_and_gradients(both, small_checkpoint, monkeypatch):
     batch, model = loader_batch(small_checkpoint, CASES["padded batch of three"]), both.mcore.train()
     weight = model.language_model.output_layer.weight

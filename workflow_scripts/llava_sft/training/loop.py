@@ -141,6 +141,7 @@ class Loop:
         began = time.perf_counter()
         held_out.rewind()
         self.model.eval()
+        self.model.set_is_first_microbatch()  # or FP8 would keep the weights of the first validation
         total = torch.zeros(2, device=self.forward.device)
         for _ in range(self.values.eval_iters):
             batches = (next(held_out) for _ in range(self.micro_batches))
