@@ -27,8 +27,8 @@ import torch
 from cases import CASE, PEAK, run_settings
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.loader import VlmBatch
-from llava_sft.model.config import load_model_config
 from llava_sft.model import tries
+from llava_sft.model.config import load_model_config
 from llava_sft.model.processing import PATCH_VALUES
 from llava_sft.model.template import ChatTemplate
 from llava_sft.preflight.cost import matmul_parameters, training_flops
@@ -168,7 +168,10 @@ class Cases:
             config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
         tries.TRIED = set(case.get("try", ()))
         in_fp8 = None if case["fp8"] == "none" else "hybrid"
-        for config, fp8 in ((language.config, in_fp8), (vision.decoder.config, in_fp8 if tries.tried("fp8_vision") else None)):
+        for config, fp8 in (
+            (language.config, in_fp8),
+            (vision.decoder.config, in_fp8 if tries.tried("fp8_vision") else None),
+        ):
             config.fp8, config.fp8_recipe = fp8, case["fp8"]
         chunk = {"pack_chunk_tokens": case["pack_chunk_tokens"]}
         self.loop.values = self.loop.values.model_copy(update=chunk)
@@ -272,25 +275,26 @@ class Cases:
         return sorted(tensor.double().sum().item() for tensor in self.state())
 
 
+def tower_once(loop: Loop, pixels: torch.Tensor, grids: list[tuple[int, int]]) -> tuple[float, float]:
+    """Seconds of the vision tower's forward and backward, and of the host in the forward."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    features = unwrapped(loop.model).vision_model(pixels, grids)
+    host = time.perf_counter() - began
+    features.backward(features.detach())
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, host
+
+
 def vision_alone(loop: Loop) -> dict[str, dict]:
     """Forward and backward of the vision tower alone, by number of images and patches of each."""
     vision, parameters = loop.model_config.vision, matmul_parameters(loop.model_config)[2]
     result = {}
     for images, side in ((24, 32), (6, 64), (96, 16)):
         pixels = torch.randint(256, (images * side**2, PATCH_VALUES), dtype=torch.uint8, device=loop.forward.device)
-
-        def once() -> tuple[float, float]:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            features = unwrapped(loop.model).vision_model(pixels, [(side, side)] * images)
-            host = time.perf_counter() - began
-            features.backward(features.detach())
-            torch.cuda.synchronize()
-            return time.perf_counter() - began, host
-
-        times = [once() for _ in range(12)]
+        times = [tower_once(loop, pixels, [(side, side)] * images) for _ in range(12)]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            once()
+            tower_once(loop, pixels, [(side, side)] * images)
         seconds, host = (statistics.median(column) for column in zip(*times[4:], strict=True))
         attention = 4 * vision.num_layers * vision.hidden_size * images * side**4
         flops = 3 * (2 * parameters * images * side**2 + attention)
@@ -337,7 +341,9 @@ def train(args) -> None:
             continue
         if case.get("vision_alone"):
             result["vision"] = vision_alone(loop)
-            write(f"VISION {case['name']}: { {name: round(tower['ms'], 1) for name, tower in result['vision'].items()} }")
+            write(
+                f"VISION {case['name']}: { {name: round(tower['ms'], 1) for name, tower in result['vision'].items()} }"
+            )
         shown = figures(result)
         memory = f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB"
         rate = shown["useful_tokens_per_s"]

@@ -33,7 +33,8 @@ def test_kernels_are_called_as_the_library_calls_them(monkeypatch, heads, groups
     monkeypatch.setattr(flash4, "_kernels", {})
     with FakeTensorMode():
         query, key, value = (
-            torch.empty(2050, number, head_dim, dtype=torch.bfloat16, device="cuda") for number in (heads, groups, groups)
+            torch.empty(2050, number, head_dim, dtype=torch.bfloat16, device="cuda")
+            for number in (heads, groups, groups)
         )
         ends = torch.empty(3, dtype=torch.int32, device="cuda")
         segments = SimpleNamespace(cu_seqlens_q=ends, max_seqlen_q=1025)

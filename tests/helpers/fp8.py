@@ -26,7 +26,11 @@ class Quantizer:
 
     def quantize_impl(self, x):
         self.counted.append(tuple(x.shape))
-        return Operand(**dict(zip(("rows", "columns", "scale_inv"), cast(x, x.float().abs().max(), KINDS[self.dtype]))))
+        return Operand(
+            **dict(
+                zip(("rows", "columns", "scale_inv"), cast(x, x.float().abs().max(), KINDS[self.dtype]), strict=True)
+            )
+        )
 
 
 def cast(x, largest, kind):

@@ -1,6 +1,9 @@
 """Faster ways (model/tries.py) beside what they replace, at 4B's widths on a GPU, in one process: prints one JSON line.
 
-python tests/helpers/levers_worker.py HF_FOLDER
+python tests/helpers/levers_worker.py HF_FOLDER [levers | seams]
+
+seams: what has no lever but was read as risky: gradients summed in bf16 over many micro-batches, packed beside unpacked
+validation, FP8 copies of weights after these have changed.
 """
 
 import json
@@ -18,7 +21,7 @@ from helpers import ROOT
 from helpers.gpu import VALUES, samples
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.megatron import distributed, parallel
-from llava_sft.model import casts, products, tries
+from llava_sft.model import casts, flash4, products, tries
 from llava_sft.model.config import load_model_config
 from llava_sft.model.template import ChatTemplate
 from llava_sft.training import forward
@@ -45,11 +48,13 @@ def casts_beside_transformer_engine() -> dict[str, int]:
                 theirs = quantizer.quantize_impl(x_scaled)
                 amax = casts.places(x.device)
                 amax[casts.APART * 5] = x_scaled.float().abs().max()
-                x_scaled.amax = amax
+                x_scaled.largest_values = amax
                 ours = products.in_fp8(x_scaled, quantizer, "tensorwise")
                 found = [(ours._data != theirs._data).sum(), (ours._transpose != theirs._transpose).sum()]
                 found.append(ours._scale_inv != theirs._scale_inv)
-                differ[f"{'e4m3' if not number else 'e5m2'} {rows} x {columns} times {scale:g}"] = int(sum(map(int, found)))
+                differ[f"{'e4m3' if not number else 'e5m2'} {rows} x {columns} times {scale:g}"] = int(
+                    sum(map(int, found))
+                )
     return differ
 
 
@@ -61,7 +66,7 @@ def largest_values_are_right() -> dict[str, bool]:
         return torch.randn(*shape, device="cuda").to(dtype)
 
     def right(tensor) -> bool:
-        return bool(tensor.amax.view(casts.SLOTS, casts.APART)[:, 0].max() == tensor.float().abs().max())
+        return bool(tensor.largest_values.view(casts.SLOTS, casts.APART)[:, 0].max() == tensor.float().abs().max())
 
     n, device, found = 4100, torch.device("cuda"), {}
     for width, bias in ((2560, None), (1024, r(1024))):
@@ -96,68 +101,149 @@ def small_model():
     )
 
 
-def main(tokenizer: str) -> None:
-    values = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True, "fp8": "tensorwise", "seq_length": 8192})
-    distributed.allow_gradient_fusion()
-    device = parallel.start(values, torch.distributed.HashStore())
-    made = forward.transformer_config
+class Trained:
+    """The model, a pack, and what is computed with them."""
 
-    def without_buffer(*given):
-        config = made(*given)
-        config.gradient_accumulation_fusion = False
-        return config
+    def __init__(self, tokenizer: str):
+        values = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True, "fp8": "tensorwise", "seq_length": 8192})
+        distributed.allow_gradient_fusion()
+        device = parallel.start(values, torch.distributed.HashStore())
+        made = forward.transformer_config
 
-    forward.transformer_config = without_buffer
-    model = forward.build_model(small_model(), values).cuda().bfloat16()
-    model.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
-    answer_losses = forward.Forward(model, device)
-    encoder = VlmTaskEncoder(ChatTemplate(tokenizer), 8192, 3136, 602_112, True, pad_multiple=128)
-    encoded = [encoder.encode_sample(sample) for sample in samples(scale=4)]
-    packed = encoder.batch([encoder.pack_selected_samples(encoded)])
-    towers = model.language_model.decoder.config, model.vision_model.decoder.config
+        def without_buffer(*given):
+            config = made(*given)
+            config.gradient_accumulation_fusion = False
+            return config
 
-    def losses_and_gradients(tried=frozenset(), fp8=None):
+        forward.transformer_config = without_buffer
+        self.model = forward.build_model(small_model(), values).cuda().bfloat16()
+        self.model.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
+        self.answer_losses = forward.Forward(self.model, device)
+        limits = ChatTemplate(tokenizer), 8192, 3136, 602_112
+        packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)
+        encoded = [packing.encode_sample(sample) for sample in samples(scale=4)]
+        self.packed = packing.batch([packing.pack_selected_samples(encoded)])
+        self.unpacked = [alone.batch([one]) for one in encoded]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.seconds = 0.0
+
+    def use(self, tried=frozenset(), fp8=None) -> None:
         tries.TRIED = set(tried)
+        towers = self.model.language_model.decoder.config, self.model.vision_model.decoder.config
         for config, on in zip(towers, (fp8, fp8 and "fp8_vision" in tried), strict=True):
             config.fp8, config.fp8_recipe = ("hybrid", fp8) if on else (None, None)
-        for module in model.modules():
+        self.cast_again()
+
+    def cast_again(self) -> None:
+        for module in self.model.modules():
             if hasattr(module, "is_first_microbatch"):
                 module.is_first_microbatch = True
-        model.zero_grad()
-        answer_losses.begin(1)
+
+    def losses_and_gradients(self, tried=frozenset(), fp8=None):
+        self.use(tried, fp8)
+        self.model.zero_grad()
+        self.answer_losses.begin(1)
         began = time.perf_counter()
-        losses = answer_losses(packed)
+        losses = self.answer_losses(self.packed)
         losses.sum().backward()
         torch.cuda.synchronize()
-        spent.append(time.perf_counter() - began)
-        return losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        self.seconds = round(time.perf_counter() - began, 2)
+        return losses.detach(), torch.cat([p.grad.flatten() for p in self.parameters])
 
-    def differences(ours, reference):
-        return [
-            ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, reference, strict=True)
-        ]
+    @torch.no_grad()
+    def validation(self, batches) -> float:
+        self.model.eval()
+        sums = self.answer_losses.evaluate(batches)
+        self.model.train()
+        return float(sums[0] / sums[1])
 
-    spent: list[float] = []
+
+def differences(ours, reference) -> list[float]:
+    return [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, reference, strict=True)]
+
+
+def levers(trained: Trained) -> dict:
     found = {"bytes of casts that differ": {k: v for k, v in casts_beside_transformer_engine().items() if v}}
     found["largest values that are wrong"] = [name for name, right in largest_values_are_right().items() if not right]
-    bf16 = losses_and_gradients()
-    found["bf16 again"] = differences(losses_and_gradients(), bf16)
-    fp8 = losses_and_gradients(fp8="tensorwise")
-    found["FP8 again"] = differences(losses_and_gradients(fp8="tensorwise"), fp8)
+    bf16 = trained.losses_and_gradients()
+    found["bf16 again"] = differences(trained.losses_and_gradients(), bf16)
+    fp8 = trained.losses_and_gradients(fp8="tensorwise")
+    found["FP8 again"] = differences(trained.losses_and_gradients(fp8="tensorwise"), fp8)
     found["FP8, from bf16"] = differences(fp8, bf16)
     for name, (tried, recipe) in LEVERS.items():
         try:
-            ours = losses_and_gradients(tried, recipe)
+            ours = trained.losses_and_gradients(tried, recipe)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"[:600]
             continue
         found[name] = differences(ours, fp8 if recipe else bf16)
         if recipe:
             found[f"{name}, from bf16"] = differences(ours, bf16)
-        found[f"{name}: seconds, first pass"] = round(spent[-1], 2)
-    found["tokens, patches"] = [packed.input_ids.numel(), len(packed.pixels)]
-    print("RESULT", json.dumps(found), flush=True)
+        found[f"{name}: seconds, first pass"] = trained.seconds
+    found["fell back"] = sorted(flash4._failed)
+    found["tokens, patches"] = [trained.packed.input_ids.numel(), len(trained.packed.pixels)]
+    return found
+
+
+def summed(trained: Trained, micro_batches: int) -> list[float]:
+    """[cosine, length over length] of gradients in Megatron's buffer in bf16, beside sums in float32."""
+    chunks = trained.packed.chunks(1024, 128)
+    trained.use()
+    for p in trained.parameters:
+        p.exact, p.main_grad = torch.zeros_like(p, dtype=torch.float32), torch.zeros_like(p)
+    for number in range(micro_batches):
+        for buffered in (False, True):
+            kept = [p.main_grad for p in trained.parameters]
+            if not buffered:
+                for p in trained.parameters:
+                    del p.main_grad
+            trained.answer_losses(chunks[number % len(chunks)]).sum().backward()
+            for p, buffer in zip(trained.parameters, kept, strict=True):
+                if not buffered:
+                    p.main_grad = buffer
+                    p.exact += 0 if p.grad is None else p.grad
+                elif p.grad is not None and not getattr(p, "grad_added_to_main_grad", False):
+                    buffer += p.grad  # as Megatron's hook does
+                p.grad, p.grad_added_to_main_grad = None, False
+    ours = torch.cat([p.main_grad.flatten().float() for p in trained.parameters])
+    exact = torch.cat([p.exact.flatten() for p in trained.parameters])
+    for p in trained.parameters:
+        del p.main_grad, p.exact
+    return [torch.dot(ours / ours.norm(), exact / exact.norm()).item(), (ours.norm() / exact.norm()).item()]
+
+
+def seams(trained: Trained) -> dict:
+    found = {f"gradients of {n} micro-batches": summed(trained, n) for n in (1, 16, 224)}
+    for fp8 in (None, "tensorwise"):
+        trained.use(fp8=fp8)
+        kind = "FP8" if fp8 else "bf16"
+        found[f"validation in {kind}: packed, unpacked"] = [
+            trained.validation([trained.packed]), trained.validation(trained.unpacked)
+        ]  # fmt: skip
+    # As in a training: validated, a step that changes weights, validated again; then as a process that starts with them.
+    with torch.no_grad():
+        for p in trained.parameters:
+            if p.dim() == 2:
+                p *= 1.3
+    stale = [trained.validation([trained.packed]), trained.validation(trained.unpacked)]
+    trained.cast_again()
+    fresh = [trained.validation([trained.packed]), trained.validation(trained.unpacked)]
+    for module in trained.model.modules():
+        vars(module).pop("weight_in_fp8", None)
+        getattr(module, "_fp8_workspaces", {}).clear()
+    trained.cast_again()
+    found["weights changed, not cast again: packed, unpacked"] = stale
+    found["weights changed: packed, unpacked"] = fresh
+    found["a new process: packed, unpacked"] = [
+        trained.validation([trained.packed]), trained.validation(trained.unpacked)
+    ]  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(
+        "RESULT",
+        json.dumps(
+            {"levers": levers, "seams": seams}[sys.argv[2] if len(sys.argv) > 2 else "levers"](Trained(sys.argv[1]))
+        ),
+    )

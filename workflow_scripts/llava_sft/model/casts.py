@@ -90,7 +90,7 @@ class Handed:
         self.tensor: Tensor | None = None
 
     def over(self, tensor: Tensor) -> None:
-        self.tensor = tensor if hasattr(tensor, "amax") else None
+        self.tensor = tensor if hasattr(tensor, "largest_values") else None
 
     def take(self, tensor: Tensor) -> None:
         """Notes the largest values of `tensor`, where it is what was handed over."""
@@ -98,7 +98,7 @@ class Handed:
         if given is None or given._version != tensor._version:
             return
         if (given.data_ptr(), given.shape, given.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
-            tensor.amax = given.amax
+            tensor.largest_values = given.largest_values
 
 
 def handed(segments: Any) -> Handed:

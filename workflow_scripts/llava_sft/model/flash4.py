@@ -35,7 +35,9 @@ def give_up(causal: bool, error: BaseException) -> None:
     """From now on cuDNN's; says so once."""
     tower = "language model" if causal else "vision tower"
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    logging.getLogger(__name__).warning("FlashAttention-4 is not used in the %s, cuDNN's attention is: %s", tower, reason)
+    logging.getLogger(__name__).warning(
+        "FlashAttention-4 is not used in the %s, cuDNN's attention is: %s", tower, reason
+    )
     _failed.add(causal)
 
 
@@ -117,7 +119,13 @@ def _ordinary(segments: Any) -> bool:
 
 def _named(segments: Any, causal: bool) -> dict:
     ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
-    return {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest, "causal": causal}
+    return {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+        "causal": causal,
+    }
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Any, causal: bool) -> tuple[Tensor, list]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llava_sft.model import flash4
 from llava_sft.model.attention import VisionSeqParams
+from llava_sft.model.casts import handed
 from llava_sft.model.kernels import (
     PartialSums,
     gelu,
@@ -33,9 +34,7 @@ from llava_sft.model.kernels import (
     swiglu,
     swiglu_backward,
 )
-from llava_sft.model.casts import handed
 from llava_sft.model.products import move_back, places, product, product_backward, room_beside, trainable
-from llava_sft.model.tries import tried
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd

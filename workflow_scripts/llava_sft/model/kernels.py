@@ -59,7 +59,7 @@ PLACES = {"SLOTS": SLOTS, "APART": APART}
 def known(tensor: Tensor, amax: Tensor | None) -> Tensor:
     """The tensor, with where its largest values are."""
     if amax is not None:
-        tensor.amax = amax
+        tensor.largest_values = amax
     return tensor
 
 
@@ -390,7 +390,7 @@ def rope_backward(
 @triton.jit
 def _swiglu(
     gate_and_up, out, amax, width: tl.constexpr, pitch: tl.constexpr, SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr
-):
+):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, at = column < width, row * 2 * width + column
     gate, up = _load_halves(gate_and_up + at, width, inside)

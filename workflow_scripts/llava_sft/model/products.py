@@ -71,14 +71,14 @@ def quantizers(recipe: str) -> tuple:
     return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
 
 
-def places(recipe: str | None | bool, device: torch.device) -> Tensor | None:
+def places(recipe: str | bool | None, device: torch.device) -> Tensor | None:
     """Where a kernel leaves the largest values of what becomes an operand in FP8: None where nobody asks."""
     return casts.places(device) if recipe == "tensorwise" and tried("amax") else None
 
 
 def in_fp8(x: Tensor, quantizer: Any, recipe: str) -> Any:
     """x in rows and in columns."""
-    amax = getattr(x, "amax", None)
+    amax = getattr(x, "largest_values", None)
     if amax is None or recipe != "tensorwise" or not x.is_contiguous():
         return quantizer.quantize_impl(x)
     kind = torch.float8_e4m3fn if quantizer.dtype == DType.kFloat8E4M3 else torch.float8_e5m2
