@@ -120,7 +120,7 @@ class Trained:
         self.model.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
         self.answer_losses = forward.Forward(self.model, device)
         limits = ChatTemplate(tokenizer), 8192, 3136, 602_112
-        packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)
+        packing, alone = (VlmTaskEncoder(*limits, packed, pad_multiple=128) for packed in (True, False))
         encoded = [packing.encode_sample(sample) for sample in samples(scale=4)]
         self.packed = packing.batch([packing.pack_selected_samples(encoded)])
         self.unpacked = [alone.batch([one]) for one in encoded]
