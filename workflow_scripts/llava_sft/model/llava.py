@@ -226,6 +226,6 @@ def vision_transformer_config(language: TransformerConfig, model: ModelConfig, r
     config.recompute_granularity = "full" if recompute else None
     config.recompute_method, config.recompute_num_layers = ("uniform", 1) if recompute else (None, None)
     config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
-    if not tried("fp8_vision"):
+    if not tried("fp8_vision") or config.fp8_recipe != "tensorwise":
         config.fp8 = None  # its rows are too short: casting costs more than the products gain
     return config
