@@ -10,19 +10,29 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup chat test test-slurm test-faults test-consumers soak checks format figures lock clean experiment runs schema
+.PHONY: targets setup chat test test-slurm test-faults test-consumers soak checks format figures lock clean experiment runs compare schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
 	@$(VENV)/bin/snakemake --quiet all
 
+# `make train_vqa lr=1e-3` is `--config lr=1e-3`.
+OWN := ARGS NAME PYTHON RUN RUNS VENV SHELL
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+SETTINGS = $(if $(filter-out $(OWN),$(GIVEN)),--config $(foreach name,$(filter-out $(OWN),$(GIVEN)),'$(name)=$($(name))'))
+
 define STEP
 $(1)_%: $(READY)
-	@$(VENV)/bin/snakemake $$@ $$(ARGS)
+	@$(VENV)/bin/snakemake $$@ $$(ARGS) $$(SETTINGS)
 endef
 $(foreach step,$(STEPS),$(eval $(call STEP,$(step))))
 
 setup: $(READY)
+
+# No such target here: Snakemake makes it, or says what is near.
+.DEFAULT:
+	@$(MAKE) --no-print-directory --silent setup
+	@$(VENV)/bin/snakemake $@ $(ARGS) $(SETTINGS)
 
 # Questions to what a run has learned: make chat RUN=output/stage2_sft_vqa, ARGS="--web" for a page.
 chat: $(READY)
@@ -32,9 +42,9 @@ chat: $(READY)
 test: checks
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# Time limits, scancel, a dead node and a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
+# Eight ranks; nodes without Slurm; time limits, scancel, a dead node, a killed Snakemake on a real Slurm (root; slurm-wlm, munge): half an hour.
 test-slurm: $(READY)
-	$(VENV)/bin/python -m pytest -m long tests/test_slurm.py $(ARGS)
+	$(VENV)/bin/python -m pytest -m long tests/test_layouts.py tests/test_nodes.py tests/test_slurm.py $(ARGS)
 
 # Every fault of docs/faults.md in the real chain: about an hour; full disks as root only. `make soak`: random faults for another.
 test-faults: $(READY)
@@ -87,9 +97,13 @@ experiment:
 	@sed '/^# Copy to /d; s/NAME/$(NAME)/g; s/<name>/$(NAME)/g' config/experiments/TEMPLATE.yaml > config/experiments/$(NAME).yaml
 	@echo "config/experiments/$(NAME).yaml: edit its paths, then make train_$(NAME)"
 
-# Name, state, step, loss and size of every run, and the command that goes on with it.
+# State, loss, accuracy and settings of every run, and the command that goes on with it.
 runs: $(READY)
 	@$(VENV)/bin/python workflow_scripts/list_runs.py $(ARGS)
+
+# One page with runs side by side: make compare RUNS=stage2_sft_a,stage2_sft_b
+compare: $(READY)
+	@$(VENV)/bin/python workflow_scripts/compare_runs.py "$(RUNS)" $(ARGS)
 
 schema: $(READY)
 	$(VENV)/bin/python workflow_scripts/write_schema.py

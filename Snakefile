@@ -3,6 +3,7 @@
 import gc
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 # Ten thousand jobs are millions of objects that stay: to search them for garbage takes a fifth of the planning.
@@ -10,22 +11,31 @@ gc.set_threshold(200_000, 20, 100)
 
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
-# Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything.
-PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && {shlex.quote(sys.executable)} workflow_scripts/"
+# Scripts are command lines, run with this interpreter: whoever calls snakemake need not have activated anything. `exec`: no
+# shell is left that prints `Terminated`.
+PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && exec {shlex.quote(sys.executable)} workflow_scripts/"
 
+import snakemake_logger_plugin_llava_sft as terminal
 from llava_sft import paths
 from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
 from llava_sft.model.export_files import export_form
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers, overview, to_export
+from llava_sft.training.meeting import role_of_node
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers, outcome, overview, to_export
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
+
+# Where a platform has started several nodes, the first runs the workflow, and the others never come back from here.
+host = role_of_node(sys.argv[1:]) if workflow.is_main_process else None
 
 if workflow.is_main_process:  # a job may run on another machine, where the kernel knows nothing of the main process
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
 
 # A closed terminal ends nothing: Snakemake hears of it and asks the jobs to save.
-shell.prefix("set -euo pipefail; trap '' HUP; ")
+shell.prefix("set -euo pipefail; trap '' HUP; export PYTHONUTF8=1; ")
+
+terminal.targets.update({"targets"}, {f"{step}_{name}" for step in STEPS for name in flow.experiments})
+terminal.closing = partial(outcome, flow, sys.argv[1:])
 
 if workflow.is_main_process:
     flow.force = lambda files: workflow.dag.forcefiles.update(files)
@@ -42,6 +52,16 @@ rule targets:
 onstart:
     if workflow.is_main_process:
         pass_on_signals()
+
+
+onsuccess:
+    if host:
+        host.over(0)
+
+
+onerror:
+    if host:
+        host.over(1)
 
 
 include: "rules/data.smk"

@@ -71,7 +71,7 @@ PEERS = {
     "unpacked": [{"name": "transformers unpacked", **PLAIN, "accumulate": 144, "steps": 1, "recompute": ["full"]}],
 }
 # Settings of our runs: no validation, no checkpoint, a loader that keeps up.
-RUN = {"load": "random", "packing": True, "gpus_per_node": 1, "num_workers": 6, "packing_buffer_size": 1000}
+RUN = {"load": "random", "packing": True, "nodes": 1, "gpus_per_node": 1, "num_workers": 6, "packing_buffer_size": 1000}
 RUN |= {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 4, "train_iters": 1000}
 RUN |= {"lr": 1e-5, "lr_warmup_fraction": 0.002, "weight_decay": 0, "adam_eps": 1e-5, "max_bad_steps": 10**6}
 RUN |= {"log_interval": 1, "log_answers": 0, "save_interval": 10**6, "eval_interval": 10**6, "eval_iters": 0}

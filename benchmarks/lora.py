@@ -3,7 +3,7 @@
     python benchmarks/lora.py WEBDATASETS TOKENIZER [--only 4b-lora full] [--output FOLDER]
 
 One process for each set of trained parts, one after another on the same GPU, on the same batches of real images, with random
-weights at the true shape (as benchmarks/training.py). A smaller card is this one with PyTorch's memory capped
+weights at the true shape (as benchmarks/training.py), samples of up to 4,096 tokens (`make_photos.py --longest 4000`). A smaller card is this one with PyTorch's memory capped
 (`torch.cuda.set_per_process_memory_fraction`) to what such a card has left beside CUDA's own: 22 GiB of 24, 38 of 40, 46 of
 48. Chunks of 4,096 tokens are those of a pack whose longest sample has as many.
 """

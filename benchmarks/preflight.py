@@ -149,7 +149,7 @@ def short(run: Recorded) -> str:
 
 
 def errors() -> list[dict]:
-    """Of each recorded run: predicted from all others of its device, against what was measured. Prints the README's table."""
+    """Of each recorded run: predicted from all others of its device, against what was measured. Prints the table of docs/figures.md."""
     rows = []
     runs = recorded()
     by_device: dict[str, list[tuple[float, float]]] = {}

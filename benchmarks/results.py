@@ -3,6 +3,9 @@
 
 A result is benchmarks/results/<name>.json: name, date, commit, command, hardware, versions, rows; a row is
 {metric, value, unit, goal, better: "higher" | "lower", settings, note}. Rows that were not measured again stay.
+
+Speeds are compared with benchmarks/baseline.json, the best accepted so far on the same kind of GPU at the same settings: more
+than 3 % below is said. `python benchmarks/results.py --accept` takes what is recorded now for the baseline.
 """
 
 import contextlib
@@ -21,6 +24,9 @@ from typing import Any, NamedTuple
 COMMAND = tuple(sys.argv)  # as typed: a training in the same process changes it
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
+BASELINE = ROOT / "benchmarks/baseline.json"
+SPEEDS = ("mfu_", "useful_tokens_per_s")  # how metrics begin that are compared with it
+TOLERATED = 0.03  # of a speed: what two machines of one kind differ by
 DEMO_RUN = ROOT / "output/stage2_sft_vqa_results/resolved.json"  # written by `snakemake preflight_vqa`
 PACKAGES = (
     "torch",
@@ -102,7 +108,32 @@ def write_results(name: str, rows: list[dict[str, Any]], command: str = "", **el
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for each in rows:
         print(line(each, name), flush=True)
+    print("".join(f"regression: {each}\n" for each in regressions(rows)), end="", flush=True)
     return path
+
+
+def speeds(rows: list[dict]) -> list[dict]:
+    """Those that are compared: of a GPU, higher is better."""
+    return [each for each in rows if each["metric"].startswith(SPEEDS) and "gpu" in each["settings"]]
+
+
+def regressions(rows: list[dict]) -> list[str]:
+    """What is slower than the baseline, in words."""
+    accepted = {_identity(each): each["value"] for each in json.loads(BASELINE.read_text())}
+    found = []
+    for each in speeds(rows):
+        before = accepted.get(_identity(each))
+        if before and each["value"] < (1 - TOLERATED) * before:
+            change = f"{each['value']:g} after {before:g}, {each['value'] / before - 1:+.1%}"
+            found.append(f"{each['metric']} {change}: {json.dumps(each['settings'])}")
+    return found
+
+
+def accept() -> None:
+    """Take the recorded speeds for the baseline."""
+    recorded = [row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())["rows"]]
+    rows = [{key: each[key] for key in ("metric", "value", "settings")} for each in speeds(recorded)]
+    BASELINE.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def _identity(row: dict) -> tuple[str, str]:
@@ -141,4 +172,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):  # | head
-        main()
+        accept() if "--accept" in sys.argv else main()

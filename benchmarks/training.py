@@ -71,7 +71,7 @@ def work(args: argparse.Namespace) -> None:
 
         peers.train(args)
         return
-    environment = single_process()  # torchrun has set its own
+    environment = single_process()  # of two each has its own already
     environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -100,34 +100,43 @@ def processes(part: str, args: argparse.Namespace) -> list[tuple[str, list[dict]
 
 def measure(part: str, args: argparse.Namespace, folder: Path) -> list[dict]:
     """Raw figures of the processes of a part, which run one after another."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2") if part == "two_gpus" else ()
+    count = 2 if part == "two_gpus" else 1
     raw = []
     for number, (worker, cases, more) in enumerate(processes(part, args)):
         result = folder / f"{part}_{number}.json"
         command = [__file__, str(args.webdatasets), str(args.tokenizer), "--worker", worker]
         command += ["--cases", json.dumps(cases), *more]
         began = time.perf_counter()
-        code = run(command, result, args.minutes, torchrun)
+        code = run(command, result, args.minutes, count)
         print(f"{part} {number}: {time.perf_counter() - began:.0f} s, exit code {code}", flush=True)
         if result.is_file():
             raw.append(json.loads(result.read_text()))
     return raw
 
 
-def run(arguments: list[str], result: Path, minutes: float, torchrun: tuple[str, ...] = ()) -> int:
-    """Exit code of a process of ours that writes `result`, killed after `minutes`; its figures are printed, all else is in
-    the log beside it."""
-    command, log = [sys.executable, *torchrun, *arguments, "--result", str(result)], result.with_suffix(".log")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    timer = threading.Timer(60 * minutes, process.kill)
-    timer.start()
+def run(arguments: list[str], result: Path, minutes: float, count: int = 1) -> int:
+    """Exit code of `count` processes of ours, the first of which writes `result`, killed after `minutes`; the figures are
+    printed, all else is in the log beside it."""
+    command, log = [sys.executable, *arguments, "--result", str(result)], result.with_suffix(".log")
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} for rank in range(count)]
+    environments = [single_process() | rank for rank in ranks] if count > 1 else [{}]
     with open(log, "w") as file:
-        for line in process.stdout:
+        processes = [
+            subprocess.Popen(
+                command, env=os.environ | environment, text=True,
+                stdout=file if number else subprocess.PIPE, stderr=file if number else subprocess.STDOUT,
+            )
+            for number, environment in enumerate(environments)
+        ]  # fmt: skip
+        timer = threading.Timer(60 * minutes, lambda: [process.kill() for process in processes])
+        timer.start()
+        for line in processes[0].stdout:
             print(line, end="", file=file, flush=True)
             if re.match("CASE|VISION", line):
                 print(line, end="", flush=True)
-    timer.cancel()
-    return process.wait()
+        timer.cancel()
+        codes = [process.wait() for process in processes]
+    return next(filter(None, codes), 0)
 
 
 def write(raw: list[dict]) -> None:

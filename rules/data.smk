@@ -75,10 +75,13 @@ rule inspect_webdataset:
         "{exp_dir}/logs/inspect_webdataset/{experiment}.log",
     benchmark:
         "{exp_dir}/benchmarks/inspect_webdataset/{experiment}.tsv"
+    resources:
+        # No parameter, which would have the data looked at again for another language.
+        language=flow.options("report_language", without="report_"),
     params:
         folder=flow.path("webdatasets"),
         tokenizer=flow.path("tokenizer"),
         options=flow.options("seq_length", "min_pixels", "max_pixels"),
     shell:
-        "{PYTHON}inspect_webdataset.py {params.folder:q} --dataset {input:q} {params.options}"
+        "{PYTHON}inspect_webdataset.py {params.folder:q} --dataset {input:q} {params.options} {resources.language}"
         " --json {output.json:q} --html {output.html:q} --tokenizer {params.tokenizer:q} > {log:q} 2>&1"

@@ -30,7 +30,7 @@ rule evaluate:
         ),
     shell:
         "{PYTHON}evaluate.py {params.folder:q} {params.webdatasets:q} --dataset {input.dataset:q} {params.options}"
-        " --start-of={params.start_of:q} --base-answers {params.base_answers:q} --output {output:q} 2>&1 | tee -i {log:q}"
+        " --start-of={params.start_of:q} --base-answers {params.base_answers:q} --output {output:q} > {log:q} 2>&1"
 
 
 rule report:
@@ -54,4 +54,4 @@ rule report:
     shell:
         "{PYTHON}report.py --resolved {input.resolved:q} --prediction {input.prediction:q} --dataset {input.dataset:q}"
         " --inspect {input.inspection:q} --train-done {input.train_done:q} --run-dir {params.run_dir:q}"
-        " --evaluation {input.evaluation:q} --export {params.export:q} --output {output:q} 2>&1 | tee -i {log:q}"
+        " --evaluation {input.evaluation:q} --export {params.export:q} --output {output:q} > {log:q} 2>&1"

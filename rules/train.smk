@@ -40,7 +40,7 @@ rule preflight:
         job=flow.preflight_job,
         settings=flow.settings,
     shell:
-        "{PYTHON}preflight.py {params.job} 2>&1 | tee -i {log:q}"
+        "{PYTHON}preflight.py {params.job} > {log:q} 2>&1"
 
 
 rule train:
@@ -67,4 +67,4 @@ rule train:
     shell:
         # The log outlives a signal to the whole group, and takes down what the training says last.
         "{PYTHON}train.py {input:q} --run-dir {params.run_dir:q} --done {output:q}"
-        " --srun-options={resources.srun_options:q} 2>&1 | (trap '' TERM; exec tee -i {log:q})"
+        " --srun-options={resources.srun_options:q} > {log:q} 2>&1"

@@ -139,3 +139,14 @@ def prepared_project(prepared, tmp_path_factory) -> Path:
         (os.link if source.endswith(".png") else shutil.copy2)(source, target)
 
     return shutil.copytree(prepared, tmp_path_factory.mktemp("project") / "copy", copy_function=copy, symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory):
+    """Processes that have imported Megatron, and from which trainings are forked: that takes seconds less for each rank."""
+    from faults.project import environment
+    from faults.server import Servers
+
+    with Servers(ROOT, tmp_path_factory.mktemp("servers"), environment()) as servers:
+        servers.wait()
+        yield servers

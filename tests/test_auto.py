@@ -44,8 +44,10 @@ def test_train_iters_are_the_epochs_raised_to_two_digits(samples, epochs, batch,
     assert auto_train_iters(samples, epochs, batch) == steps
 
 
-@pytest.mark.parametrize(("steps", "interval"), [(3_200, 200), (1_000, 100), (1, 1), (16, 1), (17, 2), (1_300, 100)])
-def test_save_interval_gives_at_most_16_checkpoints(steps, interval):
+@pytest.mark.parametrize(
+    ("steps", "interval"), [(3_200, 200), (1_000, 100), (1, 1), (16, 16), (30, 20), (321, 50), (1_300, 100)]
+)
+def test_save_interval_gives_at_most_16_checkpoints_and_few_in_a_short_run(steps, interval):
     assert auto_save_interval(steps) == interval
     assert -(-steps // interval) <= 16
 

@@ -150,7 +150,7 @@ def test_gpus_that_parallel_sizes_do_not_divide_are_refused(project):
         ({"load": "bare"}, CheckpointError, ["bare", "no tokenizer", "tokenizer:"]),
         ({"load": "bare", "tokenizer": "images"}, CheckpointError, ["tokenizer: images", "tokenizer.json"]),
         ({"load": "random"}, CheckpointError, ["random", "tokenizer"]),
-        ({"model": "5b"}, SettingsError, ["5b.yaml", "4b.yaml"]),
+        ({"model": "5b"}, SettingsError, ["5b.yaml", "4b, 8b"]),
     ],
 )
 def test_what_the_user_has_to_bring_is_named_when_it_is_not_there(project, settings, kind, mentioned):

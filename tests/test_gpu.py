@@ -194,10 +194,18 @@ def cut_of_4b():
     return model.model_copy(update={"language": language, "vision": model.vision.model_copy(update={"num_layers": 4})})
 
 
+PAIRS = {"trainable_modules": ["language_model"], "lora_rank": 8, "lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_resume_on_a_gpu(data, tmp_path, deterministic):
+def test_resume_on_a_gpu(data, tmp_path, deterministic, lora):
     """Bit for bit with `deterministic`; without it the sums of attention's gradients differ in order."""
     given = {"model": cut_of_4b(), "deterministic": deterministic, "lr": 1e-5, "min_lr": 1e-6}
+    if lora:
+        base = tmp_path / "base"
+        Training(data, base, True, **given, train_iters=1).losses()
+        given |= PAIRS | {"start": base / "iter_0000001", "lr": 1e-4, "min_lr": 1e-5}
     whole = Training(data, tmp_path / "whole", True, **given, train_iters=4)
     parts = tmp_path / "parts"
     half = Training(data, parts, True, **given, train_iters=2).losses()

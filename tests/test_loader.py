@@ -18,7 +18,7 @@ from helpers.models import MAX_PIXELS, MIN_PIXELS
 from helpers.webdatasets import Raw, picture, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.loader import VlmTaskEncoder
-from llava_sft.data.packing import PACKED_IDS
+from llava_sft.data.packing import PACKED_IDS, fair_shares
 from llava_sft.data.records import Sample
 from llava_sft.data.sizes import Limits, sample_sizes
 from llava_sft.data.stored import read_split
@@ -110,6 +110,43 @@ def test_what_comes_depends_on_neither_ranks_nor_workers_and_goes_on_after_a_res
         for ours, theirs in zip(take(again, 8), expected[4 + rank :: 2], strict=True):
             equal(ours, theirs)
         assert again.save_state() == alone.save_state()
+
+
+def test_the_packs_of_a_step_are_shared_out_by_what_they_cost_and_a_resume_changes_nothing(wds, small_checkpoint):
+    """Three steps of three micro-batches, on one rank, on two, and on two that go on after the first step."""
+
+    def patches(tokens: int, images: list[int]) -> float:
+        return 1 + sum(images)
+
+    def dealt(replicas: int, state=None) -> list[list[str]]:
+        """The samples of each step, rank by rank."""
+        found = []
+        for rank in range(replicas):
+            how = {"packing": True, "micro_batch_size": 1, "seq_length": 128, "rank": rank, "replicas": replicas}
+            batches = loader(wds.wds, small_checkpoint, **how, micro_batches=6 // replicas, cost=patches)
+            if state:
+                batches.restore(state)
+            each = 6 // replicas
+            found.append([keys(take(batches, each)) for _ in range(2 if state else 3)])
+        return found
+
+    (alone,), (first, second) = dealt(1), dealt(2)
+    for whole, one, other in zip(alone, first, second, strict=True):
+        assert sorted(whole) == sorted(one + other)
+    batches = loader(wds.wds, small_checkpoint, packing=True, micro_batch_size=1, seq_length=128)
+    take(batches, 6)
+    assert dealt(2, batches.save_state()) == [first[1:], second[1:]]
+
+
+def test_shares_are_as_many_packs_and_about_as_much_work():
+    costs = np.random.default_rng(1).lognormal(0, 1, 64).tolist()
+    shares = fair_shares(costs, 4)
+    assert sorted(place for share in shares for place in share) == list(range(64))
+    assert {len(share) for share in shares} == {16} and shares == [sorted(share) for share in shares]
+    sums = [sum(costs[place] for place in share) for share in shares]
+    in_turn = [sum(costs[16 * rank : 16 * (rank + 1)]) for rank in range(4)]
+    assert max(sums) < 1.03 * min(sums) and max(in_turn) > 1.2 * min(in_turn)
+    assert fair_shares([3.0, 1.0], 2) == [[0], [1]] and fair_shares([], 2) == [[], []]
 
 
 def saved(state) -> io.BytesIO:

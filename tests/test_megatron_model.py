@@ -28,6 +28,8 @@ from llava_sft.megatron import cpu
 from llava_sft.model import tries
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import tensor_rows
+from llava_sft.run.identity import BUCKETS_ALIKE
+from llava_sft.settings.resolve import ResolvedSettings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
 
@@ -146,6 +148,33 @@ def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
     out.sum().backward()
     assert weight.grad_added_to_main_grad
     torch.testing.assert_close(weight.main_grad, 1 + x.detach().sum(0).expand(3, 5))
+
+
+def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, small_checkpoint, monkeypatch):
+    """A product that adds to Megatron's buffer gives autograd a tensor without values: here of values that are no numbers. Nor
+    do the kernels leave a value of theirs unwritten."""
+    from llava_sft.megatron.distributed import wrap
+
+    packed = loader_batch(small_checkpoint, [conversation(1)], packing=True, pad_multiple=64)
+    expected = losses_and_gradients(both.mcore.train(), [packed])[1]
+    model = megatron.build(small_model)
+    model.load_state_dict(both.mcore.state_dict())
+    wrapped = wrap(model, VALUES)
+    use_fused_layers(model, monkeypatch)
+    empty_like = torch.empty_like
+
+    def no_numbers(*given, **named):
+        empty = empty_like(*given, **named)
+        return empty.fill_(float("nan")) if empty.is_floating_point() else empty
+
+    monkeypatch.setattr(torch, "empty_like", no_numbers)
+    wrapped.zero_grad_buffer()
+    for _ in range(2):
+        answer_losses(wrapped, packed).sum().backward()
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum(parameter.grad_added_to_main_grad for parameter in found.values()) > 10
+    for name, parameter in found.items():
+        assert greatest_difference(parameter.main_grad, 2 * expected[name]) <= 1e-5, name
 
 
 def test_gradients_are_scaled_in_place():
@@ -300,3 +329,12 @@ def test_the_cpu_layer_moves_cuda_tensors_to_the_cpu_and_leaves_other_devices_al
     assert torch.zeros(2, device="meta").device.type == "meta"
     with torch.device("meta"):
         assert torch.zeros(2).device.type == "meta"
+
+
+def test_a_run_changes_its_number_of_replicas_only_where_the_buckets_of_its_gradients_stay(megatron):
+    from llava_sft.megatron.config import ddp_config
+
+    values = ResolvedSettings(experiment="x", gpus_per_node=1)
+    sizes = {replicas: ddp_config(values, replicas).bucket_size for replicas in (1, 2, 40, 41)}
+    alike = [replicas for replicas in sizes if sizes[replicas] == sizes[2]]
+    assert alike == [replicas for replicas in sizes if replicas in BUCKETS_ALIKE] == [2, 40]

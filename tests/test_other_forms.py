@@ -1,15 +1,16 @@
 """What other projects write: nothing that changes a sample's meaning is passed over, and the message says what to do."""
 
+import base64
 import gzip
 import json
-from collections import Counter
 
 import pytest
 
 from helpers.webdatasets import Raw, record
 from llava_sft.data.formats import format_of
 from llava_sft.data.image_checks import ImageRoot
-from llava_sft.data.index import index_webdataset
+from llava_sft.data.index import index_webdataset, unread_note
+from llava_sft.data.other_forms import Unread
 from llava_sft.data.records import parse_record
 from llava_sft.data.rejects import Rejected, too_many_rejects
 from llava_sft.errors import DataError
@@ -26,10 +27,19 @@ def asked(text: str, answer: str = "Green.", **turn) -> dict:
 
 
 CHANGED = {
-    "image under another key": [
-        one(image_path="0.jpg"), one(img="0.jpg"), one(Images=["0.jpg"]), one(**{"image-file": "0.jpg"}), one(IMAGE_URLS=["x"]),
-        one(image_paths=["a", "b"]), one(picture="0.jpg"), one(screenshot="s.png"), one(media=["m.png"]), asked("q", image="0.jpg"),
-        asked("q", img_path="0.jpg"),
+    "image under another key": [asked("q", image="0.jpg"), asked("q", img_path="0.jpg")],
+    "image under several keys": [one(image_path="0.jpg", img="1.jpg")],
+    "number of <image> differs from images": [one(image="0.jpg"), one(image_path="0.jpg"), one(screenshot="s.png")],
+    "several keys for the answer": [{"question": "q", "answer": "a", "solution": "b"}],
+    "several keys for the question": [{"question": "q", "prompt": "p", "answer": "a"}],
+    "several keys for the caption": [{"image": "0.jpg", "caption": "c", "text": "t"}],
+    "several answers": [{"question": "q", "answers": ["a", "b"]}, {"question": "q", "answers": [{"answer": "a"}, {"answer": "b"}]}],
+    "options are not read": [{"question": "q", "choices": ["a", "b"], "answer": 1}, {"question": "q", "options": "A. a", "answer": "A"}],
+    "picture is not named": [{"question": "q", "answer": "a", "imageId": "1"}, {"query": "q", "response": "a", "image_id": 7}],
+    "caption without a picture": [{"text": "a text"}, {"image": None, "caption": "c"}],
+    "content is not a string": [{"question": "q", "answer": 1.5}, one(system=["S"])],
+    "system prompts differ": [
+        {"system": "S", "messages": [{"role": "system", "content": "T"}, Q, A]}, one(system="S", system_prompt="T"),
     ],
     "video is not supported": [
         one(video="v.mp4"), one(video_path="v"), one(Videos=["v"]), asked("<video>\nWhat?"), asked("<|video|> What?"),
@@ -40,13 +50,18 @@ CHANGED = {
         one(label=False), one(label=True), one(rejected_response="bad"), one(chosen="x"), one(rejectedMessages=[Q]),
         one(rejected_images=["a.png"]),
     ],
-    "system prompt outside the turns": [one(system="Answer in French."), one(System_Prompt="x"), one(**{"system-message": "y"})],
-    "tools are not supported": [one(tools=[{"name": "f"}]), one(functions="[]x"), asked("q", tool_calls=[{"id": 1}])],
-    "weight of a turn is not supported": [
-        asked("q", loss=False), asked("q", weight=0), asked("q", loss_scale=0.5), asked("q", train=False), asked("q", mask=[1]),
+    "tools are not supported": [
+        one(tools=[{"name": "f"}]), one(functions="[]x"), asked("q", tool_calls=[{"id": 1}]),
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "{}"}]},
     ],
+    "weight of a turn is not supported": [
+        asked("q", loss_scale=0.5), asked("q", train=True), asked("q", mask=[1]), {"messages": [Q, A | {"weight": 0.5}]}, {"messages": [Q, A | {"loss": ""}]},
+    ],
+    "weight of a record is not supported": [one(loss=False), one(train=False)],
+    "no answer counts in the loss": [{"messages": [Q, A | {"loss": False}]}, {"messages": [Q, A | {"mask": True}]}],
     "placeholder that is not read": [
-        asked("Picture 1: <img>0.jpg</img>"), asked("<image_1> What?"), asked("<|image|>"), asked("<|image_2|>"), asked("<Image>"),
+        asked("<image> and <img>0.jpg</img>"), asked("<image_1> What?"), asked("<|image|>"), asked("<|image_2|>"), asked("<Image>"),
         asked("![leaf](0.jpg)"), asked("<image/>"), asked("<img src='a.png'> q"), asked("q", "at <bbox>"),
         asked("Where is <ref-object>?"), asked("<ImageHere>"),
     ],
@@ -56,10 +71,11 @@ CHANGED = {
     ],
     "empty image": [{"images": ["0.jpg", ""], **asked("<image><image>")}],
     "malformed conversation": [
-        {"conversations": json.dumps([Q, A])}, {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
+        {"conversations": str([Q, A])}, {"conversations": {"from": ["human", "gpt"], "value": ["q"]}}, {"turns": ["q", "a"]},
     ],
     "unknown role": [{"conversations": [{"from": None, "value": None}]}],
-    "missing key": [{"id": "1", "image": "0.jpg", "caption": "c"}, {"images": ["0.jpg"], "texts": [{"user": "q"}]}],
+    "empty answer": [{"question": "q", "answer": ""}], "empty question": [{"question": None, "answer": "a"}],
+    "missing key": [{"id": "1", "image": "0.jpg", "title": "c"}, {"images": ["0.jpg"], "texts": [{"user": "q"}]}, {"question": "q"}],
 }  # fmt: skip
 
 
@@ -73,7 +89,7 @@ def test_what_would_change_the_meaning_is_rejected_by_name(reason, number):
 
 
 def test_a_missing_conversation_names_the_keys_that_there_are():
-    with pytest.raises(Rejected, match="found: id, image, caption"):
+    with pytest.raises(Rejected, match="found: id, image, title"):
         parse_record(CHANGED["missing key"][0])
 
 
@@ -84,6 +100,7 @@ KEPT = [
     asked("How does <b>HTML</b> use 2 < 3?", "`<video>` plays, <box>(1,2)</box> is text", loss=True, weight=1),
     {"conversations": [], "messages": [Q, A]},
     {"system": "S", "messages": [{"role": "system", "content": "S"}, Q, A]},
+    asked("q", loss=False, weight=0, train=False),  # of a question, which never counts
 ]  # fmt: skip
 
 
@@ -107,22 +124,28 @@ def test_a_part_of_a_content_names_its_picture():
 
 
 def test_keys_that_are_not_read_are_counted_and_said(tmp_path, capsys):
-    unread = Counter()
+    unread = Unread()
     parse_record(
-        one(boxes=[[1, 2]], image="0.jpg", image_path="x/0.jpg", messages=[Q | {"content": "<image>", "note": "n"}, A]),
+        one(
+            boxes=[[1, 2]], image="0.jpg", image_path="x/0.jpg", reward=2,
+            messages=[Q | {"content": "<image>", "note": "n" * 999}, A],
+        ),
         unread,
-    )
-    assert unread == {"boxes": 1, "image_path": 1, "note of a turn": 1}
+    )  # fmt: skip
+    assert unread == {"boxes": 1, "image_path": 1, "note of a turn": 1, "reward": 1}
+    assert unread.examples["boxes"] == "[[1, 2]]" and len(unread.examples["note of a turn"]) < 99
     raw = Raw(tmp_path, [record(i, boxes=[[1, 2]]) for i in range(5)])
     raw.convert()
-    assert index_webdataset(raw.wds, raw.parts)["unread"] == {"boxes": 5}
+    dataset = index_webdataset(raw.wds, raw.parts)
+    assert dataset["unread"] == {"boxes": 5}
+    assert "not read: boxes (5 records); inspect.html" in unread_note(dataset)
 
 
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("data:image/png;base64," + "A" * 900, "base64 image"), ("/9j/" + "4AAQ" * 500, "base64 image"),
-        ("iVBORw0KGgo" + "A" * 9000, "base64 image"), ("https://example.org/a.png", "image is an address"),
+        ("data:image/png;base64," + "A" * 901, "base64 image"), ("data:image/png,%89PNG", "base64 image"),
+        ("/9j/" + "4AA?" * 500, "base64 image"), ("https://example.org/a.png", "image is an address"),
         ("s3://bucket/a.png", "image is an address"), ("/etc/hostname", "image outside the image root"),
         ("../a.png", "image outside the image root"),
     ],
@@ -133,11 +156,24 @@ def test_an_image_that_is_no_file_below_the_root_is_said_for_what_it_is(tmp_path
     assert rejected.value.reason == reason and len(rejected.value.detail) <= 201
 
 
-def test_an_absolute_path_below_the_root_is_said_with_what_to_write(tmp_path):
+def test_a_picture_in_base64_and_an_absolute_path_below_the_root_are_read(tmp_path):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.png").write_bytes(b"x")
-    with pytest.raises(Rejected, match=r"absolute image path: .*: write x/a\.png"):
-        ImageRoot(tmp_path).read(str(tmp_path / "x/a.png"))
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    picture = bytes([0xFF, 0xD8, 0xFF, 0xE0]) + bytes(range(256))
+    (tmp_path / "x/a.jpg").write_bytes(picture)
+    text = base64.b64encode(picture).decode()
+    lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    root = ImageRoot(tmp_path)
+    for name in (
+        "x/a.jpg",
+        "x\\a.jpg",
+        tmp_path / "x/a.jpg",
+        tmp_path / "link/a.jpg",
+        text,
+        lines,
+        f"data:image/jpeg;base64,{text}",
+    ):
+        assert root.read(str(name)) == picture
 
 
 LINE = json.dumps(
@@ -145,10 +181,10 @@ LINE = json.dumps(
     ensure_ascii=False,
 )
 FILES = {
-    "gzip": gzip.compress(LINE.encode()), "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
-    "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "a table with commas": b"image,question,answer\n0.jpg,q,a\n",
-    "a table with tabs": b"image\tquestion\n0.jpg\tq\n", "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
-    "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
+    "is gzip, and holds no text": gzip.compress(b"PAR1" + bytes(50)), "damaged gzip": gzip.compress(LINE.encode())[:20],
+    "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
+    "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
+    "go over several lines": 2 * (json.dumps(json.loads(LINE), indent=1) + "\n").encode(), "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
     "a web page": b"<!DOCTYPE html><html>",
 }  # fmt: skip
 
@@ -169,6 +205,8 @@ def test_a_whole_file_of_another_kind_is_one_message(tmp_path, kind, suffix):
         (json.dumps([json.loads(LINE)]).encode(), "json"), (json.dumps([json.loads(LINE)], indent=1).encode(), "json"),
         (LINE.encode() + b"\n", "jsonl"), (b"\n\n" + LINE.encode(), "jsonl"), (b'{"id": 1}\n\xff\xfe broken\n' + LINE.encode(), "jsonl"),
         (b"[1]\n", "jsonl"), (b"", "jsonl"), (b"not json, at all? {\n" + LINE.encode(), "jsonl"),
+        (b"image,question,answer\n0.jpg,q,a\n", "table"), (b"image\tquestion\n0.jpg\tq\n", "table"),
+        (gzip.compress(LINE.encode()), "gzip"), (b"\xff\xff\xff\xff\0\0", "arrow"),
     ],
 )  # fmt: skip
 def test_records_are_read_whatever_the_name_and_with_bad_neighbours(tmp_path, data, known):

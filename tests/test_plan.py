@@ -18,7 +18,7 @@ from helpers import ROOT, SCRIPTS
 FLOORS = [
     ["errors"],
     ["files"],
-    ["checksums", "embedded", "machine", "run.layout", "settings.yaml_file"],
+    ["checksums", "embedded", "machine", "nodes", "progress", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],
     ["checkpoint", "evaluation.scores", "report.pictures"],

@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from llava_sft.checkpoint.start import Start
 from llava_sft.data.order import Passes
 from llava_sft.data.sizes import SampleSizes
 from llava_sft.errors import RunError, SettingsError
-from llava_sft.machine import GIB, gpu
+from llava_sft.machine import GIB, GPU_MEMORY_GIB, gpu, known_gpu
 from llava_sft.model.config import load_model_config
 from llava_sft.preflight.cost import MicroBatch
 from llava_sft.preflight.predict import (
@@ -21,6 +22,7 @@ from llava_sft.preflight.predict import (
     calibration_for,
     fits,
     mean_and_largest,
+    needless_parallelism,
     predict,
     proposal_lines,
     proposals,
@@ -210,3 +212,45 @@ def test_a_batch_may_hold_more_packs_than_the_data_makes(sizes):
 def test_a_gpu_that_nobody_measured_is_named():
     with pytest.raises(SettingsError, match="RTX"):
         gpu("RTX 9999")
+
+
+def test_parallelism_that_the_model_does_not_need_is_said_to_be_slower(sizes):
+    calibration = calibration_for("H200")
+
+    def said(machine=H200, **changed):
+        values = settings(sizes, **changed)
+        return needless_parallelism(Case(MODEL, values, machine, *batches(sizes, values)), calibration)
+
+    two = {"gpus_per_node": 2, "tensor_model_parallel_size": 2}
+    assert "tensor_model_parallel_size 2: the model fits into one GPU" in said(**two)[0]
+    assert said(gpus_per_node=2) == [] == said(gpu("NVIDIA RTX 4090"), **two)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H800", "H800"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A800-SXM4-80GB", "A800"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA RTX 6000 Ada Generation", "6000 ADA"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "PRO 6000"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GB200", "B200"),
+    ],
+)
+def test_gpus_are_known_by_their_makers_names(name, known):
+    assert known_gpu(name) == known and (known is None or known in GPU_MEMORY_GIB)
+
+
+def test_what_a_cluster_takes_is_told_from_the_result_files(monkeypatch, capsys):
+    import sizing
+
+    monkeypatch.setattr(sys, "argv", ["sizing.py", "--gpus", "1", "1024", "--packs", "16"])
+    sizing.main()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in capsys.readouterr().out.splitlines() if "---" not in line)
+    assert rows["useful tokens/s"].startswith("15,370 ")  # that was measured
+    alone, many = rows["efficiency"].split(" | ")
+    assert alone == "100%" and 0.5 < float(many[:-1]) / 100 < 0.9

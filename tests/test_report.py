@@ -1,109 +1,58 @@
 """The report is one file that needs nothing else, shows data as text only, and says what it does not know."""
 
 import argparse
-import base64
-import io
 import json
 import re
 import sys
 
 import pytest
-from PIL import Image
 
+import report as script
+from helpers.reports import EVERYTHING, EVIL, ReportOfARun, answer, score, text_of
+from helpers.webdatasets import picture
+from llava_sft.data.records import Sample
 from llava_sft.errors import SftError
 from llava_sft.files import read_json, write_json
+from llava_sft.report import answers
 from llava_sft.report.figures import LOSS, best_validation, measured
-from report import OPTIONAL, main, page
-
-EVIL = "</div><script>alert(1)</script><img src=http://evil.example/x>"
-
-
-def embedded(size: tuple[int, int]) -> str:
-    buffer = io.BytesIO()
-    Image.new("L", size).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def example(correct: bool, **changes) -> dict:
-    known = {"id": "a", "group": "which_digit", "question": "Which?", "answer": "3", "prediction": "3", "images": []}
-    return {**known, "correct": correct, **changes}
+from report import OPTIONAL, main
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Write what the chain would have left; return a function that makes the report of some of it."""
-    records = [
-        {"iteration": i, "train_iters": 40, "lm loss": 5 / i, "learning-rate": 1e-5, "grad-norm": None,
-         "step_s": 0.25, "tokens_per_s": 9000.0 + i, "data_wait_share": 0.01, "memory_gib": 1.5}
-        for i in (10, 20, 30, 40)
-    ]  # fmt: skip
-    run_dir = tmp_path / "stage2_sft_vqa"
-    run_dir.mkdir()
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    counts = {"epochs": 1.25, "seen": {"0": 3, "1": 5}, "left_out": []}
-    (run_dir / "sample_counts.json").write_text(json.dumps(counts))
-    inputs = {
-        "resolved": {
-            "settings": {"experiment": "vqa", "train_iters": 40, "lr": 1e-5, "gpus_per_node": 0},
-            "why": {"train_iters": "1 epochs × 160 samples / 4"},
-            "start": {"load": "a/folder", "untrained": True},
-            "run_name": "stage2_sft_vqa",
-        },
-        "prediction": {"parameters": 1234567, "warnings": [],
-                       "prediction": {"memory_gib": {"weights": 1.0, "libraries and the rest": 0.4}, "step_s": 0.5,
-                                      "tokens_per_s": 4321.0, "recorded_runs": 10}},
-        "dataset": {"read": 11, "rejected": 1, "reasons": {"missing image": 1}, "images": 10, "kinds": {},
-                    "train": {"samples": 8, "shards": 1}, "heldout": {"samples": 2, "shards": 1}},
-        "train-done": {"iteration": 40, "train_iters": 40, "lm loss": 0.125},
-        "evaluation": {
-            "split": "val", "samples": 4, "correct": 3, "accuracy": 0.75, "by": "kind",
-            "groups": {"which_digit": {"samples": 3, "correct": 3}, EVIL: {"samples": 1, "correct": 0}},
-            "examples": [
-                example(True, images=[embedded((56, 56)), embedded((640, 480))]),
-                example(False, question=EVIL, prediction=EVIL, images=["http://evil.example/x.png", EVIL]),
-            ],
-        },
-    }  # fmt: skip
-
-    def report(*names: str, **changes) -> str:
-        files = {"run_dir": run_dir, "export": None}
-        for name in ("resolved", *names):
-            path = tmp_path / f"{name}.json"
-            path.write_text(json.dumps(inputs[name] | changes.get(name.replace("-", "_"), {})))
-            files[name.replace("-", "_")] = path
-        return page(argparse.Namespace(**dict.fromkeys(NAMES) | files))
-
-    report.folder = tmp_path
-    return report
-
-
-EVERYTHING = ("prediction", "dataset", "train-done", "evaluation")
-NAMES = [name.replace("-", "_") for name in OPTIONAL]
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "vega", lambda: "")  # a second; test_pages.py has the real one
+    monkeypatch.setenv("LC_ALL", "C")
+    return ReportOfARun(tmp_path)
 
 
 def test_page_needs_nothing_else_and_shows_data_as_text(run):
     page = run(*EVERYTHING)
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(1)" in page
-    as_shown = page.replace("src=http://evil.example/x&gt;", "")  # the question, as text
-    assert not re.search(r"https?://", as_shown)
-    targets = re.findall(r'\s(?:src|href|xlink:href)\s*=\s*"?([^"\s>]*)', as_shown)
-    assert targets and all(target.startswith(("data:image/png;base64,", "#")) for target in targets)
-    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", page))
-    assert "@import" not in page
+    assert "script>alert" not in page and json_of(page, "answers")["rows"][0]["turns"][0][0] == EVIL
+    assert "&lt;script&gt;alert(1)" in page  # the name of a group
+    shown = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL).replace("src=http://evil.example/x&gt;", "")
+    assert not re.search(r"https?://", shown)
+    targets = re.findall(r'\s(?:src|href)\s*=\s*"?([^"\s>]*)', shown)
+    assert targets and all(target.startswith(("data:image/", "predictions.jsonl")) for target in targets)
+    assert "default-src 'none'; img-src data:;" in page and "@import" not in page
+
+
+def json_of(page: str, name: str):
+    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)[1])
 
 
 def test_page_tells_what_a_reader_came_for(run):
     page = run(*EVERYTHING)
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    text = text_of(page)
     for expected in (
-        "75.0 %", "3 of 4", "✗ wrong", "✓ right", "missing image", "0.125", "1,234,567",
-        "started from untrained (random) weights", "1 epochs × 160 samples / 4", "tokens/s", "learning rate",
-        "step 0.5 s 0.25 s", "4,321", "never 3",
+        "75.0 %", "3 of 4", "missing image", "0.125", "1,234,567", "started from untrained (random) weights",
+        "1 epochs × 160 samples / 4", "step 0.5 s 0.25 s", "4,321", "never 3",
     ):  # fmt: skip
         assert expected in text, expected
-    assert page.count('<svg role="img"') == 5  # a run without gradient norms has no curve of them
-    assert len(re.findall(r'<img class="tiny" width="112"', page)) == 1, "only the small picture is enlarged"
+    curves = json_of(page, "curves")
+    assert [curve["title"] for curve in curves] == [
+        "loss", "learning rate", "tokens/s", "waiting for data, % of the time", "memory of a process, GiB",
+    ]  # fmt: skip  # a run without gradient norms has no curve of them
+    assert curves[0]["series"][0]["points"][0] == [10, 0.5] and curves[0]["facts"].endswith("last 0.125")
 
 
 def test_a_run_with_lora_says_what_was_trained_and_what_its_checkpoints_need(run):
@@ -136,12 +85,8 @@ def test_same_input_gives_same_bytes(run):
     assert run(*EVERYTHING) == run(*EVERYTHING)
 
 
-def text_of(page: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
-
-
 def test_no_held_out_data_is_a_sentence_and_no_number(run):
-    nothing = {"samples": 0, "correct": 0, "accuracy": None, "groups": {}, "examples": []}
+    nothing = {"samples": 0, "correct": 0, "accuracy": None, "groups": {}}
     text = text_of(run(*EVERYTHING, evaluation=nothing))
     assert "There is no held-out data: nothing here says" in text
     assert "0 of 0" not in text and "confidence" not in text and "held-out accuracy" not in text
@@ -160,10 +105,6 @@ def test_cut_answers_and_the_rule_of_a_right_one_are_said(run):
     assert "the expected text exactly, white space at both ends aside" in text
 
 
-def score(name: str, mean: float, **compared) -> dict:
-    return {"name": name, "mean": mean, "interval": [mean - 0.1, mean + 0.1], **compared}
-
-
 def test_base_and_trained_stand_beside_each_other_with_difference_and_interval(run):
     better = {
         "base": 0.25,
@@ -175,15 +116,14 @@ def test_base_and_trained_stand_beside_each_other_with_difference_and_interval(r
     }
     worse = {"base": 0.9, "difference": -0.1, "interval_of_difference": [-0.3, 0.05], "p": None}
     groups = {"one": {"samples": 4, "correct": 3, "scores": [score("exact", 0.75, **better)]}}
-    shown = [example(False, base="7", base_cut=True, prediction="8"), example(True, base="the base said this")]
     found = {"scores": [score("exact", 0.75, **better), score("anls:0.5", 0.8, **worse)], "groups": groups}
     found |= {"base": {"name": "start checkpoint (a/folder)", "cut": 5}, "answers": 9, "max_new_tokens": 32, "cut": 0}
-    text = text_of(run(*EVERYTHING, evaluation=found | {"examples": shown, "engine": "vLLM"}))
+    text = text_of(run(*EVERYTHING, evaluation=found | {"engine": "vLLM"}))
     for expected in (
-        "3 of 4 · 25.0 % before", "one 75.0 % 3 of 4 25.0 % +50.0 +12.5 to +75.0", "25.0 % → 75.0 %: +50.0 points",
+        "25.0 % before the training", "one 75.0 % 3 of 4 25.0 % +50.0 +12.5 to +75.0", "25.0 % → 75.0 %: +50.0 points",
         "95 % confidence interval +12.5 to +75.0, exact McNemar test p = 0.03), more than chance explains",
-        "2 are answered better now, 1 worse", "anls:0.5 80.0 % 70.0 % – 90.0 % 90.0 % -10.0 -30.0 to +5.0",
-        "5 of 9 answers before the training were cut", "before 7 (cut) after 8", "before the base said this after 3", "answered with vLLM",
+        "answered better now: 2, worse: 1.", "anls:0.5 80.0 % 70.0 % – 90.0 % 90.0 % -10.0 -30.0 to +5.0",
+        "5 of 9 answers before the training were cut", "answered with vLLM",
     ):  # fmt: skip
         assert expected in text, expected
     chance = better | {"interval_of_difference": [-0.1, 0.75]}
@@ -204,11 +144,31 @@ def test_other_test_sets_are_listed(run):
     assert "charts · " not in text_of(run(*EVERYTHING))
 
 
-def test_every_wrong_answer_that_was_kept_is_shown(run):
-    wrong = [example(False, prediction=f"wrong {n}") for n in range(30)]
-    shown = run(*EVERYTHING, evaluation={"samples": 40, "correct": 5, "examples": wrong})
-    assert all(f"wrong {n}<" in shown for n in range(30))
-    assert "(30 of 35)" in text_of(shown)
+def test_all_answers_stand_in_a_table_wrong_ones_first_beside_those_of_the_start(run):
+    rows = [answer(n > 30, base="3" if n % 2 else "7", id=str(n)) for n in range(40)]
+    table = json_of(run(*EVERYTHING, answers=rows), "answers")
+    assert table["models"] == ["after", "before"] and len(table["rows"]) == 40
+    counts = (([False, True], 15), ([False, False], 16), ([True, False], 4), ([True, True], 5))
+    assert [row["right"] for row in table["rows"]] == [right for right, count in counts for _ in range(count)]
+    assert table["rows"][0]["turns"] == [["Which?", "3", "4", "3"]]
+    (run.folder / "predictions.jsonl").write_text("")
+    args = argparse.Namespace(predictions="other")
+    assert script.answers_of(vars(args), run.folder / "predictions.jsonl", None, lambda text: text) is None
+
+
+def test_pictures_of_the_answers_come_from_the_data_set_once_each_and_stay_within_bounds(monkeypatch):
+    image, other = picture(size=(56, 56)), picture("JPEG", (900, 700), quality=95)
+    samples = [Sample(str(n), [], [image, other] if n % 2 else [image], {}) for n in range(6)]
+    rows = [answer(n == 1, id=str(n)) for n in range(6)]
+    table = answers.table([rows], ["after"], samples)
+    assert len(table["pictures"]) == 2 and table["rows"][-1]["pictures"] == [0, 1]
+    assert all(len(each) < 12_000 for each in table["pictures"])
+    others = answers.table([rows], ["after"], samples[1:])
+    assert (others["pictures"], others["pictured"]) == ([], 0)
+    monkeypatch.setattr(answers, "PICTURE_BYTES", len(table["pictures"][0]) + 10)
+    assert answers.table([rows], ["after"], samples)["pictured"] == 2
+    monkeypatch.setattr(answers, "TEXT_BYTES", 400)
+    assert (len(answers.table([rows], ["after"], samples)["rows"]), table["all"]) == (3, 6)
 
 
 def test_numbers_without_their_records_are_missing_and_no_crash(run):

@@ -23,7 +23,7 @@ from llava_sft.run.records import forget_after, progress_line, read_jsonl, read_
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import resolve
 from llava_sft.settings.resolved import Resolved
-from llava_sft.training.launcher import command, node_command, rendezvous
+from llava_sft.training.launcher import Place, commands, node_command
 from llava_sft.training.slurm import Job
 from llava_sft.training.watch import Watch
 
@@ -229,17 +229,18 @@ def test_as_many_processes_start_as_gpus_or_as_the_parallel_sizes_need(monkeypat
     monkeypatch.chdir(ROOT)
     values = resolve(load_settings("vqa", {"global_batch_size": 64, **asked}), 5000)[0]
     assert values.nproc_per_node == count
-    argv, environment = command(count, ["a", "b"], "/tmp/store")
-    assert ("torch.distributed.run" in argv) == (count > 1)
-    assert argv[-4:] == ["-m", "llava_sft.training", "a", "b"]
-    assert ("WORLD_SIZE" in environment) == (count == 1)
+    started = commands(count, ["a", "b"], "/tmp/store")
+    assert all(argv == [sys.executable, "-m", "llava_sft.training", "a", "b"] for argv, _ in started)
+    assert [(env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) for _, env in started] == [
+        (str(i), str(i), str(count)) for i in range(count)
+    ]
 
 
 JOB = Job("4711", "10.0.0.1", nodes=8, cpus_per_node=96)
 
 
 @pytest.mark.parametrize(("nodes", "gpus", "count"), [(1, 1, 1), (1, 8, 8), (8, 8, 8), (2, 0, 1)])
-def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypatch, nodes, gpus, count):
+def test_slurm_starts_one_task_a_node_and_each_a_process_for_each_of_its_gpus(monkeypatch, nodes, gpus, count):
     monkeypatch.setenv("OMP_NUM_THREADS", "12")
     arguments = ["run.json", "run_dir"]
     argv = node_command(JOB, nodes, count, gpus, ["--mpi=none"], arguments)
@@ -250,20 +251,18 @@ def test_slurm_starts_one_task_a_node_and_each_a_torchrun_over_its_gpus(monkeypa
     address = task[2]
     assert task == ["-m", "llava_sft.training.launcher", address, str(count), *arguments]
     assert address.startswith(f"{JOB.first_address}:")
-    last = {"SLURM_NNODES": str(nodes), "SLURM_NODEID": str(nodes - 1)}
-    argv, environment = command(count, arguments, "/tmp/s", rendezvous(address, last))
-    assert argv[-4:] == ["-m", "llava_sft.training", *arguments]
-    if (nodes, count) == (1, 1):
-        assert argv == [sys.executable, *argv[-4:]]
-    else:
-        assert argv[:3] == [sys.executable, "-m", "torch.distributed.run"] and f"--nproc-per-node={count}" in argv
-    if nodes > 1:
-        host, port = address.split(":")
-        assert {f"--node-rank={nodes - 1}", f"--master-addr={host}", f"--master-port={port}"} < set(argv)
-    assert environment.get("OMP_NUM_THREADS", "12") == "12"
-    # On one machine they meet in a file and talk over the loopback device; several nodes need the network.
-    assert (environment.get("GLOO_SOCKET_IFNAME") == environment.get("NCCL_SOCKET_IFNAME") == "lo") == (nodes == 1)
-    assert ("LLAVA_SFT_STORE" in environment) == (nodes == 1) and "MASTER_ADDR" not in environment
+    host, port = address.split(":")
+    started = commands(count, arguments, "/tmp/s", Place(host, int(port), nodes - 1, nodes) if nodes > 1 else None)
+    assert [env["RANK"] for _, env in started] == [str((nodes - 1) * count + i) for i in range(count)]
+    for argv, environment in started:
+        assert argv == [sys.executable, "-m", "llava_sft.training", *arguments]
+        assert environment["WORLD_SIZE"] == str(nodes * count)
+        assert environment.get("OMP_NUM_THREADS", "12") == "12"
+        # On one machine they meet in a file and talk over the loopback device; several nodes need the network.
+        devices = {environment.get(f"{name}_SOCKET_IFNAME") for name in ("GLOO", "NCCL")}
+        assert devices == ({"lo"} if nodes == 1 else {None})
+        assert ("LLAVA_SFT_STORE" in environment) == (nodes == 1) != ("MASTER_ADDR" in environment)
+        assert nodes == 1 or (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == (host, port)
 
 
 # --- what a person watches -------------------------------------------------------------------------------------------

@@ -146,6 +146,14 @@ def test_two_trainings_in_one_run_directory_are_impossible_and_a_dead_ones_lock_
     assert "stale" not in capsys.readouterr().out
 
 
+def test_the_last_processes_of_a_training_that_gave_its_lock_back_are_waited_for(tmp_path):
+    held = lock(tmp_path)
+    loader = subprocess.Popen(["sleep", "1.5"], pass_fds=[held.fileno()])
+    give_back(held)
+    lock(tmp_path).close()
+    assert loader.poll() == 0
+
+
 def test_a_lock_of_another_host_counts_as_long_as_its_heart_beats(tmp_path, capsys):
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": "node7", "pid": 4}))

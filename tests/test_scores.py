@@ -1,24 +1,18 @@
 """What each score counts as right, a user's own function, the intervals, and what is said of samples with several turns."""
 
-import io
 import random
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from scipy.stats import binomtest, permutation_test
 
 from helpers import ROOT
-from helpers.webdatasets import picture
 from llava_sft.data.records import Sample
 from llava_sft.errors import SettingsError, SftError
 from llava_sft.evaluation.intervals import compare, design_effect, mean_interval, wilson_interval
 from llava_sft.evaluation.judge import (
-    RIGHT_SHOWN,
-    WRONG_SHOWN,
     Answer,
-    examples,
     group_summaries,
     judge,
     picture_clusters,
@@ -248,16 +242,6 @@ def test_both_models_stand_in_one_row_and_are_compared_by_group():
         ("k0", 10, 0.3), ("k1", 10, 0.2),
     ]  # fmt: skip
     assert summary([], ["exact"]) == {"samples": 0, "correct": 0, "scores": [], "clusters": 0}
-
-
-def test_wrong_examples_come_first_and_among_them_those_that_were_right_before():
-    asked = [sample(str(n), "x", images=[picture()]) for n in range(80)]
-    answers, before = ["x" if n % 2 else "y" for n in range(80)], ["x" if n in (60, 70) else "y" for n in range(80)]
-    shown = examples(judge(asked, said(*answers), [EXACT], "kind", said(*before)), asked)
-    assert [each["correct"] for each in shown] == [False] * WRONG_SHOWN + [True] * RIGHT_SHOWN
-    assert [each["id"] for each in shown[:3]] == ["60", "70", "0"]
-    assert shown[0]["base"] == "x" and shown[0]["images"][0].startswith("data:image/png;base64,")
-    assert Image.open(io.BytesIO(asked[0].images[0])).size == (32, 28)
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------

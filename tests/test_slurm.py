@@ -99,7 +99,7 @@ def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(proj
     for tool in ("bash", "sh", "which"):
         (tools / tool).symlink_to(shutil.which(tool))
     code, output = snakemake(
-        project, "--profile", "slurm", "-n", "train_vqa", "--config", "nodes=2", "gpus_per_node=4",
+        project, "--profile", "slurm", "-n", "-p", "train_vqa", "--config", "nodes=2", "gpus_per_node=4",
         "global_batch_size=256", PATH=f"{Path(sys.executable).parent}:{tools}",
     )  # fmt: skip
     assert code == 0, output
@@ -115,7 +115,9 @@ def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatc
     queued, job = [], Job("4711", "10.0.0.1", nodes=1, cpus_per_node=1)
     monkeypatch.setattr(Job, "requeue", lambda self: queued.append(self.number))
     answers = {"this_job": job, "open_run": 5, "launch": 0, "iterations_done": reached}
-    answers |= dict.fromkeys(("check_machine", "check_space", "check_what_is_loaded", "prune", "forget_after"))
+    answers |= dict.fromkeys(
+        ("check_nodes", "check_node", "check_space", "check_what_is_loaded", "prune", "forget_after")
+    )
     for name, answer in answers.items():
         monkeypatch.setattr(train, name, lambda *args, answer=answer, **named: answer)
     start = {"sidecars": "hf", "fingerprint": "s"}
@@ -203,10 +205,10 @@ def undisturbed(here):
 class Disturbed:
     """A training over two nodes that something happens to."""
 
-    def __init__(self, cluster, project, tag: str):
+    def __init__(self, cluster, project, tag: str, *settings: str):
         self.cluster, self.project, self.tag = cluster, project, tag
         self.folder = project / f"{RUN}_{tag}"
-        self.command = ("--profile", "slurm", trained(tag), "--config", *LONG, f"run_tag={tag}")
+        self.command = ("--profile", "slurm", trained(tag), "--config", *LONG, f"run_tag={tag}", *settings)
         self.main = start(project, *self.command)
 
     def until_step(self, step: int) -> None:
@@ -302,6 +304,24 @@ def test_a_killed_snakemake_started_again_takes_over_its_running_training(cluste
     run.ends_like(undisturbed, "kill -9 of snakemake")
     assert run.starts() == [0]
     assert f"{job['id']} rule_train" in (here / "snakemake.log").read_text()
+
+
+@pytest.mark.long
+def test_eight_ranks_over_two_nodes_learn_what_one_does_also_after_scancel(cluster, here):
+    batches = ["micro_batch_size=2", "train_iters=12"]  # given later than LONG's: they count
+    code, output = snakemake(
+        here, "--cores", "2", trained("one"), "--config", *LONG, "run_tag=one", *batches, PYTHONPATH=""
+    )
+    assert code == 0, output
+    run = Disturbed(cluster, here, "eight", *batches, "nproc_per_node=4")
+    run.until_step(6)
+    cluster.ask("scancel", run.job()["id"])
+    assert run.finish() == 0, (here / "snakemake.log").read_text()[-3000:]
+    assert len(run.starts()) == 2 and run.starts()[1] >= 4
+    log = (here / "output/logs/train/stage2_sft_vqa_eight.log").read_text()
+    assert "2 nodes × 4 processes" in log
+    for (step, loss), (_, expected) in zip(losses(here, f"{RUN}_eight"), losses(here, f"{RUN}_one"), strict=True):
+        assert loss == pytest.approx(expected, rel=2e-4), step
 
 
 @pytest.mark.long

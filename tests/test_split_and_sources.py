@@ -259,7 +259,7 @@ def test_a_folder_of_ours_without_its_index_is_indexed_in_place_and_by_fix(tmp_p
 
 
 def test_what_can_not_be_adopted_is_one_message(tmp_path):
-    tar_of(tmp_path / "odd/a.tar", {"k.json": {"caption": "?"}, "k.jpg": picture("JPEG")})
+    tar_of(tmp_path / "odd/a.tar", {"k.json": {"title": "?"}, "k.jpg": picture("JPEG")})
     mix(tmp_path / "two/a.tar", range(3))
     tar_of(tmp_path / "two/b.tar", {"k.json": turns(1), "k.jpg": picture("JPEG")})
     tar_of(tmp_path / "cut/a.tar", {"k.json": turns(1), "k.jpg": picture("JPEG")})

@@ -298,8 +298,10 @@ print("saved", flush=True)
 """
 LAUNCHER = """
 import sys
-from llava_sft.training.launcher import ask_workers, python_path, run
-sys.exit(run([sys.executable, *sys.argv[1:], "llava_sft.training"], python_path(), lambda p: ask_workers(p, 1)))
+from llava_sft.training.launcher import _before_training, python_path, run
+from llava_sft.training.ranks import Processes
+processes = Processes([([sys.executable, *sys.argv[1:]], python_path())], before=_before_training)
+sys.exit(run(processes, processes.ask))
 """
 
 

@@ -27,7 +27,7 @@ from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
-from llava_sft.errors import CheckpointError, SettingsError, exits_cleanly
+from llava_sft.errors import READABLE, CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import export_form, image_limits
@@ -297,9 +297,7 @@ def source_fingerprint(source: Path | str) -> str:
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
         return fingerprint([[file_fingerprint(path) for path in small], stats])
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename}: cannot be read: {error.strerror}", "a folder that you may read"
-        ) from None
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}", READABLE) from None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from llava_sft.checkpoint.verify import require_export
 from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, exits_cleanly
 from llava_sft.evaluation.answers import Model, Options, answers_of
 from llava_sft.evaluation.base import exported, start_of
-from llava_sft.evaluation.judge import Answer, examples, group_summaries, judge, summary
+from llava_sft.evaluation.judge import Answer, group_summaries, judge, summary
 from llava_sft.evaluation.questions import Questions, read_questions
 from llava_sft.evaluation.scores import SPELLINGS, Score, function_file, load_score
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json, write_text
@@ -118,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
     rows = judge(asked.samples, answers, scores, args.by, before)
     result = described(rows, [score.name for score in scores], answers, before)
     result["base"] = {"name": base.name, "cut": sum(a.cut for a in before)} if base and before else {"missing": missing}
-    result |= {"split": asked.split, "by": args.by, "examples": examples(rows, asked.samples)}
+    result |= {"split": asked.split, "by": args.by}
     result |= {"max_new_tokens": args.max_new_tokens, "engine": "vLLM" if options.vllm else "transformers"}
     predictions = args.output.with_name(PREDICTIONS)
     write_text(predictions, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -68,7 +68,8 @@ def main() -> None:
         )
     if leak := leak_note(dataset):
         print(f"note: {leak}")
-    print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
+    if not args.output:  # by hand
+        print(f"next: python {Path(sys.argv[0]).with_name('inspect_webdataset.py')} {args.wds_dir}")
 
 
 def verify(wds_dir: Path, dataset: Path) -> None:

@@ -15,6 +15,7 @@ from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.files import read_json, write_json, write_text
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.report.inspection import inspection_page
+from llava_sft.report.language import sayer, spoken
 
 PROBLEMS_PRINTED = 10
 
@@ -29,6 +30,9 @@ def main() -> None:
     add("--json", type=Path, metavar="FILE", help="write the report as JSON")
     add("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
     add("--seed", type=int, default=0, help="of the gallery and of the images decoded (%(default)s)")
+    add(
+        "--language", choices=["auto", "en", "zh"], default="auto", help="of the page (%(default)s: that of the locale)"
+    )
     add("--fix", action="store_true", help="write .nv-meta and .tar.idx anew first; no tar is touched")
     add("--tokenizer", type=Path, nargs="?", metavar="FOLDER", help="count tokens with this tokenizer.json")
     add("--seq-length", type=int, default=32768, help="… and what this length would cut (%(default)s)")
@@ -50,8 +54,24 @@ def main() -> None:
     report, gallery = inspect_webdataset(args.wds_dir, notes_dir, dataset, args.seed, tokens)
     if args.json:
         write_json(args.json, report, sealed=True)
-    page = args.html and write_page(args.html, report, gallery)
+    language = spoken(args.language)
+    page = args.html and write_page(args.html, report, gallery, language)
 
+    print_summary(report)
+    if report["problems"]:
+        first = "\n".join(f"  {p['where']}: {p['what']}" for p in report["problems"][:PROBLEMS_PRINTED])
+        raise DataError(
+            f"{args.wds_dir} is broken. The first problems:\n{first}" + (f"\nall: {page}" if page else ""),
+            fix_of(args.wds_dir, report["problems"]),
+        )
+    say = sayer(language)
+    print(
+        say("%(folder)s is complete", folder=args.wds_dir)
+        + (say("; see %(page)s", page=args.html) if args.html else "")
+    )
+
+
+def print_summary(report: dict[str, Any]) -> None:
     for split, counts in report["splits"].items():
         print(f"{split}: {counts['samples']:,} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB")
     for name in ("tokens", "turns", "images per sample", "answer length"):
@@ -64,31 +84,26 @@ def main() -> None:
             print(f"duplicates: {counts['repeated']:,} {what}s repeat an earlier one")
     if rejects := report["rejects"]:
         print(f"rejects: {rejects['rejected']:,} of {rejects['read']:,} records")
+    for key, row in report["unread"].items():
+        print(f"note: {row['records']:,} records have the key {key}, which is not read ({row['example']})")
     for note in report["notes"]:
         print(f"note: {note}")
     for check in report["checks"]:
         verdict = f"{check['problems']:,} wrong" if check["problems"] else "ok"
         print(f"{check['name']}: {check['looked_at']:,} checked, {verdict}")
-    if report["problems"]:
-        first = "\n".join(f"  {p['where']}: {p['what']}" for p in report["problems"][:PROBLEMS_PRINTED])
-        raise DataError(
-            f"{args.wds_dir} is broken. The first problems:\n{first}" + (f"\nall: {page}" if page else ""),
-            fix_of(args.wds_dir, report["problems"]),
-        )
-    print(f"{args.wds_dir} is complete" + (f"; see {args.html}" if args.html else ""))
 
 
-def write_page(page: Path, report: dict[str, Any], gallery: list[dict[str, Any]]) -> Path:
+def write_page(page: Path, report: dict[str, Any], gallery: list[dict[str, Any]], language: str) -> Path:
     """Write the page, and return where it lies: of a failed check it is `NAME.broken.html`, with the report as
     `NAME.broken.json` beside it, because Snakemake deletes what a failed rule wrote under the rule's own names."""
     broken = page.with_stem(f"{page.stem}.broken")
     broken_report = broken.with_suffix(".json")
     if report["ok"]:
-        write_text(page, inspection_page(report, gallery))
+        write_text(page, inspection_page(report, gallery, language))
         broken.unlink(missing_ok=True)
         broken_report.unlink(missing_ok=True)
         return page
-    write_text(broken, inspection_page(report, gallery))
+    write_text(broken, inspection_page(report, gallery, language))
     write_json(broken_report, report, sealed=True)
     page.unlink(missing_ok=True)
     return broken

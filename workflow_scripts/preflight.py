@@ -11,12 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 import yaml
 
 from llava_sft.checkpoint.architecture import model_of_start
 from llava_sft.checkpoint.base import beside_its_base
 from llava_sft.checkpoint.start import open_start
-from llava_sft.data.index import leak_note
+from llava_sft.data.index import leak_note, unread_note
 from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
@@ -31,15 +34,19 @@ from llava_sft.preflight.cost import MicroBatch, checkpoint_size
 from llava_sft.preflight.predict import (
     Case,
     Forecast,
+    answer,
     checkpoints_kept,
+    details,
     fits,
     forecast_of,
     host_bytes_for_save,
     mean_and_largest,
+    needless_parallelism,
     proposal_lines,
-    table,
 )
 from llava_sft.run.identity import refuse_other_run, same_run
+from llava_sft.run.sessions import command_line
+from llava_sft.settings.conflicts import check_parallel_sizes
 from llava_sft.settings.layers import CONFIG_DIR, load_model
 from llava_sft.settings.resolve import (
     Epoch,
@@ -86,6 +93,7 @@ def main() -> None:
     if not args.gpu:  # what another machine would need may be asked for any size, whatever there is to start from
         start = beside_its_base(start, settings.trained.lora)
         model, own_values = model_of_start(start, model, paths.converted is not None)
+        check_parallel_sizes(settings, model)  # the checkpoint may have another vocabulary than the model's file
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
 
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
@@ -111,22 +119,21 @@ def main() -> None:
         start=start,
         versions={package: version(package) for package in PACKAGES},
     )
-    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved)]
+    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved, forecast)]
     if not args.gpu:
         check_gpus(values, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
-    predicted, lines = describe(forecast) if forecast else (None, ["no prediction: no recorded run of such a machine"])
+    unknown = None, ["fits    not known: no recorded run of such a machine"], list[str]()
+    predicted, first, last = describe(forecast) if forecast else unknown
     if not args.gpu:
         resolved.write(paths.resolved)
         known = {"run_name": settings.run_name, "parameters": parameter_count(model)}
         known |= {"trained_parameters": values.trained.parameters(model)}
         known |= {"warnings": notes, "origin": settings.origin}
-        given = {"overrides": args.config, "cluster": args.cluster}
+        given = {"overrides": args.config, "cluster": args.cluster, "command": command_line()}
         write_json(paths.prediction, known | given | {"prediction": predicted}, sealed=True)
-    show(resolved, model, notes, settings.origin)
-    for line in lines:
-        print(f"  {line}")
+    show(resolved, model, first, notes, last, settings.origin)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -182,9 +189,9 @@ def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:
     )
 
 
-def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
+def notes_of(paths: Paths, samples: Samples, resolved: Resolved, forecast: Forecast | None) -> list[str]:
     """What a person should know before the training, and what does not stop it."""
-    settings, excluded = paths.settings, samples.sizes.left_out
+    settings, values, excluded = paths.settings, resolved.settings, samples.sizes.left_out
     notes = warnings(settings, resolved.start.untrained)
     notes += length_warning(settings, resolved.settings, samples.epoch.sequences)
     if excluded:
@@ -193,7 +200,10 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved) -> list[str]:
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {excluded[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
-    notes += filter(None, [leak_note(samples.dataset)])
+    notes += needless_parallelism(forecast.case, forecast.calibration) if forecast else []
+    if values.log_answers and values.eval_iters and values.pipeline_model_parallel_size > 1:
+        notes.append("with pipeline parallelism no held-out sample is answered during the training (log_answers)")
+    notes += filter(None, [leak_note(samples.dataset), unread_note(samples.dataset)])
     if not samples.dataset["heldout"]["samples"]:
         notes.append(
             "no held-out data: there will be no accuracy, and no held-out loss during training: heldout_data, or "
@@ -260,19 +270,19 @@ def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
         require_able_gpus(gpus, values.fp8)
 
 
-def describe(forecast: Forecast) -> tuple[dict, list[str]]:
-    """The prediction for preflight.json, and its lines for the terminal."""
+def describe(forecast: Forecast) -> tuple[dict, list[str], list[str]]:
+    """The prediction for preflight.json, and its lines for the terminal: the answer, and the details."""
     case, prediction, calibration, found = forecast
     model, values, machine = case.model, case.values, case.machine
-    lines = table(prediction, machine, calibration, values)
+    first, last = answer(prediction, machine, values), details(prediction, calibration)
     if not fits(prediction, machine):
-        would_fit = [f"would fit: {line}" for line in proposal_lines(found)]
-        lines += would_fit or ["nothing near these settings fits"]
+        would_fit = [f"        would fit: {line}" for line in proposal_lines(found)]
+        first[1:1] = would_fit or ["        nothing near these settings fits"]
     size = checkpoint_size(model, values)
     kept = checkpoints_kept(values)
-    lines.append(f"disk    {kept} × {size / GIB:,.3g} GiB of checkpoints: {kept * size / GIB:,.1f} GiB")
+    last.append(f"disk    {kept} × {size / GIB:,.3g} GiB of checkpoints: {kept * size / GIB:,.1f} GiB")
     if copied := host_bytes_for_save(model, values):
-        lines.append(f"host    {copied / GIB:,.1f} GiB of a node's memory, for the copy that a save makes")
+        last.append(f"host    {copied / GIB:,.1f} GiB of a node's memory, for the copy that a save makes")
     facts = {
         "machine": machine._asdict(),
         "memory_gib": prediction.memory,
@@ -284,30 +294,35 @@ def describe(forecast: Forecast) -> tuple[dict, list[str]]:
         "checkpoints_kept": kept,
         "recorded_runs": calibration.runs,
     }
-    return facts, lines
+    return facts, first, last
 
 
-def show(resolved: Resolved, model: ModelConfig, notes: list[str], origin: dict[str, str]) -> None:
-    """The settings that decide what is learned, and all that are not defaults: value, and where it came from."""
+def show(
+    resolved: Resolved, model: ModelConfig, first: list[str], notes: list[str], last: list[str], origin: dict[str, str]
+) -> None:
+    """The answer first; then the settings that decide what is learned, and all that are not defaults: value, and where it
+    came from."""
     values, why, data = resolved.settings, resolved.why, resolved.data
     parameters, trained = parameter_count(model), values.trained.parameters(model)
     learning = f" ({trained:,} trained{', by LoRA' if values.lora_rank else ''})" if trained != parameters else ""
     print(f"{resolved.run_name}: {model.name}, {parameters:,} parameters{learning}, from {resolved.start.load}")
-    if resolved.start.untrained:
-        print("  the start checkpoint is untrained: random weights")
     packs = f" in {data.sequences:,.0f} packs" if values.packing else ""
     epochs = values.train_iters * values.global_batch_size / data.sequences
-    print(
-        f"  {data.train_samples:,} samples for training{packs} ({epochs:,.2f} epochs), {data.heldout_samples:,} held out"
-    )
+    held = data.heldout_samples
+    weights = "random weights: the start checkpoint is untrained" if resolved.start.untrained else "trained weights"
+    of_accuracy = f"its accuracy on {held:,} held-out samples, to within ±{98 / held**0.5:.1f} points" if held else ""
+    lines = [
+        f"learns  {epochs:,.2f} epochs of {data.train_samples:,} samples{packs}, from {weights}",
+        f"shows   {of_accuracy or 'no accuracy: there is no held-out data'}",
+    ]
+    print("\n".join(f"  {line}" for line in [*first, *lines, *(f"warning: {note}" for note in notes)]))
     defaults = str(CONFIG_DIR / "config.yaml")
     for name, value in values.dump().items():
         shown = ABOUT[name].shown
         given = name in why or origin.get(name, defaults) != defaults
         if shown or (shown is None and given):
             print(f"  {name:26} {spelled(value):14} {f'auto: {why[name]}' if name in why else origin[name]}")
-    for note in notes:
-        print(f"  warning: {note}")
+    print("\n".join(f"  {line}" for line in last))
 
 
 def spelled(value: Any) -> str:

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 import yaml
 
 from llava_sft.checkpoint.hub import name_problem

@@ -4,24 +4,27 @@ Every input but the resolved settings may be missing, and so may their keys: the
 """
 
 import argparse
-import shlex
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from llava_sft.checkpoint.verify import is_export
 from llava_sft.data.index import leak_note
-from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
+from llava_sft.data.stored import read_split
+from llava_sft.errors import DamagedFileError, DataError, RunError, exits_cleanly
 from llava_sft.evaluation.scores import explained
-from llava_sft.files import read_json, write_text
-from llava_sft.publish.card import write_card
-from llava_sft.report.charts import charts
+from llava_sft.files import file_fingerprint, read_json, read_rows, write_text
+from llava_sft.publish.card import CARD, write_card
+from llava_sft.report.answers import table
+from llava_sft.report.charts import Records, charts, vega
 from llava_sft.report.figures import best_validation, measured, with_scores
 from llava_sft.report.html import render
-from llava_sft.run.checkpoints import iterations_done
+from llava_sft.report.language import Say, sayer, spoken
+from llava_sft.report.places import chat_command, links, newest_log, paths, provenance
+from llava_sft.report.verdict import Verdict, verdict
 from llava_sft.run.coverage import count_samples
-from llava_sft.run.layout import SAMPLE_COUNTS, TENSORBOARD, VALIDATION, checkpoint_dir
+from llava_sft.run.layout import BAD_STEPS, SAMPLE_COUNTS, VALIDATION
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import ResolvedData
 
@@ -39,7 +42,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "dataset": {"train": dict, "heldout": dict},
     "inspect": {"checks": list, "distributions": dict},
     "train_done": {"iteration": int},
-    "evaluation": {"split": str, "samples": int, "correct": int, "groups": dict, "examples": list},
+    "evaluation": {"split": str, "samples": int, "correct": int, "groups": dict},
     "counts": {"epochs": (int, float), "seen": dict},
     "parity": {"passed": (bool, type(None))},
 }
@@ -59,11 +62,13 @@ def main() -> None:
     args = parser.parse_args()
     if not args.run_dir.is_dir():
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
-    write_text(args.output, page(args))
-    print(f"report: {args.output}")
+    html, found, say = page(args)
+    write_text(args.output, html)
+    print(found.headline)
+    print(say("report: %(path)s", path=args.output))
     if args.export and is_export(args.export):
         write_card(args.export)  # again: the scores are known now
-        print(f"talk to it: {chat_command(args.run_dir)}")
+        print(say("talk to it: %(command)s", command=chat_command(args.run_dir)))
 
 
 def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,44 +117,77 @@ def not_this_run(path: Path, why: str) -> RunError:
     return RunError(f"{path}: not of this run: {why}", "delete it and run the same command: it is made again")
 
 
-def page(args: argparse.Namespace) -> str:
-    """The page. In the template JSON files go by the names of their options, None where one is missing."""
+def page(args: argparse.Namespace) -> tuple[str, Verdict, Say]:
+    """The page, its verdict, and its language. In the template JSON files go by the names of their options, None where one is missing."""
     run_dir, found = args.run_dir, read_inputs(args)
     metrics, validations = read_metrics(run_dir), read_jsonl(run_dir / VALIDATION)
     settings, why = found["resolved"]["settings"], found["resolved"]["why"]
+    language = spoken(settings.get("report_language", "auto"))
+    say = sayer(language)
     evaluation = found["evaluation"] = with_scores(found["evaluation"]) if found["evaluation"] else {}
     groups = {name: with_scores(group) for name, group in evaluation.get("groups", {}).items()}
-    examples = evaluation.get("examples", [])
-    return render(
+    records = {"metrics": metrics, "validations": validations, "bad": read_jsonl(run_dir / BAD_STEPS)}
+    judged = verdict(found, records, say, run_dir)
+    inspection = args.inspect and args.inspect.with_suffix(".html")
+    predictions = args.evaluation.with_name("predictions.jsonl") if evaluation else None
+    html = render(
         "report.html.j2",
+        language,
         **found,
         **measured(metrics),
-        export=args.export,
+        verdict=judged,
+        provenance=provenance(run_dir, found, metrics),
+        links=links(
+            args.output, inspection_of_the_data=inspection, exported_model=args.export,
+            model_card=args.export and args.export / CARD, all_answers=predictions, log_of_the_training=newest_log(run_dir),
+        ),
         derived={name: settings.get(name) for name in why},
         given={name: value for name, value in settings.items() if name not in why},
         distributions=DISTRIBUTIONS,
         last={**(metrics[-1] if metrics else {}), **(found["train_done"] or {})},
-        charts=[chart | {"svg": Markup(chart["svg"])} for chart in charts(metrics)],
+        curves=charts([Records(metrics, validations)], say),
+        vega=vega,
         validations=validations,
         best=best_validation(validations),
         meaning=explained(evaluation["scores"][0]["name"]) if evaluation.get("scores") else "",
-        measure=measure_of(evaluation),
+        measure=measure_of(evaluation, say),
+        measure_is_accuracy=is_accuracy(evaluation),
         others=other_sets(args.evaluation, evaluation.get("model")) if args.evaluation else {},
         leak=found["dataset"] and leak_note(found["dataset"]),
         groups=sorted(groups.items(), key=lambda item: item[1]["scores"][0]["mean"] if item[1]["samples"] else 0),
-        wrong=[example for example in examples if not example["correct"]],
-        right=[example for example in examples if example["correct"]],
-        predictions=evaluation.get("predictions") and args.evaluation.with_name("predictions.jsonl"),
+        answers=answers_of(evaluation, predictions, found["resolved"].get("data", {}).get("path"), say),
         paths=paths(run_dir, args.export, found["resolved"]),
-    )
+    )  # fmt: skip
+    return html, judged, say
 
 
-def measure_of(evaluation: dict[str, Any]) -> str:
-    """What the first score's mean is called: the share of right answers is an accuracy."""
-    if not evaluation.get("scores"):
-        return "accuracy"
-    first, samples = evaluation["scores"][0], evaluation["samples"]
-    return "accuracy" if abs(first["mean"] * samples - evaluation["correct"]) < 1e-6 else f"score ({first['name']})"
+def answers_of(
+    evaluation: dict[str, Any], predictions: Path | None, data: str | None, say: Say
+) -> dict[str, Any] | None:
+    """The table of all answers; None where there are none, or they are not those that were evaluated. Of a data set that is
+    no longer there, without pictures."""
+    if not predictions or not predictions.is_file():
+        return None
+    if evaluation.get("predictions") != file_fingerprint(predictions):
+        return None
+    rows = read_rows(predictions)
+    models = [say("after"), say("before")] if rows and "base_correct" in rows[0] else [say("answer")]
+    with suppress(DataError, OSError):
+        return table([rows], models, islice(read_split(data, evaluation["split"]), len(rows)) if data else [])
+    return table([rows], models, [])
+
+
+def is_accuracy(evaluation: dict[str, Any]) -> bool:
+    """Whether the first score's mean is the share of right answers."""
+    scores = evaluation.get("scores")
+    return not scores or abs(scores[0]["mean"] * evaluation["samples"] - evaluation["correct"]) < 1e-6
+
+
+def measure_of(evaluation: dict[str, Any], say: Say) -> str:
+    """What the first score's mean is called."""
+    if is_accuracy(evaluation):
+        return say("held-out accuracy")
+    return say("held-out score (%(name)s)", name=evaluation["scores"][0]["name"])
 
 
 def other_sets(evaluation: Path, model: str | None) -> dict[str, dict[str, Any]]:
@@ -159,39 +197,6 @@ def other_sets(evaluation: Path, model: str | None) -> dict[str, dict[str, Any]]
     return {
         name: with_scores(each) for name, each in found.items() if each.get("samples") and each.get("model") == model
     }
-
-
-def paths(run_dir: Path, export: Path | None, resolved: dict[str, Any]) -> dict[str, str]:
-    """What a reader may want to open next, where it exists."""
-    found = {"run": str(run_dir)}
-    if step := iterations_done(run_dir):
-        found["newest checkpoint"] = str(checkpoint_dir(run_dir, step))
-    if export:
-        found["export (Hugging Face)"] = str(export)
-    found |= of_lora(found.get("newest checkpoint"), resolved)
-    logs = sorted(run_dir.glob("run_*.log"))
-    found |= {"log" if len(logs) == 1 else f"log {n}": str(path) for n, path in enumerate(logs, 1)}
-    if (run_dir / TENSORBOARD).is_dir():
-        found["TensorBoard"] = f"tensorboard --logdir {run_dir / TENSORBOARD}"
-    if export and is_export(export):
-        found["talk to it"] = chat_command(run_dir)
-    return found
-
-
-def of_lora(checkpoint: str | None, resolved: dict[str, Any]) -> dict[str, str]:
-    """What LoRA's pairs stand beside, and the command that makes a PEFT folder of them; of a run without LoRA nothing."""
-    settings, start = resolved["settings"], resolved.get("start", {})
-    if not settings.get("lora_rank"):
-        return {}
-    found = {"base, which checkpoints need": str(start["folder"])} if start.get("folder") else {}
-    if checkpoint and set(settings["trainable_modules"]) == set(settings["lora_modules"]):
-        to_peft = f"python workflow_scripts/convert_checkpoint.py mcore2peft {shlex.quote(checkpoint)} adapter"
-        found["adapter for PEFT"] = to_peft
-    return found
-
-
-def chat_command(run_dir: Path) -> str:
-    return f"make chat RUN={shlex.quote(str(run_dir))}"
 
 
 if __name__ == "__main__":

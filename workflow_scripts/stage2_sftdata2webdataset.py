@@ -1,20 +1,23 @@
-"""Turn raw instruction data (JSONL, a JSON array, Parquet; images beside it or inside) into WebDataset shards, a job per
+"""Turn raw instruction data (JSONL, a JSON array, CSV, Parquet, Arrow; images beside it or inside) into WebDataset shards, a job per
 range of a file.
 
 Without --shard, --start and --end whole files are planned and converted, one shard after the other.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_sft.data.forms import Reading
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, default_notes_dir, plan_ranges
 from llava_sft.data.shards import convert_range
 from llava_sft.errors import SettingsError, exits_cleanly
+from llava_sft.progress import Progress
 
 
 @exits_cleanly
@@ -31,6 +34,12 @@ def main() -> None:
         help="reject larger images (%(default)s)")  # fmt: skip
     add("--max-shard-bytes", type=int, metavar="N", help="a tar that grows beyond is an error")
     add("--decode-images", choices=["True", "False"], default="False", help="decode every image (%(default)s)")
+    add("--columns", type=json.loads, default={}, metavar="JSON",
+        help='other names of keys or columns: {"question": "q", "answer": "a", "image": "file"}')  # fmt: skip
+    add("--caption-prompt", default=Reading().caption_prompt, metavar="TEXT",
+        help="the question of a record that is a picture and its caption (%(default)s)")  # fmt: skip
+    add("--image-first", choices=["True", "False"], default="False",
+        help="put <image> before the first question where a record's texts have none (%(default)s)")  # fmt: skip
     add("--range-bytes", type=int, metavar="N",
         help="whole files: bytes of raw data a shard is made from (8 MiB of text, 256 MiB of Parquet)")  # fmt: skip
     add("--shard", type=int, metavar="N", help="one job: number of the shard")
@@ -42,10 +51,12 @@ def main() -> None:
     if any(value is not None for value in job) and None in job:
         raise SettingsError(f"--shard, --start, --end are {job}; they go together", "give all three or none")
 
-    def convert(raw: str, cut: Range, *progress: Callable[..., Any]) -> dict[str, Any]:
+    reading = Reading(args.columns, args.caption_prompt, args.image_first == "True")
+
+    def convert(raw: str, cut: Range, progress: Callable[..., Any] = lambda *_: None) -> dict[str, Any]:
         image_root = args.image_root or os.path.dirname(raw) or "."
         limits = args.max_image_pixels, args.max_shard_bytes, args.decode_images == "True"
-        return convert_range(raw, image_root, args.output_dir, notes_dir, args.prefix, cut, *limits, *progress)
+        return convert_range(raw, image_root, args.output_dir, notes_dir, args.prefix, cut, *limits, progress, reading)
 
     if args.shard is not None:
         all_stats = [convert(args.input[0], Range(*job))]
@@ -63,20 +74,15 @@ def main() -> None:
 
 
 def convert_all(ranges: list[tuple[str, Range]], convert: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert one range after the other, under a progress bar: raw data and records read, MB/s, the time left."""
-    from tqdm import tqdm  # not for one job of many
-
+    """Convert one range after the other, saying how far it is."""
     all_stats: list[dict[str, Any]] = []
-    total = sum(cut.end - cut.start for _, cut in ranges)
-    with tqdm(desc="converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for raw, cut in ranges:
+    progress = Progress(sum(cut.end - cut.start for _, cut in ranges) / 1e6, "MB")
+    for raw, cut in ranges:
 
-            def show(raw_bytes: int, records: int, begun: float = bar.n) -> None:
-                records += sum(stats["read"] for stats in all_stats)
-                bar.set_postfix_str(f"{records:,} records", refresh=False)
-                bar.update(begun + raw_bytes - bar.n)
+        def show(raw_bytes: int, records: int, begun: float = progress.done) -> None:
+            progress.add(begun + raw_bytes / 1e6 - progress.done)
 
-            all_stats.append(convert(raw, cut, show))
+        all_stats.append(convert(raw, cut, show))
     return all_stats
 
 

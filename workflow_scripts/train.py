@@ -1,14 +1,14 @@
 """Train with Megatron what preflight resolved; started again, resume from the newest whole checkpoint.
 
 A run that has done all its steps with the same settings and data says so within a second. In a Slurm job it trains on the
-job's nodes, saves before the time limit, and has the job queued again as long as there is progress.
+job's nodes, saves before the time limit, and has the job queued again as long as there is progress. Where a platform has
+started several nodes, it trains on them (llava_sft/training/meeting.py).
 
 Exit codes: 0 all steps are done; 75 stopped cleanly by a signal or max_minutes, with a checkpoint; 130 ended at once by a
 second Ctrl-C, without one; 1 an error, with its message.
 """
 
 import argparse
-import contextlib
 import datetime
 import platform
 import shlex
@@ -20,17 +20,20 @@ from typing import BinaryIO
 
 from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
-from llava_sft.files import fingerprint, read_json, write_json
+from llava_sft.errors import RunError, exits_cleanly
+from llava_sft.files import fingerprint, write_json
+from llava_sft.nodes import Node, is_settled, this_node
 from llava_sft.run.checkpoints import iterations_done, prune
 from llava_sft.run.coverage import count_samples
 from llava_sft.run.identity import identity, open_run
-from llava_sft.run.layout import FAILURE, METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
+from llava_sft.run.layout import METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
 from llava_sft.run.lock import DEAD_AFTER_S, give_back, lock
 from llava_sft.run.records import forget_after, read_metrics
 from llava_sft.settings.resolved import Resolved
-from llava_sft.training.checks import check_machine, check_space
+from llava_sft.training.checks import check_node, check_nodes, check_space
 from llava_sft.training.launcher import STOPPED, launch
+from llava_sft.training.meeting import Host, Meeting, join
+from llava_sft.training.ranks import forget_failure, noted_failure
 from llava_sft.training.slurm import Job, this_job
 
 EXIT_RESUMABLE = 75  # stopped cleanly before the last step: the same command resumes
@@ -48,15 +51,26 @@ def main() -> None:
 
     resolved = Resolved.read(args.resolved)
     job = this_job()
+    node = None if job else this_node()
+    if node and node.rank:  # started by hand on every node: the Snakefile does this by itself
+        sys.exit(join(node))
+    host = Host(node) if node and not is_settled() else None
     # A job that Slurm starts again may meet the last processes of its predecessor.
     held = lock(args.run_dir, patience_s=2 * DEAD_AFTER_S if job else 0)
     try:
-        train(args, resolved, job, held)
+        train(args, resolved, job, node, held)
+    except SystemExit as end:
+        if host:
+            host.over(int(end.code or 0))
+        raise
+    else:
+        if host:
+            host.over(0)
     finally:  # a run that is refused leaves no lock of a dead one
         give_back(held)
 
 
-def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: BinaryIO) -> None:
+def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: Node | None, held: BinaryIO) -> None:
     settings, run_dir = resolved.settings, args.run_dir
     train_iters = settings.train_iters
     start = open_run(run_dir, resolved)
@@ -69,10 +83,11 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: B
 
     if dataset := resolved.data.dataset_file:
         require_whole(folder_of(Path(resolved.data.path)), Path(dataset))
-    check_machine(resolved, job)
+    check_nodes(settings, job, node)
+    check_node(resolved)
     prune(run_dir, settings.keep_last, settings.keep_every)
     check_space(run_dir, resolved)
-    (run_dir / FAILURE).unlink(missing_ok=True)
+    forget_failure(run_dir)
     forget_after(run_dir, start)
     log = run_dir / f"run_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{platform.node()}.log"
     print(f"{run_dir}: " + (f"resuming from step {start} of {train_iters}" if start else f"{train_iters} steps"))
@@ -80,7 +95,14 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: B
     began = time.monotonic()
     check_what_is_loaded(run_dir, start, resolved)
     arguments = [str(run_dir / RUN_FILE), str(run_dir)]
-    code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
+    if node:
+        meeting = Meeting(node, run_dir, run_dir / RUN_FILE)
+        with meeting as place:
+            code = launch(settings, arguments, run_dir, log, held, place=place, trouble=meeting.trouble)
+            if code not in (0, STOPPED):
+                meeting.last_words(run_dir)
+    else:
+        code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
@@ -106,17 +128,21 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, held: B
 
 def failure(run_dir: Path, where: str, code: int, log: Path) -> RunError:
     """Why the training ended with exit code `code`: the cause that it noted, a full disk, or the end of its log."""
-    with contextlib.suppress(DamagedFileError):  # the disk was full
-        if known := read_json(run_dir / FAILURE, None):
-            return RunError(f"training stopped {where}: {known['problem']}", known["fix"])
+    end = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+    if known := noted_failure(run_dir):
+        lines, fix = known.get("lines", ()), known.get("fix") or f"see {log}"
+        if "crashed" in known:  # and could not say why
+            fix = f"see {log}; {fix}"
+            lines = end if this_job() or known["crashed"] == platform.node() else ()
+        shown = "".join(f"\n    {line[:200]}" for line in lines)
+        return RunError(f"training stopped {where}: {known['problem']}{shown}", fix)
     if (free := shutil.disk_usage(run_dir).free) < 1 << 20:  # too little for the note
         return RunError(
             f"training stopped {where}: {run_dir} is on a full disk: {free >> 10} KiB free",
             "free space there; the same command resumes from the newest checkpoint",
         )
-    lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-    end = "\n".join(f"    {line[:200]}" for line in lines)
-    return RunError(f"training ended with exit code {code} {where}.\n{end}", f"see {log}")
+    shown = "\n".join(f"    {line[:200]}" for line in end)
+    return RunError(f"training ended with exit code {code} {where}.\n{shown}", f"see {log}")
 
 
 def check_what_is_loaded(run_dir: Path, step: int, resolved: Resolved) -> None:

@@ -32,7 +32,7 @@ PROMISES = [
         "the same command continues the run; a checkpoint is saved first on SIGTERM, SIGINT and SIGUSR1 to the training, and on SIGTERM "
         "and SIGINT to the others",
         "SIGTERM、SIGINT、SIGUSR1、SIGHUP、SIGQUIT 发给整个进程组、只发给 Snakemake 或只发给训练",
-        "同一条命令接着运行；训练收到 SIGTERM、SIGINT、SIGUSR1，其余收到 SIGTERM、SIGINT 时，先保存检查点",
+        "同一条命令接着运行；训练收到 SIGTERM、SIGINT、SIGUSR1，其余收到 SIGTERM、SIGINT 时，先保存checkpoint",
         LONG, "test_signals_of_each_sort_lose_nothing_and_save_where_promised",
     ),
     Promise(
@@ -44,6 +44,13 @@ PROMISES = [
         "the same command from two terminals, two trainings in one run directory", "one runs, the other says why it does not",
         "两个终端运行同一条命令，或同一运行目录里有两个训练", "一个正常运行，另一个说明为何不行",
         LONG, "test_two_copies_at_once_do_not_disturb_each_other",
+    ),
+    Promise(
+        "one of several ranks of a training is killed or stopped, its loader raises, or its loss alone is NaN",
+        "all ranks end within a minute and a half, the rank and its own error stand last on the terminal; the same command continues the run",
+        "多个 rank 中有一个被杀死、被挂起、数据加载报错，或只有它的损失为 NaN",
+        "所有 rank 在一分半钟内结束，终端最后几行是该 rank 和它自己的错误；同一条命令接着运行",
+        "../test_ranks.py", "test_a_rank_that_is_killed_or_stopped_is_named_and_the_run_goes_on_as_if_nothing_had_been",
     ),
     Promise(
         "folders with spaces, Chinese, quotes, `$`, braces; a linked project; another working directory; umask 077; 256 descriptors",
@@ -92,7 +99,7 @@ CHINESE = {
     "promises": "## 故障、承诺与测试\n\n| 故障 | 承诺 | 测试 |\n|---|---|---|\n",
     "kinds": "## 静态损坏：流程保存的每类文件（原始数据除外）\n\n"
     "损坏方式：翻转一位、改一个数字、随机字节、缺尾、清零一块、换成同类另一文件的内容、空文件、文件丢失、原处变成文件夹或悬空链接；\n"
-    "修改时间保持不变或更新。只要还有完整的检查点，第一组文件的损坏都不会让运行停下：损坏的文件被移开或重新生成，并给出说明；只有占据文件位置的文件夹会被指出，由你处理。\n\n"
+    "修改时间保持不变或更新。只要还有完整的checkpoint，第一组文件的损坏都不会让运行停下：损坏的文件被移开或重新生成，并给出说明；只有占据文件位置的文件夹会被指出，由你处理。\n\n"
     "| 文件 | | 用到它的步骤（逐一测试） |\n|---|---|---|\n",
     "own": "运行状态",
     "limits": "## 限制\n\n已知不会被发现的损坏及其原因。测试中单独计数（`faults_documented`）。\n\n",

@@ -26,8 +26,8 @@ import psutil
 
 PRELOAD = {
     "steps": (
-        "torch", "snakemake.cli", "snakemake.workflow", "transformers", "safetensors.torch", "tokenizers", "sqlite3", "yaml", "matplotlib.figure", "jinja2",
-        "matplotlib.backends.backend_svg", "PIL.Image", "megatron.energon", "tqdm", "pydantic", "orjson", "xxhash", "psutil",
+        "torch", "snakemake.cli", "snakemake.workflow", "transformers", "safetensors.torch", "tokenizers", "sqlite3", "yaml", "jinja2",
+        "PIL.Image", "megatron.energon", "tqdm", "pydantic", "orjson", "xxhash", "psutil",
         "transformers.models.auto.processing_auto", "transformers.models.auto.modeling_auto", "transformers.generation.utils",
         "transformers.models.qwen2.tokenization_qwen2", "transformers.models.qwen3.modeling_qwen3",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl", "torch.distributed.checkpoint",

@@ -5,6 +5,8 @@ import base64
 import itertools
 import json
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import aiohttp
 
 
 class Browser:
-    """`async with Browser(chromium, folder) as browser:`; `requested` holds the address of every request of its page."""
+    """`async with Browser(chromium, folder) as browser:`; `requested` holds the address of every request of its page, `errors`
+    what its console showed of errors."""
 
     def __init__(self, program: str, profile: Path):
         options = [
@@ -25,7 +28,7 @@ class Browser:
         self.process = subprocess.Popen(
             [program, *options, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.PIPE, text=True
         )
-        self.numbers, self.waiting, self.requested = itertools.count(1), {}, []
+        self.numbers, self.waiting, self.requested, self.errors = itertools.count(1), {}, [], []
 
     async def __aenter__(self) -> "Browser":
         line = next(line for line in self.process.stderr if "DevTools listening on" in line)
@@ -35,7 +38,7 @@ class Browser:
             page = next(tab for tab in await response.json() if tab["type"] == "page")
         self.socket = await self.session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0)
         self.reader = asyncio.create_task(self._read())
-        for domain in ("Network", "Page", "DOM"):
+        for domain in ("Network", "Page", "DOM", "Runtime", "Log"):
             await self.do(f"{domain}.enable")
         return self
 
@@ -51,6 +54,12 @@ class Browser:
                 self.waiting.pop(content["id"]).set_result(content)
             elif content["method"] == "Network.requestWillBeSent":
                 self.requested.append(content["params"]["request"]["url"])
+            elif content["method"] == "Runtime.exceptionThrown":
+                self.errors.append(content["params"]["exceptionDetails"])
+            elif content["method"] == "Log.entryAdded" and content["params"]["entry"]["level"] in ("error", "warning"):
+                self.errors.append(content["params"]["entry"])
+            elif content["method"] == "Runtime.consoleAPICalled" and content["params"]["type"] in ("error", "warning"):
+                self.errors.append(content["params"]["args"])
 
     async def do(self, method: str, **params: Any) -> dict[str, Any]:
         number, answer = next(self.numbers), asyncio.get_running_loop().create_future()
@@ -77,5 +86,33 @@ class Browser:
         node = (await self.do("DOM.querySelector", nodeId=root, selector="input[type=file]"))["nodeId"]
         await self.do("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
 
-    async def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode((await self.do("Page.captureScreenshot"))["data"]))
+    async def screen(self, width: int, height: int, scheme: str = "light", medium: str = "") -> None:
+        """`scheme`: light or dark; `medium`: print, or the screen's."""
+        await self.do(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
+        await self.do(
+            "Emulation.setEmulatedMedia", media=medium, features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
+
+    async def key(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            await self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    async def screenshot(self, path: Path, whole: bool = False) -> None:
+        found = await self.do("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+
+async def _picture(page: str, picture: str, width: str, height: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        async with Browser("chromium", Path(folder)) as browser:
+            await browser.screen(int(width), int(height))
+            await browser.do("Page.navigate", url=Path(page).absolute().as_uri())
+            await browser.until("document.readyState == 'complete'")
+            await asyncio.sleep(1)  # until the curves are drawn
+            await browser.screenshot(Path(picture))
+
+
+if __name__ == "__main__":  # PYTHONPATH=tests python -m helpers.browser PAGE PNG WIDTH HEIGHT
+    asyncio.run(_picture(*sys.argv[1:]))

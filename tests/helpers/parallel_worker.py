@@ -24,6 +24,7 @@ from llava_sft.model.config import ModelConfig
 cpu.apply()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlock  # noqa: E402
 
 from helpers.conversations import VALUES, conversation, loader_batch  # noqa: E402
 from llava_sft.megatron import config, distributed, parallel  # noqa: E402
@@ -31,6 +32,16 @@ from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.model.lora import A, B  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.loop import Loop  # noqa: E402
+
+decoder_forward = TransformerBlock.forward
+
+
+def as_a_view(self, *given, **named):
+    """What the fused layers of GPUs return, and a pipeline stage may not hand on: a view of another tensor."""
+    return decoder_forward(self, *given, **named)[:]
+
+
+TransformerBlock.forward = as_a_view
 
 
 def build(job: dict, tp: int, pp: int, values: dict, reduction: dict) -> Loop:

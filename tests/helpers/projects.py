@@ -43,8 +43,11 @@ def snakemake(project: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def planned(output: str) -> dict[str, int]:
-    """The table of jobs that Snakemake prints."""
-    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE) if name != "total"}
+    """How many jobs of each rule are announced, by a run or by `-n`."""
+    rows = re.findall(r"^ +(\d+)  (\w+) ", output, re.MULTILINE)
+    for listed in re.findall(r"^\d\d:\d\d:\d\d  \d+ jobs?: (.*)$", output, re.MULTILINE):
+        rows += [(entry.split() if " " in entry else ["1", entry]) for entry in listed.split(", ")]
+    return {name: int(count) for count, name in rows}
 
 
 def losses(project: Path, run: str) -> list[tuple[int, float]]:

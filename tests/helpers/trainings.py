@@ -84,6 +84,15 @@ class Run:
         return {name: bytes(tensor_bytes(reader.read(name))) for name in reader.tensors()}
 
 
+def demo(project: Path) -> dict:
+    """Resolved settings of the embedded experiment in a prepared project, for trainings that are started elsewhere."""
+    resolved = read_json(project / "output/stage2_sft_vqa_results/resolved.json")
+    for name in ("path", "sizes"):
+        resolved["data"][name] = str(project / resolved["data"][name])
+    resolved["start"] |= {key: str(project / resolved["start"][key]) for key in ("folder", "sidecars")}
+    return resolved
+
+
 def kill(process: subprocess.Popen, number: int) -> None:
     if process.poll() is None:
         (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)

@@ -18,6 +18,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
 MORE_SPACE = "free some space on that disk, then run the same command again"
+READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
 SHOWN = 200  # characters of a user's string that a message quotes, at most
 
 

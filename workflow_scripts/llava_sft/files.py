@@ -96,6 +96,16 @@ def read_json(path: Path | str, *default: Any) -> Any:
     return value
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of ours, one a line. Errors: DamagedFileError."""
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    except (ValueError, RecursionError):
+        raise DamagedFileError(
+            f"{path}: damaged, or cut off", "delete it and run the same command: it is made again"
+        ) from None
+
+
 def _seal(rest: bytes) -> str:
     return hashlib.sha256(rest).hexdigest()[:16]
 

@@ -21,9 +21,12 @@ from pathlib import Path
 
 import psutil
 
+from llava_sft.errors import exits_cleanly
+
 _held = None  # keeps the shared lock for the life of the process
 
 
+@exits_cleanly
 def lift_stale_lock(wait: bool = True) -> None:
     """Remove Snakemake's lock files when the run that made them is dead, after the last of its Slurm jobs.
 
@@ -39,7 +42,9 @@ def lift_stale_lock(wait: bool = True) -> None:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fcntl.flock(_held, fcntl.LOCK_SH)
-        return  # whoever lives noted itself, and the logger plugin shows that note to a second run
+        if wait:
+            _note_myself()  # another that lives has lifted what there was to lift
+        return
     except OSError:
         return  # a file system without locks: Snakemake's own message says what to do
     if wait:
@@ -50,11 +55,17 @@ def lift_stale_lock(wait: bool = True) -> None:
     if stale:
         print("The last run was killed and left its lock: lifted, going on where it was.", file=sys.stderr)
     if wait:
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
         _held.truncate(0)
-        _held.write(json.dumps(note | {"command": shlex.join(["snakemake", *sys.argv[1:]])}))
-        _held.flush()
+        _note_myself()
     fcntl.flock(_held, fcntl.LOCK_SH)
+
+
+def _note_myself() -> None:
+    """Add a line about this Snakemake, for another that finds the files locked (the logger plugin)."""
+    if _held:
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M")}
+        _held.write(json.dumps(note | {"command": shlex.join(["snakemake", *sys.argv[1:]])}) + "\n")
+        _held.flush()
 
 
 # ------------------------------------------------------------------------------------------------- signals
@@ -90,7 +101,7 @@ def running_scripts() -> list[psutil.Process]:
                 name = child.name()
                 if name in ("sh", "bash"):
                     shells.append(child)
-                elif name != "tee":
+                else:
                     found.append(child)
     return found
 

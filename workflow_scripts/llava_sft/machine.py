@@ -1,6 +1,7 @@
 """What the machine has: GPUs, their peak speed and memory, and the memory that is free. No torch."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -16,10 +17,12 @@ GIB = 2**30
 # Dense bf16 peak of a GPU, FLOP/s with sums in float32, as its maker publishes it; MFU is relative to it.
 PEAK_FLOPS = {
     "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 150e12, "A10": 125e12,
+    "H800": 989e12, "H20": 148e12, "A800": 312e12, "L20": 119.5e12, "6000 ADA": 364e12, "PRO 6000": 504e12,
     "A6000": 155e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "3090": 71e12, "4090": 165e12, "5090": 209e12,
 }  # fmt: skip
 GPU_MEMORY_GIB = {
     "H100": 79.1, "GH200": 94.5, "H200": 139.8, "B200": 178.4, "A100": 79.2, "A40": 44.5, "A10": 22.0,
+    "H800": 79.1, "H20": 95.6, "A800": 79.2, "L20": 44.5, "6000 ADA": 47.5, "PRO 6000": 95.6,
     "A6000": 47.5, "L40S": 44.5, "L40": 44.5, "L4": 22.0, "3090": 23.6, "4090": 23.5, "5090": 31.4,
 }  # fmt: skip
 OLDEST_GPU = 8.0  # compute capability that bf16 and the kernels need; FP8 needs:
@@ -44,7 +47,9 @@ class Gpu(NamedTuple):
 
 def known_gpu(name: str) -> str | None:
     """The key in PEAK_FLOPS of a GPU by its maker's name (`NVIDIA GH200 480GB`); None for one whose peak is not known."""
-    return next((key for key in sorted(PEAK_FLOPS, key=len, reverse=True) if key in name.upper()), None)
+    longest_first = sorted(PEAK_FLOPS, key=len, reverse=True)
+    # No digit after it: an RTX A4000 is no A40.
+    return next((key for key in longest_first if re.search(rf"{key}(?!\d)", name.upper())), None)
 
 
 def gpu(name: str, memory_gib: float | None = None) -> Machine:

@@ -5,12 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
 from llava_sft.embedded import DEMO_BYTES
 from llava_sft.errors import DataError, shown
-from llava_sft.settings.schema import Settings, SourceSettings
+from llava_sft.settings.data import SourceSettings
+from llava_sft.settings.schema import Settings
 
 DEFAULT_SHARD_BYTES = 8 << 20  # of the demo, which is planned before it is there
 
@@ -23,6 +25,7 @@ class Source:
     files: dict[str, list[Path]]  # by prefix of the shards
     image_root: Path
     weight: float
+    columns: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def _source(settings: Settings, entry: SourceSettings, alone: bool, made_here: C
         key = "sources" if settings.sources else key
         found = sorted(Path(path) for path in glob.glob(pattern, recursive=True)) or [Path(pattern)]
         for path in found:
+            if path.is_dir():
+                raise DataError(f"{key}: {path}: is a folder", _files_in(path, key))
             if not path.is_file() and not made_here(path):
                 raise DataError(
                     f"{key}: {path}: no such file",
@@ -82,7 +87,27 @@ def _source(settings: Settings, entry: SourceSettings, alone: bool, made_here: C
             f"{shown(str(min(both)))}: is training data and held-out data at once",
             "name another file as heldout_data (of `sources`: heldout), or leave it out and set val_fraction: 0.05",
         )
-    return Source("" if alone else name, files, entry.image_root or files[TRAIN_PREFIX][0].parent, entry.weight)
+    columns: dict[str, str] = dict((entry.columns or settings.columns).items())
+    image_root = entry.image_root or files[TRAIN_PREFIX][0].parent
+    return Source("" if alone else name, files, image_root, entry.weight, columns)
+
+
+def _files_in(folder: Path, key: str) -> str:
+    """What to write in place of a folder's name."""
+    for pattern in (
+        "data-*.arrow",
+        "**/data-*.arrow",
+        "**/*.parquet",
+        "**/*.jsonl*",
+        "**/*.json",
+        "**/*.csv",
+        "**/*.tsv",
+    ):
+        if found := list(islice(folder.glob(pattern), 2)):
+            return f"name what in it: {key}: {found[0] if len(found) == 1 else folder / pattern}"
+    if next(folder.rglob("*.tar"), None):
+        return f"it holds a WebDataset: webdatasets: {folder}, in place of {key}"
+    return f"name a file of records, or a pattern of several: {key}: {folder}/*.jsonl"
 
 
 def _renamed(sources: list[Source], entries: tuple[SourceSettings, ...]) -> list[Source]:

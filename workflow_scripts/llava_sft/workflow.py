@@ -7,6 +7,7 @@ Notable:
 - wildcards match only what the settings name, so that no file of a user's can become the output of a rule.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from llava_sft.experiments import Experiments
 from llava_sft.inputs import check_inputs
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE
+from llava_sft.settings.schema import DEFAULTS, Settings
 from llava_sft.sources import Shard
 
 STEPS = {  # target → (attribute of Paths that it produces, help text)
@@ -33,6 +35,15 @@ STEPS = {  # target → (attribute of Paths that it produces, help text)
     "export": ("export_done", "train and convert to Hugging Face format"),
     "evaluate": ("evaluation", "export and answer the held-out split"),
     "report": ("report", "evaluate and write report.html"),
+}
+OUTCOME = {  # target → (rule, the lines of its log that say what came out)
+    "data": ("index_webdataset", slice(1)),
+    "inspect": ("inspect_webdataset", slice(-1, None)),
+    "preflight": ("preflight", slice(5)),
+    "train": ("report", slice(None)),
+    "export": ("convert_checkpoint_mcore2hf", slice(-1, None)),
+    "evaluate": ("evaluate", slice(2)),
+    "report": ("report", slice(None)),
 }
 
 
@@ -167,7 +178,7 @@ class Workflow(Experiments):
         return (
             f"{demo}--max-shard-bytes {settings.max_shard_bytes} --decode-images {settings.decode_images}"
             f" --image-root {shlex.quote(str(shard.source.image_root))} --prefix {shard.prefix}"
-            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}"
+            f" --shard {shard.range.number} --start {shard.range.start} --end {shard.range.end}{_reading_options(shard, settings)}"
         )
 
     @exits_cleanly
@@ -216,6 +227,15 @@ class Workflow(Experiments):
         return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
 
 
+def _reading_options(shard: Shard, settings: Settings) -> str:
+    """How records are read; only where it is not the default: a change of the job converts again."""
+    options = f" --columns {shlex.quote(json.dumps(shard.source.columns))}" if shard.source.columns else ""
+    for name in ("caption_prompt", "image_first"):
+        if (value := getattr(settings, name)) != DEFAULTS[name]:
+            options += f" --{name.replace('_', '-')}={shlex.quote(str(value))}"
+    return options
+
+
 def to_export(flow: Workflow) -> Callable:
     """Input function: what an export is made from. One whose folder somebody has deleted is made again, as messages advise:
     what Snakemake looks for lies beside that folder."""
@@ -228,6 +248,20 @@ def to_export(flow: Workflow) -> Callable:
         return paths.train_done
 
     return of_wildcards
+
+
+def outcome(flow: Workflow, words: list[str], told: set[str]) -> list[str]:
+    """What came out of the targets that were asked for, but of those whose rule's log the terminal has shown."""
+    lines: list[str] = []
+    for step, _, experiment in (word.partition("_") for word in words):
+        if step in OUTCOME and experiment in flow.experiments and OUTCOME[step][0] not in told:
+            rule, which = OUTCOME[step]
+            paths = flow.paths(experiment)
+            name = experiment if step in ("data", "inspect") else paths.settings.run_name
+            with contextlib.suppress(OSError):
+                log = paths.settings.exp_dir / "logs" / rule / f"{name}.log"
+                lines += log.read_text(errors="replace").splitlines()[which]
+    return lines
 
 
 def as_words(option: str, value: Any) -> list[str]:

@@ -58,6 +58,7 @@ from llava_sft.model.tensors import (
     tensor_rows,
 )
 from llava_sft.model.tokens import TOKEN_ID_KEYS
+from llava_sft.progress import Progress, tracked
 from llava_sft.run.layout import PAIRS, SIDECARS, TRACKER
 
 
@@ -187,8 +188,11 @@ def hf2mcore(
     dtype = reduce(torch.promote_types, dtypes)
     digest = xxhash.xxh3_128()
 
+    progress = Progress(len(rows), "tensors")
+
     def produce(key: str) -> torch.Tensor:
         row = rows[key]
+        progress.add()
         tensor = source_of[row.part].read(row).to(dtype).contiguous()
         check_finite(tensor, f"{source_of[row.part].folder}: {' and '.join(row.hf)}")
         digest.update(key.encode())
@@ -276,7 +280,7 @@ def mcore2hf(
     order = {spell(name): shape for name, shape in hf_shapes(model).items()}
 
     def tensors():
-        for row in rows:
+        for row in tracked(rows, len(rows), "tensors"):
             tensor = reader.read(row.mcore)[: row.shape[0]]  # vocabulary padding is cut off
             check_finite(tensor, f"{source}: {row.mcore}")
             yield from zip(map(spell, row.hf), row.split(tensor), strict=True)

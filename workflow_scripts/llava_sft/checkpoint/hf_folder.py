@@ -10,7 +10,7 @@ import struct
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llava_sft.errors import CheckpointError, shown
+from llava_sft.errors import READABLE, CheckpointError, shown
 from llava_sft.files import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -113,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             named = set(json.loads(index.read_bytes())["weight_map"].values())
         except OSError as error:
-            raise CheckpointError(f"{index}: cannot be read: {error.strerror}", "a file that you may read") from None
+            raise CheckpointError(f"{index}: cannot be read: {error.strerror}", READABLE) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
         if strange := [name for name in named if not isinstance(name, str) or Path(name).name != name]:
@@ -133,9 +133,7 @@ def names_in(folder: Path) -> list[str]:
     try:
         return sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read: {error.strerror}", "name a folder that you may read"
-        ) from None
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", READABLE) from None
 
 
 def canonical(name: str) -> str:
@@ -166,7 +164,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
             header = json.loads(file.read(length))
     except OSError as error:
         reason = error.strerror or os.strerror(errno.EACCES if path.exists() else errno.ENOENT)
-        raise CheckpointError(f"{path}: cannot be read: {reason}", "a file that you may read") from None
+        raise CheckpointError(f"{path}: cannot be read: {reason}", READABLE) from None
     except (SafetensorError, struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
     about = header.pop("__metadata__", None) or {}

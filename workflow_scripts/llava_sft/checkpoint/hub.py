@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llava_sft.errors import CheckpointError, shown
+from llava_sft.progress import Progress
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -51,10 +52,23 @@ def newest_on_hub(repo: str) -> tuple[str | None, str]:
 def download(load: str) -> Path:
     """The folder of this revision, of the main branch where none is named. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):
+        """The hub's bars in lines of this project: of the two that count bytes, the one of bytes on this disk."""
+
+        def __init__(self, *args, **options):
+            self.lines = Progress(0, "MB")
+            super().__init__(*args, **options)
+
+        def display(self, *args, **options) -> None:
+            if self.unit == "B" and self.total and str(self.desc).startswith("Reconstructing"):
+                self.lines.total = self.total / 1e6
+                self.lines.add(self.n / 1e6 - self.lines.done)
 
     repo, _, revision = load.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES, tqdm_class=Bar))
     except Exception as error:  # the client passes on those of its HTTP library
         raise _refusal(load, error) from None
 

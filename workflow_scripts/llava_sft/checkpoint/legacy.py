@@ -27,7 +27,7 @@ from llava_sft.checkpoint.pickles import (
     damaged,
     python3_name,
 )
-from llava_sft.errors import CheckpointError, shown
+from llava_sft.errors import READABLE, CheckpointError, shown
 from llava_sft.model.hf_config import Parts
 from llava_sft.model.tensors import Row, check_tensors
 
@@ -142,9 +142,7 @@ def list_folder(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read: {error.strerror}", "name a folder that you may read"
-        ) from None
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", READABLE) from None
 
 
 def check_same_keys(states: list[dict[str, Tensor]], files: list[Path]) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from llava_sft.errors import CheckpointError, DamagedFileError, shown
+from llava_sft.errors import READABLE, CheckpointError, DamagedFileError, shown
 from llava_sft.files import read_json
 
 _DTYPES = {str(x).removeprefix("torch.") for x in vars(torch).values() if isinstance(x, torch.dtype)}
@@ -152,7 +152,7 @@ def check_pickle(data: bytes, where: Path | str, allowed: set[tuple[str, str]], 
 
 def damaged(where: Path | str, error: BaseException | str) -> CheckpointError:
     if isinstance(error, PermissionError | IsADirectoryError):
-        return CheckpointError(f"{where}: cannot be read: {error.strerror}", "give yourself the right to read it")
+        return CheckpointError(f"{where}: cannot be read: {error.strerror}", READABLE)
     reason = error if isinstance(error, str) else (str(error).splitlines() or [type(error).__name__])[0][:200]
     return CheckpointError(f"{where}: damaged or cut off ({reason})", "copy the file again, or use another checkpoint")
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from llava_sft.checkpoint.hf_folder import ADAPTER, WEIGHT_SUFFIXES, is_adapter, refuse_other_forms
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.verify import MARKER, content_of, require_whole
-from llava_sft.errors import CheckpointError, shown
+from llava_sft.errors import READABLE, CheckpointError, shown
 from llava_sft.files import fingerprint, read_object
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.tensors import PARTS
@@ -217,7 +217,7 @@ def is_legacy(folder: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", "a folder that you may read") from None
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", READABLE) from None
 
 
 def read_hf_config(folder: Path) -> dict:
@@ -335,4 +335,4 @@ def copy_sidecars(source: Path, target: Path) -> None:
             try:
                 shutil.copyfile(path, target / path.name)
             except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read: {error.strerror}", "a file that you may read") from None
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}", READABLE) from None

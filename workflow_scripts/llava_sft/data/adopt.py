@@ -23,6 +23,7 @@ from llava_sft.data.shards import idx_bytes
 from llava_sft.data.tars import TarSample, find_layout, no_tar, packed_tars, read_at, walk_tar
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_file, fingerprint
+from llava_sft.progress import tracked
 
 
 def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0.0) -> Dataset:
@@ -38,7 +39,7 @@ def adopt_webdataset(source: Path, wds_dir: Path, max_reject_fraction: float = 0
     indexed = (path.parent.parent for path in source.rglob(".nv-meta/.info.json"))
     known = {folder: read_meta(folder) for folder in indexed if is_finished(folder)}
     adopted = _Adopted()
-    for tar, name in names.items():
+    for tar, name in tracked(names.items(), len(names), "tars"):
         own = next((folder for folder in (source / name).parents if folder in known), None)
         samples = _samples_of(tar)
         adopted.take(

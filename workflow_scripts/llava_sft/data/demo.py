@@ -20,6 +20,7 @@ from PIL import Image
 from llava_sft.data.records import ROLES
 from llava_sft.files import atomic_dir, write_text
 from llava_sft.model.tokens import IMAGE, SYSTEM_PROMPT
+from llava_sft.progress import tracked
 
 SEED = 20
 SCALE = 7  # 8 × 8 → 56 × 56 pixels: 16 patches of 14, the least that the 2 × 2 merger makes a grid of
@@ -55,7 +56,7 @@ def write_demo(output_dir: Path) -> dict[str, int]:
     heldout = _heldout_numbers(labels, rng)
     train = [number for number in range(len(labels)) if number not in heldout]
     with atomic_dir(output_dir / "images") as folder:
-        for number, pixels in enumerate(images):
+        for number, pixels in enumerate(tracked(images, len(images), "digits")):
             image = Image.frombytes("L", (8, 8), pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             image.save(folder / _file_name(number))
             for variant in range(1, 1 if number in heldout else VARIANTS):

@@ -12,14 +12,17 @@ import xxhash
 
 from llava_sft.data.image_checks import ImageInfo
 from llava_sft.data.notes import Stats, counted, total
+from llava_sft.data.other_forms import example
 from llava_sft.data.records import Sample
 from llava_sft.data.rejects import read_rejects
 from llava_sft.model.processing import image_tokens, patch_grid
 from llava_sft.model.template import ChatTemplate, UnusableSample
+from llava_sft.model.tokens import IMAGE_PAD
 
 DECODED_IMAGES = 500  # about so many are decoded in full
 PROBLEMS_KEPT, REJECTS_KEPT, GALLERY_SAMPLES = 50, 20, 12
-MOST_BARS = 12
+RENDERED_SAMPLES, RENDERED_CHARS = 4, 20_000  # beside the longest; of each
+MOST_BARS, MOST_KEYS = 12, 50
 
 META, SHARDS, INDEX, SAMPLES, IMAGES = ".nv-meta", "shards", "index against tars", "samples", "images"
 VALUES = ("tokens", "turns", "images per sample", "image width", "image height", "question length", "answer length")
@@ -34,9 +37,12 @@ class TokenCounter:
         self.template, self.seq_length, self.limits = ChatTemplate(tokenizer), seq_length, (min_pixels, max_pixels)
         self.cut = self.left_out = 0
 
-    def count(self, messages: list[dict[str, str]], sizes: list[tuple[int, int]]) -> int:
+    def image_tokens(self, sizes: list[tuple[int, int]]) -> list[int]:
         """`sizes`: width and height of each image in pixels."""
-        images = [image_tokens(patch_grid(height, width, *self.limits)) for width, height in sizes]
+        return [image_tokens(patch_grid(height, width, *self.limits)) for width, height in sizes]
+
+    def count(self, messages: list[dict[str, Any]], sizes: list[tuple[int, int]]) -> int:
+        images = self.image_tokens(sizes)
         length = len(self.template.encode(messages, images, 1 << 40).input_ids)
         if length > self.seq_length:
             try:
@@ -45,6 +51,41 @@ class TokenCounter:
             except UnusableSample:
                 self.left_out += 1
         return length
+
+    def rendered(self, messages: list[dict[str, Any]], sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        """What the model sees of a conversation, in pieces {text, counts, cut}; RENDERED_CHARS of it."""
+        images, shown, left = iter(self.image_tokens(sizes)), [], RENDERED_CHARS
+        for span in self.template.spans(messages, self.image_tokens(sizes), self.seq_length):
+            head, *pads = span.text[:left].split(IMAGE_PAD)
+            text = head + "".join(f"{IMAGE_PAD} × {next(images)}{rest}" for rest in pads)
+            shown.append(span._asdict() | {"text": text + "…" * (left < len(span.text))})
+            left -= len(span.text)
+            if left <= 0:
+                break
+        return shown
+
+
+class Leak:
+    """Which held-out samples are trained on as well: by their images and question, or by an image alone."""
+
+    def __init__(self) -> None:
+        self.questions: set[int] = set()  # of training, each with its images
+        self.images: set[bytes] = set()
+        self.held: list[tuple[int, list[bytes], str]] = []  # question, images and id of each held-out sample
+
+    def note(self, split: str, sample: Sample[str], hashes: list[bytes]) -> None:
+        digest = xxhash.xxh3_64(sample.questions.encode("utf-8", "surrogatepass"))
+        digest.update(b"".join(hashes))
+        if split == "val":
+            self.held.append((digest.intdigest(), hashes, str(sample.id)))
+        else:
+            self.questions.add(digest.intdigest())
+            self.images.update(hashes)
+
+    def counts(self) -> dict[str, Any]:
+        same = [name for question, _, name in self.held if question in self.questions]
+        shared = sum(not self.images.isdisjoint(hashes) for _, hashes, _ in self.held)
+        return {"records": len(same), "images": shared, "of": len(self.held), "first": same[:PROBLEMS_KEPT]}
 
 
 class Findings:
@@ -65,6 +106,10 @@ class Findings:
         self.values: dict[str, Counter[int]] = {name: Counter() for name in VALUES}
         self.formats: Counter[str] = Counter()
         self.gallery: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}  # kind: heap, the luckiest samples
+        self.longest: tuple[int, dict[str, Any]] | None = None
+        self.kept_keys: Counter[str] = Counter()  # of the samples' meta, and a value of each
+        self.kept_examples: dict[str, str] = {}
+        self.leak = Leak()
 
     def problem(self, check: str, where: str, what: str) -> None:
         self.problem_counts[check] += 1
@@ -99,6 +144,11 @@ class Findings:
             if message["role"] != "system":
                 which = "question length" if message["role"] == "user" else "answer length"
                 self.values[which][len(message["content"])] += 1
+        for key, value in sample.meta.items():
+            if key not in ("kind", "source"):
+                self.kept_keys[key] += 1
+                self.kept_examples.setdefault(key, example(value))
+        self.leak.note(split, sample, hashes)
         texts = "\n".join(message["content"] for message in sample.messages)
         self.note_duplicate("sample", texts.encode("utf-8", "surrogatepass"), *hashes)
         self.scripts[script_of(texts)] += 1
@@ -107,12 +157,16 @@ class Findings:
             self.values["tokens"][self.tokens.count(sample.messages, sizes)] += 1
 
     def offer_to_gallery(
-        self, kind: str, split: str, key: str, sample: Sample[str], contents: dict[str, bytes]
+        self, kind: str, split: str, key: str, sample: Sample[str], contents: dict[str, bytes], infos: list[ImageInfo]
     ) -> None:
-        """Keep the sample if it is among the luckiest of its kind; `contents`: the bytes of its images."""
+        """Keep the sample if it is among the luckiest of its kind, or the longest; `contents`: the bytes of its images."""
         heap = self.gallery.setdefault(kind, [])
         luck = self.draw(key)
-        if len(heap) == GALLERY_SAMPLES and luck <= heap[0][0]:
+        length = (
+            sum(len(message["content"]) for message in sample.messages) + sum(i.width * i.height for i in infos) // 196
+        )
+        lucky, longest = len(heap) < GALLERY_SAMPLES or luck > heap[0][0], not self.longest or length > self.longest[0]
+        if not lucky and not longest:
             return
         images = [contents[image] for image in sample.images]
         entry = {
@@ -122,7 +176,12 @@ class Findings:
             "kind": kind,
             "messages": sample.messages,
             "images": images,
+            "sizes": [(info.width, info.height) for info in infos],
         }
+        if longest:
+            self.longest = (length, entry)
+        if not lucky:
+            return
         ranked = (luck, self.looked_at[SAMPLES], entry)  # keys of several sources may be the same
         (heapq.heappush if len(heap) < GALLERY_SAMPLES else heapq.heappushpop)(heap, ranked)
 
@@ -130,7 +189,12 @@ class Findings:
         """Some samples of every kind, in turn, with their images' bytes."""
         heaps = [sorted(heap, key=lambda entry: -entry[0]) for _, heap in sorted(self.gallery.items())]
         picked = [heap[turn][2] for turn in range(GALLERY_SAMPLES) for heap in heaps if turn < len(heap)]
-        return picked[:GALLERY_SAMPLES]
+        picked = picked[:GALLERY_SAMPLES]
+        longest = [self.longest[1]] if self.longest else []
+        for entry in [*picked[:RENDERED_SAMPLES], *longest]:
+            if self.tokens and len(entry["sizes"]) == len(entry["images"]):
+                entry["rendered"] = self.tokens.rendered(entry["messages"], entry["sizes"])
+        return picked + [entry for entry in longest if all(entry is not other for other in picked)]
 
     def report(self, wds_dir: Path, converted: list[tuple[Path, list[Stats]]]) -> dict[str, Any]:
         """Plain JSON. `converted`: of each source, the folder of the conversion's notes and its shards' statistics."""
@@ -152,10 +216,26 @@ class Findings:
                 what: {"repeated": n, "different": len(self.seen[what])} for what, n in self.duplicates.items()
             },
             "scripts": dict(self.scripts.most_common()),
+            "unread": _unread(converted),
+            "kept_keys": {
+                key: {"records": n, "example": self.kept_examples[key]}
+                for key, n in self.kept_keys.most_common(MOST_KEYS)
+            },
+            "trained_on": self.leak.counts(),
             "sequence_length": length
             and {"seq_length": length.seq_length, "cut": length.cut, "left_out": length.left_out},
             "rejects": _rejects(converted),
         }
+
+
+def _unread(converted: list[tuple[Path, list[Stats]]]) -> dict[str, Any]:
+    """Keys that the conversion did not read: in how many records each is, and an example."""
+    shards = [stats for _, of_source in converted for stats in of_source]
+    examples: dict[str, str] = {}
+    for stats in shards:
+        examples = stats.get("unread_examples", {}) | examples
+    counts = counted(shards, "unread").most_common(MOST_KEYS)
+    return {key: {"records": n, "example": examples.get(key, "")} for key, n in counts}
 
 
 def _rejects(converted: list[tuple[Path, list[Stats]]]) -> dict[str, Any] | None:

@@ -4,32 +4,42 @@ Notable:
 - ranges of every format are bytes [start, end) of the file, and a range owns the records that *start* in it;
 - the elements of a JSON array are found by their brackets, vectorised and never parsed whole: a bad element is one
   reject, where a streaming parser (ijson) would end at it;
+- what gzip has packed cannot be read from the middle: it is one range;
 - plans are made while Snakemake builds its DAG: numpy and pyarrow are imported only for files that need them.
 """
 
+import contextlib
+import gzip
 import shlex
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
+from llava_sft.data.forms import has_known_form
 from llava_sft.data.records import BOM, MAX_LINE_BYTES, Line, read_lines
 from llava_sft.data.rejects import Rejected
+from llava_sft.data.tables import batch_rows, read_arrow, read_blocks, read_table, separator_of, table_starts
 from llava_sft.errors import SHOWN, DataError
 
 BLOCK = 1 << 20
-RECORD_KEYS = {"conversations", "messages", "image", "images", "id"}
 ROWS_AT_ONCE = 32  # of a Parquet file: rows may hold images
-EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+EXTENSIONS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".csv": "table", ".tsv": "table"
+}  # fmt: skip
+ARROW = (b"ARROW1", b"\xff\xff\xff\xff")  # how a file and a stream begin
+GZIP = b"\x1f\x8b"
+BEHIND_ANY = 1 << 62  # bytes
 
 
 # Whole files of another kind, by how they begin: one message in place of a reject for each line.
 OTHER_FILES = {
-    b"\x1f\x8b": ("gzip", "gunzip -c"), b"PK\3\4": ("a zip archive or an Excel file", "unpack it, or save it as JSONL"),
+    b"\x1f\x8b": ("gzip", "gunzip -c"), b"PK\3\4": ("a zip archive or an Excel file", "unpack it, or save the sheet as CSV, UTF-8"),
     b"BZh": ("bzip2", "bunzip2 -c"), b"\xfd7zXZ": ("xz", "xz -dc"), b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it"), b"\xd0\xcf\x11\xe0": ("an old Excel file", "save it as JSONL"),
-    b"SQLite format": ("an SQLite database", "export it as JSONL"), b"ARROW1": ("an Arrow file", "save it as Parquet"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"), b"\xd0\xcf\x11\xe0": ("an old Excel file", "save the sheet as CSV, UTF-8"),
+    b"SQLite format": ("an SQLite database", "export it as JSONL"),
     b"version https://git-lfs": ("a Git LFS pointer", "git lfs pull"), b"<!DO": ("a web page", "download the file itself"),
     b"<htm": ("a web page", "download the file itself"),
 }  # fmt: skip
@@ -63,49 +73,60 @@ def format_of(path: Path | str) -> str:
         head = file.read(1 << 16)
     if head.startswith(b"PAR1"):
         return "parquet"
+    if head.startswith(ARROW):
+        return "arrow"
+    if head.startswith(GZIP):
+        _kind_of_packed(path)
+        return "gzip"
     if other := other_kind(path):
-        raise DataError(f"{path} is {other[0]}, not JSONL, JSON or Parquet", other[1])
+        raise DataError(f"{path} is {other[0]}, not JSONL, JSON, CSV or Parquet", other[1])
     if head.startswith(UTF_16_32):
         code = "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
         raise DataError(f"{path} is {code}, not UTF-8", f"iconv -f {code} -t UTF-8 {path} > NEW.jsonl")
     extension = EXTENSIONS.get(Path(path).suffix.lower())
-    if extension == "parquet":
+    if extension in ("parquet", "arrow"):
         return extension  # its reader says what is wrong
+    return _kind_of_text(Path(path), head, extension)
+
+
+def _kind_of_text(path: Path, head: bytes, extension: str | None) -> str:
+    """The format of a text that begins with `head`, 64 KiB or all of it."""
     text = head.removeprefix(BOM).lstrip()
-    _check_text(Path(path), text, whole=len(head) < 1 << 16)
+    if _is_table(path, text, len(head) < 1 << 16, extension):
+        return "table"
     if text.startswith(b"[") and (extension is None or text[1:].lstrip().startswith(b"{")):
         return "json"  # whatever its name: an array of objects is no record a line
     return "jsonl"
 
 
-def _check_text(path: Path, head: bytes, whole: bool) -> None:
-    """Raise DataError when the first lines show that a file as a whole holds no JSON records in UTF-8."""
+def _is_table(path: Path, head: bytes, whole: bool, extension: str | None) -> bool:
+    """Raise DataError when the first lines show that a file as a whole holds no records in UTF-8."""
     complete = head.splitlines() if whole else head.splitlines()[:-1]
     lines = [line.strip() for line in complete[:20] if line.strip()]
     if not lines:
-        return
+        return extension == "table"
     if sum(not _decodes(line, "utf-8") for line in lines) > len(lines) / 2:
         code = next((name for name in ENCODINGS if _decodes(b"".join(lines), name)), "latin-1")
         raise DataError(f"{path} is not UTF-8, it may be {code}", f"iconv -f {code} -t UTF-8 {path} > NEW{path.suffix}")
     if lines[0].startswith(b"{"):
         one = _json(head) if whole else None
-        wrapped = (
-            isinstance(one, dict) and not set(one) & RECORD_KEYS and any(isinstance(v, list) for v in one.values())
-        )
+        wrapped = isinstance(one, dict) and not has_known_form(one) and any(isinstance(v, list) for v in one.values())
         spread = (isinstance(one, dict) and len(lines) > 1) or (lines[0] == b"{" and not any(map(_json, lines)))
+        if b"\n}\n{" in head.replace(b"\r", b""):
+            raise DataError(
+                f"{path}: its records go over several lines", f"a record a line: jq -c . {path} > NEW.jsonl"
+            )
         if wrapped or spread:
             keys = f" with the keys {', '.join(map(str, one))}"[:SHOWN] if isinstance(one, dict) else ""
             raise DataError(
                 f"{path} holds one JSON object{keys}, not records",
                 "store the list of records alone, as a JSON array: [ {…}, {…} ]",
             )
+    elif extension == "table":
+        return not lines[0].startswith(b"[{")
     elif not any(line.startswith((b"{", b"[")) for line in lines):
-        marks = {b"\t": "tabs", b",": "commas", b";": "semicolons"}
-        if separator := next((name for mark, name in marks.items() if mark in lines[0]), None):
-            raise DataError(
-                f"{path} is a table with {separator} ({lines[0].decode()[:SHOWN]}), which is not read",
-                'write a record a line: {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}',
-            )
+        return separator_of(lines[0]) is not None
+    return False
 
 
 def _decodes(data: bytes, encoding: str) -> bool:
@@ -165,7 +186,7 @@ def _array_starts(file: BinaryIO, size: int, range_bytes: int) -> list[int]:
 
 def _read_array(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any]) -> Iterator[Line]:
     number, element, begin, too_long = 0, b"", start, False
-    ended, whole_file = False, end == file.seek(0, 2)
+    ended, whole_file = False, end == BEHIND_ANY or end == file.seek(0, 2)
     for offset, block, cuts, closed in _array_cuts(file, start, end):
         update(block)
         previous = 0
@@ -233,22 +254,41 @@ def _read_parquet(file: BinaryIO, start: int, end: int, update: Callable[[bytes]
                 number += left
                 break
             left -= len(batch)
-            for row in range(len(batch)):
+            for record in batch_rows(batch):
                 number += 1
-                try:
-                    record: Any = batch.slice(row, 1).to_pylist()[0]
-                except UnicodeDecodeError as error:
-                    record = Rejected("invalid UTF-8", f"byte {error.start} of a text")
                 yield Line(number, offset, record, "row")
     read_blocks(file, start, end, update)
 
 
-def read_blocks(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any]) -> None:
-    """Give the bytes [start, end) to `update`."""
-    file.seek(start)
-    while start < end and (block := file.read(min(BLOCK, end - start))):
-        update(block)
-        start += len(block)
+# ---------------------------------------------------------------------------------------------------- gzip
+
+
+def _kind_of_packed(path: Path | str) -> str:
+    """The format of what gzip has packed. Errors: DataError where it is damaged, or none that is read in one go."""
+    with gzip.open(path) as file, _no_damage(path):
+        head = file.read(1 << 16)
+    inner = Path(path).with_suffix("") if Path(path).suffix.lower() == ".gz" else Path(path)
+    if head[257:262] == b"ustar" or head.startswith((b"PAR1", *ARROW, *OTHER_FILES, *UTF_16_32)):
+        raise DataError(f"{path} is gzip, and holds no text", _unpacking("gunzip -c", Path(path)))
+    return _kind_of_text(Path(path), head, EXTENSIONS.get(inner.suffix.lower()))
+
+
+@contextlib.contextmanager
+def _no_damage(path: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is a damaged gzip file: {error}", "download or pack it again") from None
+
+
+def _read_packed(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any]) -> Iterator[Line]:
+    """Offsets are those in the packed file."""
+    inner = FORMATS[_kind_of_packed(file.name)]
+    with gzip.GzipFile(fileobj=file) as unpacked, _no_damage(file.name):
+        for line in inner.read(unpacked, 0, BEHIND_ANY, lambda _: None):
+            data = line.data.removeprefix(BOM) if isinstance(line.data, bytes) and line.number == 1 else line.data
+            yield line._replace(offset=min(file.tell(), end - 1), data=data)
+    read_blocks(file, start, end, update)
 
 
 # --------------------------------------------------------------------------------------------------- table
@@ -264,4 +304,7 @@ FORMATS = {
     "jsonl": Format(lambda file, size, step: list(range(0, size, step)), read_lines, 8 << 20),
     "json": Format(_array_starts, _read_array, 8 << 20),
     "parquet": Format(_parquet_starts, _read_parquet, 256 << 20),  # holds its images
+    "table": Format(table_starts, read_table, 8 << 20),
+    "arrow": Format(lambda file, size, step: [0], read_arrow, 256 << 20),
+    "gzip": Format(lambda file, size, step: [0], _read_packed, 256 << 20),
 }

@@ -8,6 +8,8 @@ Pictures are trained on in 8 bits. 16 bits are scaled by their full range; a 16-
 of it (12 bits in 16, say) would turn black, and is rejected, as are 32-bit and float pictures: their range is not known.
 """
 
+import base64
+import binascii
 import errno
 import os
 import re
@@ -39,6 +41,7 @@ PNG_MODES = {0: (1, 2, 4, 8), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16
 PNG_TEXT = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}  # Pillow refuses those that inflate beyond 1 MiB; we need none of them
 BLACK = 16  # a picture whose lightest value is below has nothing to see in it
 
+SHORTEST_BASE64 = 100  # characters: any picture that is large enough has more
 BASE64 = re.compile(r"data:[\w/+.-]+[;,]|/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK")
 # Other kinds of file, by how they begin, as a person calls them.
 OTHER_KINDS = {
@@ -71,12 +74,17 @@ class ImageRoot:
         self._inside: set[str] = set()  # folders already seen to lie under the root
 
     def read(self, path: str) -> bytes:
-        """Return a file's bytes. Errors: `Rejected` if missing, empty, or outside the root (absolute, `..`, symlink)."""
+        """Return a file's bytes, or those that `path` itself is in base64.
+
+        Errors: `Rejected` if missing, empty, or outside the root (`..`, symlink).
+        """
         if not isinstance(path, str):
             raise Rejected("image path is not a string", f"a {type(path).__name__}")
+        if (len(path) > SHORTEST_BASE64 or path[:5] == "data:") and BASE64.match(path):
+            return _decoded(path)
         folder, _, name = path.rpartition("/")
         if folder not in self._inside or path[:1] == "/" or name in ("", "..") or "\0" in name:
-            self._check(path, folder)
+            path = self._checked(path, folder)
         full = f"{self.root}/{path}"
         try:
             # NOFOLLOW: links are looked at before they are followed. NONBLOCK: a named pipe must not hang the job.
@@ -85,7 +93,9 @@ class ImageRoot:
             if error.errno == errno.ELOOP:
                 return self._read_link(path, full)
             if error.errno in RECORD_ERRORS:
-                raise Rejected("missing image", f"{path}: {error.strerror}") from None
+                if "\\" in path:  # as Windows writes it
+                    return self.read(path.replace("\\", "/"))
+                raise Rejected("missing image", f"{path}: {error.strerror}; image_root is {self.root}") from None
             raise
         try:
             status = os.fstat(file)
@@ -100,19 +110,16 @@ class ImageRoot:
             raise Rejected("zero-byte image", path)
         return data
 
-    def _check(self, path: str, folder: str) -> None:
+    def _checked(self, path: str, folder: str) -> str:
+        """The path relative to the root."""
         if not path or "\0" in path:
             raise Rejected("missing image", f"{path[:80]!r} is no file name")
-        if BASE64.match(path) and len(path) > 200:
-            raise Rejected(
-                "base64 image", f"{path[:24]}… ({len(path):,} characters): write it to a file, and name that"
-            )
         if re.match(r"\w{2,10}://", path):
             raise Rejected("image is an address", f"{path}: nothing is downloaded: name a file under the image root")
         if path.startswith("/"):
             real = os.path.realpath(path)
-            if self._holds(real):
-                raise Rejected("absolute image path", f"{path}: write {os.path.relpath(real, self.root)}")
+            if self._holds(real) and real != self.root:
+                return os.path.relpath(real, self.root)
             raise Rejected("image outside the image root", f"{path}: image_root is {self.root}")
         if ".." in path.split("/"):
             raise Rejected("image outside the image root", path)
@@ -121,6 +128,7 @@ class ImageRoot:
         if not self._holds(os.path.realpath(f"{self.root}/{folder}")):
             raise Rejected("image outside the image root", f"{path}: {folder} is a link that leads out")
         self._inside.add(folder)
+        return path
 
     def _holds(self, real: str) -> bool:
         return real == self.root or real.startswith(self.root.rstrip("/") + "/")
@@ -133,6 +141,17 @@ class ImageRoot:
         if not self._holds(real):
             raise Rejected("image outside the image root", f"{path} is a link that leads out")
         return self.read(os.path.relpath(real, self.root))
+
+
+def _decoded(text: str) -> bytes:
+    """The picture in a base64 text, or a data URL."""
+    what, _, content = text.rpartition(",") if text.startswith("data:") else ("", "", text)
+    if what and not what.endswith(";base64"):
+        raise Rejected("base64 image", f"{text[:40]}…: a data URL in another coding than base64")
+    try:
+        return base64.b64decode("".join(content.split()), validate=True)
+    except binascii.Error as error:
+        raise Rejected("base64 image", f"{text[:24]}… ({len(text):,} characters): damaged: {error}") from None
 
 
 def check_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageInfo:

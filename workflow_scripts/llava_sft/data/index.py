@@ -23,6 +23,7 @@ from llava_sft.data.shards import MOST_UNREAD
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_dir, fingerprint, read_json, write_json
 
+MOST_SAID = 5  # keys that are not read, in a warning
 HELDOUT_RECORD = "heldout.json"  # in .nv-meta: how val_fraction was carried out
 
 Chosen = dict[str, list[tuple[str, bytes]]]  # by source: (shard, row) of the samples that val_fraction holds out
@@ -52,7 +53,8 @@ def index_webdataset(
     rejects = (row for source in sources for row in read_rejects(source.notes_dir, source.shards))
     first = write_all_rejects(notes_dir / ALL_REJECTS, rejects)
     if rejected > max_reject_fraction * read:
-        raise too_many_rejects(rejected, read, max_reject_fraction, first, notes_dir / ALL_REJECTS)
+        reasons = counted(shards, "reasons")
+        raise too_many_rejects(rejected, read, max_reject_fraction, first, notes_dir / ALL_REJECTS, reasons)
     _check_filled(sources)
     chosen: Chosen = {}
     record = None
@@ -181,12 +183,23 @@ def _asked(row: dict[str, Any]) -> int:
 
 def leak_note(dataset: Mapping[str, Any]) -> str | None:
     """What dataset.json says of held-out samples that are trained on, in words."""
-    if not (leak := dataset.get("heldout_trained_on")):
+    leak = dataset.get("heldout_trained_on") or {"records": 0, "images": 0, "of": 0}
+    if not leak["records"] + leak["images"]:
         return None
     return (
-        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on (same images, same question),"
-        f" {leak['images']:,} share an image with the training data: the held-out accuracy says less than it seems"
+        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on ({leak['records'] / leak['of']:.0%}: same"
+        f" images, same question), {leak['images']:,} share an image with the training data: the held-out accuracy says less"
+        " than it seems"
     )
+
+
+def unread_note(dataset: Mapping[str, Any]) -> str | None:
+    """What dataset.json says of keys that were not read, in words."""
+    if not (unread := dataset.get("unread")):
+        return None
+    named = ", ".join(f"{key} ({count:,} records)" for key, count in list(unread.items())[:MOST_SAID])
+    more = f" and {len(unread) - MOST_SAID} more" if len(unread) > MOST_SAID else ""
+    return f"keys that are not read: {named}{more}; inspect.html has an example of each"
 
 
 def read_finished(wds_dir: Path) -> Dataset:

@@ -30,6 +30,7 @@ from llava_sft.data.shards import idx_bytes
 from llava_sft.data.tars import TarSample, find_layout, read_at, walk_tar
 from llava_sft.errors import SHOWN, DataError, shown
 from llava_sft.files import file_hash
+from llava_sft.progress import Progress
 
 CHANGED = "its bytes are not those that were written"
 
@@ -63,8 +64,8 @@ def inspect_webdataset(
             held = findings.splits.get(ENERGON_SPLITS[split], Counter())["samples"]
             if held != noted["samples"]:
                 findings.problem(META, split, f"holds {held} samples, the dataset file says {noted['samples']}")
-        if leak := leak_note(dataset):
-            findings.notes.append(leak)
+    if leak := leak_note({"heldout_trained_on": findings.leak.counts()}):
+        findings.notes.append(leak)
     if findings.excluded:
         findings.notes.append(f"{findings.excluded:,} samples are excluded: training does not see them where they lie")
     return findings.report(wds_dir, converted), findings.picked_gallery()
@@ -82,6 +83,7 @@ class _Inspection:
         self.index: SampleIndex | None = None
         images = sum(stats["images"] for stats in shards) or sum(self.meta.counts.values())
         findings.decode_every = max(1, images // DECODED_IMAGES)
+        self.progress = Progress(sum(folder.joinpath(name).stat().st_size for name in tars) / 1e6, "MB")
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -132,6 +134,7 @@ class _Inspection:
         with open(tar, "rb") as file:
             for sample in included:
                 data = read_at(file.fileno(), sample.extent)
+                self.progress.add(len(data) / 1e6)
                 if sample.key in written and sample.digest(data) != written[sample.key]:
                     findings.problem(SAMPLES, f"{name}: {sample.key}", CHANGED)
                 self._check_sample(data, name, split, sample, layout)
@@ -160,7 +163,7 @@ class _Inspection:
                 findings.problem(IMAGES, f"{where}.{image} (id {shown(sample.id)})", str(rejected))
         kind = str(sample.meta.get("kind", "all"))
         findings.note_sample(split, kind, sample, infos, hashes)
-        findings.offer_to_gallery(kind, split, stored.key, sample, contents)
+        findings.offer_to_gallery(kind, split, stored.key, sample, contents, infos)
 
     def _check_index(self, name: str, samples: list[TarSample]) -> None:
         """Compare `.tar.idx`, `.info.json` and index.sqlite with the samples of a tar."""

@@ -1,4 +1,5 @@
-"""How a sample lies in a WebDataset: this workflow's layout and the three that the original repository writes.
+"""How a sample lies in a WebDataset: this workflow's layout, the three that the original repository writes, and a record of
+any form that raw data may have beside its pictures (`KEY.jpg`, `KEY.json`).
 
 Notable: one function a layout, from a sample's JSON and the names of its members to the one form that the project
 knows. The loader's cookers, the held-out reader, adoption and inspection all ask here. No torch, no energon.
@@ -8,8 +9,14 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from llava_sft.data.records import Sample
+from llava_sft.data.forms import has_known_form
+from llava_sft.data.image_checks import EXTENSIONS
+from llava_sft.data.other_forms import holds_image
+from llava_sft.data.records import Sample, parse_record
 from llava_sft.data.rejects import Rejected
+
+OWN_NAME = re.compile(r"\d+\.\w+")
+PICTURES = {*EXTENSIONS.values(), "jpeg", "tiff"}
 
 
 def _own(key: str, record: Any, members: Collection[str]) -> Sample[str]:
@@ -37,12 +44,26 @@ def _packed(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     return Sample(key, turns, sorted(images, key=lambda name: int(name[3 : name.index(".")])), {})
 
 
+def _record(key: str, record: Any, members: Collection[str]) -> Sample[str]:
+    """`KEY.jpg`, or several in the order of their names or of that in the record, and a record of raw data."""
+    pictures = sorted(name for name in members if name.rpartition(".")[2].lower() in PICTURES)
+    named = [value for name, value in record.items() if holds_image(name, value)]
+    order = next((value for value in named if isinstance(value, list) and len(value) == len(pictures)), [])
+    places = {f"{key}.{name}": name for name in pictures} | {name: name for name in pictures}
+    listed = [places.get(str(each).rpartition("/")[2]) for each in order]
+    if len(pictures) > 1 and set(listed) == set(pictures):
+        pictures = [name for name in listed if name]
+    rest = {name: value for name, value in record.items() if not holds_image(name, value)}
+    sample = parse_record(rest | {"images": pictures})
+    return Sample(sample.id or key, sample.messages, pictures, sample.meta)
+
+
 def _messages(texts: list[Any]) -> list[dict[str, str]]:
     return [{"role": text["role"], "content": text["content"]} for text in texts]
 
 
 Layout = Callable[[str, Any, Collection[str]], Sample[str]]
-LAYOUTS: dict[str, Layout] = {"own": _own, "mix": _mix, "single": _single, "packed": _packed}
+LAYOUTS: dict[str, Layout] = {"own": _own, "mix": _mix, "single": _single, "packed": _packed, "record": _record}
 _MARKS = {"own": {"messages", "images"}, "mix": {"texts", "media"}, "packed": {"prompts", "captions"}}
 
 
@@ -50,4 +71,9 @@ def layout_of(record: Any) -> str | None:
     """The layout that a sample's JSON is of; None when it is none of LAYOUTS."""
     if isinstance(record, list):
         return "single"
-    return next((name for name, keys in _MARKS.items() if isinstance(record, dict) and keys <= record.keys()), None)
+    if not isinstance(record, dict):
+        return None
+    marked = next((name for name, keys in _MARKS.items() if keys <= record.keys()), None)
+    if marked == "own" and "meta" not in record and not all(map(OWN_NAME.fullmatch, map(str, record["images"] or ()))):
+        marked = None  # OpenAI's form, with the same two keys
+    return marked or ("record" if has_known_form(record) else None)

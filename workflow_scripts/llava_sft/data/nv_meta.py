@@ -19,6 +19,7 @@ from llava_sft.data.nv_meta_yaml import BLEND, CRUDE, check_blend, check_dataset
 from llava_sft.data.tars import first_layout
 from llava_sft.errors import DataError
 from llava_sft.files import atomic_dir, read_json, write_text
+from llava_sft.progress import tracked
 
 NV_META = ".nv-meta"
 META_FILES = (".info.json", "split.yaml", "dataset.yaml", "index.sqlite", "index.uuid")
@@ -209,7 +210,7 @@ def _write_index(path: Path, tars: list[Tar]) -> None:
     database.execute("PRAGMA synchronous = OFF")
     for statement in TABLES:
         database.execute(statement)
-    for number, tar in enumerate(tars):
+    for number, tar in enumerate(tracked(tars, len(tars), "shards")):
         samples: list[tuple] = []
         members: list[tuple] = []
         digests: list[tuple] = []

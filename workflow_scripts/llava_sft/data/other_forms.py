@@ -1,7 +1,7 @@
-"""Keys and tokens of other projects' records: those that would change what a sample means are rejected by name.
+"""Keys and tokens of other projects' records: those that would change what a sample means are read, or rejected by name.
 
-Notable: a key that is not read is counted (`unread`), and said when the data is indexed. Names are compared without case,
-`-` and `_`. No record is guessed at: what is in doubt is a reject whose reason says what to write.
+Notable: a key that is not read is counted (`Unread`), and the inspection lists it. Names are compared without case, `-` and
+`_`. No record is guessed at: what is in doubt is a reject whose reason says what to write.
 """
 
 import re
@@ -15,8 +15,10 @@ TURN_KEYS = {"from", "value", "role", "content"}
 
 # Without case, `-` and `_`. A stem with another spelling is found by its pattern.
 IMAGE_KEYS = re.compile(
-    r"(image|img|picture|photo|media|screenshot)s?(path|file|name|url|uri|list|byte|data|base64|b64)?s?"
+    r"(image|img|picture|photo|media|screenshot)s?(path|file|filename|name|url|uri|list|byte|data|base64|b64)?s?|jpe?g|png|webp"
 )
+FILE_KEYS = re.compile(r"file(name|path)?")  # of a folder of images with a table: where they name a picture
+PICTURE_NAME = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE | re.DOTALL)
 UNSUPPORTED = {
     "video is not supported": re.compile(r"videos?(path|file|name|url|uri|list|id)?s?"),
     "audio is not supported": re.compile(r"(audio|speech|wav|sound)s?(path|file|name|url|uri|list|id)?s?"),
@@ -27,7 +29,11 @@ UNSUPPORTED = {
     ),
 }
 SYSTEM_KEYS = {"system", "systemprompt", "systemmessage"}
-WEIGHT_KEYS = re.compile(r"loss(scale|weight|mask)?|weight|train(able|onturn)?|mask|ignore")
+# False or 0 in an answer: it does not count in the loss. Of the others, True or 1 says so.
+COUNTS_KEYS = re.compile(r"loss(scale|weight|mask)?|weight|train(able|onturn)?|computeloss|supervised?")
+IGNORED_KEYS = re.compile(r"mask(ed)?|ignored?")
+# Of a whole record, as numbers: kept beside the sample, and said to be without effect.
+EFFECT_KEYS = re.compile(r"(sample|loss)?weight|loss(scale|mask)?|reward|advantage")
 
 # Placeholders that other projects replace by a picture, or by what they know of it.
 IMAGE_TOKENS = re.compile(
@@ -36,6 +42,26 @@ IMAGE_TOKENS = re.compile(
 )
 MEDIA_TOKENS = re.compile(r"<\|?(video|audio|speech)(?:[ _-]?\d+)?\|?>")
 OBJECT_TOKENS = re.compile(r"<(?:ref-object|bbox|quad|polygon|point-object)>")
+EXAMPLE_CHARS = 80
+
+
+class Unread(Counter[str]):
+    """Keys that are not read, and how many records have each; `examples`: a value of each, as JSON would have it, cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: dict[str, str] = {}
+
+    def note(self, key: str, value: Any) -> None:
+        key = key[:EXAMPLE_CHARS]
+        self[key] += 1
+        if key not in self.examples:
+            self.examples[key] = example(value)
+
+
+def example(value: Any) -> str:
+    text = repr(value[:EXAMPLE_CHARS] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= EXAMPLE_CHARS else f"{text[:EXAMPLE_CHARS]}…"
 
 
 def plain(key: str) -> str:
@@ -58,43 +84,79 @@ def _check_supported(key: str, name: str, where: str = "") -> None:
             raise Rejected(reason, f"{key}{where}{only}")
 
 
-def check_keys(record: dict[str, Any], has_images: bool, system: str | None, unread: Counter[str]) -> None:
-    """Raise `Rejected` for a key that changes what the record means; count those that are not read.
+def check_keys(
+    record: dict[str, Any], has_images: bool, system: str | None, unread: Unread
+) -> tuple[str | None, str | None]:
+    """The record's system prompt, and the key that its images stand under where it is not `image` or `images`.
 
-    `system`: the text of its system turn.
+    `system`: the text of its system turn. Raises `Rejected` for a key that changes what the record means otherwise, and notes
+    those that are not read.
     """
+    prompt, named = system, []
     for key, value in record.items():
         if key in KNOWN_KEYS:
             continue
         name = plain(key)
         if name == "label" and isinstance(value, bool):
             raise Rejected("preference data is not supported", f"{key}: {value}")
+        if value is False and COUNTS_KEYS.fullmatch(name):
+            raise Rejected("weight of a record is not supported", f"{key}: {value}: leave the record out")
         if is_empty(value):
             continue
         _check_supported(key, name)
-        if name in SYSTEM_KEYS and value != system:
-            raise Rejected("system prompt outside the turns", f"{key}: make it the first turn, of system")
-        scalar, image = isinstance(value, str | int | float), IMAGE_KEYS.fullmatch(name)
-        if image and not has_images and not isinstance(value, int | float):
-            raise Rejected("image under another key", f"{key}: name it image")
-        if image or not scalar:
-            unread[key if scalar or isinstance(value, list | dict) else f"{key} ({type(value).__name__})"] += 1
+        if name in SYSTEM_KEYS:
+            if not isinstance(value, str):
+                raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}")
+            if value != (value if prompt is None else prompt):
+                raise Rejected("system prompts differ", f"{key}, and the first turn or another key: keep one")
+            prompt = value
+            continue
+        scalar, image = isinstance(value, str | int | float), _is_image(name, value)
+        if image and not has_images:
+            named.append(key)
+        elif image or not scalar or EFFECT_KEYS.fullmatch(name):
+            unread.note(key if scalar or isinstance(value, list | dict) else f"{key} ({type(value).__name__})", value)
+    if len(named) > 1:
+        raise Rejected("image under several keys", f"{', '.join(named)}: say which, columns: {{image: {named[0]}}}")
+    return prompt, named[0] if named else None
 
 
-def check_turn(turn: dict[str, Any], number: int, unread: Counter[str]) -> None:
-    """The same for the keys of a turn; `number` counts from 1."""
+def holds_image(key: str, value: Any) -> bool:
+    """Whether a key of a record names a picture, or holds it."""
+    return not is_empty(value) and (key in ("image", "images") or _is_image(plain(key), value))
+
+
+def _is_image(name: str, value: Any) -> bool:
+    if FILE_KEYS.fullmatch(name):
+        return isinstance(value, str) and bool(PICTURE_NAME.fullmatch(value))
+    return not isinstance(value, int | float) and bool(IMAGE_KEYS.fullmatch(name))
+
+
+def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread) -> bool:
+    """False for an answer that does not count in the loss; its other keys are held to the same as a record's. `number`
+    counts from 1."""
+    counted = True
     for key, value in turn.items():
         if key in TURN_KEYS:
             continue
         name = plain(key)
-        if WEIGHT_KEYS.fullmatch(name):
-            if value is not None and value is not True and value != 1:
-                raise Rejected("weight of a turn is not supported", f"{key}: {str(value)[:40]} in turn {number}")
+        learned = bool(COUNTS_KEYS.fullmatch(name))
+        if learned or IGNORED_KEYS.fullmatch(name):
+            if value is not None and value not in (0, 1):  # True and False are these, too
+                raise Rejected(
+                    "weight of a turn is not supported", f"{key}: {str(value)[:40]} in turn {number}: 0 or 1 is"
+                )
+            if role != "assistant" and value and name.startswith("train"):
+                raise Rejected(
+                    "weight of a turn is not supported", f"{key} in turn {number}, of {role}: only answers are learned"
+                )
+            counted = counted and (value is None or bool(value) == learned)
         elif not is_empty(value):
             if IMAGE_KEYS.fullmatch(name):
                 raise Rejected("image under another key", f"{key} in turn {number}: name it image, in the record")
             _check_supported(key, name, f" in turn {number}")
-            unread[f"{key} of a turn"] += 1
+            unread.note(f"{key} of a turn", value)
+    return counted or role != "assistant"
 
 
 def check_text(role: str, content: str, number: int) -> None:
@@ -117,4 +179,6 @@ def image_of(part: dict[str, Any]) -> Any:
     values = [value for key, value in part.items() if key != "type" and IMAGE_KEYS.fullmatch(plain(key))]
     values += [part[key] for key in ("path", "url", "source", "bytes", "data") if key in part]
     named = next((value for value in values if not is_empty(value)), None)
-    return named["url"] if isinstance(named, dict) and "url" in named else named
+    if isinstance(named, dict):
+        return next((named[key] for key in ("url", "bytes", "data", "path") if not is_empty(named.get(key))), named)
+    return named

@@ -70,3 +70,16 @@ def cut_between(lengths: list[int], size: float) -> list[list[int]]:
     )
     cuts = [0, *sorted(set(nearest) - {len(ends)}), len(ends)]
     return [list(range(first, last)) for first, last in pairwise(cuts)]
+
+
+def fair_shares(costs: list[float], ranks: int) -> list[list[int]]:
+    """The places of each rank's packs, as many for each, in order: the costliest first to the rank that has least to do so
+    far (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969). The same for everybody who asks."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads, each = [0.0] * ranks, len(costs) // ranks
+    for place in sorted(range(each * ranks), key=lambda place: (-costs[place], place)):
+        free = (rank for rank in range(ranks) if len(shares[rank]) < each)
+        rank = min(free, key=lambda rank: (loads[rank], rank))
+        shares[rank].append(place)
+        loads[rank] += costs[place]
+    return [sorted(share) for share in shares]

@@ -1,5 +1,5 @@
-"""Split raw files into conversion jobs while Snakemake builds the DAG: by sizes and Parquet footers; a JSON array is
-scanned once and its plan cached. Text whose first records are short and name images is cut finer, by images.
+"""Split raw files into conversion jobs while Snakemake builds the DAG: by sizes and Parquet footers; a JSON array or a
+table is scanned once and its plan cached. Text whose first records are short and name images is cut finer, by images.
 
 Notable: appending to a raw file changes its last range and adds new ones, and no other. The number of a shard is
 100,000 × its file's place among the source's files + the number of the range: when one file grows, the others' shards
@@ -42,7 +42,7 @@ def plan_ranges(
 ) -> list[Range]:
     """Cut a raw file into ranges of about `range_bytes` (None: the format's own size).
 
-    `cache` is the folder where the plan of a JSON array is kept. `stats_of` says where the statistics of a shard lie, by
+    `cache` is the folder where the plan of a JSON array or a table is kept. `stats_of` says where the statistics of a shard lie, by
     its number: with it and without `range_bytes`, text is cut by images too, unless its shards are cut otherwise already.
     Errors: DataError if missing, empty, or in too many.
     """
@@ -53,14 +53,14 @@ def plan_ranges(
         raise DataError(f"raw file {path} is empty", "give a file with at least one record")
     name = format_of(path)
     step = range_bytes or FORMATS[name].range_bytes
-    if stats_of and not range_bytes and name != "parquet":
-        step = _step_by_images(path, step, [stats_of(file_number * FILE_STEP + n) for n in range(SHARDS_ASKED)])
+    if stats_of and not range_bytes and name in ("jsonl", "json", "table"):
+        step = _step_by_images(path, name, step, [stats_of(file_number * FILE_STEP + n) for n in range(SHARDS_ASKED)])
     if step < 1:
         raise SettingsError(f"range_bytes is {step}; it must be at least 1", "leave it out for the default")
     status = os.stat(path)
     key = [size, status.st_mtime_ns, status.st_ctime_ns, step]
     name_hash = sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    cached = cache / f"{name_hash}.json" if cache and name == "json" else None
+    cached = cache / f"{name_hash}.json" if cache and name in ("json", "table") else None
     plan = None
     if cached:
         with contextlib.suppress(DamagedFileError):  # it is only found anew
@@ -75,14 +75,14 @@ def plan_ranges(
     return ranges_of(starts, size, file_number)
 
 
-def _step_by_images(path: Path | str, step: int, stats: Sequence[Path]) -> int:
+def _step_by_images(path: Path | str, name: str, step: int, stats: Sequence[Path]) -> int:
     """The power of two of bytes that holds IMAGES_PER_RANGE, at most `step`; `step` for a file cut by it already.
 
     The beginning of the file decides: appending changes nothing.
     """
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
-    images = max(head.count(b"<image>"), len(NAMED_IMAGE.findall(head)))
+    images = head.count(b"\n") if name == "table" else max(head.count(b"<image>"), len(NAMED_IMAGE.findall(head)))
     if not images or len(head) < HEAD_BYTES:
         return step
     finer = 1 << (HEAD_BYTES * IMAGES_PER_RANGE // images).bit_length() - 1

@@ -1,17 +1,25 @@
 """From the bytes of a raw file to checked samples.
 
-Notable: a reader yields raw records with their place, a `parse_…` function turns one record of a known form into a
-`Sample`, and `check_sample` applies the rules that hold for all forms. A record that breaks one raises `Rejected`: the
-caller notes it and goes on with its neighbour.
+Notable: a reader yields raw records with their place, `parse_record` turns one into a `Sample` (forms.py rewrites what is
+neither LLaVA's nor OpenAI's form), and `check_sample` applies the rules that hold for all forms. A record that breaks one
+raises `Rejected`: the caller notes it and goes on with its neighbour.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.other_forms import KNOWN_KEYS, check_keys, check_text, check_turn, image_of, is_empty
+from llava_sft.data.forms import AS_GIVEN, Reading, as_known, named_in_text, renamed
+from llava_sft.data.other_forms import (
+    KNOWN_KEYS,
+    Unread,
+    check_keys,
+    check_text,
+    counts_in_loss,
+    image_of,
+    is_empty,
+)
 from llava_sft.data.rejects import Rejected
 from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
@@ -19,6 +27,8 @@ BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # a longer line is most likely not JSONL at all; reading it whole would eat the memory
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+OTHER_ROLES = {"chatgpt": "gpt", "bot": "gpt", "model": "gpt", "developer": "system"}  # other projects' spellings
+TOOL_ROLES = {"tool", "function", "observation", "functioncall", "toolcall", "functionresponse", "toolresponse"}
 
 
 class Line(NamedTuple):
@@ -35,7 +45,8 @@ class Sample[Image: str | bytes](NamedTuple):
     names of files or of members in a tar (`Sample[str]`), or encoded (`Sample[bytes]`); a raw record may have either."""
 
     id: str | None
-    messages: list[dict[str, str]]  # role: system | user | assistant; content: text with <image> placeholders
+    # role: system | user | assistant; content: text with <image> placeholders; loss: False, of an answer that does not count
+    messages: list[dict[str, Any]]
     images: list[Image]
     meta: dict[str, Any]  # the record's other keys, scalars only
 
@@ -44,8 +55,8 @@ class Sample[Image: str | bytes](NamedTuple):
         return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
 
     def answers(self) -> list[int]:
-        """The numbers, from 0, of the messages that a model has to give."""
-        return [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """The numbers, from 0, of the messages that a model has to give: answers that count in the loss."""
+        return [number for number, message in enumerate(self.messages) if counts(message)]
 
     def before(self, number: int) -> "Sample[Image]":
         """What a model sees that is asked for the message at `number`: those before it, and their images."""
@@ -113,39 +124,56 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     return record
 
 
-def parse_record(record: dict[str, Any], unread: Counter[str] | None = None) -> Sample[str | bytes]:
-    """LLaVA (`conversations` of {from, value}, `image`) and ShareGPT/OpenAI (`messages` of {role, content}, `images`).
+def counts(message: dict[str, Any]) -> bool:
+    """Whether a message is an answer that counts in the loss."""
+    return message["role"] == "assistant" and message.get("loss") is not False
 
-    Images are absent, one, or a list; each a path or, as the Hugging Face hub has it, {bytes, path}. A content may be a list
-    of parts, of which those of images may name them. `unread` counts keys that are not read.
+
+def parse_record(
+    record: dict[str, Any], unread: Unread | None = None, reading: Reading = AS_GIVEN
+) -> Sample[str | bytes]:
+    """LLaVA (`conversations` of {from, value}, `image`), ShareGPT/OpenAI (`messages` of {role, content}, `images`), and what
+    `forms.as_known` makes of others.
+
+    Images are absent, one, or a list; each a path, a picture in base64 or, as the Hugging Face hub has it, {bytes, path}. A
+    content may be a list of parts, of which those of images may name them. `unread` notes keys that are not read.
     """
-    unread = Counter() if unread is None else unread
-    found = (record[key] for key in ("conversations", "messages") if record.get(key) not in (None, [], "", {}))
-    turns = next(found, None)
-    if turns is None:
-        if isinstance(record.get("conversations", record.get("messages")), list):
-            raise Rejected("empty conversation")
-        raise Rejected("missing key", f"conversations or messages; found: {', '.join(map(str, record))}")
-    if not isinstance(turns, list):
-        kind = type(turns).__name__
-        why = {
-            "str": "a string: store the list itself, not its JSON text",
-            "dict": "a struct of lists: store a list of turns",
-        }
-        raise Rejected("malformed conversation", why.get(kind, f"a {kind}, not a list"))
+    unread = Unread() if unread is None else unread
+    if reading.columns:
+        record = renamed(record, reading.columns)
+    turns, image_first = record.get("conversations") or record.get("messages"), reading.image_first
+    if not (type(turns) is list and turns and type(turns[0]) is dict and ("from" in turns[0] or "role" in turns[0])):
+        record, of_form = as_known(record, reading)
+        turns, image_first = record["messages"], image_first or of_form
     messages, in_parts = [], []
     for number, turn in enumerate(turns, 1):
         message, named = _message(turn, number)
-        check_turn(turn, number, unread)
+        if not counts_in_loss(turn, message["role"], number, unread):
+            message["loss"] = False
         messages.append(message)
         in_parts += named
     images = _images(record, in_parts)
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
-    check_keys(record, bool(images), system, unread)
+    prompt, other = check_keys(record, bool(images), system, unread)
+    if prompt is not None and system is None:
+        messages.insert(0, {"role": "system", "content": prompt})
+    if other:
+        images = _listed(record, other)
+    if image_first and images:
+        _put_first(messages, len(images))
     name = record.get("id")
     others = ((key, value) for key, value in record.items() if key not in KNOWN_KEYS)
-    meta = {key: value for key, value in others if value is None or isinstance(value, str | int | float)}
+    meta = {
+        key: value for key, value in others if key != other and (value is None or isinstance(value, str | int | float))
+    }
     return check_sample(Sample(None if name is None else str(name), messages, images, meta))
+
+
+def _put_first(messages: list[dict[str, Any]], images: int) -> None:
+    """Placeholders before the first question, where no question has one."""
+    asked = [message for message in messages if message["role"] == "user" and isinstance(message["content"], str)]
+    if asked and not any(IMAGE in message["content"] for message in asked):
+        asked[0]["content"] = f"{IMAGE}\n" * images + asked[0]["content"]
 
 
 def _message(turn: Any, number: int) -> tuple[dict[str, Any], list[Any]]:
@@ -156,13 +184,23 @@ def _message(turn: Any, number: int) -> tuple[dict[str, Any], list[Any]]:
         speaker, content = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
     except KeyError as error:
         raise Rejected("missing key", f"{error.args[0]} of turn {number}") from None
-    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    role = (ROLES.get(speaker) or _other_role(speaker)) if isinstance(speaker, str) else None
     if role is None:
         what = "is null" if speaker is None else f"{str(speaker)[:40]!r} is none of {', '.join(ROLES)}"
         raise Rejected("unknown role", f"of turn {number}: {what}")
     read = _read_parts(content) if isinstance(content, list) else None
     text, images = read or (content, [])
+    if role == "user" and isinstance(text, str) and "<img>" in text:
+        text, named = named_in_text(text, number)
+        images = images + named
     return {"role": role, "content": text}, images
+
+
+def _other_role(speaker: str) -> str | None:
+    name = speaker.strip().lower().replace("_", "").replace("-", "")
+    if name in TOOL_ROLES:
+        raise Rejected("tools are not supported", f"a turn of {speaker[:40]}")
+    return ROLES.get(OTHER_ROLES.get(name, name))
 
 
 def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
@@ -181,6 +219,8 @@ def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
 def _listed(record: dict[str, Any], key: str) -> list[Any]:
     """What stands under a key of images; empty where it says nothing, as a cell of a table does."""
     value = record.get(key)
+    if type(value) is str and value[:1] == "[" and (listed := _json_list(value)) is not None:
+        value = listed
     entries = value if isinstance(value, list) else [value]
     empty = [is_empty(entry) for entry in entries]
     if all(empty):
@@ -190,8 +230,19 @@ def _listed(record: dict[str, Any], key: str) -> list[Any]:
     return [_path_or_bytes(entry) if isinstance(entry, dict) else entry for entry in entries]
 
 
+def _json_list(text: str) -> list[Any] | None:
+    """The list that a cell of a table holds as JSON."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, list) else None
+
+
 def _path_or_bytes(image: dict[str, Any]) -> Any:
-    return image.get("path") if image.get("bytes") is None else image["bytes"]
+    if "bytes" in image or "path" in image:
+        return image.get("path") if image.get("bytes") is None else image["bytes"]
+    return image_of(image)
 
 
 def _read_parts(parts: list[Any]) -> tuple[str, list[Any]] | None:
@@ -199,11 +250,13 @@ def _read_parts(parts: list[Any]) -> tuple[str, list[Any]] | None:
     texts, images = [], []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image", "image_url"):
+        if kind in ("image", "image_url", "input_image"):
             texts.append(IMAGE)
             images.append(image_of(part))
-        elif kind == "text" and isinstance(part.get("text"), str):
+        elif kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif isinstance(part, str):
+            texts.append(part)
         elif isinstance(kind, str) and ("video" in kind or "audio" in kind):
             raise Rejected(f"{'video' if 'video' in kind else 'audio'} is not supported", f"a part of type {kind[:40]}")
         else:
@@ -217,7 +270,7 @@ def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
     if not messages:
         raise Rejected("empty conversation")
     placeholders = 0
-    expected = "user"
+    expected, learned = "user", False
     for position, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
@@ -234,12 +287,17 @@ def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
         if role == "system" and position == 0:
             continue
         if role != expected:
-            raise Rejected("wrong turn order", f"turn {position + 1} is of {role}, {expected} was due")
+            raise Rejected("wrong turn order", f"turn {position + 1} is of {role}, {expected} was due: join or remove")
         if role == "assistant" and not content.strip():
             raise Rejected("empty answer", f"turn {position + 1}")
+        learned = learned or counts(message)
         expected = "assistant" if role == "user" else "user"
     if messages[-1]["role"] != "assistant":
         raise Rejected("wrong turn order", "the last turn is not of the assistant")
+    if not learned:
+        raise Rejected("no answer counts in the loss", "each has loss: false, or the like")
     if placeholders != len(sample.images):
-        raise Rejected("number of <image> differs from images", f"{placeholders} <image>, {len(sample.images)} images")
+        fix = "" if placeholders else ": write <image> in the question, or set image_first: true"
+        found = f"{placeholders} <image>, {len(sample.images)} images{fix}"
+        raise Rejected("number of <image> differs from images", found)
     return sample

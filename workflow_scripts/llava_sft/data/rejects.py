@@ -12,8 +12,19 @@ from llava_sft.errors import SHOWN, DataError
 from llava_sft.files import atomic_file
 
 ALL_REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
-FIRST_REASONS = 10  # that a message quotes
-FORMS = "LLaVA (conversations of from and value, image) or OpenAI (messages of role and content, images)"
+FIRST_REASONS, FIRST_ALIKE = 10, 3  # that a message quotes; of one reason
+FORMS = (
+    "LLaVA (conversations of from and value, image), OpenAI (messages of role and content, images), question and answer"
+)
+# The way out where most rejects have one reason, and mending the records is not the first that comes to mind.
+WAYS_OUT = {
+    "missing image": "set image_root to the folder that the records' image paths start from",
+    "missing key": "say which keys they are: columns: {question: KEY, answer: KEY, image: KEY}, or caption: KEY; the first row of a table names them",
+    "image is an address": "download the pictures, and name the files",
+    "missing column": "correct `columns`: to the left what it is, to the right the key or column of your file",
+    "number of <image> differs from images": "where no text has <image>: image_first: true",
+    "image outside the image root": "set image_root to a folder that all pictures lie below",
+}
 
 
 class Rejected(Exception):
@@ -57,27 +68,38 @@ def read_rejects(notes_dir: Path, shards: Iterable[dict[str, Any]]) -> Iterator[
 def write_all_rejects(path: Path, rejects: Iterable[dict[str, Any]]) -> list[str]:
     """Write the rejects of all shards into one file; return the first of them in words."""
     first: list[str] = []
+    alike: Counter[tuple[str, str]] = Counter()  # by file and reason
+    last: dict[tuple[str, str], int] = {}  # of each of these, the place in `first`
     with atomic_file(path) as file:
         for reject in rejects:
             file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
-            if len(first) < FIRST_REASONS:
+            kind = reject["file"], reject["reason"]
+            if len(first) < FIRST_REASONS and alike[kind] < FIRST_ALIKE:
                 name = f", id {reject['id']}" if reject["id"] is not None else ""
                 detail = f" ({reject['detail']})" if reject["detail"] else ""
+                last[kind] = len(first)
                 first.append(f"  {reject['file']}, {reject['word']} {reject['line']}{name}: {reject['reason']}{detail}")
+            if kind in last:
+                alike[kind] += 1
+    for kind, place in last.items():
+        if alike[kind] > FIRST_ALIKE:
+            first[place] += f", and {alike[kind] - FIRST_ALIKE:,} more for the same reason"
     return first
 
 
-def too_many_rejects(rejected: int, read: int, allowed: float, first: list[str], where: Path | str) -> DataError:
+def too_many_rejects(
+    rejected: int, read: int, allowed: float, first: list[str], where: Path | str, reasons: Counter[str] | None = None
+) -> DataError:
     """What is said when more than `allowed`, 0 to 1, of the records are rejected; `first`: some of them in words, `where` all
-    of them stand. That nothing is left is never advised."""
+    of them stand, `reasons`: how many for each. That nothing is left is never advised."""
+    most = next((reason for reason, count in (reasons or {}).items() if count > rejected / 2), "")
     problem = (
         f"{rejected:,} of {read:,} records were rejected; max_reject_fraction {allowed:g} allows"
         f" {int(allowed * read):,}. The first:\n" + "\n".join(first)
     )
     if rejected == read:
-        return DataError(
-            problem, f"not one record can be used: it is their form. Read are {FORMS}; all rejects: {where}"
-        )
+        way_out = WAYS_OUT.get(most, f"not one record can be used: it is their form. Read are {FORMS}")
+        return DataError(problem, f"{way_out}; all rejects: {where}")
     shares = (math.ceil(rejected / read * 10**digits) / 10**digits for digits in range(1, 18))
     enough = next((share for share in shares if 1 > share >= rejected / read), rejected / read)
     return DataError(

@@ -18,7 +18,9 @@ import xxhash
 
 from llava_sft.checksums import note
 from llava_sft.data.formats import FORMATS, format_of
+from llava_sft.data.forms import AS_GIVEN, Reading
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS, ImageInfo, ImageRoot, check_image, decode_image
+from llava_sft.data.other_forms import Unread
 from llava_sft.data.plan import TRAIN_PREFIX, Range, raw_size, shard_name
 from llava_sft.data.records import Line, Sample, parse_json, parse_record
 from llava_sft.data.rejects import Rejected, reject_row
@@ -31,6 +33,7 @@ TAR_BLOCK = 512
 TAR_RECORD = 20 * TAR_BLOCK  # tar files are padded to whole records
 WRITE_BYTES = 16 << 10  # joined and written at once: with far larger ones Linux took up to three times as long
 PROGRESS_RECORDS = 256
+ONE_RANGE = ("arrow", "gzip")  # formats that no shard_bytes cuts
 MOST_UNREAD = 50  # keys that are named, of those that are not read
 
 
@@ -106,18 +109,21 @@ class ShardWriter:
     `raw`: the file that its records come from. `key_prefix`: of its samples' keys.
     """
 
-    def __init__(self, files: ExitStack, raw: Path | str, wds_dir: Path, notes_dir: Path, name: str, key_prefix: str):
+    def __init__(
+        self, files: ExitStack, raw: Path | str, wds_dir: Path, notes_dir: Path, name: str, key_prefix: str,
+        reading: Reading = AS_GIVEN,
+    ):  # fmt: skip
         def new(path: Path) -> BinaryIO:
             return files.enter_context(atomic_file(path, durable=False))
 
-        self.raw, self.key_prefix = str(raw), key_prefix
+        self.raw, self.key_prefix, self.reading = str(raw), key_prefix, reading
         self._rows, self._rejects = new(notes_dir / f"{name}.samples.jsonl"), new(notes_dir / f"{name}.rejects.jsonl")
         self._idx, self.tar = new(wds_dir / f"{name}.tar.idx"), TarWriter(new(wds_dir / f"{name}.tar"))
         self.starts: list[int] = []  # byte offset of each sample in the tar
         self.lines = self.read = self.images = 0
         self.reasons: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
-        self.unread: Counter[str] = Counter()  # keys of records that nothing here reads
+        self.unread = Unread()  # keys of records that nothing here reads
 
     def take(self, line: Line, load: Callable[[list[str | bytes]], tuple[list[bytes], list[ImageInfo]]]) -> None:
         """Make a sample, or a reject, of a record; `load` reads and checks its images."""
@@ -127,7 +133,7 @@ class ShardWriter:
             record = parse_json(line)
             if record is None:
                 return
-            sample = parse_record(record, self.unread)
+            sample = parse_record(record, self.unread, self.reading)
             self._add(sample, *load(sample.images))
         except Rejected as rejected:
             self.reasons[rejected.reason] += 1
@@ -173,13 +179,14 @@ class ShardWriter:
             "images": self.images,
             "kinds": dict(self.kinds),
             "unread": dict(self.unread.most_common(MOST_UNREAD)),
+            "unread_examples": {key: self.unread.examples[key] for key, _ in self.unread.most_common(MOST_UNREAD)},
         }
 
 
 def convert_range(
     raw: Path | str, image_root: Path | str, wds_dir: Path, notes_dir: Path, prefix: str, cut: Range,
     max_image_pixels: int = MAX_IMAGE_PIXELS, max_shard_bytes: int | None = None, decode_images: bool = False,
-    progress: Callable[[int, int], Any] = lambda raw_bytes, records: None,
+    progress: Callable[[int, int], Any] = lambda raw_bytes, records: None, reading: Reading = AS_GIVEN,
 ) -> dict[str, Any]:  # fmt: skip
     """Convert one range of a raw file (any of FORMATS); return its statistics.
 
@@ -203,19 +210,19 @@ def convert_range(
             "plan again (the file has changed since), or give 0 <= start < end <= size",
         )
     _make_room(wds_dir, notes_dir, name)
-    key_prefix = (
-        f"{'' if prefix == TRAIN_PREFIX else prefix[0]}{cut.number:05d}"  # no other shard of either split has it
-    )
+    # No other shard of either split has it.
+    key_prefix = f"{'' if prefix == TRAIN_PREFIX else prefix[0]}{cut.number:05d}"
     raw_hash = xxhash.xxh3_128()
     with ExitStack() as files:
         file = files.enter_context(open(raw, "rb", buffering=1 << 20))
-        shard = ShardWriter(files, raw, wds_dir, notes_dir, name, key_prefix)
+        shard = ShardWriter(files, raw, wds_dir, notes_dir, name, key_prefix, reading)
         before = os.fstat(file.fileno())
         for line in FORMATS[raw_format].read(file, cut.start, cut.end, raw_hash.update):
             shard.take(line, load)
             done = line.offset - cut.start
             if max_shard_bytes and shard.tar.offset > max_shard_bytes:
-                raise _too_large(name, done, cut.end - cut.start, shard.tar.offset, max_shard_bytes)
+                fits = 0 if raw_format in ONE_RANGE else done
+                raise _too_large(name, fits, cut.end - cut.start, shard.tar.offset, max_shard_bytes)
             if not shard.lines % PROGRESS_RECORDS:
                 progress(done, shard.read)
         tar_hash = shard.finish()
@@ -257,5 +264,5 @@ def _too_large(name: str, done: int, planned: int, tar_bytes: int, allowed: int)
     return DataError(
         f"{name}.tar grows beyond max_shard_bytes {allowed:,}: its images are large for the {planned:,} bytes of raw data"
         " that it is made from",
-        f"raise max_shard_bytes{f', or cut finer with shard_bytes: {fits}' if done else ''}",
+        f"raise max_shard_bytes{f', or cut finer with shard_bytes: {fits}' if done else ', or split the raw file'}",
     )

@@ -21,6 +21,7 @@ from llava_sft.errors import shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.model.processing import MERGE_SIZE, image_tokens, to_patches
 from llava_sft.model.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
+from llava_sft.progress import tracked
 
 SIZES_VERSION = 2  # of what is kept; 2: with each sample's place
 TIMED_S, TIMED_SHARDS = 2.0, 4  # for so long samples of so many shards are prepared, for the speed of a loader process
@@ -108,9 +109,9 @@ def sample_sizes(
     )
     if processes > 1 and len(shards) > 1:
         with ProcessPoolExecutor(min(processes, len(shards))) as pool:
-            counted = list(pool.map(count, shards))
+            counted = list(tracked(pool.map(count, shards), len(shards), "shards"))
     else:
-        counted = [count(shard) for shard in shards]
+        counted = [count(shard) for shard in tracked(shards, len(shards), "shards")]
     return SampleSizes(*(list(chain.from_iterable(columns)) for columns in zip(*counted, strict=True)))
 
 

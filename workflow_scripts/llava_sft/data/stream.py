@@ -24,6 +24,7 @@ from llava_sft.data.loader import EncodedSample, VlmBatch, VlmTaskEncoder
 from llava_sft.data.notes import without_images_like_it
 from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.order import GlobalOrder
+from llava_sft.data.packing import fair_shares
 from llava_sft.data.records import Sample
 from llava_sft.data.sizes import Limits, SampleSizes, global_order, sample_sizes
 from llava_sft.data.stored import DamagedSample, StoredShard, forget_open_files, open_shard, stored_shards
@@ -138,13 +139,16 @@ class MicroBatches(torch.utils.data.Dataset):
 class TrainingLoader:
     """Endless micro-batches of this data-parallel rank; `save_state` and `restore` keep the position.
 
-    `found_damaged` is called with number and fault of each sample that is left out.
+    `found_damaged` is called with number and fault of each sample that is left out. `cost`: of a pack; the packs of
+    `micro_batches`, those of a step, are then shared out so that all ranks have about the same to do.
     """
 
     def __init__(
         self, batches: MicroBatches, order: GlobalOrder, ranks: Ranks, micro_batch_size: int, max_damaged: int = 0,
         pin_memory: bool = False, found_damaged: Callable[[str, str], Any] = lambda number, fault: None,
+        micro_batches: int = 1, cost: Callable[[list[int]], float] | None = None,
     ):  # fmt: skip
+        self.micro_batches, self.cost = micro_batches, cost
         self.order, self.ranks, self.micro_batch_size = order, ranks, micro_batch_size
         self.max_damaged, self.found_damaged = max_damaged, found_damaged
         self.damaged: set[str] = set()
@@ -161,11 +165,17 @@ class TrainingLoader:
 
     def packs(self) -> Iterator[list[list[int]]]:
         """The packs of this rank's micro-batches, as torch's loader asks for them."""
-        first = self.ranks.rank * self.micro_batch_size
+        size, (rank, replicas, _) = self.micro_batch_size, self.ranks
         while True:
-            packs = [next(self.order) for _ in range(self.ranks.replicas * self.micro_batch_size)]
-            self.ahead.append(self.order.position)
-            yield packs[first : first + self.micro_batch_size]
+            if self.cost is None or replicas == 1:
+                packs = [next(self.order) for _ in range(replicas * size)][rank * size : (rank + 1) * size]
+            else:
+                step = [next(self.order) for _ in range(replicas * size * self.micro_batches)]
+                mine = fair_shares(list(map(self.cost, step)), replicas)[rank]
+                packs = [step[place] for place in mine]
+            for first in range(0, len(packs), size):  # a checkpoint stands at the end of a step
+                self.ahead.append(self.order.position)
+                yield packs[first : first + size]
 
     def __next__(self) -> VlmBatch:
         if self.iterator is None:
@@ -249,18 +259,21 @@ def _start_worker(number: int) -> None:
 
 def train_loader(
     path: Path | str, encoder: VlmTaskEncoder, ranks: Ranks, micro_batch_size: int, packing_buffer_size: int = 2000,
-    sizes: SampleSizes | None = None, **options: Any,
+    sizes: SampleSizes | None = None, cost: Callable[[int, list[int]], float] | None = None, **options: Any,
 ) -> TrainingLoader:  # fmt: skip
     """Micro-batches of the training split of `path`, a WebDataset folder or the blend of several.
 
     `sizes`: what measure_webdataset.py counted; without, it is counted here. `packing_buffer_size` samples are packed at a
-    time. `options`: of TrainingLoader.
+    time. `cost`: of a sample, by its tokens and its images' patches. `options`: of TrainingLoader.
     """
     folder = folder_of(Path(path))
     if sizes is None:
         limits = Limits(encoder.seq_length, encoder.min_pixels, encoder.max_pixels)
         sizes = sample_sizes(folder, encoder.template.folder, limits)
     samples = StoredSamples(folder, sizes)
+    if cost:
+        counted = sizes
+        options["cost"] = lambda pack: sum(cost(counted.tokens[number], counted.patches[number]) for number in pack)
     order = global_order(
         folder, sizes, encoder.seq_length if encoder.packing else None, packing_buffer_size, encoder.seed
     )

@@ -58,7 +58,7 @@ class TarSample(NamedTuple):
             if rules:
                 check_sample(sample)
             missing = set(sample.images) - set(names)
-            if missing or (rules and sorted([*sample.images, "json"]) != sorted(names)):
+            if missing or (rules and layout != "record" and sorted([*sample.images, "json"]) != sorted(names)):
                 raise Rejected("members differ from the images that the JSON names", f"{sample.images}, {names}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Rejected("not the expected JSON", f"{type(error).__name__}: {error}") from None

@@ -7,7 +7,6 @@ run from the same start, asks nothing anew.
 import fcntl
 import gc
 import json
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +20,9 @@ from llava_sft.evaluation.judge import Answer
 from llava_sft.evaluation.questions import image_token_counts
 from llava_sft.evaluation.vllm_client import generate_with_vllm
 from llava_sft.files import fingerprint, read_json, write_json
+from llava_sft.progress import Progress
 
 RULES = 3  # version of how answers are generated: another number asks anew
-SAID_EVERY_S = 10
 
 
 class Options(NamedTuple):
@@ -108,20 +107,15 @@ def _answer_the_rest(
         if options.vllm
         else generate(folder, asked, options.batch_size, options.max_new_tokens)
     )
-    began = said = 0.0
-    for count, (number, answer) in enumerate(generated):
-        began = began or time.monotonic()
+    progress: Progress | None = None
+    for number, answer in generated:
         found[left[number]] = answer
         row = json.dumps([left[number], *answer])
         file.write(f"{zlib.crc32(row.encode()):08x} {row}\n")
-        if count and time.monotonic() - max(said, began) > SAID_EVERY_S:
-            said = time.monotonic()
-            rate = count / (said - began)
-            minutes, seconds = divmod(round((len(left) - count) / rate), 60)
-            print(
-                f"  {len(found):,} of {len(questions):,} answered, {rate:.1f}/s, {minutes}:{seconds:02d} left",
-                flush=True,
-            )
+        progress = progress or Progress(
+            len(questions), "questions", done=len(found) - 1
+        )  # not the time to load the model
+        progress.add()
 
 
 def _read_partial(path: Path, depends: str) -> dict[int, Answer]:

@@ -1,4 +1,4 @@
-"""The scores of answers to held-out questions: a row for each sample, their means with intervals, and examples to show.
+"""The scores of answers to held-out questions: a row for each sample, and their means with intervals.
 
 A sample of several turns is right when every answer is; of other scores it has the mean.
 """
@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 from llava_sft.data.records import Sample
 from llava_sft.evaluation.intervals import compare, mean_interval
 from llava_sft.evaluation.scores import Score
-from llava_sft.report.pictures import data_uri
-
-WRONG_SHOWN, RIGHT_SHOWN = 24, 12  # samples whose answers the report shows, with their pictures
 
 
 class Answer(NamedTuple):
@@ -100,20 +97,3 @@ def group_summaries(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[st
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     return {name: summary(group, names) for name, group in sorted(groups.items())}
-
-
-def examples(rows: list[dict[str, Any]], samples: list[Sample]) -> list[dict[str, Any]]:
-    """Wrong and then right samples for the report, turns joined and pictures embedded; first those that the other model
-    answered otherwise."""
-    shown = []
-    for correct, most in ((False, WRONG_SHOWN), (True, RIGHT_SHOWN)):
-        chosen = [pair for pair in zip(rows, samples, strict=True) if pair[0]["correct"] is correct]
-        chosen.sort(key=lambda pair: pair[0].get("base_correct", correct) is correct)
-        for row, sample in chosen[:most]:
-            keys = [key for key in ("answer", "prediction", "base") if key in row["turns"][0]]
-            joined = {key: "\n".join(turn[key] for turn in row["turns"]) for key in keys}
-            cut = {
-                key: any(turn[key] for turn in row["turns"]) for key in ("cut", "base_cut") if key in row["turns"][0]
-            }
-            shown.append(row | joined | cut | {"images": [data_uri(data) for data in sample.images]})
-    return shown

@@ -1,5 +1,7 @@
 """The model in Megatron's wrappers, its gradients, its optimizer and its schedule."""
 
+import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +37,11 @@ def wrap(model: LlavaOneVision, values: ResolvedSettings) -> DistributedDataPara
     model.model_type = ModelType.encoder_or_decoder  # Megatron's pipeline schedules ask for it
     for parameter in model.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    if values.on_gpu and values.tensor_model_parallel_size > 1:
+        # Every rank computes the same, but some kernels of GPUs add in an order of their own: the copies would drift apart.
+        for name, parameter in replicated(model):
+            if "layers." not in name:  # there Megatron sums what has to be summed
+                parameter.average_gradients_across_tp_domain = True
     config, replicas = model.config, parallel_state.get_data_parallel_world_size()
     reduction = ddp_config(values, replicas)
     module: torch.nn.Module = model.cuda()
@@ -56,6 +63,25 @@ def unwrapped(model: torch.nn.Module) -> LlavaOneVision:
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def replicated(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of which each tensor-parallel rank has a copy, with their names."""
+    for name, parameter in model.named_parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            yield name, parameter
+
+
+def unlike_copies(model: torch.nn.Module) -> list[str]:
+    """Names of such parameters that differ between the tensor-parallel ranks. All ranks call it together."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    mine = {
+        name: hashlib.sha256(copy.detach().cpu().view(torch.uint8).numpy()).hexdigest()
+        for name, copy in replicated(model)
+    }
+    of_all: list[dict[str, str]] = [{}] * group.size()
+    torch.distributed.all_gather_object(of_all, mine, group=group)
+    return [name for name, value in mine.items() if any(each[name] != value for each in of_all)]
 
 
 def reduce_gradients(model: list[DistributedDataParallel], answers: torch.Tensor, **unused: Any) -> None:

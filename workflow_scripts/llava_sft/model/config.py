@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from llava_sft.errors import SettingsError
+from llava_sft.errors import READABLE, SettingsError
 from llava_sft.model.processing import CHANNELS, MERGE_SIZE, PATCH_SIZE
 from llava_sft.model.tokens import PUBLISHED_TOKEN_IDS, TOKEN_ID_KEYS
 
@@ -164,14 +164,16 @@ def load_model_config(path: Path | str) -> ModelConfig:
     """Read one of `config/models/*.yaml`. Raises SettingsError with the file, key, value and rule."""
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none in that folder"
-        raise SettingsError(f"model config {path} does not exist", f"write one of: {known}")
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none, for that folder has none"
+        raise SettingsError(
+            f"model: {path.stem}: no file {path}", f"model: one of {known}; another size: a copy of one of them"
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid YAML: {error}", "compare with config/models/4b.yaml") from None
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}", "a file that you may read") from None
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}", READABLE) from None
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:

@@ -27,7 +27,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint, make_viewless_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -121,7 +121,7 @@ class LlavaOneVision(MegatronModule):
                 features = self.adapter(self.vision_model(pixels, grids)).to(embeddings.dtype)
                 flat = embeddings.flatten(0, 1).index_copy(0, image_index, features)
                 embeddings = flat.view_as(embeddings)
-        return self.language_model(
+        output = self.language_model(
             input_ids=input_ids,
             position_ids=None,
             attention_mask=None,
@@ -130,6 +130,10 @@ class LlavaOneVision(MegatronModule):
             output_processor=None if answer_index is None else answer_losses,
             output_processor_context=(answer_index, answer_labels),
         )
+        if self.post_process:
+            return output
+        # Megatron frees a stage's output once it is sent, and refuses to free a view of another tensor.
+        return make_viewless_tensor(output, requires_grad=True, keep_graph=True)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """What a checkpoint holds: weights alone. Megatron's `_extra_state` (scales of delayed FP8) depends on the

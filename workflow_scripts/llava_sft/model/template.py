@@ -2,7 +2,7 @@
 
 Notable:
 - the whole conversation is tokenized at once, so the ids equal those of the tokenizer's `apply_chat_template`;
-- the loss falls on each answer and its closing `<|im_end|>`. A token belongs to the answer when any of its characters
+- the loss falls on each answer and its closing `<|im_end|>`, unless its message has loss: False. A token belongs to the answer when any of its characters
   does: an answer that begins with a newline merges with the newline before it, and that token counts;
 - a conversation that is too long is cut at the end of a turn, together with the images that fall out;
 - text cannot smuggle control tokens in: a sample whose text holds one is refused. Grounding tokens (<|box_start|> …) are
@@ -10,7 +10,9 @@ Notable:
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -45,6 +47,14 @@ class EncodedConversation:
     turns_cut: int
 
 
+class Span(NamedTuple):
+    """A piece of a rendered conversation: whether its tokens count in the loss, and whether `seq_length` cuts them off."""
+
+    text: str
+    counts: bool
+    cut: bool
+
+
 class ChatTemplate:
     """Renders conversations with the tokenizer of a checkpoint folder (`tokenizer.json`)."""
 
@@ -71,7 +81,7 @@ class ChatTemplate:
     def render(
         self, messages: list[dict], generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The text, the character range [start, stop) of each answer with its `<|im_end|>`, and each turn's end."""
+        """The text, the character range [start, stop) of each answer that counts with its `<|im_end|>`, and each turn's end."""
         text, answers, turn_ends = "", [], []
         if messages[0]["role"] != "system":
             text = f"{START_OF_TURN}system\n{SYSTEM_PROMPT}{END_OF_TURN}\n"
@@ -84,7 +94,7 @@ class ChatTemplate:
             if message["role"] == "user":  # elsewhere `<image>` is text, as in the chat template
                 content = content.replace(IMAGE, IMAGE_TEXT)
             text += content + END_OF_TURN
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and message.get("loss") is not False:
                 answers.append((start, len(text)))
             text += "\n"
             if message["role"] == "assistant":
@@ -102,12 +112,7 @@ class ChatTemplate:
         placeholders = text.count(IMAGE_PAD)
         if placeholders != len(image_tokens):
             raise UnusableSample(f"{placeholders} {IMAGE} placeholders, {len(image_tokens)} images")
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.int64)
-        starts, stops = np.array(encoding.offsets, dtype=np.int64).T
-        mask = np.zeros(len(ids), dtype=bool)
-        for start, stop in answers:
-            mask |= (stops > start) & (starts < stop)
+        ids, mask, stops = self._tokens(text, answers)[:3]
 
         # One <|image_pad|> in the text stands for all tokens of its image.
         repeats = np.ones(len(ids), dtype=np.int64)
@@ -121,9 +126,39 @@ class ChatTemplate:
             keep = np.searchsorted(stops, fitting[-1], side="right")
             ids, mask, repeats = ids[:keep], mask[:keep], repeats[:keep]
             turns_cut = len(turn_ends) - len(fitting)
+            if not mask.any():
+                raise UnusableSample(
+                    f"the first answer that counts in the loss ends after {seq_length} tokens (seq_length)"
+                )
         return EncodedConversation(
             input_ids=np.repeat(ids, repeats),
             answer_mask=np.repeat(mask, repeats),
             num_images=int((ids == self.image_token_id).sum()),
             turns_cut=turns_cut,
         )
+
+    def _tokens(
+        self, text: str, answers: list[tuple[int, int]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of a rendered text: ids, whether each carries loss, and where each stops and starts in it."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        starts, stops = np.array(encoding.offsets, dtype=np.int64).T
+        mask = np.zeros(len(stops), dtype=bool)
+        for start, stop in answers:
+            mask |= (stops > start) & (starts < stop)
+        return np.array(encoding.ids, dtype=np.int64), mask, stops, starts
+
+    def spans(self, messages: list[dict], image_tokens: list[int], seq_length: int) -> list[Span]:
+        """The text that `encode` makes ids of, token by token in pieces, as people read it."""
+        text, answers, _ = self.render(messages)
+        ids, mask, _, starts = self._tokens(text, answers)
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[ids == self.image_token_id] = image_tokens
+        try:
+            kept = len(self.encode(messages, image_tokens, seq_length).input_ids)
+        except UnusableSample:
+            kept = 0
+        cut = np.cumsum(repeats) > kept
+        edges = [*starts.tolist(), len(text)]
+        pieces = groupby(range(len(ids)), lambda token: (bool(mask[token]), bool(cut[token])))
+        return [Span(text[edges[(run := list(tokens))[0]] : edges[run[-1] + 1]], *key) for key, tokens in pieces]

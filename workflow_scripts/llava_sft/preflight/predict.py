@@ -202,7 +202,8 @@ def proposals(
     case: Case, calibration: Calibration, batches_of: BatchesOf | None = None
 ) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that train the same before LoRA, and those that keep
-    seq_length before those that do not. `batches_of`: mean and largest micro-batch with another micro_batch_size or
+    seq_length before those that do not, and without more tensor parallelism before with it: two GPUs that share the layers
+    were measured slower than one. `batches_of`: mean and largest micro-batch with another micro_batch_size or
     pack_chunk_tokens (its arguments); estimated without."""
     values = case.values
     batches_of = cache(batches_of) if batches_of else None
@@ -225,9 +226,27 @@ def proposals(
         prediction = predict(case._replace(values=tried, mean=mean, largest=largest), calibration)
         if fits(prediction, case.machine):
             found.append((changed, prediction))
-    found.sort(key=lambda each: ("seq_length" in each[0], "lora_rank" in each[0], -each[1].tokens_per_s, len(each[0])))
+    later = ("seq_length", "lora_rank", "tensor_model_parallel_size")
+    found.sort(key=lambda each: (*(name in each[0] for name in later), -each[1].tokens_per_s, len(each[0])))
     needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
     return [each for each in found if each[0] not in needless]
+
+
+def needless_parallelism(case: Case, calibration: Calibration) -> list[str]:
+    """What to say where a model is shared by several GPUs and would fit into one."""
+    values = case.values
+    if not values.on_gpu or values.model_parallel_size == 1:
+        return []
+    alone = values.model_copy(update={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1})
+    prediction = predict(case._replace(values=alone), calibration)
+    if not fits(prediction, case.machine):
+        return []
+    given = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    asked = " and ".join(f"{name} {size}" for name in given if (size := getattr(values, name)) > 1)
+    return [
+        f"{asked}: the model fits into one GPU ({prediction.memory_gib:.1f} of {case.machine.memory_gib:.1f} GiB); data "
+        "parallelism alone (both 1) is faster"
+    ]
 
 
 def estimated_batches(case: Case, tried: ResolvedSettings) -> tuple[MicroBatch, MicroBatch]:
@@ -265,19 +284,24 @@ def forecast_of(case: Case, batches_of: BatchesOf | None = None) -> Forecast:
 # -------------------------------------------------------------------------------------------------- in words
 
 
-def table(prediction: Prediction, machine: Machine, calibration: Calibration, values: ResolvedSettings) -> list[str]:
-    """Lines for a terminal: memory by part, whether it fits, time."""
-    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
-    verdict = "fits" if fits(prediction, machine) else "DOES NOT FIT"
+def answer(prediction: Prediction, machine: Machine, values: ResolvedSettings) -> list[str]:
+    """Lines for a terminal: does it fit, how long does it take."""
+    verdict = "yes" if fits(prediction, machine) else "no"
     steps, devices = values.train_iters, values.nodes * values.nproc_per_node
     hours = steps * prediction.step_s / 3600
-    long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+    long = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min" if hours > 1 / 30 else f"{hours * 3600:.0f} s"
     cost = "" if machine.device == "CPU" else f", {hours * devices:,.1f} GPU-hours"
     return [
-        f"memory  {prediction.memory_gib:.1f} GiB of {machine.memory_gib:.1f} ({machine.device}): {verdict}",
-        f"        {parts}",
-        f"time    {prediction.step_s:.3g} s a step of {prediction.tokens_per_step:,.0f} tokens "
-        f"({prediction.tokens_per_s:,.0f} tokens/s), {long} for {steps:,} steps{cost}",
+        f"fits    {verdict}: {prediction.memory_gib:.1f} GiB of {machine.memory_gib:.1f} ({machine.device})",
+        f"takes   {long}: {steps:,} steps of {prediction.step_s:.3g} s, {prediction.tokens_per_s:,.0f} tokens/s{cost}",
+    ]
+
+
+def details(prediction: Prediction, calibration: Calibration) -> list[str]:
+    """Lines about the memory's parts, and where the prediction comes from."""
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in prediction.memory.items() if gib >= 0.05)
+    return [
+        f"memory  {parts} GiB; {prediction.tokens_per_step:,.0f} tokens a step",
         f"        from {calibration.runs} recorded runs ({', '.join(calibration.devices)}, benchmarks/results/preflight.json)",
     ]
 

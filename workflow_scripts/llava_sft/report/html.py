@@ -4,23 +4,40 @@ import base64
 import io
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
+
+from llava_sft.report.language import translator
 
 ENLARGE_BELOW, ENLARGED = 100, 112  # pixels: a smaller picture is shown at a multiple of its size, at least this large
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, language: str, **values: Any) -> str:
     """A page of this folder's templates. What is not in `values`, at any depth, is shown as missing."""
-    loader, missing = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.ChainableUndefined
+    return make_environment(language).get_template(template).render(values, language=language)
+
+
+@cache
+def make_environment(language: str) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=loader, undefined=missing, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.ChainableUndefined,
+        extensions=["jinja2.ext.i18n"],
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (number, percent, points, size, duration, picture)}
-    return environment.get_template(template).render(values)
+    found = translator(language)
+    environment.install_gettext_callables(  # type: ignore[attr-defined]  # of the extension
+        found, lambda one, several, count: found(one if count == 1 and language == "en" else several), newstyle=True
+    )
+    environment.filters |= {f.__name__: f for f in (number, percent, points, size, duration, picture, code)}
+    environment.filters["said"] = lambda value: found(str(value))  # a name from the data: text, unlike what _ returns
+    return environment
 
 
 def picture(uri: Any, alt: str) -> Markup:
@@ -38,6 +55,11 @@ def picture(uri: Any, alt: str) -> Markup:
     if max(width, height) < ENLARGE_BELOW:
         tiny = Markup(' class="tiny" width="{}"').format(width * math.ceil(ENLARGED / max(width, height)))
     return Markup('<img{} src="{}" alt="{}">').format(tiny, uri, alt)
+
+
+def code(text: str) -> Markup:
+    """Text with what stands in `backticks` set as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def number(value: Any) -> str:

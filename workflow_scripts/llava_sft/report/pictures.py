@@ -19,16 +19,16 @@ def data_uri(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def thumbnail(data: bytes) -> str:
+def thumbnail(data: bytes, side: int = THUMBNAIL, inline_bytes: int = INLINE_BYTES) -> str:
     """The data URI of a picture as it is where it is small and browsers know its format, else of a small JPEG of it; "" for a
-    damaged one."""
+    damaged one. `side`: of that, the longer one, in pixels."""
     try:
         extension = decode_image(data, NO_PIXEL_LIMIT).extension
     except Rejected:
         return ""
-    if extension not in SHOWN_BY_BROWSERS or len(data) > INLINE_BYTES:
+    if extension not in SHOWN_BY_BROWSERS or len(data) > inline_bytes:
         image = decode_rgb(data)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.thumbnail((side, side))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)
         data = buffer.getvalue()

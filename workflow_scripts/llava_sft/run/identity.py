@@ -17,11 +17,11 @@ from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.files import atomic_dir, fingerprint, write_json
 from llava_sft.run.checkpoints import iterations_done, newest_whole
 from llava_sft.run.layout import RUN_FILE, SIDECARS, checkpoint_dir, data_dir
+from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
 from llava_sft.settings.schema import ABOUT
 
-# The data position is stored per rank.
-PER_RANK = ("nodes", "gpus_per_node", "nproc_per_node")
+BUCKETS_ALIKE = range(2, 41)  # data-parallel replicas: `bucket_size` in megatron/config.py
 
 
 def identity(resolved: Resolved) -> dict[str, Any]:
@@ -79,12 +79,12 @@ def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
     run = read_run(run_dir, done)
     before, now = identity(run), identity(resolved)
     changed = [key for key in now if before.get(key) != now[key]]
+    if not changed:
+        refuse_layout(run_dir, done, run.settings, resolved.settings)
     given = [key for key in changed if key not in resolved.why] or changed  # not what follows from them
     if given:
         differences = [
-            _model_difference(run.model, resolved.model)
-            if key == "model"
-            else f"{key}: {before.get(key)} → {now[key]}{_why_not(key)}"
+            _model_difference(run.model, resolved.model) if key == "model" else f"{key}: {before.get(key)} → {now[key]}"
             for key in given
         ]
         tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
@@ -111,9 +111,27 @@ def _model_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"model: another {now['name']}"
 
 
-def _why_not(key: str) -> str:
-    stored = "the data position is stored per rank; changing this would lose or repeat samples"
-    return f" ({stored})" if key in PER_RANK else ""
+def refuse_layout(run_dir: Path, done: int, before: ResolvedSettings, now: ResolvedSettings) -> None:
+    """Raise RunError where a checkpoint of `before` cannot be continued by processes that share the model as `now` says.
+
+    What is learned does not depend on the number of processes, nor does the position in the data. On CPUs the optimizer's
+    state does not either. On GPUs it is kept in Megatron's buckets (`dp_reshardable`): they are those of one TP × PP, and
+    the same for some numbers of replicas.
+    """
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    changed = [name for name in names if getattr(before, name) != getattr(now, name)]
+    replicas = before.data_parallel_size, now.data_parallel_size
+    if before.on_gpu != now.on_gpu:
+        changed = ["gpus_per_node"]
+    elif not now.on_gpu or (changed == [names[2]] and all(size in BUCKETS_ALIKE for size in replicas)):
+        return
+    if changed:
+        difference = ", ".join(f"{name}: {getattr(before, name)} → {getattr(now, name)}" for name in changed)
+        raise RunError(
+            f"{run_dir}: its {done} steps were trained on another layout: {difference}; the optimizer's state does not "
+            "fit",
+            f"the old layout, or another run from its weights: --config run_tag=next load={checkpoint_dir(run_dir, done)}",
+        )
 
 
 def same_run(run_dir: Path, resolved: Resolved) -> tuple[Path, int] | None:

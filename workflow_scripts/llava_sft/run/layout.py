@@ -16,11 +16,13 @@ LORA = "lora.json"  # in a checkpoint that holds what is trained alone: what sta
 VERIFIED = ".verified.json"  # files that were found whole: not read again before they change
 BEST = "best.json"
 FAILURE = "failure.json"  # written by the training when it knows the cause
+LOST_RANKS = "lost_ranks.json"  # by a rank that ends because another has
 SAMPLE_COUNTS = "sample_counts.json"
 METRICS, VALIDATION, EVENTS, BAD_STEPS = "metrics.jsonl", "validation.jsonl", "events.jsonl", "bad_steps.jsonl"
 LOGS = (METRICS, VALIDATION, EVENTS, BAD_STEPS)
 DAMAGED_SAMPLES = "damaged_samples.jsonl"  # those that the training skipped
 SAMPLES = "samples"  # a folder: the sample ids of every step, one file per data-parallel rank
+SESSIONS = "sessions.jsonl"  # when and where the run was trained
 TENSORBOARD = "tensorboard"
 
 ITERATION = re.compile(r"iter_(\d+)")

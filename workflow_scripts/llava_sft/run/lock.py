@@ -36,8 +36,8 @@ def lock(run_dir: Path, patience_s: float = 0) -> BinaryIO:
                 locked = True
         if locked and (not holder or here or holder["seen_s"] >= DEAD_AFTER_S):
             break
-        # Loader processes of a killed training notice after some seconds that it is dead.
-        dead = holder and here and not locked and not psutil.pid_exists(holder["pid"])
+        # Loader processes outlive a training for a moment, whether it was killed or has given the lock back.
+        dead = not locked and (holder is None or (here and not psutil.pid_exists(holder["pid"])))
         if time.monotonic() - began >= max(patience_s, ENDS_WITHIN_S if dead else 0):
             by = f" (pid {holder['pid']} on {holder['host']}, seen {holder['seen_s']:.0f} s ago)" if holder else ""
             raise RunError(

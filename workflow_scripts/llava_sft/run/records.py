@@ -12,8 +12,9 @@ import zlib
 from pathlib import Path
 
 from llava_sft.files import write_text
+from llava_sft.progress import clock
 from llava_sft.run.checkpoints import iterations_done
-from llava_sft.run.layout import EVENTS, LOGS, METRICS, VALIDATION, data_dir
+from llava_sft.run.layout import EVENTS, LOGS, METRICS, SAMPLES, VALIDATION, data_dir
 
 CHECKED = re.compile(r'\{"crc": "([0-9a-f]{8})", ')
 
@@ -97,7 +98,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 def forget_after(run_dir: Path, iteration: int) -> None:
     """Drop the records of steps that a run which resumes from `iteration` takes again."""
-    for name in LOGS:
+    for name in (*LOGS, *(f"{SAMPLES}/{path.name}" for path in run_dir.glob(f"{SAMPLES}/rank*.jsonl"))):
         forget_after_in(run_dir / name, iteration)
 
 
@@ -133,9 +134,7 @@ class Tail:
 
 def progress_line(record: dict) -> str:
     """`step 200/3200  loss 1.234  lr 1.0e-05  grad 0.42  5,120 tokens/s  MFU 51%  padding 3%  data wait 1%  2.1 GiB  4:32 left`"""
-    left = int((record["train_iters"] - record["iteration"]) * record["step_s"])
-    hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-    remaining = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    left = clock((record["train_iters"] - record["iteration"]) * record["step_s"])
     digits = len(str(record["train_iters"]))
     parts = ((key.removeprefix("learning-rate-"), rate) for key, rate in record.items() if "learning-rate-" in key)
     others = ", ".join(f"{part} {rate:.2e}" for part, rate in parts if rate != record["learning-rate"])
@@ -144,7 +143,7 @@ def progress_line(record: dict) -> str:
         f"step {record['iteration']:>{digits}}/{record['train_iters']}  loss {record['lm loss']:.4f}"
         f"  lr {record['learning-rate']:.2e}{f' ({others})' if others else ''}  grad {record['grad-norm'] or 0:.2f}"
         f"  {record['tokens_per_s']:,.0f} tokens/s{mfu}  padding {record['padding_share']:.0%}"
-        f"  data wait {record['data_wait_share']:.0%}  {record['memory_gib']:.1f} GiB  {remaining} left"
+        f"  data wait {record['data_wait_share']:.0%}  {record['memory_gib']:.1f} GiB  {left} left"
     )
 
 

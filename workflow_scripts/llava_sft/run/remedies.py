@@ -54,7 +54,7 @@ def exploded(
     origin = "from the last checkpoint before it" if older else start
     return RunError(
         f"{len(bad)} bad steps in a row, {first['iteration']} … {last['iteration']} (max_bad_steps): loss {first['loss']:.3g} "
-        f"… {last['loss']:.3g}{before}; grad norm {last['grad_norm'] or 0:.3g}; lr {values.lr:g}. Ids of their samples: "
+        f"… {last['loss']:.3g}{of_ranks(last)}{before}; grad norm {last['grad_norm'] or 0:.3g}; lr {values.lr:g}. Ids of their samples: "
         f"{run_dir / BAD_STEPS}",
         f"a lower learning rate, {origin}: --config lr={lr:g} run_tag=lr{lr:g}{load}. If it explodes again: a longer "
         f"lr_warmup_fraction (now {values.lr_warmup_fraction:g}), and look at those samples",
@@ -133,6 +133,12 @@ def out_of_memory(values: ResolvedSettings, memory: dict[str, float], largest: d
         f"patches. GiB in use: {parts}",
         " or ".join(ways) + "; also look for other processes (nvidia-smi, top)",
     )
+
+
+def of_ranks(step: dict) -> str:
+    """Whose loss is not a number, where it is not that of all."""
+    ranks = step.get("ranks", ())
+    return f" of data-parallel rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} alone" if ranks else ""
 
 
 def slow_loading(values: ResolvedSettings, tokens_per_s: float, wait_share: float) -> str:

@@ -23,12 +23,25 @@ from llava_sft.settings.yaml_file import read_yaml
 
 CONFIG_DIR = Path("config")
 
-# The by-hand guide's names, for people who type them here.
-GUIDE_NAMES = {
+# Names of the by-hand guide and of other trainers, for people who write them here.
+OTHER_NAMES = {
     "EXP_DIR": "exp_dir", "DATA_PATH": "webdatasets", "MBS": "micro_batch_size", "GBS": "global_batch_size",
     "NSTEP": "train_iters", "CHECKPOINT_PATH": "load", "GPUS_PER_NODE": "gpus_per_node", "SEQ_LEN": "seq_length",
     "TOKENIZER_PATH": "tokenizer", "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size",
-    "learning_rate": "lr", "save-interval": "save_interval", "num-workers": "num_workers",
+    "learning_rate": "lr", "max_lr": "lr", "min_learning_rate": "min_lr", "vit_lr": "lr_vision", "aligner_lr": "lr_adapter",
+    "batch_size": "global_batch_size", "train_batch_size": "global_batch_size", "micro_batch": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "max_length": "seq_length", "max_seq_length": "seq_length",
+    "max_seq_len": "seq_length", "model_max_length": "seq_length", "cutoff_len": "seq_length", "context_length": "seq_length",
+    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_steps": "train_iters", "num_steps": "train_iters",
+    "steps": "train_iters", "warmup_ratio": "lr_warmup_fraction", "warmup": "lr_warmup_fraction",
+    "lr_scheduler_type": "lr_decay_style", "scheduler": "lr_decay_style", "max_grad_norm": "clip_grad", "grad_clip": "clip_grad",
+    "save_steps": "save_interval", "eval_steps": "eval_interval", "logging_steps": "log_interval",
+    "dataloader_num_workers": "num_workers", "workers": "num_workers", "model_name_or_path": "load", "model_path": "load",
+    "checkpoint": "load", "init_from": "load", "data_path": "raw_data", "train_data": "raw_data", "dataset": "raw_data",
+    "eval_data": "heldout_data", "val_data": "heldout_data", "image_folder": "image_root", "image_dir": "image_root",
+    "output_dir": "exp_dir", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_eps", "wd": "weight_decay",
+    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "num_gpus": "gpus_per_node", "gpus": "gpus_per_node",
+    "lora_r": "lora_rank", "r": "lora_rank", "gradient_checkpointing": "recompute_language", "max_image_pixels": "max_pixels",
 }  # fmt: skip
 NAME_RULE = "letters, digits, . _ - and at most 100 bytes, beginning with a letter, a digit or _"
 
@@ -152,8 +165,8 @@ def _explain(error: ValidationError, values: dict, origin: dict[str, str], exper
         return f"{where}: {key}: {fault['msg'].lower()}", "an entry has path, heldout, image_root, weight, name"
     if fault["type"] == "extra_forbidden":
         near = (
-            [GUIDE_NAMES[key]]
-            if key in GUIDE_NAMES
+            [name]
+            if (name := OTHER_NAMES.get(key) or OTHER_NAMES.get(key.lower().replace("-", "_")))
             else difflib.get_close_matches(key[:100], Settings.model_fields, n=1)
         )
         return (

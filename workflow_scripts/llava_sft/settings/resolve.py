@@ -9,6 +9,7 @@ from pydantic import ConfigDict, field_validator
 
 from llava_sft.errors import SettingsError
 from llava_sft.machine import gpu_count
+from llava_sft.nodes import this_node
 from llava_sft.settings.conflicts import check_global_batch_size, processes_per_node
 from llava_sft.settings.schema import AllSettings, Settings
 
@@ -134,7 +135,8 @@ def resolve(
 
 
 def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
-    auto.settle("nodes", 1, "this machine")
+    node = this_node() if settings.nodes == "auto" else None
+    auto.settle("nodes", node.nodes if node else 1, "those that the platform started" if node else "this machine")
     found = gpu_count()
     why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
     gpus = auto.settle("gpus_per_node", found, why)
@@ -178,9 +180,9 @@ def auto_train_iters(samples: int, epochs: float, global_batch_size: int) -> int
 
 
 def auto_save_interval(train_iters: int) -> int:
-    """The smallest of {1, 2, 5}·10^k that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100)."""
-    intervals = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    return next(interval for interval in intervals if math.ceil(train_iters / interval) <= 16)
+    """The smallest of {2, 5, 10}·10^k, from 20 on, that gives at most 16 checkpoints (3,200 → 200; 1,000 → 100; 20 → 20)."""
+    intervals = (digit * 10**power for power in itertools.count(1) for digit in (2, 5, 10))
+    return min(train_iters, next(each for each in intervals if math.ceil(train_iters / each) <= 16))
 
 
 def auto_num_workers(cores: int, processes: int, wanted: float | None = None, prepared: float | None = None) -> int:

@@ -7,13 +7,13 @@ and config/schema.json are generated from here (`make schema`). Imported while S
 import datetime
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import ConfigDict, PrivateAttr, field_validator
 
 from llava_sft.model.lora import Lora
-from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.model.trained import Trained
+from llava_sft.settings.data import Data
 from llava_sft.settings.evaluation import Evaluation
 from llava_sft.settings.fields import (
     Auto,
@@ -33,18 +33,6 @@ from llava_sft.settings.lora import LoraSettings
 
 # Names of run directories begin like this; the values of a stage are in config/stages/.
 STAGES = {"align": "stage1_align", "mid": "stage1.5_mid", "sft": "stage2_sft"}
-
-
-class SourceSettings(BaseModel):
-    """One entry of `sources`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    heldout: str | None = None
-    image_root: Path | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")] = ""
 
 
 class Named(Section):
@@ -74,47 +62,6 @@ class Where(Section):
         if re.search(r"[{}]", str(exp_dir)) or str(exp_dir)[0] in "-~":
             raise ValueError("a folder without braces that begins neither with - nor with ~")
         return exp_dir
-
-
-class Data(Section):
-    """data: one of raw_data or sources (converted here), webdatasets (a finished folder)"""
-
-    raw_data: Path | None = free(
-        None, "JSONL, a JSON array or Parquet (glob: data/*.parquet); LLaVA or ShareGPT/OpenAI records", shown=False
-    )
-    heldout_data: Path | None = free(None, "the same formats: validation split, what `evaluate` answers", shown=False)
-    image_root: Path | None = free(
-        None, "folder that the records' image paths are relative to (default: beside raw_data)", shown=False
-    )
-    sources: tuple[SourceSettings, ...] = free(
-        (),
-        "several: a list of {path, heldout, image_root, weight, name}; only path is needed. A record of weight 2 is seen "
-        "twice as often as one of weight 1",
-    )
-    webdatasets: Path | None = free(
-        None, "DATA_PATH: a finished webdatasets/ folder; without a usable .nv-meta it is indexed", shown=False
-    )
-    shard_bytes: Positive | None = free(
-        None,
-        "bytes of raw data that one job makes one tar of (8 MiB of text or about 10,000 images, 256 MiB of Parquet)",
-    )
-    max_shard_bytes: Positive = free(
-        4 << 30, "a tar that grows beyond (large images) is an error that names the right shard_bytes"
-    )
-    decode_images: bool = free(
-        False, "decode every image while converting; false: header and end marker, odd ones in full"
-    )
-    max_reject_fraction: Fraction = free(
-        0, "share of records that may be rejected before the pipeline stops after the data step"
-    )
-    val_fraction: Fraction = free(
-        0, "share held out by image when there is no heldout_data: an image is on one side only"
-    )
-    split_seed: Natural = free(0, "of val_fraction")
-    min_pixels: Positive = setting(
-        MIN_PIXELS, "images are resized to between min_pixels and max_pixels, sides multiples of 28"
-    )
-    max_pixels: Positive = setting(MAX_PIXELS, "the larger limit of that")
 
 
 class Model(Section):
@@ -155,7 +102,7 @@ class Batches(Section):
     packing_buffer_size: Positive | Auto = setting(
         "auto", "samples that are packed at a time: those of 200 packs, 2,000 to 10,000"
     )
-    micro_batch_size: Positive | Auto = setting(
+    micro_batch_size: Positive | Auto = free(
         1,
         "MBS; auto: global_batch_size / data-parallel size, which is raised to fit; for small models",
         shown=True,
@@ -223,7 +170,9 @@ class Run(Section):
     memory_check: Literal["stop", "warn"] = free(
         "stop", "stop | warn: what to do when a run, or a save, needs more memory than its machine or job has"
     )
-    save_interval: Positive | Auto = free("auto", "steps between checkpoints: 1, 2 or 5 × 10^k, at most 16 checkpoints")
+    save_interval: Positive | Auto = free(
+        "auto", "steps between checkpoints: 20, 50, 100, 200 …, so that there are at most 16"
+    )
     async_save: bool | Auto = free(
         "auto", "the training goes on while a checkpoint is written, from a copy in host memory: on GPUs"
     )
@@ -237,19 +186,19 @@ class Run(Section):
     num_workers: Positive | Auto = free(
         "auto", "loader processes of a training process: half as many again as keep up, by measurement"
     )
-    nodes: Positive | Auto = setting(
+    nodes: Positive | Auto = free(
         "auto",
-        "machines that train together, which needs Slurm: 1, with --profile slurm what the profile says",
-        later=True,
+        "machines that train together: 1, with --profile slurm what the profile says, on a platform that starts several "
+        "(NNODES or WORLD_SIZE) all of them",
     )
-    gpus_per_node: Natural | Auto = setting(
+    gpus_per_node: Natural | Auto = free(
         "auto", "GPUS_PER_NODE: those of this machine, with --profile slurm what the profile says; 0: CPU"
     )
-    nproc_per_node: Positive | Auto = setting(
+    nproc_per_node: Positive | Auto = free(
         "auto", "training processes: one a GPU; on a CPU TP × PP, or more for data parallelism"
     )
-    tensor_model_parallel_size: Positive = setting(1, "TP")
-    pipeline_model_parallel_size: Positive = setting(1, "PP")
+    tensor_model_parallel_size: Positive = free(1, "TP; a run on GPUs keeps it")
+    pipeline_model_parallel_size: Positive = free(1, "PP; a run on GPUs keeps it")
 
 
 class Watching(Section):
@@ -270,6 +219,10 @@ class Watching(Section):
     )
     max_damaged_samples: Natural = free(
         0, "samples that the training may leave out because they cannot be read, each noted in damaged_samples.jsonl"
+    )
+    report_language: Literal["auto", "en", "zh"] = free(
+        "auto",
+        "of the report and the inspection: en | zh (Chinese); auto: that of the locale (LC_ALL, LC_MESSAGES, LANG)",
     )
     max_bad_steps: Positive = free(
         20, "stop after so many bad steps in a row (NaN, or a loss far above the steps before)"

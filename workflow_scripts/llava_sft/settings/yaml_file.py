@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from llava_sft.errors import SettingsError, shown
+from llava_sft.errors import READABLE, SettingsError, shown
 
 MAX_YAML_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 20
 
@@ -27,11 +27,13 @@ def read_yaml(path: Path) -> dict:
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file", "`snakemake` lists the experiments there are") from None
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}", "make it a file that you may read") from None
+        raise SettingsError(f"{path}: {error.strerror}", READABLE) from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: byte {error.start} is not UTF-8", "save the file again as UTF-8") from None
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:400]
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
+        reason = " ".join(where.split())[:400]
         tab = "; indent with spaces, not with tabs" if "\\t" in reason else ""
         raise SettingsError(f"{path}: not valid YAML: {reason}", f"mend that line{tab}") from None
     except RecursionError:

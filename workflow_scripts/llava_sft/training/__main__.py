@@ -15,7 +15,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 from llava_sft.training.launcher import die_with_parent, hold_back
 
-die_with_parent()  # torchrun, where there is one; before the long imports
+die_with_parent()  # before the long imports
 os.register_at_fork(after_in_child=die_with_parent)  # helpers and loader workers, which would keep the lock
 os.register_at_fork(after_in_child=hold_back)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llava_sft.errors import RunError
 from llava_sft.machine import GIB, free_memory, gpu_count, gpus, require_able_gpus, this_machine
+from llava_sft.nodes import Node
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size
 from llava_sft.preflight.predict import Case, checkpoints_kept, forecast_of, host_bytes_for_save, proposal_lines
 from llava_sft.run.checkpoints import check_disk
@@ -18,13 +19,21 @@ GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is anothe
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def check_machine(resolved: Resolved, job: Job | None) -> None:
-    """Raise RunError when this machine, or this Slurm job, cannot train as asked; warn where it differs from preflight's."""
-    settings = resolved.settings
-    nodes, available = settings.nodes, job.nodes if job else 1
+def check_nodes(settings: ResolvedSettings, job: Job | None, node: Node | None) -> None:
+    """Raise RunError unless there are as many nodes as the settings ask for."""
+    nodes, available = settings.nodes, job.nodes if job else node.nodes if node else 1
     if nodes > available:
-        where = f"Slurm job {job.number} has {available}" if job else "outside a Slurm job there is one"
-        raise RunError(f"nodes is {nodes}, {where}", f"snakemake --profile slurm, or nodes: {available}")
+        where = f"Slurm job {job.number} has {available}" if job else f"the platform started {available}"
+        where = where if job or node else "outside a Slurm job there is one"
+        several = "start the same command on each node, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set"
+        raise RunError(f"nodes is {nodes}, {where}", f"snakemake --profile slurm, or {several}, or nodes: {available}")
+    if node and nodes < available:
+        raise RunError(f"nodes is {nodes}, the platform started {available}", f"nodes: {available}, or auto")
+
+
+def check_node(resolved: Resolved) -> None:
+    """Raise RunError when this machine cannot train as asked; warn where it differs from preflight's."""
+    settings = resolved.settings
     found = gpu_count()
     if settings.gpus_per_node > found:
         raise RunError(

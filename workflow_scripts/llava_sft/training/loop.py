@@ -90,9 +90,9 @@ class Loop:
         """Gradients of one step, as means over its answer tokens. Returns [2]: this rank's sum of losses, answer tokens."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.model.set_is_first_microbatch()  # weights are cast to FP8 once a step
         if self.stages > 1:
             return self._through_stages(self.next_batch)
-        self.model.set_is_first_microbatch()  # weights are cast to FP8 once a step
         sums = []
         answers = torch.zeros((), dtype=torch.int, device=self.forward.device)
         for number in range(self.micro_batches):
@@ -129,11 +129,12 @@ class Loop:
         """Hand the step's loss to the watch, on one of the ranks that share the last pipeline stage."""
         if sums is None:
             return
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        sums = over_replicas(sums)
         size = parallel_state.get_tensor_model_parallel_world_size()
         if parallel_state.get_tensor_model_parallel_rank() == size - 1:
             loss, rates = float(sums[0] / sums[1]), current_rates(self.scheduler, self.values)
-            self.watch.step(iteration, loss, rates, norm, memory_gib(self.on_gpu))
+            whose = [] if math.isfinite(loss) else sums[2:].nonzero().flatten().tolist()
+            self.watch.step(iteration, loss, rates, norm, memory_gib(self.on_gpu), whose)
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut, iteration: int) -> None:
@@ -149,17 +150,16 @@ class Loop:
             if sums is not None:
                 torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
                 total += sums
+        # Of a tensor-parallel model all ranks answer together; a pipeline's stages do not (preflight says so).
+        found: list[dict] = []
+        if self.stages == 1 and parallel_state.get_data_parallel_rank() == self.replicas - 1:
+            wanted = self.values.log_answers, self.values.max_new_tokens
+            found = validation.answers(self.model, held_out, *wanted, self.forward.device)
         if sums is not None and self.watch.writes:
-            self._note(held_out, iteration, float(total[0] / total[1]))
+            examples, loss = held_out.examples(self.values.log_answers), float(total[0] / total[1])
+            validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
         self.model.train()
         self.watch.pause(time.perf_counter() - began)
-
-    def _note(self, held_out: HeldOut, iteration: int, loss: float) -> None:
-        examples, found = held_out.examples(self.values.log_answers), []
-        if torch.distributed.get_world_size() == self.replicas:  # this rank has a whole model
-            limit = self.values.max_new_tokens
-            found = validation.answers(self.model, held_out, len(examples), limit, self.forward.device)
-        validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
 
     def must_stop(self) -> bool:
         """Whether any rank was asked to end, or has trained for max_minutes."""
@@ -183,6 +183,16 @@ class Loop:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
+
+
+def over_replicas(sums: Tensor) -> Tensor:
+    """[2 + replicas]: sum of losses and answer tokens over all data-parallel ranks, and for each of them 1 where its own
+    loss is no number, which a sum does not tell."""
+    lost = torch.zeros(parallel_state.get_data_parallel_world_size(), device=sums.device)
+    lost[parallel_state.get_data_parallel_rank()] = ~torch.isfinite(sums[0])
+    total = torch.cat((sums, lost))
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total
 
 
 def pad_multiple(on_gpu: bool) -> int:

@@ -6,8 +6,9 @@ The launcher starts it once per rank (`__main__.py`); what it prints goes to the
 import functools
 import multiprocessing
 import os
+import re
 import signal
-from contextlib import suppress
+import traceback
 from pathlib import Path
 
 import torch
@@ -23,25 +24,27 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 from llava_sft.data.loader import VlmTaskEncoder  # noqa: E402
 from llava_sft.data.sizes import read_sizes  # noqa: E402
 from llava_sft.data.stream import Ranks, TrainingLoader, train_loader, worker_ended  # noqa: E402
-from llava_sft.errors import SftError, of_file  # noqa: E402
-from llava_sft.files import write_json  # noqa: E402
+from llava_sft.errors import SHOWN, SftError, of_file  # noqa: E402
 from llava_sft.machine import PEAK_FLOPS, known_gpu  # noqa: E402
 from llava_sft.megatron import distributed, parallel  # noqa: E402
 from llava_sft.megatron.checkpoint import Checkpoints  # noqa: E402
+from llava_sft.model.config import ModelConfig  # noqa: E402
 from llava_sft.model.template import ChatTemplate  # noqa: E402
-from llava_sft.preflight.cost import checkpoint_size, state_bytes  # noqa: E402
+from llava_sft.preflight.cost import checkpoint_size, state_bytes, training_flops  # noqa: E402
 from llava_sft.run import remedies  # noqa: E402
 from llava_sft.run.checkpoints import iterations_done  # noqa: E402
-from llava_sft.run.layout import FAILURE, TENSORBOARD, checkpoint_dir  # noqa: E402
+from llava_sft.run.layout import TENSORBOARD, checkpoint_dir  # noqa: E402
 from llava_sft.settings.resolve import ResolvedSettings  # noqa: E402
 from llava_sft.settings.resolved import Resolved, ResolvedData  # noqa: E402
 from llava_sft.training.forward import Forward, build_model  # noqa: E402
 from llava_sft.training.launcher import STORE  # noqa: E402
 from llava_sft.training.loop import Loop, memory_gib, pad_multiple  # noqa: E402
+from llava_sft.training.ranks import GOES_ON, note_failure, rank_name  # noqa: E402
 from llava_sft.training.saving import Saves, note_damaged, restore_position  # noqa: E402
 from llava_sft.training.validation import HeldOut  # noqa: E402
 from llava_sft.training.watch import Watch  # noqa: E402
 
+LAST_LINES = 12  # of a traceback: its last frames and the message
 NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
@@ -70,7 +73,7 @@ def set_up(resolved: Resolved, run_dir: Path) -> Loop:
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     world_size = torch.distributed.get_world_size()
     limits = ChatTemplate(start.sidecars), values.seq_length, values.min_pixels, values.max_pixels
-    loader = make_loader(values, data, run_dir, limits, rank, replicas)
+    loader = make_loader(values, data, run_dir, limits, rank, replicas, model_config)
     if first:
         restore_position(loader, run_dir, first)
     writes = torch.distributed.get_rank() == world_size - 1
@@ -95,8 +98,15 @@ def make_loader(
     limits: tuple[ChatTemplate, int, int, int],
     rank: int,
     replicas: int,
+    model: ModelConfig | None = None,
 ) -> TrainingLoader:
-    """Micro-batches of this data-parallel rank."""
+    """Micro-batches of this data-parallel rank; with the `model`, of ranks that have equally much to do."""
+
+    trained = values.trained
+
+    def cost(tokens: int, patches: list[int]) -> float:
+        return training_flops(model, trained, [tokens], [(each, 1) for each in patches], 0) if model else 0
+
     return train_loader(
         data.path,
         VlmTaskEncoder(*limits, values.packing, pad_multiple(not ON_CPU), values.seed),
@@ -107,6 +117,8 @@ def make_loader(
         max_damaged=values.max_damaged_samples,
         pin_memory=not ON_CPU,
         found_damaged=functools.partial(note_damaged, run_dir),
+        micro_batches=values.global_batch_size // (values.micro_batch_size * replicas),
+        cost=cost if model and values.packing else None,
     )
 
 
@@ -136,15 +148,35 @@ def explain(error: BaseException, resolved: Resolved, run_dir: Path, loop: Loop 
     return remedies.out_of_memory(values, memory | {"total": memory_gib(not ON_CPU)}, largest)
 
 
+def note(error: BaseException, resolved: Resolved, run_dir: Path, loop: Loop | None) -> None:
+    """Note for train.py why this rank ends: what a person can do, or where in the program it happened."""
+    who = rank_name(os.environ)
+    prefix = "" if os.environ["WORLD_SIZE"] == "1" else f"{who}: "
+    if failure := explain(error, resolved, run_dir, loop):
+        note_failure(run_dir, {"problem": prefix + failure.problem, "fix": failure.fix})
+    elif prefix and lost_others(error):
+        said = f"{who} lost the others: {str(error).strip().splitlines()[-1][:SHOWN]}"
+        note_failure(run_dir, {"problem": said, "fix": GOES_ON, "follows": True})
+    else:
+        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()[-LAST_LINES:]
+        note_failure(run_dir, {"problem": f"{prefix}{type(error).__name__}", "lines": lines})
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether a collective failed: as a rule because another rank is gone, which is the cause then."""
+    collective = "gloo|nccl|connection (closed|reset) by peer|broken pipe|ProcessGroup|TCPStore|timed out"
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and re.search(collective, str(error), re.IGNORECASE) is not None
+    )
+
+
 def main(resolved_path: str, run_dir: str) -> None:
     resolved, folder, loop = Resolved.read(Path(resolved_path)), Path(run_dir), None
     try:
         loop = set_up(resolved, folder)
         loop.run()
     except (Exception, CheckpointException) as error:  # torch derives the second from BaseException
-        if failure := explain(error, resolved, folder, loop):
-            with suppress(OSError):  # a full disk: train.py says it
-                write_json(folder / FAILURE, {"problem": failure.problem, "fix": failure.fix})
+        note(error, resolved, folder, loop)
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher asks until we have ended

@@ -78,12 +78,22 @@ class Saves:
 # ---------------------------------------------------------------------------------------- position in the data
 
 
+FOLDERS = ("mp_rank_00", "mp_rank_00_000")  # as Megatron would name them: the second with pipeline parallelism
+
+
 def position_file(run_dir: Path, iteration: int) -> Path:
-    """Where this data-parallel rank's position lies, in a folder that Megatron would name so."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    folder = "mp_rank_00_000" if stages > 1 else "mp_rank_00"
+    """Where this data-parallel rank's position lies."""
+    folder = FOLDERS[parallel_state.get_pipeline_model_parallel_world_size() > 1]
     rank = parallel_state.get_data_parallel_rank()
     return data_dir(run_dir, iteration) / folder / f"train_dataloader_dprank{rank:03d}.pt"
+
+
+def saved_position(run_dir: Path, iteration: int) -> Path:
+    """The file that this rank goes on from: its own, or, where the run had fewer ranks or other stages, the first one's; all
+    say the same."""
+    own = position_file(run_dir, iteration)
+    first = (data_dir(run_dir, iteration) / folder / "train_dataloader_dprank000.pt" for folder in FOLDERS)
+    return next((path for path in (own, *first) if path.is_file()), own)
 
 
 def save_position(loader: TrainingLoader, run_dir: Path, iteration: int) -> None:
@@ -96,7 +106,7 @@ def save_position(loader: TrainingLoader, run_dir: Path, iteration: int) -> None
 
 def restore_position(loader: TrainingLoader, run_dir: Path, iteration: int) -> None:
     """Errors: RunError when the file is damaged, or of an earlier version, which drew the samples in another order."""
-    path = position_file(run_dir, iteration)
+    path = saved_position(run_dir, iteration)
     try:
         loader.restore(torch.load(path, weights_only=True)[KEY])
     except (pickle.UnpicklingError, ValueError, KeyError, EOFError, RuntimeError) as error:

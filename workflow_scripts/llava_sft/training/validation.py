@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.energon import SkipSample
 
 from llava_sft.data.images import decode_rgb
@@ -110,7 +111,8 @@ def answer(model, held_out: HeldOut, sample: Sample, limit: int, device: torch.d
     grids = [tuple(grid) for grid in batch.grids.tolist()]
     made: list[int] = []
     while len(made) < min(limit, MOST_NEW_TOKENS):
-        token = int(model(ids, pixels, grids, index)[0, -1].argmax())
+        # Each tensor-parallel rank has the logits of its share of the vocabulary.
+        token = int(gather_from_tensor_model_parallel_region(model(ids, pixels, grids, index)[0, -1:])[0].argmax())
         if token == template.end_token_id:
             break
         made.append(token)

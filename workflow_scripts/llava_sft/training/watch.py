@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +19,7 @@ from llava_sft.data.packing import PACKED_IDS
 from llava_sft.files import read_json, write_json
 from llava_sft.run.layout import BAD_STEPS, EVENTS, LOGS, METRICS, RUN_FILE, data_dir, samples_file
 from llava_sft.run.records import append, forget_after_in, warn_once
-from llava_sft.run.remedies import exploded, slow_loading
+from llava_sft.run.remedies import exploded, of_ranks, slow_loading
 from llava_sft.settings.resolve import ResolvedSettings
 
 SLOW_LOADING = 0.2  # share of the time that steps wait for data
@@ -56,7 +56,7 @@ class Watch:
         self.state_file, self.steps = f"watch_dprank{data_rank:03d}.json", 0
         self.reset()
         if first:
-            self._restore(read_json(data_dir(run_dir, first) / self.state_file, None))
+            self._restore(saved_state(data_dir(run_dir, first), self.state_file))
         if tensorboard:
             purge(tensorboard, first)
 
@@ -99,17 +99,19 @@ class Watch:
         self.started += seconds
 
     def step(
-        self, iteration: int, loss: float, rates: dict[str, float], grad_norm: float | None, memory_gib: float
-    ) -> None:
+        self, iteration: int, loss: float, rates: dict[str, float], grad_norm: float | None, memory_gib: float,
+        whose: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """Count a step; at a log interval write the record of the steps since the last.
 
+        `whose`: the data-parallel ranks whose loss is not a number.
         Raises RunError, with remedies, after max_bad_steps bad steps in a row.
         """
         self.steps += 1
         ids, self.ids = self.ids, []
         if self.values.log_samples:
             self._note_samples(iteration, ids)
-        self._judge(iteration, loss, grad_norm, ids)
+        self._judge(iteration, loss, grad_norm, ids, whose)
         self.losses.append(loss)
         self._draw(iteration, dict(zip(EVERY_STEP, (loss, rates["learning-rate"], grad_norm), strict=True)))
         if iteration % self.values.log_interval and iteration != self.values.train_iters:
@@ -152,14 +154,18 @@ class Watch:
             self.samples_cut = True
         append(self.samples, {"iteration": iteration, "samples": ids})
 
-    def _judge(self, iteration: int, loss: float, grad_norm: float | None, ids: list[str]) -> None:
+    def _judge(
+        self, iteration: int, loss: float, grad_norm: float | None, ids: list[str], whose: Sequence[int]
+    ) -> None:
         usual = median(self.good) if len(self.good) > 1 else None
         finite = math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm))
         if finite and (usual is None or loss <= 2 * usual + 0.5):
             self.good.append(loss)
             self.bad.clear()
             return
-        step = {"iteration": iteration, "loss": loss, "grad_norm": grad_norm, "samples": ids}
+        step: dict[str, Any] = {"iteration": iteration, "loss": loss, "grad_norm": grad_norm, "samples": ids}
+        if 0 < len(whose) < self.replicas:
+            step["ranks"] = list(whose)
         append(self.run_dir / BAD_STEPS, step)  # every data-parallel rank has samples of its own
         self.bad.append(step)
         if iteration > self.last_bad + 50:
@@ -168,12 +174,18 @@ class Watch:
         if len(self.bad) == 1 and self.writes:
             fault = "the loss jumped" if finite else "loss or gradient is not a number, no update"
             before = f", the steps before had {usual:.3g}" if usual is not None else ""
-            self.say(iteration, f"{fault}: loss {loss:.3g}{before}; samples in {BAD_STEPS}")
+            self.say(iteration, f"{fault}: loss {loss:.3g}{of_ranks(step)}{before}; samples in {BAD_STEPS}")
         if len(self.bad) >= self.values.max_bad_steps:
             raise exploded(self.values, self.run_dir, self.bad, usual, self.trouble)
 
     def say(self, iteration: int, message: str) -> None:
         append(self.run_dir / EVENTS, {"iteration": iteration, "message": message})
+
+
+def saved_state(folder: Path, name: str) -> dict | None:
+    """What this rank kept with a checkpoint; one that the run did not have then goes by the first one's."""
+    names = (name, "watch_dprank000.json")
+    return next(filter(None, (read_json(folder / each, None) for each in names)), None)
 
 
 def purge(tensorboard: Any, first: int) -> None:

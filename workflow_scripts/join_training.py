@@ -1,0 +1,27 @@
+"""Take part in the trainings of node 0: what the same command does on the other nodes that a platform has started.
+
+The Snakefile starts it there in place of the workflow. Exit code: that of node 0.
+"""
+
+import argparse
+import sys
+
+from llava_sft.errors import SettingsError, exits_cleanly
+from llava_sft.nodes import this_node
+from llava_sft.training.meeting import join
+
+
+@exits_cleanly
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    node = this_node()
+    if node is None or not node.rank:
+        raise SettingsError("this is node 0, or the only one", "snakemake --cores all train_X, on every node")
+    try:
+        sys.exit(join(node))
+    except KeyboardInterrupt:  # while it waits
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
