@@ -15,6 +15,7 @@ import torch
 
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 from helpers import ROOT
@@ -25,6 +26,7 @@ from llava_sft.model import casts, flash4, products, tries
 from llava_sft.model.config import load_model_config
 from llava_sft.model.template import ChatTemplate
 from llava_sft.training import forward
+from llava_sft.training.validation import evaluating
 
 LAYERS = 3
 LEVERS = {
@@ -120,9 +122,10 @@ class Trained:
         self.model.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
         self.answer_losses = forward.Forward(self.model, device)
         limits = ChatTemplate(tokenizer), 8192, 3136, 602_112
-        packing, alone = (VlmTaskEncoder(*limits, packed, pad_multiple=128) for packed in (True, False))
+        packing, alone = VlmTaskEncoder(*limits, True, pad_multiple=128), VlmTaskEncoder(*limits)
         encoded = [packing.encode_sample(sample) for sample in samples(scale=4)]
         self.packed = packing.batch([packing.pack_selected_samples(encoded)])
+        # Samples alone have the tokens that they have: the trainer pads those that it trains on in FP8.
         self.unpacked = [alone.batch([one]) for one in encoded]
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.seconds = 0.0
@@ -152,10 +155,21 @@ class Trained:
 
     @torch.no_grad()
     def validation(self, batches) -> float:
+        """Packed: in the training's precision. Samples alone: as the trainer does it, without FP8."""
         self.model.eval()
-        sums = self.answer_losses.evaluate(batches)
+        with nullcontext() if batches[0].segments else evaluating(self.model):
+            sums = self.answer_losses.evaluate(batches)
         self.model.train()
         return float(sums[0] / sums[1])
+
+    @torch.no_grad()
+    def alone_in_fp8(self) -> str:
+        """What becomes of samples that stand alone, and have any number of tokens, in FP8."""
+        self.use(fp8="tensorwise")
+        try:
+            return str(float(self.answer_losses.evaluate(self.unpacked)[0]))
+        except ValueError as error:
+            return str(error)[:300]
 
 
 def differences(ours, reference) -> list[float]:
@@ -220,6 +234,7 @@ def seams(trained: Trained) -> dict:
         found[f"validation in {kind}: packed, unpacked"] = [
             trained.validation([trained.packed]), trained.validation(trained.unpacked)
         ]  # fmt: skip
+    found["samples alone, in FP8"] = trained.alone_in_fp8()
     # As in a training: validated, a step that changes weights, validated again; then as a process that starts with them.
     with torch.no_grad():
         for p in trained.parameters:
