@@ -1,4 +1,5 @@
-# `make train_vqa` and `make test` set everything up by themselves: .venv from requirements.lock, nothing else.
+# `make train_vqa` and `make test` set everything up by themselves: .venv, from requirements.lock; on a GPU machine
+# Transformer Engine too. Without a network: make WHEELS=/folder/of/wheels.
 # Any target of the workflow works: `make data_X`, `make train_X ARGS="--config lr=5e-6"`, …; `make` lists them.
 
 SHELL := bash
@@ -10,14 +11,14 @@ STEPS := data inspect preflight train export evaluate report
 # Megatron takes a quarter of a minute to import when its bytecode cannot be kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: targets setup chat test test-slurm test-faults test-consumers soak checks format figures lock clean experiment runs compare schema
+.PHONY: targets setup gpu doctor wheels tensorboard chat test test-slurm test-faults test-consumers soak checks format figures lock clean experiment runs compare schema
 .DEFAULT_GOAL := targets
 
 targets: $(READY)
 	@$(VENV)/bin/snakemake --quiet all
 
 # `make train_vqa lr=1e-3` is `--config lr=1e-3`.
-OWN := ARGS NAME PYTHON RUN RUNS VENV SHELL
+OWN := ARGS NAME PYTHON RUN RUNS VENV WHEELS SHELL
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 SETTINGS = $(if $(filter-out $(OWN),$(GIVEN)),--config $(foreach name,$(filter-out $(OWN),$(GIVEN)),'$(name)=$($(name))'))
 
@@ -85,10 +86,25 @@ $(READY): requirements.lock pyproject.toml
 	fi; \
 	echo "setting up $(VENV) with $$("$$python" --version) ($$python)"; \
 	[ -x $(VENV)/bin/python ] && is_new $(VENV)/bin/python || { rm -rf $(VENV); "$$python" -m venv $(VENV); }
-	@[ -x $(VENV)/bin/uv ] || $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync --quiet requirements.lock
-	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --editable .
+	@$(VENV)/bin/python workflow_scripts/set_up.py $(if $(WHEELS),--wheels "$(WHEELS)")
 	@touch $@
+
+# Transformer Engine, which `make` installs where it finds a GPU: again, after what it lacked has been mended.
+gpu: $(READY)
+	@$(VENV)/bin/python workflow_scripts/set_up.py --engine $(if $(WHEELS),--wheels "$(WHEELS)")
+
+# What this machine has for training and what it lacks; exit code 1: training cannot run.
+doctor: $(READY)
+	@$(VENV)/bin/python workflow_scripts/doctor.py $(ARGS)
+
+# For a machine without a network: everything that `make` installs, as wheels. There: make WHEELS=folder
+wheels: $(READY)
+	$(VENV)/bin/python -m pip download --no-deps --require-hashes -r requirements.lock -d "$(or $(WHEELS),wheels)"
+	$(VENV)/bin/python -m pip download uv setuptools wheel -d "$(or $(WHEELS),wheels)"
+
+# Curves of all runs while they train, at port 6006: make tensorboard, RUN=output/stage2_sft_vqa for one.
+tensorboard: $(READY)
+	$(VENV)/bin/tensorboard --logdir "$(or $(RUN),output)" $(ARGS)
 
 # A new experiment from the template: make experiment NAME=mydata
 experiment:

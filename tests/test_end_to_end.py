@@ -15,6 +15,7 @@ import time
 import pytest
 
 from helpers.projects import environment, losses, planned, snakemake, snakemake_command
+from llava_sft.run.sessions import sessions
 
 SMALL = ["train_iters=20", "save_interval=5", "log_interval=2", "evaluate_samples=40"]
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
@@ -66,6 +67,8 @@ def test_killed_run_goes_on_and_ends_like_an_undisturbed_one(prepared_project):
     assert evaluation["samples"] == 40
     page = (prepared_project / RESULTS / "report.html").read_text()
     assert 'id="curves"' in page and f"make chat RUN={RUN}" in page
+    trained = sessions(prepared_project / RUN)
+    assert len(trained) > 1 and trained[-1]["reached"] == 20 and "ended" in trained[-1]
     for place in ("iter_0000020", "dataloader", "tensorboard", "run.json"):
         assert (prepared_project / RUN / place).exists()
     card = (prepared_project / RESULTS / "huggingface/README.md").read_text()

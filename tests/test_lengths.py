@@ -3,6 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+
+import psutil
 
 from helpers.models import MAX_PIXELS, MIN_PIXELS
 from helpers.webdatasets import Raw, picture, record
@@ -82,3 +87,20 @@ def test_an_image_with_a_profile_longer_than_what_is_read_of_it_first(tmp_path, 
     index_webdataset(raw.wds, raw.parts)
     sizes = sample_sizes(raw.wds, small_checkpoint, LIMITS)
     assert sizes.patches[0] == sizes.patches[1]
+
+
+def test_processes_that_count_end_with_the_one_that_started_them():
+    script = (
+        "import os, time; from pathlib import Path; from llava_sft.data import sizes\n"
+        "def slow(*_): print(os.getpid(), flush=True); time.sleep(60)\n"
+        "sizes.stored_shards, sizes._counted_with, sizes._shard_sizes = (lambda *_: [1, 2]), (lambda *_: []), slow\n"
+        "sizes.sample_sizes(Path(), Path(), None, None, 2)\n"
+    )
+    counting = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = int(counting.stdout.readline())
+    counting.terminate()
+    counting.wait()
+    until = time.monotonic() + 10
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.05)

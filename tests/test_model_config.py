@@ -124,7 +124,7 @@ def test_a_wrong_model_file_is_one_clear_message(tmp_path, text, mentioned):
 
 
 def test_a_missing_model_file_names_those_there_are():
-    with pytest.raises(SettingsError, match=r"tiny\.yaml"):
+    with pytest.raises(SettingsError, match=r"4b, 8b, tiny"):
         load_model_config(MODELS / "5b.yaml")
 
 

@@ -16,7 +16,7 @@ from helpers import ROOT, SCRIPTS
 # From the ground up: a package imports itself and what stands on lower floors, nothing beside or above it. A module that
 # belongs lower than the rest of its package has an entry of its own.
 FLOORS = [
-    ["errors"],
+    ["errors", "gpu_stack"],
     ["files"],
     ["checksums", "embedded", "machine", "nodes", "progress", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
@@ -27,7 +27,7 @@ FLOORS = [
     ["preflight"],
     ["megatron"],  # the one wall of what is patched in Megatron and Transformer Engine
     ["paths", "training"],
-    ["demo", "evaluation", "inputs"],
+    ["demo", "evaluation", "inputs", "migrate"],
     ["experiments"],
     ["locks", "workflow"],
     ["report"],  # pages know the house, the house knows no pages

@@ -47,6 +47,15 @@ def test_a_killed_rank_is_the_cause_also_where_another_one_has_noted_that_it_los
     assert code and problem == "rank 0 of 2 was ended by SIGKILL"
 
 
+def test_a_killed_rank_is_the_cause_also_where_its_end_is_seen_last(tmp_path):
+    started = processes(tmp_path, WAITS, FOLLOWS)
+    while started.processes[1].poll() is None:
+        time.sleep(0.01)
+    assert started.poll() is None  # it has ended, and noted that it lost the other
+    started.processes[0].send_signal(signal.SIGKILL)
+    assert wait(started) == (1, "rank 0 of 2 was ended by SIGKILL")
+
+
 def test_ranks_that_do_not_end_by_themselves_are_killed(monkeypatch, tmp_path):
     monkeypatch.setattr(ranks, "GRACE_S", 0.5)
     began = time.monotonic()

@@ -233,6 +233,7 @@ def test_gpus_that_cannot_train_as_asked_are_refused_before_anything_is_written(
         return ResolvedSettings(experiment="x", gpus_per_node=count, bf16=bf16)
 
     monkeypatch.setattr(preflight, "gpu_count", lambda: 2)
+    monkeypatch.setattr(preflight, "require_engine", lambda gpus: None)
     preflight.check_gpus(gpus(2, bf16=True), cluster=False)
     preflight.check_gpus(gpus(8, bf16=True), cluster=True)
     preflight.check_gpus(gpus(0, bf16=False), cluster=False)

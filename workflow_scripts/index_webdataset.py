@@ -57,7 +57,7 @@ def main() -> None:
     if dataset["read"] is not None:
         read = f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
     print(
-        f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shards for training,"
+        f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shard{'s' * (train['shards'] != 1)} for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{read} → {output}"
     )
     for key, count in dataset.get("unread", {}).items():

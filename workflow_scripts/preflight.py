@@ -26,7 +26,7 @@ from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
-from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, this_machine
+from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, require_engine, this_machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
@@ -58,6 +58,7 @@ from llava_sft.settings.resolve import (
 )
 from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.settings.schema import ABOUT, Settings
+from llava_sft.training.trackers import require_packages
 from llava_sft.workflow import Workflow
 
 ENOUGH_PACKS = 2000  # whose largest is as good as that of an epoch
@@ -268,6 +269,8 @@ def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
         )
     if not cluster:
         require_able_gpus(gpus, values.fp8)
+        require_engine(gpus)
+    require_packages(values.trackers)
 
 
 def describe(forecast: Forecast) -> tuple[dict, list[str], list[str]]:
@@ -331,7 +334,7 @@ def spelled(value: Any) -> str:
         return ", ".join(map(spelled, value))
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {spelled(each)}" for key, each in value.items() if each not in (None, "")) + "}"
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,14 @@ from llava_sft.run.identity import identity, open_run
 from llava_sft.run.layout import METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
 from llava_sft.run.lock import DEAD_AFTER_S, give_back, lock
 from llava_sft.run.records import forget_after, read_metrics
+from llava_sft.run.sessions import note_end, note_start
 from llava_sft.settings.resolved import Resolved
 from llava_sft.training.checks import check_node, check_nodes, check_space
 from llava_sft.training.launcher import STOPPED, launch
 from llava_sft.training.meeting import Host, Meeting, join
 from llava_sft.training.ranks import forget_failure, noted_failure
 from llava_sft.training.slurm import Job, this_job
+from llava_sft.training.trackers import followed, require_packages
 
 EXIT_RESUMABLE = 75  # stopped cleanly before the last step: the same command resumes
 LAST_LINES = 12  # of the log: the traceback's last frames and its message
@@ -85,6 +87,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
         require_whole(folder_of(Path(resolved.data.path)), Path(dataset))
     check_nodes(settings, job, node)
     check_node(resolved)
+    require_packages(settings.trackers)
     prune(run_dir, settings.keep_last, settings.keep_every)
     check_space(run_dir, resolved)
     forget_failure(run_dir)
@@ -94,16 +97,19 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
     check_what_is_loaded(run_dir, start, resolved)
+    note_start(run_dir, start, settings.gpus_per_node > 0, settings.nodes)
     arguments = [str(run_dir / RUN_FILE), str(run_dir)]
-    if node:
-        meeting = Meeting(node, run_dir, run_dir / RUN_FILE)
-        with meeting as place:
-            code = launch(settings, arguments, run_dir, log, held, place=place, trouble=meeting.trouble)
-            if code not in (0, STOPPED):
-                meeting.last_words(run_dir)
-    else:
-        code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
+    with followed(run_dir, settings.trackers):
+        if node:
+            meeting = Meeting(node, run_dir, run_dir / RUN_FILE)
+            with meeting as place:
+                code = launch(settings, arguments, run_dir, log, held, place=place, trouble=meeting.trouble)
+                if code not in (0, STOPPED):
+                    meeting.last_words(run_dir)
+        else:
+            code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)
+    note_end(run_dir, reached)
     if reached == train_iters:
         print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)

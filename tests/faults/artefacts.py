@@ -12,7 +12,7 @@ from pathlib import Path
 # Measured anew by every run, or made of the dates of files.
 VOLATILE = {
     "step_s", "tokens_per_s", "data_wait_share", "memory_gib", "seconds", "prepared_tokens_per_s", "depends", "free_gib",
-    "prediction", "date", "began", "ended", "host", "pid", "mfu", "forecast",
+    "prediction", "command", "date", "began", "ended", "host", "pid", "mfu", "forecast",
     "seal",
     "crc",
     "ctime_ns",
@@ -20,9 +20,20 @@ VOLATILE = {
     "files",
 }  # fmt: skip
 # Pickles whose order is free, messages about speed, lists of the checksums of both; they are compared by their effect.
-LEFT_OUT = (".log", ".lock", ".tsv", ".tmp", ".uuid", ".kept", ".metadata", "checksums.json", "events.jsonl")
+LEFT_OUT = (
+    ".log",
+    ".lock",
+    ".tsv",
+    ".tmp",
+    ".uuid",
+    ".kept",
+    ".metadata",
+    "checksums.json",
+    "events.jsonl",
+    "sessions.jsonl",
+)
 TIMES = re.compile(
-    r"class=.facts.|tokens/s|MFU|[GM]iB|\b(seconds?|minutes?|hours?|speed|memory|wait|step time)\b|\d m?s\b",
+    r"class=.facts.|tokens/s|MFU|[GM]iB|\b(seconds?|minutes?|hours?|speed|memory|wait|waited|step time)\b|\d m?s\b",
     re.IGNORECASE,
 )
 MEMO = re.compile(r"\..*\.json|.*\.files\.json")  # what was found whole, with its dates
@@ -108,7 +119,6 @@ def words(page: str, timed: bool) -> str:
     page = re.sub(r"(?m)^.*/LOG</code>.*\n", "", page)  # one of each start of the training
     page = re.sub(r"\d{4}-\d\d-\d\d[T ]?(\d\d:\d\d(:\d\d)?(\.\d+)?)?", "DATE", page)
     if timed:
-        page = re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
         page = "\n".join(line for line in page.splitlines() if not TIMES.search(line))
     return page
 

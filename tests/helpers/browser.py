@@ -88,6 +88,7 @@ class Browser:
 
     async def screen(self, width: int, height: int, scheme: str = "light", medium: str = "") -> None:
         """`scheme`: light or dark; `medium`: print, or the screen's."""
+        await self.do("Emulation.setScrollbarsHidden", hidden=True)
         await self.do(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )

@@ -1,7 +1,10 @@
 """What the machine has: GPUs, their peak speed and memory, and the memory that is free. No torch."""
 
+import contextlib
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -12,7 +15,9 @@ from typing import NamedTuple
 import psutil
 
 from llava_sft.errors import SettingsError
+from llava_sft.gpu_stack import engine_trouble
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
 # Dense bf16 peak of a GPU, FLOP/s with sums in float32, as its maker publishes it; MFU is relative to it.
 PEAK_FLOPS = {
@@ -102,6 +107,14 @@ def gpus() -> list[Gpu]:
     ]
 
 
+def require_engine(gpus: int) -> None:
+    """Raise SettingsError where a training on GPUs lacks Transformer Engine in this environment."""
+    if gpus and (missing := engine_trouble()):
+        raise SettingsError(
+            f"gpus_per_node is {gpus}: {missing.what}", f"{missing.fix}; gpus_per_node: 0 trains on the CPU"
+        )
+
+
 def require_able_gpus(count: int, fp8: str) -> None:
     """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`."""
     for number, gpu in enumerate(gpus()[:count]):
@@ -160,3 +173,9 @@ def _has_vllm(python: Path) -> bool:
             f"vllm_python: {python} cannot be run: {error.strerror}", "bin/python of an environment with vLLM"
         ) from None
     return said.stdout.strip() == "vLLM"  # any other program may end with exit code 0
+
+
+def end_with_parent() -> None:
+    """Let this process end when its parent does, however that ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

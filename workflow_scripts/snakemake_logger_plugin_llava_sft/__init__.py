@@ -106,7 +106,8 @@ class LogHandler(LogHandlerBase):
             last = done[job.rule] == counts.get(job.rule)
             return f"{clock}  {job.rule}: {many(done[job.rule])} done in {took}{of}" if last else ""
         if event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR):
-            return f"{clock}  {job.name if job else 'a group of jobs'}: failed"
+            how = "stopped" if self.state.interrupted else "failed"
+            return f"{clock}  {job.name if job else 'a group of jobs'}: {how}"
         text = str(record.msg or "").rstrip()
         passed_on = event in (LogEvent.SHELLCMD, None) and record.levelno < logging.ERROR
         return text if passed_on and not NOISE.match(text.strip()) else ""

@@ -129,7 +129,7 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
         seq_length: tokens of a sequence; a longer conversation is cut at the end of a turn.
         min_pixels, max_pixels: limits of height × width that images are resized to.
         packing: whether sequences are packed.
-        pad_multiple: packed batches are padded to a multiple of this many tokens (matrix units want 16 in FP8).
+        pad_multiple: batches are padded to a multiple of this many tokens (matrix units want 16 in FP8).
         seed: of the order of the samples.
     """
 
@@ -197,9 +197,9 @@ class VlmTaskEncoder(TaskEncoder[Conversation, EncodedSample, VlmBatch, VlmBatch
         rows = [self.pack_selected_samples(samples)] if self.packing else samples
         width = max(len(row.input_ids) for row in rows)
         segments = rows[0].segments if self.packing else []
-        if self.packing and (padding := -width % self.pad_multiple):
+        if padding := -width % self.pad_multiple:
             width += padding
-            segments = [*segments, padding]
+            segments = [*segments, padding] if self.packing else []
         shape = (len(rows), width)
         input_ids = np.full(shape, self.template.pad_token_id, dtype=np.int64)
         answers = np.zeros(shape, dtype=bool)

@@ -19,6 +19,7 @@ from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.data.stored import StoredShard, source_weights, stored_shards
 from llava_sft.errors import shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
+from llava_sft.machine import end_with_parent
 from llava_sft.model.processing import MERGE_SIZE, image_tokens, to_patches
 from llava_sft.model.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
 from llava_sft.progress import tracked
@@ -108,7 +109,7 @@ def sample_sizes(
         _shard_sizes, tokenizer, limits, cache and cache / fingerprint(_counted_with(tokenizer, limits))
     )
     if processes > 1 and len(shards) > 1:
-        with ProcessPoolExecutor(min(processes, len(shards))) as pool:
+        with ProcessPoolExecutor(min(processes, len(shards)), initializer=end_with_parent) as pool:
             counted = list(tracked(pool.map(count, shards), len(shards), "shards"))
     else:
         counted = [count(shard) for shard in tracked(shards, len(shards), "shards")]

@@ -9,7 +9,6 @@ Notable:
 
 import atexit
 import contextlib
-import ctypes
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,8 +28,7 @@ from llava_sft.data.records import Sample
 from llava_sft.data.sizes import Limits, SampleSizes, global_order, sample_sizes
 from llava_sft.data.stored import DamagedSample, StoredShard, forget_open_files, open_shard, stored_shards
 from llava_sft.errors import SHOWN, DataError, RunError, shown
-
-PR_SET_PDEATHSIG = 1  # prctl(2)
+from llava_sft.machine import end_with_parent
 
 
 class Ranks(NamedTuple):
@@ -253,8 +251,7 @@ def _start_worker(number: int) -> None:
     forget_open_files()
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 
 
 def train_loader(

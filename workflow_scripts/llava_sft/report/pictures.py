@@ -5,7 +5,6 @@ import io
 
 from llava_sft.data.image_checks import NO_PIXEL_LIMIT, decode_image
 from llava_sft.data.images import decode_rgb
-from llava_sft.data.rejects import Rejected
 
 THUMBNAIL = 320  # pixels, longer side
 INLINE_BYTES = 32 << 10  # a larger picture is shown as a thumbnail
@@ -23,13 +22,12 @@ def thumbnail(data: bytes, side: int = THUMBNAIL, inline_bytes: int = INLINE_BYT
     """The data URI of a picture as it is where it is small and browsers know its format, else of a small JPEG of it; "" for a
     damaged one. `side`: of that, the longer one, in pixels."""
     try:
-        extension = decode_image(data, NO_PIXEL_LIMIT).extension
-    except Rejected:
-        return ""
-    if extension not in SHOWN_BY_BROWSERS or len(data) > inline_bytes:
+        if len(data) <= inline_bytes and decode_image(data, NO_PIXEL_LIMIT).extension in SHOWN_BY_BROWSERS:
+            return data_uri(data)
         image = decode_rgb(data)
-        image.thumbnail((side, side))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=80)
-        data = buffer.getvalue()
-    return data_uri(data)
+    except Exception:  # Pillow's readers raise almost anything on damaged files
+        return ""
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return data_uri(buffer.getvalue())

@@ -9,7 +9,9 @@ import contextlib
 import json
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llava_sft.files import write_text
 from llava_sft.progress import clock
@@ -110,14 +112,15 @@ def forget_after_in(path: Path, iteration: int) -> None:
 
 
 class Tail:
-    """A terminal line for each record that is appended to the logs of a run directory from now on."""
+    """What becomes of each record that is appended to the logs of a run directory from now on, or of all (`whole`): a
+    terminal line, or what `formats` (file → function of a record) makes."""
 
-    def __init__(self, run_dir: Path):
-        formats = {METRICS: progress_line, VALIDATION: validation_line, EVENTS: event_line}
+    def __init__(self, run_dir: Path, formats: dict[str, Callable[[dict], Any]] | None = None, whole: bool = False):
+        formats = formats or {METRICS: progress_line, VALIDATION: validation_line, EVENTS: event_line}
         self.formats = {run_dir / name: line_of for name, line_of in formats.items()}
-        self.offsets = {path: path.stat().st_size if path.is_file() else 0 for path in self.formats}
+        self.offsets = {path: path.stat().st_size if path.is_file() and not whole else 0 for path in self.formats}
 
-    def new(self) -> list[str]:
+    def new(self) -> list[Any]:
         lines = []
         for path, line_of in self.formats.items():
             if path.is_file() and path.stat().st_size > self.offsets[path]:

@@ -25,6 +25,7 @@ from llava_sft.settings.fields import (
     Rate,
     Section,
     Tag,
+    Trackers,
     about_field,
     free,
     setting,
@@ -216,6 +217,13 @@ class Watching(Section):
     )
     log_samples: bool = free(
         True, "note the ids of every step's samples in samples/, and at the end how often each was seen"
+    )
+    trackers: Trackers = free(
+        (),
+        "wandb | swanlab | mlflow | trackio, one or several: a run there, too; one that fails never stops a training",
+    )
+    tracker_project: str | None = free(
+        None, "project there (MLflow: experiment; default: WANDB_PROJECT and the like, else llava-sft)"
     )
     max_damaged_samples: Natural = free(
         0, "samples that the training may leave out because they cannot be read, each noted in damaged_samples.jsonl"

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llava_sft.errors import RunError
-from llava_sft.machine import GIB, free_memory, gpu_count, gpus, require_able_gpus, this_machine
+from llava_sft.machine import GIB, free_memory, gpu_count, gpus, require_able_gpus, require_engine, this_machine
 from llava_sft.nodes import Node
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size
 from llava_sft.preflight.predict import Case, checkpoints_kept, forecast_of, host_bytes_for_save, proposal_lines
@@ -41,6 +41,7 @@ def check_node(resolved: Resolved) -> None:
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
     require_able_gpus(settings.gpus_per_node, settings.fp8)
+    require_engine(settings.gpus_per_node)
     for number, gpu in enumerate(gpus()[: settings.gpus_per_node] if settings.on_gpu else []):
         if gpu.used_gib > GPU_IDLE_GIB:
             stop_or_warn(

@@ -141,24 +141,22 @@ class Loop:
         """The loss on the held-out samples, the same at every validation, and a few of them answered."""
         began = time.perf_counter()
         held_out.rewind()
-        self.model.eval()
-        self.model.set_is_first_microbatch()  # or FP8 would keep the weights of the first validation
         total = torch.zeros(2, device=self.forward.device)
-        for _ in range(self.values.eval_iters):
-            batches = (next(held_out) for _ in range(self.micro_batches))
-            sums = self._through_stages(batches.__next__) if self.stages > 1 else self.forward.evaluate(batches)
-            if sums is not None:
-                torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-                total += sums
-        # Of a tensor-parallel model all ranks answer together; a pipeline's stages do not (preflight says so).
-        found: list[dict] = []
-        if self.stages == 1 and parallel_state.get_data_parallel_rank() == self.replicas - 1:
-            wanted = self.values.log_answers, self.values.max_new_tokens
-            found = validation.answers(self.model, held_out, *wanted, self.forward.device)
+        with validation.evaluating(self.model):
+            for _ in range(self.values.eval_iters):
+                batches = (next(held_out) for _ in range(self.micro_batches))
+                sums = self._through_stages(batches.__next__) if self.stages > 1 else self.forward.evaluate(batches)
+                if sums is not None:
+                    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+                    total += sums
+            # Of a tensor-parallel model all ranks answer together; a pipeline's stages do not (preflight says so).
+            found: list[dict] = []
+            if self.stages == 1 and parallel_state.get_data_parallel_rank() == self.replicas - 1:
+                wanted = self.values.log_answers, self.values.max_new_tokens
+                found = validation.answers(self.model, held_out, *wanted, self.forward.device)
         if sums is not None and self.watch.writes:
             examples, loss = held_out.examples(self.values.log_answers), float(total[0] / total[1])
             validation.record(self.watch.run_dir, iteration, loss, found, examples, self.watch.tensorboard)
-        self.model.train()
         self.watch.pause(time.perf_counter() - began)
 
     def must_stop(self) -> bool:

@@ -103,13 +103,14 @@ def make_loader(
     """Micro-batches of this data-parallel rank; with the `model`, of ranks that have equally much to do."""
 
     trained = values.trained
+    multiple = pad_multiple(not ON_CPU) if values.packing or values.fp8 != "none" else 1
 
     def cost(tokens: int, patches: list[int]) -> float:
         return training_flops(model, trained, [tokens], [(each, 1) for each in patches], 0) if model else 0
 
     return train_loader(
         data.path,
-        VlmTaskEncoder(*limits, values.packing, pad_multiple(not ON_CPU), values.seed),
+        VlmTaskEncoder(*limits, values.packing, multiple, values.seed),
         Ranks(rank, replicas, values.num_workers),
         values.micro_batch_size,
         values.packing_buffer_size,

@@ -50,6 +50,7 @@ class Processes:
         self.run_dir, self.trouble, self.names = run_dir, trouble, [rank_name(each) for _, each in commands]
         self.alone = run_dir is None or all(each.get("WORLD_SIZE", "1") == "1" for _, each in commands)
         self.failed_at: float | None = None
+        self.killed, self.ended = False, set[int]()
         self.code, self.looked, self.stopped, self.read = 0, time.monotonic(), Counter[int](), 0.0
         errors = subprocess.STDOUT if output else None
         self.processes: list[subprocess.Popen] = []
@@ -67,7 +68,9 @@ class Processes:
         failed = [number for number, code in enumerate(codes) if code]
         if self.failed_at is None and failed:
             self.failed_at, self.code = now, codes[failed[0]] or 1
-            self._note_end(failed)
+        if not self.killed:  # one that dies may be seen to end after those that lost it
+            self._note_end([number for number in failed if number not in self.ended])
+        self.ended.update(failed)
         if None not in codes:
             return self.code
         if self.alone:  # nobody waits for it: it may be stopped, and take its time to end
@@ -90,11 +93,12 @@ class Processes:
     def kill(self) -> None:
         if self.failed_at is None:  # asked for from without: no rank has failed
             self.failed_at, self.code = time.monotonic(), 1
+        self.killed = True
         for process in self.processes:
             process.kill()
 
     def _note_end(self, failed: list[int]) -> None:
-        """Of the ranks that ended together note the one that a signal ended."""
+        """Note which of them a signal ended."""
         for number in failed:
             code = self.processes[number].returncode
             if code >= 0:
@@ -105,7 +109,6 @@ class Processes:
             waited = name == "SIGABRT" and not self.alone
             found = {"problem": f"{self.names[number]} was ended by {name}", "fix": why + GOES_ON, "follows": waited}
             self._note(found if name in ("SIGKILL", "SIGTERM") else found | {"crashed": platform.node()})
-            return
 
     def _has_noted(self, now: float) -> bool:
         """Whether a rank, of any node, has noted why it ends: it may wait for a collective of NCCL's before it does."""

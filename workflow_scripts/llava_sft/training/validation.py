@@ -5,6 +5,7 @@ Nothing here touches the training's data position or random state: a run with va
 
 import contextlib
 import math
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
 from llava_sft.errors import SHOWN, DataError, RunError
 from llava_sft.files import write_json
+from llava_sft.megatron.distributed import unwrapped
 from llava_sft.model.tokens import ANSWER_OPENING
 from llava_sft.report.pictures import data_uri
 from llava_sft.run.layout import BEST, VALIDATION, checkpoint_dir
@@ -84,6 +86,21 @@ class HeldOut:
         """`count` samples spread over those that are validated, always the same."""
         self.load()
         return self.stored[:: max(1, len(self.stored) // max(1, count))][:count]
+
+
+@contextlib.contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Without dropout, and without FP8. Samples that stand alone have any number of tokens: FP8 would refuse most, and layers
+    of Transformer Engine would keep the weights of the first validation as their copies. In bf16 they are what the export has.
+    """
+    config = unwrapped(model).config
+    kept, config.fp8 = config.fp8, None
+    model.eval()
+    try:
+        yield
+    finally:
+        config.fp8 = kept
+        model.train()
 
 
 def answers(model, held_out: HeldOut, count: int, limit: int, device: torch.device) -> list[dict]:
