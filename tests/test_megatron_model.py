@@ -186,23 +186,6 @@ def test_gradients_are_scaled_in_place():
     torch.testing.assert_close(gradients, expected)
 
 
-<<<<<<< HEAD
-def test_a_validation_casts_the_weights_to_fp8_again(megatron, monkeypatch):
-    """Layers of Transformer Engine keep their copies in FP8 until `is_first_microbatch` is set; packs set it for others."""
-    from llava_sft.training.loop import Loop
-
-    done = []
-    model = SimpleNamespace(
-        **{name: lambda name=name: done.append(name) for name in ("eval", "train", "set_is_first_microbatch")}
-    )
-    forward = SimpleNamespace(device="cpu", evaluate=lambda batches: done.append("evaluate") or torch.ones(2))
-    values = SimpleNamespace(eval_iters=2)
-    watch = SimpleNamespace(writes=False, pause=lambda seconds: None)
-    loop = SimpleNamespace(model=model, forward=forward, values=values, watch=watch, stages=1, micro_batches=1)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **named: None)
-    Loop.validate(loop, SimpleNamespace(rewind=lambda: None), 1)
-    assert done == ["eval", "set_is_first_microbatch", "evaluate", "evaluate", "train"]
-=======
 def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch):
     """FP8 wants tokens in eights, and samples alone have any number of them; its copies of weights would be old ones."""
     from megatron.core import parallel_state
@@ -236,7 +219,6 @@ def test_samples_alone_are_filled_up_for_fp8(both, small_checkpoint):
     assert plain.input_ids.shape[1] % 64 and padded.input_ids.shape[1] % 64 == 0 and padded.segments == []
     model = both.mcore.train()
     assert_same(losses_and_gradients(model, [padded]), losses_and_gradients(model, [plain]))
->>>>>>> speed_fix
 
 
 def test_logits_in_pieces_give_the_same_losses_and_gradients(both, small_checkpoint, monkeypatch):
