@@ -97,10 +97,15 @@ gpu: $(READY)
 doctor: $(READY)
 	@$(VENV)/bin/python workflow_scripts/doctor.py $(ARGS)
 
-# For a machine without a network: everything that `make` installs, as wheels. There: make WHEELS=folder
+# For a machine without a network: everything that `make` installs, as wheels, but transformer-engine-torch, which is
+# compiled (docs/hardware.md). There: make WHEELS=folder
+wheels: FOLDER := $(or $(WHEELS),wheels)
 wheels: $(READY)
-	$(VENV)/bin/python -m pip download --no-deps --require-hashes -r requirements.lock -d "$(or $(WHEELS),wheels)"
-	$(VENV)/bin/python -m pip download uv setuptools wheel -d "$(or $(WHEELS),wheels)"
+	$(VENV)/bin/python -m pip download --no-deps --require-hashes -r requirements.lock -d "$(FOLDER)"
+	printf '%s\n' uv wheel 'transformer-engine[core-cu13]>=2.20.2,<3' nvidia-cudnn-frontend nvdlfw-inspect onnx onnxscript einops \
+	  "nvidia-cuda-nvcc==$$(sed -nE 's/^nvidia-cuda-runtime==([0-9]+\.[0-9]+).*/\1/p' requirements.lock).*" nvidia-cuda-crt | \
+	  $(VENV)/bin/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url -c requirements.lock -o "$(FOLDER)/gpu.txt" -
+	$(VENV)/bin/python -m pip download --no-deps -r "$(FOLDER)/gpu.txt" -d "$(FOLDER)"
 
 # Curves of all runs while they train, at port 6006: make tensorboard, RUN=output/stage2_sft_vqa for one.
 tensorboard: $(READY)

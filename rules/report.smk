@@ -30,7 +30,8 @@ rule evaluate:
         ),
     shell:
         "{PYTHON}evaluate.py {params.folder:q} {params.webdatasets:q} --dataset {input.dataset:q} {params.options}"
-        " --start-of={params.start_of:q} --base-answers {params.base_answers:q} --output {output:q} > {log:q} 2>&1"
+        " --start-of={params.start_of:q} --skip-missing-start --base-answers {params.base_answers:q} --output {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule report:

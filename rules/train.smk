@@ -65,6 +65,5 @@ rule train:
     params:
         run_dir=flow.path("run_dir"),
     shell:
-        # The log outlives a signal to the whole group, and takes down what the training says last.
         "{PYTHON}train.py {input:q} --run-dir {params.run_dir:q} --done {output:q}"
         " --srun-options={resources.srun_options:q} > {log:q} 2>&1"

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores wait for each other: 40 % of the time
 if not Path("/dev/nvidia0").exists():  # the kernels of the GPU's layers, run by Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -16,6 +17,7 @@ from hypothesis import settings
 
 from helpers import MODELS, ROOT
 from helpers.projects import copy_project, snakemake
+from llava_sft.files import write_json
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig, load_model_config
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.resolve import resolve
@@ -69,6 +71,21 @@ def small_checkpoint(tmp_path_factory, small_model) -> Path:
     from helpers.models import write_noisy_checkpoint  # torch: only where it is needed
 
     return write_noisy_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", small_model)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A WebDataset with questions that `evaluate` asks."""
+    from helpers.questions import write_test_set
+
+    return write_test_set(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="module")
+def export(small_checkpoint) -> Path:
+    """A folder that `evaluate` takes: an export's files, of random weights."""
+    write_json(small_checkpoint / "converted.json", {"depends": "this export"})
+    return small_checkpoint
 
 
 @pytest.fixture

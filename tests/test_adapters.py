@@ -18,6 +18,7 @@ from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.start import Checkpoint, Start, check_load, open_start, split_id
 from llava_sft.checkpoint.verify import require_export, verify
 from llava_sft.errors import CheckpointError
+from llava_sft.evaluation.base import exported
 from llava_sft.model.lora import Lora
 from llava_sft.model.tensors import PARTS
 from llava_sft.publish.card import base_model
@@ -122,7 +123,8 @@ SPOILED = {
     "config cut off": (lambda f: cut(f / "adapter_config.json"), "adapter_config.json: damaged", "copy"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors", "copy"),
     "a pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "a pickle", "save_file"),
-    "no rank": (lambda f: edit(f, r=None), "r and lora_alpha must be numbers above 0, not None", "copy"),
+    "no rank": (lambda f: edit(f, r=None), "r and lora_alpha must be numbers above 0, below 2..31, not None", "copy"),
+    "a huge rank": (lambda f: edit(f, r=10**400, use_rslora=True), "numbers above 0, below 2..31, not 1000", "copy"),
     "no base": (lambda f: edit(f, base_model_name_or_path=None), "its base is ''", "base_model_name_or_path"),
     "base gone": (lambda f: edit(f, base_model_name_or_path="/gone/4B"), "its base is '/gone/4B'", "base_model_name_or_path"),
 }  # fmt: skip
@@ -165,7 +167,7 @@ def test_our_pairs_beside_a_base_that_changed_are_refused(source, small_model, t
     write_peft(tmp_path / "made/pairs", tmp_path / "ours", small_model)
     converted(tmp_path / "ours", tmp_path / "again", small_model)
     rewrite(source, lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1})
-    with pytest.raises(CheckpointError, match="trained beside other weights than"):
+    with pytest.raises(CheckpointError, match="trained on other weights than"):
         converted(tmp_path / "ours", tmp_path / "changed", small_model)
     converted(tmp_path / "adapter", tmp_path / "changed", small_model)  # another's folder says nothing of it
 
@@ -195,7 +197,24 @@ def test_adapters_are_added_to_the_base_in_float32_and_rounded_once(dtype, scrip
     wanted = added(added({n: t.float() for n, t in weights(source).items()}, one), two, -0.5)
     found = weights(tmp_path / "merged")
     assert all(found[name].equal(wanted[name].to(dtype)) for name in wanted)
-    assert "whole" in verify(tmp_path / "merged") and (tmp_path / "merged/README.md").is_file()
+    assert "whole" in verify(tmp_path / "merged")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "made from `source`" in card and "`one` (1), `two` (-0.5)" in card and "\nbase_model" not in card
+
+
+def test_a_merge_is_whole_when_it_gets_its_name_and_its_card_names_a_base_on_the_hub(
+    script, source, small_model, tmp_path, monkeypatch
+):
+    adapter = write_adapter(tmp_path / "adapter", source, small_model)
+    monkeypatch.setattr(convert_checkpoint, "fetch", lambda name: (source, [name]))
+    monkeypatch.chdir(tmp_path)
+    assert script("merge", "org/Base@v1", adapter, "merged")[0] == 0
+    card = Path("merged/README.md").read_text()
+    assert "[org/Base](https://huggingface.co/org/Base)" in card and "\nbase_model: org/Base\n" in card
+    monkeypatch.setattr(convert_checkpoint, "say_done", None)  # killed after the folder is there
+    with pytest.raises(TypeError):
+        script("merge", "org/Base@v1", adapter, "again")
+    assert exported(tmp_path / "again").fingerprint == exported(tmp_path / "merged").fingerprint
 
 
 def test_a_merge_that_would_be_none_is_refused_in_one_message(script, small_checkpoint, small_model, tmp_path):
@@ -238,6 +257,7 @@ def test_words_that_only_look_like_others(script, small_checkpoint, small_model,
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     said = script("hf2mcore", adapter, "new")[1]
+    assert 'base, own = "BASE"' in said.replace("\\", ""), "no code of what another's file names"
     assert f'"{adapter}").merge' in said.replace("\\", "") and f'"{adapter}-merged"' in said.replace("\\", "")
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": ""}))
     status, said = script("hf2mcore", adapter, "new", "--model", "tiny")

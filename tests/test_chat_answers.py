@@ -42,6 +42,11 @@ def test_too_long_a_conversation_and_too_little_memory_are_said(small_checkpoint
     model = Model(small_checkpoint, "cpu", "auto", 2, 0.0)
     with pytest.raises(RunError, match="the model reads 2,048"):
         list(model.answer([Turn("user", "7 " * 3000)]))
+    given = []
+    monkeypatch.setattr(model.export.model, "generate", lambda max_new_tokens, **_: given.append(max_new_tokens))
+    for model.longest in (2, 5000):
+        list(model.answer([Turn("user", "7")]))
+    assert given[0] == 2 and 1900 < given[1] < 2048, "no position more than there are"
     monkeypatch.setattr(model.export.model, "generate", lambda **_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(RunError, match="not enough memory"):
         list(model.answer([Turn("user", "7")]))

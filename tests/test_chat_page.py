@@ -44,7 +44,7 @@ def page(small_checkpoint):
     )
     yield f"http://127.0.0.1:{port}"
     server.send_signal(signal.SIGINT)
-    assert server.wait(20) == 0 and "Traceback" not in server.stderr.read()
+    assert server.wait(100) == 0 and "Traceback" not in server.stderr.read()
 
 
 def test_a_conversation_about_pictures_in_a_browser_that_asks_nobody_else(page, tmp_path, small_checkpoint):

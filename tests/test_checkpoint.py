@@ -211,7 +211,6 @@ def test_the_script_converts_both_ways_and_says_when_there_is_nothing_to_do(smal
             [sys.executable, ROOT / "workflow_scripts/convert_checkpoint.py", *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
         )
 
     assert script("hf2mcore", small_checkpoint, tmp_path / "mcore").returncode == 0

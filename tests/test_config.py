@@ -177,9 +177,7 @@ def test_a_broken_experiment_file_is_named(project):
 
 def test_a_mistake_ends_the_script_with_the_message_alone(project):
     script = ROOT / "workflow_scripts/preflight.py"
-    run = subprocess.run(
-        [sys.executable, script, "mine", "--config", "lr=fast"], capture_output=True, text=True, timeout=60
-    )
+    run = subprocess.run([sys.executable, script, "mine", "--config", "lr=fast"], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.startswith("error: --config: lr: 'fast'") and "\n  fix: " in run.stderr
     assert "Traceback" not in run.stderr + run.stdout

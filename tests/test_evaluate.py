@@ -1,12 +1,13 @@
 """Each answer meets its own question and ends where it should; what is kept of answers, and what is asked again."""
 
+import fcntl
 import functools
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,8 @@ import torch
 
 from evaluate import cached_result, main
 from helpers import SCRIPTS
-from helpers.models import MAX_PIXELS, MIN_PIXELS
-from helpers.questions import asked_of, run, write_test_set
+from helpers.questions import asked_of, counted, run
 from helpers.webdatasets import Raw, record
-from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
@@ -29,18 +28,6 @@ from llava_sft.evaluation.judge import Answer
 from llava_sft.files import read_json, write_json
 
 # --- the exported model -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_test_set(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(scope="module")
-def export(small_checkpoint) -> Path:
-    """A folder that `evaluate` takes: an export's files, of random weights."""
-    write_json(small_checkpoint / "converted.json", {"depends": "this export"})
-    return small_checkpoint
 
 
 def answers(export: Path, questions: list[Sample], batch_size: int = 16, max_new_tokens: int = 4) -> list[Answer]:
@@ -143,15 +130,7 @@ def test_a_streamed_answer_is_the_greedy_one_and_stops_when_it_is_closed(export,
 
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
-    """How many questions were asked at each loading of a model, whose answers are then always the same."""
-    made: list[int] = []
-
-    def answer(folder, questions, *options):
-        made.append(len(questions))
-        yield from ((number, Answer("Answer 0.", False)) for number in reversed(range(len(questions))))
-
-    monkeypatch.setattr(answers_module, "generate", answer)
-    return made
+    return counted(monkeypatch)
 
 
 def test_kept_answers_are_used_for_the_same_model_data_and_options_alone(
@@ -237,9 +216,32 @@ def test_a_second_evaluation_of_the_same_waits_for_the_answers_of_the_first(
 
     monkeypatch.setattr(answers_module, "generate", met)
     run(monkeypatch, export, data, output)
-    said, _ = second[0].communicate(timeout=100)
+    said, _ = second[0].communicate()
     assert b"answered before" in said and second[0].returncode == 0 and asked == [10]
     assert not (tmp_path / ".evaluation.json.answers.lock").exists() and read_json(output)["correct"] == 1
+
+
+def test_a_lock_that_the_one_before_has_removed_is_taken_anew(tmp_path):
+    """Who waited for it has a file without a name: a third one would find none, and ask the same questions."""
+    cache, lock = tmp_path / "answers.json", tmp_path / "answers.json.lock"
+    with open(lock, "w") as held, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def second() -> bool:
+            with answers_module._alone(cache), open(lock) as third:
+                try:
+                    fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+            return False
+
+        waits = pool.submit(second)
+        with suppress(TimeoutError):
+            waits.result(0.2)
+        lock.unlink()
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert waits.result(60), "no third one may have it"
+    assert not lock.exists()
 
 
 def test_an_answer_is_on_the_disk_before_the_next_is_made(export, data, tmp_path, monkeypatch, asked):
@@ -277,57 +279,3 @@ def test_raw_records_of_any_format_are_a_test_set_of_their_own(export, data, tmp
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(raw.path), "--image-root", str(tmp_path)])
     with pytest.raises(SystemExit):
         main()
-
-
-@pytest.fixture(scope="module")
-def started(export, small_model, shipped_settings, tmp_path_factory) -> Path:
-    """A run that started from the weights of `export`."""
-    folder = tmp_path_factory.mktemp("started")
-    done = hf2mcore(export, folder / "start_mcore_tp1_pp1", small_model)
-    start = {"load": "start", "folder": str(folder / "start_mcore_tp1_pp1/release"), "fingerprint": done["fingerprint"]}
-    settings = shipped_settings | {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
-    content = {"settings": settings, "model": small_model.model_dump(), "data": {"fingerprint": "d"}}
-    start |= {"sidecars": str(folder / "start_mcore_tp1_pp1/huggingface")}
-    (folder / "run").mkdir()
-    write_json(folder / "run/run.json", content | {"start": start})
-    return folder / "run"
-
-
-def test_the_start_checkpoint_answers_the_same_questions_once_for_all_runs(
-    export, data, started, tmp_path, monkeypatch, capsys
-):
-    kept = tmp_path / "answers"
-    (kept / f"start.{platform.node()}.4194305").mkdir(
-        parents=True
-    )  # of one that was killed; no process has this number
-    (kept / "start.elsewhere.4194305").mkdir()  # of one on another machine, which may be running
-    for name in ("one", "two"):
-        options = ["--start-of", str(started), "--base-answers", str(kept)]
-        run(monkeypatch, export, data, tmp_path / name / "evaluation.json", *options)
-        assert {path.suffix for path in kept.iterdir()} == {".json", ".4194305"}, "answers, and no export"
-        assert not (kept / f"start.{platform.node()}.4194305").exists() and (kept / "start.elsewhere.4194305").exists()
-    assert capsys.readouterr().out.count("answered before") == 1
-    result = read_json(tmp_path / "two/evaluation.json")
-    rows = [json.loads(line) for line in (tmp_path / "two/predictions.jsonl").read_text().splitlines()]
-    assert all(turn["prediction"] == turn["base"] for row in rows for turn in row["turns"]), "the same weights"
-    assert result["base"] == {"name": "start checkpoint (start)", "cut": result["cut"]} and result["cut"] > 5
-    assert result["scores"][0]["difference"] == 0 and result["scores"][0]["p"] == 1
-
-
-def test_a_start_that_is_gone_or_random_is_said_and_stops_nothing(
-    export, data, started, tmp_path, monkeypatch, capsys, asked
-):
-    content = read_json(started / "run.json")
-    for folder, said in ((None, "random weights"), ("/gone", "no longer there: /gone")):
-        start = content["start"] | {"folder": folder}
-        write_json(tmp_path / "run.json", content | {"start": start})
-        run(monkeypatch, export, data, tmp_path / "evaluation.json", "--start-of", str(tmp_path))
-        assert said in capsys.readouterr().err
-        assert said in read_json(tmp_path / "evaluation.json")["base"]["missing"]
-    damaged = shutil.copytree(started.parent / "start_mcore_tp1_pp1", tmp_path / "start") / "release"
-    next(damaged.glob("*.distcp")).write_bytes(b"")
-    write_json(tmp_path / "run.json", content | {"start": content["start"] | {"folder": str(damaged)}})
-    run(monkeypatch, export, data, tmp_path / "evaluation.json", "--start-of", str(tmp_path))
-    assert "damaged" in read_json(tmp_path / "evaluation.json")["base"]["missing"] and asked == [10]
-    run(monkeypatch, export, data, tmp_path / "evaluation.json", "--base", str(export))
-    assert read_json(tmp_path / "evaluation.json")["base"]["name"] == str(export)

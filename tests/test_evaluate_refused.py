@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,27 +13,29 @@ from transformers import AutoModelForImageTextToText
 
 from evaluate import main
 from helpers import SCRIPTS
-from helpers.questions import run, write_test_set
+from helpers.questions import run
 from llava_sft.errors import CheckpointError, as_message
+from llava_sft.evaluation import answers
 from llava_sft.evaluation.export import Export
 from llava_sft.evaluation.view import readable
 from llava_sft.files import read_json, write_json
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_test_set(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(scope="module")
-def export(small_checkpoint) -> Path:
-    write_json(small_checkpoint / "converted.json", {"depends": "this export"})
-    return small_checkpoint
-
-
 @pytest.mark.parametrize(
     "case",
-    ["no export", "marker", "weights", "config.json", "tokenizer.json", "samples", "batch", "output", "base"],
+    [
+        "no export",
+        "marker",
+        "weights",
+        "config.json",
+        "tokenizer.json",
+        "samples",
+        "batch",
+        "output",
+        "base",
+        "positions",
+        "answers",
+    ],
 )
 def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeypatch, capsys, case):
     folder = tmp_path / "export"
@@ -43,12 +44,16 @@ def test_what_cannot_be_evaluated_is_one_message(export, data, tmp_path, monkeyp
         (folder / path.name).write_bytes(path.read_bytes())
     words = {
         "samples": ["--samples", "half"], "batch": ["--batch-size", "0"], "output": ["--output", str(tmp_path)],
+        "positions": ["--max-new-tokens", "2048"],
         "base": ["--base", str(folder), "--start-of", str(tmp_path)],
     }.get(case, [])  # fmt: skip
     if case == "no export":
         (folder / "converted.json").unlink()
     elif case == "marker":
         write_json(folder / "converted.json", {"fingerprint": 1})
+    elif case == "answers":
+        (tmp_path / ".e.json.answers").mkdir()
+        monkeypatch.setattr(answers, "generate", None)  # before a question is asked
     elif not words:
         (folder / {"weights": "model.safetensors"}.get(case, case)).write_bytes(b"\0" * 30)
     with pytest.raises(SystemExit) as end:
@@ -150,7 +155,9 @@ def test_a_reader_that_ends_early_is_no_traceback(script, unbuffered, export, da
 def test_what_may_not_be_written_is_no_reason_to_remove_it():
     for number in (errno.EROFS, errno.EACCES):
         message = str(as_message(OSError(number, "no", "/results/evaluation.json")))
-        assert message.startswith("/results/evaluation.json: no") and "make it readable" in message
+        assert message.startswith("/results/evaluation.json: no") and (
+            "make it readable" in message or "not read-only" in message
+        )
         assert "remove" not in message
     missing = str(as_message(OSError(errno.ENOENT, "no", "in.jsonl")))
     assert "check the path" in missing and "remove" not in missing

@@ -1,10 +1,12 @@
-"""The gradients of weights are summed in bf16 over the micro-batches of a step, in Megatron's buffer (`optimizer_precision:
-bf16`): beside the same sums in float32, whether micro-batches agree on the direction or not."""
+"""Matrix products and the gradients of their weights, in Megatron's buffer: added in place, and in bf16 (`optimizer_precision:
+bf16`) beside the same sums in float32, whether the micro-batches of a step agree on the direction or not."""
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from llava_sft.model.products import weight_gradient
+from llava_sft.model.kernels import scale_
+from llava_sft.model.products import AccumulatingLinear, has_room, weight_gradient
 
 
 @pytest.mark.parametrize("agree", [0.0, 1.0, 100.0])
@@ -22,3 +24,40 @@ def test_sums_in_bf16_keep_direction_and_length(micro_batches, error, agree):
     assert (found - exact).norm() < error * exact.norm()
     assert torch.cosine_similarity(found.flatten(), exact.flatten(), 0) > 0.9997
     assert found.norm() == pytest.approx(exact.norm().item(), rel=0.005)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
+    x, weight = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5))
+    weight.main_grad = torch.ones(3, 5)
+    if recomputed:
+        out = checkpoint(AccumulatingLinear.apply, x, weight, use_reentrant=False)
+    else:
+        out = AccumulatingLinear.apply(x, weight)
+    out.sum().backward()
+    assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad, 1 + x.detach().sum(0).expand(3, 5))
+
+
+def test_a_product_with_a_frozen_weight_keeps_no_input():
+    x, weight, kept = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5)), []
+    for trained in (True, False):
+        weight.requires_grad_(trained)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda saved: saved
+        ):
+            AccumulatingLinear.apply(x, weight).sum().backward()
+    assert [tuple(tensor.shape) for tensor in kept] == [(7, 5)] and weight.grad.shape == weight.shape
+    torch.testing.assert_close(x.grad, 2 * weight.detach().sum(0).expand(7, 5))
+
+
+def test_one_row_has_no_room_beside_it_whatever_its_stride():
+    assert has_room(torch.empty(2, 12)[:, :8]) and not has_room(torch.empty(2, 8))
+    assert not has_room(torch.empty(1, 8).as_strided((1, 8), (12, 1)))
+
+
+def test_gradients_are_scaled_in_place():
+    gradients = torch.randn(5000)
+    expected = gradients / 4633
+    scale_(gradients, torch.tensor(1 / 4633))
+    torch.testing.assert_close(gradients, expected)

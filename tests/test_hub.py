@@ -112,6 +112,14 @@ def test_a_name_that_the_hub_allows_nobody_is_not_asked_for(hub, name, revision)
     assert hub.asked == [] and str(error.value).count(name) == 1
 
 
+@pytest.mark.parametrize("status", [0, 503])
+def test_what_is_no_folder_here_is_read_both_ways(hub, status):
+    hub.refuses = lambda request: status
+    with pytest.raises(CheckpointError, match="checkpoints/X is no folder here") as error:
+        fetch("checkpoints/X")
+    assert error.value.fix.startswith("if a folder is meant, correct the path or put it there; if the hub is meant, ")
+
+
 def test_names_of_the_hub():
     for name in ("me/x", "me/_x", "A.b-c_d/1", f"m/{'x' * 94}"):
         assert name_problem(name) == ""

@@ -69,7 +69,7 @@ compiled = []
 
 def launch_all() -> None:
     from llava_sft.megatron import adam
-    from llava_sft.model import casts, kernels
+    from llava_sft.model import activations, casts, kernels, rotary
 
     triton.JITFunction.run = compile_only
 
@@ -88,14 +88,14 @@ def launch_all() -> None:
         kernels.norm_backward(x, x, weight, bias, mean, scale, x, sums, biases=True, amax=largest)
     for heads, groups, head_dim, weights in ((32, 8, 128, (ones(128), ones(128))), (16, 16, 64, None)):
         qkv, angle = ones(2, (heads + 2 * groups) * head_dim), ones(2, 1, head_dim, dtype=torch.float32)
-        grads = kernels.rope(qkv, groups, angle, angle, weights, 1e-6)
+        grads = rotary.rope(qkv, groups, angle, angle, weights, 1e-6)
         for largest in (None, amax):
-            kernels.rope_backward(grads, qkv, angle, angle, sums, weights, 1e-6, largest)
+            rotary.rope_backward(grads, qkv, angle, angle, sums, weights, 1e-6, largest)
     gate_and_up = ones(2, 2 * 9728)
     for again, largest in ((False, None), (True, None), (False, amax)):
-        activated = kernels.swiglu(gate_and_up, amax=largest)
-        kernels.swiglu_backward(activated, gate_and_up, again, largest)
-        kernels.gelu_backward(kernels.gelu(ones(2, 4096), largest), ones(2, 4096), sums, again, largest)
+        activated = activations.swiglu(gate_and_up, amax=largest)
+        activations.swiglu_backward(activated, gate_and_up, again, largest)
+        activations.gelu_backward(activations.gelu(ones(2, 4096), largest), ones(2, 4096), sums, again, largest)
     if int(sys.argv[1]) >= 90:  # what else has FP8 products is not supported
         for kind in casts.LARGEST:
             casts.cast(ones(32, 2560), amax, kind)

@@ -5,7 +5,9 @@ import csv
 import gzip
 import io
 import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -30,6 +32,7 @@ from llava_sft.model.template import ChatTemplate, UnusableSample
 from llava_sft.report.inspection import inspection_page
 from llava_sft.settings.layers import load_settings
 from llava_sft.sources import find_sources
+from llava_sft.workflow import _reading_options
 
 Q, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Green."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -243,8 +246,8 @@ def test_a_bad_row_of_a_table_costs_itself_alone_and_is_named_by_its_row(tmp_pat
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b'image,question\n0.jpg,"q\n1.jpg,q\n', "never closed"), (b"image,image\n0.jpg,q\n", "two columns are named 'image'"),
-        (gzip.compress(b"image,question\n" + b"0.jpg,q\n" * 99)[:-9], "damaged gzip"),
+        (b'image,question\n0.jpg,"q\n1.jpg,q\n', "never closed"), (b"image,image\n0.jpg,q\n", "two columns are named 'image'"), (b"image,\xff\n0.jpg,q\n", "first row is not UTF-8"),
+        (gzip.compress(b"image,question\n" + b"0.jpg,q\n" * 99, mtime=0)[:-9], "damaged gzip"),
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_one_message_and_no_shard(tmp_path, data, said):
@@ -288,7 +291,7 @@ def test_records_beside_their_pictures_in_tars_are_adopted(tmp_path):
 
 
 def test_an_inspection_shows_unread_keys_leaks_and_what_counts_in_the_loss(tmp_path, small_checkpoint):
-    rows = [record(i, "a.png", boxes=[[1, "<b>"]], note="n") for i in range(6)]
+    rows = [record(i, "a.png", boxes=[[1, "<b>"]], note="n", system="S") for i in range(6)]
     long = record(7, "a.png")
     long["conversations"] += [{"from": "human", "value": "<i>x</i> " * 60}, {"from": "gpt", "value": "</mark>End."}]
     off = record(8, None)
@@ -308,7 +311,7 @@ def test_an_inspection_shows_unread_keys_leaks_and_what_counts_in_the_loss(tmp_p
     assert report["unread"] == {"boxes": {"records": 7, "example": "[[1, '<b>']]"}}
     assert report["kept_keys"] == {"note": {"records": 7, "example": "'n'"}}
     assert report["trained_on"] == {"records": 1, "images": 2, "of": 4, "first": ["r0"]}
-    assert any("1 of 4 held-out samples are trained on (25%" in note for note in report["notes"])
+    assert any("1 of 4 held-out samples are trained on (25.0%" in note for note in report["notes"])
     rendered = [(sample["id"], sample["rendered"]) for sample in gallery if "rendered" in sample]
     assert 2 <= len(rendered) <= 5 and any(span["cut"] for span in dict(rendered)["r7"])
     page = inspection_page(report, gallery)
@@ -327,3 +330,14 @@ def test_columns_are_checked_and_a_folder_in_place_of_files_is_said(tmp_path):
     with pytest.raises(DataError, match=r"is a folder\n.*raw_data: .*/x/data-00000-of-00001.arrow"):
         find_sources(load_settings("vqa", given), lambda path: False)
     assert format_of(tmp_path / "x/data-00000-of-00001.arrow") == "arrow"
+
+
+def test_how_records_are_read_is_part_of_a_job_only_where_it_is_no_default(tmp_path):
+    given = {"raw_data": str(tmp_path / "raw.csv"), "exp_dir": str(tmp_path), "heldout_data": None}
+    (tmp_path / "raw.csv").write_text("q,a\n")
+    options = []
+    for more in ({}, {"columns": {"question": "it's"}, "image_first": True, "caption_prompt": "-What?"}):
+        settings = load_settings("vqa", given | more)
+        shard = SimpleNamespace(source=find_sources(settings, lambda path: False)[0])
+        options.append(shlex.split(_reading_options(shard, settings)))
+    assert options == [[], ["--columns", '{"question": "it\'s"}', "--caption-prompt=-What?", "--image-first=True"]]

@@ -133,23 +133,6 @@ def test_fp8_with_largest_values_of_the_kernels_that_write_is_the_same(both, sma
     assert 1e-5 < greatest_difference(found[0], exact[0]) < 0.05
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_weight_gradients_are_added_to_megatrons_buffer_in_place(recomputed):
-    from torch.utils.checkpoint import checkpoint
-
-    from llava_sft.model.products import AccumulatingLinear
-
-    x, weight = torch.randn(7, 5, requires_grad=True), torch.nn.Parameter(torch.randn(3, 5))
-    weight.main_grad = torch.ones(3, 5)
-    if recomputed:
-        out = checkpoint(AccumulatingLinear.apply, x, weight, use_reentrant=False)
-    else:
-        out = AccumulatingLinear.apply(x, weight)
-    out.sum().backward()
-    assert weight.grad_added_to_main_grad
-    torch.testing.assert_close(weight.main_grad, 1 + x.detach().sum(0).expand(3, 5))
-
-
 def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, small_checkpoint, monkeypatch):
     """A product that adds to Megatron's buffer gives autograd a tensor without values: here of values that are no numbers. Nor
     do the kernels leave a value of theirs unwritten."""
@@ -175,15 +158,6 @@ def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, 
     assert sum(parameter.grad_added_to_main_grad for parameter in found.values()) > 10
     for name, parameter in found.items():
         assert greatest_difference(parameter.main_grad, 2 * expected[name]) <= 1e-5, name
-
-
-def test_gradients_are_scaled_in_place():
-    from llava_sft.model.kernels import scale_
-
-    gradients = torch.randn(5000)
-    expected = gradients / 4633
-    scale_(gradients, torch.tensor(1 / 4633))
-    torch.testing.assert_close(gradients, expected)
 
 
 def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch):

@@ -181,7 +181,7 @@ LINE = json.dumps(
     ensure_ascii=False,
 )
 FILES = {
-    "is gzip, and holds no text": gzip.compress(b"PAR1" + bytes(50)), "damaged gzip": gzip.compress(LINE.encode())[:20],
+    "is gzip, and holds no text": gzip.compress(b"PAR1" + bytes(50), mtime=0), "damaged gzip": gzip.compress(LINE.encode(), mtime=0)[:20],
     "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
     "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
     "go over several lines": 2 * (json.dumps(json.loads(LINE), indent=1) + "\n").encode(), "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
@@ -206,7 +206,7 @@ def test_a_whole_file_of_another_kind_is_one_message(tmp_path, kind, suffix):
         (LINE.encode() + b"\n", "jsonl"), (b"\n\n" + LINE.encode(), "jsonl"), (b'{"id": 1}\n\xff\xfe broken\n' + LINE.encode(), "jsonl"),
         (b"[1]\n", "jsonl"), (b"", "jsonl"), (b"not json, at all? {\n" + LINE.encode(), "jsonl"),
         (b"image,question,answer\n0.jpg,q,a\n", "table"), (b"image\tquestion\n0.jpg\tq\n", "table"),
-        (gzip.compress(LINE.encode()), "gzip"), (b"\xff\xff\xff\xff\0\0", "arrow"),
+        (gzip.compress(LINE.encode(), mtime=0), "gzip"), (b"\xff\xff\xff\xff\0\0", "arrow"),
     ],
 )  # fmt: skip
 def test_records_are_read_whatever_the_name_and_with_bad_neighbours(tmp_path, data, known):

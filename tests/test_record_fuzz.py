@@ -5,6 +5,7 @@ import os
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llava_sft.data.forms import TARGETS, Reading
 from llava_sft.data.records import Line, parse_json, parse_record
 from llava_sft.data.rejects import Rejected
 from llava_sft.model.tokens import IMAGE
@@ -20,7 +21,8 @@ SCALARS = (
 )
 KEYS = st.sampled_from(
     ["id", "image", "images", "conversations", "messages", "from", "value", "role", "content", "type", "text", "image_url", "url", "bytes",
-     "path", "system", "loss", "label", "video", "tools", "Images", "img"]
+     "path", "system", "loss", "label", "video", "tools", "Images", "img", "texts", "user", "assistant", "question", "answer", "answers",
+     "caption", "history", "query", "response", "choices", "image_path", "file_name", "weight", "conversation", "source"]
 ) | st.text(max_size=6)  # fmt: skip
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=20
@@ -51,15 +53,25 @@ RECORD = st.dictionaries(KEYS, JSON, max_size=6) | st.fixed_dictionaries(
 )
 
 
-@given(RECORD)
+READING = st.builds(
+    Reading,
+    st.dictionaries(
+        st.sampled_from(TARGETS), st.sampled_from(["question", "answers.0", "texts.0.user", "img"]), max_size=2
+    ),
+    image_first=st.booleans(),
+)
+
+
+@given(RECORD, READING)
 @settings(deadline=None, max_examples=300 * FUZZ, suppress_health_check=list(HealthCheck))
-def test_a_record_is_a_sample_or_a_reject(record):
+def test_a_record_is_a_sample_or_a_reject(record, reading):
     try:
-        sample = parse_record(record)
+        sample = parse_record(record, None, reading)
     except Rejected as rejected:
         assert len(str(rejected)) < 400
         return
     assert sample.messages[-1]["role"] == "assistant" and sample.messages[-1]["content"].strip()
+    assert sample.answers()
     assert sum(message["content"].count(IMAGE) for message in sample.messages) == len(sample.images)
 
 

@@ -123,7 +123,7 @@ def test_the_expected_size_counts_optimizer_state_of_trained_parts_alone():
 def hold(run_dir, ready, end):
     lock(run_dir)
     ready.set()
-    end.wait(20)
+    end.wait(300)
     os._exit(1)  # dies without giving the lock back
 
 
@@ -132,7 +132,7 @@ def test_two_trainings_in_one_run_directory_are_impossible_and_a_dead_ones_lock_
     ready, end = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path, ready, end))
     other.start()
-    assert ready.wait(20)
+    assert ready.wait(300)
     assert is_running(tmp_path)
     with pytest.raises(RunError, match=f"pid {other.pid} on {socket.gethostname()}"):
         lock(tmp_path)

@@ -94,7 +94,7 @@ def test_a_users_function_gets_the_answers_and_if_it_wants_the_record(tmp_path):
     ],
 )  # fmt: skip
 def test_a_users_function_that_does_not_work_is_one_message(tmp_path, text, said):
-    with pytest.raises(SftError, match=f"(?s)^evaluate_scores: .*own.py:score: .*{said}.*fix: "):
+    with pytest.raises(SftError, match=f"(?s)^evaluate_scores .--scores.: .*own.py:score: .*{said}.*fix: "):
         load_score(own(tmp_path, text)).rate("a", "b", OPTIONS)
 
 
@@ -137,7 +137,18 @@ def test_difference_of_other_scores_is_that_of_the_paired_bootstrap():
     assert low < found["difference"] < high and high - low == pytest.approx(2 * error, rel=0.1) and found["p"] is None
     low, high = mean_interval(before)
     assert high - low == pytest.approx(2 * 1.96 / 12**0.5 / 400**0.5, rel=0.1), "far wider than that of the difference"
-    assert mean_interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_values_that_are_all_alike_leave_room_for_those_that_are_not_seen():
+    assert mean_interval([0.5] * 60) == pytest.approx(
+        (0.5 - 0.5 * 0.0487, 0.5 + 0.5 * 0.0487), abs=1e-4
+    )  # 3/60, nearly
+    pairs = mean_interval([0.2, 0.8] * 30, [n // 2 for n in range(60)])  # means of the pictures that are all alike
+    assert pairs == pytest.approx(mean_interval([0.5] * 30))
+    assert mean_interval([0.2, 0.4], [7, 7]) == (0, 1), "one picture says nothing of others"
+    low, high = compare([0.5] * 60, [0.4] * 60)["interval_of_difference"]
+    assert (low, high) == pytest.approx((-0.1 - 0.9 * 0.0487, -0.1 + 1.1 * 0.0487), abs=1e-4)
+    assert compare([0.5] * 6, [0.4] * 6, [1] * 6)["interval_of_difference"] == (-1, 1)
 
 
 def in_litters(rats: str) -> tuple[list[int], list[int]]:
@@ -164,7 +175,6 @@ def test_samples_that_share_a_picture_make_intervals_wider():
     assert mean_interval(values, range(145)) == mean_interval(values) == wilson_interval(112, 145)
     assert mean_interval([1] * 30, [n // 10 for n in range(30)]) == pytest.approx(wilson_interval(3, 3))
     assert mean_interval([1, 0], [0, 0])[1] > 0.9, "one picture says next to nothing"
-    assert mean_interval([0.2, 0.4], [7, 7]) == (0.2, 0.4)
 
 
 def test_questions_about_one_picture_are_compared_together():

@@ -19,6 +19,7 @@ import pytest
 from helpers import mini_slurm
 from helpers.projects import losses, snakemake_command
 from helpers.trainings import Run
+from llava_sft.run.sessions import sessions
 from results import row, write_results
 
 RUN, RESULTS = "output/stage2_sft_vqa", "output/stage2_sft_vqa_results"
@@ -238,11 +239,7 @@ class Disturbed:
 
     def starts(self) -> list[int]:
         """The step that each start of the training went on from."""
-        logs = sorted(self.folder.glob("run_*.log"))
-        steps = [
-            re.findall(r"successfully loaded checkpoint from .* at iteration (\d+)", log.read_text()) for log in logs
-        ]
-        return [int(found[-1]) if found else 0 for found in steps]
+        return [session["iteration"] for session in sessions(self.folder)]
 
     def ends_like(self, undisturbed: str, interruption: str, rounds: int = 0) -> None:
         code = self.finish(rounds)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -35,7 +36,8 @@ def handler(tmp_path, monkeypatch, capsys):
     handler = terminal.LogHandler(SimpleNamespace(**vars(SETTINGS)), None)
     handler.printed = lambda: capsys.readouterr().err
     handler.on_stdout = lambda: capsys.readouterr().out.splitlines()
-    return handler
+    yield handler
+    handler.ended.set()  # else it would speak when Python ends
 
 
 def say(handler, event, message="", level=logging.INFO, **facts):
@@ -78,6 +80,42 @@ def test_a_log_without_a_message_shows_its_end_and_an_empty_one_says_so(handler,
     assert "999" in (lines := last_lines(handler)) and "900" not in lines
     monkeypatch.setattr(words.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert "no space left" in words.disk_full("index.log")
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+            "slurm_account",
+        ),
+        ("sbatch: error: invalid partition specified: gpux", "slurm_partition"),
+        (
+            "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
+            "runtime",
+        ),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "mem_mb"),
+        (
+            "sinfo: error: fetch_config: DNS SRV lookup failed\nsinfo: fatal: Could not establish a configuration source",
+            "ping",
+        ),
+        ("SLURM-job '5' failed, SLURM status is: 'TIMEOUT'. Reason: Unknown.", "runtime"),
+    ],
+)
+@pytest.mark.parametrize("group", [False, True])
+def test_a_job_that_slurm_does_not_take_ends_with_slurms_reason_and_where_to_mend_it(handler, said, fix, group):
+    text = f"SLURM sbatch failed. The error message was '{said}'.\n    sbatch call:\n        sbatch -p cpu -A lab"
+    start(handler)
+    if group:
+        job = {"jobid": 1, "log": ["train.log"]}
+        facts = {"groupid": "x", "aux_logs": [], "job_error_info": [job]}
+        say(handler, LogEvent.GROUP_ERROR, "Error in group", logging.ERROR, rule_msg=text, **facts)
+    else:
+        facts = {"jobid": 1, "rule_name": "train", "log": ["train.log"]}
+        say(handler, LogEvent.JOB_ERROR, "Error in rule", logging.ERROR, rule_msg=text, **facts)
+    lines = last_lines(handler)
+    assert lines[-4].startswith("error: Slurm ") and lines[-4].split(": ")[-1] in text.replace("'", "")
+    assert lines[-3].startswith("  fix: ") and fix in lines[-3]
 
 
 def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
@@ -266,31 +304,30 @@ def test_make_takes_settings_as_its_variables():
     command = ["make", "--dry-run", "--old-file=.venv/.ready", "train_vqa", "lr=1e-3", "run_tag=a", "ARGS=-n"]
     said = subprocess.run(command, cwd=SCRIPTS.parent, capture_output=True, text=True).stdout
     assert (
-        "snakemake train_vqa -n --config" in said
-        and "'lr=1e-3'" in said
-        and "'run_tag=a'" in said
+        all(each in said for each in ("snakemake train_vqa -n --config", "'lr=1e-3'", "'run_tag=a'"))
         and "ARGS" not in said
     )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number):
+def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number, monkeypatch):
     script = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print(0, flush=True); signal.pause()"
-    job = subprocess.Popen(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} -c '{script}' >&2; exit $?"],
-        stderr=subprocess.PIPE,
-    )
+    shells = f"set -o pipefail; {sys.executable} -c '{script}' >&2; exit $?"
+    job = subprocess.Popen(["bash", "-c", shells], stderr=subprocess.PIPE)
     kept = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     ended = []
     try:
         job.stderr.readline()
         signal.signal(signal.SIGTERM, lambda *_: ended.append("gracefully"))  # as Snakemake does
         locks.pass_on_signals()
+        # Not to what else this process has started: the servers of other tests.
+        found, mine = locks.running_scripts, psutil.Process(job.pid).children(recursive=True)
+        monkeypatch.setattr(locks, "running_scripts", lambda: [process for process in found() if process in mine])
         try:
             os.kill(os.getpid(), number)
         except KeyboardInterrupt:
             ended.append("at once")
-        assert job.wait(30) == 75
+        assert job.wait(300) == 75
         assert ended == ["at once" if number == signal.SIGINT else "gracefully"]
     finally:
         job.kill()
@@ -306,7 +343,6 @@ def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
     assert done.returncode == 1 and lines[-1] == f"  then: {ending.RERUN}", done.stdout
     assert "error: 2 of 2 records were rejected" in done.stdout and "output/logs/index_webdataset/bad.log" in lines[-2]
     assert "CalledProcessError" not in done.stdout and "Traceback" not in done.stdout
-
     graph = subprocess.run(
         [shutil.which("snakemake", path=os.path.dirname(sys.executable)), "inspect_bad", "--rulegraph"],
         cwd=project, capture_output=True, text=True,

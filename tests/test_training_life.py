@@ -98,25 +98,35 @@ def test_a_stopped_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_like_
     assert same(run, undisturbed, STEPS) == dict.fromkeys(("losses", "samples", "validation", "weights"), True)
 
 
-SLOW_WRITES = """
+HELD_WRITES = """
 import os, time
 flush = os.fsync
 def fsync(file):
-    if os.readlink(f"/proc/self/fd/{file}").endswith(".distcp"):
-        time.sleep(4)
+    name = os.readlink(f"/proc/self/fd/{file}")
+    while os.environ["HELD"] in name and name.endswith(".distcp") and not os.path.exists(os.environ["LET_GO"]):
+        time.sleep(0.02)
     flush(file)
 os.fsync = fsync
 """
 
 
-def interrupt_a_save(run, tmp_path, step, number):
-    """Signal a run that writes the checkpoint of a step in the background, and is at the next step already."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_WRITES)
-    process = run.start(PYTHONPATH=str(tmp_path))
+def in_a_save(run, tmp_path, step):
+    """A run whose checkpoint of a step is not written before `let_go` is made, and that is at the next step already."""
+    (tmp_path / "sitecustomize.py").write_text(HELD_WRITES)
+    let_go = tmp_path / "let_go"
+    process = run.start(PYTHONPATH=str(tmp_path), HELD=f"iter_{step:07d}", LET_GO=str(let_go))
     while process.poll() is None and not run.logged(step + 1):
         time.sleep(0.02)
-    assert iterations_done(run.folder) == step - 3 and checkpoint_dir(run.folder, step).is_dir()
+    assert iterations_done(run.folder) == step - 3 and checkpoint_dir(run.folder, step).is_dir(), run.said()
+    return process, let_go
+
+
+def interrupt_a_save(run, tmp_path, step, number):
+    process, let_go = in_a_save(run, tmp_path, step)
     kill(process, number)
+    if number == signal.SIGKILL:
+        process.wait()
+    let_go.touch()
     return process.wait()
 
 
@@ -157,13 +167,13 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_run_goes_on(base, undis
         pytest.skip("mounting is not allowed here")
     try:
         run = Run(base, folder, **HOW)
-        process = run.start()
-        listening(run, process, 4)
+        process, let_go = in_a_save(run, tmp_path, 6)
         with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 20))  # the last one as far as there is room
+        let_go.touch()
         assert process.wait() == 1, run.said()
-        named = ("is on a full disk", "the checkpoint of step 6 needs")  # whichever comes first: a log line or a save
+        named = ("is on a full disk", "the checkpoint of step ")  # whichever comes first: a log line or a save
         assert any(problem in run.said() for problem in named) and "Traceback" not in run.said(), run.said()
         (folder / "filler").unlink()
         assert run.finish() == 0, run.said()
@@ -180,7 +190,7 @@ def test_two_ranks_in_bf16_killed_or_out_of_time_go_on_exactly_between_the_log_l
     assert listening(run, process, 4) <= LOOPBACK  # half of the steps are still to come
     kill(process, signal.SIGKILL)
     process.wait()
-    for _ in range(50):
+    for _ in range(600):
         if not (left := alive(run)):
             break
         time.sleep(0.1)
@@ -276,9 +286,9 @@ def test_too_little_memory_names_the_setting(base, tmp_path):
 
 
 def test_slow_loading_is_said_once_with_the_rates_and_the_workers_that_keep_up(base, tmp_path):
-    slow = "import time, PIL.Image as I; o = I.open; I.open = lambda *a, **k: (time.sleep(0.02), o(*a, **k))[1]"
-    run = Run(base, tmp_path / "slow", train_iters=12, save_interval=12, eval_iters=0)
-    run.change(log_interval=3)
+    slow = "import time, PIL.Image as I; o = I.open; I.open = lambda *a, **k: (time.sleep(0.05), o(*a, **k))[1]"  # far longer than a step
+    run = Run(base, tmp_path / "slow", train_iters=6, save_interval=6, eval_iters=0)
+    run.change(log_interval=2)
     assert run.finish(slow) == 0, run.said()
     said = [line for line in run.said().splitlines() if "slow loading" in line]
     assert len(said) == 1 and "num_workers 1 load" in said[0] and "workers" in said[0].split("model would take")[1]

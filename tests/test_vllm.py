@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 
 from helpers.questions import asked_of, write_test_set
 from llava_sft.data.images import decode_rgb
+from llava_sft.data.records import Sample
 from llava_sft.errors import RunError
 from llava_sft.evaluation.export import Export
 from llava_sft.evaluation.judge import Answer
@@ -27,7 +29,7 @@ class SamplingParams(types.SimpleNamespace):
 class LLM:
     def __init__(self, **given):
         if "STARTED" in os.environ:
-            engine = subprocess.Popen(["sleep", "300"])
+            engine = subprocess.Popen(["sleep", "300"], close_fds=False)  # forked, it has all pipes
             Path(os.environ["STARTED"]).write_text(f"{engine.pid}\\n")
             time.sleep(300)
         if os.environ.get("NO_MEMORY"):
@@ -95,6 +97,13 @@ def test_the_cause_of_an_engine_that_did_not_start_is_named_and_no_traceback_is(
     assert last_words("loading\nKilled") == ["loading", "Killed"]
 
 
+def gone(engine: psutil.Process) -> None:
+    deadline = time.monotonic() + 200
+    while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the engine still runs"
+        time.sleep(0.05)
+
+
 def test_a_terminated_evaluation_leaves_no_engine_behind(small_checkpoint, tmp_path):
     python, started = stand_in(tmp_path), tmp_path / "started"
     ask = f"""
@@ -107,16 +116,33 @@ dict(generate_with_vllm(Path({str(small_checkpoint)!r}), asked, Path({str(python
     environment = os.environ | {"STARTED": str(started), "PYTHONPATH": os.pathsep.join(sys.path)}
     evaluation = subprocess.Popen([sys.executable, "-c", ask], env=environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while not (started.is_file() and started.read_text().endswith("\n")):
             assert evaluation.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         engine = psutil.Process(int(started.read_text()))
         evaluation.terminate()
-        evaluation.wait(20)
-        deadline = time.monotonic() + 10
-        while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, "the engine still runs"
-            time.sleep(0.05)
+        evaluation.wait(60)
+        gone(engine)
     finally:
         evaluation.kill()
+
+
+def test_a_worker_that_is_killed_alone_is_no_endless_wait_for_its_engine(small_checkpoint, tmp_path, monkeypatch):
+    """As the kernel does where memory is short: the engine, which holds the pipe of the answers, lives on."""
+    python, started = stand_in(tmp_path), tmp_path / "started"
+    monkeypatch.setenv("STARTED", str(started))
+    asked = [Sample("1", [{"role": "user", "content": "How many?"}], [], {})]
+
+    def kill_it() -> psutil.Process:
+        while not (started.is_file() and started.read_text().endswith("\n")):
+            time.sleep(0.05)
+        engine = psutil.Process(int(started.read_text()))
+        engine.parent().kill()
+        return engine
+
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_it)
+        with pytest.raises(RunError, match="ended with exit code -9"):
+            dict(generate_with_vllm(small_checkpoint, asked, python, 2))
+        gone(killing.result())

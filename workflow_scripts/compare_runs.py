@@ -4,11 +4,10 @@ make compare RUNS=stage2_sft_vqa,stage2_sft_vqa_lr5e-06
 """
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 
 from llava_sft.data.stored import read_split
-from llava_sft.errors import DataError, RunError, exits_cleanly
+from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import write_text
 from llava_sft.report.answers import table
 from llava_sft.report.charts import charts, vega
@@ -53,11 +52,8 @@ def page(runs: list[Run], folders: list[Path], output: Path, language: str) -> s
     answers = None
     if ids:
         rows, data = [[run.rows[i] for i in ids] for run in runs], runs[0].resolved.data.path
-        answers = table(rows, names, [])
-        wanted = set(ids)
-        with suppress(DataError, OSError):
-            split = read_split(data, runs[0].evaluation["split"])
-            answers = table(rows, names, (sample for sample in split if sample.id in wanted))
+        wanted, split = set(ids), read_split(data, runs[0].evaluation["split"])
+        answers = table(rows, names, (sample for sample in split if sample.id in wanted))
     return render(
         "compare.html.j2",
         language,

@@ -50,7 +50,12 @@ def main() -> None:
     )
     direction = next((word for word in sys.argv[1:] if word in directions), "")
     if direction == "merge":
-        add("adapters", nargs="+", metavar="adapter[:number]", help="PEFT folder, and what its product counts (1)")
+        add(
+            "adapters",
+            nargs="+",
+            metavar="adapter[:number]",
+            help="PEFT folder, and the factor for its pairs (default 1)",
+        )
     # An optional one would count as left out where options stand before it, as in the rules.
     optional = "?" if direction == "verify" else None
     add("target", type=Path, nargs=optional, help="folder to write; it appears only when it is whole")
@@ -99,7 +104,9 @@ def export_peft(args: argparse.Namespace) -> None:
     base = write_peft(source, args.target, model, args.base)
     print(f"{args.source} → {args.target}: LoRA's pairs as PEFT loads them, beside {base}")
     if Checkpoint.of(base.partition(" ")[0]).kind not in ("hub", "huggingface"):
-        print(f"warning: PEFT cannot load {base}: --base: a Hugging Face folder (mcore2hf makes one of it) or a hub id")
+        print(
+            f"warning: PEFT cannot load {base}; name a Hugging Face folder (mcore2hf makes one) or a hub id with --base"
+        )
 
 
 def merge_adapters(args: argparse.Namespace) -> None:
@@ -122,10 +129,14 @@ def merge_adapters(args: argparse.Namespace) -> None:
             f"{len(adapter.beside(model))} weights of {adapter.base or 'a base that it does not name'}"
         )
     print("\n".join(lines), flush=True)
-    done = merge(base, adapters, args.target, model, *limits_of(base, base, args), args.export_names)
     said = [fingerprint(read_object(adapter.folder / ADAPTER)) for adapter, _ in adapters]
     weights = [[source_fingerprint(folder) for folder in (base, *folders)], [number for _, number in adapters], said]
-    finish(args, done, fingerprint(weights))
+    about = {
+        "depends": fingerprint(weights),
+        "base": args.source if checkpoint.kind == "hub" else base.resolve().name,
+        "adapters": [[folder.name, number] for folder, (_, number) in zip(folders, adapters, strict=True)],
+    }
+    say_done(args, merge(base, adapters, args.target, model, *limits_of(base, base, args), args.export_names, about))
     write_card(args.target, args.target.name)
 
 
@@ -158,6 +169,10 @@ def to_megatron(args: argparse.Namespace) -> dict:
     parts = named_parts((each.partition("=")[::2] for each in args.part), "--part {}={}")
     checkpoint = Checkpoint.of(args.source)
     adapter = Adapter.of(checkpoint.folder) if checkpoint.kind == "peft" else None
+    if adapter and parts:
+        raise SettingsError(
+            f"--part, and {args.source} is a PEFT folder", "merge it first (merge), or leave --part out"
+        )
     checkpoint = checkpoint.base
     on_hub = checkpoint.kind == "hub"
     source = checkpoint.folder if on_hub else existing_checkpoint(checkpoint.folder)
@@ -224,9 +239,13 @@ def depends_on(
 def finish(args: argparse.Namespace, done: dict, depends: str) -> dict:
     done["depends"] = depends
     write_json(args.target / MARKER, done, sealed=True)
+    say_done(args, done)
+    return done
+
+
+def say_done(args: argparse.Namespace, done: dict) -> None:
     facts = f"{done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
     print(f"{args.source} → {args.target}: {facts}")
-    return done
 
 
 def made_before(target: Path, depends: str) -> dict | None:

@@ -89,13 +89,17 @@ def find_gpu() -> Finding:
         )
     if not gpu_count():
         return bad("there is one, and none can be used", "CUDA_VISIBLE_DEVICES hides it, or its driver does not answer")
-    names = [f"{gpu.name} ({gpu.memory_gib:.0f} GiB, {gpu.used_gib:.0f} in use)" for gpu in gpus()]
-    if old := [gpu.name for gpu in gpus() if gpu.capability and gpu.capability < OLDEST_GPU]:
+    if not (found := gpus()):
+        return bad(
+            "nvidia-smi does not describe it", "`nvidia-smi` must list it, and those that CUDA_VISIBLE_DEVICES names"
+        )
+    names = [f"{gpu.name} ({gpu.memory_gib:.0f} GiB, {gpu.used_gib:.0f} in use)" for gpu in found]
+    if old := [gpu.name for gpu in found if gpu.capability and gpu.capability < OLDEST_GPU]:
         return bad(
             f"{old[0]} is too old to train (compute capability below {OLDEST_GPU})",
             "choose others with CUDA_VISIBLE_DEVICES",
         )
-    unknown = "" if known_gpu(gpus()[0].name) else "; its speed is not known: no prediction, no MFU"
+    unknown = "" if known_gpu(found[0].name) else "; its speed is not known: no prediction, no MFU"
     return ok(", ".join(names) + unknown)
 
 

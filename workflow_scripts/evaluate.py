@@ -14,20 +14,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llava_sft.checkpoint.start import read_hf_config
 from llava_sft.checkpoint.verify import require_export
-from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, exits_cleanly
+from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, SftError, exits_cleanly
 from llava_sft.evaluation.answers import Model, Options, answers_of
 from llava_sft.evaluation.base import exported, start_of
 from llava_sft.evaluation.judge import Answer, group_summaries, judge, summary
-from llava_sft.evaluation.questions import Questions, read_questions
+from llava_sft.evaluation.questions import Questions, read_questions, require_positions
 from llava_sft.evaluation.scores import SPELLINGS, Score, function_file, load_score
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json, write_text
 from llava_sft.machine import vllm_interpreter
+from llava_sft.model.hf_config import model_of_config
 
 PREDICTIONS = "predictions.jsonl"
 DEFAULT_BY = "kind"
 INTERRUPTED = 130  # exit code
-RULES = 5  # version of what evaluation.json holds: another number evaluates anew
+RULES = 6  # version of what evaluation.json holds: another number evaluates anew
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", default="all", help="all, or the number of samples")
     add("--base", type=Path, metavar="EXPORT", help="another export, to compare with")
     add("--start-of", type=path, metavar="RUN_DIR", help="compare with what this run started from")
+    add("--skip-missing-start", action="store_true", help="no error where what that run started from is gone")
     add("--base-answers", type=Path, metavar="DIR", help="keeps answers of what is compared with (beside the output)")
     add("--batch-size", type=int, default=Options().batch_size, help="questions at once, of transformers (%(default)s)")
     add("--max-new-tokens", type=int, default=Options().max_new_tokens, help="longest answer (%(default)s)")
@@ -93,6 +96,7 @@ def evaluate(args: argparse.Namespace) -> None:
     scores = read_scores(args.scores)
     options = Options(args.batch_size, args.max_new_tokens, vllm_interpreter(args.engine, args.vllm_python))
     model, (base, missing) = exported(args.model_dir), find_base(args)
+    require_positions(args.max_new_tokens, model_of_config(read_hf_config(args.model_dir)))
     limit = None if args.samples == "all" else int(args.samples)
     asked = read_questions(args.data, args.dataset, args.split, limit, args.image_root)
     files = [file_fingerprint(path) for score in args.scores if (path := function_file(score))]
@@ -114,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
         try:
             before = answers_of(base, questions, asked.fingerprint, options, kept)
         except CheckpointError as error:
-            missing = error.problem
+            missing = missing_start(args, error)
     rows = judge(asked.samples, answers, scores, args.by, before)
     result = described(rows, [score.name for score in scores], answers, before)
     result["base"] = {"name": base.name, "cut": sum(a.cut for a in before)} if base and before else {"missing": missing}
@@ -140,7 +144,7 @@ def read_scores(names: list[str]) -> list[Score]:
 
 
 def find_base(args: argparse.Namespace) -> tuple[Model | None, str]:
-    """The model to compare with; or why a run has none, which stops no evaluation."""
+    """The model to compare with; or why a run has none, where that is no error."""
     if args.base:
         return exported(args.base), ""
     if not args.start_of:
@@ -148,7 +152,16 @@ def find_base(args: argparse.Namespace) -> tuple[Model | None, str]:
     try:
         return start_of(args.start_of, args.base_answers), ""
     except (CheckpointError, RunError, DamagedFileError) as error:
-        return None, error.problem
+        return None, missing_start(args, error)
+
+
+def missing_start(args: argparse.Namespace, error: SftError) -> str:
+    """Why there is no comparison. Errors: RunError, unless --skip-missing-start says that it is none."""
+    if not args.skip_missing_start:
+        raise RunError(
+            f"--start-of {args.start_of}: {error.problem}", "another run directory, or --skip-missing-start"
+        ) from error
+    return error.problem
 
 
 def described(
@@ -192,7 +205,7 @@ def print_summary(args: argparse.Namespace, result: dict[str, Any], asked: Quest
         if cut:
             print(
                 f"  {cut:,} of {result['answers']:,} answers{whose} were cut after {args.max_new_tokens} tokens "
-                "(max_new_tokens), which makes most of them wrong"
+                "(max_new_tokens, --max-new-tokens), which makes most of them wrong"
             )
     if asked.leak:
         print(f"  {asked.leak}")

@@ -8,6 +8,9 @@ import argparse
 import re
 from pathlib import Path
 
+import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
+
+# isort: split
 import yaml
 
 from llava_sft.errors import SettingsError, exits_cleanly
@@ -105,10 +108,13 @@ def spelled(value: object) -> str:
 
 def write(path: Path, script: Path, found: Found, name: str) -> None:
     """Write the experiment if its settings pass the workflow's own check; else leave nothing. Raises SettingsError."""
-    lines = [f"{f'{setting}: {spelled(value)}':50}  # {where}" for setting, (value, where) in in_order(found)]
+    lines = [
+        f"{f'{setting}: {spelled(value)}':50}  # {' '.join(where.split())}"
+        for setting, (value, where) in in_order(found)
+    ]
     lost = [f"#   {' '.join(line.split())}" for line in found.lost]
     notes = ["", "# Not taken over:", *lost] if lost else []
-    write_text(path, HEAD.format(script=script.name) + "\n".join([*lines, *notes]) + "\n")
+    write_text(path, HEAD.format(script=" ".join(script.name.split())) + "\n".join([*lines, *notes]) + "\n")
     try:
         if name not in experiments():
             raise SettingsError(f"{name!r} cannot name an experiment", f"--name: {NAME_RULE}")

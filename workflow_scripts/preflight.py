@@ -24,6 +24,7 @@ from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import DataError, SettingsError, exits_cleanly
+from llava_sft.evaluation.questions import require_positions
 from llava_sft.files import read_json, write_json
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, require_engine, this_machine
@@ -95,8 +96,8 @@ def main() -> None:
         start = beside_its_base(start, settings.trained.lora)
         model, own_values = model_of_start(start, model, paths.converted is not None)
         check_parallel_sizes(settings, model)  # the checkpoint may have another vocabulary than the model's file
+        require_positions(settings.max_new_tokens, model)
     samples = samples_of(paths, start.sidecars, keep=not args.gpu)
-
     cores = cluster.get("cpus_per_task") or len(os.sched_getaffinity(0))
     counts = len(samples.sizes.tokens), samples.dataset["heldout"]["samples"]
     values, why = resolve(settings, *counts, samples.epoch, cores=cores)

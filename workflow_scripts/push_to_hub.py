@@ -87,7 +87,7 @@ def look(repository: str, public: bool) -> list[str] | None:
         raise SettingsError("no token of the Hugging Face hub here", "`hf auth login`, or the variable HF_TOKEN")
     with refusals_said(repository):
         try:
-            found = HfApi().model_info(repository)
+            found = HfApi().model_info(repository, timeout=10)
         except errors.RepositoryNotFoundError:
             return None
     if found.private == public:

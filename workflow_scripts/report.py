@@ -4,7 +4,6 @@ Every input but the resolved settings may be missing, and so may their keys: the
 """
 
 import argparse
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from llava_sft.checkpoint.verify import is_export
 from llava_sft.data.index import leak_note
 from llava_sft.data.stored import read_split
-from llava_sft.errors import DamagedFileError, DataError, RunError, exits_cleanly
+from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
 from llava_sft.evaluation.scores import explained
 from llava_sft.files import file_fingerprint, read_json, read_rows, write_text
 from llava_sft.publish.card import CARD, write_card
@@ -172,9 +171,7 @@ def answers_of(
         return None
     rows = read_rows(predictions)
     models = [say("after"), say("before")] if rows and "base_correct" in rows[0] else [say("answer")]
-    with suppress(DataError, OSError):
-        return table([rows], models, islice(read_split(data, evaluation["split"]), len(rows)) if data else [])
-    return table([rows], models, [])
+    return table([rows], models, islice(read_split(data, evaluation["split"]), len(rows)) if data else [])
 
 
 def is_accuracy(evaluation: dict[str, Any]) -> bool:

@@ -10,24 +10,27 @@ import platform
 import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
 from llava_sft.errors import SftError, exits_cleanly
 from llava_sft.gpu_stack import (
     BUILDS_ENGINE,
+    CUDA_COMPILER,
     ENGINE,
+    Missing,
     compiler_trouble,
-    cudnn_trouble,
     driver_trouble,
     engine_trouble,
     gpu_name,
-    toolkit_trouble,
 )
 
+LOCK = Path("requirements.lock")
+BUILD = {"NVTE_FRAMEWORK": "pytorch", "NVTE_BUILD_USE_NVIDIA_WHEELS": "1", "NVTE_WITH_NCCL_EP": "0"}
 SUPPORTED = "Linux on x86-64; on aarch64 and in WSL 2 the same packages exist, but nobody has tried"
-SHOWN = re.compile(r"\s*(Resolved|Prepared|Installed|Downloading|Building|Built|Audited)\b")  # of what uv prints
+SHOWN = re.compile(
+    r"\s*(Resolved|Prepared|Installed|Downloading|Building|Built|Audited|Downloaded)\b"
+)  # of what uv prints
 OFFLINE = re.compile(r"dns error|lookup address|connection refused|Network is unreachable|timed out|tunnel|ConnectError|"
                      r"client error \(Connect\)|Failed to establish|disabled|No matching distribution found for uv", re.I)  # fmt: skip
 
@@ -43,14 +46,13 @@ def main() -> None:
         raise SftError(
             f"WHEELS={args.wheels}: no wheels there", "fill it with `make wheels WHEELS=…` where there is a network"
         )
-    lock = Path("requirements.lock")
     if not args.engine:
-        count = len(re.findall(r"^[\w.-]+==", lock.read_text(), re.M))
+        count = len(re.findall(r"^[\w.-]+==", LOCK.read_text(), re.M))
         bootstrap(args.wheels)
         print(
-            f"{count} packages of {lock} (with CUDA's libraries up to 3.5 GB to download, 7 GB on disk) …", flush=True
+            f"{count} packages of {LOCK} (with CUDA's libraries up to 3.5 GB to download, 7 GB on disk) …", flush=True
         )
-        install(["-r", str(lock)], args.wheels)
+        install(["-r", str(LOCK)], args.wheels)
         install(["--no-deps", "--no-build-isolation", "--editable", "."], args.wheels)
     gpu = gpu_name()
     if gpu or args.engine:
@@ -111,7 +113,8 @@ def explained(lines: list[str], wheels: Path | None) -> SftError:
     wrong = [
         line.strip(" ×╰─▶├│") for line in lines if line.strip() and not SHOWN.match(line) and "WARNING" not in line
     ]
-    text = "\n    ".join(wrong[:6])
+    causes = [line for line in wrong if "fatal error:" in line or "CUDA error" in line]  # of a compiler, amid its story
+    text = "\n    ".join((causes or wrong)[:6])
     if wheels:
         return SftError(
             f"WHEELS={wheels} lacks a package:\n    {text}",
@@ -131,10 +134,12 @@ def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
     if engine_trouble() is None:
         print(f"{gpu or 'no GPU'}: Transformer Engine is installed")
         return
-    site_packages = Path(sysconfig.get_path("purelib"))
     troubles = [driver_trouble()] if gpu else []
-    if not (wheels and any(wheels.glob("transformer_engine_torch-*.whl"))):  # its extension is compiled here
-        troubles += [compiler_trouble(), toolkit_trouble(), cudnn_trouble(site_packages)]
+    if wheels and not any(wheels.glob("transformer_engine_torch-*")):
+        fix = "make its wheel where there are a network and a C++ compiler (docs/hardware.md)"
+        troubles.append(Missing(f"{wheels} has no wheel transformer_engine_torch", fix))
+    elif not (wheels and any(wheels.glob("transformer_engine_torch-*.whl"))):  # its extension is compiled here
+        troubles.append(compiler_trouble())
     missing = [trouble for trouble in troubles if trouble]
     if missing:
         what = "; ".join(trouble.what for trouble in missing)
@@ -144,11 +149,12 @@ def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
         print(f"warning: {gpu}: Transformer Engine, which training on it needs, is not installed: {what}\n  fix: {fix}")
         return
     print(
-        f"{gpu or 'no GPU here'}: Transformer Engine (350 MB to download; its extension is compiled: 3 to 20 minutes) …",
+        f"{gpu or 'no GPU here'}: Transformer Engine (500 MB to download; its extension is compiled: 3 to 20 minutes) …",
         flush=True,
     )
-    install(BUILDS_ENGINE, wheels)
-    install(["--no-build-isolation", *ENGINE], wheels, NVTE_FRAMEWORK="pytorch", NVTE_WITH_NCCL_EP="0")
+    cuda = re.findall(r"^nvidia-cuda-runtime==(\d+\.\d+)", LOCK.read_text(), re.M)[0]
+    install([*BUILDS_ENGINE, *(f"{package}=={cuda}.*" for package in CUDA_COMPILER)], wheels)
+    install(["--no-build-isolation", *ENGINE], wheels, **BUILD)
 
 
 if __name__ == "__main__":

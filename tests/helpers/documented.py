@@ -6,6 +6,8 @@ CONVERT = "python workflow_scripts/convert_checkpoint.py"
 
 # A form of command → the test that runs it, or the script whose dated result is in benchmarks/results.
 COMMANDS = {
+    r"make (gpu|doctor|wheels WHEELS=wheels|setup WHEELS=wheels)": "tests/test_set_up.py::doctor",
+    r"python workflow_scripts/import_shell_script.py \S+\.sh": "tests/test_import_shell_script.py::import_shell_script",
     r"(NNODES=2 .* )?\.venv/bin/snakemake --cores all train_mydata": "tests/test_nodes.py::snakemake",
     rf"make train_\w+{OPTIONS}": 'benchmarks/clone_to_report.py::"make", "train_vqa"',
     rf"snakemake( --cores 8)? (-n )?train_(vqa|mydata|agriculture|X){OPTIONS}": "tests/test_end_to_end.py::test_killed_run_goes_on",
@@ -32,14 +34,14 @@ COMMANDS = {
 }
 # Those that no test runs: shell and Slurm's own commands, what needs the network, a GPU or another machine. Day, where.
 BY_HAND = {
+    r"(docker|apptainer) (build|run) .*": "not run: no container program at hand; tests/test_set_up.py checks the recipes",
     r"export NNODES=.*": "not run: no Volcano at hand",
-    r"source .venv/bin/activate|cd /shared/me/llava_sft|tmux|EXPORT=\S+|touch .venv/.ready": "the shell's own",
-    r"squeue --me .*|tail -f \S+|tensorboard --logdir .*|nvcc --version": "of other programs",
+    r"source .venv/bin/activate|cd /shared/me/llava_sft|tmux|EXPORT=\S+": "the shell's own",
+    r"squeue --me .*|tail -f \S+|tensorboard --logdir .*|make tensorboard|nvcc --version": "of other programs",
     r"snakemake|snakemake -n train_vqa|make clean": "2026-11-28, two CPU cores",
     r"snakemake --rulegraph dot train_vqa \| dot -Tsvg > chain.svg": "2026-11-28, two CPU cores",
-    r"\.venv/bin/uv pip install -e '\.\[gpu\]'": "not run as it stands: Transformer Engine came from wheels, 2026-11-27, H200",
     r"\.venv/bin/python -c 'import torch; .*'": "2026-11-28, two CPU cores",
-    r"python3\.12 -m (pip|venv) .*|\.venv/bin/pip install --no-index .*": "2026-11-27, H200 without network",
+    r"NVTE_\S+ .* -m pip wheel .*|\.venv/bin/uv pip install nvidia-.*": "compiled in part on 2026-11-28, two CPU cores, not to the end",
     r"hf (download|auth) .*": "the hub's own; no network at hand",
     r"vllm serve .*": "not on a GPU: docs/use.md, What was run",
     r"printf .* > overrides\.txt|VLLM_CPU_\S+ .*|curl .*": "2026-11-28, two CPU cores",
@@ -72,6 +74,7 @@ QUESTIONS = [
         '"The detected CUDA version mismatches the version that was used to compile PyTorch"',
     ),
     ("NVIDIA/Megatron-LM#878, pytorch/pytorch#5040", '"Unexpected bus error", "insufficient shared memory (shm)"'),
+    ("modelscope/ms-swift#4071, #6687, hiyouga/LlamaFactory#952", "Can I watch it in Weights & Biases or SwanLab?"),
     (
         "QwenLM/Qwen3-VL#1981, #1658, zai-org/GLM-4#261, hiyouga/LlamaFactory#4031, modelscope/ms-swift#5238",
         "The loss is 0",

@@ -62,6 +62,7 @@ def casts_beside_transformer_engine() -> dict[str, int]:
 
 def largest_values_are_right() -> dict[str, bool]:
     """What each kernel leaves in `amax`, beside what PyTorch finds in what it wrote, at 4B's widths."""
+    from llava_sft.model import activations, rotary
     from llava_sft.model import kernels as k
 
     def r(*shape, dtype=torch.bfloat16):
@@ -78,18 +79,18 @@ def largest_values_are_right() -> dict[str, bool]:
         given = r(n, width), total, weight, bias, mean, scale, r(n, width), sums, bias is not None
         found[f"norm_backward {width}"] = right(k.norm_backward(*given, amax=casts.places(device)))
     gate_and_up = r(n, 2 * 9728)
-    found["swiglu"] = right(k.swiglu(gate_and_up, amax=casts.places(device)))
-    found["swiglu_backward"] = right(k.swiglu_backward(r(n, 9728), gate_and_up, amax=casts.places(device)))
+    found["swiglu"] = right(activations.swiglu(gate_and_up, amax=casts.places(device)))
+    found["swiglu_backward"] = right(activations.swiglu_backward(r(n, 9728), gate_and_up, amax=casts.places(device)))
     x, sums = r(n, 4096), k.PartialSums(4096, device)
-    found["gelu"] = right(k.gelu(x, casts.places(device)))
-    found["gelu_backward"] = right(k.gelu_backward(r(n, 4096), x, sums, amax=casts.places(device)))
+    found["gelu"] = right(activations.gelu(x, casts.places(device)))
+    found["gelu_backward"] = right(activations.gelu_backward(r(n, 4096), x, sums, amax=casts.places(device)))
     for heads, groups, head_dim, weights in ((32, 8, 128, (r(128), r(128))), (16, 16, 64, None)):
         qkv = r(n, (heads + 2 * groups) * head_dim)
         angles = r(n, 1, head_dim, dtype=torch.float32), r(n, 1, head_dim, dtype=torch.float32)
         sums = k.PartialSums(qkv.size(1), device)
-        grads = k.rope(qkv, groups, *angles, weights, 1e-6)
+        grads = rotary.rope(qkv, groups, *angles, weights, 1e-6)
         found[f"rope_backward {heads}"] = right(
-            k.rope_backward(grads, qkv, *angles, sums, weights, 1e-6, casts.places(device))
+            rotary.rope_backward(grads, qkv, *angles, sums, weights, 1e-6, casts.places(device))
         )
     return found
 

@@ -23,9 +23,9 @@ def megatron_here() -> Iterator[Callable]:
             replace(owner, name, value)
 
         patch.setattr(cpu, "_replace", remember)
+        cpu.apply()
         from megatron.core import parallel_state
 
-        cpu.apply()
         from llava_sft.megatron import parallel
         from llava_sft.training.forward import build_model
 

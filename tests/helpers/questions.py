@@ -9,6 +9,8 @@ from helpers.webdatasets import Raw, record
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
+from llava_sft.evaluation import answers
+from llava_sft.evaluation.judge import Answer
 from llava_sft.files import write_json
 
 
@@ -38,3 +40,15 @@ def run(monkeypatch, export: Path, data: Path, output: Path, *words: str) -> Non
     options = ["--dataset", str(data / "dataset.json"), "--output", str(output), "--max-new-tokens", "2", *words]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(export), str(data / "wds"), *options])
     main()
+
+
+def counted(monkeypatch) -> list[int]:
+    """How many questions were asked at each loading of a model, whose answers are then always the same."""
+    made: list[int] = []
+
+    def answer(folder, questions, *options):
+        made.append(len(questions))
+        yield from ((number, Answer("Answer 0.", False)) for number in reversed(range(len(questions))))
+
+    monkeypatch.setattr(answers, "generate", answer)
+    return made

@@ -76,12 +76,16 @@ class Run:
         return read_jsonl(self.folder / "validation.jsonl")
 
     def weights(self, iteration: int) -> dict[str, bytes]:
-        """Every tensor of a checkpoint, weights and optimizer, as bytes."""
-        from llava_sft.checkpoint.safetensors_io import tensor_bytes
-        from llava_sft.checkpoint.torch_dist import TorchDistReader
+        return stored(checkpoint_dir(self.folder, iteration))
 
-        reader = TorchDistReader(checkpoint_dir(self.folder, iteration))
-        return {name: bytes(tensor_bytes(reader.read(name))) for name in reader.tensors()}
+
+def stored(checkpoint: Path) -> dict[str, bytes]:
+    """Every tensor of a checkpoint, weights and optimizer, as bytes."""
+    from llava_sft.checkpoint.safetensors_io import tensor_bytes
+    from llava_sft.checkpoint.torch_dist import TorchDistReader
+
+    reader = TorchDistReader(checkpoint)
+    return {name: bytes(tensor_bytes(reader.read(name))) for name in reader.tensors()}
 
 
 def demo(project: Path) -> dict:

@@ -18,7 +18,8 @@ def as_ascii(error):
     return "".join(LOOK_ALIKES.get(c, "\\u%04x" % ord(c)) for c in lost), error.end  # noqa: UP031
 
 
-if sys.version_info < (3, 12) or importlib.util.find_spec("pydantic") is None:
+bare = importlib.util.find_spec("pydantic") is None and not sys.argv[0].endswith("set_up.py")  # which installs it
+if sys.version_info < (3, 12) or bare:
     sys.exit(
         "error: %s (Python %d.%d): %s\n  fix: .venv/bin/python in its place; `make setup` makes .venv"  # noqa: UP031
         % (sys.executable, sys.version_info[0], sys.version_info[1],

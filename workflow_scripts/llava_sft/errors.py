@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
 MORE_SPACE = "free some space on that disk, then run the same command again"
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
@@ -113,6 +113,10 @@ def of_file(error: OSError) -> SftError:
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
         return SftError(what, MORE_SPACE)
+    if error.errno == errno.EROFS:
+        return SftError(
+            what, "work in a folder that is not read-only; output may lie elsewhere: --config exp_dir=FOLDER"
+        )
     if error.errno in NOT_ALLOWED:
         return SftError(
             what, "make it readable and writable for you (`ls -ld` shows whose it is), or name another place"

@@ -1,8 +1,7 @@
-"""What a machine needs before it can train on its GPU: driver, compiler, CUDA toolkit, Transformer Engine. Standard library only:
-set-up asks here before anything is installed."""
+"""What a machine needs before it can train on its GPU: driver, compiler, Transformer Engine. Standard library only: set-up asks
+here before anything is installed."""
 
 import os
-import re
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -12,11 +11,9 @@ from typing import NamedTuple
 CUDA = 13  # major version that the locked torch is built for; a test compares it with requirements.lock
 OLDEST_DRIVER = 580  # of that CUDA
 ENGINE = [f"transformer-engine[pytorch,core-cu{CUDA}]>=2.20.2,<3"]
-BUILDS_ENGINE = [
-    "setuptools",
-    "wheel",
-    "nvidia-cudnn-frontend",
-]  # its extension is compiled against the installed torch
+# Its extension is compiled against the installed torch and the CUDA that came with it: no toolkit of the machine is asked.
+BUILDS_ENGINE = ["setuptools", "wheel", "nvidia-cudnn-frontend"]
+CUDA_COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt")  # of the version of torch's nvidia-cuda-runtime
 
 
 class Missing(NamedTuple):
@@ -61,30 +58,6 @@ def compiler_trouble() -> Missing | None:
     if shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"):
         return None
     return Missing("no C++ compiler", "apt install build-essential, or module load gcc")
-
-
-def toolkit_trouble() -> Missing | None:
-    places = [
-        os.environ.get("CUDA_HOME"),
-        shutil.which("nvcc") and Path(str(shutil.which("nvcc"))).parents[1],
-        "/usr/local/cuda",
-    ]
-    fix = f"apt install cuda-toolkit-{CUDA}-0 (or module load cuda/{CUDA}), and CUDA_HOME=/usr/local/cuda if it is elsewhere"
-    for nvcc in (Path(place) / "bin/nvcc" for place in places if place):
-        if nvcc.is_file():
-            release = re.search(r"release (\d+)", said(str(nvcc), "--version") or "")
-            if release and int(release[1]) == CUDA:
-                return None
-            return Missing(f"{nvcc} is of CUDA {release[1] if release else '?'}, torch of CUDA {CUDA}", fix)
-    return Missing("no CUDA toolkit (nvcc)", fix)
-
-
-def cudnn_trouble(site_packages: Path) -> Missing | None:
-    """torch brings cuDNN along; a machine's own torch may not."""
-    places = [site_packages / "nvidia/cudnn/include", Path(os.environ.get("CUDNN_HOME", "/usr")) / "include"]
-    if any((place / "cudnn.h").is_file() for place in (*places, Path("/usr/include/x86_64-linux-gnu"))):
-        return None
-    return Missing("no cuDNN headers", f"pip install nvidia-cudnn-cu{CUDA}, or CUDNN_HOME=/folder/of/cudnn")
 
 
 def engine_trouble() -> Missing | None:

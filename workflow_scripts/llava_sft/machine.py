@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 
 from llava_sft.errors import SettingsError
-from llava_sft.gpu_stack import engine_trouble
+from llava_sft.gpu_stack import engine_trouble, said
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
@@ -96,11 +96,7 @@ def gpus() -> list[Gpu]:
     command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,compute_cap", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command += ["-i", visible]
-    try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.rsplit(", ", 3) for line in listing.splitlines()]
+    rows = [line.rsplit(", ", 3) for line in (said(*command) or "").splitlines()]
     return [
         Gpu(name, float(total) / 1024, float(used) / 1024, float(says) if says.replace(".", "").isdecimal() else None)
         for name, total, used, says in rows
@@ -141,13 +137,18 @@ def free_memory() -> int:
     return free
 
 
+# As settings, and as options of evaluate.py.
+WITH_VLLM = "vllm_python: ENVIRONMENT/bin/python of an environment with vLLM (evaluate.py: --vllm-python)"
+WITHOUT_VLLM = "evaluate_with: transformers (evaluate.py: --with transformers)"
+
+
 def vllm_interpreter(choice: str | None, python: Path | None) -> Path | None:
     """The interpreter whose vLLM answers, as the settings evaluate_with and vllm_python choose; None: transformers do.
 
     Without a choice, vLLM does where there are both it and a GPU. Raises SettingsError where it is asked for and not there.
     """
     if python and not (python.is_file() and os.access(python, os.X_OK)):
-        raise SettingsError(f"vllm_python: {python}: no such program", "bin/python of an environment with vLLM")
+        raise SettingsError(f"vllm_python: {python}: no such program", WITH_VLLM)
     if choice == "transformers" or (choice is None and not gpu_count()):
         return None
     if python is None and find_spec("vllm"):
@@ -158,7 +159,7 @@ def vllm_interpreter(choice: str | None, python: Path | None) -> Path | None:
         return None
     raise SettingsError(
         f"{'evaluate_with: vllm, and' if choice else 'vllm_python:'} {python or sys.executable} has no vLLM",
-        "vllm_python: bin/python of an environment with vLLM, or evaluate_with: transformers",
+        f"{WITH_VLLM}; or {WITHOUT_VLLM}",
     )
 
 
@@ -169,13 +170,12 @@ def _has_vllm(python: Path) -> bool:
             [python, "-c", look], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise SettingsError(
-            f"vllm_python: {python} cannot be run: {error.strerror}", "bin/python of an environment with vLLM"
-        ) from None
+        raise SettingsError(f"vllm_python: {python} cannot be run: {error.strerror}", WITH_VLLM) from None
     return said.stdout.strip() == "vLLM"  # any other program may end with exit code 0
 
 
 def end_with_parent() -> None:
-    """Let this process end when its parent does, however that ends."""
+    """Have the kernel kill this process when its parent ends, however it does (Linux): training processes that outlived a
+    killed launcher would keep writing into a run directory that the next start believes to be its own."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -168,6 +168,12 @@ class Paths:
         """The raw data; empty for a finished webdatasets folder. Raises DataError for files that are missing."""
         return find_sources(self.settings, self.is_demo)
 
+    @property
+    def raw_files(self) -> list[Path]:
+        """What the index is made from. The demo's tokenizer, too, may have to be made: the inspection counts with it."""
+        files = [path for source in self.sources for paths in source.files.values() for path in paths]
+        return [*files, self.tokenizer] if self.tokenizer and self.is_demo(self.tokenizer) else files
+
     @cached_property
     def shards(self) -> dict[str, Shard]:
         """The plan of the conversion, see `plan_shards`."""

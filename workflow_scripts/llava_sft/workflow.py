@@ -201,7 +201,7 @@ class Workflow(Experiments):
 
     @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:
-        files = [path for source in self.of(wildcards).sources for paths in source.files.values() for path in paths]
+        files = self.of(wildcards).raw_files
         return list(dict.fromkeys(self._made_first(wildcards, path) for path in files))
 
     @exits_cleanly

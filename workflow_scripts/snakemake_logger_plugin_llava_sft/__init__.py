@@ -17,6 +17,7 @@ from typing import Any
 
 import snakemake.cli
 from snakemake.common.argparse import ArgumentParser
+from snakemake.jobs import GroupJob
 from snakemake.logging import ColorizingTextHandler, DefaultFilter, DefaultFormatter, get_event
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -42,8 +43,14 @@ def print_unless_profile(*words: Any, **options: Any) -> None:
         print(*words, **options)
 
 
+def log_error_with_reason(self: GroupJob, msg: str | None = None, aux_logs: list | None = None, **facts: Any) -> None:
+    """In place of GroupJob.log_error, which leaves out why the executor failed the group."""
+    log_group_error(self, msg, aux_logs, **facts, rule_msg=msg)
+
+
 if "--verbose" not in sys.argv:
     vars(snakemake.cli)["print"] = print_unless_profile
+log_group_error, GroupJob.log_error = GroupJob.log_error, log_error_with_reason
 ArgumentParser.print_usage = lambda *_: None  # a hundred lines before the one that says which option is wrong
 
 
@@ -73,7 +80,7 @@ class LogHandler(LogHandlerBase):
 
     def emit(self, record: logging.LogRecord) -> None:
         with self.turn:
-            if get_event(record) == LogEvent.JOB_FINISHED and (job := self._job(record)):
+            if get_event(record) in (LogEvent.JOB_FINISHED, LogEvent.JOB_ERROR) and (job := self._job(record)):
                 self._read(job, ended=True)
             if get_event(record) == LogEvent.JOB_INFO and not self.state.jobs and not self.common_settings.dryrun:
                 threading.Thread(target=self._watch, daemon=True).start()

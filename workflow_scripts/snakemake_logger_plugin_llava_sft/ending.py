@@ -14,7 +14,7 @@ NOISE = re.compile(
     r"|Complete log|host: |Job counts|Rules claiming|singularity|Finished job|Conda env|Shutting down|Exiting because"
     r"|At least one job did not|Removing output files of failed|Terminating processes|Workflow finished|WorkflowError"
     r"|Elapsed time|Waiting at most|Will exit after|\[|Trying to restart|Nothing to be done|Group jobs|\d+ jobs have"
-    r"|Job \S+ has been submitted|SLURM run ID|No SLURM account|No account was given|Unable to guess SLURM|No partition"
+    r"|Shell command: None|Cannot restore |Failed to setup log file|Job \S+ has been submitted|SLURM run ID|No SLURM account|No account was given|Unable to guess SLURM|No partition"
 )
 
 
@@ -23,6 +23,7 @@ def failure(state: State) -> list[str]:
     # Ended by Ctrl-C, Snakemake waits for its jobs and names none.
     stopped = [(number, job.logs) for number, job in state.running.items() if state.interrupted]
     told = [(number, *message(logs)) for number, logs in list(state.failed.items()) or stopped]
+    told = [(number, log, text or state.refused.get(number, "")) for number, log, text in told]
     told = [entry for entry in told if entry[2]] or told[:1]  # of a group, those that say something
     if not told:
         errors = list(filter(None, state.errors))

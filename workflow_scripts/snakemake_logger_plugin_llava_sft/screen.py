@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import unicodedata
 from typing import TextIO
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Screen:
@@ -16,7 +19,8 @@ class Screen:
         self.status = ""
 
     def say(self, text: str, stream: TextIO | None = None) -> None:
-        """Print lines that stay."""
+        """Print lines that stay. They may quote data: what would steer the terminal is shown as a replacement character."""
+        text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
         with contextlib.suppress(OSError):
             self._clear()
             print(text, file=stream or sys.stdout, flush=True)

@@ -9,7 +9,7 @@ from snakemake.logging import get_event
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from snakemake_logger_plugin_llava_sft.screen import Log
-from snakemake_logger_plugin_llava_sft.words import duration, own_words, why
+from snakemake_logger_plugin_llava_sft.words import duration, own_words, refusal, why
 
 MANY = ("stage2_sftdata2webdataset",)  # rules of many short jobs: one line for all
 
@@ -37,6 +37,7 @@ class State:
         self.jobs: dict[int, Job] = {}
         self.running: dict[int, Job] = {}
         self.failed: dict[int, list[str]] = {}  # and their logs
+        self.refused: dict[int, str] = {}  # why, as the executor says it
         self.errors: list[str] = []
         self.counts: dict[str, int] = {}  # jobs of each rule that are to be done
         self.begun: Counter[str] = Counter()
@@ -62,15 +63,18 @@ class State:
             stats = getattr(record, "stats", None) or {}
             self.counts = {rule: n for rule, n in stats.items() if rule not in self.targets and rule != "total"}
         elif event == LogEvent.JOB_ERROR:
-            self._fail(record.jobid, list(record.log))
+            self._fail(record.jobid, list(record.log), record)
         elif event == LogEvent.GROUP_ERROR:
             for job in record.job_error_info:
-                self._fail(job["jobid"], [*job["log"], *record.aux_logs])
+                self._fail(job["jobid"], [*job["log"], *record.aux_logs], record)
+        elif text.startswith("Failed to setup log file"):
+            pass  # in a read-only folder, where the next message says so
         elif event == LogEvent.ERROR or record.levelno >= logging.ERROR:
             self.errors.append(own_words(getattr(record, "exception", ""), record.getMessage(), self.targets))
 
-    def _fail(self, number: int, logs: list[str]) -> None:
+    def _fail(self, number: int, logs: list[str], record: Any) -> None:
         self.failed[number] = logs
+        self.refused[number] = refusal(getattr(record, "rule_msg", None) or "")
         self.running.pop(number, None)
 
     def far(self, rule: str) -> str:

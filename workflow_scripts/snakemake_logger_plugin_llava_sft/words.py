@@ -19,6 +19,22 @@ FILE_FIXES |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"free some space on t
 FILE_FIXES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), f"move that file out of the way, {ANOTHER}")
 ALIVE = Path(".snakemake/alive")  # a line for each Snakemake that works here, by llava_sft.locks
 
+ENDED = {
+    "TIMEOUT": "a larger runtime for this rule in profiles/slurm/config.yaml",
+    "OUT_OF_MEMORY": "a larger mem_mb for this rule in profiles/slurm/config.yaml",
+}
+PROFILE = "profiles/slurm/config.yaml"
+SLURM_FIXES = {  # what Slurm says of a job that it does not take → what to do
+    "account": f"slurm_account in {PROFILE}: one that `sacctmgr show associations user=$USER` lists",
+    "partition": f"slurm_partition in {PROFILE}: one that `sinfo -s` lists",
+    "time limit": f"runtime in {PROFILE}: at most the partition's limit (`sinfo -s`)",
+    "qos": f"qos in {PROFILE}: one that `sacctmgr show associations user=$USER` lists",
+    "node configuration|cpu count|memory|gres|node count": f"cpus_per_task, mem_mb, gres and auto_nodes in {PROFILE}: at most what "
+    "`scontrol show nodes` says of a node",
+    "sinfo|contact|configuration source|not found": "`scontrol ping` shows whether Slurm answers here; where there is none, the same command without "
+    "--profile slurm",
+}
+
 
 def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
     """Snakemake's error as ours, where it is one that people meet."""
@@ -38,6 +54,17 @@ def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
         number, reason, path = of_file[-1]
         return f"error: {path}: {reason}\n  fix: {FILE_FIXES.get(int(number), 'mend that path')}"
     return text.strip()
+
+
+def refusal(text: str) -> str:
+    """Why Slurm took no job, or ended it, from what its executor says; empty for any other text."""
+    lines = re.findall(r"(?:sbatch|sinfo): (?:error|fatal): ([^\n']+)", text)
+    if lines:
+        fixes = (fix for words, fix in SLURM_FIXES.items() if re.search(words, " ".join(lines), re.IGNORECASE))
+        return f"error: Slurm did not take the job: {lines[-1].strip()}\n  fix: {next(fixes, f'mend {PROFILE}')}"
+    if found := re.search(r"SLURM status is: '(\w+)", text):
+        return f"error: Slurm ended the job: {found[1]}\n  fix: {ENDED.get(found[1], 'see the log')}"
+    return ""
 
 
 def near(word: str, targets: Collection[str]) -> str:

@@ -29,7 +29,7 @@ class Model:
         except (torch.OutOfMemoryError, MemoryError):
             raise out_of_memory() from None
         self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-        self.positions = self.export.model.config.text_config.max_position_embeddings
+        self.longest, self.positions = max_new_tokens, self.export.model.config.text_config.max_position_embeddings
         self._free = threading.Lock()
 
     def __str__(self) -> str:
@@ -54,7 +54,8 @@ class Model:
                 problem = f"the conversation has {length:,} tokens, the model reads {self.positions:,}"
                 raise RunError(problem, "begin another, or ask about fewer pictures")
             try:
-                yield from self.export.stream(messages, pictures, **self.sampling)
+                most = min(self.longest, self.positions - length)
+                yield from self.export.stream(messages, pictures, max_new_tokens=most, **self.sampling)
             except (torch.OutOfMemoryError, MemoryError):
                 torch.cuda.empty_cache()
                 raise out_of_memory() from None

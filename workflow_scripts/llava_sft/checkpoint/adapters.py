@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_sft.checkpoint.base import base_of, lora_of
+from llava_sft.checkpoint.base import base_of, lora_of, note_base
 from llava_sft.checkpoint.hf_folder import ADAPTER, ADAPTER_WEIGHTS
 from llava_sft.checkpoint.peft import PREFIX, Adapter, pair_of
 from llava_sft.checkpoint.pickles import check_pickles
@@ -26,7 +26,7 @@ from llava_sft.files import atomic_dir, write_json, write_text
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.lora import pair
 from llava_sft.model.tensors import Row, Shape
-from llava_sft.run.layout import LORA, PAIRS
+from llava_sft.run.layout import PAIRS
 
 CARD = """---
 {base_model}library_name: peft
@@ -56,7 +56,7 @@ def write_peft(source: Path, target: Path, model: ModelConfig, base: str = "") -
     """
     found = lora_of(source)
     if found is None:
-        raise CheckpointError(f"{source}: not a checkpoint of LoRA", "export it whole: mcore2hf")
+        raise CheckpointError(f"{source}: not a LoRA checkpoint", "export the whole model with mcore2hf")
     check_pickles(source)
     require_whole(source, full=True)
     lora, reader = found[0], TorchDistReader(source)
@@ -64,7 +64,7 @@ def write_peft(source: Path, target: Path, model: ModelConfig, base: str = "") -
     if whole:
         raise CheckpointError(
             f"{source}: {len(whole)} tensors were trained whole, the first is {whole[0]}: an adapter does not hold them",
-            "export it merged: mcore2hf",
+            "export it merged, with mcore2hf",
         )
     tensors: dict[str, Tensor] = {}
     for row in lora.rows(model):
@@ -119,7 +119,7 @@ class Pairs:
         return a[1], b[1]
 
     def joined(self, row: Row, rank: int) -> tuple[Tensor, Tensor]:
-        """A and B beside a fused weight. What `rank` is more than PEFT's pairs fill begins as pairs begin: A random, B zero."""
+        """A [rank, in] and B [out, rank] beside a fused weight [out, in]. What `rank` is more than PEFT's pairs fill begins as pairs begin: A random, B zero."""
         a, b = map(list, zip(*map(self.read, row.hf), strict=True))
         if not self.adapter.shares(row):
             before = [self.adapter.rank * place for place in range(len(b))]
@@ -138,8 +138,8 @@ def write_pairs(folder: Path, adapter: Adapter, model: ModelConfig, base: dict[s
     """
     if adapter.noted not in ("", base["fingerprint"]):
         raise CheckpointError(
-            f"{adapter.folder}: its pairs were trained beside other weights than {adapter.base} holds now",
-            "the base as it was: its folder or hub id stands in adapter_config.json, as base_model_name_or_path",
+            f"{adapter.folder}: its pairs were trained on other weights than {adapter.base} holds now",
+            f"restore the base, or name it (base_model_name_or_path in {ADAPTER})",
         )
     lora, pairs = adapter.lora(model), Pairs(adapter)
     made: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ def write_pairs(folder: Path, adapter: Adapter, model: ModelConfig, base: dict[s
 
     shapes: dict[str, Shape] = {name: shape for row in lora.rows(model) for name, shape in lora.shapes(row).items()}
     files = write_torch_dist(folder / PAIRS, shapes, dict.fromkeys(shapes, torch.float32), produce)
-    write_json(folder / PAIRS / LORA, {"lora": lora._asdict(), "base": base}, sealed=True)
+    note_base(folder / PAIRS, lora, base)
     return {f"{PAIRS}/{name}": entry for name, entry in files.items()}
 
 

@@ -25,8 +25,21 @@ def note_base(folder: Path, lora: Lora, base: dict[str, str]) -> None:
 
 
 def base_of(folder: Path) -> dict[str, str]:
-    """What is noted of the base of a checkpoint of LoRA: its `folder` and `fingerprint`, and what it came from, `load`."""
-    return dict(read_object(folder / LORA)["base"])
+    """What is noted of the base of a checkpoint of LoRA: its `folder` and `fingerprint`, and what it came from, `load`.
+
+    Errors: CheckpointError.
+    """
+    return _noted(folder)["base"]
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    noted = read_object(folder / LORA)
+    base = noted.get("base")
+    if not isinstance(base, dict) or not {"folder", "fingerprint", "load"} <= base.keys() or "lora" not in noted:
+        raise CheckpointError(
+            f"{folder / LORA}: damaged: no base in it", "copy the file again, or use another iter_ folder"
+        )
+    return noted
 
 
 def lora_of(folder: Path) -> tuple[Lora, Path] | None:
@@ -34,13 +47,13 @@ def lora_of(folder: Path) -> tuple[Lora, Path] | None:
 
     Raises CheckpointError when the base is gone, or holds other weights.
     """
-    noted: dict[str, Any] = read_object(folder / LORA, {})
-    if not noted:
+    if not (folder / LORA).is_file():
         return None
+    noted = _noted(folder)
     base, load = _found(Path(noted["base"]["folder"]), folder), noted["base"]["load"]
     again = _making_again(base, load)
     if not base.is_dir():
-        raise CheckpointError(f"{folder}: the base of its LoRA is gone: {base}", again)
+        raise CheckpointError(f"{folder}: its base is gone: {base}", again)
     same = noted["base"].get("checksums") in (None, _checksums(base))  # noted since a later version
     if content_of(base)[0] != noted["base"]["fingerprint"] or not same:
         raise CheckpointError(

@@ -300,9 +300,12 @@ def mcore2hf(
 
 def merge(
     base: Path, adapters: list[tuple[Adapter, float]], target: Path, model: ModelConfig, min_pixels: int, max_pixels: int,
-    names: str = "model",
+    names: str = "model", about: Mapping[str, Any] | None = None,
 ) -> dict:  # fmt: skip
     """Write a Hugging Face folder of the weights of `base` with the pairs of `adapters`, each times its number.
+
+    Args:
+        about: what else the marker says.
 
     The rest as in `mcore2hf`. Raises CheckpointError when a pair does not fit the model.
     """
@@ -313,7 +316,7 @@ def merge(
     print("".join(f"{line}\n" for line in source.check(rows, alone=True)), end="", flush=True)
     spell = old_name if names == "published" else str
     shapes, dtype = hf_shapes(model), source.dtype(rows)
-    marker = _marker(base, model, dtype)
+    marker = _marker(base, model, dtype) | dict(about or {})
     with atomic_dir(target) as folder:
         write_hf_sidecars(folder, base, model, min_pixels, max_pixels, marker["dtype"])
         tensors = zip(map(spell, shapes), merged(source.reader, list(shapes), adapters), strict=True)

@@ -76,8 +76,9 @@ def is_adapter(folder: Path) -> bool:
 
 def merging(folder: Path, base: str, by_peft: bool = False) -> str:
     """How an adapter is merged into its base; `by_peft` one of a kind that is not read here."""
-    # The code of what another's file names is not to be run by a command of ours.
-    base, merged = base if base and Path(base).is_dir() else "BASE", f"{folder}-merged"
+    # PEFT runs the base's code, and that of what another's file names is not to be run by a command of ours.
+    known = base and Path(base).is_dir() and not by_peft
+    base, merged = base if known else "BASE", f"{folder}-merged"
     if not by_peft:
         return f"merge it: {MERGE_HERE} {shlex.join([base, str(folder), merged])}, and name {merged}"
     paths = {"BASE": base, "ADAPTER": str(folder), "MERGED": merged}

@@ -8,19 +8,26 @@ from llava_sft.progress import Progress
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
+def split_id(load: str) -> tuple[str, str]:
+    """(`org/name`, `revision`) of a hub id; the revision is empty where it names none."""
+    repo, _, revision = load.partition("@")
+    return repo, revision
+
+
 def fetch(load: str) -> tuple[Path, list[str]]:
     """The folder of a hub id, and a line that says which commit it is, unless the id does.
 
     Without a revision that is the newest of the main branch; of the cache alone where `HF_HUB_OFFLINE` is set, the hub cannot
     be reached or has no answer (429, 5xx). Raises CheckpointError.
     """
-    if problem := name_problem(load.partition("@")[0]):
+    repo, revision = split_id(load)
+    if problem := name_problem(repo):
         raise CheckpointError(
             f"load: {load}: no folder here, and no name on the hub: {problem}", "a folder, or org/name"
         )
-    if "@" in load:
+    if revision:
         folder = download(load)
-        moves = not folder.name.startswith(load.partition("@")[2])  # a branch or a tag
+        moves = not folder.name.startswith(revision)  # a branch or a tag
         return folder, [f"{load} is commit {folder.name}"] if moves else []
     commit, why = newest_on_hub(load)
     if commit:
@@ -66,7 +73,7 @@ def download(load: str) -> Path:
                 self.lines.total = self.total / 1e6
                 self.lines.add(self.n / 1e6 - self.lines.done)
 
-    repo, _, revision = load.partition("@")
+    repo, revision = split_id(load)
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES, tqdm_class=Bar))
     except Exception as error:  # the client passes on those of its HTTP library
@@ -111,15 +118,16 @@ def _why(error: BaseException) -> str:
 def _refusal(load: str, error: Exception) -> CheckpointError:
     from huggingface_hub import errors
 
-    repo, _, revision = load.partition("@")
+    repo, revision = split_id(load)
     folder = "" if revision else f", and {repo} is no folder here"
+    as_folder = "" if revision else "if a folder is meant, correct the path or put it there; if the hub is meant, "
     known = (
         (errors.GatedRepoError, "the hub wants you to accept its terms", "accept them, and `hf auth login`"),
         (errors.RevisionNotFoundError, f"{repo} has no revision {revision}", "a commit or tag of that repository"),
         (
             errors.RepositoryNotFoundError,
             f"no {repo} on the hub, or you have no access to it{folder}",
-            "check its name, or `hf auth login`",
+            f"{as_folder}check its name, or `hf auth login`",
         ),
     )
     for kind, problem, fix in known:
@@ -139,7 +147,7 @@ def _refusal(load: str, error: Exception) -> CheckpointError:
     which = f" --revision {revision}" if revision else ""
     return CheckpointError(
         f"load: {load}: not {'whole ' if tried in commits else ''}in the hub's cache, and {_why(error)}{folder}{more}",
-        f"run `hf download {repo}{which}` where there is a network and copy the hub's cache, or name a folder",
+        f"{as_folder}run `hf download {repo}{which}` where there is a network and copy the hub's cache, or name a folder",
     )
 
 
@@ -151,7 +159,8 @@ def _cache_of(repo: str) -> Path:
 
 def cached_commits(repo: str) -> list[str]:
     """The commits of a repository in the hub's cache, newest first by the time they came."""
-    found = [path for path in (_cache_of(repo) / "snapshots").glob("*") if path.is_dir()]
+    names = "[0-9a-f]" * 40  # not what somebody has put beside them
+    found = [path for path in (_cache_of(repo) / "snapshots").glob(names) if path.is_dir()]
     return [path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
 

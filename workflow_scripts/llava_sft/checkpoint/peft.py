@@ -57,9 +57,10 @@ class Adapter(NamedTuple):
                 )
         rank: Any = config.get("r")
         alpha: Any = config.get("lora_alpha")
-        if type(rank) is not int or type(alpha) not in (int, float) or not (rank > 0 and 0 < alpha < float("inf")):
+        types = type(rank) is int and type(alpha) in (int, float)
+        if not (types and 0 < rank < 2**31 and 0 < alpha < 2**31):
             raise CheckpointError(
-                f"{folder / ADAPTER}: r and lora_alpha must be numbers above 0, not {shown(rank)} and {shown(alpha)}",
+                f"{folder / ADAPTER}: r and lora_alpha must be numbers above 0, below 2**31, not {shown(rank)} and {shown(alpha)}",
                 "copy the file again",
             )
         if not weights.is_file():
@@ -94,7 +95,8 @@ class Adapter(NamedTuple):
 
     def lora(self, model: ModelConfig) -> Lora:
         """What trains these pairs on. Where q, k and v (gate and up) have an A each, as PEFT makes them, the one A that a
-        fused layer has here holds theirs one below the other, and the rank is a multiple of PEFT's.
+        fused layer has here holds theirs one below the other, and rank and alpha are PEFT's
+        times the number of the weights that are joined (3, 2).
 
         Raises CheckpointError unless every linear layer of each part that has pairs has one.
         """

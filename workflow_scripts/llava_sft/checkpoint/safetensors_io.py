@@ -139,7 +139,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError for a tensor with a value that is NaN or infinite: least and greatest are, if one is."""
+    """Raise CheckpointError for a tensor with a value that is NaN or infinite: the least and the greatest are, if
+    any value is."""
     if not torch.stack(torch.aminmax(tensor)).isfinite().all():
         count = int((~tensor.isfinite()).sum())
         raise CheckpointError(

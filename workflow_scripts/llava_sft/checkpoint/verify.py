@@ -33,7 +33,7 @@ def require_export(folder: Path) -> Path:
         return export
     if is_adapter(folder):
         refuse_other_forms(
-            folder, str(folder), f"`hf upload --private org/name {folder}` uploads it as it is; for an export "
+            folder, str(folder), f"`hf upload --private org/name {folder}` uploads it as it is. For an export, "
         )
     raise CheckpointError(
         f"{folder}: no export in it",
@@ -42,7 +42,7 @@ def require_export(folder: Path) -> Path:
 
 
 def content_of(folder: Path) -> tuple[str, bool]:
-    """What stands for the content of a checkpoint folder, and whether its weights are random."""
+    """What stands for the content of a checkpoint folder, and whether its weights are random. Errors: CheckpointError."""
     top = folder.parent
     if folder.name != "release" or not (marker := read_object(top / MARKER, {})):
         return _fingerprint_of_iteration(folder), False
@@ -90,7 +90,7 @@ def require_whole(folder: Path, full: bool = False) -> int:
     small = {name: entry for name, entry in files.items() if name not in weights}
     memo = (folder.parent if folder.name.startswith("iter_") else root) / VERIFIED
     if damage := find_damage(root, small, full=True) or find_damage(root, weights, memo, full):
-        again = f"delete {root} and run the command again that made it"
+        again = f"delete {root}, and run again the command that made it"
         if folder.name.startswith("iter_"):
             again = "use another iter_ folder"
         elif is_export(root):
@@ -104,7 +104,7 @@ def require_whole(folder: Path, full: bool = False) -> int:
 
 def sidecars_damage(folder: Path) -> str | None:
     """What is wrong with the tokenizer and config of a run or a converted checkpoint; None where nothing is, or nothing was
-    noted."""
+    noted. Errors: CheckpointError for a damaged note."""
     try:
         if (folder / SIDECARS_NOTE).is_file():
             return find_damage(folder, read_object(folder / SIDECARS_NOTE), full=True)

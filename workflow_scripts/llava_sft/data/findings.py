@@ -12,7 +12,7 @@ import xxhash
 
 from llava_sft.data.image_checks import ImageInfo
 from llava_sft.data.notes import Stats, counted, total
-from llava_sft.data.other_forms import example
+from llava_sft.data.other_forms import SYSTEM_KEYS, example, plain
 from llava_sft.data.records import Sample
 from llava_sft.data.rejects import read_rejects
 from llava_sft.model.processing import image_tokens, patch_grid
@@ -23,6 +23,7 @@ DECODED_IMAGES = 500  # about so many are decoded in full
 PROBLEMS_KEPT, REJECTS_KEPT, GALLERY_SAMPLES = 50, 20, 12
 RENDERED_SAMPLES, RENDERED_CHARS = 4, 20_000  # beside the longest; of each
 MOST_BARS, MOST_KEYS = 12, 50
+SEEN_KEYS = {*SYSTEM_KEYS, "kind"}  # of a sample's meta: said elsewhere
 
 META, SHARDS, INDEX, SAMPLES, IMAGES = ".nv-meta", "shards", "index against tars", "samples", "images"
 VALUES = ("tokens", "turns", "images per sample", "image width", "image height", "question length", "answer length")
@@ -145,7 +146,7 @@ class Findings:
                 which = "question length" if message["role"] == "user" else "answer length"
                 self.values[which][len(message["content"])] += 1
         for key, value in sample.meta.items():
-            if key not in ("kind", "source"):
+            if plain(key) not in SEEN_KEYS:
                 self.kept_keys[key] += 1
                 self.kept_examples.setdefault(key, example(value))
         self.leak.note(split, sample, hashes)

@@ -138,6 +138,14 @@ def _expanded(turns: list[Any]) -> tuple[list[Any], bool]:
     return expanded, len(expanded) > len(turns)
 
 
+def _content(record: dict[str, Any], key: str, role: str) -> Any:
+    """A text, or the parts or messages in its place. Several texts are several answers: none is chosen, and none joined."""
+    value = record[key]
+    if isinstance(value, list) and value and not any(isinstance(part, str) for part in value):
+        return value
+    return _text(record, key, role)
+
+
 def _question_and_answer(
     record: dict[str, Any], names: dict[str, str], asked: list[str], answered: list[str], reading: Reading
 ) -> tuple[list[Any], set[str]]:
@@ -145,7 +153,7 @@ def _question_and_answer(
     if [plain(key) for key in asked] == ["instruction", "input"]:  # Alpaca's
         question = "\n".join(_text(record, key, "question") for key in asked)
     elif len(asked) == 1:
-        question = record[asked[0]] if isinstance(record[asked[0]], list) else _text(record, asked[0], "question")
+        question = _content(record, asked[0], "question")
     else:
         raise _unclear("question", QUESTIONS, asked, record)
     if not answered and "answers" in names:
@@ -157,7 +165,7 @@ def _question_and_answer(
             )
         answer: Any = texts[0]
     elif len(answered) == 1:
-        answer = record[answered[0]] if isinstance(record[answered[0]], list) else _text(record, answered[0], "answer")
+        answer = _content(record, answered[0], "answer")
     else:
         raise _unclear("answer", ANSWERS, answered, record)
     if (options := _one_of(OPTIONS, names)) and not {"question", "answer"} <= reading.columns.keys():

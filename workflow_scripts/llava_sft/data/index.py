@@ -187,7 +187,7 @@ def leak_note(dataset: Mapping[str, Any]) -> str | None:
     if not leak["records"] + leak["images"]:
         return None
     return (
-        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on ({leak['records'] / leak['of']:.0%}: same"
+        f"{leak['records']:,} of {leak['of']:,} held-out samples are trained on ({leak['records'] / leak['of']:.1%}: same"
         f" images, same question), {leak['images']:,} share an image with the training data: the held-out accuracy says less"
         " than it seems"
     )

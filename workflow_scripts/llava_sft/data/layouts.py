@@ -41,12 +41,17 @@ def _packed(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     for prompt, caption in zip(record["prompts"], record["captions"], strict=True):
         turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": caption}]
     images = [name for name in members if re.match(r"img\d+\.", name)]
-    return Sample(key, turns, sorted(images, key=lambda name: int(name[3 : name.index(".")])), {})
+    return Sample(key, turns, sorted(images, key=_by_numbers), {})
+
+
+def _by_numbers(name: str) -> list[str | int]:
+    """`2.jpg` before `10.jpg`: texts and numbers of a name in turn."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _record(key: str, record: Any, members: Collection[str]) -> Sample[str]:
     """`KEY.jpg`, or several in the order of their names or of that in the record, and a record of raw data."""
-    pictures = sorted(name for name in members if name.rpartition(".")[2].lower() in PICTURES)
+    pictures = sorted((name for name in members if name.rpartition(".")[2].lower() in PICTURES), key=_by_numbers)
     named = [value for name, value in record.items() if holds_image(name, value)]
     order = next((value for value in named if isinstance(value, list) and len(value) == len(pictures)), [])
     places = {f"{key}.{name}": name for name in pictures} | {name: name for name in pictures}

@@ -71,6 +71,10 @@ def read_table(file: BinaryIO, start: int, end: int, update: Callable[[bytes], A
     """Rows as records whose keys are the names in the first row, which counts as a line without a record."""
     names = next((cells for _, cells, _ in _rows(file, 0)), [])
     names = [] if isinstance(names, Rejected) else [name.strip() for name in names]
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{_name(file)}: its first row is not UTF-8", "save the table as UTF-8") from None
     if twice := [name for name in names if names.count(name) > 1]:
         fix = "give each column a name of its own in the first row"
         raise DataError(f"{_name(file)}: two columns are named {shown(twice[0])}", fix)

@@ -7,6 +7,7 @@ run from the same start, asks nothing anew.
 import fcntl
 import gc
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ class Model(NamedTuple):
 def answers_of(model: Model, questions: list[Sample], data: str, options: Options, cache: Path) -> list[Answer]:
     """One answer a question, in order. `data`: a fingerprint of the questions; `cache`: the file that keeps the answers."""
     depends = fingerprint([model.fingerprint, data, options.depends()])
+    if cache.is_dir():
+        raise RunError(f"{cache}: a folder, where the answers are to be kept", "remove it, or name another --output")
     if (known := _known(model, cache, depends, len(questions))) is not None:
         return known
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +86,29 @@ def _known(model: Model, cache: Path, depends: str, count: int) -> list[Answer] 
 def _alone(cache: Path) -> Iterator[None]:
     """Let one evaluation at a time fill `cache`: of several runs from one start, the others wait and read it."""
     path = cache.with_name(f"{cache.name}.lock")
-    with open(path, "w") as lock:
-        with suppress(OSError):  # a file system without locks
+    while True:
+        with open(path, "w") as lock:
+            with suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"another evaluation asks these questions ({cache}): waiting for its answers", flush=True)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_still(path, lock):  # the one before has removed it
+                continue
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another evaluation asks these questions ({cache}): waiting for its answers", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_still(path: Path, file: TextIO) -> bool:
+    """Whether an open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _answer_the_rest(
@@ -163,8 +178,9 @@ def generate(
         torch.cuda.empty_cache()
         if len(batch) == 1:
             raise RunError(
-                f"a question of {tokens[batch[0]]:,} image tokens does not fit into this GPU's memory",
-                "smaller pictures (max_pixels), or a larger GPU",
+                f"a question does not fit into this GPU's memory ({tokens[batch[0]]:,} image tokens, "
+                f"{len(texts[batch[0]]):,} characters)",
+                "fewer or smaller pictures (max_pixels), or a larger GPU",
             )
         halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
         return [each for half in halves for each in answer(half, encode(half))]

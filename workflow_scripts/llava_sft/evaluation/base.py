@@ -25,7 +25,8 @@ def exported(folder: Path) -> Model:
     depends = read_object(folder / MARKER).get("depends")
     if not isinstance(depends, str):
         raise CheckpointError(
-            f"{folder / MARKER}: has no depends", f"delete {folder} and run the same command: it is exported again"
+            f"{folder / MARKER}: not written by this workflow, or edited: `depends` is missing",
+            f"delete {folder} and export again: `snakemake export_X`, or convert_checkpoint.py mcore2hf",
         )
     return Model(str(folder), depends, partial(readable, folder))
 

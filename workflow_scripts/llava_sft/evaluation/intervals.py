@@ -18,10 +18,10 @@ def is_binary(values: Sequence[float]) -> bool:
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[int] | None = None) -> tuple[float, float]:
-    """Of right and wrong: Wilson 1927. Of other scores: the percentiles of the bootstrap over clusters, with a fixed seed."""
+    """Of right and wrong: Wilson 1927. Of other scores from 0 to 1: see `_bootstrap`."""
     if is_binary(values):
         return wilson_interval(sum(values), len(values), design_effect(values, clusters))
-    return _bootstrap(values, clusters)
+    return _bootstrap(values, clusters, 0)
 
 
 def wilson_interval(correct: float, samples: int, effect: float = 1) -> tuple[float, float]:
@@ -70,7 +70,7 @@ def compare(before: Sequence[float], after: Sequence[float], clusters: Sequence[
         both, effect = sum(a * b for a, b in zip(before, after, strict=True)), design_effect(difference, clusters)
         interval = _newcombe(both, gained, lost, len(before), effect)
     else:
-        interval = _bootstrap(difference, clusters)
+        interval = _bootstrap(difference, clusters, -1)
     mean = sum(difference) / len(difference)
     return {"difference": mean, "interval_of_difference": interval, "p": p, "gained": gained, "lost": lost}
 
@@ -105,16 +105,20 @@ def _newcombe(both: float, gained: int, lost: int, samples: int, effect: float) 
     return middle - off(p_a - low_a, high_b - p_b), middle + off(high_a - p_a, p_b - low_b)
 
 
-def _bootstrap(values: Sequence[float], clusters: Sequence[int] | None) -> tuple[float, float]:
-    """Of the mean, clusters drawn with replacement."""
+def _bootstrap(values: Sequence[float], clusters: Sequence[int] | None, lowest: float) -> tuple[float, float]:
+    """Of the mean of values from `lowest` to 1: percentiles of the mean, clusters drawn with replacement, a fixed seed.
+
+    Where all k clusters have the same mean, that of the others is not seen: with a probability of 95 %, it is not that of at
+    most 1 - 0.05^(1/k) of them, about 3/k (Hanley and Lippman-Hand 1983, JAMA 249, 1743-1745). One cluster says nothing.
+    """
     import numpy as np
     from scipy.stats import bootstrap
 
-    if min(values) == max(values):
-        return values[0], values[0]
     totals, counts = _sums(values, clusters)
-    if len(totals) == 1:
-        return min(values), max(values)  # one picture says nothing of others
+    means = [total / count for total, count in zip(totals, counts, strict=True)]
+    if math.isclose(min(means), max(means), abs_tol=1e-9):
+        unseen = 1 - 0.05 ** (1 / len(means)) if means[1:] else 1.0
+        return means[0] - unseen * (means[0] - lowest), means[0] + unseen * (1 - means[0])
 
     def mean(totals: Any, counts: Any, axis: int) -> Any:
         return totals.sum(axis) / counts.sum(axis)

@@ -16,8 +16,9 @@ from llava_sft.data.records import Sample, parse_json, parse_record
 from llava_sft.data.rejects import Rejected
 from llava_sft.data.stored import read_split
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import DamagedFileError, DataError
+from llava_sft.errors import DamagedFileError, DataError, SettingsError
 from llava_sft.files import file_fingerprint, fingerprint, read_json
+from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import image_limits
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS, image_tokens
 
@@ -100,6 +101,16 @@ def _records(path: Path, image_root: Path, digest: xxhash.xxh3_128) -> Iterator[
                     "mend or remove that record: all of a test set counts",
                 ) from None
             yield sample._replace(id=sample.id or f"{line.word} {line.number}").with_images(pictures)
+
+
+def require_positions(max_new_tokens: int, model: ModelConfig) -> None:
+    """Raise SettingsError for answers that may be longer than what the model reads, question and answer together."""
+    positions = model.language.max_position_embeddings
+    if max_new_tokens >= positions:
+        raise SettingsError(
+            f"max_new_tokens: {max_new_tokens:,}: the model has {positions:,} positions, for question and answer",
+            "max_new_tokens: 32 (evaluate.py: --max-new-tokens 32), or as many as an answer needs",
+        )
 
 
 def image_token_counts(export: Path, questions: list[Sample[bytes]]) -> list[int]:

@@ -256,4 +256,4 @@ def _told(error: BaseException) -> str:
 
 
 def _no_score(spelled: str, problem: str, fix: str) -> SettingsError:
-    return SettingsError(f"evaluate_scores: {shown(spelled)[1:-1]}: {problem}", fix)
+    return SettingsError(f"evaluate_scores (--scores): {shown(spelled)[1:-1]}: {problem}", fix)

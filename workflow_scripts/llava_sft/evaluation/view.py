@@ -5,6 +5,7 @@ lies in it. The files of an export have to be those that were written.
 """
 
 import contextlib
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,8 @@ def readable(folder: Path) -> Iterator[Path]:
     if not (wanted.keys() <= file_of.keys() or set(map(old_name, wanted)) <= file_of.keys()):
         raise CheckpointError(
             f"{folder}: its tensors are not named as in LLaVA-OneVision-1.5",
-            f"convert it: convert_checkpoint.py hf2mcore {folder} {folder}_mcore_tp1_pp1, and name that folder",
+            f"convert and export it: convert_checkpoint.py hf2mcore {shlex.quote(str(folder))} output/NAME_mcore_tp1_pp1, "
+            "then mcore2hf output/NAME_mcore_tp1_pp1 output/NAME",
         )
     dtype = str(reader.dtype(next(iter(wanted)))).removeprefix("torch.")
     with tempfile.TemporaryDirectory(prefix="model-") as temporary:

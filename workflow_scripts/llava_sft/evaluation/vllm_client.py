@@ -16,7 +16,7 @@ from llava_sft.errors import RunError
 from llava_sft.evaluation.judge import Answer
 from llava_sft.evaluation.questions import image_token_counts
 from llava_sft.files import read_json
-from llava_sft.machine import gpu_count
+from llava_sft.machine import WITHOUT_VLLM, gpu_count
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # What vLLM needs where there is no GPU; what the user sets counts.
@@ -67,6 +67,8 @@ def generate_with_vllm(
             assert worker.stdin
             errors, done = list[Exception](), 0
             threading.Thread(target=_feed, args=(worker.stdin, job, texts, questions, errors), daemon=True).start()
+            # Its engine holds the pipe of the results too: it would be waited for where the worker alone is killed.
+            threading.Thread(target=_end_group_of, args=(worker,), daemon=True).start()
             for line in results:
                 done += 1
                 number, tokens = json.loads(line)
@@ -76,13 +78,17 @@ def generate_with_vllm(
             if worker.wait() or done < len(questions):
                 said.seek(0)
                 last = "\n".join(f"    {text[:600]}" for text in last_words(said.read().decode(errors="replace")))
-                raise RunError(
-                    f"vLLM ({python}) ended with exit code {worker.returncode}:\n{last}", "evaluate_with: transformers"
-                )
+                raise RunError(f"vLLM ({python}) ended with exit code {worker.returncode}:\n{last}", WITHOUT_VLLM)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(worker.pid, signal.SIGKILL)  # vLLM's engine too, which holds the GPU
-            worker.wait()
+            worker.kill()
+            _end_group_of(worker)
+
+
+def _end_group_of(worker: subprocess.Popen) -> None:
+    """Wait for the worker, and end what it has started: vLLM's engine, which holds the GPU."""
+    worker.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _feed(pipe: BinaryIO, job: dict, texts: list[str], questions: list[Sample], errors: list[Exception]) -> None:

@@ -8,7 +8,6 @@ Megatron-Core names CUDA in three ways, and each is answered here:
 """
 
 import functools
-import os
 import sys
 from types import SimpleNamespace
 
@@ -45,11 +44,14 @@ def apply() -> bool:
     if PATCHED:
         return True
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # where it is installed, Megatron would take its optimizer: GPUs only
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # its start-up costs more than small models gain
-    # First: importing Megatron imports torch._dynamo, which lists torch's own functions,
+    # First: it lists torch's own functions, and so does `with torch.device(…)`, which else would not know them.
+    from torch import _dynamo  # noqa: F401
+
+    torch.utils._device._device_constructors()
+    # Megatron's jit_fuser compiles functions as they are imported: the compiler's start-up costs more than small models gain.
+    _replace(torch, "compile", lambda model=None, **_: model or (lambda function: function))
     from megatron.core.tensor_parallel import random as tp_random
 
-    torch.utils._device._device_constructors()  # and so does `with torch.device(…)`, which else would not know them
     nothing = lambda *args, **kwargs: None  # noqa: E731
     get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # noqa: E731
     set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # noqa: E731

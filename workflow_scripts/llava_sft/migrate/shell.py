@@ -188,7 +188,7 @@ class Script:
             array = words.pop(0) if words and isinstance(words[0], list) else None
             self._assign(line, word, array if isinstance(array, list) else None)
             if declaring == "export":
-                self.exported[word.partition("=")[0]] = line
+                self.exported[word.partition("=")[0].removesuffix("+")] = line
         fields = [field for word in words if isinstance(word, str) for field in self.variables.expand(word)]
         if fields and fields[0] == "eval":
             fields = " ".join(fields[1:]).split()

@@ -3,7 +3,8 @@
 Notable:
 - they compute with the parameters of Megatron's Transformer Engine layers: checkpoints, optimizer and names stay the same;
 - a layer is one autograd function: matrix products of cuBLAS, in bf16 or FP8, attention of cuDNN, and one kernel for all
-  that stands between two of them (kernels.py), with which residuals and the gradients of biases and norms go along;
+  that stands between two of them (kernels.py, rotary.py, activations.py), with which residuals and the gradients of biases
+  and norms go along;
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
   cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
   (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
@@ -21,20 +22,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from llava_sft.model import flash4
+from llava_sft.model.activations import gelu, gelu_backward, swiglu, swiglu_backward
 from llava_sft.model.attention import VisionSeqParams
 from llava_sft.model.casts import handed
-from llava_sft.model.kernels import (
-    PartialSums,
-    gelu,
-    gelu_backward,
-    norm,
-    norm_backward,
-    rope,
-    rope_backward,
-    swiglu,
-    swiglu_backward,
-)
+from llava_sft.model.kernels import PartialSums, norm, norm_backward
 from llava_sft.model.products import move_back, places, product, product_backward, room_beside, trainable
+from llava_sft.model.rotary import rope, rope_backward
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd

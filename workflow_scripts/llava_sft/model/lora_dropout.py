@@ -19,7 +19,7 @@ class Dropout(NamedTuple):
     `columns`: what is left out is the same as without."""
 
     share: float
-    layer: int  # a number of the layer's own
+    layer: int  # a number of the layer's own: the seed that its A was drawn with
     first: int
     columns: int
 

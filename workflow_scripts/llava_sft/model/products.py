@@ -27,8 +27,11 @@ with suppress(ImportError):  # a machine without them has Megatron's local layer
 
 
 def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None, scale: float = 1.0) -> Tensor | None:
-    """scale · gradᵀ · x, added to `main_grad`, Megatron's buffer, where it is of the same precision. None of a frozen
-    weight."""
+    """scale · gradᵀ · x of a weight [out, in], from grad [tokens, out] and x [tokens, in], which a frozen weight does not need.
+
+    Added to `main_grad`, Megatron's buffer, where it is of the same precision; what is returned then holds nothing. None for a
+    frozen weight.
+    """
     if not weight.requires_grad:
         return None
     buffer = getattr(weight, "main_grad", None)
@@ -41,11 +44,12 @@ def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None, scale: float
 
 
 class AccumulatingLinear(torch.autograd.Function):
-    """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to Megatron's buffer."""
+    """x [tokens, in] · weightᵀ; the product that makes the weight's gradient adds it to Megatron's buffer. A frozen weight does
+    not keep x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if weight.requires_grad else None)
         ctx.weight = weight  # itself: recomputation hands back a copy without the buffer
         return F.linear(x, weight)
 
@@ -90,7 +94,11 @@ def in_fp8(x: Tensor, quantizer: Any, recipe: str) -> Any:
 
 
 def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias: Tensor | None = None) -> tuple:
-    """x [tokens, in] · weightᵀ + bias, LoRA's pair in the precision of x added; with what the gradients need."""
+    """x [tokens, in] · weightᵀ + bias, LoRA's pair in the precision of x added: [tokens, out].
+
+    With what `product_backward` needs: operands of the weight's product (None where there is room beside x), A·x
+    [tokens, rank] (None without a pair), and the key of the dropout (None without one).
+    """
     if has_room(x):
         low = F.linear(x, module.lora_a)
         both, weight = whole_rows(x), joined(module)[: module.lora_b.size(0)]
@@ -159,7 +167,8 @@ def room_beside(module: torch.nn.Module, recipe: str | None) -> int:
 
 
 def has_room(x: Tensor) -> bool:
-    return x.stride(0) > x.size(1)
+    """Whether there are columns beside x. One row alone may have any stride."""
+    return x.size(0) > 1 and x.stride(0) > x.size(1)
 
 
 def whole_rows(x: Tensor) -> Tensor:
@@ -168,8 +177,8 @@ def whole_rows(x: Tensor) -> Tensor:
 
 
 def joined(module: torch.nn.Module) -> Tensor:
-    """A frozen weight, moved to where its pair has room: [out + rank, in + rank], with scale · B to its right and A below it.
-    The pair is copied once a step: `is_first_microbatch` is Megatron's flag."""
+    """A frozen weight, moved to where its pair has room: [out + rank, in + rank], with scale · B to its right and A below it,
+    in the precision of the weight. The pair is copied once a step: `is_first_microbatch` is Megatron's flag."""
     (out, columns), rank = module.weight.shape, module.lora_a.size(0)
     if not hasattr(module, "weight_and_pair"):
         module.weight_and_pair, module.pair_is_current = module.weight.new_empty(out + rank, columns + rank), False

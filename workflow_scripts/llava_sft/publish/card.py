@@ -73,8 +73,8 @@ def render(export: Path, model_id: str) -> str:
     trained = ITERATION.fullmatch(source.name)  # a merge lies where somebody put it: beside the files of any run
     name = (trained and source.parent.name) or export.resolve().parent.name
     run = newest_settings(results / "resolved.json", run_dir / RUN_FILE) if trained else None
-    base = (run and run.settings.base_model) or (run and base_model(run.start, root))
-    started = Path(split_id(run.start.load)[0]).name if run else "a checkpoint that is not recorded"
+    base = (run and run.settings.base_model) or (run and base_model(run.start, root)) or merged_into(marker)
+    started = Path(split_id(run.start.load)[0]).name if run else marker.get("base", "a checkpoint that is not recorded")
     metadata = {
         "license": run and run.settings.license,
         "language": run and list(run.settings.language),
@@ -145,6 +145,12 @@ def base_model(start: Start, root: Path = Path(), depth: int = 10) -> str | None
             run_dir = folder.parent if ITERATION.fullmatch(folder.name) else folder
             return base_model(Resolved.read(run_dir / RUN_FILE).start, root, depth - 1)
     return None
+
+
+def merged_into(marker: dict[str, Any]) -> str | None:
+    """The model on the hub that adapters were merged into; None where it was a folder, or nothing is merged."""
+    base = str(marker.get("base", ""))
+    return split_id(base)[0] if "/" in base else None
 
 
 def data_of(run: Resolved, root: Path) -> dict[str, Any] | None:

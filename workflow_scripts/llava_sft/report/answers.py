@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from llava_sft.data.records import Sample
+from llava_sft.errors import DataError
 from llava_sft.report.pictures import thumbnail
 
 TEXT_BYTES, PICTURE_BYTES = 4 << 20, 8 << 20  # of a page, at most
@@ -19,7 +21,7 @@ def table(runs: list[list[dict[str, Any]]], models: list[str], samples: Iterable
     Args:
         runs: rows of predictions.jsonl, the same questions in each.
         models: a name for each run; one more where the answers of the start stand beside those of one run.
-        samples: those of the rows, in order; there may be none.
+        samples: those of the rows, in order; there may be none. Where they cannot be read, the table has no pictures.
     """
     rows = [_row(same, len(models)) for same in zip(*runs, strict=True)]
     order = sorted(
@@ -31,7 +33,9 @@ def table(runs: list[list[dict[str, Any]]], models: list[str], samples: Iterable
         if size > TEXT_BYTES:
             break
         shown.append(number)
-    pictures = _pictures(shown[:MOST_PICTURED], {number: rows[number] for number in shown}, samples)
+    pictures: list[str] = []
+    with suppress(DataError, OSError):
+        pictures = _pictures(shown[:MOST_PICTURED], {number: rows[number] for number in shown}, samples)
     found = [rows[number] for number in shown]
     groups = sorted({row["group"] for row in found})
     about = {"models": models, "rows": found, "pictures": pictures, "all": len(rows), "groups": groups}

@@ -4,12 +4,12 @@ import datetime
 import os
 import platform
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from llava_sft.gpu_stack import said
 from llava_sft.machine import gpus
 from llava_sft.run.layout import SESSIONS
 from llava_sft.run.records import append, read_jsonl
@@ -47,11 +47,7 @@ def seconds(found: list[dict[str, Any]]) -> float | None:
 
 def commit() -> str:
     """The commit of this program's checkout, with a + where files were changed since; "" without Git."""
-    try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-        return subprocess.run(git, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return said("git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+") or ""
 
 
 def command_line() -> str:

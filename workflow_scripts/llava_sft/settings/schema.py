@@ -149,7 +149,8 @@ class Run(Section):
     bf16: bool | Auto = setting("auto", "bf16 on GPUs, float32 on a CPU")
     fp8: Literal["none", "tensorwise", "blockwise"] = setting(
         "none",
-        "none | tensorwise | blockwise: products of the language model in FP8 (Ada, Hopper or newer GPUs; blockwise: Hopper)",
+        "none | tensorwise | blockwise: products of the language model in FP8 in training (Ada, Hopper or newer; blockwise: "
+        "Hopper); validation is in bf16",
     )
     optimizer_precision: Literal["bf16", "fp32"] = setting(
         "bf16",

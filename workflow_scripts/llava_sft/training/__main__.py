@@ -13,10 +13,11 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 # Packs differ in their number of patches: fixed segments would fragment.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from llava_sft.training.launcher import die_with_parent, hold_back
+from llava_sft.machine import end_with_parent
+from llava_sft.training.launcher import hold_back
 
-die_with_parent()  # before the long imports
-os.register_at_fork(after_in_child=die_with_parent)  # helpers and loader workers, which would keep the lock
+end_with_parent()  # before the long imports
+os.register_at_fork(after_in_child=end_with_parent)  # helpers and loader workers, which would keep the lock
 os.register_at_fork(after_in_child=hold_back)
 
 

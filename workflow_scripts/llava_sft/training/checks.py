@@ -28,7 +28,7 @@ def check_nodes(settings: ResolvedSettings, job: Job | None, node: Node | None) 
         several = "start the same command on each node, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set"
         raise RunError(f"nodes is {nodes}, {where}", f"snakemake --profile slurm, or {several}, or nodes: {available}")
     if node and nodes < available:
-        raise RunError(f"nodes is {nodes}, the platform started {available}", f"nodes: {available}, or auto")
+        raise RunError(f"nodes is {nodes}, the platform started {available}", f"nodes: {available}")
 
 
 def check_node(resolved: Resolved) -> None:

@@ -7,7 +7,6 @@ terminal gets a line per log interval, read from the same `metrics.jsonl` that t
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from llava_sft.machine import end_with_parent
 from llava_sft.run.records import Tail
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training import slurm
@@ -168,18 +168,11 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (Linux): training processes that outlived a killed launcher
-    would keep writing into a run directory that the next start believes to be its own."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _before_training() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     hold_back()  # an ignored signal would be lost; this one reaches Megatron as soon as it listens
-    die_with_parent()
+    end_with_parent()
 
 
 def hold_back() -> None:

@@ -9,6 +9,7 @@ machine with a network: `python -m llava_sft.training.trackers RUN_DIR wandb < /
 import contextlib
 import math
 import os
+import re
 import select
 import shlex
 import signal
@@ -131,7 +132,8 @@ class MLflow:
         run = mlflow.start_run(run_id=identifier) if identifier else mlflow.start_run(run_name=name)
         if not identifier:
             mlflow.log_params(config)
-        self.id, self.address, self.close = run.info.run_id, os.environ["MLFLOW_TRACKING_URI"], mlflow.end_run
+        address = re.sub("//[^/@]*@", "//", os.environ["MLFLOW_TRACKING_URI"])  # without a password in it
+        self.id, self.address, self.close = run.info.run_id, address, mlflow.end_run
         self.log = lambda values, iteration: mlflow.log_metrics(values, step=iteration)
 
 

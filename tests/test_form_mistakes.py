@@ -1,0 +1,21 @@
+"""Records whose form could be taken for another: refused, or read in the one right way."""
+
+import pytest
+
+from llava_sft.data.layouts import LAYOUTS
+from llava_sft.data.records import parse_record
+from llava_sft.data.rejects import Rejected
+
+
+@pytest.mark.parametrize("key", ["question", "answer"])
+def test_several_texts_are_never_joined_to_one(key):
+    record = {"question": "q?", "answer": "a", key: ["yes", "yes", "no"]}
+    with pytest.raises(Rejected, match="content is not a string") as error:
+        parse_record(record)
+    assert f"{key} holds a list: choose one" in error.value.detail
+
+
+def test_pictures_stand_in_the_order_of_their_numbers():
+    names = [f"{number}.jpg" for number in range(12)]
+    turns = [{"role": "user", "content": "<image>" * 12}, {"role": "assistant", "content": "a"}]
+    assert LAYOUTS["record"]("k", {"id": "k", "messages": turns}, sorted(names)).images == names
