@@ -1,6 +1,7 @@
-"""Faster ways (model/tries.py) beside what they replace, at 4B's widths on a GPU, in one process: prints one JSON line.
+"""Faster ways (model/tries.py) beside what they replace, at 4B's widths on a GPU, in one process: prints each figure when it is
+there, and all of them as one line of JSON.
 
-python tests/helpers/levers_worker.py HF_FOLDER [levers | seams]
+python tests/helpers/levers_worker.py HF_FOLDER [levers] [seams]
 
 seams: what has no lever but was read as risky: gradients summed in bf16 over many micro-batches, packed beside unpacked
 validation, FP8 copies of weights after these have changed.
@@ -177,8 +178,8 @@ def differences(ours, reference) -> list[float]:
     return [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(ours, reference, strict=True)]
 
 
-def levers(trained: Trained) -> dict:
-    found = {"bytes of casts that differ": {k: v for k, v in casts_beside_transformer_engine().items() if v}}
+def levers(trained: Trained, found: dict) -> None:
+    found["bytes of casts that differ"] = {k: v for k, v in casts_beside_transformer_engine().items() if v}
     found["largest values that are wrong"] = [name for name, right in largest_values_are_right().items() if not right]
     bf16 = trained.losses_and_gradients()
     found["bf16 again"] = differences(trained.losses_and_gradients(), bf16)
@@ -197,7 +198,6 @@ def levers(trained: Trained) -> dict:
         found[f"{name}: seconds, first pass"] = trained.seconds
     found["fell back"] = sorted(flash4._failed)
     found["tokens, patches"] = [trained.packed.input_ids.numel(), len(trained.packed.pixels)]
-    return found
 
 
 def summed(trained: Trained, micro_batches: int) -> list[float]:
@@ -227,8 +227,7 @@ def summed(trained: Trained, micro_batches: int) -> list[float]:
     return [torch.dot(ours / ours.norm(), exact / exact.norm()).item(), (ours.norm() / exact.norm()).item()]
 
 
-def seams(trained: Trained) -> dict:
-    found = {f"gradients of {n} micro-batches": summed(trained, n) for n in (1, 16, 224)}
+def seams(trained: Trained, found: dict) -> None:
     for fp8 in (None, "tensorwise"):
         trained.use(fp8=fp8)
         kind = "FP8" if fp8 else "bf16"
@@ -236,6 +235,9 @@ def seams(trained: Trained) -> dict:
             trained.validation([trained.packed]), trained.validation(trained.unpacked)
         ]  # fmt: skip
     found["samples alone, in FP8"] = trained.alone_in_fp8()
+    for micro_batches in (1, 16, 224):
+        found[f"gradients of {micro_batches} micro-batches"] = summed(trained, micro_batches)
+    trained.use(fp8="tensorwise")
     # As in a training: validated, a step that changes weights, validated again; then as a process that starts with them.
     with torch.no_grad():
         for p in trained.parameters:
@@ -253,13 +255,18 @@ def seams(trained: Trained) -> dict:
     found["a new process: packed, unpacked"] = [
         trained.validation([trained.packed]), trained.validation(trained.unpacked)
     ]  # fmt: skip
-    return found
+
+
+class Found(dict):
+    """Figures, each printed when it is there."""
+
+    def __setitem__(self, name, figure) -> None:
+        super().__setitem__(name, figure)
+        print("FOUND", name, json.dumps(figure), flush=True)
 
 
 if __name__ == "__main__":
-    print(
-        "RESULT",
-        json.dumps(
-            {"levers": levers, "seams": seams}[sys.argv[2] if len(sys.argv) > 2 else "levers"](Trained(sys.argv[1]))
-        ),
-    )
+    trained, found = Trained(sys.argv[1]), Found()
+    for part in sys.argv[2:] or ["levers"]:
+        {"levers": levers, "seams": seams}[part](trained, found)
+    print("RESULT", json.dumps(found))
