@@ -78,7 +78,8 @@ class _Calls:
 
 def _recorded(function: Any, *given, **named) -> list:
     """[(kernel, its arguments)] of a call of FlashAttention's."""
-    found, calls = _interface(), []
+    found = _interface()
+    calls: list[tuple] = []
     owners = (found._flash_attn_fwd, found._flash_attn_bwd, found._bwd_preprocess, found._bwd_postprocess_convert)
     kept = [owner.compile_cache for owner in owners]
     try:
