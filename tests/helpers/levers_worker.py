@@ -196,6 +196,13 @@ def levers(trained: Trained, found: dict) -> None:
         if recipe:
             found[f"{name}, from bf16"] = differences(ours, bf16)
         found[f"{name}: seconds, first pass"] = trained.seconds
+    config = trained.model.vision_model.decoder.config
+    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    ours = trained.losses_and_gradients({"amax", "fp8_vision"}, "tensorwise")
+    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = None, None, None
+    found["amax, fp8_vision recomputed"] = differences(
+        ours, trained.losses_and_gradients({"amax", "fp8_vision"}, "tensorwise")
+    )
     found["fell back"] = sorted(flash4._failed)
     found["tokens, patches"] = [trained.packed.input_ids.numel(), len(trained.packed.pixels)]
 
