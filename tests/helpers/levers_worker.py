@@ -23,7 +23,7 @@ from helpers import ROOT
 from helpers.gpu import VALUES, samples
 from llava_sft.data.loader import VlmTaskEncoder
 from llava_sft.megatron import distributed, parallel
-from llava_sft.model import casts, flash4, products, tries
+from llava_sft.model import casts, flash4, fused_layers, products, tries
 from llava_sft.model.config import load_model_config
 from llava_sft.model.template import ChatTemplate
 from llava_sft.training import forward
@@ -35,7 +35,7 @@ LEVERS = {
     "flash4_language": ({"flash4_language"}, None),
     "amax": ({"amax"}, "tensorwise"),
     "fp8_vision": ({"fp8_vision"}, "tensorwise"),
-    "all": (set(tries.NAMES), "tensorwise"),
+    "all": ({"amax", *tries.NAMES}, "tensorwise"),
 }
 
 
@@ -133,7 +133,8 @@ class Trained:
         self.seconds = 0.0
 
     def use(self, tried=frozenset(), fp8=None) -> None:
-        tries.TRIED = set(tried)
+        tries.TRIED = set(tried) - {"amax"}
+        fused_layers.places = products.places if "amax" in tried else lambda *given: None
         towers = self.model.language_model.decoder.config, self.model.vision_model.decoder.config
         for config, on in zip(towers, (fp8, fp8 and "fp8_vision" in tried), strict=True):
             config.fp8, config.fp8_recipe = ("hybrid", fp8) if on else (None, None)

@@ -2,7 +2,8 @@
 
 Notable:
 - products add weights' gradients to Megatron's gradient buffer in place;
-- Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each;
+- Transformer Engine multiplies in FP8, without its modules around: they cost the host 0.3 ms each. It casts what no kernel of
+  ours has written (casts.py);
 - a frozen weight keeps nothing but itself; its pair keeps A·x, of `rank` columns, and is given x again.
 """
 
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from llava_sft.model import casts
 from llava_sft.model.lora_dropout import leave_out_at
-from llava_sft.model.tries import tried
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
@@ -75,9 +75,15 @@ def quantizers(recipe: str) -> tuple:
     return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
 
 
+@cache
+def wants_columns(device: torch.device) -> bool:
+    """Whether FP8 products here take operands transposed, which ours casts with them: Ada and Hopper. Newer ones do not."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) < (10, 0)
+
+
 def places(recipe: str | bool | None, device: torch.device) -> Tensor | None:
     """Where a kernel leaves the largest values of what becomes an operand in FP8: None where nobody asks."""
-    return casts.places(device) if recipe == "tensorwise" and tried("amax") else None
+    return casts.places(device) if recipe == "tensorwise" and wants_columns(device) else None
 
 
 def in_fp8(x: Tensor, quantizer: Any, recipe: str) -> Any:
