@@ -125,7 +125,7 @@ class Cases:
         in_fp8 = None if case["fp8"] == "none" else "hybrid"
         for config, fp8 in (
             (language.config, in_fp8),
-            (vision.decoder.config, in_fp8 if tries.tried("fp8_vision") else None),
+            (vision.decoder.config, in_fp8 if case.get("fp8_vision") else None),
         ):
             config.fp8, config.fp8_recipe = fp8, case["fp8"]
         chunk = {"pack_chunk_tokens": case["pack_chunk_tokens"]}

@@ -35,7 +35,7 @@ LEVERS = {
     "flash4_language": ({"flash4_language"}, None),
     "amax": ({"amax"}, "tensorwise"),
     "fp8_vision": ({"fp8_vision"}, "tensorwise"),
-    "all": ({"amax", *tries.NAMES}, "tensorwise"),
+    "all": ({"amax", "fp8_vision", *tries.NAMES}, "tensorwise"),
 }
 
 
@@ -133,7 +133,7 @@ class Trained:
         self.seconds = 0.0
 
     def use(self, tried=frozenset(), fp8=None) -> None:
-        tries.TRIED = set(tried) - {"amax"}
+        tries.TRIED = set(tried) & tries.NAMES
         fused_layers.places = products.places if "amax" in tried else lambda *given: None
         towers = self.model.language_model.decoder.config, self.model.vision_model.decoder.config
         for config, on in zip(towers, (fp8, fp8 and "fp8_vision" in tried), strict=True):

@@ -152,6 +152,9 @@ class Run(Section):
         "none | tensorwise | blockwise: products of the language model in FP8 in training (Ada, Hopper or newer; blockwise: "
         "Hopper); validation is in bf16",
     )
+    fp8_vision: bool = setting(
+        False, "with fp8: tensorwise, the vision tower's products in FP8 too; not with tensor parallelism", later=True
+    )
     optimizer_precision: Literal["bf16", "fp32"] = setting(
         "bf16",
         "of gradients and Adam's moments on GPUs: bf16 (10 bytes a parameter in all) | fp32 (18); the weights are "
