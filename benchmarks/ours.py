@@ -27,7 +27,7 @@ from cases import CASE, PEAK, run_settings
 from kernel_times import kernel_times, trace
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.loader import VlmBatch
-from llava_sft.model import tries
+from llava_sft.model import flash4
 from llava_sft.model.config import load_model_config
 from llava_sft.model.processing import PATCH_VALUES
 from llava_sft.model.template import ChatTemplate
@@ -121,7 +121,7 @@ class Cases:
             full = case[f"recompute_{part}"] == "full"
             config.recompute_granularity = "full" if full else None
             config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
-        tries.TRIED = set(case.get("try", ()))
+        flash4.choose(case.get("attention", "auto"))
         in_fp8 = None if case["fp8"] == "none" else "hybrid"
         for config, fp8 in (
             (language.config, in_fp8),

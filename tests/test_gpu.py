@@ -171,7 +171,7 @@ def test_fp8_learns_as_bf16_does(data, tmp_path):
 
 
 def test_fp8_learns_as_bf16_does_at_the_widths_of_4b(data, tmp_path):
-    """500 steps of two layers a tower; with LLAVA_SFT_TRY, what that names."""
+    """500 steps of two layers a tower."""
     model = cut_of_4b()
     language = model.language.model_copy(update={"num_layers": 2})
     model = model.model_copy(update={"language": language, "vision": model.vision.model_copy(update={"num_layers": 2})})

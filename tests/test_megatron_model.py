@@ -173,10 +173,13 @@ def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch)
         is both.mcore.language_model.decoder.config
         is both.mcore.language_model.decoder.layers[0].config
     )
-    config, seen = SimpleNamespace(fp8="hybrid"), []
-    inner = SimpleNamespace(config=config)
+    config, of_tower, seen = SimpleNamespace(fp8="hybrid"), SimpleNamespace(fp8="hybrid"), []
+    tower = SimpleNamespace(decoder=SimpleNamespace(config=of_tower))
+    inner = SimpleNamespace(config=config, pre_process=True, vision_model=tower)
     model = SimpleNamespace(module=inner, eval=lambda: None, train=lambda: None)  # in Megatron's wrapper
-    forward = SimpleNamespace(device="cpu", evaluate=lambda batches: seen.append(config.fp8) or torch.ones(2))
+    forward = SimpleNamespace(
+        device="cpu", evaluate=lambda batches: seen.extend([config.fp8, of_tower.fp8]) or torch.ones(2)
+    )
     values = SimpleNamespace(eval_iters=2, log_answers=1, max_new_tokens=1)
     watch = SimpleNamespace(writes=False, pause=lambda seconds: None)
     parts = {"model": model, "forward": forward, "values": values, "watch": watch}
@@ -185,7 +188,7 @@ def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch)
     monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: 0)
     monkeypatch.setattr(validation, "answers", lambda *given: seen.append(config.fp8))
     Loop.validate(loop, SimpleNamespace(rewind=lambda: None), 1)
-    assert seen == [None, None, None] and config.fp8 == "hybrid"
+    assert seen == [None] * 5 and config.fp8 == of_tower.fp8 == "hybrid"
 
 
 def test_samples_alone_are_filled_up_for_fp8(both, small_checkpoint):

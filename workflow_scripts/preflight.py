@@ -269,7 +269,7 @@ def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
         )
     if not cluster:
-        require_able_gpus(gpus, values.fp8)
+        require_able_gpus(gpus, values.fp8, values.attention)
         require_engine(gpus)
     require_packages(values.trackers)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 
 from llava_sft.errors import SettingsError
-from llava_sft.gpu_stack import engine_trouble, said
+from llava_sft.gpu_stack import engine_trouble, flash4_trouble, said
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
@@ -30,6 +30,7 @@ GPU_MEMORY_GIB = {
     "H800": 79.1, "H20": 95.6, "A800": 79.2, "L20": 44.5, "6000 ADA": 47.5, "PRO 6000": 95.6,
     "A6000": 47.5, "L40S": 44.5, "L40": 44.5, "L4": 22.0, "3090": 23.6, "4090": 23.5, "5090": 31.4,
 }  # fmt: skip
+HOPPER = 9.0  # its compute capability
 OLDEST_GPU = 8.0  # compute capability that bf16 and the kernels need; FP8 needs:
 OLDEST_GPU_OF_FP8 = {"tensorwise": 8.9, "blockwise": 9.0}
 CPU_FLOPS = 3e10  # a core's share in float32; the recorded runs say how much of it is reached
@@ -111,8 +112,9 @@ def require_engine(gpus: int) -> None:
         )
 
 
-def require_able_gpus(count: int, fp8: str) -> None:
-    """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`."""
+def require_able_gpus(count: int, fp8: str, attention: str = "auto") -> None:
+    """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`, or where `attention:
+    flash4` cannot be had."""
     for number, gpu in enumerate(gpus()[:count]):
         if gpu.capability is None:
             continue
@@ -124,6 +126,10 @@ def require_able_gpus(count: int, fp8: str) -> None:
             )
         if gpu.capability < OLDEST_GPU_OF_FP8.get(fp8, 0):
             raise SettingsError(f"{who}; fp8: {fp8} needs {OLDEST_GPU_OF_FP8[fp8]} or newer", "fp8: none")
+        if attention == "flash4" and gpu.capability != HOPPER:
+            raise SettingsError(f"{who}; attention: flash4 needs {HOPPER} (Hopper)", "attention: auto")
+    if count and attention == "flash4" and (missing := flash4_trouble()):
+        raise SettingsError(f"attention: flash4, and {missing.what}", f"{missing.fix}; or attention: auto")
 
 
 def free_memory() -> int:

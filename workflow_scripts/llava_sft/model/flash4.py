@@ -5,50 +5,61 @@ Notable:
   costs the GPU: it is called once for each kind of call, and what it compiled is called directly from then on;
 - nothing is filled with zeros but the sums of keys' and values' gradients over the heads of a group;
 - its gradients of queries are sums in any order: deterministic runs keep cuDNN's.
-Kernels are compiled at the first call, for some 10 s each; FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 keeps them.
+Kernels are compiled at the first call, for some 10 s each, and kept in a folder of the machine.
 """
 
 import logging
 import math
+import os
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_sft.model.tries import tried
+from llava_sft.gpu_stack import flash4_trouble, flash4_version
 
 LONG = 192  # tokens of the longest segment: below, kernels differ by it (of one tile, or of several)
 MANY = 256  # segments: above, kernels want a table of them
-REQUIRED = "4.0.0b36"  # whose kernels' arguments these are
+# By `causal`: False is the vision tower, True the language model.
+FASTER = {False, True}  # what `attention: auto` takes it for: as measured on an H200 with packs of 8,192 tokens
+_chosen: set[bool] = set()
 _failed: set[bool] = set()
+
+
+def choose(attention: str) -> None:
+    """What the setting says: `auto` (where it is faster and installed), `cudnn` or `flash4` (in both towers)."""
+    _chosen.clear()
+    _failed.clear()
+    if attention == "flash4" or (attention == "auto" and flash4_version()):
+        _chosen.update(FASTER if attention == "auto" else {False, True})
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 def wanted(causal: bool) -> bool:
     """Whether attention of the language model (`causal`) or of the vision tower goes this way."""
-    if not tried("flash4_language" if causal else "flash4_vision") or causal in _failed:
-        return False
-    return not torch.are_deterministic_algorithms_enabled()
+    return causal in _chosen - _failed and not torch.are_deterministic_algorithms_enabled()
+
+
+def tower(causal: bool) -> str:
+    return "language model" if causal else "vision tower"
 
 
 def give_up(causal: bool, error: BaseException) -> None:
     """From now on cuDNN's; says so once."""
-    tower = "language model" if causal else "vision tower"
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     logging.getLogger(__name__).warning(
-        "FlashAttention-4 is not used in the %s, cuDNN's attention is: %s", tower, reason
+        "FlashAttention-4 is not used in the %s, cuDNN's attention is: %s", tower(causal), reason
     )
     _failed.add(causal)
 
 
 @cache
 def _interface() -> Any:
-    from importlib.metadata import version
-
+    if trouble := flash4_trouble():
+        raise ImportError(trouble.what)
     from flash_attn.cute import interface
 
-    if (found := version("flash-attn-4")) != REQUIRED:
-        raise ImportError(f"flash-attn-4 is {found}, not {REQUIRED}")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
         raise ImportError("the GPU is no Hopper")
     return interface
@@ -146,6 +157,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Any, causal: boo
         calls = _recorded(found._flash_attn_fwd, query, key, value, out=out, lse=sums, **_named(segments, causal))
         _kernels[kind] = _checked(calls, [given])
         attend_backward(torch.zeros_like(out), (query, key, value), out, [sums], segments, causal)  # or it fails here
+        if os.environ.get("RANK", "0") == "0":
+            print(f"attention of the {tower(causal)}: FlashAttention-4, {flash4_version()}")
     return out, [sums]
 
 

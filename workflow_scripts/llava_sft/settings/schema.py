@@ -155,6 +155,11 @@ class Run(Section):
     fp8_vision: bool = setting(
         False, "with fp8: tensorwise, the vision tower's products in FP8 too; not with tensor parallelism", later=True
     )
+    attention: Literal["auto", "cudnn", "flash4"] = free(
+        "auto",
+        "auto | cudnn | flash4: on Hopper, FlashAttention-4 where it is faster and installed (make doctor says how), never, "
+        "or everywhere; deterministic runs have cuDNN's",
+    )
     optimizer_precision: Literal["bf16", "fp32"] = setting(
         "bf16",
         "of gradients and Adam's moments on GPUs: bf16 (10 bytes a parameter in all) | fp32 (18); the weights are "
