@@ -14,7 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llava_sft.model import fused_layers
+from llava_sft.gpu_stack import Missing
+from llava_sft.model import flash4, fused_layers
 from llava_sft.model.attention import packed_seq_params
 
 # Compute capability → bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical
@@ -51,6 +52,27 @@ def test_attention_of_gpus_without_cudnns_is_called_as_pytorch_defines_it(monkey
     out, statistics = fused_layers.attend(query, key, key, segments, True)
     grads = fused_layers.attend_backward(out.flatten(1), (query, key, key), out, statistics, segments, True)
     assert [out.shape, *(grad.shape for grad in grads)] == [query.shape, query.shape, key.shape, key.shape]
+
+
+def test_flash_attention_4_gives_way_with_one_line_in_the_log(monkeypatch, caplog):
+    monkeypatch.setattr(fused_layers, "has_cudnn_attention", lambda: False)
+    monkeypatch.setattr(flash4, "flash4_version", lambda: None)
+    monkeypatch.setattr(flash4, "flash4_trouble", lambda: Missing("flash-attn-4 is not installed", ""))
+    monkeypatch.setattr(flash4, "_interface", flash4._interface.__wrapped__)
+    query, segments = torch.empty(24, 32, 128, dtype=torch.bfloat16, device="meta"), packed_seq_params([24], "meta")
+    flash4.choose("auto")
+    assert not flash4.wanted(causal=True)
+    try:
+        flash4.choose("flash4")
+        for _ in range(2):
+            fused_layers.attend(query, query, query, segments, True)
+        assert caplog.messages == [
+            "FlashAttention-4 is not used in the language model, cuDNN's attention is: "
+            "ImportError: flash-attn-4 is not installed"
+        ]
+        assert flash4.wanted(causal=False) and not flash4.wanted(causal=True)
+    finally:
+        flash4.choose("cudnn")
 
 
 def compile_only(kernel, *args, grid, warmup, num_warps=4, **named):
