@@ -15,9 +15,7 @@ ENGINE = [f"transformer-engine[pytorch,core-cu{CUDA}]>=2.20.2,<3"]
 # Its extension is compiled against the installed torch and the CUDA that came with it: no toolkit of the machine is asked.
 BUILDS_ENGINE = ["setuptools", "wheel", "nvidia-cudnn-frontend"]
 CUDA_COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt")  # of the version of torch's nvidia-cuda-runtime
-FLASH4 = (
-    "4.0.0b36"  # of flash-attn-4: its kernels are called directly, with arguments that may change (model/flash4.py)
-)
+FLASH4 = "4.0.0b36"  # of flash-attn-4, whose kernels are called with arguments that may change (model/flash4.py)
 
 
 class Missing(NamedTuple):
