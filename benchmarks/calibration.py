@@ -10,8 +10,17 @@ from scipy.optimize import nnls
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import load_model_config
-from llava_sft.preflight.cost import MicroBatch, state_bytes
-from llava_sft.preflight.predict import FACTORS, Calibration, Case, memory_terms, time_terms
+from llava_sft.preflight.cost import MicroBatch, stages, state_bytes
+from llava_sft.preflight.predict import (
+    FACTORS,
+    Calibration,
+    Case,
+    calibration_for,
+    memory_terms,
+    stage_memory,
+    stage_seconds,
+    time_terms,
+)
 from llava_sft.settings.resolve import ResolvedSettings
 from results import RESULTS, ROOT
 
@@ -47,10 +56,14 @@ def calibrate(runs: Collection[Recorded]) -> Calibration:
     """Non-negative factors with the least relative errors over `runs`."""
     memory, time = [], []
     for run in runs:
-        state = sum(state_bytes(run.case.model, run.case.values).values()) / GIB
+        # Of pipeline stages one decides; which is not a matter of the last digits.
+        before, each = calibration_for(run.case.machine.device), stages(run.case.model, run.case.values)
+        fullest = max(each, key=lambda stage: sum(stage_memory(run.case, before, stage).values()))
+        slowest = max(each, key=lambda stage: stage_seconds(run.case, before, stage))
+        state = sum(state_bytes(run.case.model, run.case.values, fullest).values()) / GIB
         rest = max(run.memory_gib - state, 0.0)
-        memory.append(([term / run.memory_gib for term in memory_terms(run.case)], rest / run.memory_gib))
-        time.append(([term / run.step_s for term in time_terms(run.case)], 1.0))
+        memory.append(([term / run.memory_gib for term in memory_terms(run.case, fullest)], rest / run.memory_gib))
+        time.append(([term / run.step_s for term in time_terms(run.case, slowest)], 1.0))
     return Calibration(_fit(memory), _fit(time), len(runs), sorted({run.case.machine.device for run in runs}))
 
 

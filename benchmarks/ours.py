@@ -40,6 +40,7 @@ from results import ROOT, machine
 from training_rows import figures
 
 from llava_sft.megatron.distributed import unwrapped  # isort: skip (the CPU layer, of `process`, comes first)
+from llava_sft.model import fused_layers  # isort: skip
 
 GIB = 2**30
 
@@ -85,6 +86,7 @@ class Cases:
         self.loop, self.model = loop, unwrapped(loop.model)
         self.phases = Phases(self.model)
         self.iteration, self.waited = 0, 0.0
+        self.has_memory_for_inputs = fused_layers.has_memory_for_inputs
         self.batches: list[VlmBatch] = []
         self.kept: dict[tuple[int, int], list[VlmBatch]] = {}
         # All loaders at once: each counts the samples' tokens first, which takes seconds.
@@ -113,6 +115,7 @@ class Cases:
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
             "between_steps_gib": torch.cuda.memory_allocated() / GIB,
+            "inputs_kept": self.inputs_kept,
         }
 
     def apply(self, case: dict) -> None:
@@ -135,6 +138,14 @@ class Cases:
         loader = self.again(key) if case.get("same_batches") else self.loaders[key]
         self.loop.loader = self.clocked(loader, case["images"])
         self.phases.on = case.get("profile", False)
+        self.inputs_kept = False
+
+        def has_memory_for_inputs(layer, tokens: int) -> bool:
+            found = case.get("keep_inputs", True) and self.has_memory_for_inputs(layer, tokens)
+            self.inputs_kept |= found
+            return found
+
+        fused_layers.has_memory_for_inputs = has_memory_for_inputs
 
     def again(self, key: tuple[int, int]) -> Iterator[VlmBatch]:
         """The batches that an earlier case had, and then new ones."""

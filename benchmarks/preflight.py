@@ -107,6 +107,9 @@ def take_over() -> list[dict]:
         of_image, of_sample = patches / images, tokens / images
         step = given["step_padded_tokens"] / given["micro_batches"], given["step_patches"] / given["micro_batches"]
         gpus = given.get("gpus", 1)
+        # A run that did not keep queries, keys and values is one on a card that it filled.
+        least = given.get("lora_rank") and not given.get("inputs_kept")
+        machine = gpu(given["gpu"], measured["peak_reserved_gib"] if least else None)
         values = GPU_RUN | {name: given[name] for name in RECORDED if name in given}
         values |= {"global_batch_size": given["micro_batches"] * given["micro_batch_size"] * gpus}
         values |= {"gpus_per_node": gpus, "nodes": 1, "nproc_per_node": gpus}
@@ -119,7 +122,7 @@ def take_over() -> list[dict]:
                 if name in given
             ),
             "values": values,
-            "machine": gpu(given["gpu"]),
+            "machine": machine,
             "mean": MicroBatch(step[0], step[0] * of_sample, step[1], step[1] * of_image),
             "largest": MicroBatch(tokens, tokens * of_sample, patches, patches * of_image),
         }

@@ -38,7 +38,7 @@ def memory_and_time(processes: list[dict]) -> list[dict]:
     rows = []
     for process in processes:
         for case in process["cases"].values():
-            if not case["images"] or case.get("profile"):
+            if not case["images"] or case.get("profile") or case.get("out_of_memory"):
                 continue
             timed = sorted(case["steps"][case["warm"] :], key=lambda step: step["seconds"])
             median = timed[(len(timed) - 1) // 2]
@@ -49,6 +49,7 @@ def memory_and_time(processes: list[dict]) -> list[dict]:
                 "gpus": process.get("gpus", 1),
                 **{key: process["values"][key] for key in TRAINED if key in process.get("values", {})},
                 **{key: case[key] for key in CASE if key not in ("steps", "warm", "images")},
+                **({"inputs_kept": True} if case.get("inputs_kept") else {}),
                 **amounts(case["steps"], median),
                 "gpu": process["gpu"],
             }

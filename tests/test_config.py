@@ -141,6 +141,11 @@ def test_gpus_that_parallel_sizes_do_not_divide_are_refused(project):
             ["tensor_model_parallel_size: 16", "8 key/value groups", "4b"],
         ),
         ({"pipeline_model_parallel_size": 5}, SettingsError, ["pipeline_model_parallel_size: 5", "36 layers"]),
+        (
+            {"pipeline_model_parallel_size": 4, "first_stage_layers": 5},
+            SettingsError,
+            ["first_stage_layers: 5 of 36 layers", "one of 3, 6, 9"],
+        ),
         ({"load": ""}, CheckpointError, ["load", "empty", "Hugging Face"]),
         ({"load": "none"}, CheckpointError, ["load", "none", "no such folder"]),
         ({"load": "images"}, CheckpointError, ["load", "images", "config.json"]),

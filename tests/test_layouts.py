@@ -10,8 +10,9 @@ from helpers import ROOT, trainings
 from llava_sft.errors import RunError
 from llava_sft.files import read_json
 from llava_sft.run.checkpoints import iterations_done
-from llava_sft.run.identity import refuse_layout
+from llava_sft.run.identity import keeping_cut, refuse_layout
 from llava_sft.settings.resolve import ResolvedSettings
+from llava_sft.settings.resolved import Resolved
 
 pytestmark = pytest.mark.timeout(600)
 STEPS = 8
@@ -21,6 +22,7 @@ LAYOUTS = {
     "TP2": {"nproc_per_node": 2, "tensor_model_parallel_size": 2},
     "PP2": {"nproc_per_node": 2, "pipeline_model_parallel_size": 2},
 }
+TWO_STAGES = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
 ALONE = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "micro_batch_size": 8}
 
 
@@ -123,6 +125,8 @@ def test_eight_ranks_learn_what_one_does_and_go_on_as_two_and_as_one(base, undis
         ({"nproc_per_node": 1}, {"nproc_per_node": 2}, "data_parallel_size: 1 → 2"),
         ({"nproc_per_node": 2}, {"nproc_per_node": 2, "tensor_model_parallel_size": 2}, "tensor_model_parallel_size: 1 → 2"),
         ({"nproc_per_node": 2}, {"nproc_per_node": 2, "gpus_per_node": 0}, "gpus_per_node: 2 → 0"),
+        (TWO_STAGES, TWO_STAGES | {"first_stage_layers": 9}, "first_stage_layers: 0 → 9"),
+        ({"nproc_per_node": 2}, {"nproc_per_node": 2, "first_stage_layers": 9}, None),
     ],
 )  # fmt: skip
 def test_on_gpus_a_layout_that_the_optimizers_state_does_not_fit_is_refused(tmp_path, before, now, refused):
@@ -133,6 +137,20 @@ def test_on_gpus_a_layout_that_the_optimizers_state_does_not_fit_is_refused(tmp_
     with pytest.raises(RunError) as error:
         refuse_layout(tmp_path, 4, old, new)
     assert refused in error.value.problem and "load=" in error.value.fix
+
+
+def test_a_run_keeps_its_cut_into_stages_unless_another_is_asked_for(base):
+    resolved = Resolved.model_validate(base)
+
+    def cut(first: int, why: dict, **layout) -> Resolved:
+        settings = resolved.settings.model_copy(update={"first_stage_layers": first, **TWO_STAGES, **layout})
+        return resolved.model_copy(update={"settings": settings, "why": why})
+
+    before = cut(9, {})
+    assert keeping_cut(before, cut(10, {"first_stage_layers": "auto"})).settings.first_stage_layers == 9
+    assert keeping_cut(before, cut(10, {})).settings.first_stage_layers == 10
+    other = cut(4, {"first_stage_layers": "auto"}, pipeline_model_parallel_size=4)
+    assert keeping_cut(before, other).settings.first_stage_layers == 4
 
 
 COPIES = """

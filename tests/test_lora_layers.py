@@ -1,5 +1,7 @@
 """LoRA's pairs in the model: their gradients, on Megatron's layers and on the GPU's, and what dropout leaves out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,8 +14,11 @@ from helpers.megatron_model import (
     recompute_all,
     use_fused_layers,
 )
+from llava_sft.machine import GIB
 from llava_sft.model.kernels import leave_out, leave_out_on_cpu
 from llava_sft.model.tensors import PARTS
+from llava_sft.preflight.cost import MicroBatch, activation_bytes, state_bytes
+from llava_sft.settings.layers import load_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
 RANK, SCALE = 8, 2.0  # what products of both at once want: 8 columns
@@ -68,7 +73,8 @@ def expected_of(model, dense, batch):
 
 
 def test_gradients_of_pairs_are_those_of_plain_pytorch(models, batch, monkeypatch):
-    """Of all parts, on Megatron's layers and on the GPU's."""
+    """Of all parts, on Megatron's layers and on the GPU's, with queries, keys and values kept or made again."""
+    from llava_sft.model import fused_layers
     from llava_sft.model.lora_layers import settle
     from llava_sft.model.products import move_back
 
@@ -80,6 +86,8 @@ def test_gradients_of_pairs_are_those_of_plain_pytorch(models, batch, monkeypatc
     seen = use_fused_layers(model, monkeypatch)
     assert_same(losses_and_gradients(model, [batch]), expected)
     assert seen == {True, False}
+    monkeypatch.setattr(fused_layers, "has_memory_for_inputs", lambda layer, tokens: True)
+    assert_same(losses_and_gradients(model, [batch]), expected)
     linear = model.language_model.decoder.layers[0].mlp.linear_fc1
     before = linear.weight.detach().clone()
     assert not linear.weight.is_contiguous()  # B lies beside it
@@ -91,6 +99,45 @@ def test_gradients_of_pairs_are_those_of_plain_pytorch(models, batch, monkeypatc
     move_back(linear)  # samples are trained unpacked: it stays there
     settle(model)
     assert linear.weight.is_contiguous()
+
+
+def test_queries_keys_and_values_are_kept_where_memory_is_to_spare_as_preflight_predicts(monkeypatch):
+    """Of a GPU of 80 GiB of which PyTorch may take a part; others hold some of it, and some blocks of PyTorch's are free."""
+    from llava_sft.model.fused_layers import has_memory_for_inputs
+
+    values = VALUES.model_copy(update={"trainable_modules": ["language_model"], "lora_rank": 32, "lora_alpha": 32})
+    values, model = values.model_copy(update={"gpus_per_node": 1, "bf16": True}), load_model("4b")
+    t, tokens, state = model.language, 8192, sum(state_bytes(model, values).values())
+
+    def linear(out, columns, frozen=True):
+        shape = (out, columns)
+        weight = SimpleNamespace(is_cuda=True, requires_grad=not frozen, size=shape.__getitem__, element_size=lambda: 2)
+        return SimpleNamespace(weight=weight)
+
+    heads, own = t.num_attention_heads * t.kv_channels, (t.num_attention_heads + 2 * t.num_query_groups) * t.kv_channels
+    attention = SimpleNamespace(linear_qkv=linear(own, t.hidden_size), linear_proj=linear(t.hidden_size, heads))
+    mlp = SimpleNamespace(linear_fc1=linear(2 * t.ffn_hidden_size, t.hidden_size))
+    layer = SimpleNamespace(self_attention=attention, mlp=mlp, config=SimpleNamespace(num_layers=t.num_layers))
+
+    def kept(gib, others=0.0):
+        whole, cached = 80 * GIB, GIB
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: gib / 80)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (whole - others * GIB - state - cached, whole))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: state + cached)
+        return has_memory_for_inputs(layer, tokens)
+
+    def predicted(gib):
+        batch = MicroBatch(tokens, 0, 0, 0)
+        return activation_bytes(model, values, batch, gib * GIB)["language activations"]
+
+    extra = 2 * t.num_layers * tokens * own
+    for gib in (22, 38, 41, 44, 46, 80):
+        assert kept(gib) == (predicted(gib) > predicted(1)), gib
+    assert predicted(80) == predicted(1) + extra and kept(46) and not kept(38)
+    assert not kept(80, others=30)
+    layer.self_attention.linear_qkv = linear(own, t.hidden_size, frozen=False)  # they are kept anyway
+    assert not kept(80)
 
 
 def test_a_recomputed_text_without_pictures_has_gradients_in_every_layer(models, small_checkpoint, monkeypatch):

@@ -26,6 +26,7 @@ RANKS = int(os.environ.get("PARALLEL_TEST_RANKS", "4"))  # 8 also runs TP4 × PP
 LAYOUTS = {
     f"TP{tp} PP{pp}": (tp, pp) for tp, pp in [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)] if tp * pp <= RANKS
 }
+UNEVEN = {"TP2 PP2": {"first_stage_layers": 1}}
 IN_BF16 = ("TP1 PP1", "TP2 PP2")
 WITH_LORA = ("TP2 PP1", "TP4 PP1", "TP2 PP2")
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_modules": ["language_model", "vision_model", "adapter"]}
@@ -59,7 +60,7 @@ def results(tmp_path_factory):
     write_tiny_checkpoint(folder / "hf", TEXTS, model, 1, MIN_PIXELS, MAX_PIXELS)
     hf2mcore(folder / "hf", folder / "hf_mcore_tp1_pp1", model)
     runs = [(ONE, 1, 1, 4, {}, True)]
-    runs += [(name, tp, pp, 1, {}, True) for name, (tp, pp) in LAYOUTS.items()]
+    runs += [(name, tp, pp, 1, UNEVEN.get(name, {}), True) for name, (tp, pp) in LAYOUTS.items()]
     runs += [(f"{name} bf16", *LAYOUTS[name], 1, {"bf16": True}, False) for name in IN_BF16]
     runs += [(f"{ONE} LoRA", 1, 1, 4, LORA, True)]
     runs += [(f"{name} LoRA", *LAYOUTS[name], 1, LORA, True) for name in WITH_LORA]

@@ -15,17 +15,20 @@ from llava_sft.data.sizes import SampleSizes
 from llava_sft.errors import RunError, SettingsError
 from llava_sft.machine import GIB, GPU_MEMORY_GIB, gpu, known_gpu
 from llava_sft.model.config import load_model_config
-from llava_sft.preflight.cost import MicroBatch
+from llava_sft.preflight.cost import MicroBatch, stages
 from llava_sft.preflight.predict import (
     Case,
     Prediction,
     calibration_for,
+    equally_slow_stages,
     fits,
     mean_and_largest,
     needless_parallelism,
     predict,
     proposal_lines,
     proposals,
+    stage_memory,
+    stage_seconds,
 )
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
 from llava_sft.settings.resolve import ResolvedSettings, resolve
@@ -89,6 +92,22 @@ def test_recomputation_saves_memory_and_costs_time(sizes):
         again = predicted(sizes, **changed)
         assert again.memory_gib < plain.memory_gib
         assert again.step_s > plain.step_s
+
+
+def test_the_vision_tower_s_stage_gets_fewer_layers_and_all_stages_are_equally_slow(sizes):
+    for gpus, layers in ((2, 1), (4, 3)):  # the layers that a cut can be moved by
+        values = settings(sizes, gpus_per_node=gpus, pipeline_model_parallel_size=gpus)
+        calibration = calibration_for("H200")
+        case = Case(MODEL, values, H200, *batches(sizes, values))
+        cut = case._replace(values=equally_slow_stages(case, calibration))
+        even, found = predict(case, calibration), predict(cut, calibration)
+        assert 0 < cut.values.first_stage_layers < 36 / gpus
+        assert found.step_s < 0.9 * even.step_s and found.memory_gib < even.memory_gib
+        seconds = [stage_seconds(cut, calibration, stage) for stage in stages(MODEL, cut.values)]
+        assert max(seconds) - min(seconds) < layers / 36 * sum(seconds)
+        alone = predicted(sizes, global_batch_size=values.global_batch_size)
+        of_weights = [stage_memory(cut, calibration, stage)["weights"] for stage in stages(MODEL, cut.values)]
+        assert sum(of_weights) == pytest.approx(alone.memory["weights"])
 
 
 def test_frozen_parts_need_neither_gradients_nor_moments(sizes):

@@ -31,16 +31,14 @@ from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
-from llava_sft.preflight.cost import MicroBatch, checkpoint_size
+from llava_sft.preflight.cost import MicroBatch, checkpoint_size, checkpoints_kept, host_bytes_for_save
 from llava_sft.preflight.predict import (
     Case,
     Forecast,
     answer,
-    checkpoints_kept,
     details,
     fits,
     forecast_of,
-    host_bytes_for_save,
     mean_and_largest,
     needless_parallelism,
     proposal_lines,
@@ -108,9 +106,9 @@ def main() -> None:
         return mean_and_largest(samples.sizes, values.model_copy(update=changed), packs and packs[:ENOUGH_PACKS])
 
     machine = gpu(args.gpu, args.gpu_memory) if args.gpu else this_machine(values.gpus_per_node, values.nproc_per_node)
-    forecast = forecast_of(Case(model, values, machine, *batch), batches_of) if machine else None
-    if forecast and "num_workers" in why:
-        values, why["num_workers"] = with_workers(values, cores, forecast.prediction.tokens_per_s, samples.prepared)
+    case = Case(model, values, machine, *batch) if machine else None
+    forecast = forecast_of(case, batches_of, cut="first_stage_layers" in why) if case else None
+    values = with_workers(forecast, why, cores, samples.prepared) if forecast else values
     resolved = Resolved(
         run_name=settings.run_name,
         settings=values,
@@ -165,16 +163,17 @@ def samples_of(paths: Paths, tokenizer: Path, keep: bool) -> Samples:
     return Samples(dataset, sizes, prepared, Epoch(window, *order.first_pass()))
 
 
-def with_workers(
-    values: ResolvedSettings, cores: int, tokens_per_s: float, prepared: float
-) -> tuple[ResolvedSettings, str]:
-    """The settings with as many loader processes as keep up with the predicted speed, and why."""
-    wanted = tokens_per_s / values.data_parallel_size
+def with_workers(forecast: Forecast, why: dict[str, str], cores: int, prepared: float) -> ResolvedSettings:
+    """The forecast's settings, with as many loader processes as keep up with the predicted speed where `why` has them."""
+    values = forecast.case.values
+    if "num_workers" not in why:
+        return values
+    wanted = forecast.prediction.tokens_per_s / values.data_parallel_size
     count = auto_num_workers(cores, values.nproc_per_node, wanted, prepared)
-    why = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
+    why["num_workers"] = f"each prepares {prepared:,.0f} tokens/s (measured), {wanted:,.0f} are trained on"
     if prepared * count < wanted:
-        why += f"; half of {cores} cores allow no more: steps will wait for data"
-    return values.model_copy(update={"num_workers": count}), why
+        why["num_workers"] += f"; half of {cores} cores allow no more: steps will wait for data"
+    return values.model_copy(update={"num_workers": count})
 
 
 def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:

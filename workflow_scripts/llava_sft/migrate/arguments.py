@@ -89,7 +89,7 @@ OPTIONS: dict[str, Rule] = {
     "context-parallel-size": Only(("1",), "a sequence lies on one GPU; pack_chunk_tokens and recompute_* save memory"),
     "context-parallel-ulysses-degree": Only(("1",), "a sequence lies on one GPU"),
     "expert-model-parallel-size": Only(("1",), NO_EXPERTS), "num-experts": Only((), NO_EXPERTS),
-    "custom-pipeline-layers": Lost("pipeline stages get equal numbers of layers"),
+    "custom-pipeline-layers": Ignored("first_stage_layers: auto makes all stages equally slow"),
     "num-layers-per-virtual-pipeline-stage": OF_MACHINE,
     **dict.fromkeys(
         ["use-distributed-optimizer", "use-precision-aware-optimizer", "overlap-grad-reduce", "overlap-param-gather",

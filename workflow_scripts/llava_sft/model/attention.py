@@ -30,9 +30,10 @@ def packed_seq_params(lengths: list[int], device: torch.device, cls=PackedSeqPar
         **extra,
     )
     params.lengths = lengths  # the host's copy: reading `cu_seqlens_q` back would stall a GPU
-    if cls is PackedSeqParams:  # for the fused layers of the language model, which keep cosine and sine in `rope`
+    if cls is PackedSeqParams:  # for the fused layers of the language model: what the first finds out for all of them
         positions = torch.cat([torch.arange(length) for length in lengths])
-        params.positions, params.rope = positions.to(device, non_blocking=True), None
+        params.positions = positions.to(device, non_blocking=True)
+        params.rope, params.keeps_inputs = None, False  # cosine and sine; has_memory_for_inputs
     return params
 
 

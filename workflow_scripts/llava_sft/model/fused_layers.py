@@ -8,7 +8,8 @@ Notable:
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
   cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
   (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
-- where weights are frozen, what is cheap to compute again is not saved (LoRA: 38 % of the activations).
+- where weights are frozen, what is cheap to compute again is not saved (LoRA: 38 % of the activations), but queries, keys
+  and values are where a GPU has memory to spare.
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
 """
@@ -28,6 +29,7 @@ from llava_sft.model.casts import handed
 from llava_sft.model.kernels import PartialSums, norm, norm_backward
 from llava_sft.model.products import move_back, places, product, product_backward, room_beside, trainable
 from llava_sft.model.rotary import rope, rope_backward
+from llava_sft.model.trained import SPARED
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend, fused_attn_bwd, fused_attn_fwd
@@ -116,7 +118,7 @@ class LanguageLayer(torch.autograd.Function):
         branch, for_fc2 = product(swiglu(gate_and_up, room, amax()), mlp.linear_fc2, recipe)
         ctx.constants = layer, segments, recipe, eps, head_norms, room
         ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
-        ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad else None
+        ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad or segments.keeps_inputs else None
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
         return middle + branch
 
@@ -151,8 +153,24 @@ class LanguageLayer(torch.autograd.Function):
         before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad, amax=amax())
         grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe)
         handed(segments).over(grad)
-        d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype)
+        norms_learn = any(ctx.needs_input_grad[3:7])
+        d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype) if norms_learn else (None,) * 4
         return grad, None, None, *d_norms, *d_qkv, *d_proj, *d_fc1, *d_fc2
+
+
+def has_memory_for_inputs(layer: TransformerLayer, tokens: int) -> bool:
+    """Whether all layers of the language model can keep queries, keys and values of so many tokens, and leave a part of the
+    GPU, or of what PyTorch may take of it, free (`SPARED`). Preflight asks the same of its prediction (cost.py)."""
+    attention, mlp = layer.self_attention, layer.mlp
+    qkv = attention.linear_qkv.weight
+    if qkv.requires_grad or not qkv.is_cuda:
+        return False
+    values = 2 * qkv.size(1) + 2 * qkv.size(0) + attention.linear_proj.weight.size(1) + mlp.linear_fc1.weight.size(0)
+    kept = layer.config.num_layers * tokens * values * qkv.element_size()
+    free, total = torch.cuda.mem_get_info()
+    most = torch.cuda.get_per_process_memory_fraction() * total
+    reserved, taken = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    return min(free, most - reserved) + reserved - taken - kept >= SPARED * most
 
 
 class FusedLanguageLayer(TransformerLayer):
@@ -168,6 +186,7 @@ class FusedLanguageLayer(TransformerLayer):
         if packed_seq_params.rope is None:  # the same for all layers
             angles = named["rotary_pos_emb"][packed_seq_params.positions, 0]  # [tokens, 1, head_dim]
             packed_seq_params.rope = angles.cos(), angles.sin()
+            packed_seq_params.keeps_inputs = has_memory_for_inputs(self, len(hidden_states))
         parameters = (
             mlp.linear_fc1.layer_norm_weight,
             attention.q_layernorm.weight,

@@ -233,6 +233,7 @@ def vision_transformer_config(
     config.recompute_granularity = "full" if recompute else None
     config.recompute_method, config.recompute_num_layers = ("uniform", 1) if recompute else (None, None)
     config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
+    config.num_layers_in_first_pipeline_stage = None
     if not fp8:
         config.fp8 = None
     return config

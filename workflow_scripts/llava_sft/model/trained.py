@@ -6,6 +6,7 @@ from llava_sft.model.config import ModelConfig
 from llava_sft.model.lora import Lora
 from llava_sft.model.tensors import parameters_by_part
 
+SPARED = 0.25  # of a GPU's memory: left free where more is kept than has to be
 FLOW = ("vision_model", "adapter", "language_model")  # the order in which the parts compute
 
 

@@ -12,8 +12,8 @@ from math import prod
 from typing import NamedTuple
 
 from llava_sft.model.config import ModelConfig
-from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, tensor_rows
-from llava_sft.model.trained import Trained
+from llava_sft.model.tensors import EMBEDDINGS, OUTPUT_LAYER, parameter_count, parameters_by_part, tensor_rows
+from llava_sft.model.trained import SPARED, Trained
 from llava_sft.settings.resolve import ResolvedSettings
 
 FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
@@ -22,6 +22,8 @@ FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes besi
 # would by their FLOPs (4B and 8B on an H100, benchmarks/lora.py). In FP8, of one run: nothing of a pair is joined with its
 # layer's product.
 RANKS_MORE, RANKS_MORE_FP8 = 290, 530
+
+PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 
 
 class MicroBatch(NamedTuple):
@@ -32,6 +34,30 @@ class MicroBatch(NamedTuple):
     patches: float
     patch_squares: float  # sum over images of their patches squared
     segments: float = 0.0  # packed samples
+
+
+class Stage(NamedTuple):
+    """What the processes of one pipeline stage have of the model; without pipeline parallelism all of it.
+
+    share: of the language model's layers. batches: micro-batches whose activations it holds at once.
+    """
+
+    share: float
+    first: bool
+    last: bool
+    batches: int
+
+
+def stages(model: ModelConfig, values: ResolvedSettings) -> list[Stage]:
+    """Megatron's 1F1B schedule: a stage has begun as many micro-batches as there are stages from it to the last."""
+    count, layers = values.pipeline_model_parallel_size, model.language.num_layers
+    first = values.first_stage_layers or layers / count
+    shares = [first / layers] + [(layers - first) / layers / (count - 1)] * (count - 1) if count > 1 else [1.0]
+    batches = values.global_batch_size // (values.micro_batch_size * values.data_parallel_size)
+    return [
+        Stage(share, place == 0, place == count - 1, max(1, min(count - place, batches)))
+        for place, share in enumerate(shares)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- FLOPs
@@ -108,9 +134,11 @@ def training_flops(
     )  # fmt: skip
 
 
-def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> tuple[float, float, float]:
-    """FLOPs that one micro-batch makes a process do, recomputation included: of the language model, of LoRA's pairs in it
-    (never in FP8), of the vision model.
+def step_flops(
+    model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, stage: Stage
+) -> tuple[float, float, float]:
+    """FLOPs that one micro-batch makes a process of a stage do, recomputation included: of the language model, of LoRA's
+    pairs in it (never in FP8), of the vision model.
 
     The output layer runs where an answer is: hardly ever. The adapter is counted with the vision tower.
     """
@@ -127,13 +155,14 @@ def step_flops(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) 
     products, attention = (passes + again for passes in trained.passes("vision_model"))
     vit = products * work.vision + attention * work.vision_attention + (3 + again) * pairs.get("vision_model", 0)
     vit += (trained.passes("adapter")[0] + again) * work.adapter + (3 + again) * pairs.get("adapter", 0)
-    return llm / values.model_parallel_size, in_llm / values.model_parallel_size, vit / values.model_parallel_size
+    tp = values.tensor_model_parallel_size
+    return stage.share * llm / tp, stage.share * in_llm / tp, stage.first * vit / tp
 
 
 # ------------------------------------------------------------------------------------------------------- bytes
 
 
-def expected_bytes(parameters: int, trained: int, values: ResolvedSettings) -> int:
+def expected_bytes(parameters: float, trained: float, values: ResolvedSettings) -> float:
     """Size of a checkpoint: the weights; of those trained also two moments and, where the weights are bf16, a float32 master
     copy or the 16 bits of it that bf16 lacks."""
     if not values.bf16:
@@ -144,33 +173,66 @@ def expected_bytes(parameters: int, trained: int, values: ResolvedSettings) -> i
 def checkpoint_size(model: ModelConfig, values: ResolvedSettings) -> int:
     """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained; with LoRA of those alone."""
     trained = values.trained.parameters(model)
-    return expected_bytes(trained if values.trained.lora else parameter_count(model), trained, values)
+    return int(expected_bytes(trained if values.trained.lora else parameter_count(model), trained, values))
 
 
-def state_bytes(model: ModelConfig, values: ResolvedSettings) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer state of the fullest process. On GPUs all replicas share the last."""
-    pairs, trained = values.trained.lora, values.trained.parameters(model)
-    total = parameter_count(model) + (pairs.parameters(model) if pairs else 0)
-    weights: float = expected_bytes(total, 0, values)  # as in a checkpoint
-    optimizer: float = expected_bytes(0, trained, values)
+def checkpoints_kept(values: ResolvedSettings) -> int:
+    """How many checkpoints lie on the disk when all steps are done."""
+    count = -(-values.train_iters // values.save_interval)
+    return min(count, values.keep_last or count)
+
+
+def host_bytes_for_save(model: ModelConfig, values: ResolvedSettings) -> float:
+    """Bytes of a node's memory that a save copies the GPUs' state to, and that stay taken."""
+    return values.on_gpu * PINNED * checkpoint_size(model, values) / values.nodes
+
+
+def stage_parameters(model: ModelConfig, values: ResolvedSettings, stage: Stage) -> tuple[float, float]:
+    """Values of the parts of the model that a stage has, LoRA's pairs with them, and how many of them are trained."""
+    counts, ends = (
+        parameters_by_part(model),
+        prod(tensor_rows(model)[0].shape),
+    )  # embeddings; the output layer has as many
+    layers = counts["language_model"] - 2 * ends
+    held = {"language_model": stage.share * layers + ends * (stage.first + stage.last)}
+    held |= {part: stage.first * counts[part] for part in ("vision_model", "adapter")}
+    trained = sum(held[part] for part in values.trained.whole)
+    if pairs := values.trained.lora:
+        shares = {"language_model": stage.share, "vision_model": stage.first, "adapter": stage.first}
+        added = sum(shares[part] * pairs.parameters(model, part) for part in pairs.parts)
+        return sum(held.values()) + added, trained + added
+    return sum(held.values()), trained
+
+
+def state_bytes(model: ModelConfig, values: ResolvedSettings, stage: Stage | None = None) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state of a process of this stage, or of the fullest. On GPUs all replicas
+    share the last."""
+    if stage is None:
+        each = [state_bytes(model, values, stage) for stage in stages(model, values)]
+        return max(each, key=lambda parts: sum(parts.values()))
+    total, trained = stage_parameters(model, values, stage)
+    weights = expected_bytes(total, 0, values)  # as in a checkpoint
+    optimizer = expected_bytes(0, trained, values)
     gradients = 4 * trained
     if values.on_gpu:
         optimizer /= values.data_parallel_size
         weights += 0 if values.fp8 == "none" else FP8_COPIES * total
         gradients = (4 if values.optimizer_precision == "fp32" else 2) * trained
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-    return {name: size / values.model_parallel_size for name, size in parts.items()}
+    return {name: size / values.tensor_model_parallel_size for name, size in parts.items()}
 
 
-def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch) -> dict[str, float]:
-    """Bytes that the forward pass of one micro-batch keeps for the backward pass, counted in the tensors of a layer.
+def activation_bytes(
+    model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, memory: float, stage: Stage
+) -> dict[str, float]:
+    """Bytes that a stage keeps for the backward passes of the micro-batches that it holds, counted in the tensors of a layer.
 
-    With full recomputation a layer keeps its input, and one layer at a time all of it. Attention in plain PyTorch (CPU)
-    keeps its scores too.
+    With frozen weights the layers for GPUs keep no inputs of products, and queries, keys and values only where the device's
+    `memory`, in bytes, holds them with a part to spare (model/fused_layers.py). With full recomputation a layer keeps its
+    input, and one layer at a time all of it. Attention in plain PyTorch (CPU) keeps its scores too.
     """
     size, t, v = 2 if values.bf16 else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
-    # With frozen weights the layers for GPUs keep neither inputs of products nor queries, keys and values.
     language_whole, vision_whole = (
         not values.on_gpu or part in values.trained.whole for part in ("language_model", "vision_model")
     )
@@ -179,18 +241,21 @@ def activation_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroB
     language = batch.tokens * of_token
     vision = batch.patches * ((6 + 2 * vision_whole) * v.hidden_size + (1 + vision_whole) * v.ffn_hidden_size)
     if not values.on_gpu:
-        language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
         vision += batch.patch_squares * v.num_attention_heads
-    language = stored_activations(
-        language, batch.tokens * t.hidden_size, t.num_layers, values.recompute_language == "full"
-    )
     vision = stored_activations(vision, batch.patches * v.hidden_size, v.num_layers, values.recompute_vision == "full")
-    if not values.trained.reaches("vision_model"):
-        vision = 0.0
-    # Layers of a later pipeline stage run while an earlier stage holds several micro-batches: as much as without one.
-    split = values.tensor_model_parallel_size
-    return {"language activations": size * language / split, "vision activations": size * vision / split}
+    vision *= values.trained.reaches("vision_model") and stage.first
+    layers = stage.share * t.num_layers
+    if not values.on_gpu:
+        language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
+    elif not language_whole and values.tensor_model_parallel_size == 1 and values.recompute_language == "none":
+        inputs = batch.tokens * heads * t.kv_channels
+        kept = size * stage.batches * (vision + layers * (language + inputs))
+        if (1 - SPARED) * memory >= sum(state_bytes(model, values, stage).values()) + kept:
+            language += inputs
+    language = stored_activations(language, batch.tokens * t.hidden_size, layers, values.recompute_language == "full")
+    held = size * stage.batches / values.tensor_model_parallel_size
+    return {"language activations": held * language, "vision activations": held * vision}
 
 
-def stored_activations(layer: float, layer_input: float, layers: int, recomputed: bool) -> float:
+def stored_activations(layer: float, layer_input: float, layers: float, recomputed: bool) -> float:
     return layers * layer_input + layer if recomputed else layers * layer

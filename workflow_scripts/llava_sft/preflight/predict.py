@@ -21,12 +21,19 @@ from llava_sft.data.sizes import SampleSizes
 from llava_sft.files import read_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import ModelConfig
-from llava_sft.preflight.cost import MicroBatch, activation_bytes, checkpoint_size, state_bytes, step_flops
+from llava_sft.preflight.cost import (
+    MicroBatch,
+    Stage,
+    activation_bytes,
+    stages,
+    state_bytes,
+    step_flops,
+)
 from llava_sft.run.remedies import in_yaml, less_memory, with_lora
+from llava_sft.settings.conflicts import possible_cuts
 from llava_sft.settings.resolve import ResolvedSettings
 
 FACTORS = Path(__file__).with_name("factors.json")
-PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 RESERVE = 0.05  # of a device's memory that a prediction leaves free: its own error, and what other processes hold
 CUDA_GIB = 1.5  # of a GPU, at least: CUDA's own memory (0.5 to 1.3 GiB) is no part of the prediction
 
@@ -107,20 +114,6 @@ def _padded(each: list[MicroBatch], mbs: int) -> tuple[MicroBatch, MicroBatch]:
     return padded(MicroBatch(*mean), width), padded(MicroBatch(*most), lengths[-1])
 
 
-# ---------------------------------------------------------------------------------------------- disk and host
-
-
-def checkpoints_kept(values: ResolvedSettings) -> int:
-    """How many checkpoints lie on the disk when all steps are done."""
-    count = -(-values.train_iters // values.save_interval)
-    return min(count, values.keep_last or count)
-
-
-def host_bytes_for_save(model: ModelConfig, values: ResolvedSettings) -> float:
-    """Bytes of a node's memory that a save copies the GPUs' state to, and that stay taken."""
-    return values.on_gpu * PINNED * checkpoint_size(model, values) / values.nodes
-
-
 # ------------------------------------------------------------------------------------------------- prediction
 
 
@@ -139,35 +132,44 @@ def calibration_for(device: str) -> Calibration:
     return Calibration(**fitted.get(device) or fitted["GPU"])
 
 
-def memory_terms(case: Case) -> list[float]:
+def memory_terms(case: Case, stage: Stage) -> list[float]:
     """GiB: what a process needs whatever it trains, language activations, vision activations; and gradients where a GPU
     recomputes the language model, which leaves memory unused between them (8 % of what full training takes then)."""
     model, values = case.model, case.values
-    gradients = state_bytes(model, values)["gradients"] / GIB
+    gradients = state_bytes(model, values, stage)["gradients"] / GIB
     holes = gradients if values.on_gpu and values.recompute_language == "full" else 0.0
-    return [1.0, *(size / GIB for size in activation_bytes(model, values, case.largest).values()), holes]
+    activations = activation_bytes(model, values, case.largest, case.machine.memory_gib * GIB, stage)
+    return [1.0, *(size / GIB for size in activations.values()), holes]
 
 
-def time_terms(case: Case) -> list[float]:
+def time_terms(case: Case, slowest: Stage) -> list[float]:
     """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then what
     costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
-    to do), and of attention."""
+    to do), and of attention. All micro-batches go through the slowest pipeline stage one after the other; the first or the
+    last of them has to go through the others, too."""
+    others = stages(case.model, case.values)
+    others.remove(slowest)
+    state = state_bytes(case.model, case.values, slowest)
+    of_state = (state["gradients"] + state["optimizer"]) / GIB
+    counted = [(slowest, _micro_batches(case.values)), *((stage, 1) for stage in others)]
+    passes = [[count * term for term in _terms_of_pass(case, stage)] for stage, count in counted]
+    terms = [sum(column) for column in zip(*passes, strict=True)]
+    return [*terms[:3], of_state, *terms[3:]]
+
+
+def _terms_of_pass(case: Case, stage: Stage) -> list[float]:
+    """Of `time_terms`, those of one micro-batch in one stage."""
     model, values, batch = case.model, case.values, case.mean
-    llm, pairs, vit = step_flops(model, values, batch)
-    micro_batches = _micro_batches(values)
-    state = state_bytes(model, values)
-    calls = micro_batches * max(1.0, batch.tokens / values.chunk_tokens)
+    llm, pairs, vit = step_flops(model, values, batch, stage)
+    layers = stage.share * model.language.num_layers + stage.first * model.vision.num_layers
+    of_all = layers / (model.language.num_layers + model.vision.num_layers)
+    calls = max(1.0, batch.tokens / values.chunk_tokens) * of_all
     products, of_model = ([llm + pairs, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([pairs, llm], [0.0, calls])
     attentions = 0.0
     if not values.on_gpu:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
-        passes = 1 + (values.recompute_language == "full") / 3  # forward and backward, which takes twice as long
-        attentions = micro_batches * batch.segments * model.language.num_layers * passes
-    return [
-        *(micro_batches * flops / case.machine.peak for flops in (*products, vit)),
-        (state["gradients"] + state["optimizer"]) / GIB,
-        *of_model,
-        attentions,
-    ]
+        times = 1 + (values.recompute_language == "full") / 3  # forward and backward, which takes twice as long
+        attentions = batch.segments * stage.share * model.language.num_layers * times
+    return [*(flops / case.machine.peak for flops in (*products, vit)), *of_model, attentions]
 
 
 def _micro_batches(values: ResolvedSettings) -> int:
@@ -175,16 +177,35 @@ def _micro_batches(values: ResolvedSettings) -> int:
 
 
 def predict(case: Case, calibration: Calibration) -> Prediction:
-    """What one step takes."""
-    state = {name: size / GIB for name, size in state_bytes(case.model, case.values).items()}
-    fixed, language, vision, holes = (
-        factor * term for factor, term in zip(calibration.memory, memory_terms(case), strict=True)
-    )
-    activations = {"language activations": language, "vision activations": vision}
-    memory = state | activations | {"libraries and the rest": fixed + holes}
-    seconds = sum(factor * term for factor, term in zip(calibration.time, time_terms(case), strict=True))
+    """What one step takes: of pipeline stages the fullest decides on memory, the slowest on time."""
+    each = stages(case.model, case.values)
+    memory = max((stage_memory(case, calibration, stage) for stage in each), key=lambda parts: sum(parts.values()))
+    seconds = max(stage_seconds(case, calibration, stage) for stage in each)
     micro_batches = _micro_batches(case.values) * case.values.data_parallel_size
     return Prediction(memory, seconds, case.mean.tokens * micro_batches)
+
+
+def stage_memory(case: Case, calibration: Calibration, stage: Stage) -> dict[str, float]:
+    """GiB of a process by part."""
+    state = {name: size / GIB for name, size in state_bytes(case.model, case.values, stage).items()}
+    fixed, language, vision, holes = (
+        factor * term for factor, term in zip(calibration.memory, memory_terms(case, stage), strict=True)
+    )
+    activations = {"language activations": language, "vision activations": vision}
+    return state | activations | {"libraries and the rest": fixed + holes}
+
+
+def stage_seconds(case: Case, calibration: Calibration, stage: Stage) -> float:
+    """Of a step whose slowest stage this is."""
+    return sum(factor * term for factor, term in zip(calibration.time, time_terms(case, stage), strict=True))
+
+
+def equally_slow_stages(case: Case, calibration: Calibration) -> ResolvedSettings:
+    """The settings with the model cut into the pipeline stages whose slowest is the fastest."""
+    values = case.values
+    cuts = possible_cuts(case.model.language.num_layers, values.pipeline_model_parallel_size)
+    tried = [values.model_copy(update={"first_stage_layers": first}) for first in cuts]
+    return min(tried, key=lambda each: predict(case._replace(values=each), calibration).step_s)
 
 
 def fits(prediction: Prediction, machine: Machine) -> bool:
@@ -274,8 +295,11 @@ class Forecast(NamedTuple):
     would_fit: list[tuple[dict[str, Any], Prediction]]
 
 
-def forecast_of(case: Case, batches_of: BatchesOf | None = None) -> Forecast:
+def forecast_of(case: Case, batches_of: BatchesOf | None = None, cut: bool = False) -> Forecast:
+    """`cut`: the settings leave to preflight how the model is cut into pipeline stages."""
     calibration = calibration_for(case.machine.device)
+    if cut:
+        case = case._replace(values=equally_slow_stages(case, calibration))
     prediction = predict(case, calibration)
     near = [] if fits(prediction, case.machine) else proposals(case, calibration, batches_of)
     return Forecast(case, prediction, calibration, near)

@@ -80,7 +80,7 @@ def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
     before, now = identity(run), identity(resolved)
     changed = [key for key in now if before.get(key) != now[key]]
     if not changed:
-        refuse_layout(run_dir, done, run.settings, resolved.settings)
+        refuse_layout(run_dir, done, run.settings, keeping_cut(run, resolved).settings)
     given = [key for key in changed if key not in resolved.why] or changed  # not what follows from them
     if given:
         differences = [
@@ -118,7 +118,8 @@ def refuse_layout(run_dir: Path, done: int, before: ResolvedSettings, now: Resol
     state does not either. On GPUs it is kept in Megatron's buckets (`dp_reshardable`): they are those of one TP × PP, and
     the same for some numbers of replicas.
     """
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"]
+    names += ["first_stage_layers"] if now.pipeline_model_parallel_size > 1 else []
     changed = [name for name in names if getattr(before, name) != getattr(now, name)]
     replicas = before.data_parallel_size, now.data_parallel_size
     if before.on_gpu != now.on_gpu:
@@ -148,15 +149,29 @@ def same_run(run_dir: Path, resolved: Resolved) -> tuple[Path, int] | None:
     return None
 
 
+def keeping_cut(run: Resolved, resolved: Resolved) -> Resolved:
+    """With the pipeline stages that `run` was trained on, where the settings do not say how the model is cut into them."""
+    before, now = run.settings, resolved.settings
+    if (
+        "first_stage_layers" not in resolved.why
+        or before.pipeline_model_parallel_size != now.pipeline_model_parallel_size
+    ):
+        return resolved
+    settings = now.model_copy(update={"first_stage_layers": before.first_stage_layers})
+    return resolved.model_copy(update={"settings": settings})
+
+
 def open_run(run_dir: Path, resolved: Resolved) -> int:
     """Check that `run_dir` holds this run, or make it, and write run.json; return the step it resumes from.
 
-    On a resume, unless lr_decay_iters is given, the run keeps the length of its schedule: a run that is made longer goes
-    on at its min_lr.
+    On a resume the run keeps the cut into pipeline stages and, unless lr_decay_iters is given, the length of its schedule:
+    a run that is made longer goes on at its min_lr.
     Raises RunError when the directory holds another run; its files are then as they were.
     """
     refuse_other_run(run_dir, resolved)
     done = newest_whole(run_dir, deep=iterations_done(run_dir) != resolved.settings.train_iters)
+    if done:
+        resolved = keeping_cut(read_run(run_dir, done), resolved)
     if done and "lr_decay_iters" in resolved.why:
         length = read_run(run_dir, done).settings.lr_decay_iters
         if length != resolved.settings.lr_decay_iters:

@@ -97,6 +97,18 @@ def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
                 f"{size} does not divide the {number} {what} of model {model.name}",
                 f"{key}: a divisor of {number}",
             )
+    first = settings.first_stage_layers
+    if pp > 1 and first != "auto" and first not in (possible := possible_cuts(language.num_layers, pp)):
+        raise Conflict(
+            "first_stage_layers",
+            f"{first} of {language.num_layers} layers do not leave as many to each of the other stages, of {pp}",
+            f"first_stage_layers: auto, or one of {', '.join(map(str, possible))}",
+        )
+
+
+def possible_cuts(layers: int, stages: int) -> list[int]:
+    """Numbers of layers that the first of several stages can have so that the others share the rest evenly."""
+    return [first for first in range(1, layers) if not (layers - first) % (stages - 1)]
 
 
 def check_global_batch_size(global_batch_size: int, micro_batch_size: int, replicas: int) -> None:

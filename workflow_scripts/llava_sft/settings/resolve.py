@@ -41,6 +41,7 @@ class ResolvedSettings(AllSettings):
     nodes: int = 1
     gpus_per_node: int = 0
     nproc_per_node: int = 0
+    first_stage_layers: int = 0  # as many as any stage
     eval_interval: int = 0
     eval_iters: int = 0
 
@@ -145,6 +146,10 @@ def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
     processes = processes_per_node(settings, gpus)
     processes = auto.settle("nproc_per_node", processes, "one a GPU" if gpus else "TP × PP on a CPU")
     auto.settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {cores} cores")
+    if settings.pipeline_model_parallel_size > 1:
+        auto.settle("first_stage_layers", 0, "all stages equally slow, by prediction")
+    else:
+        auto.values["first_stage_layers"] = 0
     auto.settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
     why = "on GPUs, whose memory is copied in a second (the first time half a minute), and written in a minute"
     auto.settle("async_save", gpus > 0, why)

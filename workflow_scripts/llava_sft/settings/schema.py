@@ -209,6 +209,11 @@ class Run(Section):
     )
     tensor_model_parallel_size: Positive = free(1, "TP; a run on GPUs keeps it")
     pipeline_model_parallel_size: Positive = free(1, "PP; a run on GPUs keeps it")
+    first_stage_layers: Positive | Auto = free(
+        "auto",
+        "of a model in pipeline stages: layers of the language model beside the vision tower; the other stages share the "
+        "rest evenly; auto: all stages equally slow. A run on GPUs keeps it",
+    )
 
 
 class Watching(Section):

@@ -8,8 +8,8 @@ from pathlib import Path
 from llava_sft.errors import RunError
 from llava_sft.machine import GIB, free_memory, gpu_count, gpus, require_able_gpus, require_engine, this_machine
 from llava_sft.nodes import Node
-from llava_sft.preflight.cost import MicroBatch, checkpoint_size
-from llava_sft.preflight.predict import Case, checkpoints_kept, forecast_of, host_bytes_for_save, proposal_lines
+from llava_sft.preflight.cost import MicroBatch, checkpoint_size, checkpoints_kept, host_bytes_for_save
+from llava_sft.preflight.predict import Case, forecast_of, proposal_lines
 from llava_sft.run.checkpoints import check_disk
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
