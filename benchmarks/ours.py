@@ -79,6 +79,21 @@ class Phases:
         return spent
 
 
+def amounts(loop: Loop, batch: VlmBatch, case: dict) -> dict:
+    """How much there was to do for a micro-batch. Of a chunk: tokens, patches, images, answer tokens."""
+    grids = [tuple(grid) for grid in batch.grids.tolist()]
+    chunks = batch.chunks(case["pack_chunk_tokens"], pad_multiple(loop.on_gpu))
+    trained, answers = loop.values.trained, len(batch.answer_labels)
+    return {
+        "chunks": [(c.input_ids.numel(), len(c.pixels), len(c.grids), len(c.answer_labels)) for c in chunks],
+        "segments": batch.lengths,
+        "padded": batch.input_ids.numel(),
+        "patches": [height * width for height, width in grids],
+        "answers": answers,
+        "flops": training_flops(loop.model_config, trained, batch.lengths, grids, answers),
+    }
+
+
 class Cases:
     """Trains the cases one after another on the loaders' batches."""
 
@@ -188,21 +203,7 @@ class Cases:
             result["phases"] = self.phases.milliseconds()
         if profiler:
             result["kernels"] = kernel_times(trace(profiler))
-        return result | {"batches": [self.amounts(batch, case) for batch in self.batches]}
-
-    def amounts(self, batch: VlmBatch, case: dict) -> dict:
-        """How much there was to do for a micro-batch. Of a chunk: tokens, patches, images, answer tokens."""
-        grids = [tuple(grid) for grid in batch.grids.tolist()]
-        chunks = batch.chunks(case["pack_chunk_tokens"], pad_multiple(self.loop.on_gpu))
-        trained, answers = self.loop.values.trained, len(batch.answer_labels)
-        return {
-            "chunks": [(c.input_ids.numel(), len(c.pixels), len(c.grids), len(c.answer_labels)) for c in chunks],
-            "segments": batch.lengths,
-            "padded": batch.input_ids.numel(),
-            "patches": [height * width for height, width in grids],
-            "answers": answers,
-            "flops": training_flops(self.loop.model_config, trained, batch.lengths, grids, answers),
-        }
+        return result | {"batches": [amounts(self.loop, batch, case) for batch in self.batches]}
 
     def save_and_load(self) -> dict:
         """Two saves, of which the first takes the host memory for its copy, and a load into zeros, each timed."""
