@@ -140,12 +140,8 @@ class Cases:
             config.recompute_granularity = "full" if full else None
             config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
         flash4.choose(case.get("attention", "auto"))
-        in_fp8 = None if case["fp8"] == "none" else "hybrid"
-        for config, fp8 in (
-            (language.config, in_fp8),
-            (vision.decoder.config, in_fp8 if case.get("fp8_vision") else None),
-        ):
-            config.fp8, config.fp8_recipe = fp8, case["fp8"]
+        language.config.fp8 = None if case["fp8"] == "none" else "hybrid"
+        language.config.fp8_recipe = case["fp8"]
         chunk = {"pack_chunk_tokens": case["pack_chunk_tokens"]}
         self.loop.values = self.loop.values.model_copy(update=chunk)
         self.loop.micro_batches = case["micro_batches"]

@@ -122,7 +122,6 @@ def test_faster_ways_agree_with_what_they_replace(data):
     ):  # bf16 has 8 bits; without the library cuDNN's comes in its place
         losses, gradients = found[lever]
         assert losses < 0.01 and gradients < 0.02
-    assert found["fp8_vision, from bf16"][1] < 2 * found["FP8, from bf16"][1]
     assert found["all, from bf16"][1] < 2 * found["FP8, from bf16"][1]
 
 

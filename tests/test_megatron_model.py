@@ -113,8 +113,7 @@ def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypa
 
 
 def test_fp8_with_largest_values_of_the_kernels_that_write_is_the_same(both, small_checkpoint, monkeypatch):
-    """Bit for bit, in both towers; only the output of attention and a pass's first gradients are read for them. Rows of the
-    vision tower are filled up to sixteens, which changes nothing."""
+    """Bit for bit; only the output of attention and a pass's first gradient are read for them."""
     conversations = [conversation(1), conversation(0, 1)]
     packed = loader_batch(small_checkpoint, conversations, packing=True, pad_multiple=64)
     model = both.mcore.train()
@@ -128,9 +127,9 @@ def test_fp8_with_largest_values_of_the_kernels_that_write_is_the_same(both, sma
     found = losses_and_gradients(model, [packed])
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
-    layers = len(model.language_model.decoder.layers) + len(model.vision_model.decoder.layers)
+    layers = len(model.language_model.decoder.layers)
     weights = 4 * layers  # of the first pass alone
-    assert before - weights == 8 * layers and len(counted) - before == layers + 2
+    assert before - weights == 8 * layers and len(counted) - before == layers + 1
     assert 1e-5 < greatest_difference(found[0], exact[0]) < 0.05
 
 
@@ -173,13 +172,10 @@ def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch)
         is both.mcore.language_model.decoder.config
         is both.mcore.language_model.decoder.layers[0].config
     )
-    config, of_tower, seen = SimpleNamespace(fp8="hybrid"), SimpleNamespace(fp8="hybrid"), []
-    tower = SimpleNamespace(decoder=SimpleNamespace(config=of_tower))
-    inner = SimpleNamespace(config=config, pre_process=True, vision_model=tower)
+    config, seen = SimpleNamespace(fp8="hybrid"), []
+    inner = SimpleNamespace(config=config)
     model = SimpleNamespace(module=inner, eval=lambda: None, train=lambda: None)  # in Megatron's wrapper
-    forward = SimpleNamespace(
-        device="cpu", evaluate=lambda batches: seen.extend([config.fp8, of_tower.fp8]) or torch.ones(2)
-    )
+    forward = SimpleNamespace(device="cpu", evaluate=lambda batches: seen.append(config.fp8) or torch.ones(2))
     values = SimpleNamespace(eval_iters=2, log_answers=1, max_new_tokens=1)
     watch = SimpleNamespace(writes=False, pause=lambda seconds: None)
     parts = {"model": model, "forward": forward, "values": values, "watch": watch}
@@ -188,7 +184,7 @@ def test_a_validation_is_in_bf16_where_the_training_is_in_fp8(both, monkeypatch)
     monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: 0)
     monkeypatch.setattr(validation, "answers", lambda *given: seen.append(config.fp8))
     Loop.validate(loop, SimpleNamespace(rewind=lambda: None), 1)
-    assert seen == [None] * 5 and config.fp8 == of_tower.fp8 == "hybrid"
+    assert seen == [None, None, None] and config.fp8 == "hybrid"
 
 
 def test_samples_alone_are_filled_up_for_fp8(both, small_checkpoint):

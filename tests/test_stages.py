@@ -86,15 +86,6 @@ def test_make_experiment_gives_a_file_that_only_lacks_the_data(tmp_path):
     assert make("").returncode != 0
 
 
-def test_fp8_of_the_vision_tower_goes_with_fp8_of_the_language_model(at_root):
-    assert load_settings("agriculture", {"fp8": "tensorwise", "fp8_vision": True}).fp8_vision
-    with pytest.raises(SettingsError, match="fp8_vision: goes with fp8: tensorwise; fp8 is none") as refused:
-        load_settings("agriculture", {"fp8_vision": True})
-    assert refused.value.fix == "fp8: tensorwise, or fp8_vision: false"
-    with pytest.raises(SettingsError, match="tensor_model_parallel_size is 2"):
-        load_settings("agriculture", {"fp8": "tensorwise", "fp8_vision": True, "tensor_model_parallel_size": 2})
-
-
 def test_lora_trains_parts_that_are_trained_beside_weights_that_are_kept(at_root):
     settings = load_settings("agriculture_lora")
     assert settings.trained.whole == () and settings.trained.by_pairs == ("language_model",)

@@ -58,7 +58,7 @@ def general_gemm(a, b, *, layout="TN", out=None, accumulate=False, bias=None, ou
 
 
 def use(model, monkeypatch) -> list:
-    """FP8 in the fused layers of both towers. Returns a list that gets the shape of each tensor that is cast in the way that
+    """FP8 in the fused layers of the language model. Returns a list that gets the shape of each tensor that is cast in the way that
     reads it twice."""
     counted: list = []
     kept = tuple(Quantizer(kind, counted) for kind in ("e4m3", "e4m3", "e5m2"))
@@ -69,12 +69,12 @@ def use(model, monkeypatch) -> list:
     # The interpreter does not round to FP8 as hardware does (test_gpu.py has that); the largest values are the kernels'.
     largest = lambda amax: amax.view(casts.SLOTS, casts.APART)[:, 0].max()  # noqa: E731
     monkeypatch.setattr(casts, "cast", lambda x, amax, kind: cast(x, largest(amax), kind))
-    for tower in (model.language_model, model.vision_model):
-        monkeypatch.setattr(tower.decoder.config, "fp8", "hybrid")
-        monkeypatch.setattr(tower.decoder.config, "fp8_recipe", "tensorwise")
-        for module in tower.decoder.modules():
-            if getattr(module, "weight", None) is not None:
-                monkeypatch.setitem(vars(module), "is_first_microbatch", True)
+    decoder = model.language_model.decoder
+    monkeypatch.setattr(decoder.config, "fp8", "hybrid")
+    monkeypatch.setattr(decoder.config, "fp8_recipe", "tensorwise")
+    for module in decoder.modules():
+        if getattr(module, "weight", None) is not None:
+            monkeypatch.setitem(vars(module), "is_first_microbatch", True)
     return counted
 
 

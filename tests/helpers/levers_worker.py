@@ -35,8 +35,7 @@ LEVERS = {
     "flash4_vision": ({"flash4_vision"}, None),
     "flash4_language": ({"flash4_language"}, None),
     "amax": ({"amax"}, "tensorwise"),
-    "fp8_vision": ({"fp8_vision"}, "tensorwise"),
-    "all": ({"amax", "fp8_vision", *FLASH4}, "tensorwise"),
+    "all": ({"amax", *FLASH4}, "tensorwise"),
 }
 
 
@@ -74,18 +73,15 @@ def largest_values_are_right() -> dict[str, bool]:
         return bool(tensor.largest_values.view(casts.SLOTS, casts.APART)[:, 0].max() == tensor.float().abs().max())
 
     n, device, found = 4100, torch.device("cuda"), {}
-    for width, bias in ((2560, None), (1024, r(1024))):
-        x, weight, sums = r(n, width), r(width), k.PartialSums(4 * width, device)
-        total, out, mean, scale = k.norm(x, weight, bias, 1e-6, r(n, width), amax=casts.places(device))
-        found[f"norm {width}"] = right(out)
-        given = r(n, width), total, weight, bias, mean, scale, r(n, width), sums, bias is not None
-        found[f"norm_backward {width}"] = right(k.norm_backward(*given, amax=casts.places(device)))
+    width, bias = 2560, None
+    x, weight, sums = r(n, width), r(width), k.PartialSums(4 * width, device)
+    total, out, mean, scale = k.norm(x, weight, bias, 1e-6, r(n, width), amax=casts.places(device))
+    found[f"norm {width}"] = right(out)
+    given = r(n, width), total, weight, bias, mean, scale, r(n, width), sums, bias is not None
+    found[f"norm_backward {width}"] = right(k.norm_backward(*given, amax=casts.places(device)))
     gate_and_up = r(n, 2 * 9728)
     found["swiglu"] = right(activations.swiglu(gate_and_up, amax=casts.places(device)))
     found["swiglu_backward"] = right(activations.swiglu_backward(r(n, 9728), gate_and_up, amax=casts.places(device)))
-    x, sums = r(n, 4096), k.PartialSums(4096, device)
-    found["gelu"] = right(activations.gelu(x, casts.places(device)))
-    found["gelu_backward"] = right(activations.gelu_backward(r(n, 4096), x, sums, amax=casts.places(device)))
     for heads, groups, head_dim, weights in ((32, 8, 128, (r(128), r(128))), (16, 16, 64, None)):
         qkv = r(n, (heads + 2 * groups) * head_dim)
         angles = r(n, 1, head_dim, dtype=torch.float32), r(n, 1, head_dim, dtype=torch.float32)
@@ -136,9 +132,8 @@ class Trained:
     def use(self, tried=frozenset(), fp8=None) -> None:
         flash4._chosen = {causal for name, causal in FLASH4.items() if name in tried}
         fused_layers.places = products.places if "amax" in tried else lambda *given: None
-        towers = self.model.language_model.decoder.config, self.model.vision_model.decoder.config
-        for config, on in zip(towers, (fp8, fp8 and "fp8_vision" in tried), strict=True):
-            config.fp8, config.fp8_recipe = ("hybrid", fp8) if on else (None, None)
+        config = self.model.language_model.decoder.config
+        config.fp8, config.fp8_recipe = ("hybrid", fp8) if fp8 else (None, None)
         self.cast_again()
 
     def cast_again(self) -> None:
@@ -198,13 +193,6 @@ def levers(trained: Trained, found: dict) -> None:
         if recipe:
             found[f"{name}, from bf16"] = differences(ours, bf16)
         found[f"{name}: seconds, first pass"] = trained.seconds
-    config = trained.model.vision_model.decoder.config
-    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
-    ours = trained.losses_and_gradients({"amax", "fp8_vision"}, "tensorwise")
-    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = None, None, None
-    found["amax, fp8_vision recomputed"] = differences(
-        ours, trained.losses_and_gradients({"amax", "fp8_vision"}, "tensorwise")
-    )
     found["fell back"] = sorted(flash4._failed)
     found["tokens, patches"] = [trained.packed.input_ids.numel(), len(trained.packed.pixels)]
 

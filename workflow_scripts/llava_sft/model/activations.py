@@ -74,14 +74,11 @@ def _normal(x):
 
 
 @triton.jit
-def _gelu(x, out, amax, size, SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu(x, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, at < size, 0.0).to(tl.float32)
     below, _ = _normal(value)
-    value = (value * below).to(out.dtype.element_ty)
-    tl.store(out + at, value, at < size)
-    if amax is not None:
-        note_largest(amax, tl.program_id(0), tl.abs(value.to(tl.float32)), SLOTS, APART)
+    tl.store(out + at, value * below, at < size)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -90,19 +87,15 @@ def _gelu_backward(
     x,
     out,
     sums,
-    amax,
     tokens,
     columns,
     width: tl.constexpr,
     AGAIN: tl.constexpr,
-    SLOTS: tl.constexpr,
-    APART: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, total = column < width, tl.zeros([ROWS, BLOCK], tl.float32)
-    most = total
     for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None] & inside[None, :]
@@ -114,32 +107,24 @@ def _gelu_backward(
             tl.store(grad + at, value * below, mask)
         d_x *= below + value * density
         total += d_x
-        d_x = d_x.to(out.dtype.element_ty)
         tl.store(out + at, d_x, mask)
-        if amax is not None:
-            most = tl.maximum(most, tl.where(mask, tl.abs(d_x.to(tl.float32)), 0.0))
-    if amax is not None:
-        note_largest(amax, tl.program_id(0) + tl.program_id(1), most, SLOTS, APART)
     tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, tl.sum(total, 0), inside)
 
 
-def gelu(x: Tensor, amax: Tensor | None = None) -> Tensor:
+def gelu(x: Tensor) -> Tensor:
     """The exact GELU, of any shape."""
     out = torch.empty_like(x)
-    _gelu[cdiv(x.numel(), 2048),](x, out, amax, x.numel(), **PLACES, BLOCK=2048, num_warps=WARPS)
-    return known(out, amax)
+    _gelu[cdiv(x.numel(), 2048),](x, out, x.numel(), BLOCK=2048, num_warps=WARPS)
+    return out
 
 
-def gelu_backward(
-    grad: Tensor, x: Tensor, sums: PartialSums, again: bool = False, amax: Tensor | None = None
-) -> Tensor:
+def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums, again: bool = False) -> Tensor:
     """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it. `again`: gelu(x) takes the place of
     `grad`."""
     (tokens, width), out = x.shape, torch.empty_like(x)
     partial, block = sums.take(width), min(1024, power_of_2(width))
     grid = (len(partial), cdiv(width, block))
     _gelu_backward[grid](
-        grad, x, out, partial, amax, tokens, sums.columns, width, again, **PLACES, ROWS=TILE // 2 // block, BLOCK=block,
-        num_warps=WARPS,
-    )  # fmt: skip
-    return known(out, amax)
+        grad, x, out, partial, tokens, sums.columns, width, again, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
+    )
+    return out

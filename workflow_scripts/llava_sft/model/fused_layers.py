@@ -212,49 +212,43 @@ class VisionLayer(torch.autograd.Function):
         attention, fc1, fc2 = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2
         linear_qkv, proj, eps = attention.linear_qkv, attention.linear_proj, layer.config.layernorm_epsilon
         angles = segments.rotary_cos, segments.rotary_sin
-        recipe = layer.config.fp8 and layer.config.fp8_recipe
-        amax = partial(places, recipe, hidden.device)
-        qkv_norm = linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias
-        _, x, *first_norm = norm(hidden, *qkv_norm, eps, amax=amax())
-        qkv, for_qkv = product(x, linear_qkv, recipe, linear_qkv.bias)
+        _, x, *first_norm = norm(hidden, linear_qkv.layer_norm_weight, linear_qkv.layer_norm_bias, eps)
+        qkv, for_qkv = product(x, linear_qkv, bias=linear_qkv.bias)
         inputs = rope(qkv, layer.config.num_query_groups, *angles)
         attended, statistics = attend(*inputs, segments, False)
-        branch, for_proj = product(attended.flatten(1), proj, recipe, proj.bias)
-        middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch, amax=amax())
-        before, for_fc1 = product(x, fc1, recipe, fc1.bias)
-        branch, for_fc2 = product(gelu(before, amax()), fc2, recipe, fc2.bias)
-        ctx.constants = layer, segments, angles, recipe
+        branch, for_proj = product(attended.flatten(1), proj, bias=proj.bias)
+        middle, x, *second_norm = norm(hidden, fc1.layer_norm_weight, fc1.layer_norm_bias, eps, branch)
+        before, for_fc1 = product(x, fc1, bias=fc1.bias)
+        branch, for_fc2 = product(gelu(before), fc2, bias=fc2.bias)
+        ctx.constants = layer, segments, angles
         ctx.saved = hidden, first_norm, inputs, attended, statistics, middle, second_norm, before
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
         return middle + branch
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, segments, (cos, sin), recipe = ctx.constants
+        layer, segments, (cos, sin) = ctx.constants
         hidden, first_norm, inputs, attended, statistics, middle, second_norm, before = ctx.saved
         for_qkv, for_proj, for_fc1, for_fc2 = ctx.operands
         ctx.saved = ctx.operands = None
         attention, fc1, fc2, grad = layer.self_attention, layer.mlp.linear_fc1, layer.mlp.linear_fc2, grad.contiguous()
         qkv, proj = attention.linear_qkv, attention.linear_proj
         width, inner, again = hidden.size(1), before.size(1), hasattr(fc1, "lora_a")
-        sums, amax = PartialSums(9 * width + inner, hidden.device), partial(places, recipe, hidden.device)
-        handed(segments).take(grad)
+        sums = PartialSums(9 * width + inner, hidden.device)
 
         def through_norm(linear: torch.nn.Module, x: Tensor, of_tokens: list, biases: bool) -> partial:
             weight, bias, (mean, scale) = linear.layer_norm_weight, linear.layer_norm_bias, of_tokens
             of_norm = {"weight": weight, "bias": bias, "mean": mean, "scale": scale}
-            of_norm |= {"biases": biases, "again": again, "amax": amax()}
-            return partial(norm_backward, x=x, residual=grad, sums=sums, **of_norm)
+            return partial(norm_backward, x=x, residual=grad, sums=sums, biases=biases, again=again, **of_norm)
 
-        through_gelu = partial(gelu_backward, x=before, sums=sums, again=again, amax=amax())
-        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, through_gelu, recipe)
-        grad, d_fc1 = product_backward(d_x, for_fc1, fc1, through_norm(fc1, middle, second_norm, True), recipe)
+        through_gelu = partial(gelu_backward, x=before, sums=sums, again=again)
+        d_x, d_fc2 = product_backward(grad, for_fc2, fc2, through_gelu)
+        grad, d_fc1 = product_backward(d_x, for_fc1, fc1, through_norm(fc1, middle, second_norm, True))
         given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
         through_attention, x = partial(attend_backward, **given, causal=False), attended.flatten(1)
-        d_inputs, d_proj = product_backward(grad, for_proj, proj, through_attention, recipe, x)
-        d_x = rope_backward(d_inputs, None, cos, sin, sums, amax=amax())
-        grad, d_qkv = product_backward(d_x, for_qkv, qkv, through_norm(qkv, hidden, first_norm, False), recipe)
-        handed(segments).over(grad)
+        d_inputs, d_proj = product_backward(grad, for_proj, proj, through_attention, x=x)
+        d_x = rope_backward(d_inputs, None, cos, sin, sums)
+        grad, d_qkv = product_backward(d_x, for_qkv, qkv, through_norm(qkv, hidden, first_norm, False))
         totals = sums.totals([inner, width, width, width, width, 3 * width, width, width], hidden.dtype)
         return grad, None, None, *totals, *d_qkv, *d_proj, *d_fc1, *d_fc2
 

@@ -51,7 +51,6 @@ class LlavaOneVision(MegatronModule):
         model: the architecture.
         max_sequence_length: longest sequence, in tokens.
         recompute_vision: make the vision tower's activations again in the backward pass.
-        fp8_vision: the vision tower's products in FP8 too, where the language model's are.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class LlavaOneVision(MegatronModule):
         pre_process: bool,
         post_process: bool,
         recompute_vision: bool,
-        fp8_vision: bool = False,
     ):
         super().__init__(config=config)
         self.pg_collection = pg_collection
@@ -72,7 +70,7 @@ class LlavaOneVision(MegatronModule):
         self.begins_frozen = False  # embeddings are frozen, and layers are not
         self.dropout_seed: int | None = None  # of LoRA's dropout
         if pre_process:
-            vision_config = vision_transformer_config(config, model, recompute_vision, fp8_vision)
+            vision_config = vision_transformer_config(config, model, recompute_vision)
             self.vision_model = RiceViT(vision_config, model.vision, layer_spec(config, vision=True), pg_collection)
             self.adapter = Adapter(vision_config, model)
         self.language_model = GPTModel(
@@ -212,11 +210,9 @@ def layer_spec(config: TransformerConfig, vision: bool) -> ModuleSpec:
     return ModuleSpec(module=module, submodules=submodules)
 
 
-def vision_transformer_config(
-    language: TransformerConfig, model: ModelConfig, recompute: bool, fp8: bool
-) -> TransformerConfig:
-    """The vision tower's TransformerConfig: its own shape and recomputation, the language model's parallelism and, but for
-    FP8, precision."""
+def vision_transformer_config(language: TransformerConfig, model: ModelConfig, recompute: bool) -> TransformerConfig:
+    """The vision tower's TransformerConfig: its own shape and recomputation, the language model's parallelism and
+    precision."""
     vision, config = model.vision, copy.copy(language)
     config.num_layers = vision.num_layers
     config.hidden_size = vision.hidden_size
@@ -234,6 +230,5 @@ def vision_transformer_config(
     config.recompute_method, config.recompute_num_layers = ("uniform", 1) if recompute else (None, None)
     config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
     config.num_layers_in_first_pipeline_stage = None
-    if not fp8:
-        config.fp8 = None
+    config.fp8 = None  # its rows are too short: casting costs more than the products gain
     return config

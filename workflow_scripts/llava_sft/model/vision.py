@@ -81,9 +81,6 @@ class RiceViT(MegatronModule):
         shift = torch.arange(1, len(grids) + 1).repeat_interleave(torch.tensor(lengths))
         patch_index = (torch.arange(sum(lengths)) + shift).to(device, non_blocking=True)
         tokens = sum(lengths) + len(grids)
-        # FP8 wants rows in sixteens: what lacks is a segment of class tokens that nobody looks at.
-        further = [-tokens % 16] if self.decoder.config.fp8 and tokens % 16 else []
-        tokens += sum(further)
 
         positions = torch.cat([patch_positions(h, w, self.vision.spatial_merge_size) for h, w in grids])
         positions = positions.to(device, non_blocking=True)
@@ -91,7 +88,7 @@ class RiceViT(MegatronModule):
         angles = self.class_pos_emb.float().expand(tokens, -1).index_copy(0, patch_index, angles)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)  # [tokens, 1, head_dim]
         segments = packed_seq_params(
-            [length + 1 for length in lengths] + further,
+            [length + 1 for length in lengths],
             device,
             VisionSeqParams,
             rotary_cos=angles.cos(),

@@ -41,16 +41,6 @@ def check_combinations(settings: Settings) -> None:
             raise Conflict(key, f"{part} is not trained", f"add {part} to trainable_modules, or leave {key} out")
     if settings.lora_rank:
         _check_lora(settings)
-    if settings.fp8_vision and settings.fp8 != "tensorwise":
-        raise Conflict(
-            "fp8_vision", f"goes with fp8: tensorwise; fp8 is {settings.fp8}", "fp8: tensorwise, or fp8_vision: false"
-        )
-    if settings.fp8_vision and settings.tensor_model_parallel_size > 1:
-        raise Conflict(
-            "fp8_vision",
-            f"goes without tensor parallelism; tensor_model_parallel_size is {settings.tensor_model_parallel_size}",
-            "fp8_vision: false",
-        )
     if settings.run_tag.endswith("results"):
         raise Conflict("run_tag", f"{settings.run_tag!r} would name the results folder of a run", "choose another tag")
 

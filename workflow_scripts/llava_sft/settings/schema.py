@@ -152,9 +152,6 @@ class Run(Section):
         "none | tensorwise | blockwise: products of the language model in FP8 in training (Ada, Hopper or newer; blockwise: "
         "Hopper); validation is in bf16",
     )
-    fp8_vision: bool = setting(
-        False, "with fp8: tensorwise, the vision tower's products in FP8 too; not with tensor parallelism", later=True
-    )
     attention: Literal["auto", "cudnn", "flash4"] = free(
         "auto",
         "auto | cudnn | flash4: on Hopper, FlashAttention-4 where it is faster and installed (make doctor says how), never, "

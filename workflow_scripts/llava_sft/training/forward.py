@@ -35,7 +35,6 @@ def build_model(model: ModelConfig, values: ResolvedSettings, random_weights: bo
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last,
         recompute_vision=values.recompute_vision == "full",
-        fp8_vision=values.fp8_vision,
     )
     if config.gradient_accumulation_fusion and last:
         # Transformer Engine's layers add weight gradients in place; Megatron's output layer (TP > 1) would need Apex.

@@ -93,17 +93,13 @@ def evaluating(model) -> Iterator[None]:
     """Without dropout, and without FP8. Samples that stand alone have any number of tokens: FP8 would refuse most, and layers
     of Transformer Engine would keep the weights of the first validation as their copies. In bf16 they are what the export has.
     """
-    whole = unwrapped(model)
-    configs = [whole.config, *([whole.vision_model.decoder.config] if whole.pre_process else [])]
-    kept = [config.fp8 for config in configs]
-    for config in configs:
-        config.fp8 = None
+    config = unwrapped(model).config
+    kept, config.fp8 = config.fp8, None
     model.eval()
     try:
         yield
     finally:
-        for config, fp8 in zip(configs, kept, strict=True):
-            config.fp8 = fp8
+        config.fp8 = kept
         model.train()
 
 
