@@ -3,7 +3,10 @@
 # Any target of the workflow works: `make data_X`, `make train_X ARGS="--config lr=5e-6"`, …; `make` lists them.
 
 SHELL := bash
-.SHELLFLAGS := -euo pipefail -c
+# What a failed recipe says is to be the last on the terminal: make, which would add a line of its own, says nothing when it is
+# told to quit (SIGQUIT) and the recipe seems well; its exit code is then 1. With -k or -i it goes on, and says its line.
+.SHELLFLAGS := -euo pipefail -c 'end() { [[ $$? == 0 || "$${MAKEFLAGS%% *}" == *[ik]* ]] || { kill -QUIT $$PPID; exit 0; }; }; \
+  trap end EXIT; eval "$$0"'
 VENV := .venv
 READY := $(VENV)/.ready
 STEPS := data inspect preflight train export evaluate report

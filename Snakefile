@@ -21,6 +21,7 @@ from llava_sft.data.shards import FORMAT_VERSION
 from llava_sft.locks import lift_stale_lock, pass_on_signals
 from llava_sft.model.export_files import export_form
 from llava_sft.training.meeting import role_of_node
+from llava_sft.training.slurm import require_slurm
 from llava_sft.workflow import STEPS, Workflow, cluster_numbers, outcome, overview, to_export
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
@@ -52,6 +53,8 @@ rule targets:
 onstart:
     if workflow.is_main_process:
         pass_on_signals()
+        if workflow.executor_plugin.name == "slurm":
+            require_slurm(workflow.executor_settings.status_command)
 
 
 onsuccess:

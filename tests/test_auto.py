@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from helpers.experiments import sound_project
+from helpers.experiments import mistake, pretend_gpus, sound_project
+from llava_sft import machine
 from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.errors import SettingsError
 from llava_sft.inputs import check_inputs
@@ -136,10 +137,55 @@ def test_selective_recomputation_is_refused_by_name_and_runs_that_used_it_go_on_
     assert ResolvedSettings.model_validate(kept).recompute_language == "full"
 
 
-@pytest.mark.parametrize(("visible", "count"), [("0,3", 2), ("", 0), ("-1", 0), ("GPU-a", 1)])
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [(None, 4), ("0,3", 2), ("", 0), ("-1", 0), ("1,-1,2", 1), ("NoDevFiles", 0), ("GPU-0001", 1), (" 2 , 0", 2)],
+)
 def test_gpus_are_those_that_are_visible(monkeypatch, visible, count):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pretend_gpus(monkeypatch, 4, visible)
     assert gpu_count() == count
+
+
+@pytest.mark.parametrize(
+    ("here", "visible", "rule", "fix"),
+    [
+        (1, "7", "this machine has 1, numbered from 0", "export CUDA_VISIBLE_DEVICES=0, or unset it"),
+        (2, "0,1,2", "2: this machine has 2", "export CUDA_VISIBLE_DEVICES=0,1, or unset it"),
+        (2, "0,0", "0: named twice", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "0;1", "neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "all", "neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "-2", "neither the number", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "cuda:1", "neither", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "0,GPU-0007", "GPU-0007: no such GPU here: nvidia-smi -L", "CUDA_VISIBLE_DEVICES=0,1"),
+        (2, "MIG-1234", "no such GPU here", "CUDA_VISIBLE_DEVICES=0,1"),
+        (0, "0", "there is no GPU here", "unset CUDA_VISIBLE_DEVICES, which trains on the CPU"),
+        (0, "GPU-0000", "there is no GPU here", "unset CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_what_cuda_would_pass_over_in_silence_is_refused(project, monkeypatch, here, visible, rule, fix):
+    pretend_gpus(monkeypatch, here, visible)
+    error = mistake()
+    assert error.problem == f"CUDA_VISIBLE_DEVICES is {visible!r}: {error.problem.partition("': ")[2]}"
+    assert rule in error.problem and fix in error.fix and "make gpu" not in error.fix
+
+
+def test_gpus_are_listed_by_nvidia_smi_with_their_parts(tmp_path, monkeypatch):
+    listing = "GPU 0: NVIDIA H100 (UUID: GPU-11-aa)\n  MIG 1g.10gb Device 0: (UUID: MIG-22-bb)\nGPU 1: NVIDIA H100 (UUID: GPU-33-cc)"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listing}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(machine, "_installed_gpus", machine._installed_gpus.__wrapped__)
+    for visible, count in ((None, 2), ("MIG-22-bb", 1), ("MIG-GPU-11-aa/1/0", 1), ("GPU-3,0", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", False
+        )
+        assert gpu_count() == count
+
+
+def test_gpus_that_no_program_lists_are_taken_by_their_numbers(monkeypatch):
+    monkeypatch.setattr(machine, "_installed_gpus", lambda: None)  # a container with /dev/nvidia0, and no nvidia-smi
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert gpu_count() == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
-from helpers.experiments import EXPERIMENT, SOUND, mistake, sound_project, write_experiment
+from helpers.experiments import EXPERIMENT, SOUND, mistake, pretend_gpus, sound_project, write_experiment
 from llava_sft.errors import CheckpointError, DataError, SettingsError
 from llava_sft.settings import layers
 from llava_sft.settings.layers import load_settings
@@ -78,6 +78,10 @@ def test_shipped_experiments_hold_only_possible_settings(monkeypatch):
         ({"webdatasets": "wds"}, ["raw_data", "webdatasets", "exactly one"]),
         ({"raw_data": None}, ["raw_data", "webdatasets", "exactly one"]),
         ({"raw_data": None, "webdatasets": "wds", "heldout_data": "raw.jsonl"}, ["heldout_data", "remove"]),
+        (
+            {"raw_data": None, "image_root": None, "webdatasets": "wds", "columns": {"answer": "a"}},
+            ["columns", "read as it is"],
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_message_with_file_key_value_and_fix(project, settings, mentioned):
@@ -116,7 +120,7 @@ def test_a_global_batch_that_can_not_be_split_names_the_two_nearest_before_anyth
 
 
 def test_a_global_batch_that_does_not_fit_this_machines_gpus_is_refused_when_they_are_known(project, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    pretend_gpus(monkeypatch, 3)
     assert mistake(global_batch_size=4).fix == "global_batch_size: 3 or 6"
     with pytest.raises(SettingsError, match="3 or 6"):
         resolve(load_settings("mine", {"global_batch_size": 4}), train_samples=100)

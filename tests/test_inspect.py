@@ -17,10 +17,12 @@ from PIL import Image
 
 from helpers import SCRIPTS
 from helpers.webdatasets import Raw, picture, record
-from llava_sft.data.findings import TokenCounter, distribution
+from llava_sft.data import findings as of_findings
+from llava_sft.data.findings import Findings, TokenCounter, distribution
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import inspect_webdataset
+from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
 from llava_sft.errors import DataError
 from llava_sft.model.processing import image_tokens, to_patches
@@ -194,6 +196,30 @@ def test_histogram_holds_every_value_once(values):
     assert len(bars) <= 13
     assert all(before["to"] < after["from"] for before, after in pairwise(bars))
     assert (told["min"], told["max"]) == (min(values), max(values))
+
+
+def test_what_an_inspection_keeps_does_not_grow_with_the_data(monkeypatch):
+    shown = []
+    monkeypatch.setattr(of_findings, "MOST_KEPT", 20)
+    monkeypatch.setattr(of_findings, "example", lambda value: shown.append(value) or "one")
+    findings = Findings(0, None)
+    for n in range(200):
+        sample = Sample(
+            f"s{n}",
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            [],
+            {"all": n, f"k{n}": n},
+        )
+        findings.note_sample("train", f"kind {n % 50:02}", sample, [], [n % 3])
+        findings.offer_to_gallery(f"kind {n % 50:02}", "train", str(n), sample, {}, [])
+    assert len(findings.kinds) == len(findings.kept_keys) == 21 and len(shown) == 21
+    assert (
+        findings.kept_keys["all"] == 200 and findings.kept_keys.total() == 400 and findings.kinds["…"]["train"] == 120
+    )
+    assert (
+        sorted(findings.gallery) == [f"kind {n:02}" for n in range(12)] and len(findings.picked_gallery()) == 13
+    )  # and the longest
+    assert findings.digests.repeated("sample") == {"repeated": 197, "different": 3}
 
 
 def test_tokens_duplicates_and_scripts_are_counted(tmp_path, small_checkpoint):

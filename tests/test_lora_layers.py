@@ -17,7 +17,7 @@ from helpers.megatron_model import (
 from llava_sft.machine import GIB
 from llava_sft.model.kernels import leave_out, leave_out_on_cpu
 from llava_sft.model.tensors import PARTS
-from llava_sft.preflight.cost import MicroBatch, activation_bytes, state_bytes
+from llava_sft.preflight.cost import MicroBatch, activation_bytes, stages, state_bytes
 from llava_sft.settings.layers import load_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU layer changes nothing where there is a GPU")
@@ -73,7 +73,7 @@ def expected_of(model, dense, batch):
 
 
 def test_gradients_of_pairs_are_those_of_plain_pytorch(models, batch, monkeypatch):
-    """Of all parts, on Megatron's layers and on the GPU's, with queries, keys and values kept or made again."""
+    """Of all parts, on Megatron's layers and on the GPU's, which keep what is cheap to compute or make it again."""
     from llava_sft.model import fused_layers
     from llava_sft.model.lora_layers import settle
     from llava_sft.model.products import move_back
@@ -101,13 +101,16 @@ def test_gradients_of_pairs_are_those_of_plain_pytorch(models, batch, monkeypatc
     assert linear.weight.is_contiguous()
 
 
-def test_queries_keys_and_values_are_kept_where_memory_is_to_spare_as_preflight_predicts(monkeypatch):
+@pytest.mark.parametrize("pairs", [True, False])
+def test_what_is_cheap_to_compute_is_kept_where_memory_is_to_spare_as_preflight_predicts(monkeypatch, pairs):
     """Of a GPU of 80 GiB of which PyTorch may take a part; others hold some of it, and some blocks of PyTorch's are free."""
     from llava_sft.model.fused_layers import has_memory_for_inputs
 
-    values = VALUES.model_copy(update={"trainable_modules": ["language_model"], "lora_rank": 32, "lora_alpha": 32})
-    values, model = values.model_copy(update={"gpus_per_node": 1, "bf16": True}), load_model("4b")
-    t, tokens, state = model.language, 8192, sum(state_bytes(model, values).values())
+    lora = {"trainable_modules": ["language_model"], "lora_rank": 32, "lora_alpha": 32}
+    given = lora if pairs else {"trainable_modules": ["adapter"]}
+    values, model = VALUES.model_copy(update={"gpus_per_node": 1, "bf16": True} | given), load_model("4b")
+    (whole,) = stages(model, values)
+    t, tokens, state = model.language, 8192, sum(state_bytes(model, values, whole).values())
 
     def linear(out, columns, frozen=True):
         shape = (out, columns)
@@ -117,24 +120,25 @@ def test_queries_keys_and_values_are_kept_where_memory_is_to_spare_as_preflight_
     heads, own = t.num_attention_heads * t.kv_channels, (t.num_attention_heads + 2 * t.num_query_groups) * t.kv_channels
     attention = SimpleNamespace(linear_qkv=linear(own, t.hidden_size), linear_proj=linear(t.hidden_size, heads))
     mlp = SimpleNamespace(linear_fc1=linear(2 * t.ffn_hidden_size, t.hidden_size))
+    vars(mlp.linear_fc1).update({"lora_a": None} if pairs else {})
     layer = SimpleNamespace(self_attention=attention, mlp=mlp, config=SimpleNamespace(num_layers=t.num_layers))
 
     def kept(gib, others=0.0):
-        whole, cached = 80 * GIB, GIB
+        all_of_it, cached = 80 * GIB, GIB
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: gib / 80)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (whole - others * GIB - state - cached, whole))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (all_of_it - others * GIB - state - cached, all_of_it))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: state + cached)
         return has_memory_for_inputs(layer, tokens)
 
     def predicted(gib):
         batch = MicroBatch(tokens, 0, 0, 0)
-        return activation_bytes(model, values, batch, gib * GIB)["language activations"]
+        return activation_bytes(model, values, batch, gib * GIB, whole)["language activations"]
 
-    extra = 2 * t.num_layers * tokens * own
-    for gib in (22, 38, 41, 44, 46, 80):
+    extra = 2 * t.num_layers * tokens * (own + pairs * (2 * t.hidden_size + t.ffn_hidden_size))
+    for gib in range(22, 80, 2):
         assert kept(gib) == (predicted(gib) > predicted(1)), gib
-    assert predicted(80) == predicted(1) + extra and kept(46) and not kept(38)
+    assert predicted(80) == predicted(1) + extra and kept(56) and not kept(38)
     assert not kept(80, others=30)
     layer.self_attention.linear_qkv = linear(own, t.hidden_size, frozen=False)  # they are kept anyway
     assert not kept(80)
@@ -178,6 +182,7 @@ def test_with_a_the_identity_b_learns_as_the_dense_weight_does(models, batch):
 
 
 def test_dropout_is_the_same_in_both_kinds_of_layer_and_when_recomputed(models, batch, monkeypatch):
+    from llava_sft.model import fused_layers
     from llava_sft.model.lora_dropout import begin_pass
 
     with_pairs, _ = models
@@ -194,6 +199,8 @@ def test_dropout_is_the_same_in_both_kinds_of_layer_and_when_recomputed(models, 
     recompute_all(model, monkeypatch)
     assert_same(run(1), first)
     use_fused_layers(model, monkeypatch)
+    assert_same(run(1), first)
+    monkeypatch.setattr(fused_layers, "has_memory_for_inputs", lambda layer, tokens: True)
     assert_same(run(1), first)
     monkeypatch.undo()
     model.eval()

@@ -91,6 +91,7 @@ READ = {
         {"conversations": [{"from": "user", "value": "Picture 1: <img>a/b.png</img>\nWhat?"}, {"from": "assistant", "value": "Green."}]},
         {}, [{"role": "user", "content": "Picture 1: <image>\nWhat?"}, A], ["a/b.png"],
     ),
+    "Qwen-VL with a long name": ({"messages": [Q | {"content": f"<img>{'a' * 999}.png</img>\nWhat?"}, A]}, {}, SEEN, ["a" * 999 + ".png"]),
     "image_path": ({"image_path": "a.png", "messages": [SEEN[0], A]}, {}, SEEN, ["a.png"]),
     "image_first": ({"images": ["a.png", "b.png"], "messages": [SYSTEM, Q, A]}, {"image_first": True},
                     [SYSTEM, {"role": "user", "content": "<image>\n<image>\nWhat?"}, A], ["a.png", "b.png"]),

@@ -63,7 +63,8 @@ CHANGED = {
     "placeholder that is not read": [
         asked("<image> and <img>0.jpg</img>"), asked("<image_1> What?"), asked("<|image|>"), asked("<|image_2|>"), asked("<Image>"),
         asked("![leaf](0.jpg)"), asked("<image/>"), asked("<img src='a.png'> q"), asked("q", "at <bbox>"),
-        asked("Where is <ref-object>?"), asked("<ImageHere>"),
+        asked("Where is <ref-object>?"), asked("<ImageHere>"), asked(f"<img src='{'a' * 600}.png'>"), asked(f"![{'a' * 300}]({'b' * 600}.png)"),
+        asked("![leaf](data:image/png;base64,iVBO)"), asked("<img>a<b.png</img>"),
     ],
     "image and images differ": [
         one(image="0.jpg", images=["1.jpg"]),

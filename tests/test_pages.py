@@ -134,6 +134,20 @@ def test_curves_are_read_smoothed_and_rescaled_and_answers_filtered_and_searched
         drawn = await browser.value(path)
         await browser.value("log.click()")
         await browser.until(f"{path} && {path} != {drawn!r}")
+        slow_first = """void (async () => {
+            const embed = vegaEmbed;
+            let calls = 0;
+            window.vegaEmbed = async (...given) => {
+                if (calls++ < document.querySelectorAll('.plot').length) await new Promise(done => setTimeout(done, 200));
+                return embed(...given);
+            };
+            for (const value of [0.9, 0.5, 0]) { smoothing.value = value; smoothing.dispatchEvent(new Event('input')); }
+            setTimeout(() => window.waited = true, 1000);
+        })()"""
+        await browser.value(slow_first)
+        await browser.until("window.waited")
+        lines = "document.querySelector('.plot').querySelectorAll('.mark-line path').length"
+        assert await browser.value(lines) == 2, "the slider stands at 0: no smoothed lines beside the raw ones"
 
         table, count = (
             "document.querySelectorAll('#answers-table tbody tr')",
@@ -188,7 +202,7 @@ def two_runs(tmp_path, resolved) -> Path:
         results.mkdir()
         write_json(run_dir / "run.json", resolved | {"settings": resolved["settings"] | {"lr": lr}}, sealed=True)
         write_lines(run_dir / "metrics.jsonl", [step(10 * n, 3 / n) for n in range(1, 5)])
-        rows = [answer(n >= first_right, id=str(n), cluster=n) for n in range(60)]
+        rows = [answer(n >= first_right, id=str(n // 2), cluster=n) for n in range(60)]  # an id may be repeated
         write_lines(results / "predictions.jsonl", rows)
         found = {"split": "val", "samples": 60, "correct": 60 - first_right, "groups": {}}
         found["predictions"] = file_fingerprint(results / "predictions.jsonl")

@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 
 import doctor
-import preflight
 import set_up
 from helpers import ROOT
-from llava_sft import gpu_stack, machine
+from llava_sft import gpu_stack, inputs, machine
 from llava_sft.errors import SettingsError, SftError
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training import checks
 
 SMI = """#!/bin/sh
 case "$*" in
-  -L) echo "GPU 0: NVIDIA H100" ;;
+  -L) echo "GPU 0: NVIDIA H100 (UUID: GPU-1-a)" ;;
   *memory*) echo "NVIDIA H100 80GB HBM3, 81559, 4, 9.0" ;;
   *driver*) echo "$DRIVER" ;;
   *name*) echo "NVIDIA H100 80GB HBM3" ;;
@@ -174,26 +173,26 @@ def test_preflight_and_train_ask_for_transformer_engine_before_anything_runs(mon
     machine.require_engine(0)
     with pytest.raises(SettingsError, match="gpus_per_node is 2: no Transformer Engine\n  fix: make gpu"):
         machine.require_engine(2)
-    monkeypatch.setattr(preflight, "gpu_count", lambda: 2)
+    monkeypatch.setattr(inputs, "gpu_count", lambda: 2)
     with pytest.raises(SettingsError, match="no Transformer Engine"):
-        preflight.check_gpus(ResolvedSettings(experiment="x", gpus_per_node=2, bf16=True), cluster=False)
+        inputs.check_gpus(ResolvedSettings(experiment="x", gpus_per_node=2, bf16=True), 2, cluster=False)
     assert "require_engine(settings.gpus_per_node)" in inspect.getsource(checks.check_node)
 
 
 def test_flash_attention_4_is_used_where_it_can_be_and_asked_for_by_name(monkeypatch):
     settings = ResolvedSettings(experiment="x", gpus_per_node=1, bf16=True, attention="flash4")
-    monkeypatch.setattr(preflight, "gpu_count", lambda: 1)
-    monkeypatch.setattr(preflight, "require_engine", lambda gpus: None)
+    monkeypatch.setattr(inputs, "gpu_count", lambda: 1)
+    monkeypatch.setattr(inputs, "require_engine", lambda gpus: None)
     monkeypatch.setattr(gpu_stack, "flash4_version", lambda: "4.0.0b1")
     with pytest.raises(
         SettingsError, match=r"flash-attn-4 is 4\.0\.0b1, and .* is needed\n  fix: .*uv pip install"
     ) as refused:
-        preflight.check_gpus(settings, cluster=False)
+        inputs.check_gpus(settings, 1, cluster=False)
     assert f'"flash-attn-4[cu13]=={gpu_stack.FLASH4}"' in refused.value.fix
     assert f"flash-attn-4[cu13]=={gpu_stack.FLASH4}" in (ROOT / "pyproject.toml").read_text()
-    preflight.check_gpus(settings.model_copy(update={"attention": "auto"}), cluster=False)
+    inputs.check_gpus(settings.model_copy(update={"attention": "auto"}), 1, cluster=False)
     monkeypatch.setattr(gpu_stack, "flash4_version", lambda: gpu_stack.FLASH4)
-    preflight.check_gpus(settings, cluster=False)
+    inputs.check_gpus(settings, 1, cluster=False)
     monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu("NVIDIA A100-SXM4-80GB", 80, 0, 8.0)])
     with pytest.raises(SettingsError, match=r"A100.*attention: flash4 needs 9\.0"):
         machine.require_able_gpus(1, "none", "flash4")

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -95,13 +94,9 @@ def trained(tag: str = "") -> str:
 
 
 def test_the_profile_plans_without_slurm_and_asks_for_what_the_settings_say(project, tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for tool in ("bash", "sh", "which"):
-        (tools / tool).symlink_to(shutil.which(tool))
     code, output = snakemake(
         project, "--profile", "slurm", "-n", "-p", "train_vqa", "--config", "nodes=2", "gpus_per_node=4",
-        "global_batch_size=256", PATH=f"{Path(sys.executable).parent}:{tools}",
+        "global_batch_size=256", PATH=mini_slurm.stand_ins(tmp_path / "bin"),
     )  # fmt: skip
     assert code == 0, output
     asked = re.search(r"rule train:.*?resources: (.*?)\n", output, re.DOTALL)[1]

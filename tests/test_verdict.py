@@ -7,6 +7,8 @@ import pytest
 
 import report as script
 from helpers.reports import EVERYTHING, ReportOfARun, score, step, text_of, validation, write_lines
+from llava_sft.report.language import sayer
+from llava_sft.report.verdict import verdict
 from llava_sft.run import sessions
 
 
@@ -63,6 +65,11 @@ def test_the_verdict_names_the_next_step_that_the_records_ask_for(run):
 
     assert "--config epochs=2 run_tag=longer" in said([3, 2, 1, 0.9])
     assert "--config train_iters=80 run_tag=longer" in said([3, 2, 1, 0.9], resolved={"why": {}})
+    million = {"why": {}, "settings": {"experiment": "vqa", "lr": 1e-5, "train_iters": 1_000_000}}
+    falling = [validation(n, loss) for n, loss in ((500_000, 2), (1_000_000, 1))]
+    found = {"resolved": million, "evaluation": {}, "dataset": None, "counts": None, "train_done": None}
+    steps = verdict(found, {"validations": falling, "bad": [], "metrics": []}, sayer("en"), run.run_dir).next_steps
+    assert any("--config train_iters=2000000 run_tag=longer" in step for step in steps)
     assert "Held-out loss" not in said([3, 2, 1, 0.995]) + said([1]) + said([])
     assert "rose again after step 20 (0.8 → 1)" in (risen := said([1, 0.8, 0.9, 1])) and "mcore2hf" not in risen
     (run.run_dir / "iter_0000020").mkdir()

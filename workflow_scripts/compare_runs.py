@@ -15,7 +15,7 @@ from llava_sft.report.figures import best_validation, measured
 from llava_sft.report.html import points, render
 from llava_sft.report.language import Say, sayer, spoken
 from llava_sft.report.places import links
-from llava_sft.report.runs import Run, against_first, differing_settings, read, results_of, same_questions
+from llava_sft.report.runs import Run, against_first, differing_settings, numbered, read, results_of, same_questions
 
 COLOURS = 6
 
@@ -53,7 +53,9 @@ def page(runs: list[Run], folders: list[Path], output: Path, language: str) -> s
     if ids:
         rows, data = [[run.rows[i] for i in ids] for run in runs], runs[0].resolved.data.path
         wanted, split = set(ids), read_split(data, runs[0].evaluation["split"])
-        answers = table(rows, names, (sample for sample in split if sample.id in wanted))
+        answers = table(
+            rows, names, (each for name, each in numbered(split, lambda sample: sample.id) if name in wanted)
+        )
     return render(
         "compare.html.j2",
         language,

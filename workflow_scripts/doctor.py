@@ -92,11 +92,15 @@ def find_python() -> Finding:
 
 
 def find_gpu() -> Finding:
+    try:
+        count = gpu_count()
+    except SftError as error:
+        return bad(error.problem, error.fix)
     if not gpu_name():
         return no(
             "none: the demo, your data's checks, conversions and `model: tiny` run here on the CPU; 4B and 8B need a GPU"
         )
-    if not gpu_count():
+    if not count:
         return bad("there is one, and none can be used", "CUDA_VISIBLE_DEVICES hides it, or its driver does not answer")
     if not (found := gpus()):
         return bad(

@@ -16,6 +16,7 @@ from typing import Any
 
 from llava_sft.checkpoint.start import read_hf_config
 from llava_sft.checkpoint.verify import require_export
+from llava_sft.data.forms import add_reading, reading_of
 from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, SftError, exits_cleanly
 from llava_sft.evaluation.answers import Model, Options, answers_of
 from llava_sft.evaluation.base import exported, start_of
@@ -42,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("model_dir", type=Path, metavar="EXPORT", help="exported Hugging Face folder, or a run's results")
     add("data", type=Path, metavar="DATA", help="webdatasets folder, or a JSONL, JSON or Parquet file")
     add("--image-root", type=Path, help="of a raw file: the folder that image paths start from (beside the file)")
+    add_reading(add)
     add("--split", choices=["val", "train"], default="val", help="of a folder: what is asked (%(default)s)")
     add("--dataset", type=Path, help="dataset.json of the folder (that beside it)")
     add("--output", type=Path, help="evaluation.json (EXPORT/../evaluations/NAME OF DATA/evaluation.json)")
@@ -98,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> None:
     model, (base, missing) = exported(args.model_dir), find_base(args)
     require_positions(args.max_new_tokens, model_of_config(read_hf_config(args.model_dir)))
     limit = None if args.samples == "all" else int(args.samples)
-    asked = read_questions(args.data, args.dataset, args.split, limit, args.image_root)
+    asked = read_questions(args.data, args.dataset, args.split, limit, args.image_root, reading_of(args))
     files = [file_fingerprint(path) for score in args.scores if (path := function_file(score))]
     judged = [args.scores, files, args.by, base.fingerprint if base else missing]
     depends = fingerprint([model.fingerprint, asked.fingerprint, options.depends(), judged, RULES])

@@ -23,11 +23,11 @@ from llava_sft.data.index import leak_note, unread_note
 from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.sizes import Limits, SampleSizes, depends_on, global_order, measure
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import DataError, SettingsError, exits_cleanly
+from llava_sft.errors import DataError, exits_cleanly
 from llava_sft.evaluation.questions import require_positions
 from llava_sft.files import read_json, write_json
-from llava_sft.inputs import check_inputs
-from llava_sft.machine import GIB, PEAK_FLOPS, gpu, gpu_count, require_able_gpus, require_engine, this_machine
+from llava_sft.inputs import check_gpus, check_inputs
+from llava_sft.machine import GIB, PEAK_FLOPS, gpu, this_machine
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
@@ -57,7 +57,6 @@ from llava_sft.settings.resolve import (
 )
 from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.settings.schema import ABOUT, Settings
-from llava_sft.training.trackers import require_packages
 from llava_sft.workflow import Workflow
 
 ENOUGH_PACKS = 2000  # whose largest is as good as that of an epoch
@@ -121,7 +120,7 @@ def main() -> None:
     )
     notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved, forecast)]
     if not args.gpu:
-        check_gpus(values, bool(cluster))
+        check_gpus(values, values.gpus_per_node, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
         notes += renamed_run(paths.run_dir, resolved)
     unknown = None, ["fits    not known: no recorded run of such a machine"], list[str]()
@@ -252,25 +251,6 @@ def length_warning(settings: Settings, values: ResolvedSettings, sequences: floa
         f"train_iters {settings.train_iters:,} make {epochs:,.2f} epochs, epochs says {settings.epochs:g}; a batch counts "
         f"{what}. train_iters: auto follows epochs"
     ]
-
-
-def check_gpus(values: ResolvedSettings, cluster: bool) -> None:
-    """Raise SettingsError for GPUs that cannot train as asked, or that this machine, which is to train, does not have."""
-    gpus = values.gpus_per_node
-    if gpus and not values.bf16:
-        raise SettingsError(
-            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
-            "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
-        )
-    if not cluster and gpus > (found := gpu_count()):
-        raise SettingsError(
-            f"gpus_per_node is {gpus}, this machine has {found}",
-            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
-        )
-    if not cluster:
-        require_able_gpus(gpus, values.fp8, values.attention)
-        require_engine(gpus)
-    require_packages(values.trackers)
 
 
 def describe(forecast: Forecast) -> tuple[dict, list[str], list[str]]:

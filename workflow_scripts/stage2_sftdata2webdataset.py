@@ -5,14 +5,13 @@ Without --shard, --start and --end whole files are planned and converted, one sh
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_sft.data.forms import Reading
+from llava_sft.data.forms import add_reading, reading_of
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, default_notes_dir, plan_ranges
 from llava_sft.data.shards import convert_range
@@ -34,12 +33,7 @@ def main() -> None:
         help="reject larger images (%(default)s)")  # fmt: skip
     add("--max-shard-bytes", type=int, metavar="N", help="a tar that grows beyond is an error")
     add("--decode-images", choices=["True", "False"], default="False", help="decode every image (%(default)s)")
-    add("--columns", type=json.loads, default={}, metavar="JSON",
-        help='other names of keys or columns: {"question": "q", "answer": "a", "image": "file"}')  # fmt: skip
-    add("--caption-prompt", default=Reading().caption_prompt, metavar="TEXT",
-        help="the question of a record that is a picture and its caption (%(default)s)")  # fmt: skip
-    add("--image-first", choices=["True", "False"], default="False",
-        help="put <image> before the first question where a record's texts have none (%(default)s)")  # fmt: skip
+    add_reading(add)
     add("--range-bytes", type=int, metavar="N",
         help="whole files: bytes of raw data a shard is made from (8 MiB of text, 256 MiB of Parquet)")  # fmt: skip
     add("--shard", type=int, metavar="N", help="one job: number of the shard")
@@ -51,7 +45,7 @@ def main() -> None:
     if any(value is not None for value in job) and None in job:
         raise SettingsError(f"--shard, --start, --end are {job}; they go together", "give all three or none")
 
-    reading = Reading(args.columns, args.caption_prompt, args.image_first == "True")
+    reading = reading_of(args)
 
     def convert(raw: str, cut: Range, progress: Callable[..., Any] = lambda *_: None) -> dict[str, Any]:
         image_root = args.image_root or os.path.dirname(raw) or "."

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import yaml
 
 from helpers import MODELS, ROOT
+from llava_sft import machine
 from llava_sft.errors import SftError
 from llava_sft.inputs import check_inputs
 from llava_sft.paths import Paths
@@ -15,6 +17,7 @@ from llava_sft.settings import layers
 from llava_sft.settings.layers import load_settings
 
 EXPERIMENT = "config/experiments/mine.yaml"
+NO_TENSORS = struct.pack("<Q", 2) + b"{}"  # a file of weights that ends where its header says
 SOUND = {"raw_data": "raw.jsonl", "image_root": "images", "load": "hf"}
 
 
@@ -31,8 +34,18 @@ def sound_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text(json.dumps({"model_type": "llavaonevision1_5"}))
     (tmp_path / "hf/tokenizer.json").touch()
+    (tmp_path / "hf/model.safetensors").write_bytes(NO_TENSORS)
     write_experiment("mine")
     return tmp_path
+
+
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None) -> None:
+    """As if so many GPUs were in this machine, and nothing looked at them."""
+    monkeypatch.setattr(machine, "_installed_gpus", lambda: [f"GPU-{number:04d}-aa" for number in range(count)])
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
 
 def write_experiment(name, **settings):

@@ -160,6 +160,20 @@ class MiniSlurm:
             time.sleep(0.2)
 
 
+GONE = 'echo "${0##*/}: error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
+
+
+def stand_ins(folder: Path, **programs: str) -> str:
+    """PATH on which Slurm is these shell scripts."""
+    folder.mkdir()
+    for tool in ("bash", "sh", "which", "sleep"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return f"{Path(sys.executable).parent}:{folder}"
+
+
 def main() -> None:
     what, folder = sys.argv[1], Path(sys.argv[2]).absolute()
     if what == "stop":

@@ -17,7 +17,8 @@ def is_demo(path: Path, demo: Path | None) -> bool:
     """Whether the demo's rule makes this path below its folder `demo`, so that it need not exist yet."""
     if not demo or demo not in path.parents:
         return False
-    return path.relative_to(demo).parts[0] in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)
+    first, *below = path.relative_to(demo).parts
+    return first == "images" or (not below and first in (*DEMO_BYTES, DEMO_CHECKPOINT))
 
 
 def check_demo(folder: Path) -> None:

@@ -4,6 +4,7 @@ A full disk, and a file that cannot be read or written, are reported in the same
 keeps its traceback: hiding that would hide the cause.
 """
 
+import difflib
 import errno
 import functools
 import inspect
@@ -11,7 +12,8 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -60,6 +62,17 @@ def shown(value: Any, limit: int = SHOWN) -> str:
     if len(text) <= limit and len(value) <= limit:
         return text
     return f"{text[:limit]}… ({len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'})"
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that `word` may have been meant as: whatever its case, its dashes and the width of its letters."""
+
+    def folded(text: str) -> str:
+        return re.sub(r"[-\s.]+", "_", unicodedata.normalize("NFKC", text[:SHOWN]).strip().casefold())
+
+    by_form = {folded(name): name for name in names}
+    close = difflib.get_close_matches(folded(word), by_form, n=1)
+    return by_form[close[0]] if close else None
 
 
 def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:

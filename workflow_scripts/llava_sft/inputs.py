@@ -13,11 +13,12 @@ from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
 from llava_sft.errors import DataError, SettingsError, shown
 from llava_sft.evaluation.scores import load_score
-from llava_sft.machine import gpu_count, vllm_interpreter
+from llava_sft.machine import gpu_count, require_able_gpus, require_engine, vllm_interpreter
 from llava_sft.paths import Paths
-from llava_sft.settings.conflicts import check_parallel_sizes
+from llava_sft.settings.conflicts import check_fp8, check_parallel_sizes
 from llava_sft.settings.layers import check_batch, load_model
-from llava_sft.settings.schema import Settings
+from llava_sft.settings.schema import AllSettings, Settings
+from llava_sft.training.trackers import require_packages
 
 
 def user_paths(settings: Settings) -> dict[str, Path]:
@@ -53,11 +54,11 @@ def _may_lie_there(paths: Paths, key: str, path: Path) -> bool:
     return (key in ("load", "tokenizer") or key.startswith("load_parts")) and not path.is_file()
 
 
-def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True) -> None:
+def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True, elsewhere: bool = True) -> None:
     """Raise, with the fix, when something that the user has to bring is not there, or batches do not fit the machine.
 
     Not `trains`: the data alone is asked for, which needs neither a checkpoint nor a batch size. Not `of_start`: the model
-    need not be that of the start checkpoint.
+    need not be that of the start checkpoint. Not `elsewhere`: this machine is to train, and has to be able to.
     """
     settings = paths.settings
     reads_demo = any(paths.is_demo(path) for path in user_paths(settings).values())
@@ -78,11 +79,43 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True) -> No
     for score in settings.evaluate_scores:
         load_score(score)
     vllm_interpreter(settings.evaluate_with, settings.vllm_python)
-    made_here = paths.is_demo(paths.checkpoint.folder)
+    folder = paths.checkpoint.folder
+    made_here = paths.is_demo(folder) and not (paths.demo_done and paths.demo_done.exists() and folder.is_dir())
     check_load(paths.checkpoint, settings.load_parts, settings.tokenizer, made_here)
     if of_start and not made_here:
         check_sizes(paths.checkpoint.base, settings.load_parts, model)
     if of_start and paths.checkpoint.kind == "peft":
         adapter = Adapter.of(paths.checkpoint.folder)
         require_wanted(settings.load, adapter.lora(model), settings.trained.lora, merging(adapter.folder, adapter.base))
-    check_batch(settings, gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node)
+    gpus = gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node
+    check_batch(settings, gpus)
+    if not elsewhere:
+        check_machine(paths, gpus)
+
+
+def check_machine(paths: Paths, gpus: int) -> None:
+    """Raise SettingsError, before any job, when what is still to be done cannot be done on this machine as asked."""
+    if not paths.train_done.exists():
+        check_gpus(paths.settings, gpus, cluster=False)
+    if paths.settings.parity == "gpu" and not paths.export_done.exists() and not gpu_count():
+        raise SettingsError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
+
+
+def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
+    """Raise SettingsError for `gpus` a node that cannot train as asked, or that this machine, which is to train, does not
+    have."""
+    check_fp8(settings, gpus)
+    if gpus and settings.bf16 is False:
+        raise SettingsError(
+            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
+            "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
+        )
+    if not cluster and gpus > (found := gpu_count()):
+        raise SettingsError(
+            f"gpus_per_node is {gpus}, this machine has {found}",
+            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
+        )
+    if not cluster:
+        require_able_gpus(gpus, settings.fp8, settings.attention)
+        require_engine(gpus)
+    require_packages(settings.trackers)

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from llava_sft.errors import exits_cleanly
+from llava_sft.gpu_stack import said
 
 _held = None  # keeps the shared lock for the life of the process
 
@@ -109,8 +109,8 @@ def running_scripts() -> list[psutil.Process]:
 def jobs_left() -> list[str]:
     """Number and rule of each Slurm job that a Snakemake of this folder submitted and that has not ended."""
     fields = "%A|%T|%k|%Z"  # number, state, comment (the plugin puts the rule there), working directory
-    listing = subprocess.run(["squeue", "--me", "--noheader", f"--format={fields}"], capture_output=True, text=True)
-    jobs = [line.split("|") for line in listing.stdout.splitlines() if line.count("|") == 3]
+    listing = said("squeue", "--me", "--noheader", f"--format={fields}", seconds=60) or ""
+    jobs = [line.split("|") for line in listing.splitlines() if line.count("|") == 3]
     return [
         f"{number} {comment} ({state})"
         for number, state, comment, folder in jobs

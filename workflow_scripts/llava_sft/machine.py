@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import psutil
 
-from llava_sft.errors import SettingsError
-from llava_sft.gpu_stack import engine_trouble, flash4_trouble, said
+from llava_sft.errors import SettingsError, shown
+from llava_sft.gpu_stack import engine_trouble, flash4_trouble, gpu_name, said
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
@@ -33,6 +33,7 @@ GPU_MEMORY_GIB = {
 HOPPER = 9.0  # its compute capability
 OLDEST_GPU = 8.0  # compute capability that bf16 and the kernels need; FP8 needs:
 OLDEST_GPU_OF_FP8 = {"tensorwise": 8.9, "blockwise": 9.0}
+HIDES = ("", "-1", "NoDevFiles")  # what stands in CUDA_VISIBLE_DEVICES for no GPU; the last as Slurm writes it
 CPU_FLOPS = 3e10  # a core's share in float32; the recorded runs say how much of it is reached
 
 
@@ -63,6 +64,10 @@ def gpu(name: str, memory_gib: float | None = None) -> Machine:
     known = known_gpu(name)
     if known is None:
         raise SettingsError(f"the peak of a GPU {name!r} is not known", f"one of {', '.join(PEAK_FLOPS)}")
+    if several := re.match(r"\s*(\d+)\s*[x*×]\s*", name):
+        raise SettingsError(
+            f"{name!r}: the name of one GPU is asked for", f"--gpu {known} --gpus-per-node {several[1]}"
+        )
     return Machine(known, memory_gib or GPU_MEMORY_GIB[known], PEAK_FLOPS[known])
 
 
@@ -76,27 +81,69 @@ def this_machine(gpus_per_node: int, processes: int) -> Machine | None:
 
 
 def gpu_count() -> int:
-    """GPUs of this machine (`CUDA_VISIBLE_DEVICES` is respected)."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
-    return _installed_gpus()
+    """GPUs of this machine (`CUDA_VISIBLE_DEVICES` is respected). Raises SettingsError where that names none of them."""
+    chosen = chosen_gpus()
+    return len(_whole_gpus(_installed_gpus() or []) if chosen is None else chosen)
+
+
+def chosen_gpus() -> list[str] | None:
+    """What `CUDA_VISIBLE_DEVICES` names, up to a -1, as CUDA reads it; None where it is not set.
+
+    Raises SettingsError for what CUDA would pass over without a word, with all that follows it: a GPU that is not here, one
+    that is named twice, any other text.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return None
+    entries = [entry.strip() for entry in given.split(",")]
+    entries = entries[: next((place for place, entry in enumerate(entries) if entry in HIDES), None)]
+    installed = _installed_gpus()
+    for place, entry in enumerate(entries):
+        if rule := _not_here(entry, installed) or ("named twice" if entry in entries[:place] else None):
+            which = f"{shown(entry)[1:-1]}: " if len(entries) > 1 else ""
+            raise SettingsError(f"CUDA_VISIBLE_DEVICES is {shown(given)}: {which}{rule}", _visible_fix(installed))
+    return entries
+
+
+def _not_here(entry: str, installed: list[str] | None) -> str | None:
+    """Why an entry of CUDA_VISIBLE_DEVICES is no GPU of this machine."""
+    if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", entry):
+        return "neither the number of a GPU nor its UUID"
+    if installed is None or "/" in entry:  # the old name of a part of a GPU, which nothing lists
+        return None
+    if not installed:
+        return "there is no GPU here (nvidia-smi lists none)"
+    if entry.isdecimal():
+        count = len(_whole_gpus(installed))
+        return None if int(entry) < count else f"this machine has {count}, numbered from 0"
+    return None if any(uuid.startswith(entry) for uuid in installed) else "no such GPU here: nvidia-smi -L lists them"
+
+
+def _visible_fix(installed: list[str] | None) -> str:
+    if installed == []:
+        return "unset CUDA_VISIBLE_DEVICES, which trains on the CPU; if there is a GPU, `make doctor` says what its driver lacks"
+    every = ",".join(map(str, range(len(_whole_gpus(installed or ["GPU-"])))))
+    return f"export CUDA_VISIBLE_DEVICES={every}, or unset it, which takes all"
+
+
+def _whole_gpus(installed: list[str]) -> list[str]:
+    return [uuid for uuid in installed if uuid.startswith("GPU-")]
 
 
 @cache
-def _installed_gpus() -> int:
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+def _installed_gpus() -> list[str] | None:
+    """UUIDs of the GPUs, and after each those of its parts (MIG); None where there are GPUs that no program lists."""
+    listing = said("nvidia-smi", "-L")
+    if listing is None:
+        return None if gpu_name() else []
+    return re.findall(r"\(UUID: ([\w/-]+)\)", listing)
 
 
 def gpus() -> list[Gpu]:
     """The GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,compute_cap", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command += ["-i", visible]
+    if chosen := chosen_gpus():
+        command += ["-i", ",".join(chosen)]
     rows = [line.rsplit(", ", 3) for line in (said(*command) or "").splitlines()]
     return [
         Gpu(name, float(total) / 1024, float(used) / 1024, float(says) if says.replace(".", "").isdecimal() else None)

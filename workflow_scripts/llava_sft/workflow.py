@@ -19,7 +19,7 @@ from typing import Any
 from llava_sft.checkpoint.start import with_old_names
 from llava_sft.checkpoint.verify import is_export
 from llava_sft.data.verify import out_of_date
-from llava_sft.errors import SettingsError, exits_cleanly, shown
+from llava_sft.errors import SettingsError, exits_cleanly, nearest, shown
 from llava_sft.experiments import Experiments
 from llava_sft.inputs import check_inputs
 from llava_sft.paths import Paths
@@ -58,11 +58,27 @@ def check_targets(words: list[str], known: Experiments) -> None:
                 f"config/experiments/{shown(experiment)}.yaml: not a name for an experiment: {NAME_RULE}",
                 "rename the file",
             )
+        problem = f"{shown(word)}: there is no config/experiments/{shown(experiment)[1:-1]}.yaml"
+        if stray := misplaced(experiment):
+            moved = CONFIG_DIR / "experiments" / f"{experiment}.yaml"
+            raise SettingsError(f"{problem}, but {shown(str(stray))}", shlex.join(["mv", str(stray), str(moved)]))
+        near = nearest(experiment, known.experiments)
         raise SettingsError(
-            f"{shown(word)}: there is no config/experiments/{shown(experiment)[1:-1]}.yaml",
-            f"ask for {step}_NAME, NAME one of {', '.join(known.experiments)[:500]}; "
+            problem,
+            (f"did you mean {step}_{near}? " if near else "")
+            + f"ask for {step}_NAME, NAME one of {', '.join(known.experiments)[:500]}; "
             "a new experiment: make experiment NAME=mydata",
         )
+
+
+def misplaced(experiment: str) -> Path | None:
+    """A file that may have been meant as this experiment's: X.yml, X.YAML, X.yaml.txt, X, or one folder too high."""
+    name = re.compile(re.escape(experiment) + r"(\.(ya?ml|txt|json))*", re.IGNORECASE)
+    for folder in (CONFIG_DIR / "experiments", CONFIG_DIR, Path(".")):
+        for path in sorted(folder.glob("*")):
+            if name.fullmatch(path.name) and path.suffix and path.is_file():
+                return path
+    return None
 
 
 def overview(known: Experiments) -> str:
@@ -100,7 +116,7 @@ class Workflow(Experiments):
         @exits_cleanly
         def files(wildcards) -> list[Path]:
             paths = self.paths(experiment)
-            check_inputs(paths, trains=step not in ("data", "inspect"))
+            check_inputs(paths, trains=step not in ("data", "inspect"), elsewhere=bool(self.cluster))
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
             shards = [paths.webdatasets / f"{name}.tar" for name in paths.shards]
             return [*shards, getattr(paths, STEPS[step][0])]

@@ -24,8 +24,8 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 from snakemake_logger_plugin_llava_sft.ending import NOISE, NOTHING, failure, plan
 from snakemake_logger_plugin_llava_sft.screen import Screen
-from snakemake_logger_plugin_llava_sft.state import MANY, Job, State, listing, many
-from snakemake_logger_plugin_llava_sft.words import command_line_mistake, duration
+from snakemake_logger_plugin_llava_sft.state import MANY, Job, State, listing, many, of_group
+from snakemake_logger_plugin_llava_sft.words import command_line_mistake, duration, profile_missed
 
 TOLD = ("index_webdataset", "preflight", "train", "evaluate")  # rules whose whole log is shown
 NOTE = re.compile(r" *(warning|note): ")
@@ -37,10 +37,11 @@ targets: set[str] = set()
 closing: Callable[[set[str]], list[str]] | None = None
 
 
-def print_unless_profile(*words: Any, **options: Any) -> None:
-    """In place of `print` in snakemake.cli, which names its profiles before there is any logger."""
-    if not (words and str(words[0]).startswith("Using ") and "profile" in str(words[0])):
-        print(*words, **options)
+def print_of_cli(*words: Any, **options: Any) -> None:
+    """In place of `print` in snakemake.cli, which names its profiles, or misses one, before there is any logger."""
+    text = str(words[0]) if words else ""
+    if not (text.startswith("Using ") and "profile" in text):
+        print(profile_missed(text), *words[1:], **options)
 
 
 def log_error_with_reason(self: GroupJob, msg: str | None = None, aux_logs: list | None = None, **facts: Any) -> None:
@@ -49,8 +50,10 @@ def log_error_with_reason(self: GroupJob, msg: str | None = None, aux_logs: list
 
 
 if "--verbose" not in sys.argv:
-    vars(snakemake.cli)["print"] = print_unless_profile
+    vars(snakemake.cli)["print"] = print_of_cli
 log_group_error, GroupJob.log_error = GroupJob.log_error, log_error_with_reason
+# The Slurm executor asks for it where a job cannot be submitted; without, its thread ends and the workflow waits for ever.
+GroupJob.rule = property(lambda self: next(iter(self.jobs)).rule)
 ArgumentParser.print_usage = lambda *_: None  # a hundred lines before the one that says which option is wrong
 
 
@@ -114,7 +117,8 @@ class LogHandler(LogHandlerBase):
             return f"{clock}  {job.rule}: {many(done[job.rule])} done in {took}{of}" if last else ""
         if event in (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR):
             how = "stopped" if self.state.interrupted else "failed"
-            return f"{clock}  {job.name if job else 'a group of jobs'}: {how}"
+            name = job.name if job else f"a group of {many(len(getattr(record, 'job_error_info', ())))}"
+            return "" if of_group(record) else f"{clock}  {name}: {how}"
         text = str(record.msg or "").rstrip()
         passed_on = event in (LogEvent.SHELLCMD, None) and record.levelno < logging.ERROR
         return text if passed_on and not NOISE.match(text.strip()) else ""

@@ -3,7 +3,7 @@
 import re
 
 from snakemake_logger_plugin_llava_sft.state import State, many
-from snakemake_logger_plugin_llava_sft.words import disk_full, message
+from snakemake_logger_plugin_llava_sft.words import NOT_TAKEN, disk_full, message
 
 SAVED = "same command resumes"  # of train.py's last line
 RERUN = "fix it and run the same command again: finished steps are kept"
@@ -22,9 +22,9 @@ def failure(state: State) -> list[str]:
     """Nothing, where nothing failed and nobody stopped it."""
     # Ended by Ctrl-C, Snakemake waits for its jobs and names none.
     stopped = [(number, job.logs) for number, job in state.running.items() if state.interrupted]
-    told = [(number, *message(logs)) for number, logs in list(state.failed.items()) or stopped]
-    told = [(number, log, text or state.refused.get(number, "")) for number, log, text in told]
+    told = [_said(state, number, logs) for number, logs in list(state.failed.items()) or stopped]
     told = [entry for entry in told if entry[2]] or told[:1]  # of a group, those that say something
+    count, told = len(told), list({text: (number, log, text) for number, log, text in reversed(told)}.values())[::-1]
     if not told:
         errors = list(filter(None, state.errors))
         ours = [text for text in errors if not NOISE.match(text)] or errors  # a silent end would be worse
@@ -42,9 +42,18 @@ def failure(state: State) -> list[str]:
             lines += ["", f"{name} failed:", text or f"error: it says nothing{disk_full(log)}"]
             rerun = True
         lines += [f"  log: {log}"] if log else []
-    if len(told) > 3:
-        lines.append(f"… and {len(told) - 3} more")
+    if count > len(told[:3]):
+        lines.append(f"… and {count - len(told[:3])} more")
     return [*lines, f"  then: {RERUN}"] if rerun else lines
+
+
+def _said(state: State, number: int, logs: list[str]) -> tuple[int, str, str]:
+    """Of a job: its number, the log that says what went wrong, and that."""
+    why = state.refused.get(number, "")
+    if why.startswith(NOT_TAKEN):
+        return number, "", why  # what its log says, an earlier job has said
+    log, text = message(logs)
+    return number, log, text or why
 
 
 def plan(state: State) -> list[str]:

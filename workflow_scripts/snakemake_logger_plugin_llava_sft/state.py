@@ -63,7 +63,8 @@ class State:
             stats = getattr(record, "stats", None) or {}
             self.counts = {rule: n for rule, n in stats.items() if rule not in self.targets and rule != "total"}
         elif event == LogEvent.JOB_ERROR:
-            self._fail(record.jobid, list(record.log), record)
+            if not of_group(record):
+                self._fail(record.jobid, list(record.log), record)
         elif event == LogEvent.GROUP_ERROR:
             for job in record.job_error_info:
                 self._fail(job["jobid"], [*job["log"], *record.aux_logs], record)
@@ -83,6 +84,11 @@ class State:
         took = time.monotonic() - self.first[rule]
         left = f", {duration(took / done * (count - done))} left" if done else ""
         return f"{done:,} of {count:,} jobs{left}"
+
+
+def of_group(record: Any) -> bool:
+    """Whether an error of a job repeats what the one of its group has said."""
+    return bool(getattr(record, "indent", False))
 
 
 def many(count: int) -> str:

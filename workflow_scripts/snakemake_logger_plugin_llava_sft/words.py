@@ -11,6 +11,8 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from snakemake.common import get_appdirs
+
 STEPS = ("data", "inspect", "preflight", "train", "export", "evaluate", "report")
 SHOWN_LINES, SHOWN_BYTES = 25, 1 << 16
 ANOTHER = "or choose another folder: --config exp_dir=FOLDER"
@@ -24,7 +26,9 @@ ENDED = {
     "OUT_OF_MEMORY": "a larger mem_mb for this rule in profiles/slurm/config.yaml",
 }
 PROFILE = "profiles/slurm/config.yaml"
+NOT_TAKEN = "error: Slurm did not take the job"
 SLURM_FIXES = {  # what Slurm says of a job that it does not take → what to do
+    "slurm_extra|unrecognized option": f"slurm_extra in {PROFILE}: options of sbatch, and none that a key of its own sets",
     "account": f"slurm_account in {PROFILE}: one that `sacctmgr show associations user=$USER` lists",
     "partition": f"slurm_partition in {PROFILE}: one that `sinfo -s` lists",
     "time limit": f"runtime in {PROFILE}: at most the partition's limit (`sinfo -s`)",
@@ -50,6 +54,8 @@ def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
             f"error: {steps[0]}: of which experiment?\n"
             f"  fix: {near(steps[0], targets)}`snakemake` alone lists the experiments"
         )
+    if found := re.search(r"Resource '(\w+)' with value '([^']*)' could not be parsed as (\w+)", text):
+        return f"error: {found[1]}: {found[2][:200]!r}: not a number of {found[3]}\n  fix: write one for {found[1]} in {PROFILE}"
     if of_file := re.findall(r"Error: \[Errno (\d+)\] ([^:\n]+): '([^'\n]+)'", text):
         number, reason, path = of_file[-1]
         return f"error: {path}: {reason}\n  fix: {FILE_FIXES.get(int(number), 'mend that path')}"
@@ -58,13 +64,28 @@ def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
 
 def refusal(text: str) -> str:
     """Why Slurm took no job, or ended it, from what its executor says; empty for any other text."""
-    lines = re.findall(r"(?:sbatch|sinfo): (?:error|fatal): ([^\n']+)", text)
+    text = text.partition("For further error details")[0]
+    lines = re.findall(r"(?:sbatch|sinfo): (?:error: |fatal: )?([^\n]+)", text)
+    lines = lines or re.findall(r"submission failed with exception: ([^\n]+)", text)
     if lines:
         fixes = (fix for words, fix in SLURM_FIXES.items() if re.search(words, " ".join(lines), re.IGNORECASE))
-        return f"error: Slurm did not take the job: {lines[-1].strip()}\n  fix: {next(fixes, f'mend {PROFILE}')}"
+        return f"{NOT_TAKEN}: {lines[-1].strip().removesuffix("'.")}\n  fix: {next(fixes, f'mend {PROFILE}')}"
     if found := re.search(r"SLURM status is: '(\w+)", text):
         return f"error: Slurm ended the job: {found[1]}\n  fix: {ENDED.get(found[1], 'see the log')}"
     return ""
+
+
+def profile_missed(text: str) -> str:
+    """Snakemake's line about a profile that is not there, as ours; any other as it is."""
+    if not (found := re.match(r"Error: profile directory given \((.*?)\), but no", text)):
+        return text
+    ours = (path.parent.name for path in sorted(Path("profiles").glob("*/config.yaml")))
+    users = (path.parent.name for path in sorted(Path(get_appdirs().user_config_dir).glob("*/config.yaml")))
+    there = [name if Path(name).exists() else f"profiles/{name}" for name in ours if name != "default"] + list(users)
+    return (
+        f"error: --profile {found[1][:200]}: there is no such profile\n"
+        f"  fix: --profile {' or '.join(there) or 'slurm, in the folder of this project; or a folder that holds a config.yaml'}"
+    )
 
 
 def near(word: str, targets: Collection[str]) -> str:

@@ -35,6 +35,7 @@ OTHER_FORMS = {
     ".gguf": "GGUF is a form for inference and cannot be trained on", ".onnx": "ONNX is a form for inference",
     ".h5": "weights of TensorFlow, which are not read", ".msgpack": "weights of Flax, which are not read",
 }  # fmt: skip
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PICKLES = ("pytorch_model*.bin", "consolidated*.pt*", "*.ckpt", "*.pth", "*.pt", "*.bin")
 # As the native class of transformers names the merger's layers, and as MLCD is named without the name of its part.
 NATIVE_MERGER = {".merger.linear_fc1.": ".merger.mlp.0.", ".merger.linear_fc2.": ".merger.mlp.2."}
@@ -130,6 +131,26 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def require_weights(folder: Path) -> None:
+    """Raise CheckpointError unless all files of weights are there and as long as their headers say; no weight is read."""
+    for path in weight_files(folder):
+        read_header(path)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError for what `git clone` leaves in the place of a large file where Git LFS is not installed."""
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return  # whoever reads it says why it cannot be read
+    if is_pointer:
+        raise CheckpointError(
+            f"{path}: a pointer of Git LFS, not the file itself",
+            f"install git-lfs, then: git -C {shlex.quote(str(path.parent))} lfs pull; or get the folder by `hf download`",
+        )
+
+
 def names_in(folder: Path) -> list[str]:
     try:
         return sorted(path.name for path in folder.iterdir())
@@ -157,6 +178,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="np"):
             pass  # the library looks at the header, the offsets and the file's size

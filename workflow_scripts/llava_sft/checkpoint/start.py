@@ -13,7 +13,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_sft.checkpoint.hf_folder import ADAPTER, WEIGHT_SUFFIXES, is_adapter, refuse_other_forms
+from llava_sft.checkpoint.hf_folder import (
+    ADAPTER,
+    WEIGHT_SUFFIXES,
+    is_adapter,
+    refuse_other_forms,
+    refuse_pointer,
+    require_weights,
+)
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.verify import MARKER, content_of, require_whole
 from llava_sft.errors import READABLE, CheckpointError, shown
@@ -227,6 +234,7 @@ def read_hf_config(folder: Path) -> dict:
         raise CheckpointError(
             f"{path}: no such file: not a Hugging Face checkpoint", "name a folder that holds config.json"
         )
+    refuse_pointer(path)
     return read_object(path)
 
 
@@ -255,6 +263,7 @@ def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | 
             )
         if source.kind in ("huggingface", "peft"):
             refuse_other_forms(source.folder, f"load_parts: {part}: {source.name}")
+            require_weights(source.folder)
     for each in dict.fromkeys((checkpoint, checkpoint.base)):
         if each.kind not in ("random", "hub") and not made_here:
             _check_folder(each, bool(parts), tokenizer)
@@ -289,6 +298,7 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
                 raise CheckpointError(f"load: {load}: {error.problem}", error.fix) from None
         if tokenizer is None:
             _with_tokenizer(folder, load)
+        require_weights(folder)
 
 
 def open_start(checkpoint: Checkpoint, converted: Path | None, tokenizer: Path | None) -> Start:
@@ -324,6 +334,7 @@ def _with_tokenizer(folder: Path, load: str) -> Path:
         raise CheckpointError(
             f"load: {load}: no tokenizer beside it ({folder})", "tokenizer: the Hugging Face folder of the same model"
         )
+    refuse_pointer(folder / "tokenizer.json")
     return folder
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_sft.data.records import ROLES
+from llava_sft.data.other_forms import ROLES
 from llava_sft.files import atomic_dir, write_text
 from llava_sft.model.tokens import IMAGE, SYSTEM_PROMPT
 from llava_sft.progress import tracked

@@ -3,8 +3,9 @@
 import heapq
 import itertools
 import unicodedata
+from array import array
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ DECODED_IMAGES = 500  # about so many are decoded in full
 PROBLEMS_KEPT, REJECTS_KEPT, GALLERY_SAMPLES = 50, 20, 12
 RENDERED_SAMPLES, RENDERED_CHARS = 4, 20_000  # beside the longest; of each
 MOST_BARS, MOST_KEYS = 12, 50
+MOST_KEPT, OTHERS = 1000, "…"  # keys, and kinds, that are counted one by one
 SEEN_KEYS = {*SYSTEM_KEYS, "kind"}  # of a sample's meta: said elsewhere
 
 META, SHARDS, INDEX, SAMPLES, IMAGES = ".nv-meta", "shards", "index against tars", "samples", "images"
@@ -66,26 +68,41 @@ class TokenCounter:
         return shown
 
 
-class Leak:
-    """Which held-out samples are trained on as well: by their images and question, or by an image alone."""
+class Digests:
+    """What has been seen, as hashes of 8 bytes, which take no more memory than that: there may be 10^8 of each."""
 
     def __init__(self) -> None:
-        self.questions: set[int] = set()  # of training, each with its images
-        self.images: set[bytes] = set()
-        self.held: list[tuple[int, list[bytes], str]] = []  # question, images and id of each held-out sample
+        self.seen: dict[tuple[str, bool], array[int]] = defaultdict(lambda: array("Q"))  # by what, and whether held out
+        self.held: list[tuple[int, list[int], str]] = []  # of each held-out sample: question, images, id
 
-    def note(self, split: str, sample: Sample[str], hashes: list[bytes]) -> None:
-        digest = xxhash.xxh3_64(sample.questions.encode("utf-8", "surrogatepass"))
-        digest.update(b"".join(hashes))
+    def note(self, what: str, split: str, *contents: bytes) -> int:
+        digest = xxhash.xxh3_64()
+        for content in contents:
+            digest.update(content)
+        number = digest.intdigest()
+        self.seen[what, split == "val"].append(number)
+        return number
+
+    def note_sample(self, split: str, sample: Sample[str], texts: str, images: list[int]) -> None:
+        shown = [number.to_bytes(8) for number in images]
+        self.note("sample", split, texts.encode("utf-8", "surrogatepass"), *shown)
+        asked = self.note("question", split, sample.questions.encode("utf-8", "surrogatepass"), *shown)
         if split == "val":
-            self.held.append((digest.intdigest(), hashes, str(sample.id)))
-        else:
-            self.questions.add(digest.intdigest())
-            self.images.update(hashes)
+            self.held.append((asked, images, str(sample.id)))
 
-    def counts(self) -> dict[str, Any]:
-        same = [name for question, _, name in self.held if question in self.questions]
-        shared = sum(not self.images.isdisjoint(hashes) for _, hashes, _ in self.held)
+    def repeated(self, what: str) -> dict[str, int]:
+        import numpy as np
+
+        numbers = np.concatenate([np.asarray(self.seen[what, held]) for held in (False, True)])
+        different = len(np.unique(numbers))
+        return {"repeated": len(numbers) - different, "different": different}
+
+    def trained_on(self) -> dict[str, Any]:
+        """The held-out samples that are trained on: with the same images and question, or at least with one image."""
+        asked = {question for question, _, _ in self.held}.intersection(self.seen["question", False])
+        images = {image for _, of_one, _ in self.held for image in of_one}.intersection(self.seen["image", False])
+        same = [name for question, _, name in self.held if question in asked]
+        shared = sum(not images.isdisjoint(of_one) for _, of_one, _ in self.held)
         return {"records": len(same), "images": shared, "of": len(self.held), "first": same[:PROBLEMS_KEPT]}
 
 
@@ -94,8 +111,7 @@ class Findings:
 
     def __init__(self, seed: int, tokens: TokenCounter | None):
         self.seed, self.decode_every, self.tokens = seed, 1, tokens
-        self.seen: dict[str, set[int]] = {"sample": set(), "image": set()}  # 8-byte hashes
-        self.duplicates: Counter[str] = Counter(dict.fromkeys(self.seen, 0))
+        self.digests = Digests()
         self.scripts: Counter[str] = Counter()
         self.excluded = 0
         self.looked_at: Counter[str] = Counter(dict.fromkeys((META, SHARDS, INDEX, SAMPLES, IMAGES), 0))
@@ -108,36 +124,27 @@ class Findings:
         self.formats: Counter[str] = Counter()
         self.gallery: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}  # kind: heap, the luckiest samples
         self.longest: tuple[int, dict[str, Any]] | None = None
-        self.kept_keys: Counter[str] = Counter()  # of the samples' meta, and a value of each
+        self.kept_keys: Counter[str] = Counter()  # of the samples' meta, the first MOST_KEPT, and a value of each
         self.kept_examples: dict[str, str] = {}
-        self.leak = Leak()
 
     def problem(self, check: str, where: str, what: str) -> None:
         self.problem_counts[check] += 1
         if len(self.problems) < PROBLEMS_KEPT:
             self.problems.append({"check": check, "where": where, "what": what})
 
-    def note_duplicate(self, what: str, *contents: bytes) -> int:
-        digest = xxhash.xxh3_64()
-        for content in contents:
-            digest.update(content)
-        number = digest.intdigest()
-        self.duplicates[what] += number in self.seen[what]
-        self.seen[what].add(number)
-        return number
-
     def draw(self, name: str) -> int:
         """A number that looks random and is the same for the same seed and name, in whatever order one looks."""
         return xxhash.xxh3_64_intdigest(name.encode(), self.seed)
 
     def note_sample(
-        self, split: str, kind: str, sample: Sample[str], infos: list[ImageInfo], hashes: list[bytes]
+        self, split: str, kind: str, sample: Sample[str], infos: list[ImageInfo], hashes: list[int]
     ) -> None:
         """Count a sample; `infos` and `hashes` are of those of its images that can be read, and of all."""
         for info in infos:
             self.formats[info.extension] += 1
             self.values["image width"][info.width] += 1
             self.values["image height"][info.height] += 1
+        kind = kind if kind in self.kinds or len(self.kinds) < MOST_KEPT else OTHERS
         self.kinds.setdefault(kind, Counter())[split] += 1
         self.values["images per sample"][len(sample.images)] += 1
         self.values["turns"][sum(message["role"] == "user" for message in sample.messages)] += 1
@@ -147,11 +154,12 @@ class Findings:
                 self.values[which][len(message["content"])] += 1
         for key, value in sample.meta.items():
             if plain(key) not in SEEN_KEYS:
-                self.kept_keys[key] += 1
-                self.kept_examples.setdefault(key, example(value))
-        self.leak.note(split, sample, hashes)
+                listed = key if key in self.kept_keys or len(self.kept_keys) < MOST_KEPT else OTHERS
+                self.kept_keys[listed] += 1
+                if listed not in self.kept_examples:
+                    self.kept_examples[listed] = example(value)
         texts = "\n".join(message["content"] for message in sample.messages)
-        self.note_duplicate("sample", texts.encode("utf-8", "surrogatepass"), *hashes)
+        self.digests.note_sample(split, sample, texts, hashes)
         self.scripts[script_of(texts)] += 1
         if self.tokens and len(infos) == len(sample.images):
             sizes = [(info.width, info.height) for info in infos]
@@ -162,6 +170,8 @@ class Findings:
     ) -> None:
         """Keep the sample if it is among the luckiest of its kind, or the longest; `contents`: the bytes of its images."""
         heap = self.gallery.setdefault(kind, [])
+        if len(self.gallery) > GALLERY_SAMPLES:
+            del self.gallery[max(self.gallery)]  # of the first kinds one sample each is picked
         luck = self.draw(key)
         length = (
             sum(len(message["content"]) for message in sample.messages) + sum(i.width * i.height for i in infos) // 196
@@ -213,16 +223,14 @@ class Findings:
             "kinds": {kind: dict(counts) for kind, counts in sorted(self.kinds.items())},
             "image_formats": dict(self.formats.most_common()),
             "distributions": {name: distribution(values) for name, values in self.values.items() if values},
-            "duplicates": {
-                what: {"repeated": n, "different": len(self.seen[what])} for what, n in self.duplicates.items()
-            },
+            "duplicates": {what: self.digests.repeated(what) for what in ("sample", "image")},
             "scripts": dict(self.scripts.most_common()),
             "unread": _unread(converted),
             "kept_keys": {
                 key: {"records": n, "example": self.kept_examples[key]}
                 for key, n in self.kept_keys.most_common(MOST_KEYS)
             },
-            "trained_on": self.leak.counts(),
+            "trained_on": self.digests.trained_on(),
             "sequence_length": length
             and {"seq_length": length.seq_length, "cut": length.cut, "left_out": length.left_out},
             "rejects": _rejects(converted),
@@ -244,12 +252,12 @@ def _rejects(converted: list[tuple[Path, list[Stats]]]) -> dict[str, Any] | None
     if not shards:
         return None
     reasons = counted(shards, "reasons")
-    first = [row for folder, of_source in converted for row in read_rejects(folder, of_source)][:REJECTS_KEPT]
+    rows = (row for folder, of_source in converted for row in read_rejects(folder, of_source))
     return {
         "read": total(shards, "read"),
         "rejected": total(shards, "rejected"),
         "reasons": dict(reasons.most_common()),
-        "first": first,
+        "first": list(itertools.islice(rows, REJECTS_KEPT)),
     }
 
 

@@ -1,30 +1,51 @@
 """Records of other forms → OpenAI's (`messages`, `images`): turns in pairs, question and answer, captions, JSON in strings.
 
 Notable: a form is known by its keys (other_forms.plain), and read where it can be read in one way alone. Where two keys might
-be the question, or several answers are given, the record is rejected with the `columns` that settle it. In the forms that
-write no `<image>` the pictures come before the first question, as the projects behind them have it.
+be the question, or the keys are of two forms, the record is rejected with the `columns` that settle it; what those settle
+against is noted as not read. In the forms that write no `<image>` the pictures come before the first question, as the
+projects behind them have it.
 """
 
 import re
-from collections.abc import Iterable
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
 
-from llava_sft.data.other_forms import KNOWN_KEYS, holds_image, is_empty, plain
+from llava_sft.data.other_forms import (
+    KNOWN_KEYS,
+    SPEAKERS,
+    Unread,
+    holds_image,
+    is_empty,
+    is_turns,
+    names_picture,
+    plain,
+)
 from llava_sft.data.rejects import Rejected
+from llava_sft.errors import SettingsError
 from llava_sft.model.tokens import IMAGE
 
 # What `columns` may name, and `as_known` reads.
 Target = Literal["id", "image", "images", "question", "answer", "caption", "system", "history", "conversations", "kind"]
 TARGETS: tuple[str, ...] = get_args(Target)
-TURNS = ("conversation", "dialog", "dialogue", "chat", "turns", "texts", "qa", "qapairs", "rounds", "history")
+TURNS = (
+    "conversations", "messages", "conversation", "dialog", "dialogue", "chat", "turns", "texts", "qa", "qapairs", "rounds", "history",
+)  # fmt: skip
 QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "user", "human", "input")
 ANSWERS = ("answer", "response", "multiplechoiceanswer", "output", "completion", "solution", "assistant", "gpt", "bot")
 CAPTIONS = ("caption", "captions", "text", "txt", "description")
+# What makes a form: by target of `columns`, the form, and the names that the records' own keys may have.
+PARTS = {
+    "conversations": ("turns", TURNS), "question": ("question and answer", QUESTIONS), "answer": ("question and answer", ANSWERS),
+    "caption": ("caption", CAPTIONS),
+}  # fmt: skip
 OPTIONS = ("choices", "options")
+LETTERED = {word + sign for word in ("", "option", "choice", "answer") for sign in "abcdefghij123456789"}
 NUMBERS = ("imageid", "imgid")  # of a picture that is somewhere else
-NAMED = re.compile(r"<img>([^<]{1,500})</img>")  # Qwen-VL's
+NAMED = re.compile(r"<img>([^<]+)</img>")  # Qwen-VL's
 
 
 class Reading(NamedTuple):
@@ -34,18 +55,54 @@ class Reading(NamedTuple):
     caption_prompt: str = "Describe the image."  # the question of a record that is a picture and its caption
     image_first: bool = False  # pictures come before the first question of records without <image>
 
+    @property
+    def settled(self) -> bool:
+        """Whether `columns` say which keys hold the conversation."""
+        return bool(self.columns) and not self.columns.keys().isdisjoint(PARTS)
+
 
 AS_GIVEN = Reading()
 
 
-def renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """A record with the keys that `columns` gives it. Errors: `Rejected` for one without them."""
-    taken = {target: _within(record, key) for target, key in columns.items()}
-    used = {key.partition(".")[0] if key not in record else key for key in columns.values()}
-    return {key: value for key, value in record.items() if key not in used and key not in taken} | taken
+def add_reading(add: Callable[..., Any]) -> None:
+    """The options of a script that reads records; `add`: of its parser."""
+    add("--columns", type=orjson.loads, default={}, metavar="JSON",
+        help='other names of keys or columns: {"question": "q", "answer": "a", "image": "file"}')  # fmt: skip
+    add("--caption-prompt", default=AS_GIVEN.caption_prompt, metavar="TEXT",
+        help="the question of a record that is a picture and its caption (%(default)s)")  # fmt: skip
+    add("--image-first", choices=["True", "False"], default="False",
+        help="put <image> before the first question where a record's texts have none (%(default)s)")  # fmt: skip
 
 
-def _within(record: dict[str, Any], path: str) -> Any:
+def reading_of(args: Namespace) -> Reading:
+    """Errors: SettingsError for columns that there are not."""
+    if not isinstance(args.columns, dict) or not args.columns.keys() <= set(TARGETS):
+        raise SettingsError(
+            f"--columns {args.columns}: keys are {', '.join(TARGETS)}", '--columns \'{"question": "q"}\''
+        )
+    return Reading(args.columns, args.caption_prompt, args.image_first == "True")
+
+
+def renamed(record: dict[str, Any], columns: dict[str, str], unread: Unread) -> dict[str, Any]:
+    """A record with the keys that `columns` gives it; own keys of these names give way. Errors: `Rejected` for one without
+    them, but for the picture of a record that has none."""
+    taken = {target: _within(record, key, target) for target, key in columns.items()}
+    rest = {key: value for key, value in record.items() if key not in columns.values()}
+    given_way = set(taken)
+    if not (is_empty(taken.get("image")) and is_empty(taken.get("images"))):
+        given_way |= {"image", "images"}
+    return _without(rest, given_way, unread) | taken
+
+
+def _without(record: dict[str, Any], keys: set[str], unread: Unread) -> dict[str, Any]:
+    """A record without keys that `columns` were preferred to; they are noted."""
+    for key, value in record.items():
+        if key in keys and not is_empty(value):
+            unread.note(key, value)
+    return {key: value for key, value in record.items() if key not in keys}
+
+
+def _within(record: dict[str, Any], path: str, target: str) -> Any:
     if path in record:
         return record[path]
     value: Any = record
@@ -53,38 +110,61 @@ def _within(record: dict[str, Any], path: str) -> Any:
         try:
             value = value[int(name)] if isinstance(value, list) else value[name]
         except (KeyError, IndexError, ValueError, TypeError):
+            if target in ("image", "images") and not any(names_picture(*item) for item in record.items()):
+                return None
             found = ", ".join(map(str, record))
             raise Rejected("missing column", f"columns names {path}, there are: {found}") from None
     return value
 
 
-def as_known(record: dict[str, Any], reading: Reading) -> tuple[dict[str, Any], bool]:
+def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[dict[str, Any], bool]:
     """The record with its turns as a list under `messages`, and whether it is of a form whose pictures come first.
 
-    Errors: `Rejected` for a record of no known form.
+    Errors: `Rejected` for a record of no known form, or of several.
     """
-    names = {plain(key): key for key, value in reversed(record.items()) if not is_empty(value)}
-    asked, answered = (
-        [what] if what in reading.columns else _one_of(known, names)
-        for what, known in (("question", QUESTIONS), ("answer", ANSWERS))
-    )
-    key = next((key for key in ("conversations", "messages") if not is_empty(record.get(key))), None)
-    if key is None and not (asked and answered):
-        key = next((names[name] for name in TURNS if name in names), None)
-    if key is not None:
-        turns, of_pairs = _expanded(_as_list(record[key], key))
-        return {other: value for other, value in record.items() if other not in (key, "conversations")} | {
-            "messages": turns
-        }, of_pairs
-    if asked or answered or "answers" in names:
-        turns, used = _question_and_answer(record, names, asked, answered, reading)
+    names = _by_name(key for key, value in record.items() if not is_empty(value))
+    keys = {what: [what] if what in reading.columns else _of(known, names) for what, (_, known) in PARTS.items()}
+    form, image_first = _form(record, keys, names, reading), True
+    if form == "turns":
+        key = _only("conversations", keys["conversations"], record)
+        turns, image_first = _expanded(_as_list(record[key], key))
+        used = {key}
+    elif form == "caption":
+        turns, used = _caption(record, keys["caption"], reading)
     else:
-        turns, used = _caption(record, names, reading)
-    return {other: value for other, value in record.items() if other not in used} | {"messages": turns}, True
+        turns, used = _question_and_answer(record, keys, names, reading)
+    left = {key: value for key, value in record.items() if key not in used}
+    if reading.settled:
+        left = _without(left, {"conversations", "messages", *names.get("history", ())}, unread)
+    return left | {"messages": turns}, image_first
 
 
-def _one_of(known: Iterable[str], names: dict[str, str]) -> list[str]:
-    return [names[name] for name in known if name in names]
+def _form(record: dict[str, Any], keys: dict[str, list[str]], names: dict[str, list[str]], reading: Reading) -> str:
+    """The form of a record, and in `keys` the turns that it is to be read from."""
+    named = sorted({PARTS[what][0] for what in reading.columns if what in PARTS})
+    if len(named) > 1:
+        raise Rejected("columns of several forms", f"a record is {' or '.join(named)}: name the columns of one")
+    if named:
+        return named[0]
+    known, asked = _of(TURNS[:2], names), keys["question"] + keys["answer"] + names.get("answers", [])
+    if "history" in names and any(plain(key) in (*QUESTIONS, *ANSWERS) for key in record):
+        names = names | {"history": []}  # of that question, though it may be empty
+    keys["conversations"] = turns = known or [key for key in _of(TURNS, names) if is_turns(record[key])]
+    if turns and asked and not known:
+        settle = f"columns: {{conversations: {turns[0]}}}, or {{question: {asked[0]}, …}}"
+        raise Rejected("keys of several forms", f"{', '.join(asked + turns)}: say which, {settle}")
+    return "turns" if turns else "question and answer" if asked else "caption"
+
+
+def _by_name(keys: Iterable[str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        names[plain(key)].append(key)
+    return names
+
+
+def _of(known: tuple[str, ...], names: dict[str, list[str]]) -> list[str]:
+    return [key for name in known if name in names for key in names[name]]
 
 
 def _as_list(turns: Any, key: str) -> list[Any]:
@@ -111,31 +191,49 @@ def _as_list(turns: Any, key: str) -> list[Any]:
 
 
 def _expanded(turns: list[Any]) -> tuple[list[Any], bool]:
-    """Turns in pairs, [question, answer] or {user, assistant}, one by one; and whether they were pairs."""
+    """Turns in pairs, [question, answer], {user, assistant} or [role, text], one by one; and whether they were pairs."""
     expanded: list[Any] = []
+    spoken = [plain(turn[0]) in SPEAKERS for turn in turns if _is_pair(turn)]
     for number, turn in enumerate(turns, 1):
         if isinstance(turn, dict) and not {"from", "role"} & turn.keys():
-            names = {plain(key): key for key in turn}
-            asked, answered = _one_of(QUESTIONS, names), _one_of(ANSWERS, names)
-            speaker, content = _one_of(("speaker", "role", "from"), names), _one_of(("value", "content", "text"), names)
-            if len(asked) == len(answered) == 1:
-                rest = {key: value for key, value in turn.items() if key not in (*asked, *answered, "source")}
-                system = rest.pop("system", None)
-                expanded += [{"role": "system", "content": system}] if system and not expanded else []
-                expanded += [{"role": "user", "content": turn[asked[0]]}]
-                expanded += [{"role": "assistant", "content": turn[answered[0]]} | rest]
-                continue
-            if len(speaker) == len(content) == 1:
-                rest = {key: value for key, value in turn.items() if key not in (*speaker, *content)}
-                expanded.append({"role": turn[speaker[0]], "content": turn[content[0]]} | rest)
-                continue
-        elif isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
-            expanded += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-            continue
-        if not isinstance(turn, dict):
+            expanded += _of_keys(turn, expanded[:1])
+        elif isinstance(turn, dict):
+            expanded.append(turn)
+        elif not _is_pair(turn):
             raise Rejected("malformed conversation", f"turn {number} is a {type(turn).__name__}, not an object")
-        expanded.append(turn)
+        elif all(spoken):
+            expanded.append({"role": turn[0], "content": turn[1]})
+        elif any(spoken):
+            raise Rejected(
+                "malformed conversation",
+                f"{turn[0][:20]}: role and text, or question and answer? Write {{role, content}}",
+            )
+        else:
+            expanded += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return expanded, len(expanded) > len(turns)
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
+def _of_keys(turn: dict[str, Any], first: list[Any]) -> list[Any]:
+    """The turns of {user, assistant}, {system, input, output} or {speaker, text}; `first`: the turn that begins all, if any."""
+    names = _by_name(turn)
+    asked, answered = _of(QUESTIONS, names), _of(ANSWERS, names)
+    speaker, content = _of(("speaker", "role", "from"), names), _of(("value", "content", "text"), names)
+    if len(asked) == len(answered) == 1:
+        rest = {key: value for key, value in turn.items() if key not in (*asked, *answered, "source")}
+        system = {"role": "system", "content": rest.pop("system", None)}
+        return [
+            *([system] if system["content"] and system not in first else []),
+            {"role": "user", "content": turn[asked[0]]},
+            {"role": "assistant", "content": turn[answered[0]]} | rest,
+        ]
+    if len(speaker) == len(content) == 1:
+        rest = {key: value for key, value in turn.items() if key not in (*speaker, *content)}
+        return [{"role": turn[speaker[0]], "content": turn[content[0]]} | rest]
+    return [turn]
 
 
 def _content(record: dict[str, Any], key: str, role: str) -> Any:
@@ -147,68 +245,81 @@ def _content(record: dict[str, Any], key: str, role: str) -> Any:
 
 
 def _question_and_answer(
-    record: dict[str, Any], names: dict[str, str], asked: list[str], answered: list[str], reading: Reading
+    record: dict[str, Any], keys: dict[str, list[str]], names: dict[str, list[str]], reading: Reading
 ) -> tuple[list[Any], set[str]]:
     """The turns of a record that holds one question and its answer, after a `history` of earlier ones; and the keys used."""
+    asked, answered, several = keys["question"], keys["answer"], names.get("answers", [])
     if [plain(key) for key in asked] == ["instruction", "input"]:  # Alpaca's
-        question = "\n".join(_text(record, key, "question") for key in asked)
-    elif len(asked) == 1:
+        question: Any = "\n".join(_text(record, key, "question") for key in asked)
+    else:
+        asked = [_only("question", asked, record)]
         question = _content(record, asked[0], "question")
-    else:
-        raise _unclear("question", QUESTIONS, asked, record)
-    if not answered and "answers" in names:
-        given, answered = record[names["answers"]], [names["answers"]]
-        texts = [one.get("answer", one.get("text")) if isinstance(one, dict) else one for one in _listed(given)]
+    if several and not answered:
+        answered = [_only("answer", several, record)]
+        given = record[answered[0]]
+        texts = [
+            one.get("answer", one.get("text")) if isinstance(one, dict) else one
+            for one in (given if isinstance(given, list) else [given])
+        ]
         if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str):
-            raise Rejected(
-                "several answers", f"{answered[0]}: choose one, columns: {{answer: {answered[0]}.0}}, or the like"
-            )
+            settle = f"columns: {{answer: {answered[0]}.0}}, or the like"
+            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}")
         answer: Any = texts[0]
-    elif len(answered) == 1:
-        answer = _content(record, answered[0], "answer")
     else:
-        raise _unclear("answer", ANSWERS, answered, record)
-    if (options := _one_of(OPTIONS, names)) and not {"question", "answer"} <= reading.columns.keys():
-        raise Rejected(
-            "options are not read", f"{options[0]}: write them into the question, and the answer as its text"
-        )
-    number = next((key for key in record if plain(key) in NUMBERS and not is_empty(record[key])), None)
-    if number and not any(holds_image(key, value) for key, value in record.items()):
-        raise Rejected("picture is not named", f"{number} is no file: add a key or column with the picture's file")
-    before = _expanded(_as_list(record[names["history"]], "history"))[0] if "history" in names else []
+        answered = [_only("answer", answered, record)]
+        answer = _content(record, answered[0], "answer")
+    _check_options_and_picture(record, names, reading)
+    history = [key for key in names.get("history", []) if record[key] != "[]"]
+    key = _only("history", history, record) if history else ""
+    before = _expanded(_as_list(record[key], key))[0] if key else []
     if isinstance(question, list) and isinstance(answer, list):  # a prompt and its completion, of messages
         turns = [*question, *answer]
     else:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return [*before, *turns], {*asked, *answered, names.get("history", "")}
+    return [*before, *turns], {*asked, *answered, *names.get("history", ())}
 
 
-def _caption(record: dict[str, Any], names: dict[str, str], reading: Reading) -> tuple[list[Any], set[str]]:
+def _check_options_and_picture(record: dict[str, Any], names: dict[str, list[str]], reading: Reading) -> None:
+    """Raise `Rejected` for options beside the question, unless `columns` name question and answer, and for a picture's number."""
+    lettered = [key for name in sorted(LETTERED & names.keys()) for key in names[name]]
+    options = _of(OPTIONS, names) or (lettered if len(lettered) > 1 else [])
+    if options and not {"question", "answer"} <= reading.columns.keys():
+        what = "write them into the question, and the answer as its text"
+        raise Rejected("options are not read", f"{', '.join(options)}: {what}")
+    number = next((key for key in _of(NUMBERS, names)), None)
+    if number and not any(holds_image(key, value) for key, value in record.items()):
+        raise Rejected("picture is not named", f"{number} is no file: add a key or column with the picture's file")
+
+
+def _caption(record: dict[str, Any], captions: list[str], reading: Reading) -> tuple[list[Any], set[str]]:
     """The turns of a record that is a picture and a text about it."""
-    captions = [key for name, key in names.items() if name in CAPTIONS]
-    if "caption" in reading.columns:
-        captions = ["caption"]
     if not captions:
         if isinstance(record.get("conversations", record.get("messages")), list):
             raise Rejected("empty conversation")
         found = ", ".join(map(str, record))
         raise Rejected("missing key", f"conversations or messages, question and answer, or caption; found: {found}")
-    if len(captions) > 1:
-        raise _unclear("caption", CAPTIONS, captions, record)
-    if not any(holds_image(key, value) for key, value in record.items()):
-        raise Rejected("caption without a picture", f"{captions[0]}; found: {', '.join(map(str, record))}")
-    text = _text(record, captions[0], "caption")
-    return [{"role": "user", "content": reading.caption_prompt}, {"role": "assistant", "content": text}], set(captions)
+    key = _only("caption", captions, record)
+    if not any(holds_image(name, value) for name, value in record.items()):
+        raise Rejected("caption without a picture", f"{key}; found: {', '.join(map(str, record))}")
+    turns = [
+        {"role": "user", "content": reading.caption_prompt},
+        {"role": "assistant", "content": _text(record, key, "caption")},
+    ]
+    return turns, {key}
 
 
-def _unclear(what: str, known: tuple[str, ...], keys: list[str], record: dict[str, Any]) -> Rejected:
-    if not keys and (empty := next((key for key in record if plain(key) in known), None)):
-        return Rejected(f"empty {what}", empty)
-    if not keys:
-        return Rejected(
-            "missing key", f"{what}; found: {', '.join(map(str, record))}: say which, columns: {{{what}: KEY}}"
-        )
-    return Rejected(f"several keys for the {what}", f"{', '.join(keys)}: say which, columns: {{{what}: {keys[0]}}}")
+def _only(what: str, keys: list[str], record: dict[str, Any]) -> str:
+    """The one key that says `what`. Errors: `Rejected` where there is none, an empty one, or several."""
+    known = PARTS[what][1] if what in PARTS else (what,)
+    empty = next((key for key in keys or record if plain(key) in known and is_empty(record[key])), None)
+    if len(keys) == 1 and empty is None:
+        return keys[0]
+    if len(keys) > 1:
+        raise Rejected(f"several keys for the {what}", f"{', '.join(keys)}: say which, columns: {{{what}: {keys[0]}}}")
+    if empty is not None:
+        raise Rejected("empty conversation" if what == "conversations" else f"empty {what}", empty)
+    found = f"found: {', '.join(map(str, record))}"
+    raise Rejected("missing key", f"{what}; {found}: say which, columns: {{{what}: KEY}}")
 
 
 def _text(record: dict[str, Any], key: str, what: str) -> str:
@@ -219,10 +330,6 @@ def _text(record: dict[str, Any], key: str, what: str) -> str:
         fix = f": choose one, columns: {{{what}: {key}.0}}" if isinstance(value, list) else ""
         raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}{fix}")
     return value
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def named_in_text(text: str, number: int) -> tuple[str, list[str]]:

@@ -64,7 +64,7 @@ def inspect_webdataset(
             held = findings.splits.get(ENERGON_SPLITS[split], Counter())["samples"]
             if held != noted["samples"]:
                 findings.problem(META, split, f"holds {held} samples, the dataset file says {noted['samples']}")
-    if leak := leak_note({"heldout_trained_on": findings.leak.counts()}):
+    if leak := leak_note({"heldout_trained_on": findings.digests.trained_on()}):
         findings.notes.append(leak)
     if findings.excluded:
         findings.notes.append(f"{findings.excluded:,} samples are excluded: training does not see them where they lie")
@@ -155,7 +155,7 @@ class _Inspection:
         infos, hashes = [], []
         for image in sample.images:
             findings.looked_at[IMAGES] += 1
-            hashes.append(findings.note_duplicate("image", contents[image]).to_bytes(8))
+            hashes.append(findings.digests.note("image", split, contents[image]))
             drawn = findings.draw(f"{stored.key}.{image}") % findings.decode_every == 0
             try:
                 infos.append((decode_image if drawn else check_image)(contents[image], NO_PIXEL_LIMIT))

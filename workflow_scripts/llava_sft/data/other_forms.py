@@ -6,12 +6,18 @@ Notable: a key that is not read is counted (`Unread`), and the inspection lists 
 
 import re
 from collections import Counter
+from functools import lru_cache
 from typing import Any
 
 from llava_sft.data.rejects import Rejected
 
 KNOWN_KEYS = {"id", "image", "images", "conversations", "messages"}
 TURN_KEYS = {"from", "value", "role", "content"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+OTHER_ROLES = {"chatgpt": "gpt", "bot": "gpt", "model": "gpt", "developer": "system"}  # other projects' spellings
+TOOL_ROLES = {"tool", "function", "observation", "functioncall", "toolcall", "functionresponse", "toolresponse"}
+SPEAKERS = {*ROLES, *OTHER_ROLES, *TOOL_ROLES}
+TURNS_BESIDE = {"conversations", "messages", "history"}  # keys whose turns are of the conversation: none is passed over
 
 # Without case, `-` and `_`. A stem with another spelling is found by its pattern.
 IMAGE_KEYS = re.compile(
@@ -38,7 +44,7 @@ EFFECT_KEYS = re.compile(r"(sample|loss)?weight|loss(scale|mask)?|reward|advanta
 # Placeholders that other projects replace by a picture, or by what they know of it.
 IMAGE_TOKENS = re.compile(
     r"<\|?(?:image|img)[ _-]?\d+\|?>|<\|image\|>|<image ?/>|<(?:Image|IMAGE|ImageHere|image_placeholder|img_placeholder)>"
-    r"|<img>[^<]{1,500}</img>|<img\s+src=[^>]{1,500}>|!\[[^\]]{0,200}\]\([^)\s]{1,500}\.(?:jpe?g|png|webp|gif|bmp|tiff?)\)"
+    r"|</img>|<img\s+src=|!\[[^\]\[]*\]\((?:data:image|[^)(\s]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)\))"
 )
 MEDIA_TOKENS = re.compile(r"<\|?(video|audio|speech)(?:[ _-]?\d+)?\|?>")
 OBJECT_TOKENS = re.compile(r"<(?:ref-object|bbox|quad|polygon|point-object)>")
@@ -64,17 +70,40 @@ def example(value: Any) -> str:
     return text if len(text) <= EXAMPLE_CHARS else f"{text[:EXAMPLE_CHARS]}…"
 
 
+@lru_cache(4096)  # the keys of all records are the same few
 def plain(key: str) -> str:
     return key.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
 def is_empty(value: Any) -> bool:
     """Whether a value says nothing, in any of the spellings of an empty cell."""
+    if type(value) is str:
+        return not value
     if isinstance(value, dict):
         return all(is_empty(inner) for inner in value.values())
     if isinstance(value, list | tuple):
         return all(is_empty(inner) for inner in value)
     return value is None or value in ("", b"") or value is False or value != value
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a value may be turns: a list, a struct of lists, or JSON of one."""
+    return value[:1] in ("[", "{") if isinstance(value, str) else isinstance(value, list | dict)
+
+
+def names_picture(key: str, value: Any) -> bool:
+    """Whether a value may be a picture, or name one, whatever its key."""
+    if isinstance(value, list | dict):
+        return any(names_picture(key, inner) for inner in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes) or holds_image(key, value) or bool(PICTURE_NAME.fullmatch(str(value)))
+
+
+@lru_cache(4096)
+def _changes_nothing(name: str) -> bool:
+    """Whether a text or number under a key of this plain name is kept beside the sample, and nothing more."""
+    patterns = (*UNSUPPORTED.values(), IMAGE_KEYS, FILE_KEYS, EFFECT_KEYS, COUNTS_KEYS)
+    others = {"label", *SYSTEM_KEYS, *TURNS_BESIDE}
+    return name not in others and not any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def _check_supported(key: str, name: str, where: str = "") -> None:
@@ -97,6 +126,8 @@ def check_keys(
         if key in KNOWN_KEYS:
             continue
         name = plain(key)
+        if _changes_nothing(name) and isinstance(value, str | int | float):
+            continue
         if name == "label" and isinstance(value, bool):
             raise Rejected("preference data is not supported", f"{key}: {value}")
         if value is False and COUNTS_KEYS.fullmatch(name):
@@ -104,6 +135,8 @@ def check_keys(
         if is_empty(value):
             continue
         _check_supported(key, name)
+        if name in TURNS_BESIDE and is_turns(value):
+            raise Rejected("turns under several keys", f"{key}, beside others: join them, or remove one")
         if name in SYSTEM_KEYS:
             if not isinstance(value, str):
                 raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}")
@@ -135,9 +168,13 @@ def _is_image(name: str, value: Any) -> bool:
 def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread) -> bool:
     """False for an answer that does not count in the loss; its other keys are held to the same as a record's. `number`
     counts from 1."""
+    if len(turn) == 2:  # who, and what
+        return True
     counted = True
     for key, value in turn.items():
         if key in TURN_KEYS:
+            if key == "content" and turn.get("value", value) != value:
+                raise Rejected("malformed conversation", f"value and content of turn {number} differ")
             continue
         name = plain(key)
         learned = bool(COUNTS_KEYS.fullmatch(name))

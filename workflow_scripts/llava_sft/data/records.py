@@ -13,6 +13,9 @@ import orjson
 from llava_sft.data.forms import AS_GIVEN, Reading, as_known, named_in_text, renamed
 from llava_sft.data.other_forms import (
     KNOWN_KEYS,
+    OTHER_ROLES,
+    ROLES,
+    TOOL_ROLES,
     Unread,
     check_keys,
     check_text,
@@ -25,10 +28,6 @@ from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20  # a longer line is most likely not JSONL at all; reading it whole would eat the memory
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-OTHER_ROLES = {"chatgpt": "gpt", "bot": "gpt", "model": "gpt", "developer": "system"}  # other projects' spellings
-TOOL_ROLES = {"tool", "function", "observation", "functioncall", "toolcall", "functionresponse", "toolresponse"}
 
 
 class Line(NamedTuple):
@@ -139,11 +138,15 @@ def parse_record(
     content may be a list of parts, of which those of images may name them. `unread` notes keys that are not read.
     """
     unread = Unread() if unread is None else unread
+    if "messages" in record and "conversations" in record and not reading.settled:
+        record = _one_conversation(record, reading)
     if reading.columns:
-        record = renamed(record, reading.columns)
+        record = renamed(record, reading.columns, unread)
     turns, image_first = record.get("conversations") or record.get("messages"), reading.image_first
-    if not (type(turns) is list and turns and type(turns[0]) is dict and ("from" in turns[0] or "role" in turns[0])):
-        record, of_form = as_known(record, reading)
+    if reading.settled or not (
+        type(turns) is list and turns and type(turns[0]) is dict and ("from" in turns[0] or "role" in turns[0])
+    ):
+        record, of_form = as_known(record, reading, unread)
         turns, image_first = record["messages"], image_first or of_form
     messages, in_parts = [], []
     for number, turn in enumerate(turns, 1):
@@ -167,6 +170,20 @@ def parse_record(
         key: value for key, value in others if key != other and (value is None or isinstance(value, str | int | float))
     }
     return check_sample(Sample(None if name is None else str(name), messages, images, meta))
+
+
+def _one_conversation(record: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """A record that holds its turns twice, with those of `conversations`; or with `messages`, where these are empty."""
+    left = {
+        key: {name: value for name, value in record.items() if name != other}
+        for key, other in (("conversations", "messages"), ("messages", "conversations"))
+        if not is_empty(record[key])
+    }
+    if len(left) == 2:
+        read = [parse_record(one, None, reading).messages for one in left.values()]
+        if read[0] != read[1]:
+            raise Rejected("conversations and messages differ", "keep one, or say which, columns: {conversations: KEY}")
+    return next(iter(left.values()), record)
 
 
 def _put_first(messages: list[dict[str, Any]], images: int) -> None:

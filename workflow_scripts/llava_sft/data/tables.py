@@ -23,24 +23,40 @@ def separator_of(head: bytes) -> bytes | None:
     return best if best in line else None
 
 
-def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejected, bytes]]:
-    """Yield offset, cells and bytes of each row from `start`, where one begins; a blank line is a row without cells."""
-    csv.field_size_limit(MAX_LINE_BYTES)
+def _spelling(file: BinaryIO) -> dict[str, Any]:
+    """How a table is written, by the first of its lines that says something."""
     file.seek(0)
-    separator = separator_of(file.readline(BLOCK)) or b","
+    lines = iter(lambda: file.readline(BLOCK), b"")
+    head = next((line for line in lines if line.strip(BOM + b"\r\n\t ,;")), b"")
+    separator = separator_of(head) or b","
+    spaced = [cell.startswith(b" ") for cell in head.split(separator)[1:]]  # `a, b, "c, d"`
+    return {"delimiter": separator.decode(), "skipinitialspace": bool(spaced) and all(spaced), "strict": True}
+
+
+def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejected, bytes]]:
+    """Yield offset, cells and bytes of each row from `start`, where one begins; one that says nothing is without cells.
+
+    A malformed row is its first line: what csv took for the rest of it is read again. What its quotes may have torn apart is
+    malformed, too.
+    """
+    csv.field_size_limit(MAX_LINE_BYTES)
+    spelling, offset, doubt = _spelling(file), start, False
+    separator = spelling["delimiter"]
+    taken: list[bytes] = []
+    again: list[bytes] = []
     file.seek(start)
-    offset, taken = start, b""
 
     def lines() -> Iterator[str]:
-        nonlocal taken
-        while line := file.readline():
-            first, taken = offset == 0 and not taken, taken + line
+        while line := again.pop() if again else file.readline():
+            first = offset == 0 and not taken
+            taken.append(line)
             yield (line.removeprefix(BOM) if first else line).decode("utf-8", "surrogateescape")
 
-    reader = csv.reader(lines(), delimiter=separator.decode(), strict=True)
+    reader = csv.reader(lines(), **spelling)
     while True:
+        problem, cells = "", []
         try:
-            cells: list[str] | Rejected = next(reader)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
@@ -49,9 +65,21 @@ def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejecte
                     f"{_name(file)}: the quote that opens in the row at byte {offset:,} is never closed",
                     'close it; a quote within a cell in quotes is written twice: "a ""word"" in it"',
                 ) from None
-            cells = Rejected("malformed row", f'{error}: a quote within a cell in quotes is written twice: ""')
-        yield offset, cells, taken
-        offset, taken = offset + len(taken), b""
+            problem, doubt = f'{error}: a quote within a cell in quotes is written twice: ""', True
+            again += reversed(taken[1:])
+            del taken[1:]
+        data = b"".join(taken)
+        if not problem and b'"' in data:
+            doubt = doubt and any('"' in cell for cell in cells)
+            spaced = [cell for cell in cells if cell[:1] == " " and cell.lstrip(" ")[:1] == '"']
+            if doubt:
+                problem = "it follows one, whose quotes may go on in it"
+            elif spaced and f"{separator}{spaced[0]}".encode("utf-8", "surrogateescape") in data:
+                problem = f"a space before the quote: remove it, or write one behind each {separator} of the first row"
+        said = cells if any(cells) else []
+        yield offset, Rejected("malformed row", problem) if problem else said, data
+        offset += len(data)
+        taken.clear()
 
 
 def _name(file: BinaryIO) -> str:
@@ -60,17 +88,24 @@ def _name(file: BinaryIO) -> str:
 
 def table_starts(file: BinaryIO, size: int, range_bytes: int) -> list[int]:
     """The first row in each stretch of `range_bytes`: appending rows moves none of them."""
-    starts = [0]
-    for offset, _, _ in _rows(file, 0) if size > range_bytes else ():
-        if offset // range_bytes > starts[-1] // range_bytes:
+    starts, doubt = [0], False  # none behind a malformed row
+    for offset, cells, _ in _rows(file, 0) if size > range_bytes else ():
+        if offset // range_bytes > starts[-1] // range_bytes and not doubt:
             starts.append(offset)
+        doubt = isinstance(cells, Rejected)
     return starts
 
 
 def read_table(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any]) -> Iterator[Line]:
     """Rows as records whose keys are the names in the first row, which counts as a line without a record."""
-    names = next((cells for _, cells, _ in _rows(file, 0)), [])
-    names = [] if isinstance(names, Rejected) else [name.strip() for name in names]
+    first, cells = next(((offset, cells) for offset, cells, _ in _rows(file, 0) if cells), (0, []))
+    if isinstance(cells, Rejected):
+        raise DataError(
+            f"{_name(file)}: its first row is malformed: {cells.detail}", "name the columns in the first row"
+        )
+    names = [name.strip() for name in cells]
+    while names and not names[-1]:
+        names.pop()  # empty columns of a spreadsheet
     try:
         "".join(names).encode()
     except UnicodeEncodeError:
@@ -82,21 +117,19 @@ def read_table(file: BinaryIO, start: int, end: int, update: Callable[[bytes], A
         if offset >= end:
             break
         update(taken)
-        if isinstance(cells, Rejected):
-            yield Line(number, offset, cells, "row")
-        else:
-            yield Line(number, offset, _record(names, cells) if offset and cells else b"", "row")
+        record = cells if isinstance(cells, Rejected) else _record(names, cells) if cells and offset > first else b""
+        yield Line(number, offset, record, "row")
 
 
 def _record(names: list[str], cells: list[str]) -> dict[str, Any] | Rejected:
-    if len(cells) != len(names):
+    if any(cells[len(names) :]) or len(cells) < len(names):
         fix = "a text that holds the separator goes into double quotes"
         return Rejected("cells differ from the first row", f"{len(cells)} cells, {len(names)} columns: {fix}")
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
         return Rejected("invalid UTF-8", "save the table as UTF-8")
-    return dict(zip(names, cells, strict=True))
+    return dict(zip(names, cells, strict=False))
 
 
 def read_arrow(file: BinaryIO, start: int, end: int, update: Callable[[bytes], Any]) -> Iterator[Line]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import xxhash
 
 from llava_sft.data.formats import FORMATS, format_of
+from llava_sft.data.forms import AS_GIVEN, Reading
 from llava_sft.data.image_checks import ImageRoot, check_image
 from llava_sft.data.images import image_grid
 from llava_sft.data.index import leak_note
@@ -33,18 +34,24 @@ class Questions(NamedTuple):
 
 
 def read_questions(
-    data: Path, dataset: Path | None, split: str, limit: int | None, image_root: Path | None
+    data: Path,
+    dataset: Path | None,
+    split: str,
+    limit: int | None,
+    image_root: Path | None,
+    reading: Reading = AS_GIVEN,
 ) -> Questions:
     """The first `limit` samples of a folder's split, or of a raw file.
 
     Args:
         dataset: dataset.json of the folder; by default that beside it, if there is one. Its files are compared with it.
         image_root: of a raw file; by default the folder that it lies in.
+        reading: of a raw file.
 
     Errors: DataError for data that is missing, damaged, or holds a record that cannot be read.
     """
     if data.is_file():
-        return _raw(data, image_root or data.parent, limit)
+        return _raw(data, image_root or data.parent, limit, reading)
     if not data.is_dir():
         raise DataError(f"{data}: no such file or folder", "a webdatasets folder, or a JSONL, JSON or Parquet file")
     dataset = dataset or next((path for path in [data.parent / "dataset.json"] if path.is_file()), None)
@@ -75,22 +82,23 @@ def _fingerprint(folder: Path) -> str:
     return fingerprint(found)
 
 
-def _raw(path: Path, image_root: Path, limit: int | None) -> Questions:
+def _raw(path: Path, image_root: Path, limit: int | None, reading: Reading) -> Questions:
     digest = xxhash.xxh3_128()
-    samples = list(islice(_records(path, image_root, digest), limit))
+    samples = list(islice(_records(path, image_root, digest, reading), limit))
     if not samples:
         raise DataError(f"{path}: no record in it", "a file with records to ask about")
-    return Questions(samples, "all", fingerprint([digest.hexdigest(), limit]))
+    read = [] if reading == AS_GIVEN else [*reading]
+    return Questions(samples, "all", fingerprint([digest.hexdigest(), limit, *read]))
 
 
-def _records(path: Path, image_root: Path, digest: xxhash.xxh3_128) -> Iterator[Sample[bytes]]:
+def _records(path: Path, image_root: Path, digest: xxhash.xxh3_128, reading: Reading) -> Iterator[Sample[bytes]]:
     images = ImageRoot(image_root)
     with open(path, "rb") as file:
         for line in FORMATS[format_of(path)].read(file, 0, path.stat().st_size, digest.update):
             try:
                 if (record := parse_json(line)) is None:
                     continue
-                sample = parse_record(record)
+                sample = parse_record(record, None, reading)
                 pictures = [image if isinstance(image, bytes) else images.read(image) for image in sample.images]
                 for picture in pictures:
                     digest.update(f"{check_image(picture)}{len(picture)}".encode())

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from llava_sft.errors import READABLE, SettingsError
+from llava_sft.errors import READABLE, SettingsError, nearest
 from llava_sft.model.processing import CHANNELS, MERGE_SIZE, PATCH_SIZE
 from llava_sft.model.tokens import PUBLISHED_TOKEN_IDS, TOKEN_ID_KEYS
 
@@ -164,9 +164,11 @@ def load_model_config(path: Path | str) -> ModelConfig:
     """Read one of `config/models/*.yaml`. Raises SettingsError with the file, key, value and rule."""
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none, for that folder has none"
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        meant = f"did you mean {near}? " if (near := nearest(path.stem, known)) else ""
         raise SettingsError(
-            f"model: {path.stem}: no file {path}", f"model: one of {known}; another size: a copy of one of them"
+            f"model: {path.stem}: no file {path}",
+            f"{meant}model: one of {', '.join(known) or 'none, for that folder has none'}; another size: a copy of one of them",
         )
     try:
         values = yaml.safe_load(path.read_text())

@@ -8,8 +8,8 @@ Notable:
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
   cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
   (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
-- where weights are frozen, what is cheap to compute again is not saved (LoRA: 38 % of the activations), but queries, keys
-  and values are where a GPU has memory to spare.
+- where weights are frozen, what is cheap to compute again is saved where a GPU has memory to spare, and else not (LoRA: 38 %
+  of the activations).
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
 the vision tower are so short that element-wise kernels took as long as products (docs/performance.md).
 """
@@ -106,8 +106,9 @@ class LanguageLayer(torch.autograd.Function):
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
         room = room_beside(attention.linear_qkv, recipe)
         amax = partial(places, recipe, hidden.device)
-        _, x, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps, room=room, amax=amax())
-        qkv, for_qkv = product(x, attention.linear_qkv, recipe)
+        qkv_norm = attention.linear_qkv.layer_norm_weight
+        _, for_heads, _, first_scale = norm(hidden, qkv_norm, None, eps, room=room, amax=amax())
+        qkv, for_qkv = product(for_heads, attention.linear_qkv, recipe)
         cos, sin = segments.rope
         inputs = rope(qkv, config.num_query_groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
@@ -115,10 +116,13 @@ class LanguageLayer(torch.autograd.Function):
         fc1_norm = mlp.linear_fc1.layer_norm_weight
         middle, x, _, second_scale = norm(hidden, fc1_norm, None, eps, branch, room, amax())
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
-        branch, for_fc2 = product(swiglu(gate_and_up, room, amax()), mlp.linear_fc2, recipe)
+        opened = swiglu(gate_and_up, room, amax())
+        branch, for_fc2 = product(opened, mlp.linear_fc2, recipe)
         ctx.constants = layer, segments, recipe, eps, head_norms, room
         ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
         ctx.inputs = inputs if attention.linear_qkv.weight.requires_grad or segments.keeps_inputs else None
+        pairs = segments.keeps_inputs and hasattr(mlp.linear_fc1, "lora_a")
+        ctx.kept = (for_heads, x, opened) if pairs else None
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
         return middle + branch
 
@@ -127,9 +131,11 @@ class LanguageLayer(torch.autograd.Function):
         layer, segments, recipe, eps, head_norms, room = ctx.constants
         hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up = ctx.saved
         inputs, (for_qkv, for_proj, for_fc1, for_fc2) = ctx.inputs, ctx.operands
-        ctx.saved = ctx.inputs = ctx.operands = (
-            None  # or the inputs of all layers would live until the whole graph goes
-        )
+        x_of_qkv, x_of_fc1, x_of_fc2 = ctx.kept or (None, None, None)
+        again = (
+            hasattr(layer.mlp.linear_fc1, "lora_a") and not ctx.kept
+        )  # kernels write x into the place of its gradient
+        ctx.saved = ctx.inputs = ctx.kept = ctx.operands = None  # or they would live until the whole graph goes
         attention, mlp = layer.self_attention, layer.mlp
         width, head_dim = hidden.size(1), head_norms[0].numel()
         if grad.stride() != (width + room, 1):  # it comes from another kind of layer
@@ -138,12 +144,11 @@ class LanguageLayer(torch.autograd.Function):
         amax = partial(places, recipe, hidden.device)
         sums = PartialSums(2 * (width + head_dim), hidden.device)
         qkv_norm, fc1_norm = attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight
-        again = hasattr(mlp.linear_fc1, "lora_a")  # its kernel writes a product's input into the place of its gradient
         through_swiglu = partial(swiglu_backward, gate_and_up=gate_and_up, again=again, amax=amax())
         through_norm = partial(norm_backward, bias=None, mean=None, sums=sums, room=room, again=again)
-        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, through_swiglu, recipe)
+        d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, through_swiglu, recipe, x_of_fc2)
         before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad, amax=amax())
-        grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe)
+        grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe, x_of_fc1)
         cos, sin = segments.rope
         inputs = inputs or rope(qkv, layer.config.num_query_groups, cos, sin, head_norms, eps)
         given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
@@ -151,7 +156,7 @@ class LanguageLayer(torch.autograd.Function):
         d_inputs, d_proj = product_backward(grad, for_proj, attention.linear_proj, before, recipe, x)
         d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps, amax())
         before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad, amax=amax())
-        grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe)
+        grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe, x_of_qkv)
         handed(segments).over(grad)
         norms_learn = any(ctx.needs_input_grad[3:7])
         d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype) if norms_learn else (None,) * 4
@@ -159,13 +164,16 @@ class LanguageLayer(torch.autograd.Function):
 
 
 def has_memory_for_inputs(layer: TransformerLayer, tokens: int) -> bool:
-    """Whether all layers of the language model can keep queries, keys and values of so many tokens, and leave a part of the
-    GPU, or of what PyTorch may take of it, free (`SPARED`). Preflight asks the same of its prediction (cost.py)."""
+    """Whether all layers of a frozen language model can keep queries, keys and values of so many tokens, and what pairs are
+    multiplied with, and leave a part of the GPU, or of what PyTorch may take of it, free (`SPARED`). Preflight asks the same
+    of its prediction (cost.py)."""
     attention, mlp = layer.self_attention, layer.mlp
     qkv = attention.linear_qkv.weight
     if qkv.requires_grad or not qkv.is_cuda:
         return False
-    values = 2 * qkv.size(1) + 2 * qkv.size(0) + attention.linear_proj.weight.size(1) + mlp.linear_fc1.weight.size(0)
+    fc1, pairs = mlp.linear_fc1.weight, hasattr(mlp.linear_fc1, "lora_a")
+    values = 2 * qkv.size(1) + 2 * qkv.size(0) + attention.linear_proj.weight.size(1) + fc1.size(0)
+    values += pairs * (2 * qkv.size(1) + fc1.size(0) // 2)
     kept = layer.config.num_layers * tokens * values * qkv.element_size()
     free, total = torch.cuda.mem_get_info()
     most = torch.cuda.get_per_process_memory_fraction() * total

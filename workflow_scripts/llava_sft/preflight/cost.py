@@ -227,9 +227,9 @@ def activation_bytes(
 ) -> dict[str, float]:
     """Bytes that a stage keeps for the backward passes of the micro-batches that it holds, counted in the tensors of a layer.
 
-    With frozen weights the layers for GPUs keep no inputs of products, and queries, keys and values only where the device's
-    `memory`, in bytes, holds them with a part to spare (model/fused_layers.py). With full recomputation a layer keeps its
-    input, and one layer at a time all of it. Attention in plain PyTorch (CPU) keeps its scores too.
+    With frozen weights the layers for GPUs keep queries, keys and values, and what pairs are multiplied with, only where the
+    device's `memory`, in bytes, holds them with a part to spare (model/fused_layers.py). With full recomputation a layer
+    keeps its input, and one layer at a time all of it. Attention in plain PyTorch (CPU) keeps its scores too.
     """
     size, t, v = 2 if values.bf16 else 4, model.language, model.vision
     heads = t.num_attention_heads + 2 * t.num_query_groups
@@ -248,10 +248,11 @@ def activation_bytes(
     if not values.on_gpu:
         language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
     elif not language_whole and values.tensor_model_parallel_size == 1 and values.recompute_language == "none":
-        inputs = batch.tokens * heads * t.kv_channels
-        kept = size * stage.batches * (vision + layers * (language + inputs))
+        of_pairs = "language_model" in values.trained.by_pairs and 2 * t.hidden_size + t.ffn_hidden_size
+        all_of_it = language + batch.tokens * (heads * t.kv_channels + of_pairs)
+        kept = size * stage.batches * (vision + layers * all_of_it)
         if (1 - SPARED) * memory >= sum(state_bytes(model, values, stage).values()) + kept:
-            language += inputs
+            language = all_of_it
     language = stored_activations(language, batch.tokens * t.hidden_size, layers, values.recompute_language == "full")
     held = size * stage.batches / values.tensor_model_parallel_size
     return {"language activations": held * language, "vision activations": held * vision}

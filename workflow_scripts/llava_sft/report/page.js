@@ -122,7 +122,7 @@ function chart(curve, box) {
     point(to);
   });
 
-  return async (weight, log) => {
+  async function draw(weight, log) {
     const smoothing = curve.noisy ? weight : 0;
     shown = rows(curve, smoothing);
     const possible = log && curve.log && shown.every(row => row.y > 0 && row.raw > 0);
@@ -133,6 +133,13 @@ function chart(curve, box) {
     earlier?.finalize();
     view = drawn.view;
     said.textContent = curve.facts;
+  }
+  // One after the other, and of those that wait the newest alone: an earlier drawing never replaces a later one.
+  let drawing = Promise.resolve(), newest = 0;
+  return (weight, log) => {
+    const mine = ++newest;
+    drawing = drawing.then(() => mine === newest ? draw(weight, log) : null).catch(console.error);
+    return drawing;
   };
 }
 

@@ -1,6 +1,8 @@
 """Runs as `make runs` and `make compare` see them: what each was trained with, and what its evaluation found."""
 
 import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +15,25 @@ from llava_sft.run.layout import RUN_FILE, VALIDATION
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import Resolved
 
+Name = tuple[str | None, int]  # a sample's id, and how many samples before it bear the same
+
 
 class Run(NamedTuple):
-    """`rows`: those of predictions.jsonl by the id of the sample, empty where there is no evaluation."""
+    """`rows`: those of predictions.jsonl as `numbered` names them, empty where there is no evaluation."""
 
     records: Records
     resolved: Resolved
     evaluation: dict[str, Any]
-    rows: dict[str, dict[str, Any]]
+    rows: dict[Name, dict[str, Any]]
+
+
+def numbered[T](items: Iterable[T], id_of: Callable[[T], str | None]) -> Iterator[tuple[Name, T]]:
+    """Each with its name: records may share an id."""
+    before: Counter[str | None] = Counter()
+    for item in items:
+        name = id_of(item)
+        yield (name, before[name]), item
+        before[name] += 1
 
 
 def results_of(run_dir: Path) -> Path:
@@ -41,7 +54,7 @@ def read(run_dir: Path) -> Run:
         raise RunError(f"{run_dir}: no run here ({RUN_FILE} is missing)", "`make runs` lists the names of all runs")
     evaluation, predictions = evaluation_of(run_dir), results_of(run_dir) / "predictions.jsonl"
     told = evaluation and predictions.is_file() and evaluation.get("predictions") == file_fingerprint(predictions)
-    rows = {row["id"]: row for row in read_rows(predictions)} if told else {}
+    rows = dict(numbered(read_rows(predictions), lambda row: row["id"])) if told else {}
     records = Records(read_metrics(run_dir), read_jsonl(run_dir / VALIDATION), run_dir.name)
     return Run(records, Resolved.read(run_dir / RUN_FILE), evaluation, rows)
 
@@ -57,8 +70,8 @@ def differing_settings(runs: list[Run]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
-def same_questions(runs: list[Run]) -> list[str]:
-    """Ids of the samples that all runs answered, with the same questions and expected answers."""
+def same_questions(runs: list[Run]) -> list[Name]:
+    """Names of the samples that all runs answered, with the same questions and expected answers."""
 
     def asked(row: dict[str, Any]) -> list[tuple[str, str]]:
         return [(turn["question"], turn["answer"]) for turn in row["turns"]]
@@ -67,7 +80,7 @@ def same_questions(runs: list[Run]) -> list[str]:
     return [id for id in first if all(id in run.rows and asked(run.rows[id]) == asked(first[id]) for run in runs[1:])]
 
 
-def against_first(runs: list[Run], ids: list[str]) -> list[dict[str, Any]]:
+def against_first(runs: list[Run], ids: list[Name]) -> list[dict[str, Any]]:
     """For each run the mean of its score on these questions, and, but for the first, what `intervals.compare` says."""
     names = [next(iter(run.rows[ids[0]]["scores"])) for run in runs]
     same = names if len(set(names)) == 1 else []  # of runs with different scores: how many are right

@@ -123,7 +123,7 @@ def _about_held_out_loss(
         yield say(
             "Held-out loss was still falling at the end (%(before)s → %(last)s): train longer, with a schedule of the learning "
             "rate of its own: `--config %(name)s=%(value)s run_tag=longer`",
-            before=number(before), last=number(last), name=given, value=f"{2 * settings.get(given, 1):g}",
+            before=number(before), last=number(last), name=given, value=f"{2 * settings.get(given, 1):.12g}",
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from llava_sft.errors import SettingsError
 from llava_sft.model.config import ModelConfig
-from llava_sft.settings.schema import Settings
+from llava_sft.settings.schema import DEFAULTS, AllSettings, Settings
 
 
 class Conflict(SettingsError):
@@ -26,6 +26,15 @@ def check_combinations(settings: Settings) -> None:
         finished = "a finished folder brings its own validation split"
         rule = "sources have their own `heldout`" if settings.sources else finished
         raise Conflict("heldout_data", f"goes with raw_data only: {rule}", "remove heldout_data")
+    of_records = [
+        key for key in ("columns", "caption_prompt", "image_first") if getattr(settings, key) != DEFAULTS[key]
+    ]
+    if settings.webdatasets and of_records:
+        raise Conflict(
+            of_records[0],
+            "is of records that are converted; a finished folder is read as it is",
+            f"remove {of_records[0]}, or set raw_data",
+        )
     if settings.min_pixels > settings.max_pixels:
         raise Conflict(
             "min_pixels", f"{settings.min_pixels} is above max_pixels {settings.max_pixels}", "lower min_pixels"
@@ -50,6 +59,11 @@ def _check_lora(settings: Settings) -> None:
         raise Conflict("lora_modules", f"{frozen[0]} is not trained", f"add {frozen[0]} to trainable_modules")
     if settings.load == "random":
         raise Conflict("lora_rank", "load: random, and a base of random weights is not kept", "load: a trained model")
+
+
+def check_fp8(settings: AllSettings, gpus: int) -> None:
+    if settings.fp8 != "none" and not gpus:
+        raise Conflict("fp8", f"{settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Ada, Hopper or newer)")
 
 
 def processes_per_node(settings: Settings, gpus: int) -> int:

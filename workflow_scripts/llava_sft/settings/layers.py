@@ -7,7 +7,6 @@ Notable:
 - imported while Snakemake builds its DAG: no torch.
 """
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -18,31 +17,12 @@ from pydantic import ValidationError
 from llava_sft.errors import SettingsError, shown
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.settings.conflicts import Conflict, check_combinations, check_global_batch_size, processes_per_node
+from llava_sft.settings.mistakes import QUOTES, explain, fix_of
 from llava_sft.settings.schema import DEFAULTS, STAGES, Settings
 from llava_sft.settings.yaml_file import read_yaml
 
 CONFIG_DIR = Path("config")
 
-# Names of the by-hand guide and of other trainers, for people who write them here.
-OTHER_NAMES = {
-    "EXP_DIR": "exp_dir", "DATA_PATH": "webdatasets", "MBS": "micro_batch_size", "GBS": "global_batch_size",
-    "NSTEP": "train_iters", "CHECKPOINT_PATH": "load", "GPUS_PER_NODE": "gpus_per_node", "SEQ_LEN": "seq_length",
-    "TOKENIZER_PATH": "tokenizer", "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size",
-    "learning_rate": "lr", "max_lr": "lr", "min_learning_rate": "min_lr", "vit_lr": "lr_vision", "aligner_lr": "lr_adapter",
-    "batch_size": "global_batch_size", "train_batch_size": "global_batch_size", "micro_batch": "micro_batch_size",
-    "per_device_train_batch_size": "micro_batch_size", "max_length": "seq_length", "max_seq_length": "seq_length",
-    "max_seq_len": "seq_length", "model_max_length": "seq_length", "cutoff_len": "seq_length", "context_length": "seq_length",
-    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_steps": "train_iters", "num_steps": "train_iters",
-    "steps": "train_iters", "warmup_ratio": "lr_warmup_fraction", "warmup": "lr_warmup_fraction",
-    "lr_scheduler_type": "lr_decay_style", "scheduler": "lr_decay_style", "max_grad_norm": "clip_grad", "grad_clip": "clip_grad",
-    "save_steps": "save_interval", "eval_steps": "eval_interval", "logging_steps": "log_interval",
-    "dataloader_num_workers": "num_workers", "workers": "num_workers", "model_name_or_path": "load", "model_path": "load",
-    "checkpoint": "load", "init_from": "load", "data_path": "raw_data", "train_data": "raw_data", "dataset": "raw_data",
-    "eval_data": "heldout_data", "val_data": "heldout_data", "image_folder": "image_root", "image_dir": "image_root",
-    "output_dir": "exp_dir", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_eps", "wd": "weight_decay",
-    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "num_gpus": "gpus_per_node", "gpus": "gpus_per_node",
-    "lora_r": "lora_rank", "r": "lora_rank", "gradient_checkpointing": "recompute_language", "max_image_pixels": "max_pixels",
-}  # fmt: skip
 NAME_RULE = "letters, digits, . _ - and at most 100 bytes, beginning with a letter, a digit or _"
 
 
@@ -85,11 +65,11 @@ def load_settings(
     for key, value in values.items():
         if rule := _impossible(key, value):
             problem = f"{origin.get(key, experiment_file)}: {shown(key)[1:-1]}: {shown(value)}: {rule}"
-            raise SettingsError(problem, f"change {shown(key)[1:-1]}; config/config.yaml explains it")
+            raise SettingsError(problem, fix_of(key, value, origin.get(key, "")))
     try:
         settings = Settings(**values)
     except ValidationError as error:
-        raise SettingsError(*_explain(error, values, origin, str(experiment_file))) from None
+        raise SettingsError(*explain(error, values, origin, str(experiment_file))) from None
     settings._origin.update(origin)
     try:
         check_combinations(settings)
@@ -140,6 +120,8 @@ def _impossible(key: str, value: Any) -> str | None:
         return None
     if re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
         return "a control character in it"
+    if key != "caption_prompt" and len(value) > 1 and {value[0], value[-1]} <= set(QUOTES):
+        return "its quotes are no quotes to YAML, but characters of the value"
     if len(value) > 2000 or any(len(part.encode()) > 240 for part in value.split("/")):
         return "longer than a path can be (240 bytes a name, 2,000 characters in all)"
     return None
@@ -152,31 +134,3 @@ def _placed(conflict: Conflict, settings: Settings) -> SettingsError:
     if place not in ("--config", "the profile", experiment_file):
         place = experiment_file
     return SettingsError(f"{place}: {conflict.problem}", conflict.fix)
-
-
-def _explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
-    """The first fault as (problem, fix)."""
-    fault = error.errors()[0]
-    key = str(fault["loc"][0])
-    where = origin.get(key, experiment_file)
-    if key == "sources" and len(fault["loc"]) > 2:
-        entry, *inner = fault["loc"][1:]
-        key = f"sources: entry {int(entry) + 1}: {shown('.'.join(map(str, inner)))[1:-1]}"
-        return f"{where}: {key}: {fault['msg'].lower()}", "an entry has path, heldout, image_root, weight, name"
-    if fault["type"] == "extra_forbidden":
-        near = (
-            [name]
-            if (name := OTHER_NAMES.get(key) or OTHER_NAMES.get(key.lower().replace("-", "_")))
-            else difflib.get_close_matches(key[:100], Settings.model_fields, n=1)
-        )
-        return (
-            f"{where}: unknown setting {shown(key)}",
-            f"did you mean {near[0]}?" if near else "see config/config.yaml",
-        )
-    faults = [
-        f["msg"].removeprefix("Value error, ").replace("tuple", "list")
-        for f in error.errors()
-        if f["loc"] and f["loc"][0] == key
-    ]
-    rules = " or ".join(sorted({text[0].lower() + text[1:] for text in faults}))[:400]
-    return f"{where}: {key}: {shown(values.get(key))}: {rules}", f"change {key}; config/config.yaml explains it"

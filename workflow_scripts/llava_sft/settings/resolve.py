@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, field_validator
 
-from llava_sft.errors import SettingsError
 from llava_sft.machine import gpu_count
 from llava_sft.nodes import this_node
-from llava_sft.settings.conflicts import check_global_batch_size, processes_per_node
+from llava_sft.settings.conflicts import check_fp8, check_global_batch_size, processes_per_node
 from llava_sft.settings.schema import AllSettings, Settings
 
 EVAL_ITERS = 10
@@ -141,8 +140,7 @@ def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
     found = gpu_count()
     why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
     gpus = auto.settle("gpus_per_node", found, why)
-    if settings.fp8 != "none" and not gpus:
-        raise SettingsError(f"fp8: {settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Ada, Hopper or newer)")
+    check_fp8(settings, gpus)
     processes = processes_per_node(settings, gpus)
     processes = auto.settle("nproc_per_node", processes, "one a GPU" if gpus else "TP × PP on a CPU")
     auto.settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {cores} cores")

@@ -1,12 +1,17 @@
 """Files of settings as YAML: small, each thing said once, and nothing that YAML reads otherwise than people do."""
 
 import re
+import shlex
 from pathlib import Path
 
 import yaml
 
 from llava_sft.errors import READABLE, SettingsError, shown
 
+EXAMPLE = "config/experiments/TEMPLATE.yaml"
+# A setting whose colon YAML does not see as one: 1e-4 behind it without a space, a full-width one, an equals sign.
+SLIP = re.compile(r"([A-Za-z_]\w*)[ \u3000\xa0]*(:(?! |//)|[\uff1a\ufe55\ufe13]|=)[ \u3000\xa0]*(\S.*)")
+OPENED = {"quoted scalar": "the quote", "flow sequence": "the [", "flow mapping": "the {"}
 MAX_YAML_BYTES, MAX_NODES, MAX_DEPTH = 1 << 20, 20_000, 20
 
 
@@ -23,29 +28,69 @@ def read_yaml(path: Path) -> dict:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is not None:
             _check_nodes(path, node)
-        content = yaml.safe_load(text) or {}
+        content = {} if node is None else yaml.safe_load(text)
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such file", "`snakemake` lists the experiments there are") from None
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}", READABLE) from None
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: byte {error.start} is not UTF-8", "save the file again as UTF-8") from None
+        raise SettingsError(*_of_encoding(path, error)) from None
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
-        reason = " ".join(where.split())[:400]
-        tab = "; indent with spaces, not with tabs" if "\\t" in reason else ""
-        raise SettingsError(f"{path}: not valid YAML: {reason}", f"mend that line{tab}") from None
+        raise SettingsError(*_of_yaml(path, text, error)) from None
     except RecursionError:
-        raise SettingsError(f"{path}: nested too deeply", "see TEMPLATE.yaml for what settings look like") from None
+        raise SettingsError(f"{path}: nested too deeply", f"{EXAMPLE} shows what settings look like") from None
     except (ValueError, OverflowError) as error:  # 2026-13-01, a number of 5,000 digits
         raise SettingsError(f"{path}: {str(error)[:200]}", "mend that value, or put it in quotes") from None
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: holds a {type(content).__name__}, not `key: value` lines", "see TEMPLATE.yaml")
+        what, fix = _slip(text) or ("", f"write `name: value` lines, without dashes before them, as {EXAMPLE} has")
+        raise SettingsError(f"{path}: {what or f'holds a {type(content).__name__}, not `name: value` lines'}", fix)
     for key in content:
         if not isinstance(key, str):
             raise SettingsError(f"{path}: {shown(key)} is no setting's name", "write `name: value` lines")
     return content
+
+
+def _of_encoding(path: Path, error: UnicodeDecodeError) -> tuple[str, str]:
+    """What is said of a file that is not UTF-8: (problem, fix)."""
+    wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+    what = "UTF-16, not UTF-8" if wide else f"byte {error.start} is not UTF-8"
+    encoding, copy = "UTF-16" if wide else "GBK (or what it is in)", shlex.quote(f"{path}.utf8")
+    return f"{path}: {what}", (
+        f"save it again as UTF-8, in the editor or by: iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {copy} "
+        f"&& mv {copy} {shlex.quote(str(path))}"
+    )
+
+
+def _of_yaml(path: Path, text: str, error: yaml.YAMLError) -> tuple[str, str]:
+    """What is said of a file that is no YAML: (problem, fix)."""
+    if slip := _slip(text):
+        return f"{path}: {slip[0]}", slip[1]
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    opened, context = getattr(error, "context_mark", None), str(getattr(error, "context", None))
+    if opened and (what := next((name for kind, name in OPENED.items() if kind in context), None)):
+        line = f"line {opened.line + 1}, column {opened.column + 1}"
+        return (
+            f"{path}: not valid YAML: {line}: {what} that opens here is not closed",
+            "close it, or mend what stands in it",
+        )
+    where = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
+    reason = " ".join(where.split())[:400]
+    fix = "mend that line; a value with one of : # * & ! @ % ` [ { in it goes in quotes"
+    return f"{path}: not valid YAML: {reason}", "indent with spaces, not with tabs" if "\\t" in reason else fix
+
+
+def _slip(text: str) -> tuple[str, str] | None:
+    """The first line that is a setting to people alone: (problem, fix)."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := SLIP.fullmatch(line.strip()):
+            name, sign, value = found.groups()
+            rule = (
+                "needs an ordinary colon and a space behind its name"
+                if sign != ":"
+                else "needs a space behind its colon"
+            )
+            return f"line {number}: {shown(line.strip())}: a setting {rule}", f"{name}: {shown(value)[1:-1]}"
+    return None
 
 
 def _check_nodes(path: Path, root: yaml.Node) -> None:
@@ -57,7 +102,7 @@ def _check_nodes(path: Path, root: yaml.Node) -> None:
         if count > MAX_NODES or depth > MAX_DEPTH:
             raise SettingsError(
                 f"{path}: nested too deeply, or more than {MAX_NODES:,} values once its aliases (*name) are filled in",
-                "write the values without aliases; see TEMPLATE.yaml",
+                f"write the values without aliases; see {EXAMPLE}",
             )
         line = f"{path}: line {node.start_mark.line + 1}"
         if isinstance(node, yaml.ScalarNode):

@@ -1,4 +1,4 @@
-"""What a training asks of Slurm, from inside its job."""
+"""What is asked of Slurm: by the workflow, whether it answers; by a training, from inside its job."""
 
 import os
 import platform
@@ -8,10 +8,49 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from llava_sft.errors import RunError
+from llava_sft.errors import RunError, SettingsError, exits_cleanly
 
 REQUEUE_WITHIN_S = 600  # a job that asked to be queued again and still runs after this gives up
+ANSWERS_WITHIN_S = 60
+STATUS = {"sacct": ("-X", "--noheader", "--starttime=now"), "squeue": ("--me", "--noheader")}
+PROFILE = "profiles/slurm/config.yaml"
 ASK_SLURM = "check `scontrol ping`: if it says UP, run the same command again; if DOWN, ask whoever runs the cluster"
+
+
+@exits_cleanly
+def require_slurm(status_command: str) -> None:
+    """Raise SettingsError unless jobs can be submitted from here and their end be seen, with this command of Slurm's.
+
+    Asked once, before the first job: of a Slurm that is not there each job would hear for itself, after a while.
+    """
+    if not shutil.which("sbatch"):
+        raise SettingsError(
+            "--profile slurm: there is no sbatch on PATH",
+            "on a login node: load Slurm's module; on any other machine: the same command without --profile slurm",
+        )
+    if trouble := _trouble("sinfo", "--noheader", "--format=%P"):
+        raise SettingsError(
+            f"--profile slurm: Slurm does not answer: {trouble}",
+            "`scontrol ping` says UP where it does: wait for it, or ask whoever runs the cluster; on a machine of no "
+            "cluster: the same command without --profile slurm",
+        )
+    if trouble := _trouble(status_command, *STATUS.get(status_command, ())):
+        other = "squeue" if status_command == "sacct" else "sacct"
+        raise SettingsError(
+            f"slurm-status-command: {status_command}: the end of a job would not be seen: {trouble}",
+            f"slurm-status-command: {other} in {PROFILE}",
+        )
+
+
+def _trouble(*command: str) -> str | None:
+    """Why Slurm does not answer a command, in its own words; None where it does."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWERS_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} heard nothing for {ANSWERS_WITHIN_S} s"
+    except OSError as error:
+        return f"{command[0]}: {error.strerror}"
+    return (done.stderr.strip() or f"{command[0]} failed").splitlines()[-1] if done.returncode else None
 
 
 @dataclass(frozen=True)

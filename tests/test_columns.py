@@ -1,0 +1,131 @@
+"""What columns and keys name is what is read: what they are preferred to is said, and nothing is chosen, or lost, unasked."""
+
+import io
+
+import pytest
+
+from llava_sft.data.formats import FORMATS
+from llava_sft.data.forms import Reading
+from llava_sft.data.other_forms import Unread
+from llava_sft.data.records import parse_json, parse_record
+from llava_sft.data.rejects import Rejected
+from llava_sft.evaluation.questions import read_questions
+
+Q, A = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Green."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+OTHER = [{"from": "human", "value": "Other?"}, {"from": "gpt", "value": "Red."}]
+SEEN = [Q | {"content": "<image>\nWhat?"}, A]
+PAIR = {"question": "q", "answer": "a"}
+
+# Record, columns, the messages, the images, the keys that are said not to be read.
+READ = {
+    "question and answer beside conversations": ({"q": "What?", "a": "Green.", "conversations": OTHER}, {"question": "q", "answer": "a"}, [Q, A], [], {"conversations"}),
+    "turns beside conversations": ({"turns": [["What?", "Green."]], "messages": OTHER, "history": [["x", "y"]]}, {"conversations": "turns"}, [Q, A], [], {"messages", "history"}),
+    "a caption beside a question": (
+        {"image": "a.png", "caption": "Green.", **PAIR}, {"caption": "caption"},
+        [Q | {"content": "<image>\nDescribe the image."}, A], ["a.png"], set(),
+    ),
+    "an own key of that name": ({"q": "What?", "question": "Other?", "answer": "Green."}, {"question": "q"}, [Q, A], [], {"question"}),
+    "what lies beside the named": ({"vqa": {"q": "What?", "a": "Green.", "file": "a.png"}}, {"question": "vqa.q", "answer": "vqa.a"}, [Q, A], [], {"vqa"}),
+    "one of several pictures": ({"images": ["a.png", "b.png"], "question": "What?", "answer": "Green."}, {"image": "images.0"}, SEEN, ["a.png"], {"images"}),
+    "a picture, conversations": ({"file": "a.png", "conversations": SEEN}, {"image": "file"}, SEEN, ["a.png"], set()),
+    "no picture in mixed data": ({"conversations": [Q, A], "note": "n"}, {"image": "file"}, [Q, A], [], set()),
+    "an empty cell, a picture elsewhere": ({"file": "", "images": ["a.png"], "conversations": SEEN}, {"image": "file"}, SEEN, ["a.png"], set()),
+    "roles in pairs": ({"conversations": [["system", "Be brief."], ["user", "What?"], ["assistant", "Green."]]}, {}, [SYSTEM, Q, A], [], set()),
+    "the same twice": ({"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Green."}], "messages": [Q, A]}, {}, [Q, A], [], set()),
+    "messages beside no conversations": ({"conversations": None, "messages": [Q, A]}, {}, [Q, A], [], set()),
+    "pairs with one system prompt": ({"conversation": [{"system": "Be brief.", "input": "What?", "output": "Green."}] * 2}, {}, [SYSTEM, Q, A, Q, A], [], set()),
+    "a caption beside an empty question": ({"image": "a.png", "caption": "Green.", "question": ""}, {}, [Q | {"content": "<image>\nDescribe the image."}, A], ["a.png"], set()),
+    "no history, as a table has it": ({"question": "What?", "answer": "Green.", "history": "[]"}, {}, [Q, A], [], set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", READ)
+def test_what_columns_name_is_read_and_what_gives_way_is_noted(form):
+    raw, columns, messages, images, not_read = READ[form]
+    unread = Unread()
+    sample = parse_record(raw, unread, Reading(columns))
+    assert (sample.messages, sample.images) == (messages, images)
+    assert set(unread) == not_read
+
+
+# Reason → records, and the columns that they are read with.
+REJECTED = {
+    "conversations and messages differ": [({"conversations": OTHER, "messages": [Q, A]}, {}), ({"conversations": OTHER, "messages": [Q, A]}, {"image": "file"})],
+    "keys of several forms": [({**PAIR, "turns": [["q", "a"]]}, {}), ({"question": "q", "texts": [{"user": "q", "assistant": "a"}]}, {}), ({"answers": ["a"], "chat": '[["q", "a"]]'}, {})],
+    "columns of several forms": [({"q": "q", "a": "a", "c": "c"}, {"question": "q", "answer": "a", "caption": "c"})],
+    "several keys for the conversations": [({"turns": [["q", "a"]], "dialog": [["q", "b"]]}, {})],
+    "turns under several keys": [
+        ({"messages": [Q, A], "history": [["q", "a"]]}, {}), ({"conversations": OTHER, "Messages": [Q, A]}, {}),
+    ],
+    "several keys for the question": [({"Question": "q", "question": "r", "answer": "a"}, {})],
+    "several keys for the answer": [({"question": "q", "answer": "a", "Answer": "b"}, {})],
+    "several keys for the caption": [({"image": "a.png", "caption": "a", "CAPTION": "b"}, {})],
+    "empty answer": [({"query": "q", "response": "", "history": [["x", "y"]]}, {}), ({"query": "q", "response": "a", "history": [["x", ""]]}, {}), ({"q": "q", "a": None}, {"question": "q", "answer": "a"})],
+    "empty question": [({"q": "", "a": "a", "image": "a.png"}, {"question": "q", "answer": "a"}), ({"q": float("nan"), "a": "a"}, {"question": "q", "answer": "a"})],
+    "empty caption": [({"image": "a.png", "c": ""}, {"caption": "c"})],
+    "empty conversation": [({"t": "", **PAIR}, {"conversations": "t"})],
+    "missing key": [({"query": "", "response": "", "history": [["x", "y"]]}, {})],
+    "options are not read": [
+        ({"question": "q", "A": "a", "B": "b", "answer": "A"}, {}), ({"question": "q", "option_a": "a", "option_b": "b", "answer": "A"}, {}), ({**PAIR, "a": "x", "b": "y", "c": "z"}, {}),
+    ],
+    "wrong turn order": [({"conversation": [{"system": s, "input": "q", "output": "a"} for s in ("S", "T")]}, {}), ({"conversations": [["user", "q"]]}, {})],
+    "malformed conversation": [({"conversations": [["user", "q"], ["Where?", "a"]]}, {}), ({"conversations": [{"from": "human", "value": "q", "content": "r"}, OTHER[1]]}, {})],
+    "missing column": [({"conversations": OTHER, "pic": "a.png"}, {"image": "file"}), ({"conversations": OTHER, "pic": [{"bytes": b"x"}]}, {"image": "file"}), ({"conversations": OTHER}, {"question": "q"})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reason", "number"), [(reason, n) for reason, rows in REJECTED.items() for n in range(len(rows))]
+)
+def test_a_record_that_can_be_read_in_two_ways_is_rejected_by_name(reason, number):
+    record, columns = REJECTED[reason][number]
+    with pytest.raises(Rejected) as rejected:
+        parse_record(record, None, Reading(columns))
+    assert rejected.value.reason == reason and len(str(rejected.value)) < 400
+
+
+ROWS = [["a.png", "q", "x, y"], ["b.png", "r", "z"]]
+# Text of a table → its rows; a reject by its detail.
+TABLES = {
+    "a blank first line": ("\n\nimage,question,answer\na.png,q,\"x, y\"\nb.png,r,z\n", ROWS),
+    "empty rows around": ("\ufeff,,\nimage,question,answer\n,,\na.png,q,\"x, y\"\n\nb.png,r,z\n,,\n", ROWS),
+    "empty columns to the right": ("image,question,answer,,\na.png,q,\"x, y\",,\nb.png,r,z,,\n", ROWS),
+    "a cell without a name": ("image,question,answer,,\na.png,q,\"x, y\",,note\nb.png,r,z\n", ["5 cells, 3 columns", ROWS[1]]),
+    "spaces behind the commas": ("image, question, answer\na.png, q, \"x, y\"\nb.png, r, z\n", ROWS),
+    "spaces in some rows": ("image,question,answer\na.png, \"q\",x\nb.png,r,z\n", ["a space before the quote", ROWS[1]]),
+    "a text that begins so": ('image,question,answer\na.png," ""q""",x\n', [["a.png", ' "q"', "x"]]),
+    "a quote that takes the next row": ('image,question,answer\na.png,"q,x\nb.png,"r",z\nb.png,r,z\n', ["expected after", ["b.png", "r", "z"], ROWS[1]]),
+    "a rest that looks like a row": ('image,question,answer\na.png,"q" s,"x\nb.png,r,z"\nb.png,r,z\n', ["expected after", "it follows one", ROWS[1]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("separator", ",;")
+@pytest.mark.parametrize("name", TABLES)
+def test_each_row_of_a_table_is_read_or_rejected_by_itself(name, separator):
+    text, expected = TABLES[name]
+    data = text.replace(",", separator).encode()
+    for range_bytes in (1 << 20, 9):
+        file, found = io.BytesIO(data), []
+        starts = FORMATS["table"].starts(file, len(data), range_bytes)
+        for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
+            for line in FORMATS["table"].read(file, start, end, lambda _: None):
+                try:
+                    found += [list(row.values())] if (row := parse_json(line)) else []
+                except Rejected as rejected:
+                    found.append(rejected.detail)
+        wanted = [row if isinstance(row, str) else [cell.replace(",", separator) for cell in row] for row in expected]
+        assert len(found) == len(wanted)
+        assert all(
+            want in got if isinstance(want, str) else want == got for want, got in zip(wanted, found, strict=True)
+        ), found
+
+
+def test_questions_of_a_raw_file_are_read_with_columns_and_known_by_them(tmp_path):
+    (tmp_path / "ask.csv").write_text("q,a\nWhat?,Green.\n")
+    asked = [
+        read_questions(tmp_path / "ask.csv", None, "val", None, None, Reading({"question": one, "answer": other}))
+        for one, other in ("qa", "aq")
+    ]
+    assert [each.samples[0].messages[0]["content"] for each in asked] == ["What?", "Green."]
+    assert asked[0].fingerprint != asked[1].fingerprint

@@ -1,0 +1,221 @@
+"""What is said of a wrong setting: where it stands, the rule it breaks, and the line to write.
+
+Notable: what may have been meant is guessed by one list of transformations, whoever made the mistake; a guess is shown only
+where the settings take it, so that the fix is never a second mistake.
+"""
+
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from llava_sft.errors import nearest, shown
+from llava_sft.settings.data import SourceSettings
+from llava_sft.settings.schema import DEFAULTS, Settings
+
+# Names of the by-hand guide and of other trainers, for people who write them here.
+OTHER_NAMES = {
+    "EXP_DIR": "exp_dir", "DATA_PATH": "webdatasets", "MBS": "micro_batch_size", "GBS": "global_batch_size",
+    "NSTEP": "train_iters", "CHECKPOINT_PATH": "load", "GPUS_PER_NODE": "gpus_per_node", "SEQ_LEN": "seq_length",
+    "TOKENIZER_PATH": "tokenizer", "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size",
+    "learning_rate": "lr", "max_lr": "lr", "min_learning_rate": "min_lr", "vit_lr": "lr_vision", "aligner_lr": "lr_adapter",
+    "batch_size": "global_batch_size", "train_batch_size": "global_batch_size", "micro_batch": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "max_length": "seq_length", "max_seq_length": "seq_length",
+    "max_seq_len": "seq_length", "model_max_length": "seq_length", "cutoff_len": "seq_length", "context_length": "seq_length",
+    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_steps": "train_iters", "num_steps": "train_iters",
+    "steps": "train_iters", "warmup_ratio": "lr_warmup_fraction", "warmup": "lr_warmup_fraction",
+    "lr_scheduler_type": "lr_decay_style", "scheduler": "lr_decay_style", "max_grad_norm": "clip_grad", "grad_clip": "clip_grad",
+    "save_steps": "save_interval", "eval_steps": "eval_interval", "logging_steps": "log_interval",
+    "dataloader_num_workers": "num_workers", "workers": "num_workers", "model_name_or_path": "load", "model_path": "load",
+    "checkpoint": "load", "init_from": "load", "data_path": "raw_data", "train_data": "raw_data", "dataset": "raw_data",
+    "eval_data": "heldout_data", "val_data": "heldout_data", "image_folder": "image_root", "image_dir": "image_root",
+    "output_dir": "exp_dir", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_eps", "wd": "weight_decay",
+    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "num_gpus": "gpus_per_node", "gpus": "gpus_per_node",
+    "lora_r": "lora_rank", "r": "lora_rank", "gradient_checkpointing": "recompute_language",
+    "max_image_pixels": "max_pixels",
+}  # fmt: skip
+# Of the parts of the model, as other trainers call them.
+OTHER_VALUES = {
+    **dict.fromkeys(("llm", "language", "text", "lm", "llm_model"), "language_model"),
+    **dict.fromkeys(("vit", "vision", "visual", "vision_tower", "vision_encoder", "image_encoder"), "vision_model"),
+    **dict.fromkeys(("projector", "merger", "aligner", "mlp", "connector"), "adapter"),
+}
+QUOTES = "\"'`“”„‟‘’‚‛«»「」"
+MINUS = str.maketrans("−–—‐‑", "-----")
+THOUSAND = {"k": 1, "m": 2, "g": 3, "b": 3, "t": 4}
+MINUTES = {"s": 1 / 60, "m": 1, "h": 60, "d": 1440}
+COUNTED = (
+    r"(tokens?|steps?|iters?|epochs?|gpus?|px|pixels?|samples?|workers?|bytes?|b)?"  # what may stand behind a number
+)
+
+
+def explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
+    """The first fault as (problem, fix)."""
+    fault = error.errors()[0]
+    key = str(fault["loc"][0])
+    where, value = origin.get(key, experiment_file), values.get(key)
+    if key == "sources" and len(fault["loc"]) > 2:
+        entry, *below = fault["loc"][1:]
+        name = ".".join(map(str, below))
+        near = (
+            OTHER_NAMES.get(name, nearest(name, SourceSettings.model_fields))
+            if fault["type"] == "extra_forbidden"
+            else None
+        )
+        meant = f"did you mean {near}? " if near in SourceSettings.model_fields else ""
+        what = f"sources: entry {int(entry) + 1}: {shown(name)[1:-1]}"
+        return (
+            f"{where}: {what}: {fault['msg'].lower()}",
+            f"{meant}an entry has {', '.join(SourceSettings.model_fields)}",
+        )
+    if isinstance(value, dict) and (inner := _below(key, value)):
+        return (
+            f"{where}: {shown(key)} stands as a heading: settings are in no groups",
+            f"remove the line `{shown(key)[1:-1]}:`, and write what is below it without indentation: {inner}: …",
+        )
+    if key.lower() == "gpu":
+        return (
+            f"{where}: unknown setting {shown(key)}",
+            "gpus_per_node: a number; what a GPU that is not here would need: "
+            ".venv/bin/python workflow_scripts/preflight.py EXPERIMENT --gpu H100",
+        )
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown setting {shown(key)}", fix_of(key, value, where)
+    rule = f"{shown(value)}: {_rules(error, key)}" if value is not None else "nothing stands behind the colon"
+    return f"{where}: {key}: {rule}", fix_of(key, value, where)
+
+
+def fix_of(key: str, value: Any, where: str) -> str:
+    """The line to write in the place of `value`, where one can be guessed; else one with the default, as an example."""
+    if key not in Settings.model_fields:
+        near = _meant(key)
+        return f"did you mean {near}?" if near else "config/config.yaml has all settings"
+    if (line := mended(key, value)) is not None:
+        return shlex.quote(f"{key}={line}") if where == "--config" else f"{key}: {line}"
+    default = DEFAULTS.get(key)
+    example = f", for example {key}: {written(default)}" if default not in (None, "", (), {}) else ""
+    return f"change {shown(key)[1:-1]}{example}; config/config.yaml explains it"
+
+
+def _meant(key: str) -> str | None:
+    known = OTHER_NAMES.get(key) or OTHER_NAMES.get(key.lower().replace("-", "_"))
+    return known or nearest(key, Settings.model_fields)
+
+
+def _below(heading: str, values: dict) -> str | None:
+    """The name of the first setting that stands below a heading of the user's."""
+    if heading in ("load_parts", "columns"):
+        return None
+    for key in map(str, values):
+        for name in (key, f"{heading}_{key}"):
+            if name in Settings.model_fields or (name == key and key in OTHER_NAMES):
+                return OTHER_NAMES.get(name, name)
+    return None
+
+
+def _rules(error: ValidationError, key: str) -> str:
+    faults = [
+        f["msg"].removeprefix("Value error, ").replace("tuple", "list")
+        for f in error.errors()
+        if f["loc"] and f["loc"][0] == key
+    ]
+    return " or ".join(sorted({text[0].lower() + text[1:] for text in faults}))[:400]
+
+
+def mended(key: str, value: Any) -> str | None:
+    """What may have been meant, as it is written, if the setting takes it."""
+    for guess in _guesses(key, value):
+        try:
+            Settings(experiment="x", **{key: guess})
+        except ValidationError:
+            continue
+        if guess != value and len(written(guess)) <= 200:
+            return written(guess)
+    return None
+
+
+def written(value: Any) -> str:
+    """A value as YAML has it in one line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, str):
+        return value if yaml.safe_load(value) == value or value in ("true", "false") else yaml.safe_dump(value).strip()
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _guesses(key: str, value: Any) -> Iterator[Any]:
+    choices = _choices(Settings.model_fields[key].annotation)
+    if isinstance(value, str):
+        plain = unquoted(value)
+        yield from _numbers(key, plain)
+        yield plain
+        words = [unquoted(word) for word in re.split(r"[,;、\s]+", plain.strip("[](){}")) if word]
+        yield from filter(None, [_choice(plain, choices)])
+        if words == ["all"]:
+            yield [choice for choice in choices if choice != "auto"]
+        yield [_choice(word, choices) or word for word in words]
+    elif isinstance(value, list | tuple) and value:
+        words = [
+            word for item in value if isinstance(item, str) for word in re.split(r"[,;、\s]+", unquoted(item)) if word
+        ]
+        yield [_choice(word, choices) or word for word in words]
+        yield value[0] if len(value) == 1 else None
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield from (str(value), [str(value)])
+
+
+def unquoted(text: str) -> str:
+    """Without quotes that YAML takes for characters, and with the forms of letters, digits and signs that it knows."""
+    return unicodedata.normalize("NFKC", text.translate(MINUS)).strip(QUOTES + " \t")
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that a type takes."""
+    if annotation is bool:
+        return ["true", "false"]
+    if isinstance(annotation, str):
+        return [annotation]
+    return [word for inner in get_args(annotation) for word in _choices(inner)]
+
+
+def _choice(word: str, choices: list[str]) -> str | None:
+    known = OTHER_VALUES.get(word.lower())
+    return known if known in choices else nearest(word, choices)
+
+
+def _numbers(key: str, text: str) -> Iterator[int | float]:
+    """Numbers that people write and YAML takes for text: 1e6, 8k, 10,000, 1280*28*28, 4 GiB, 2%, 2h, 8xH100."""
+    text = text.replace("_", "").replace("^", "**").replace("×", "*").lower()
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
+    text = re.sub(r"\s+", "", text).replace(",", ".")
+    if found := re.fullmatch(r"(10)\*\*(-?\d\d?)", text):
+        yield _whole(float(f"1e{found[2]}"))
+    elif found := re.fullmatch(r"\d{1,9}(\*\d{1,9}){1,3}", text):
+        product = 1
+        for factor in text.split("*"):
+            product *= int(factor)
+        yield product
+    elif found := re.fullmatch(r"(\d+)[x*]?[a-z]+\d*[a-z]*", text) if key == "gpus_per_node" else None:
+        yield int(found[1])
+    elif found := re.fullmatch(
+        r"([-+]?\d*\.?\d+(?:e[-+]?\d{1,3})?)\.?(%|min|[smhd]|hours?|[kmgbt]i?)?" + COUNTED, text
+    ):
+        number, unit = float(found[1]), found[2] or ""
+        if unit == "%":
+            yield number / 100
+        elif key == "max_minutes":
+            yield _whole(number * MINUTES.get(unit[:1] or "m", 1))
+        elif unit == "" or unit[0] in THOUSAND:
+            base = 1024 if "i" in unit or key in ("seq_length", "pack_chunk_tokens") else 1000
+            yield _whole(number * base ** THOUSAND.get(unit[:1], 0))
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number.is_integer() else number
