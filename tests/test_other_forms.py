@@ -139,7 +139,7 @@ def test_keys_that_are_not_read_are_counted_and_said(tmp_path, capsys):
     raw.convert()
     dataset = index_webdataset(raw.wds, raw.parts)
     assert dataset["unread"] == {"boxes": 5}
-    assert "not read: boxes (5 records); inspect.html" in unread_note(dataset)
+    assert "not read, with their records: boxes (5); inspect.html" in unread_note(dataset)
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,19 @@ import inspect
 import os
 import re
 import select
+import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
-MORE_SPACE = "free some space on that disk, then run the same command again"
+MORE_SPACE = (
+    "free some space on that disk, then run the same command again; output may lie elsewhere: --config exp_dir=FOLDER"
+)
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
 SHOWN = 200  # characters of a user's string that a message quotes, at most
 
@@ -115,9 +119,17 @@ def as_message(error: BaseException) -> SftError | None:
         return error
     if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
         return of_file(error)
-    if not isinstance(error, SystemExit | KeyboardInterrupt) and (found := DISK_FULL.search(str(error))):
-        return SftError(f"the disk may be full: {found[0][:SHOWN]}", MORE_SPACE)
+    if reason := full_disk(error):
+        return SftError(f"the disk may be full: {reason}", MORE_SPACE)
     return None
+
+
+def full_disk(error: BaseException) -> str:
+    """What an error says of a full disk, in its own words or the system's; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return error.strerror or "no space left"
+    found = None if isinstance(error, SftError | SystemExit | KeyboardInterrupt) else DISK_FULL.search(str(error))
+    return found[0][:SHOWN] if found else ""
 
 
 def of_file(error: OSError) -> SftError:
@@ -125,7 +137,7 @@ def of_file(error: OSError) -> SftError:
     name = error.filename2 or error.filename  # of a renaming: the new name
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
-        return SftError(what, MORE_SPACE)
+        return SftError(f"{what}{_room(str(name or ''))}", MORE_SPACE)
     if error.errno == errno.EROFS:
         return SftError(
             what, "work in a folder that is not read-only; output may lie elsewhere: --config exp_dir=FOLDER"
@@ -137,3 +149,12 @@ def of_file(error: OSError) -> SftError:
     if error.errno == errno.ENOENT:
         return SftError(what, "check the path, or restore it; what this workflow made, the same command makes again")
     return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")
+
+
+def _room(path: str) -> str:
+    """How much room there is where a path lies; empty where there is no such place."""
+    if not path:
+        return ""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    usage = shutil.disk_usage(folder)
+    return f"; free in {folder}: {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"

@@ -1,6 +1,7 @@
 """Whole files or none: everything is written under another name and renamed, so that a kill leaves no half-written file."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -11,7 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError
+from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError, full_disk
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Give the error of a full disk the file or folder that was written, which most writers leave out, and how much of it
+    there was. `temporary`: where it is written, when that is elsewhere."""
+    try:
+        yield
+    except BaseException as error:  # torch derives the error of a checkpoint's writer from BaseException
+        reason = full_disk(error)
+        if not reason or getattr(error, "filename", None):
+            raise
+        place = temporary or path
+        parts = [place, *(place.rglob("*") if place.is_dir() else ())]
+        size = sum(part.stat().st_size for part in parts if part.is_file())
+        number = error.errno if isinstance(error, OSError) else errno.ENOSPC
+        raise OSError(number, f"{reason}: it takes more than {size / 1e6:,.1f} MB", str(path)) from error
 
 
 @contextlib.contextmanager
@@ -24,7 +42,7 @@ def atomic_file(path: Path | str, durable: bool = True) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming_full_disk(path, temporary), open(temporary, "wb") as file:
             yield file
             file.flush()
             if durable:
@@ -46,7 +64,8 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming_full_disk(path, temporary):
+            yield temporary
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     finally:

@@ -197,9 +197,10 @@ def unread_note(dataset: Mapping[str, Any]) -> str | None:
     """What dataset.json says of keys that were not read, in words."""
     if not (unread := dataset.get("unread")):
         return None
-    named = ", ".join(f"{key} ({count:,} records)" for key, count in list(unread.items())[:MOST_SAID])
-    more = f" and {len(unread) - MOST_SAID} more" if len(unread) > MOST_SAID else ""
-    return f"keys that are not read: {named}{more}; inspect.html has an example of each"
+    named = [f"{key} ({count:,})" for key, count in list(unread.items())[:MOST_SAID]] + ["…"] * (
+        len(unread) > MOST_SAID
+    )
+    return f"keys that are not read, with their records: {', '.join(named)}; inspect.html has an example of each"
 
 
 def read_finished(wds_dir: Path) -> Dataset:

@@ -20,7 +20,7 @@ from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.evaluation.judge import Answer
 from llava_sft.evaluation.questions import image_token_counts
 from llava_sft.evaluation.vllm_client import generate_with_vllm
-from llava_sft.files import fingerprint, read_json, write_json
+from llava_sft.files import fingerprint, naming_full_disk, read_json, write_json
 from llava_sft.progress import Progress
 
 RULES = 3  # version of how answers are generated: another number asks anew
@@ -61,7 +61,11 @@ def answers_of(model: Model, questions: list[Sample], data: str, options: Option
         if len(found) < len(questions):
             before = f", of which {len(found):,} were answered before" if found else ""
             print(f"{model.name}: {len(questions):,} questions{before}", flush=True)
-            with model.export() as folder, open(partial, "a" if found else "w", buffering=1) as file:
+            with (
+                naming_full_disk(partial),
+                model.export() as folder,
+                open(partial, "a" if found else "w", buffering=1) as file,
+            ):
                 file.write("\n" if found else json.dumps(depends) + "\n")  # the last line may be half-written
                 _answer_the_rest(folder, questions, found, options, file)
         answers = [found[number] for number in range(len(questions))]

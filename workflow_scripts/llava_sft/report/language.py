@@ -1,6 +1,8 @@
-"""The language of pages and of the messages at the end: English, or Chinese as zh.yaml has it, by English text."""
+"""The language of pages and of the messages at the end: English, or Chinese as zh.yaml has it, by English text, and
+zh_messages.yaml for what other parts have said in English, values and all."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,13 @@ def chinese() -> dict[str, str]:
     return yaml.safe_load((Path(__file__).parent / "zh.yaml").read_text())
 
 
+@cache
+def messages() -> list[tuple[re.Pattern[str], str]]:
+    """A pattern for each English message, whose groups are its values, and the Chinese one."""
+    table = yaml.safe_load((Path(__file__).parent / "zh_messages.yaml").read_text())
+    return [(re.compile(re.escape(text).replace(r"\{\}", "(.*?)"), re.DOTALL), found) for text, found in table.items()]
+
+
 def spoken(language: str, environment: Mapping[str, str] = os.environ) -> str:
     """`en` or `zh`; of `auto` what the locale says."""
     if language != "auto":
@@ -29,9 +38,18 @@ def spoken(language: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def translator(language: str) -> Callable[[str], str]:
-    """The text in a language, with its placeholders. What zh.yaml does not have (a name from the data) stays as it is."""
+    """The text in a language, with its placeholders; what zh.yaml does not have stays as it is."""
     table = chinese() if language == "zh" else {}
     return lambda text: table.get(text, text)
+
+
+def quoted(text: str, language: str) -> str:
+    """What another part of the workflow has said, in a language; never for a name from the data."""
+    known = chinese().get(text) if language == "zh" else text
+    if known is not None:
+        return known
+    matches = ((pattern.fullmatch(text), found) for pattern, found in messages())
+    return next((found.format(*match.groups()) for match, found in matches if match), text)
 
 
 def sayer(language: str) -> Say:
