@@ -165,10 +165,13 @@ class Trained:
     def alone_in_fp8(self) -> str:
         """What becomes of samples that stand alone, and have any number of tokens, in FP8."""
         self.use(fp8="tensorwise")
+        self.model.eval()
         try:
             return str(float(self.answer_losses.evaluate(self.unpacked)[0]))
         except ValueError as error:
             return str(error)[:300]
+        finally:
+            self.model.train()
 
 
 def differences(ours, reference) -> list[float]:

@@ -64,7 +64,7 @@ def _cast(
         tl.store(scale_inv, tl.div_rn(1.0, scale))
 
 
-TILE = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8}  # the fastest of five on an H200, for the shapes of 4B
+TILE = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}  # the fastest of five on an H200, for the shapes of 4B
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
