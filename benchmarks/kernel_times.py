@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 KERNELS = {
+    "communication": r"nccl",
     "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
     "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn|FlashAttention",
     "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",

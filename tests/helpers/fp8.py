@@ -39,7 +39,7 @@ def cast(x, largest, kind):
     return small, small.t().contiguous(), 1 / scale
 
 
-def general_gemm(a, b, *, layout="TN", out=None, accumulate=False, bias=None, out_dtype=None, **named):
+def general_gemm(a, b, *, layout="TN", out=None, accumulate=False, out_dtype=None, **named):
     """Of row-major operands: TN a and b in rows, NN and NT in columns where TE takes those. The sixteen of cuBLAS is asked."""
     if layout == "TN":
         result = (b.rows.float() * b.scale_inv) @ (a.rows.float() * a.scale_inv).t()
@@ -50,7 +50,6 @@ def general_gemm(a, b, *, layout="TN", out=None, accumulate=False, bias=None, ou
         assert a.rows is None, "only the copy in columns is kept"
         result, tokens = b.values().t() @ a.values(), b.columns.size(1)
     assert tokens % 16 == 0, f"{layout} of {tokens} tokens"
-    result = result if bias is None else result + bias.float()
     if out is None:
         return (result.to(out_dtype),)
     out.add_(result) if accumulate else out.copy_(result)
