@@ -43,6 +43,7 @@ from llava_sft.model import fused_layers  # isort: skip
 
 GIB = 2**30
 KERNELS = {
+    "communication": r"nccl",
     "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
     "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
     "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",

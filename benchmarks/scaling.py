@@ -5,16 +5,17 @@
 
 Random weights at the model's true shape, the trainer and the loader that `train_X` runs, in one process a GPU. First the
 losses of `--loss-steps` steps of two packs, the same packs in every layout; then timed steps of 16 packs for each GPU, and
-of 4. Efficiency: useful tokens/s (without padding) of two GPUs over twice that of one. On a machine without GPUs,
-`--model tiny --seq-length 256` tries all of it on CPUs.
+of 4, beside what preflight predicts. Efficiency: useful tokens/s (without padding) of two GPUs over twice that of one. Losses
+are compared while they fall: the first ten steps, and means of ten in the first thirty. Later the data is known by heart,
+and rounding decides. On a machine without GPUs, `--model tiny --seq-length 256` tries all of it on CPUs.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -26,9 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from cases import run_settings
-from llava_sft.machine import gpu_count
+from llava_sft.data.sizes import Limits, global_order, sample_sizes
+from llava_sft.machine import gpu_count, this_machine
+from llava_sft.model.config import load_model_config
+from llava_sft.preflight.predict import Case, forecast_of, mean_and_largest
 from llava_sft.training.launcher import commands
-from results import ROOT, machine, row, write_results
+from results import ROOT, machine
+from scaling_rows import compare, write
 
 LAYOUTS = {
     "one": {},
@@ -36,7 +41,6 @@ LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
 }
-GOALS = {"dp2": 0.97, "tp2": 0.80, "pp2": 0.90}
 LOSS_PACKS = 2
 SPEED = {16: (1, 3), 4: (1, 3)}  # packs for each GPU → steps not timed, timed
 
@@ -54,6 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loss-steps", type=int, default=50)
     parser.add_argument("--values", type=json.loads, default={}, help="JSON of further settings")
     parser.add_argument("--minutes", type=float, default=3, help="longest time of one layout")
+    parser.add_argument(
+        "--profile", action="store_true", help="then one step more: kernels of each rank, in the raw figures"
+    )
     parser.add_argument("--output", type=Path, help="folder for the raw figures; results/ is then left as it is")
     parser.add_argument("--read", type=Path, help="folder of raw figures: write results/ from them")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -80,7 +87,11 @@ def measure(layout: str, args: argparse.Namespace, folder: Path) -> None:
     count, began = (1 if layout == "one" else 2), time.monotonic()
     result, store = folder / f"{layout}.json", tempfile.mkdtemp(prefix="llava_sft_")
     result.unlink(missing_ok=True)
-    worker = json.dumps({"layout": layout, "processes": count, "result": str(result), "run_dir": f"{store}/run"})
+    values, predicted = foreseen(layout, args, Path(store))
+    worker = json.dumps(
+        {"layout": layout, "processes": count, "result": str(result), "run_dir": f"{store}/run"}
+        | {"values": values, "predicted": predicted}
+    )
     with open(result.with_suffix(".log"), "w") as log:
         ranks = [
             subprocess.Popen(
@@ -102,6 +113,35 @@ def measure(layout: str, args: argparse.Namespace, folder: Path) -> None:
         print("\n".join(result.with_suffix(".log").read_text(errors="replace").splitlines()[-25:]), flush=True)
 
 
+def foreseen(layout: str, args: argparse.Namespace, store: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a layout, cut into pipeline stages as preflight does it; and preflight's prediction of timed steps."""
+    processes = 1 if layout == "one" else 2
+    values = {"seq_length": args.seq_length, "pack_chunk_tokens": args.chunk, "global_batch_size": LOSS_PACKS}
+    values |= {"gpus_per_node": processes} if gpu_count() else {"gpus_per_node": 0, "bf16": False}
+    values |= {"nproc_per_node": processes} | LAYOUTS[layout] | args.values
+    settings = run_settings(args.model, values)
+    limits = Limits(settings.seq_length, settings.min_pixels, settings.max_pixels)
+    sizes = sample_sizes(args.webdatasets, args.tokenizer, limits, store / "sizes")
+    order = global_order(
+        args.webdatasets, sizes, settings.seq_length, settings.packing_buffer_size, settings.seed
+    ).first_pass()
+    model = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
+    machine, predicted = this_machine(settings.gpus_per_node, processes), {}
+    for packs in args.packs if machine else ():
+        case = settings.model_copy(update={"global_batch_size": packs * processes})
+        batches = mean_and_largest(sizes, case, order[0])
+        forecast = forecast_of(Case(model, case, machine, *batches), cut="first_stage_layers" not in args.values)
+        values["first_stage_layers"] = forecast.case.values.first_stage_layers or "auto"
+        found = forecast.prediction
+        predicted[str(packs)] = {
+            "step_s": found.step_s,
+            "memory_gib": found.memory_gib,
+            "mean": batches[0],
+            "largest": batches[1],
+        }
+    return values, predicted
+
+
 def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
     """What one process does: the losses, then the timed steps; rank 0 writes what is known after each part."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -112,14 +152,10 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
 
     from llava_sft.checkpoint.start import Start  # isort: skip
     from llava_sft.megatron import distributed
-    from llava_sft.model.config import load_model_config
     from llava_sft.settings.resolved import Resolved, ResolvedData
 
-    values = {"seq_length": args.seq_length, "pack_chunk_tokens": args.chunk, "global_batch_size": LOSS_PACKS}
-    values |= {"gpus_per_node": job["processes"]} if gpu_count() else {"gpus_per_node": 0, "bf16": False}
-    values |= {"nproc_per_node": job["processes"]}
     resolved = Resolved(
-        settings=run_settings(args.model, values | LAYOUTS[job["layout"]] | args.values),
+        settings=run_settings(args.model, job["values"]),
         model=load_model_config(ROOT / "config/models" / f"{args.model}.yaml").model_dump(),
         data=ResolvedData(path=str(args.webdatasets), fingerprint="benchmark"),
         start=Start(sidecars=args.tokenizer, fingerprint="benchmark", untrained=True),
@@ -132,11 +168,13 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
         loop.loader.cost = None
     steps = Steps(loop)
     report = {"layout": job["layout"], "machine": machine(), "setup_s": time.monotonic() - began, "speed": {}}
-    report |= {"model": args.model, "settings": values | LAYOUTS[job["layout"]] | args.values}
+    report |= {"model": args.model, "settings": job["values"], "predicted": job["predicted"]}
     report["gpu"] = torch.cuda.get_device_name() if gpu_count() else "CPU"
 
     def write() -> None:
-        report["losses"] = steps.losses(run_dir)[: args.loss_steps]
+        report["losses"] = steps.recorded(run_dir, "lm loss")[: args.loss_steps]
+        report["gradient_norms"] = steps.recorded(run_dir, "grad-norm")[: args.loss_steps]
+        report["first_gradients"] = steps.first_gradients
         if os.environ["RANK"] == "0":
             Path(job["result"]).write_text(json.dumps(report))
 
@@ -147,6 +185,9 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
     for packs in args.packs:
         warm, timed = SPEED.get(packs, (1, 3))
         report["speed"][str(packs)] = steps.timed(packs * job["processes"], warm, timed)
+        write()
+    if args.profile:
+        report["profile"] = steps.profiled(args.packs[-1] * job["processes"])
         write()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as the trainer ends: torch takes a worker's end for an error
     for child in multiprocessing.active_children():
@@ -182,6 +223,7 @@ class Steps:
 
     def __init__(self, loop):
         self.loop, self.iteration, self.tokens = loop, 0, 0
+        self.first_gradients: dict[str, float] = {}
         loop.model.train()
         next_batch = loop.next_batch
 
@@ -196,6 +238,8 @@ class Steps:
         loop = self.loop
         loop.saves.finish()
         sums = loop.forward_backward()
+        if self.iteration == 0 and loop.replicas == 1:  # else each rank has the sum of a part alone
+            self.first_gradients = gradients_by_kind(loop.model)
         norm = loop.update()
         self.iteration += 1
         loop.log(self.iteration, sums, norm)
@@ -226,6 +270,27 @@ class Steps:
         torch.distributed.all_gather_object(memory, self._peak())
         return {"tokens_per_s": statistics.median(rates), "step_s": statistics.median(seconds), "peak_gib": memory}
 
+    def profiled(self, packs: int) -> list[dict]:
+        """Of each rank: milliseconds by kind of kernel, idle time, and the kernels that take longest, of one step."""
+        import torch
+
+        from ours import kernel_times
+
+        self.loop.micro_batches = self.loop.loader.micro_batches = packs // self.loop.replicas
+        self._wait()
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=kinds[: 1 + self.loop.on_gpu]) as profile:
+            self.take()
+            self._wait()
+        with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+            profile.export_chrome_trace(trace.name)
+            found = kernel_times(json.loads(Path(trace.name).read_text())) if self.loop.on_gpu else {}
+        averages = sorted(profile.key_averages(), key=lambda each: -each.self_device_time_total)[:25]
+        found["longest"] = {each.key[:120]: [each.self_device_time_total / 1e3, each.count] for each in averages}
+        of_all: list[dict] = [{}] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all, found)
+        return of_all
+
     def _wait(self) -> None:
         import torch
 
@@ -241,56 +306,28 @@ class Steps:
         return torch.cuda.max_memory_allocated() / 2**30 if self.loop.on_gpu else memory_gib(False)
 
     @staticmethod
-    def losses(run_dir: Path) -> list[float]:
+    def recorded(run_dir: Path, tag: str) -> list[float]:
         from llava_sft.run.records import read_metrics
 
-        return [record["lm loss"] for record in read_metrics(run_dir)]
+        return [record[tag] for record in read_metrics(run_dir)]
 
 
-def difference(losses: list[float], reference: list[float]) -> float:
-    """Largest relative difference of the losses that both have."""
-    pairs = list(zip(losses, reference, strict=False))
-    return max((abs(a - b) / abs(b) for a, b in pairs), default=math.nan)
+def gradients_by_kind(model) -> dict[str, float]:
+    """The norm of the gradient of each kind of parameter, over all layers, tensor-parallel ranks and stages."""
+    import torch
+    from megatron.core import parallel_state
 
+    from llava_sft.megatron.distributed import unwrapped
 
-def compare(raw: dict[str, dict]) -> None:
-    """Print every layout beside one GPU."""
-    one = raw.get("one")
-    for name, found in raw.items():
-        steps = len(found["losses"])
-        print(f"{name}: {found['gpu']}, {steps} losses, {found['losses'][:1]} … {found['losses'][-1:]}", end="")
-        if found.get("unlike_copies"):
-            print(f", COPIES DIFFER: {found['unlike_copies'][:5]}", end="")
-        print(f", at most {difference(found['losses'], one['losses']):.2e} from one GPU's" if one else "")
-        for packs, speed in found["speed"].items():
-            memory = ", ".join(f"{gib:.1f}" for gib in speed["peak_gib"])
-            line = f"    {packs} packs for each GPU: {speed['tokens_per_s']:,.0f} tokens/s, {speed['step_s']:.3f} s, {memory} GiB"
-            if one and name != "one" and packs in one["speed"]:
-                line += f", efficiency {speed['tokens_per_s'] / 2 / one['speed'][packs]['tokens_per_s']:.3f}"
-            print(line, flush=True)
-
-
-def write(raw: dict[str, dict]) -> None:
-    """The rows: efficiencies of 4B at 16 packs carry a goal, others a name of their own."""
-    rows, one = [], raw["one"]
-    for name, found in raw.items():
-        about = {"model": found["model"], "gpu": found["gpu"], **found["settings"]}
-        model = "" if found["model"] == "4b" else f"_{found['model']}"
-        for packs, speed in found["speed"].items():
-            suffix = model + ("" if packs == "16" else f"_gbs{packs}")
-            here = about | {"packs_per_gpu": int(packs)}
-            rows.append(row(f"{name}_tokens_per_s{suffix}", speed["tokens_per_s"], "tokens/s", None, "higher", **here))
-            rows.append(row(f"{name}_peak_gib{suffix}", max(speed["peak_gib"]), "GiB", None, "lower", **here))
-            if name != "one" and packs in one["speed"]:
-                share = speed["tokens_per_s"] / 2 / one["speed"][packs]["tokens_per_s"]
-                goal = GOALS[name] if not suffix else None
-                note = f"bound {int(packs) * 2 / (int(packs) * 2 + 1):.3f}" if name == "pp2" else ""
-                rows.append(row(f"{name}_efficiency{suffix}", share, "of two GPUs", goal, "higher", note, **here))
-        if name != "one":
-            worst = difference(found["losses"], one["losses"])
-            note = f"largest relative difference of {len(found['losses'])} steps' losses"
-            rows.append(row(f"{name}_loss_difference{model}", worst, "relative", None, "lower", note, **about))
-    write_results("scaling", rows, **one["machine"])
+    first, squares = parallel_state.get_tensor_model_parallel_rank() == 0, dict[str, float]()
+    for name, parameter in unwrapped(model).named_parameters():
+        if hasattr(parameter, "main_grad") and (first or getattr(parameter, "tensor_model_parallel", False)):
+            kind = re.sub(r"\.\d+\.", ".", name)
+            squares[kind] = squares.get(kind, 0.0) + float(parameter.main_grad.float().square().sum())
+    of_all: list[dict] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_all, squares)
+    kinds = {kind for each in of_all for kind in each}
+    return {kind: sum(each.get(kind, 0.0) for each in of_all) ** 0.5 for kind in sorted(kinds)}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ TWO_REPLICAS = {  # the sums of two ranks' gradients do not depend on how they a
     "pipeline parallel": (1, RANKS // 2, ALL),
     "language model frozen": (RANKS // 2, 1, IMAGE_PARTS),
 }
+PACKS = [("a pack", 1, False), ("a pack, TP2, fused", 2, True)]
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 20_000}
 
 
@@ -66,11 +67,12 @@ def results(tmp_path_factory):
     runs += [(f"{name} LoRA", *LAYOUTS[name], 1, LORA, True) for name in WITH_LORA]
     steps = [(name, *how, {}) for name, how in TWO_REPLICAS.items()]
     steps += [(f"{name}, overlap", *how, OVERLAP) for name, how in TWO_REPLICAS.items()]
-    job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs, "steps": steps}  # fmt: skip
+    job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs, "steps": steps, "packs": PACKS}  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(SCRIPTS)]),
         "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONDONTWRITEBYTECODE": "",
         "GLOO_SOCKET_IFNAME": "lo",
@@ -114,6 +116,15 @@ def test_loss_and_every_gradient_equal_those_of_one_process(results, layout, one
     key = max(worst, key=worst.get)
     print(f"{layout}: loss {results.losses[layout]:.7f}, worst gradient {key} {worst[key]:.1e}")
     assert worst[key] <= 1e-4
+
+
+def test_the_layers_of_gpus_shared_by_two_ranks_have_the_loss_and_gradients_of_one_process(results):
+    one, two = (name for name, *_ in PACKS)
+    assert results.losses[two] == pytest.approx(results.losses[one], rel=1e-6)
+    before, after = (stored(results.folder / name / "gradients") for name in (one, two))
+    assert after.keys() == before.keys() and any(key.startswith("vision_model.") for key in before)
+    worst = {key: float((after[key] - value).abs().max() / value.abs().max()) for key, value in before.items()}
+    assert max(worst.values()) <= 1e-5, max(worst, key=worst.get)
 
 
 @pytest.mark.parametrize("layout", IN_BF16)

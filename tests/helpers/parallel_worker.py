@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from llava_sft.files import read_json
@@ -27,6 +28,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlock  # noqa: E402
 
 from helpers.conversations import VALUES, conversation, loader_batch  # noqa: E402
+from helpers.megatron_model import use_fused_layers  # noqa: E402
 from llava_sft.megatron import config, distributed, parallel  # noqa: E402
 from llava_sft.model.llava import LlavaOneVision  # noqa: E402
 from llava_sft.model.lora import A, B  # noqa: E402
@@ -103,20 +105,23 @@ def run(job: dict, tp: int, pp: int, micro_batch_size: int, values: dict, save: 
     ]
     loss = forward_backward(loop, batches)
     if save:
-        save.mkdir(exist_ok=True)
-        for name in ("weights", "gradients"):
-            (save / name).mkdir(exist_ok=True)
-            sharded = distributed.unwrapped(loop.model).sharded_state_dict()
-            if name == "gradients":
-                for key, value in list(sharded.items()):
-                    value.data = getattr(value.data, "main_grad", None)
-                    if value.data is None:
-                        del sharded[key]
-                    elif hasattr(value, "dtype"):
-                        value.dtype = value.data.dtype
-            dist_checkpointing.save(sharded, str(save / name))
+        (save / "weights").mkdir(parents=True, exist_ok=True)
+        dist_checkpointing.save(distributed.unwrapped(loop.model).sharded_state_dict(), str(save / "weights"))
+        save_gradients(loop, save)
     parallel_state.destroy_model_parallel()
     return loss
+
+
+def save_gradients(loop: Loop, folder: Path) -> None:
+    (folder / "gradients").mkdir(parents=True, exist_ok=True)
+    sharded = distributed.unwrapped(loop.model).sharded_state_dict()
+    for key, value in list(sharded.items()):
+        value.data = getattr(value.data, "main_grad", None)
+        if value.data is None:
+            del sharded[key]
+        elif hasattr(value, "dtype"):
+            value.dtype = value.data.dtype
+    dist_checkpointing.save(sharded, str(folder / "gradients"))
 
 
 # Numbers of images of the samples of each pack, for (step, rank): two micro-batches. Steps 1 to 3 end without an image
@@ -149,6 +154,20 @@ def steps(job: dict, tp: int, pp: int, parts: list[str], reduction: dict) -> dic
     return {"buckets": buckets, "steps": found}
 
 
+def of_a_pack(job: dict, tp: int, fused: bool, save: Path) -> float:
+    """Mean loss of a pack, each replica the same; the gradients are saved. `fused`: through the layers of GPUs."""
+    loop = build(job, tp, 1, {"packing": True, "global_batch_size": 4}, {})
+    samples = [conversation(1), conversation(0, 1), conversation(1, 2)]
+    patch = pytest.MonkeyPatch()
+    seen = use_fused_layers(distributed.unwrapped(loop.model), patch) if fused else {True, False}
+    loss = forward_backward(loop, [loader_batch(job["source"], samples, packing=True, pad_multiple=64)])
+    patch.undo()
+    assert seen == {True, False}
+    save_gradients(loop, save)
+    parallel_state.destroy_model_parallel()
+    return loss
+
+
 def rank(number: int, folder: Path, ranks: int, port: int) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(ranks)}
     store = torch.distributed.TCPStore("127.0.0.1", port)
@@ -156,6 +175,8 @@ def rank(number: int, folder: Path, ranks: int, port: int) -> None:
     job, losses = read_json(folder / "job.json"), {}
     for name, *settings, save in job["runs"]:
         losses[name] = run(job, *settings, Path(job["folder"]) / name if save else None)
+    for name, *settings in job["packs"]:
+        losses[name] = of_a_pack(job, *settings, Path(job["folder"]) / name)
     found = [None] * ranks
     torch.distributed.all_gather_object(found, {name: steps(job, *settings) for name, *settings in job["steps"]})
     if number == ranks - 1:

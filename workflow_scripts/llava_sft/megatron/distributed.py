@@ -26,6 +26,8 @@ from llava_sft.model.kernels import scale_
 from llava_sft.model.llava import LlavaOneVision
 from llava_sft.settings.resolve import ResolvedSettings, part_rates
 
+SEE_IMAGES = ("vision_model.", "adapter.")
+
 
 def allow_gradient_fusion() -> None:
     """Let a configuration ask for it on GPUs: Megatron looks for Apex, and Transformer Engine's layers need none."""
@@ -40,13 +42,18 @@ def wrap(model: LlavaOneVision, values: ResolvedSettings) -> DistributedDataPara
     if values.on_gpu and values.tensor_model_parallel_size > 1:
         # Every rank computes the same, but some kernels of GPUs add in an order of their own: the copies would drift apart.
         for name, parameter in replicated(model):
-            if "layers." not in name:  # there Megatron sums what has to be summed
+            # In layers Megatron sums what has to be summed; of the parts that see images `sum_over_images` does.
+            if "layers." not in name and not name.startswith(SEE_IMAGES):
                 parameter.average_gradients_across_tp_domain = True
     config, replicas = model.config, parallel_state.get_data_parallel_world_size()
     reduction = ddp_config(values, replicas)
     module: torch.nn.Module = model.cuda()
     if values.bf16:
         module = Float16Module(config, module)
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, parameter in model.named_parameters() if group.size() > 1 else ():
+        if name.startswith(SEE_IMAGES):  # random weights may be drawn by rank
+            torch.distributed.broadcast(parameter.data, torch.distributed.get_global_rank(group, 0), group=group)
     layout = None
     if reduction.use_distributed_optimizer:
         first = parallel_state.is_pipeline_first_stage()
@@ -92,6 +99,7 @@ def reduce_gradients(model: list[DistributedDataParallel], answers: torch.Tensor
         answers: [] int, the answer tokens of this rank's micro-batches; the last pipeline stage knows them.
     """
     finalize_model_grads(model)
+    sum_over_images(model[0])
     group = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(answers, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     torch.distributed.all_reduce(answers, group=parallel_state.get_data_parallel_group())
@@ -102,6 +110,16 @@ def reduce_gradients(model: list[DistributedDataParallel], answers: torch.Tensor
     for buffer in model[0].buffers:  # Megatron's own way takes 19 ms for 4B
         for gradients in (buffer.grad_data, *buffer.extra_main_grads):
             scale_(gradients, factor)
+
+
+def sum_over_images(model: DistributedDataParallel) -> None:
+    """Sum the gradients of the parts that see images over the tensor-parallel ranks, of which each has some of the images."""
+    group, module = parallel_state.get_tensor_model_parallel_group(), unwrapped(model)
+    if group.size() == 1 or not module.pre_process:
+        return
+    for name, parameter in module.named_parameters():
+        if name.startswith(SEE_IMAGES) and parameter.requires_grad:
+            torch.distributed.all_reduce(parameter.main_grad, group=group)
 
 
 def report_complete(model: DistributedDataParallel, parameters: list[torch.nn.Parameter]) -> None:

@@ -7,6 +7,8 @@ Notable:
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
   cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
   (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
+- tensor-parallel ranks have heads and columns of the MLP each, and sum what their halves of a layer add to the residual
+  stream, and its gradient while that of the weight is computed;
 - where weights are frozen, what is cheap to compute again is saved where a GPU has memory to spare, and else not (LoRA: 38 %
   of the activations).
 Why: a layer of Megatron's costs the host 2.6 ms however small it is, q/k norms alone took 5 % of a step, and the rows of
@@ -33,7 +35,7 @@ from llava_sft.model.kernels import (
     swiglu,
     swiglu_backward,
 )
-from llava_sft.model.products import move_back, product, product_backward, room_beside, trainable
+from llava_sft.model.products import move_back, product, product_backward, room_beside, summed, trainable
 from llava_sft.model.trained import SPARED
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
@@ -106,10 +108,13 @@ class LanguageLayer(torch.autograd.Function):
         _, for_heads, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps, room=room)
         qkv, for_qkv = product(for_heads, attention.linear_qkv, recipe)
         cos, sin = segments.rope
-        inputs = rope(qkv, config.num_query_groups, cos, sin, head_norms, eps)
+        groups, ranks = attention.num_query_groups_per_partition, attention.pg_collection.tp
+        inputs = rope(qkv, groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
         branch, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
-        middle, x, _, second_scale = norm(hidden, mlp.linear_fc1.layer_norm_weight, None, eps, branch, room)
+        middle, x, _, second_scale = norm(
+            hidden, mlp.linear_fc1.layer_norm_weight, None, eps, summed(branch, ranks), room
+        )
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
         opened = swiglu(gate_and_up, room)
         branch, for_fc2 = product(opened, mlp.linear_fc2, recipe)
@@ -119,7 +124,7 @@ class LanguageLayer(torch.autograd.Function):
         pairs = segments.keeps_inputs and hasattr(mlp.linear_fc1, "lora_a")
         ctx.kept = (for_heads, x, opened) if pairs else None
         ctx.operands = for_qkv, for_proj, for_fc1, for_fc2
-        return middle + branch
+        return middle + summed(branch, ranks)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,15 +146,16 @@ class LanguageLayer(torch.autograd.Function):
         through_norm = partial(norm_backward, bias=None, mean=None, sums=sums, room=room, again=again)
         d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, through_swiglu, recipe, x_of_fc2)
         before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad)
-        grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe, x_of_fc1)
+        groups, ranks = attention.num_query_groups_per_partition, attention.pg_collection.tp
+        grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe, x_of_fc1, ranks)
         cos, sin = segments.rope
-        inputs = inputs or rope(qkv, layer.config.num_query_groups, cos, sin, head_norms, eps)
+        inputs = inputs or rope(qkv, groups, cos, sin, head_norms, eps)
         given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
         before, x = partial(attend_backward, **given, causal=True), attended.flatten(1)
         d_inputs, d_proj = product_backward(grad, for_proj, attention.linear_proj, before, recipe, x)
         d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps)
         before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad)
-        grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe, x_of_qkv)
+        grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe, x_of_qkv, ranks)
         norms_learn = any(ctx.needs_input_grad[3:7])
         d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype) if norms_learn else (None,) * 4
         return grad, None, None, *d_norms, *d_qkv, *d_proj, *d_fc1, *d_fc2
@@ -174,12 +180,17 @@ def has_memory_for_inputs(layer: TransformerLayer, tokens: int) -> bool:
 
 
 class FusedLanguageLayer(TransformerLayer):
-    """Megatron's layer of the language model; packed samples take the way described above, without tensor parallelism."""
+    """Megatron's layer of the language model; packed samples take the way described above, but not with both LoRA and tensor
+    parallelism: the ranks would have to sum A·x and its gradient, too."""
+
+    @property
+    def takes_packs(self) -> bool:
+        return self.self_attention.pg_collection.tp.size() == 1 or not hasattr(self.mlp.linear_fc1, "lora_a")
 
     def forward(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None, **named):
         """[tokens, 1, hidden] of the samples of a pack → the same, and None for cross attention's context."""
         attention, mlp = self.self_attention, self.mlp
-        if packed_seq_params is None:
+        if packed_seq_params is None or not self.takes_packs:
             for module in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
                 move_back(module)
             return super().forward(hidden_states=hidden_states, packed_seq_params=packed_seq_params, **named)

@@ -3,12 +3,14 @@
 Notable:
 - the language model is Megatron's `GPTModel`; image features take the places of the `<|image_pad|>` embeddings;
 - the places come from the loader as an index, so that no step waits for the GPU to say where they are;
-- with pipeline parallelism the vision tower and the adapter live in the first stage;
+- with pipeline parallelism the vision tower and the adapter live in the first stage; tensor-parallel ranks have all of
+  them, and some of the images each: its heads of 64 and short rows are not worth cutting;
 - checkpoint keys are one per layer and tensor (`hetereogenous_dist_checkpoint`), equal for the local and the
   Transformer Engine layer spec: a checkpoint written on a CPU loads on a GPU.
 """
 
 import copy
+import itertools
 from contextlib import suppress
 
 import torch
@@ -19,7 +21,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_submodules,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
@@ -71,7 +77,11 @@ class LlavaOneVision(MegatronModule):
         self.dropout_seed: int | None = None  # of LoRA's dropout
         if pre_process:
             vision_config = vision_transformer_config(config, model, recompute_vision)
-            self.vision_model = RiceViT(vision_config, model.vision, layer_spec(config, vision=True), pg_collection)
+            groups = copy.copy(pg_collection)
+            groups.tp = pg_collection.cp  # of this rank alone
+            self.vision_model = RiceViT(vision_config, model.vision, layer_spec(vision_config, vision=True), groups)
+            for parameter in self.vision_model.parameters():
+                parameter.tensor_model_parallel = False
             self.adapter = Adapter(vision_config, model)
         self.language_model = GPTModel(
             config=config,
@@ -117,7 +127,7 @@ class LlavaOneVision(MegatronModule):
             if self.begins_frozen and torch.is_grad_enabled():
                 embeddings.requires_grad_()  # recomputation has no backward pass for a layer whose input wants no gradient
             if grids:
-                features = self.adapter(self.vision_model(pixels, grids)).to(embeddings.dtype)
+                features = self.image_features(pixels, grids).to(embeddings.dtype)
                 flat = embeddings.flatten(0, 1).index_copy(0, image_index, features)
                 embeddings = flat.view_as(embeddings)
         output = self.language_model(
@@ -134,10 +144,40 @@ class LlavaOneVision(MegatronModule):
         # Megatron frees a stage's output once it is sent, and refuses to free a view of another tensor.
         return make_viewless_tensor(output, requires_grad=True, keep_graph=True)
 
+    def own_images(self, grids: list[Grid]) -> slice:
+        """Those whose features this tensor-parallel rank makes: neighbours, with a share of the patches that is near its
+        part of them."""
+        ranks, rank = self.pg_collection.tp.size(), self.pg_collection.tp.rank()
+        ends = [0, *itertools.accumulate(height * width for height, width in grids)]
+        nearest = [min(range(len(ends)), key=lambda i: abs(ends[i] * ranks - ends[-1] * n)) for n in (rank, rank + 1)]
+        return slice(*nearest)
+
+    def image_features(self, pixels: Tensor, grids: list[Grid]) -> Tensor:
+        """[image tokens, hidden] of all images. Each tensor-parallel rank has the whole vision tower, and makes those of its
+        images; the gradients of the tower are summed in megatron/distributed.py."""
+        if self.pg_collection.tp.size() == 1:
+            return self.adapter(self.vision_model(pixels, grids))
+        mine = self.own_images(grids)
+        counts = [height * width for height, width in grids]
+        first, last = sum(counts[: mine.start]), sum(counts[: mine.stop])
+        if counts[mine]:
+            features = self.adapter(self.vision_model(pixels[first:last], grids[mine]))
+        else:
+            learns = any(p.requires_grad for part in (self.vision_model, self.adapter) for p in part.parameters())
+            # All ranks go through the same backward pass, whichever of them has an image.
+            out = self.adapter.linear_fc2.weight
+            features = out.new_zeros(0, out.size(0), requires_grad=learns and torch.is_grad_enabled())
+        merged = self.vision_model.vision.spatial_merge_size**2
+        places = F.pad(features, (0, 0, first // merged, (sum(counts) - last) // merged))
+        return reduce_from_tensor_model_parallel_region(places, group=self.pg_collection.tp)
+
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """What a checkpoint holds: weights alone. Megatron's `_extra_state` (scales of delayed FP8) depends on the
         layer spec and would tie a checkpoint to the kind of machine that wrote it."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.pre_process and self.pg_collection.tp.size() > 1:  # one of the copies is written
+            copies = ensure_metadata_has_dp_cp_group(metadata) | {"dp_cp_group": self.pg_collection.tp_dp_cp}
+            state |= self.vision_model.sharded_state_dict(f"{prefix}vision_model.", sharded_offsets, copies)
         state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
         return {key: split_pair(entry, self.pg_collection.tp, metadata) for key, entry in state.items()}
 
@@ -198,8 +238,7 @@ def layer_spec(config: TransformerConfig, vision: bool) -> ModuleSpec:
     if config.transformer_impl == "transformer_engine":
         kinds.pop("normalization")
         submodules = get_gpt_layer_with_transformer_engine_submodules(**kinds)
-        if config.tensor_model_parallel_size == 1:
-            module = FusedVisionLayer if vision else FusedLanguageLayer
+        module = FusedVisionLayer if vision else FusedLanguageLayer
     else:
         submodules = get_gpt_layer_local_submodules(**kinds)
         submodules.self_attention.submodules.core_attention = SegmentAttention
@@ -211,8 +250,7 @@ def layer_spec(config: TransformerConfig, vision: bool) -> ModuleSpec:
 
 
 def vision_transformer_config(language: TransformerConfig, model: ModelConfig, recompute: bool) -> TransformerConfig:
-    """The vision tower's TransformerConfig: its own shape and recomputation, the language model's parallelism and
-    precision."""
+    """The vision tower's TransformerConfig: its own shape and recomputation, the language model's precision."""
     vision, config = model.vision, copy.copy(language)
     config.num_layers = vision.num_layers
     config.hidden_size = vision.hidden_size
@@ -229,6 +267,7 @@ def vision_transformer_config(language: TransformerConfig, model: ModelConfig, r
     config.recompute_granularity = "full" if recompute else None
     config.recompute_method, config.recompute_num_layers = ("uniform", 1) if recompute else (None, None)
     config.pipeline_model_parallel_size = 1  # the whole tower stands in the first stage
+    config.tensor_model_parallel_size = 1  # on each rank
     config.num_layers_in_first_pipeline_stage = None
     config.fp8 = None  # its rows are too short: casting costs more than the products gain
     return config

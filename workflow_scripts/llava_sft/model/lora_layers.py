@@ -67,7 +67,7 @@ def settle(model: LlavaOneVision) -> None:
     or a validation of unpacked samples has moved them back."""
     moved = False
     for layer in model.language_model.decoder.layers:
-        if isinstance(layer, FusedLanguageLayer):
+        if isinstance(layer, FusedLanguageLayer) and layer.takes_packs:
             attention, mlp = layer.self_attention, layer.mlp
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
                 if room_beside(linear, layer.config.fp8) and not hasattr(linear, "weight_and_pair"):

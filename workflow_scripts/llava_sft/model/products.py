@@ -6,14 +6,15 @@ Notable:
 - a frozen weight keeps nothing but itself; its pair keeps A·x, of `rank` columns, and is given x again.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from llava_sft.model.lora_dropout import leave_out_at
 
@@ -96,16 +97,17 @@ def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias:
 
 def product_backward(
     grad: Tensor, operands: tuple, module: torch.nn.Module, before: Callable[[Tensor], Any], recipe: str | None = None,
-    x: Tensor | None = None,
+    x: Tensor | None = None, group: ProcessGroup | None = None,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:  # fmt: skip
     """What `before` makes of the gradient of x, and the gradients of `trainable(module)`.
 
     before: the backward pass of what x comes from. Of a frozen weight nothing keeps x, which the pair's gradient needs: it
-    leaves x in the place of its gradient, unless `x` is given.
+    leaves x in the place of its gradient, unless `x` is given. group: tensor-parallel ranks of which each has some of the
+    outputs, and so a part of the gradient of x; not with a pair.
     """
     for_weight, low, key = operands
     if low is None:
-        d_x, d_weight = weight_product_backward(grad, for_weight, module, recipe)
+        d_x, d_weight = weight_product_backward(grad, for_weight, module, recipe, group)
         return before(d_x), (d_weight,)
     (out, rank), columns = module.lora_b.shape, module.lora_a.size(1)
     d_b = weight_gradient(module.lora_b, grad, low, module.lora_scale)
@@ -204,20 +206,38 @@ def weight_product(
 
 
 def weight_product_backward(
-    grad: Tensor, operands: tuple, module: torch.nn.Module, recipe: str | None
+    grad: Tensor, operands: tuple, module: torch.nn.Module, recipe: str | None, group: ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the weight."""
+    """Gradients of x, summed over the ranks of `group` while that of the weight is computed, and of the weight."""
     (x, weight_operand), weight = operands, module.weight
     if not recipe:
-        return grad @ weight, weight_gradient(weight, grad, x)
+        d_x = grad @ weight
+        with being_summed(d_x, group):
+            return d_x, weight_gradient(weight, grad, x)
     exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
     grad = quantizers(recipe)[2].quantize_impl(grad)
     d_x = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
-    if not weight.requires_grad:
-        return d_x, None
-    buffer = getattr(weight, "main_grad", None)
-    if buffer is None:
-        return d_x, general_gemm(x, grad, layout="NT", **exact)[0]
-    general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
-    weight.grad_added_to_main_grad = True
-    return d_x, torch.empty_like(weight)
+    with being_summed(d_x, group):
+        if not weight.requires_grad:
+            return d_x, None
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is None:
+            return d_x, general_gemm(x, grad, layout="NT", **exact)[0]
+        general_gemm(x, grad, layout="NT", out=buffer, accumulate=True, **exact | {"out_dtype": buffer.dtype})
+        weight.grad_added_to_main_grad = True
+        return d_x, torch.empty_like(weight)
+
+
+@contextmanager
+def being_summed(partial: Tensor, group: ProcessGroup | None) -> Iterator[None]:
+    """Sum `partial` over the ranks of `group` in place, beside what is computed meanwhile."""
+    work = torch.distributed.all_reduce(partial, group=group, async_op=True) if group and group.size() > 1 else None
+    yield
+    if work:
+        work.wait()
+
+
+def summed(partial: Tensor, group: ProcessGroup) -> Tensor:
+    """What each rank of `group` has a part of: the sum, in the place of `partial`."""
+    with being_summed(partial, group):
+        return partial

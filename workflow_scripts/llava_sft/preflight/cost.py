@@ -19,9 +19,9 @@ from llava_sft.settings.resolve import ResolvedSettings
 FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
 
 # Products of a pair wait for memory, and its frozen layer computes some things again: it takes as long as so many ranks more
-# would by their FLOPs (4B and 8B on an H100, benchmarks/lora.py). In FP8, of one run: nothing of a pair is joined with its
+# would by their FLOPs (4B and 8B on an H100 and an H200, benchmarks/lora.py). In FP8, of two runs: nothing of a pair is joined with its
 # layer's product.
-RANKS_MORE, RANKS_MORE_FP8 = 290, 530
+RANKS_MORE, RANKS_MORE_FP8 = 290, 450
 
 PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 
@@ -188,17 +188,19 @@ def host_bytes_for_save(model: ModelConfig, values: ResolvedSettings) -> float:
 
 
 def stage_parameters(model: ModelConfig, values: ResolvedSettings, stage: Stage) -> tuple[float, float]:
-    """Values of the parts of the model that a stage has, LoRA's pairs with them, and how many of them are trained."""
+    """Values that a process of a stage has, LoRA's pairs with them, and how many of them are trained. Tensor-parallel ranks
+    share the language model, and have all of the other parts."""
     counts, ends = (
         parameters_by_part(model),
         prod(tensor_rows(model)[0].shape),
     )  # embeddings; the output layer has as many
     layers = counts["language_model"] - 2 * ends
-    held = {"language_model": stage.share * layers + ends * (stage.first + stage.last)}
+    tp = values.tensor_model_parallel_size
+    held = {"language_model": (stage.share * layers + ends * (stage.first + stage.last)) / tp}
     held |= {part: stage.first * counts[part] for part in ("vision_model", "adapter")}
     trained = sum(held[part] for part in values.trained.whole)
     if pairs := values.trained.lora:
-        shares = {"language_model": stage.share, "vision_model": stage.first, "adapter": stage.first}
+        shares = {"language_model": stage.share / tp, "vision_model": stage.first, "adapter": stage.first}
         added = sum(shares[part] * pairs.parameters(model, part) for part in pairs.parts)
         return sum(held.values()) + added, trained + added
     return sum(held.values()), trained
@@ -218,8 +220,7 @@ def state_bytes(model: ModelConfig, values: ResolvedSettings, stage: Stage | Non
         optimizer /= values.data_parallel_size
         weights += 0 if values.fp8 == "none" else FP8_COPIES * total
         gradients = (4 if values.optimizer_precision == "fp32" else 2) * trained
-    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-    return {name: size / values.tensor_model_parallel_size for name, size in parts.items()}
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
 def activation_bytes(
@@ -237,8 +238,8 @@ def activation_bytes(
         not values.on_gpu or part in values.trained.whole for part in ("language_model", "vision_model")
     )
     attention = ((1 + language_whole) * heads + t.num_attention_heads) * t.kv_channels
-    of_token = (2 + 2 * language_whole) * t.hidden_size + attention + (2 + language_whole) * t.ffn_hidden_size
-    language = batch.tokens * of_token
+    split = (attention + (2 + language_whole) * t.ffn_hidden_size) / values.tensor_model_parallel_size
+    language = batch.tokens * ((2 + 2 * language_whole) * t.hidden_size + split)
     vision = batch.patches * ((6 + 2 * vision_whole) * v.hidden_size + (1 + vision_whole) * v.ffn_hidden_size)
     if not values.on_gpu:
         vision += batch.patch_squares * v.num_attention_heads
@@ -254,7 +255,8 @@ def activation_bytes(
         if (1 - SPARED) * memory >= sum(state_bytes(model, values, stage).values()) + kept:
             language = all_of_it
     language = stored_activations(language, batch.tokens * t.hidden_size, layers, values.recompute_language == "full")
-    held = size * stage.batches / values.tensor_model_parallel_size
+    held = size * stage.batches
+    vision /= values.tensor_model_parallel_size  # each rank sees some of the images
     return {"language activations": held * language, "vision activations": held * vision}
 
 

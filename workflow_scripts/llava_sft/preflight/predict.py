@@ -203,6 +203,8 @@ def stage_seconds(case: Case, calibration: Calibration, stage: Stage) -> float:
 def equally_slow_stages(case: Case, calibration: Calibration) -> ResolvedSettings:
     """The settings with the model cut into the pipeline stages whose slowest is the fastest."""
     values = case.values
+    if values.pipeline_model_parallel_size == 1:
+        return values
     cuts = possible_cuts(case.model.language.num_layers, values.pipeline_model_parallel_size)
     tried = [values.model_copy(update={"first_stage_layers": first}) for first in cuts]
     return min(tried, key=lambda each: predict(case._replace(values=each), calibration).step_s)
@@ -230,9 +232,9 @@ def proposals(
     batches_of = cache(batches_of) if batches_of else None
     smaller = less_memory(values, values.seq_length)
     choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
-    groups, heads = case.model.language.num_query_groups, case.model.vision.num_attention_heads
+    groups = case.model.language.num_query_groups
     sizes = choices["tensor_model_parallel_size"]
-    choices["tensor_model_parallel_size"] = [size for size in sizes if not (groups % size or heads % size)]
+    choices["tensor_model_parallel_size"] = [size for size in sizes if not groups % size]
     found = []
     trainings = [{}, lora] if (lora := with_lora(values)) else [{}]
     for training, *picked in product(trainings, *(dict.fromkeys(options) for options in choices.values())):

@@ -91,7 +91,6 @@ def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
     tp, pp, language = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, model.language
     for key, size, what, number in (
         ("tensor_model_parallel_size", tp, "key/value groups", language.num_query_groups),
-        ("tensor_model_parallel_size", tp, "attention heads of the vision tower", model.vision.num_attention_heads),
         ("tensor_model_parallel_size", tp, "embeddings", language.vocab_size),
         ("pipeline_model_parallel_size", pp, "layers", language.num_layers),
     ):

@@ -53,7 +53,7 @@ class Forward:
 
     def __init__(self, model: DistributedDataParallel, device: torch.device):
         self.model, self.device, self.largest = model, device, self.NOTHING
-        self.text_only = False  # the model sees no image just now
+        self.text_only = False  # this rank's share of the model sees no image just now
         self.image_parameters: list[torch.nn.Parameter] = []  # that are trained, where reduction overlaps
         module = unwrapped(model)
         self.dropout_seed, self.step, self.passes = module.dropout_seed, 0, 0
@@ -67,7 +67,7 @@ class Forward:
         grids = [tuple(grid) for grid in batch.grids.tolist()]
         rows, tokens = batch.input_ids.shape
         image = max((height * width for height, width in grids), default=0)
-        self.text_only = self.model.training and not grids
+        self.text_only = self.model.training and not grids[unwrapped(self.model).own_images(grids)]
         if self.dropout_seed is not None and self.model.training:
             begin_pass(self.dropout_seed, self.step, parallel_state.get_data_parallel_rank(), self.passes)
             self.passes += 1

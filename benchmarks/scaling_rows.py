@@ -1,0 +1,79 @@
+"""What benchmarks/scaling.py says of its raw figures, and writes to results/scaling.json."""
+
+import math
+
+from results import row, write_results
+
+GOALS = {"dp2": 0.97, "tp2": 0.80, "pp2": 0.90}
+# Largest relative difference of losses: of each of the first 10 steps, of means of 10 in the first 30. Tensor-parallel ranks
+# round what they sum to bf16, the other layouts compute what one GPU does.
+LOSS_GOALS = {"dp2": (1e-3, 5e-3), "tp2": (1e-2, 2e-2), "pp2": (1e-3, 5e-3)}
+
+
+def differences(losses: list[float], reference: list[float]) -> tuple[float, float]:
+    """Largest relative difference of one of the first 10 losses, and of means of 10 in the first 30."""
+    pairs = list(zip(losses, reference, strict=False))[:30]
+    means = [[sum(column) for column in zip(*pairs[at : at + 10], strict=True)] for at in range(0, len(pairs), 10)]
+    single, mean = (max((abs(a - b) / abs(b) for a, b in each), default=math.nan) for each in (pairs[:10], means))
+    return single, mean
+
+
+def compare(raw: dict[str, dict]) -> None:
+    """Print every layout beside one GPU."""
+    one = raw.get("one")
+    for name, found in raw.items():
+        steps = len(found["losses"])
+        print(f"{name}: {found['gpu']}, {steps} losses, {found['losses'][:1]} … {found['losses'][-1:]}", end="")
+        if found.get("unlike_copies"):
+            print(f", COPIES DIFFER: {found['unlike_copies'][:5]}", end="")
+        if one:
+            print(
+                ", from one GPU's: one of 10 by {:.1e}, ten of 30 by {:.1e}".format(
+                    *differences(found["losses"], one["losses"])
+                ),
+                end="",
+            )
+        print(f", norms {found.get('gradient_norms', [])[:3]}")
+        if one and (theirs := one.get("first_gradients")):
+            for kind, norm in found.get("first_gradients", {}).items():
+                if abs(norm - theirs[kind]) > 0.02 * theirs[kind]:
+                    print(f"    GRADIENT of {kind}: norm {norm:.4g}, of one GPU {theirs[kind]:.4g}")
+        for packs, speed in found["speed"].items():
+            memory = ", ".join(f"{gib:.1f}" for gib in speed["peak_gib"])
+            line = f"    {packs} packs for each GPU: {speed['tokens_per_s']:,.0f} tokens/s, {speed['step_s']:.3f} s, {memory} GiB"
+            if one and name != "one" and packs in one["speed"]:
+                line += f", efficiency {speed['tokens_per_s'] / 2 / one['speed'][packs]['tokens_per_s']:.3f}"
+            if foretold := found.get("predicted", {}).get(packs):
+                line += f"; predicted {foretold['step_s']:.3f} s, {foretold['memory_gib']:.1f} GiB"
+            print(line, flush=True)
+        for rank, times in enumerate(found.get("profile", ())):
+            kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in times.get("kinds_ms", {}).items())
+            print(f"    rank {rank}: {times.get('whole_ms', 0):.0f} ms, idle {times.get('idle_ms', 0):.0f}, {kinds}")
+
+
+def write(raw: dict[str, dict]) -> None:
+    """The rows: efficiencies of 4B at 16 packs carry a goal, others a name of their own."""
+    rows, one = [], raw["one"]
+    for name, found in raw.items():
+        about = {"model": found["model"], "gpu": found["gpu"], **found["settings"]}
+        model = "" if found["model"] == "4b" else f"_{found['model']}"
+        for packs, speed in found["speed"].items():
+            suffix = model + ("" if packs == "16" else f"_gbs{packs}")
+            here = about | {"packs_per_gpu": int(packs)}
+            rows.append(row(f"{name}_tokens_per_s{suffix}", speed["tokens_per_s"], "tokens/s", None, "higher", **here))
+            rows.append(row(f"{name}_peak_gib{suffix}", max(speed["peak_gib"]), "GiB", None, "lower", **here))
+            if name != "one" and packs in one["speed"]:
+                share = speed["tokens_per_s"] / 2 / one["speed"][packs]["tokens_per_s"]
+                goal = GOALS[name] if not suffix else None
+                note = f"bound {int(packs) * 2 / (int(packs) * 2 + 1):.3f}" if name == "pp2" else ""
+                rows.append(row(f"{name}_efficiency{suffix}", share, "of two GPUs", goal, "higher", note, **here))
+        if name != "one":
+            notes = "largest relative difference of one of the first 10 losses", "of means of 10 in the first 30"
+            found_and_goal = zip(
+                differences(found["losses"], one["losses"]), LOSS_GOALS[name], notes, (10, 30), strict=True
+            )
+            for worst, goal, note, steps in found_and_goal:
+                rows.append(
+                    row(f"{name}_loss_difference_{steps}{model}", worst, "relative", goal, "lower", note, **about)
+                )
+    write_results("scaling", rows, "python benchmarks/scaling.py WEBDATASETS TOKENIZER", **one["machine"])
