@@ -138,6 +138,6 @@ def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
             + ", or make train_X ARGS='--profile slurm'",
         )
     if not cluster:
-        require_able_gpus(gpus, settings.fp8)
+        require_able_gpus(gpus, settings.fp8, settings.attention)
         require_engine(gpus)
     require_packages(settings.trackers)

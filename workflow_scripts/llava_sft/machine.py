@@ -17,7 +17,7 @@ from typing import NamedTuple
 import psutil
 
 from llava_sft.errors import LEAST_SPACE, SettingsError, shown
-from llava_sft.gpu_stack import engine_trouble, gpu_name, said
+from llava_sft.gpu_stack import engine_trouble, flash4_trouble, gpu_name, said
 
 SHARED_MEMORY = Path("/dev/shm")
 MORE_TEMPORARY = "free some space there, or: export TMPDIR=FOLDER on a disk with room"
@@ -34,6 +34,7 @@ GPU_MEMORY_GIB = {
     "H800": 79.1, "H20": 95.6, "A800": 79.2, "L20": 44.5, "6000 ADA": 47.5, "PRO 6000": 95.6,
     "A6000": 47.5, "L40S": 44.5, "L40": 44.5, "L4": 22.0, "3090": 23.6, "4090": 23.5, "5090": 31.4,
 }  # fmt: skip
+HOPPER = 9.0  # its compute capability
 OLDEST_GPU = 8.0  # compute capability that bf16 and the kernels need; FP8 needs:
 OLDEST_GPU_OF_FP8 = {"tensorwise": 8.9, "blockwise": 9.0}
 HIDES = ("", "-1", "NoDevFiles")  # what stands in CUDA_VISIBLE_DEVICES for no GPU; the last as Slurm writes it
@@ -162,8 +163,9 @@ def require_engine(gpus: int) -> None:
         )
 
 
-def require_able_gpus(count: int, fp8: str) -> None:
-    """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`."""
+def require_able_gpus(count: int, fp8: str, attention: str = "auto") -> None:
+    """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`, or where `attention:
+    flash4` cannot be had."""
     for number, gpu in enumerate(gpus()[:count]):
         if gpu.capability is None:
             continue
@@ -175,6 +177,10 @@ def require_able_gpus(count: int, fp8: str) -> None:
             )
         if gpu.capability < OLDEST_GPU_OF_FP8.get(fp8, 0):
             raise SettingsError(f"{who}; fp8: {fp8} needs {OLDEST_GPU_OF_FP8[fp8]} or newer", "fp8: none")
+        if attention == "flash4" and gpu.capability != HOPPER:
+            raise SettingsError(f"{who}; attention: flash4 needs {HOPPER} (Hopper)", "attention: auto")
+    if count and attention == "flash4" and (missing := flash4_trouble()):
+        raise SettingsError(f"attention: flash4, and {missing.what}", f"{missing.fix}; or attention: auto")
 
 
 def require_shared_memory() -> None:

@@ -50,7 +50,7 @@ def check_node(resolved: Resolved) -> None:
             f"gpus_per_node is {settings.gpus_per_node}, {platform.node()} has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
-    require_able_gpus(settings.gpus_per_node, settings.fp8)
+    require_able_gpus(settings.gpus_per_node, settings.fp8, settings.attention)
     require_engine(settings.gpus_per_node)
     for number, gpu in enumerate(gpus()[: settings.gpus_per_node] if settings.on_gpu else []):
         if gpu.used_gib > GPU_IDLE_GIB:
