@@ -27,7 +27,8 @@ from llava_sft.workflow import STEPS, Workflow, cluster_numbers, outcome, overvi
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
 # Where a platform has started several nodes, the first runs the workflow, and the others never come back from here.
-host = role_of_node(sys.argv[1:]) if workflow.is_main_process else None
+if workflow.is_main_process and (host := role_of_node(sys.argv[1:])):
+    workflow.execute = host.until_end(workflow.execute)
 
 if workflow.is_main_process:  # a job may run on another machine, where the kernel knows nothing of the main process
     lift_stale_lock(wait=not {"-n", "--dry-run", "--dryrun"} & set(sys.argv))
@@ -55,16 +56,6 @@ onstart:
         pass_on_signals()
         if workflow.executor_plugin.name == "slurm":
             require_slurm(workflow.executor_settings.status_command)
-
-
-onsuccess:
-    if host:
-        host.over(0)
-
-
-onerror:
-    if host:
-        host.over(1)
 
 
 include: "rules/data.smk"

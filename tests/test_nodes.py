@@ -3,10 +3,15 @@
 Each node is the same command with other variables; they share nothing but files and a port.
 """
 
+import errno
 import os
+import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -55,8 +60,12 @@ def test_one_machine_alone_is_no_node(variables):
     assert this_node(variables) is None
 
 
-def test_in_a_slurm_job_its_own_variables_count():
-    assert this_node({"SLURM_JOB_ID": "7", "WORLD_SIZE": "4"}) is None
+@pytest.mark.parametrize("has_srun", [True, False])
+def test_in_a_slurm_job_its_own_variables_count_unless_it_cannot_start_tasks(tmp_path, has_srun):
+    if has_srun:  # a container may have none
+        (tmp_path / "srun").touch(0o755)
+    job = {"SLURM_JOB_ID": "7", "NNODES": "4", "NODE_RANK": "3", **FIRST, "PATH": str(tmp_path)}
+    assert this_node(job) == (None if has_srun else Node(3, 4, "10.0.0.1", 29500))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +107,7 @@ def join(rank: int, port: int, nodes: int = 2) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("code", [0, 1, None])
+@pytest.mark.parametrize("code", [0, 1, 75, None])
 def test_a_node_ends_as_node_0_does_and_waits_for_its_start(code):
     port = free_port()
     waiting = join(1, port)
@@ -111,7 +120,8 @@ def test_a_node_ends_as_node_0_does_and_waits_for_its_start(code):
         for connection in host.nodes.values():
             connection.close()
     else:
-        host.over(code)
+        with pytest.raises(SystemExit):
+            host.until_end(sys.exit)(code)
     assert waiting.wait(20) == (1 if code is None else code)
     said = waiting.stdout.read()
     assert ("node 0 (localhost) is gone" if code is None else "node 0 has ended") in said and "Traceback" not in said
@@ -127,6 +137,93 @@ def test_a_node_that_does_not_fit_is_refused_and_a_taken_port_is_named():
     with pytest.raises(SettingsError, match=f"MASTER_PORT {port}"):
         meeting.Host(Node(0, 2, "localhost", port))
     host.listening.close()
+
+
+@pytest.fixture
+def host():
+    host = meeting.Host(Node(0, 2, "localhost", free_port()))
+    yield host
+    host.over(0)
+
+
+def test_a_node_takes_part_in_one_training_after_the_other(host, monkeypatch, tmp_path):
+    """The second begins while the node still waits for the end of its ranks of the first."""
+    monkeypatch.setattr(meeting.Resolved, "read", lambda path: SimpleNamespace(settings=None))
+    monkeypatch.setattr("llava_sft.training.checks.check_node", lambda resolved: None)
+    (run_json := tmp_path / "run.json").touch()
+    ran, second_begun = list[str](), threading.Event()
+
+    def launch(settings, arguments, run_dir, log, place, trouble):
+        ran.append(run_dir.name)
+        while not second_begun.is_set():
+            assert trouble() is None
+        for _ in range(20):
+            trouble()
+        return 0
+
+    monkeypatch.setattr(meeting, "launch", launch)
+    ended = list[int]()
+    node = threading.Thread(target=lambda: ended.append(meeting.join(host.node._replace(rank=1))), daemon=True)
+    node.start()
+    with meeting.Meeting(host.node, tmp_path / "first", run_json):
+        pass
+    second = meeting.Meeting(host.node, tmp_path / "second", run_json)
+    threading.Timer(0.3, second_begun.set).start()
+    met = threading.Thread(target=second.__enter__, daemon=True)
+    met.start()
+    met.join(20)
+    assert not met.is_alive() and ran == ["first", "second"]
+    second.__exit__()
+    host.over(0)
+    node.join(20)
+    assert ended == [0]
+
+
+@pytest.mark.parametrize(
+    ("address", "local"), [("127.0.0.1", True), ("::1", True), ("::ffff:127.0.0.1", True), ("10.0.0.2", False)]
+)
+def test_only_this_machine_begins_a_training(host, monkeypatch, address, local):
+    monkeypatch.setattr(meeting.Connection, "peer", lambda self: address)
+    connection = meeting.Connection(socket.create_connection(("localhost", host.node.port)))
+    connection.send({"training": {"run_dir": "/x", "run_json": "/x", "port": 1}})
+    if local:
+        assert connection.read(0.5) is None and host.training
+    else:
+        with pytest.raises(ConnectionError):
+            connection.read(20)
+        assert host.training is None
+    connection.close()
+
+
+def test_what_was_sent_to_a_node_that_has_vanished_is_waited_for_a_minute(host):
+    connection = meeting.Connection(socket.create_connection(("localhost", host.node.port)))
+    assert connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+    connection.close()
+
+
+def test_node_0_goes_on_listening_after_a_connection_that_could_not_be_accepted(monkeypatch):
+    def create_server(*args, **options):
+        listening = socket.socket()
+        listening.bind(("localhost", port))
+        listening.listen()
+        accept, troubles = listening.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+        def accepted():
+            if troubles:
+                raise troubles.pop()
+            return accept()
+
+        return SimpleNamespace(accept=accepted, fileno=listening.fileno, close=listening.close)
+
+    port = free_port()
+    monkeypatch.setattr(meeting.socket, "create_server", create_server)
+    host, waiting = meeting.Host(Node(0, 2, "localhost", port)), join(1, port)
+    while not host.nodes:
+        assert waiting.poll() is None, waiting.stdout.read()
+        time.sleep(0.05)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(20) == 130 and "Traceback" not in waiting.stdout.read()
+    host.over(0)
 
 
 # --- a training ------------------------------------------------------------------------------------------------------
@@ -184,20 +281,42 @@ def test_what_a_rank_of_another_node_raises_stands_on_node_0s_terminal(base, ser
     assert "rank 1 of 2 on " in last and "KeyError: 'a sample of node 1'" in last, last
 
 
-@pytest.mark.long
-def test_the_same_snakemake_command_on_both_nodes_trains_once(prepared_project):
-    port, target = free_port(), "output/stage2_sft_vqa_nodes_results/train.done.json"
-    words = ["--cores", "1", target, "--config", "run_tag=nodes", "train_iters=4", "save_interval=2", "eval_iters=0"]
-
-    def workflow(rank: int, *more: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            snakemake_command(*words, "global_batch_size=16", "micro_batch_size=8", *more), cwd=prepared_project, text=True,
-            env=ENVIRONMENT | variables(rank, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    nodes = [workflow(rank) for rank in (1, 0)]
+def on_both_nodes(project, *words: str) -> list[str]:
+    """What the same snakemake command says on the nodes 1 and 0, where it is to succeed."""
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            snakemake_command("--cores", "1", *words), cwd=project, text=True, env=ENVIRONMENT | variables(rank, port),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in (1, 0)
+    ]  # fmt: skip
     out = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], out
+    return out
+
+
+def test_a_run_prepared_for_one_machine_is_prepared_anew_for_two_once(prepared_project):
+    resolved = prepared_project / "output/stage2_sft_vqa_results/resolved.json"
+    assert read_json(resolved)["settings"]["nodes"] == 1
+    on_both_nodes(prepared_project, "preflight_vqa")
+    assert read_json(resolved)["settings"]["nodes"] == 2
+    out = on_both_nodes(prepared_project, "preflight_vqa")
+    assert "node 0 has ended" in out[0] and "Nothing to be done" in out[1]
+
+
+@pytest.mark.long
+def test_the_same_snakemake_command_on_both_nodes_trains_once(prepared_project):
+    target = "output/stage2_sft_vqa_nodes_results/train.done.json"
+    words = [
+        "run_tag=nodes",
+        "train_iters=4",
+        "save_interval=2",
+        "eval_iters=0",
+        "global_batch_size=16",
+        "micro_batch_size=8",
+    ]
+    out = on_both_nodes(prepared_project, target, "--config", *words)
     assert "node 1 of 2: training" in out[0] and "node 0 has ended" in out[0] and "rule" not in out[0]
     assert read_json(prepared_project / target)["iteration"] == 4
     assert read_json(prepared_project / "output/stage2_sft_vqa_nodes/run.json")["settings"]["nodes"] == 2

@@ -202,6 +202,11 @@ def test_what_a_job_writes_is_shown_while_it_runs_and_nothing_of_the_job_before(
     assert handler.state.jobs[1].progress == "1,200 of 4,800 samples, 0:30 left"
 
 
+def test_a_line_that_ends_as_on_windows_is_shown_and_of_a_rewritten_one_the_last(tmp_path):
+    (tmp_path / "x.log").write_bytes(b"warning: one\r\n10 %\r20 %\n")
+    assert screen.Log(str(tmp_path / "x.log"), 0).lines() == ["warning: one", "20 %"]
+
+
 def test_of_other_rules_only_warnings_are_shown(handler, tmp_path):
     start(handler, rule="inspect_webdataset")
     (tmp_path / "train.log").write_text("tokens: median 41\nnote: 3 records have the key x, which is not read\n")

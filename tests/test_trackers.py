@@ -5,7 +5,10 @@ Stand-ins for the packages write down how they are called; where a package is in
 
 import contextlib
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,7 +118,10 @@ def test_records_are_sent_while_the_run_goes_on_once_and_after_a_resume_to_the_s
     assert "wandb: https://wandb.example/run" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("trouble", [{"BREAKS": "init"}, {"BREAKS": "log"}, {"HANGS": "init"}, {"HANGS": "log"}])
+@pytest.mark.parametrize(
+    "trouble",
+    [{"BREAKS": "init"}, {"BREAKS": "log"}, {"HANGS": "init"}, {"HANGS": "log"}, {"HANGS": "finish"}],
+)
 def test_a_broken_or_hanging_tracker_costs_the_run_nothing_and_the_next_start_sends_the_rest(
     run_dir, monkeypatch, capfd, trouble
 ):
@@ -137,8 +143,19 @@ def test_a_broken_or_hanging_tracker_costs_the_run_nothing_and_the_next_start_se
     monkeypatch.delenv(variable)
     with trackers.followed(run_dir, ["swanlab"]):
         pass
-    assert {given["step"] for given in noted(run_dir, "log", "swanlab")} == {10, 20}
+    steps = [given["step"] for given in noted(run_dir, "log", "swanlab")]
+    assert set(steps) == {10, 20} and len(steps) == (4 if what == "finish" else len(steps))  # it may not have sent them
     assert len({given["id"] for given in noted(run_dir, "init", "swanlab")}) == (2 if what == "init" else 1)
+
+
+def test_a_stop_signal_ends_the_wait_for_a_tracker_and_not_the_run(run_dir, monkeypatch, capfd):
+    monkeypatch.setenv("HANGS", "finish")
+    with trackers.followed(run_dir, ["wandb"]):
+        wait_for(lambda: noted(run_dir, "log", "wandb"))
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+    assert time.monotonic() < began + 10
+    assert "wandb has not taken everything within 1 s" in capfd.readouterr().out
 
 
 def test_a_package_that_is_missing_is_said_before_anything_runs(monkeypatch):

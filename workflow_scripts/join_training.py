@@ -17,10 +17,7 @@ def main() -> None:
     node = this_node()
     if node is None or not node.rank:
         raise SettingsError("this is node 0, or the only one", "snakemake --cores all train_X, on every node")
-    try:
-        sys.exit(join(node))
-    except KeyboardInterrupt:  # while it waits
-        sys.exit(130)
+    sys.exit(join(node))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from llava_sft.run.records import forget_after, read_metrics
 from llava_sft.run.sessions import note_end, note_start
 from llava_sft.settings.resolved import Resolved
 from llava_sft.training.checks import check_node, check_nodes, check_space
-from llava_sft.training.launcher import STOPPED, launch
+from llava_sft.training.launcher import STOPPED, cut_short, launch
 from llava_sft.training.meeting import Host, Meeting, join
 from llava_sft.training.ranks import forget_failure, noted_failure
 from llava_sft.training.slurm import Job, this_job
@@ -60,14 +60,7 @@ def main() -> None:
     # A job that Slurm starts again may meet the last processes of its predecessor.
     held = lock(args.run_dir, patience_s=2 * DEAD_AFTER_S if job else 0)
     try:
-        train(args, resolved, job, node, held)
-    except SystemExit as end:
-        if host:
-            host.over(int(end.code or 0))
-        raise
-    else:
-        if host:
-            host.over(0)
+        (host.until_end(train) if host else train)(args, resolved, job, node, held)
     finally:  # a run that is refused leaves no lock of a dead one
         give_back(held)
 
@@ -105,7 +98,8 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
             with meeting as place:
                 code = launch(settings, arguments, run_dir, log, held, place=place, trouble=meeting.trouble)
                 if code not in (0, STOPPED):
-                    meeting.last_words(run_dir)
+                    with cut_short():
+                        meeting.last_words(run_dir)
         else:
             code = launch(settings, arguments, run_dir, log, held, job, shlex.split(args.srun_options))
     reached = iterations_done(run_dir)

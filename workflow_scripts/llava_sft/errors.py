@@ -1,7 +1,7 @@
 """Errors that the user can fix. Each names the value, the rule it breaks and the fix; no traceback, exit code 1.
 
-A full disk, and a file that cannot be read or written, are reported in the same way. Everything else (a bug, a signal)
-keeps its traceback: hiding that would hide the cause.
+A full disk, and a file that cannot be read or written, are reported in the same way. A bug keeps its traceback: hiding that
+would hide the cause. Ctrl-C has none: who pressed it knows.
 """
 
 import difflib
@@ -25,6 +25,7 @@ MORE_SPACE = (
     "free some space on that disk, then run the same command again; output may lie elsewhere: --config exp_dir=FOLDER"
 )
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
+INTERRUPTED = 130  # exit code after Ctrl-C
 SHOWN = 200  # characters of a user's string that a message quotes, at most
 
 
@@ -90,6 +91,8 @@ def exits_cleanly[**P, R](function: Callable[P, R]) -> Callable[P, R]:
             if sys.stdout and not sys.stdout.closed:
                 sys.stdout.flush()
             return result
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
         except BaseException as error:  # torch derives the error of a checkpoint's writer from BaseException
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 sys.exit(1)

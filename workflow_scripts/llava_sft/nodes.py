@@ -6,6 +6,7 @@ them set WORLD_SIZE to the number of nodes, others to that of all processes: nam
 """
 
 import os
+import shutil
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ def this_node(environment: Mapping[str, str] = os.environ) -> Node | None:
     if settled := environment.get(SETTLED):
         of_all, mine, address, at = settled.split()
         return Node(int(mine), int(of_all), address, int(at))
-    if environment.get("SLURM_JOB_ID"):  # Slurm's own variables count; rules ask it
+    if in_slurm(environment):  # whose own variables count
         return None
     counted, ranked = _first(environment, COUNT), _first(environment, RANK)
     count, rank = _number(environment, counted), _number(environment, ranked)
@@ -66,6 +67,11 @@ def this_node(environment: Mapping[str, str] = os.environ) -> Node | None:
     if not 0 < (port or 0) < 1 << 16:
         raise SettingsError(f"{ported} is {port}: not a port", f"{ported}: 29500, the same on every node")
     return Node(rank, count, environment[_first(environment, ADDRESS) or ""], port or 0)
+
+
+def in_slurm(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this runs in a Slurm job and can start tasks on its nodes; in a container without srun it cannot."""
+    return bool(environment.get("SLURM_JOB_ID") and shutil.which("srun", path=environment.get("PATH")))
 
 
 def settle(node: Node) -> None:

@@ -22,6 +22,7 @@ from llava_sft.data.verify import out_of_date
 from llava_sft.errors import SettingsError, exits_cleanly, nearest, shown
 from llava_sft.experiments import Experiments
 from llava_sft.inputs import check_inputs
+from llava_sft.nodes import this_node
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE
 from llava_sft.settings.schema import DEFAULTS, Settings
@@ -148,8 +149,9 @@ class Workflow(Experiments):
 
     @exits_cleanly
     def settings(self, wildcards) -> dict[str, str]:
-        """All of them: a change of any reruns the rule."""
-        return {name: str(value) for name, value in sorted(self.of(wildcards).settings)}
+        """All of them, and how many nodes `auto` is where a platform has started several: a change of any reruns the rule."""
+        values = {name: str(value) for name, value in sorted(self.of(wildcards).settings)}
+        return values | _nodes_started(values)
 
     @exits_cleanly
     def preflight_job(self, wildcards) -> str:
@@ -217,8 +219,7 @@ class Workflow(Experiments):
 
     @exits_cleanly
     def raw_files(self, wildcards) -> list[Path]:
-        files = self.of(wildcards).raw_files
-        return list(dict.fromkeys(self._made_first(wildcards, path) for path in files))
+        return list(dict.fromkeys(self._made_first(wildcards, path) for path in self.of(wildcards).raw_files))
 
     @exits_cleanly
     def index_job(self, wildcards) -> str:
@@ -241,6 +242,11 @@ class Workflow(Experiments):
         words = [settings.load, "--model", settings.model]
         words += [f"--part={part}={source}" for part, source in with_old_names(settings.load_parts).items()]
         return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
+
+
+def _nodes_started(values: dict[str, str]) -> dict[str, str]:
+    node = this_node() if values["nodes"] == "auto" else None
+    return {"nodes": f"auto: {node.nodes}"} if node else {}
 
 
 def _reading_options(shard: Shard, settings: Settings) -> str:

@@ -85,4 +85,4 @@ class Log:
         *whole, self.rest = (self.rest + new).split(b"\n")
         if ended and self.rest:
             whole, self.rest = [*whole, self.rest], b""
-        return [line.decode(errors="replace").rpartition("\r")[2].rstrip() for line in whole]
+        return [line.decode(errors="replace").rstrip().rpartition("\r")[2] for line in whole]

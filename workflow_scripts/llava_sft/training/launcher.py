@@ -13,9 +13,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from llava_sft.machine import end_with_parent
 from llava_sft.run.records import Tail
@@ -144,10 +144,7 @@ def run(processes: Processes, ask: Callable[[], None], show: Callable[[], None] 
             processes.kill()
         asked.append(now)
 
-    # A signal that nohup, or a shell that started us in the background, has set to be ignored stays ignored.
-    ignored = {n for n in TERMINALS if signal.getsignal(n) is signal.SIG_IGN}
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS if number not in ignored}
-    try:
+    with _on_stop_signal(note):
         code, last = None, 0.0
         while code is None:
             time.sleep(0.2)
@@ -156,10 +153,34 @@ def run(processes: Processes, ask: Callable[[], None], show: Callable[[], None] 
                 last = time.monotonic()
                 ask()
             show()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return STOPPED if at_once and code else code
+
+
+@contextlib.contextmanager
+def _on_stop_signal(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    # A signal that nohup, or a shell that started us in the background, has set to be ignored stays ignored.
+    ignored = {n for n in TERMINALS if signal.getsignal(n) is signal.SIG_IGN}
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS if number not in ignored}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+class _EnoughError(Exception):
+    """A stop signal has come where there was something to wait for."""
+
+
+@contextlib.contextmanager
+def cut_short() -> Iterator[None]:
+    """Wait in this block for what a training need not wait for: a stop signal ends the waiting, and nothing else."""
+
+    def end(number, frame):
+        raise _EnoughError
+
+    with contextlib.suppress(_EnoughError), _on_stop_signal(end):
+        yield
 
 
 def say(line: str) -> None:

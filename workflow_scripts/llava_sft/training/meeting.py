@@ -13,73 +13,27 @@ The ranks meet at another port of node 0 (gloo and NCCL open further ones betwee
 JSON. Like torchrun's, the port knows no password: it is for a network of one's own.
 """
 
-import contextlib
-import json
+import ipaddress
 import os
 import platform
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llava_sft.errors import RunError, SettingsError, SftError, exits_cleanly
 from llava_sft.nodes import Node, settle, this_node
 from llava_sft.settings.resolved import Resolved
-from llava_sft.training.launcher import Place, free_port, launch, say
+from llava_sft.training.connection import Connection
+from llava_sft.training.launcher import Place, cut_short, free_port, launch, say
 from llava_sft.training.ranks import GOES_ON, GRACE_S, Failure, note_failure, noted_failure
 
 MEET_WITHIN_S = 1800.0  # a pod of node 0 may have to be found a place, and its image loaded
 SAY_EVERY_S = 60.0
 LAST_WORDS_S = 2 * GRACE_S  # for another node whose ranks failed first
-SILENT_FOR_S = 60  # a connection on which not even the system of the other side answers is dead
-
-
-class Connection:
-    """Lines of JSON in both directions."""
-
-    def __init__(self, connected: socket.socket):
-        self.socket, self.buffer, self.sending = connected, b"", threading.Lock()
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", SILENT_FOR_S // 10 - 1)):
-            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-    def send(self, message: dict[str, Any]) -> None:
-        """What is sent to a side that is gone is lost; reading says that it is."""
-        with contextlib.suppress(OSError), self.sending:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def read(self, timeout: float | None = None) -> dict[str, Any] | None:
-        """The next message; None where there is none within `timeout` seconds. Errors: ConnectionError at the end."""
-        self.socket.settimeout(timeout)
-        while b"\n" not in self.buffer:
-            try:
-                data = self.socket.recv(1 << 16)
-            except (TimeoutError, BlockingIOError):
-                return None
-            except OSError as error:
-                raise ConnectionError(str(error)) from None
-            if not data:
-                raise ConnectionError("closed")
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        with contextlib.suppress(ValueError):
-            message = json.loads(line)
-            if isinstance(message, dict):
-                return message
-        raise ConnectionError("not a message of this program")
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        with contextlib.suppress(ConnectionError):
-            while True:
-                yield self.read() or {}
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
 
 
 class Host:
@@ -87,6 +41,7 @@ class Host:
 
     def __init__(self, node: Node):
         self.node, self.nodes, self.lock = node, dict[int, Connection](), threading.Lock()
+        self.met, self.one_at_a_time = set[int](), threading.Lock()
         self.training: tuple[Connection, dict[str, Any]] | None = None
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -98,6 +53,33 @@ class Host:
             ) from None
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def until_end(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, after which the other nodes are sent home, however it ends."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            code: Any = 1
+            try:
+                result = work(*args, **kwargs)
+                self._meet_all()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+                raise
+            finally:
+                self.over(code if isinstance(code, int) else 0 if code is None else 1)
+            return result
+
+        return watched
+
+    def _meet_all(self) -> None:
+        """Wait for the nodes that have not been here yet, where there was too little to do: each would look for this one."""
+        began = time.monotonic()
+        said = began - SAY_EVERY_S + 5
+        with cut_short():
+            while (missing := set(range(1, self.node.nodes)) - self.met) and time.monotonic() < began + MEET_WITHIN_S:
+                time.sleep(0.1)
+                said = _waiting_for(missing, self.node, said)
+
     def over(self, code: int) -> None:
         """Send the other nodes home."""
         with self.lock:
@@ -106,18 +88,22 @@ class Host:
         self.listening.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
+        while self.listening.fileno() >= 0:  # not closed
+            try:
                 connected = Connection(self.listening.accept()[0])
-                threading.Thread(target=self._serve, args=(connected,), daemon=True).start()
+            except OSError:  # given up before it was accepted; too many open files, for now
+                time.sleep(0.1)
+                continue
+            threading.Thread(target=self._serve, args=(connected,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
         try:
             hello = connection.read(SAY_EVERY_S) or {}
         except ConnectionError:
             return
-        if "training" in hello:
-            self._serve_training(connection, hello)
+        if "training" in hello and ipaddress.ip_address(connection.peer().removeprefix("::ffff:")).is_loopback:
+            with self.one_at_a_time:
+                self._serve_training(connection, hello)
         elif isinstance(rank := hello.get("node"), int):
             self._serve_node(connection, rank, str(hello.get("host")), hello.get("count"))
         connection.close()
@@ -141,6 +127,7 @@ class Host:
                 connection.send({"refused": f"node {rank} of {count} ({host}), for node 0 {known}"})
                 return
             self.nodes[rank] = connection
+            self.met.add(rank)
             if self.training:
                 connection.send(self.training[1])
         for message in connection.messages():
@@ -153,6 +140,14 @@ class Host:
         with self.lock:
             if self.training:
                 self.training[0].send(message)
+
+
+def _waiting_for(missing: set[int], node: Node, said: float) -> float:
+    """Say now and then which nodes node 0 waits for; returns when that was `said` last."""
+    if time.monotonic() < said + SAY_EVERY_S:
+        return said
+    say(f"waiting for nodes {', '.join(map(str, sorted(missing)))} of {node.nodes} (MASTER_PORT {node.port})")
+    return time.monotonic()
 
 
 class Meeting:
@@ -168,11 +163,7 @@ class Meeting:
         """Wait until all nodes are ready. Errors: RunError when one of them cannot take part."""
         missing, said = set(range(1, self.node.nodes)), time.monotonic() - SAY_EVERY_S + 5
         while missing:
-            if time.monotonic() > said + SAY_EVERY_S:
-                said = time.monotonic()
-                say(
-                    f"waiting for nodes {', '.join(map(str, sorted(missing)))} of {self.node.nodes} (MASTER_PORT {self.node.port})"
-                )
+            said = _waiting_for(missing, self.node, said)
             message = self.connection.read(1.0)
             if message and "ready" in message:
                 missing.discard(message["node"])
@@ -278,11 +269,12 @@ def take_part(node: Node, connection: Connection, training: dict[str, Any]) -> i
 
     def trouble() -> Failure | None:
         try:
-            message = connection.read(0.001)
+            message = None if stopped else connection.read(0.001)
         except ConnectionError:
             return {"problem": f"node 0 ({node.address}) is gone", "fix": GOES_ON}
-        if message and "stop" in message:
+        if message:  # whatever it says: node 0 has done with this training
             stopped.append(time.monotonic())
+            connection.unread(message)
         if stopped and time.monotonic() > stopped[0] + GRACE_S:  # at a good end ours are just ending, too
             return {"problem": "node 0 has ended its training", "fix": GOES_ON, "follows": True}
         return None

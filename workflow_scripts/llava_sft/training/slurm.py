@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from llava_sft.errors import RunError, SettingsError, exits_cleanly
+from llava_sft.nodes import in_slurm
 
 REQUEUE_WITHIN_S = 600  # a job that asked to be queued again and still runs after this gives up
 ANSWERS_WITHIN_S = 60
@@ -75,9 +76,9 @@ class Job:
 
 def this_job() -> Job | None:
     """The Slurm job that this process runs in, None outside. Raises RunError when Slurm does not answer."""
-    number = os.environ.get("SLURM_JOB_ID")
-    if not number or not shutil.which("srun"):
+    if not in_slurm():
         return None
+    number = os.environ["SLURM_JOB_ID"]
     described = _output("scontrol", "--oneliner", "show", "job", number)
     found = dict(re.findall(r"\b(NodeList|NumNodes|NumCPUs)=(\S+)", described))
     if len(found) < 3:

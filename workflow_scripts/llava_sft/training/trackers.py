@@ -1,9 +1,10 @@
 """A run in Weights & Biases, SwanLab, MLflow or trackio beside its own files (`trackers`).
 
 Notable: the training knows nothing of it. A process for each tracker follows metrics.jsonl and validation.jsonl, so that one
-that is slow, broken or without a network costs neither a step nor the run. What was sent is noted in RUN/trackers/: a run
+that is slow, broken or without a network costs neither a step nor the run. What has arrived is noted in RUN/trackers/: a run
 that resumes goes on in the same run there, and what a broken network kept back is sent by the next start, or by hand, on a
-machine with a network: `python -m llava_sft.training.trackers RUN_DIR wandb < /dev/null`.
+machine with a network: `python -m llava_sft.training.trackers RUN_DIR wandb < /dev/null`. Where it was killed, steps may come
+twice; none is lost.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from llava_sft.run.identity import read_run
 from llava_sft.run.layout import METRICS, VALIDATION
 from llava_sft.run.records import Tail
 from llava_sft.settings.resolved import Resolved
+from llava_sft.training.launcher import cut_short
 
 PROJECT = "llava-sft"
 # The variables that name project and run, as each tracker's documentation has them.
@@ -64,16 +66,18 @@ def followed(run_dir: Path, trackers: Sequence[str]) -> Iterator[None]:
         for process in following.values():
             assert process.stdin
             process.stdin.close()
-        until = time.monotonic() + PATIENCE_S
+        began = time.monotonic()
+        with cut_short():
+            for process in following.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, began + PATIENCE_S - time.monotonic()))
+        waited = time.monotonic() - began
         for name, process in following.items():
-            try:
-                process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 print(
-                    f"warning: {name} has not taken everything within {PATIENCE_S:.0f} s{_later(run_dir, name)}",
-                    flush=True,
+                    f"warning: {name} has not taken everything within {waited:.0f} s{_later(run_dir, name)}", flush=True
                 )
 
 
@@ -187,19 +191,22 @@ def _follow(run_dir: Path, name: str, terminal: Any) -> None:
         print(f"{name}: {door.address}", file=terminal, flush=True)
     formats = {METRICS: lambda record: (METRICS, record), VALIDATION: lambda record: (VALIDATION, record)}
     tail = Tail(run_dir, formats, whole=True)
-    ended = False
+    ended, latest = False, dict[str, int]()
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], SECONDS)[0])  # nobody writes there: it has ended
-        sent = dict(state)
         for file, record in tail.new():
             iteration = record["iteration"]
             if iteration > state.get(file, 0):  # steps that are taken again after a resume have the same values
                 door.log(_numbers(record), iteration)
-                sent[file] = iteration
-        if sent != state:
-            state = sent
-            write_json(state_file, state)
+                latest[file] = iteration
+        sent = state | latest
+        if sent != state and isinstance(
+            door, MLflow
+        ):  # the others send in the background, and have sent when they close
+            write_json(state_file, sent)
+        state = sent
     door.close()
+    write_json(state_file, state)
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
