@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import NamedTuple
 
 import psutil
 
-from llava_sft.errors import SettingsError, shown
+from llava_sft.errors import LEAST_SPACE, SettingsError, shown
 from llava_sft.gpu_stack import engine_trouble, flash4_trouble, gpu_name, said
 
+SHARED_MEMORY = Path("/dev/shm")
+MORE_TEMPORARY = "free some space there, or: export TMPDIR=FOLDER on a disk with room"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
 # Dense bf16 peak of a GPU, FLOP/s with sums in float32, as its maker publishes it; MFU is relative to it.
@@ -177,6 +181,28 @@ def require_able_gpus(count: int, fp8: str, attention: str = "auto") -> None:
             raise SettingsError(f"{who}; attention: flash4 needs {HOPPER} (Hopper)", "attention: auto")
     if count and attention == "flash4" and (missing := flash4_trouble()):
         raise SettingsError(f"attention: flash4, and {missing.what}", f"{missing.fix}; or attention: auto")
+
+
+def require_shared_memory() -> None:
+    """Raise SettingsError where loader processes could not hand over their batches."""
+    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < 64 << 20:
+        raise SettingsError(
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, the data loader needs 64",
+            f"in Docker: --shm-size=8g or --ipc=host; else delete what ended programs left there (ls -la {SHARED_MEMORY}), or "
+            f"as root: mount -o remount,size=8g {SHARED_MEMORY}",
+        )
+
+
+def require_temporary_folder() -> None:
+    """Raise SettingsError where no program could write its temporary files: each says so in another traceback."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        raise SettingsError(
+            "no folder for temporary files can be written: neither TMPDIR nor /tmp", MORE_TEMPORARY
+        ) from None
+    if (free := shutil.disk_usage(folder).free) < LEAST_SPACE:
+        raise SettingsError(f"{folder}, for temporary files, has {free >> 10:,} KiB left", MORE_TEMPORARY)
 
 
 def free_memory() -> int:
