@@ -145,7 +145,9 @@ def short(run: Recorded) -> str:
     else:
         unusual = {name: getattr(run.case.values, name) for name in USUAL}
         gpus = run.case.values.nproc_per_node
+        shared = {"TP": run.case.values.tensor_model_parallel_size, "PP": run.case.values.pipeline_model_parallel_size}
         given = [f"{run.case.values.global_batch_size} packs" + (f" on {gpus} GPUs" if gpus > 1 else "")]
+        given += [f"{name} {size}" for name, size in shared.items() if size > 1]
     parts, rank = run.case.values.trainable_modules, run.case.values.lora_rank
     given += [f"LoRA of rank {rank}"] if rank else [f"{', '.join(parts)} alone"] if len(parts) < len(PARTS) else []
     return "; ".join(given + [f"{name}: {value}" for name, value in unusual.items() if value != USUAL[name]])

@@ -33,7 +33,7 @@ from llava_sft.model.config import load_model_config
 from llava_sft.preflight.predict import Case, forecast_of, mean_and_largest
 from llava_sft.training.launcher import commands
 from results import ROOT, machine
-from scaling_rows import compare, write
+from scaling_rows import FORETELLING, compare, write
 
 LAYOUTS = {
     "one": {},
@@ -132,12 +132,15 @@ def foreseen(layout: str, args: argparse.Namespace, store: Path) -> tuple[dict[s
         batches = mean_and_largest(sizes, case, order[0])
         forecast = forecast_of(Case(model, case, machine, *batches), cut="first_stage_layers" not in args.values)
         values["first_stage_layers"] = forecast.case.values.first_stage_layers or "auto"
-        found = forecast.prediction
         predicted[str(packs)] = {
-            "step_s": found.step_s,
-            "memory_gib": found.memory_gib,
-            "mean": batches[0],
-            "largest": batches[1],
+            "step_s": forecast.prediction.step_s,
+            "memory_gib": forecast.prediction.memory_gib,
+            "run": {
+                "values": forecast.case.values.model_dump(mode="json", include=set(FORETELLING)),
+                "machine": machine,
+                "mean": batches[0],
+                "largest": batches[1],
+            },
         }
     return values, predicted
 
@@ -182,12 +185,12 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
         steps.take()
     report["unlike_copies"] = distributed.unlike_copies(distributed.unwrapped(steps.loop.model))
     write()
+    if args.profile:
+        report["profile"] = steps.profiled(args.packs[-1] * job["processes"])
+        write()
     for packs in args.packs:
         warm, timed = SPEED.get(packs, (1, 3))
         report["speed"][str(packs)] = steps.timed(packs * job["processes"], warm, timed)
-        write()
-    if args.profile:
-        report["profile"] = steps.profiled(args.packs[-1] * job["processes"])
         write()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as the trainer ends: torch takes a worker's end for an error
     for child in multiprocessing.active_children():

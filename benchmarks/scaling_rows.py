@@ -1,4 +1,5 @@
-"""What benchmarks/scaling.py says of its raw figures, and writes to results/scaling.json."""
+"""What benchmarks/scaling.py says of its raw figures, and writes to results/: the figures to scaling.json, and the runs that
+preflight learns from to preflight.json (then `python benchmarks/preflight.py errors`)."""
 
 import math
 
@@ -8,6 +9,27 @@ GOALS = {"dp2": 0.97, "tp2": 0.80, "pp2": 0.90}
 # Largest relative difference of losses: of each of the first 10 steps, of means of 10 in the first 30. Tensor-parallel ranks
 # round what they sum to bf16, the other layouts compute what one GPU does.
 LOSS_GOALS = {"dp2": (1e-3, 5e-3), "tp2": (1e-2, 2e-2), "pp2": (1e-3, 5e-3)}
+
+
+# All of a run's settings that preflight's formulas look at.
+FORETELLING = [
+    "model",
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+    "packing",
+    "pack_chunk_tokens",
+    "bf16",
+    "fp8",
+]
+FORETELLING += ["optimizer_precision", "recompute_language", "recompute_vision", "trainable_modules", "gpus_per_node"]
+FORETELLING += [
+    "nodes",
+    "nproc_per_node",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "first_stage_layers",
+]
 
 
 def differences(losses: list[float], reference: list[float]) -> tuple[float, float]:
@@ -53,7 +75,7 @@ def compare(raw: dict[str, dict]) -> None:
 
 def write(raw: dict[str, dict]) -> None:
     """The rows: efficiencies of 4B at 16 packs carry a goal, others a name of their own."""
-    rows, one = [], raw["one"]
+    rows, runs, one = [], [], raw["one"]
     for name, found in raw.items():
         about = {"model": found["model"], "gpu": found["gpu"], **found["settings"]}
         model = "" if found["model"] == "4b" else f"_{found['model']}"
@@ -62,6 +84,13 @@ def write(raw: dict[str, dict]) -> None:
             here = about | {"packs_per_gpu": int(packs)}
             rows.append(row(f"{name}_tokens_per_s{suffix}", speed["tokens_per_s"], "tokens/s", None, "higher", **here))
             rows.append(row(f"{name}_peak_gib{suffix}", max(speed["peak_gib"]), "GiB", None, "lower", **here))
+            if foretold := found.get("predicted", {}).get(packs):
+                run = f"{len(speed['peak_gib'])} × {found['gpu']}, {found['model']}: {name}, {packs} packs a GPU"
+                if first := foretold["run"]["values"]["first_stage_layers"]:
+                    run += f", {first} layers on the first stage"
+                known, note = {"run": run, **foretold["run"]}, "allocated by PyTorch"
+                runs.append(row("peak_memory_gib", max(speed["peak_gib"]), "GiB", None, "lower", note, **known))
+                runs.append(row("step_s", speed["step_s"], "s", None, "lower", "", **known))
             if name != "one" and packs in one["speed"]:
                 share = speed["tokens_per_s"] / 2 / one["speed"][packs]["tokens_per_s"]
                 goal = GOALS[name] if not suffix else None
@@ -77,3 +106,5 @@ def write(raw: dict[str, dict]) -> None:
                     row(f"{name}_loss_difference_{steps}{model}", worst, "relative", goal, "lower", note, **about)
                 )
     write_results("scaling", rows, "python benchmarks/scaling.py WEBDATASETS TOKENIZER", **one["machine"])
+    if runs:
+        write_results("preflight", runs, "python benchmarks/scaling.py WEBDATASETS TOKENIZER", **one["machine"])

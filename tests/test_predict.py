@@ -71,13 +71,13 @@ def test_the_factors_are_those_of_the_recorded_runs():
         assert [*kept.memory, *kept.time] == pytest.approx([*fitted.memory, *fitted.time], rel=1e-6)
 
 
-@pytest.mark.parametrize("device, worst_memory", [("H200", 0.02), ("H100", 0.04)])
+@pytest.mark.parametrize("device, worst_memory", [("H200", 0.025), ("H100", 0.04)])
 def test_a_recorded_run_is_predicted_from_the_others(device, worst_memory):
     runs = of_device(device, recorded())
     own = [run for run in runs if run.case.machine.device == device]
     assert len(own) >= 8
     assert device == "H200" or {run.case.values.lora_rank for run in own} >= {0, 32}
-    memory, step = [], []  # relative errors; the bounds are README's figures
+    memory, step = [], []  # relative errors; docs/figures.md has the worst
     for run in own:
         guess = predict(run.case, calibrate([other for other in runs if other is not run]))
         memory.append(abs(guess.memory_gib / run.memory_gib - 1))

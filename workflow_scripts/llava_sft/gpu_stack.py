@@ -17,6 +17,7 @@ ENGINE = [f"transformer-engine[pytorch,core-cu{CUDA}]>=2.20.2,<3"]
 # Its extension is compiled against the installed torch and the CUDA that came with it: no toolkit of the machine is asked.
 BUILDS_ENGINE = ["setuptools", "wheel", "nvidia-cudnn-frontend"]
 CUDA_COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt")  # of the version of torch's nvidia-cuda-runtime
+FLASH4 = "4.0.0b36"  # of flash-attn-4, whose kernels are called with arguments that may change (model/flash4.py)
 
 
 class Missing(NamedTuple):
@@ -26,7 +27,7 @@ class Missing(NamedTuple):
 
 def gpu_name() -> str | None:
     """Of the first NVIDIA GPU of this machine; where no program names it, that there is one."""
-    if first := _first_gpu(os.environ.get("PATH")):
+    if first := _first_gpu():
         return first[0]
     return "a GPU that nvidia-smi does not name" if any(Path("/dev").glob("nvidia[0-9]*")) else None
 
@@ -40,14 +41,23 @@ def said(*command: str, seconds: float = 30) -> str | None:
 
 
 def driver() -> str | None:
-    first = _first_gpu(os.environ.get("PATH"))
+    first = _first_gpu()
     return first[1] if first else None
 
 
+def smi(*options: str) -> str | None:
+    """What nvidia-smi says; asked once for each thing, for it may take half a minute to fail."""
+    return _smi(os.environ.get("PATH"), options)
+
+
 @cache
-def _first_gpu(path: str | None) -> list[str] | None:
-    """Its name and its driver, as the nvidia-smi of this PATH says it; asked once, for it may take half a minute to fail."""
-    listing = said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+def _smi(path: str | None, options: tuple[str, ...]) -> str | None:
+    return said("nvidia-smi", *options)
+
+
+def _first_gpu() -> list[str] | None:
+    """Its name and its driver."""
+    listing = smi("--query-gpu=name,driver_version", "--format=csv,noheader")
     return [each.strip() for each in listing.splitlines()[0].rsplit(",", 1)] if listing else None
 
 
@@ -85,10 +95,27 @@ def engine_note() -> Path:
 
 
 def torch_version() -> str | None:
+    return _version("torch")
+
+
+def _version(package: str) -> str | None:
     try:
-        return version("torch")
+        return version(package)
     except PackageNotFoundError:
         return None
+
+
+def flash4_version() -> str | None:
+    return _version("flash-attn-4")
+
+
+def flash4_trouble() -> Missing | None:
+    """Whether this interpreter lacks FlashAttention-4, or has another version than the one that is known."""
+    found = flash4_version()
+    if found == FLASH4:
+        return None
+    what = f"flash-attn-4 is {found}, and {FLASH4} is needed" if found else "flash-attn-4 is not installed"
+    return Missing(what, f'.venv/bin/uv pip install "flash-attn-4[cu{CUDA}]=={FLASH4}"')
 
 
 def _extension() -> bool:

@@ -19,9 +19,9 @@ from llava_sft.settings.resolve import ResolvedSettings
 FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes beside bf16 ones; measured on the 4B model
 
 # Products of a pair wait for memory, and its frozen layer computes some things again: it takes as long as so many ranks more
-# would by their FLOPs (4B and 8B on an H100, benchmarks/lora.py). In FP8, of one run: nothing of a pair is joined with its
+# would by their FLOPs (4B and 8B on an H100 and an H200, benchmarks/lora.py). In FP8, of two runs: nothing of a pair is joined with its
 # layer's product.
-RANKS_MORE, RANKS_MORE_FP8 = 290, 530
+RANKS_MORE, RANKS_MORE_FP8 = 290, 450
 
 PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 
