@@ -30,7 +30,7 @@ def _spelling(file: BinaryIO) -> dict[str, Any]:
     lines = iter(lambda: file.readline(BLOCK), b"")
     head = next((line for line in lines if line.strip(BOM + b"\r\n\t ,;")), b"")
     separator = separator_of(head) or b","
-    spaced = [cell.startswith(b" ") for cell in head.split(separator)[1:]]  # `a, b, "c, d"`
+    spaced = [cell.startswith(b" ") for cell in head.split(separator)[1:] if cell.strip()]  # `a, b, "c, d"`
     return {"delimiter": separator.decode(), "skipinitialspace": bool(spaced) and all(spaced), "strict": True}
 
 
@@ -76,7 +76,9 @@ def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejecte
         if before_quote.search(data) and not problem:
             spaced = [cell for cell in cells if cell[:1] == " " and cell.lstrip(" ")[:1] == '"']
             if spaced and f"{separator}{spaced[0]}".encode("utf-8", "surrogateescape") in data:
-                problem = f"a space before the quote: remove it, or write one behind each {separator} of the first row"
+                problem = (
+                    f"a space before the quote: remove it, or write one behind each {separator} of the first row, too"
+                )
         said = cells if any(cells) else []
         yield offset, Rejected("malformed row", problem) if problem else said, data
         offset += len(data)
