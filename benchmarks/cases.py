@@ -22,6 +22,8 @@ OURS = [
 PROFILE = [
     {"name": "bf16 profile", "profile": True},
     {"name": "fp8 profile", "fp8": "tensorwise", "profile": True, "steps": 5},
+    {"name": "bf16 chunks profile", "pack_chunk_tokens": 4096, "profile": True},
+    {"name": "fp8 chunks profile", "fp8": "tensorwise", "pack_chunk_tokens": 4096, "profile": True},
 ]
 FULL = {"recompute_language": "full", "recompute_vision": "full"}
 WHOLE = {"pack_chunk_tokens": 1 << 20}

@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -25,8 +24,10 @@ from typing import Any
 import torch
 
 from cases import CASE, PEAK, run_settings
+from kernel_times import kernel_times, trace
 from llava_sft.checkpoint.start import Start
 from llava_sft.data.loader import VlmBatch
+from llava_sft.model import flash4
 from llava_sft.model.config import load_model_config
 from llava_sft.model.processing import PATCH_VALUES
 from llava_sft.model.template import ChatTemplate
@@ -42,41 +43,6 @@ from llava_sft.megatron.distributed import unwrapped  # isort: skip (the CPU lay
 from llava_sft.model import fused_layers  # isort: skip
 
 GIB = 2**30
-KERNELS = {
-    "communication": r"nccl",
-    "matrix products": r"gemm|nvjet|cutlass(?!.*fmha)|xmma|splitK",
-    "attention": r"fmha|flash|cudnn.*(sdpa|attention)|fused_attn",
-    "norms": r"rmsnorm|layer_?norm|ln_(fwd|bwd)|^_norm|^_totals",
-    "rotary": r"rope",
-    "cross entropy": r"cross_entropy",
-    "SwiGLU, GELU": r"gelu|swiglu|silu|sigmoid",
-    "casts to FP8": r"cast_transpose|quantize|amax",
-    "optimizer": r"multi_tensor|adam|l2norm|^_scale",
-    "copies and fills": r"memcpy|memset|fill|copy",
-    "other element-wise": r"elementwise|reduce|index|scatter|gather|cat",
-}
-
-
-def kernel_times(trace: dict) -> dict:
-    """Milliseconds on the GPU by kind of kernel, and the time in which nothing runs."""
-    events = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    kinds: collections.Counter = collections.Counter()
-    for event in events:
-        matching = (kind for kind, pattern in KERNELS.items() if re.search(pattern, event["name"], re.IGNORECASE))
-        kind = next(matching, "other")
-        kinds[kind] += event["dur"] / 1e3
-    busy, end = 0.0, 0.0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        start, stop = event["ts"], event["ts"] + event["dur"]
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    whole = end - min(event["ts"] for event in events)
-    return {
-        "kinds_ms": dict(kinds.most_common()),
-        "idle_ms": (whole - busy) / 1e3,
-        "whole_ms": whole / 1e3,
-        "kernels": len(events),
-    }
 
 
 class Phases:
@@ -113,6 +79,21 @@ class Phases:
         return spent
 
 
+def amounts(loop: Loop, batch: VlmBatch, case: dict) -> dict:
+    """How much there was to do for a micro-batch. Of a chunk: tokens, patches, images, answer tokens."""
+    grids = [tuple(grid) for grid in batch.grids.tolist()]
+    chunks = batch.chunks(case["pack_chunk_tokens"], pad_multiple(loop.on_gpu))
+    trained, answers = loop.values.trained, len(batch.answer_labels)
+    return {
+        "chunks": [(c.input_ids.numel(), len(c.pixels), len(c.grids), len(c.answer_labels)) for c in chunks],
+        "segments": batch.lengths,
+        "padded": batch.input_ids.numel(),
+        "patches": [height * width for height, width in grids],
+        "answers": answers,
+        "flops": training_flops(loop.model_config, trained, batch.lengths, grids, answers),
+    }
+
+
 class Cases:
     """Trains the cases one after another on the loaders' batches."""
 
@@ -122,6 +103,7 @@ class Cases:
         self.iteration, self.waited = 0, 0.0
         self.has_memory_for_inputs = fused_layers.has_memory_for_inputs
         self.batches: list[VlmBatch] = []
+        self.kept: dict[tuple[int, int], list[VlmBatch]] = {}
         # All loaders at once: each counts the samples' tokens first, which takes seconds.
         self.loaders = {}
         for length, rows in {(case["seq_length"], case["micro_batch_size"]) for case in cases}:
@@ -157,12 +139,15 @@ class Cases:
             full = case[f"recompute_{part}"] == "full"
             config.recompute_granularity = "full" if full else None
             config.recompute_method, config.recompute_num_layers = ("uniform", 1) if full else (None, None)
+        flash4.choose(case.get("attention", "auto"))
         language.config.fp8 = None if case["fp8"] == "none" else "hybrid"
         language.config.fp8_recipe = case["fp8"]
         chunk = {"pack_chunk_tokens": case["pack_chunk_tokens"]}
         self.loop.values = self.loop.values.model_copy(update=chunk)
         self.loop.micro_batches = case["micro_batches"]
-        self.loop.loader = self.clocked(self.loaders[case["seq_length"], case["micro_batch_size"]], case["images"])
+        key = case["seq_length"], case["micro_batch_size"]
+        loader = self.again(key) if case.get("same_batches") else self.loaders[key]
+        self.loop.loader = self.clocked(loader, case["images"])
         self.phases.on = case.get("profile", False)
         self.inputs_kept = False
 
@@ -172,6 +157,14 @@ class Cases:
             return found
 
         fused_layers.has_memory_for_inputs = has_memory_for_inputs
+
+    def again(self, key: tuple[int, int]) -> Iterator[VlmBatch]:
+        """The batches that an earlier case had, and then new ones."""
+        kept = self.kept.setdefault(key, [])
+        for number in itertools.count():
+            if number == len(kept):
+                kept.append(next(self.loaders[key]))
+            yield kept[number]
 
     def clocked(self, loader: Iterator[VlmBatch], images: bool) -> Iterator[VlmBatch]:
         while True:
@@ -205,24 +198,8 @@ class Cases:
         if self.phases.on:
             result["phases"] = self.phases.milliseconds()
         if profiler:
-            with tempfile.TemporaryDirectory() as folder:
-                profiler.export_chrome_trace(f"{folder}/trace.json")
-                result["kernels"] = kernel_times(json.loads(Path(f"{folder}/trace.json").read_text()))
-        return result | {"batches": [self.amounts(batch, case) for batch in self.batches]}
-
-    def amounts(self, batch: VlmBatch, case: dict) -> dict:
-        """How much there was to do for a micro-batch. Of a chunk: tokens, patches, images, answer tokens."""
-        grids = [tuple(grid) for grid in batch.grids.tolist()]
-        chunks = batch.chunks(case["pack_chunk_tokens"], pad_multiple(self.loop.on_gpu))
-        trained, answers = self.loop.values.trained, len(batch.answer_labels)
-        return {
-            "chunks": [(c.input_ids.numel(), len(c.pixels), len(c.grids), len(c.answer_labels)) for c in chunks],
-            "segments": batch.lengths,
-            "padded": batch.input_ids.numel(),
-            "patches": [height * width for height, width in grids],
-            "answers": answers,
-            "flops": training_flops(self.loop.model_config, trained, batch.lengths, grids, answers),
-        }
+            result["kernels"] = kernel_times(trace(profiler))
+        return result | {"batches": [amounts(self.loop, batch, case) for batch in self.batches]}
 
     def save_and_load(self) -> dict:
         """Two saves, of which the first takes the host memory for its copy, and a load into zeros, each timed."""
@@ -261,25 +238,31 @@ class Cases:
         return sorted(tensor.double().sum().item() for tensor in self.state())
 
 
+def tower_once(loop: Loop, pixels: torch.Tensor, grids: list[tuple[int, int]]) -> tuple[float, float]:
+    """Seconds of the vision tower's forward and backward, and of the host in the forward."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    features = unwrapped(loop.model).vision_model(pixels, grids)
+    host = time.perf_counter() - began
+    features.backward(features.detach())
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, host
+
+
 def vision_alone(loop: Loop) -> dict[str, dict]:
     """Forward and backward of the vision tower alone, by number of images and patches of each."""
     vision, parameters = loop.model_config.vision, matmul_parameters(loop.model_config)[2]
     result = {}
     for images, side in ((24, 32), (6, 64), (96, 16)):
         pixels = torch.randint(256, (images * side**2, PATCH_VALUES), dtype=torch.uint8, device=loop.forward.device)
-        times = []
-        for _ in range(12):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            features = unwrapped(loop.model).vision_model(pixels, [(side, side)] * images)
-            host = time.perf_counter() - began
-            features.backward(features.detach())
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - began, host))
+        times = [tower_once(loop, pixels, [(side, side)] * images) for _ in range(12)]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            tower_once(loop, pixels, [(side, side)] * images)
         seconds, host = (statistics.median(column) for column in zip(*times[4:], strict=True))
         attention = 4 * vision.num_layers * vision.hidden_size * images * side**4
         flops = 3 * (2 * parameters * images * side**2 + attention)
         result[f"{images}x{side**2}"] = {"ms": seconds * 1e3, "host_ms": host * 1e3, "mfu": flops / seconds / PEAK}
+        result[f"{images}x{side**2}"]["kernels"] = kernel_times(trace(profiler))
     return result
 
 
@@ -319,13 +302,18 @@ def train(args) -> None:
         if "out_of_memory" in result:
             write(f"CASE {case['name']}: {result['out_of_memory']}")
             continue
+        if case.get("vision_alone"):
+            result["vision"] = vision_alone(loop)
+            write(
+                f"VISION {case['name']}: { {name: round(tower['ms'], 1) for name, tower in result['vision'].items()} }"
+            )
         shown = figures(result)
         memory = f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB"
         rate = shown["useful_tokens_per_s"]
         write(f"CASE {case['name']}: {shown['step_ms']:.0f} ms, {rate:,.0f} tokens/s, {shown['mfu']:.3f} MFU, {memory}")
     if args.vision:
         report["vision"] = vision_alone(loop)
-        write(f"VISION {report['vision']}")
+        write(f"VISION { {name: tower['ms'] for name, tower in report['vision'].items()} }")
     if cases[-1].get("checkpoint"):
         report["checkpoint"] = trainer.save_and_load()
         write(f"CASE checkpoint: {report['checkpoint']}")

@@ -91,7 +91,21 @@ def profiles(found: list[dict]) -> list[dict]:
                 for part, ms in column.items():
                     where = {"case": name, "by": by, "part": part, "fp8": case["fp8"], "gpu": process["gpu"]}
                     result.append(row("profile_ms", ms, "ms", None, "lower", note, **where))
+            if case["pack_chunk_tokens"] == 4096:
+                result.append(launch_idle_share(case, process["gpu"]))
     return result
+
+
+def launch_idle_share(case: dict, gpu: str) -> dict:
+    """Share of a step in which no kernel runs, in chunks of 4,096. The profiler slows the host down: kernels' time comes from the
+    profiled step, by FLOP, the step's from those before it."""
+    *timed, profiled = case["steps"][case["warm"] :]
+    kernels = profiled["kernels"]
+    flops = [sum(batch["flops"] for batch in step["batches"]) for step in (*timed, profiled)]
+    busy = (kernels["whole_ms"] - kernels["idle_ms"]) / 1e3 / flops[-1]
+    per_flop = sum(step["seconds"] for step in timed) / sum(flops[:-1])
+    note = f"{kernels['idle_ms'] / kernels['whole_ms']:.3f} under the profiler"
+    return row("launch_idle_share", 1 - busy / per_flop, "", 0.05, "lower", note, fp8=case["fp8"], gpu=gpu)
 
 
 def speed(processes: list[dict]) -> list[dict]:

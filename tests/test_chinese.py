@@ -9,6 +9,7 @@ from helpers import SCRIPTS
 from helpers.reports import EVERYTHING, ReportOfARun, text_of
 from llava_sft.data import other_forms
 from llava_sft.data.index import leak_note
+from llava_sft.data.inspect import CHANGED
 from llava_sft.evaluation.scores import explained
 from llava_sft.report.inspection import inspection_page
 from llava_sft.report.language import messages, quoted
@@ -49,9 +50,11 @@ def said() -> set[str]:
             name = getattr(call, "func", None)
             if isinstance(call, ast.Call) and getattr(name, "id", "") == "Rejected":
                 found |= set(texts(call.args[0]))
-            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("findings.notes.append"):
-                found |= set(texts(call.args[0]))
-    return found | {explained(score) for score in SCORES}
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(
+                ("findings.notes.append", "findings.problem")
+            ):
+                found |= set(texts(call.args[-1]))
+    return found | {CHANGED} | {explained(score) for score in SCORES}
 
 
 def test_every_quoted_message_has_a_chinese_one_with_the_same_values():
@@ -90,12 +93,13 @@ def test_an_inspection_names_kinds_as_the_data_does(language):
     report = {
         "path": "x", "ok": True, "kinds": {"run": {"train": 1}, "training": {"train": 2}}, "scripts": {"Chinese": 3}, "splits": {}, "distributions": {},
         "notes": ["7 samples are excluded: training does not see them where they lie"], "checks": [], "duplicates": {},
+        "problems": [{"check": "samples", "where": "0.tar", "what": "empty answer: turn 2"}],
         "rejects": {"read": 1, "rejected": 1, "reasons": {"empty answer": 1}, "first": []},
     }  # fmt: skip
     text = text_of(inspection_page(report, [], language))
     assert "run 1" in text and "training 2" in text
     wanted = (
-        ("中文 3", "有 7 个样本被排除", "回答为空 1")
+        ("中文 3", "有 7 个样本被排除", "回答为空 1", "回答为空：turn 2")
         if language == "zh"
         else ("Chinese 3", "7 samples are excluded", "empty answer 1")
     )

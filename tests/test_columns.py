@@ -93,6 +93,7 @@ TABLES = {
     "empty columns to the right": ("image,question,answer,,\na.png,q,\"x, y\",,\nb.png,r,z,,\n", ROWS),
     "a cell without a name": ("image,question,answer,,\na.png,q,\"x, y\",,note\nb.png,r,z\n", ["5 cells, 3 columns", ROWS[1]]),
     "spaces behind the commas": ("image, question, answer\na.png, q, \"x, y\"\nb.png, r, z\n", ROWS),
+    "spaces and empty columns": ('\nimage, question, answer,,\na.png, q, "x, y",,\nb.png, r, z,,\n', ROWS),
     "spaces in some rows": ("image,question,answer\na.png, \"q\",x\nb.png,r,z\n", ["a space before the quote", ROWS[1]]),
     "a text that begins so": ('image,question,answer\na.png," ""q""",x\n', [["a.png", ' "q"', "x"]]),
     "a quote that takes the next row": ('image,question,answer\na.png,"q,x\nb.png,"r",z\nb.png,r,z\n', ["expected after", ["b.png", "r", "z"], ROWS[1]]),

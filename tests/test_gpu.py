@@ -100,6 +100,43 @@ def test_fused_layers_packs_and_chunks_agree_with_megatrons_layers(data, how):
         assert losses < 0.01 and gradients < 0.05
 
 
+def found_by(worker: str, *given) -> dict:
+    """What a worker of tests/helpers prints."""
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])}
+    command = [sys.executable, ROOT / "tests/helpers" / worker, *given]
+    run = subprocess.run(command, env=here, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-6000:]
+    found = json.loads(run.stdout.split("RESULT ")[1].splitlines()[0])
+    print(found)
+    return found
+
+
+def test_faster_ways_agree_with_what_they_replace(data):
+    """At 4B's widths. FP8 with largest values of the kernels that write is the same but for the order of attention's sums."""
+    found = found_by("levers_worker.py", data["tokenizer"], "levers")
+    assert found["bytes of casts that differ"] == {} and found["largest values that are wrong"] == []
+    assert found["amax"][0] == 0 and found["amax"][1] < 2 * found["FP8 again"][1] + 1e-6
+    for lever in (
+        "flash4_vision",
+        "flash4_language",
+    ):  # bf16 has 8 bits; without the library cuDNN's comes in its place
+        losses, gradients = found[lever]
+        assert losses < 0.01 and gradients < 0.02
+    assert found["all, from bf16"][1] < 2 * found["FP8, from bf16"][1]
+
+
+def test_sums_of_gradients_validation_and_fp8_copies_of_weights(data):
+    """At 4B's widths."""
+    found = found_by("levers_worker.py", data["tokenizer"], "seams")
+    for micro_batches in (1, 16, 224):
+        cosine, length = found[f"gradients of {micro_batches} micro-batches"]
+        assert cosine > 0.999 and length == pytest.approx(1, abs=0.01)
+    for kind, error in (("bf16", 0.003), ("FP8", 0.02)):
+        packed, unpacked = found[f"validation in {kind}: packed, unpacked"]
+        assert packed == pytest.approx(unpacked, rel=error)
+    assert found["weights changed: packed, unpacked"] == found["a new process: packed, unpacked"]
+
+
 def test_a_checkpoint_moves_from_cpu_to_gpu_and_back(data, tmp_path):
     """In float32 and plain PyTorch on one, bf16 and Transformer Engine on the other: the same first loss."""
     Training(data, tmp_path / "cpu", gpu=False).losses()
@@ -130,6 +167,21 @@ def test_fp8_learns_as_bf16_does(data, tmp_path):
     for fp8 in ("tensorwise", "blockwise"):
         assert abs(ends[fp8] - ends["none"]) < 0.05 * learned
         assert np.abs(losses[fp8] - losses["none"]).mean() < 0.1 * learned
+
+
+def test_fp8_learns_as_bf16_does_at_the_widths_of_4b(data, tmp_path):
+    """500 steps of two layers a tower."""
+    model = cut_of_4b()
+    language = model.language.model_copy(update={"num_layers": 2})
+    model = model.model_copy(update={"language": language, "vision": model.vision.model_copy(update={"num_layers": 2})})
+    given = {"train_iters": 500, "lr": 2e-4, "min_lr": 2e-5, "lr_vision": 1e-4, "lr_adapter": 2e-4}
+    runs = {fp8: Training(data, tmp_path / fp8, True, model, fp8=fp8, **given) for fp8 in ("none", "tensorwise")}
+    losses = {fp8: np.array(run.losses()) for fp8, run in runs.items()}
+    ends = {fp8: curve[-100:].mean() for fp8, curve in losses.items()}
+    learned = losses["none"][0] - ends["none"]
+    print(ends, learned)
+    assert learned > 1
+    assert abs(ends["tensorwise"] - ends["none"]) < 0.05 * learned
 
 
 def cut_of_4b():

@@ -14,7 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llava_sft.model import fused_layers
+from llava_sft.gpu_stack import Missing
+from llava_sft.model import flash4, fused_layers
 from llava_sft.model.attention import packed_seq_params
 
 # Compute capability → bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical
@@ -25,6 +26,8 @@ TYPES = {
     torch.float32: "*fp32",
     torch.int16: "*i16",
     torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
     int: "i32",
     float: "fp32",
 }
@@ -51,6 +54,27 @@ def test_attention_of_gpus_without_cudnns_is_called_as_pytorch_defines_it(monkey
     assert [out.shape, *(grad.shape for grad in grads)] == [query.shape, query.shape, key.shape, key.shape]
 
 
+def test_flash_attention_4_gives_way_with_one_line_in_the_log(monkeypatch, caplog):
+    monkeypatch.setattr(fused_layers, "has_cudnn_attention", lambda: False)
+    monkeypatch.setattr(flash4, "flash4_version", lambda: None)
+    monkeypatch.setattr(flash4, "flash4_trouble", lambda: Missing("flash-attn-4 is not installed", ""))
+    monkeypatch.setattr(flash4, "_interface", flash4._interface.__wrapped__)
+    query, segments = torch.empty(24, 32, 128, dtype=torch.bfloat16, device="meta"), packed_seq_params([24], "meta")
+    flash4.choose("auto")
+    assert not flash4.wanted(causal=True)
+    try:
+        flash4.choose("flash4")
+        for _ in range(2):
+            fused_layers.attend(query, query, query, segments, True)
+        assert caplog.messages == [
+            "FlashAttention-4 is not used in the language model, cuDNN's attention is: "
+            "ImportError: flash-attn-4 is not installed"
+        ]
+        assert flash4.wanted(causal=False) and not flash4.wanted(causal=True)
+    finally:
+        flash4.choose("cudnn")
+
+
 def compile_only(kernel, *args, grid, warmup, num_warps=4, **named):
     """In the place of a launch."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | named
@@ -67,7 +91,7 @@ compiled = []
 
 def launch_all() -> None:
     from llava_sft.megatron import adam
-    from llava_sft.model import kernels
+    from llava_sft.model import activations, casts, kernels, rotary
 
     triton.JITFunction.run = compile_only
 
@@ -75,22 +99,28 @@ def launch_all() -> None:
         return torch.ones(shape, dtype=dtype)
 
     sums = kernels.PartialSums(20_000, torch.device("cpu"))
+    amax = casts.places(torch.device("cpu"))
     for width, bias in ((2560, None), (1024, ones(1024))):
         x, weight = ones(2, width), ones(width)
-        for branch in (None, x):
-            _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, branch)
-        for again in (False, True):
-            kernels.norm_backward(x, x, weight, bias, mean, scale, x, sums, again=again)
-    kernels.norm_backward(x, x, weight, bias, mean, scale, x, sums, biases=True)
+        for branch, largest in ((None, None), (x, None), (x, amax)):
+            _, _, mean, scale = kernels.norm(x, weight, bias, 1e-6, branch, amax=largest)
+        for again, largest in ((False, None), (True, None), (False, amax)):
+            kernels.norm_backward(x, x, weight, bias, mean, scale, x, sums, again=again, amax=largest)
+    for largest in (None, amax):
+        kernels.norm_backward(x, x, weight, bias, mean, scale, x, sums, biases=True, amax=largest)
     for heads, groups, head_dim, weights in ((32, 8, 128, (ones(128), ones(128))), (16, 16, 64, None)):
         qkv, angle = ones(2, (heads + 2 * groups) * head_dim), ones(2, 1, head_dim, dtype=torch.float32)
-        grads = kernels.rope(qkv, groups, angle, angle, weights, 1e-6)
-        kernels.rope_backward(grads, qkv, angle, angle, sums, weights, 1e-6)
+        grads = rotary.rope(qkv, groups, angle, angle, weights, 1e-6)
+        for largest in (None, amax):
+            rotary.rope_backward(grads, qkv, angle, angle, sums, weights, 1e-6, largest)
     gate_and_up = ones(2, 2 * 9728)
-    activated = kernels.swiglu(gate_and_up)
-    for again in (False, True):
-        kernels.swiglu_backward(activated, gate_and_up, again)
-        kernels.gelu_backward(kernels.gelu(ones(2, 4096)), ones(2, 4096), sums, again)
+    for again, largest in ((False, None), (True, None), (False, amax)):
+        activated = activations.swiglu(gate_and_up, amax=largest)
+        activations.swiglu_backward(activated, gate_and_up, again, largest)
+        activations.gelu_backward(activations.gelu(ones(2, 4096)), ones(2, 4096), sums, again)
+    if int(sys.argv[1]) >= 90:  # what else has FP8 products is not supported
+        for kind in casts.LARGEST:
+            casts.cast(ones(32, 2560), amax, kind)
     sums.totals([20_000], torch.bfloat16)
     kernels.scale_(ones(10), ones(1, dtype=torch.float32))
     remainder = ones(10, dtype=torch.int16)

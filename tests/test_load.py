@@ -1,5 +1,6 @@
 """`load` beyond a whole local folder: hub ids, parts from several folders, and what is wrong with either."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -110,6 +111,7 @@ def made(kind):
     [
         (LocalEntryNotFoundError("no"), ["not in the hub's cache", "hf download lmms-lab/LLaVA-OneVision-1.5-4B-Base --revision"]),
         (ConnectionError("no"), ["cannot be reached", "hf download"]),
+        (OSError(errno.ENOSPC, "No space left on device"), ["no room in the hub's cache", "export HF_HOME="]),
         (made(RepositoryNotFoundError), ["no lmms-lab"]),
         (made(RevisionNotFoundError), ["no revision 1a2b3c4d"]),
     ],

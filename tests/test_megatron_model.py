@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from helpers import MODELS
+from helpers import MODELS, fp8
 from helpers.conversations import VALUES, conversation, loader_batch
 from helpers.megatron_model import (
     answer_losses,
@@ -25,6 +25,7 @@ from helpers.megatron_model import (
 )
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.megatron import cpu
+from llava_sft.model import fused_layers
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import tensor_rows
 from llava_sft.run.identity import BUCKETS_ALIKE
@@ -109,6 +110,27 @@ def test_fused_layers_compute_what_megatrons_do(both, small_checkpoint, monkeypa
     assert seen == {True, False}  # both towers
     recompute_all(model, monkeypatch)
     assert_same(losses_and_gradients(model, [packed]), expected)
+
+
+def test_fp8_with_largest_values_of_the_kernels_that_write_is_the_same(both, small_checkpoint, monkeypatch):
+    """Bit for bit; only the output of attention and a pass's first gradient are read for them."""
+    conversations = [conversation(1), conversation(0, 1)]
+    packed = loader_batch(small_checkpoint, conversations, packing=True, pad_multiple=64)
+    model = both.mcore.train()
+    exact = losses_and_gradients(model, [packed])
+    use_fused_layers(model, monkeypatch)
+    counted = fp8.use(model, monkeypatch)
+    with monkeypatch.context() as twice:
+        twice.setattr(fused_layers, "places", lambda *given: None)
+        expected = losses_and_gradients(model, [packed])
+    before = len(counted)
+    found = losses_and_gradients(model, [packed])
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
+    layers = len(model.language_model.decoder.layers)
+    weights = 4 * layers  # of the first pass alone
+    assert before - weights == 8 * layers and len(counted) - before == layers + 1
+    assert 1e-5 < greatest_difference(found[0], exact[0]) < 0.05
 
 
 def test_what_stands_for_gradients_is_not_taken_up(megatron, both, small_model, small_checkpoint, monkeypatch):

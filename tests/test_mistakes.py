@@ -14,6 +14,7 @@ from llava_sft.settings.layers import load_settings
 from llava_sft.settings.mistakes import mended, written
 from llava_sft.settings.schema import DEFAULTS
 from llava_sft.workflow import Workflow
+from snakemake_logger_plugin_llava_sft import words
 
 
 @pytest.fixture
@@ -178,7 +179,10 @@ def test_a_file_under_another_name_or_elsewhere_is_moved_by_the_command_of_the_f
 
 def test_names_that_are_nearly_right_are_answered_with_the_name(project, capsys):
     assert "did you mean train_mine? ask for" in refused(capsys, "train_mien")
+    assert "did you mean train_mine? ask for" in refused(capsys, "train_mine.yaml")
     assert "did you mean" not in refused(capsys, "train_xyzzy")
+    assert mistake(learningrate=1).fix == "did you mean lr?"
+    assert words.near("mine", ["data_mine", "train_mine"]) == "did you mean train_mine? "
     assert "did you mean 4b? model: one of" in mistake(model="4B").fix
     with pytest.raises(SettingsError, match="--gpu H100 --gpus-per-node 8"):
         gpu("8xH100")

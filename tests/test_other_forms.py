@@ -28,6 +28,7 @@ def asked(text: str, answer: str = "Green.", **turn) -> dict:
 
 CHANGED = {
     "image under another key": [asked("q", image="0.jpg"), asked("q", img_path="0.jpg")],
+    "nested too deeply": [one(boxes=json.loads("[" * 900 + "]" * 900)), json.loads('{"turns":' * 900 + "1" + "}" * 900)],
     "image under several keys": [one(image_path="0.jpg", img="1.jpg")],
     "number of <image> differs from images": [one(image="0.jpg"), one(image_path="0.jpg"), one(screenshot="s.png")],
     "several keys for the answer": [{"question": "q", "answer": "a", "solution": "b"}],

@@ -41,7 +41,6 @@ LONGEST = {"file": 350, "class": 150, "function": 60}  # lines
 TOO_LONG = [
     "tests/test_hf_model.py",
     "tests/test_hostile_checkpoint.py",
-    "workflow_scripts/llava_sft/model/kernels.py",
 ]
 
 HEAVY = ("torch", "megatron", "transformer_engine", "transformers", "triton")  # seconds each, for every job

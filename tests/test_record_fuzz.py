@@ -22,7 +22,7 @@ SCALARS = (
 KEYS = st.sampled_from(
     ["id", "image", "images", "conversations", "messages", "from", "value", "role", "content", "type", "text", "image_url", "url", "bytes",
      "path", "system", "loss", "label", "video", "tools", "Images", "img", "texts", "user", "assistant", "question", "answer", "answers",
-     "caption", "history", "query", "response", "choices", "image_path", "file_name", "weight", "conversation", "source"]
+     "caption", "history", "turns", "Question", "A", "b", "query", "response", "choices", "image_path", "file_name", "weight", "conversation", "source"]
 ) | st.text(max_size=6)  # fmt: skip
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=20

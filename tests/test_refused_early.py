@@ -1,8 +1,10 @@
 """What would only fail later, asked before any job: GPUs that are not here, weights that cannot be read."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +62,31 @@ def test_on_a_cluster_other_machines_have_the_gpus(project, monkeypatch, capsys)
     Workflow({}, []).target("data", "mine")(None)
 
 
+def disk_of(free: int):
+    return lambda path: SimpleNamespace(free=free)
+
+
+def test_no_room_in_shared_memory_or_for_temporary_files_is_said_before_any_job(project, monkeypatch):
+    monkeypatch.setattr("llava_sft.machine.shutil.disk_usage", disk_of(20 << 20))
+    with pytest.raises(SettingsError, match="/dev/shm has 20 MiB free") as error:
+        check_inputs(Paths(load_settings("mine")), elsewhere=False)
+    assert "--shm-size=8g" in error.value.fix
+    monkeypatch.setattr("llava_sft.machine.shutil.disk_usage", disk_of(5 << 10))
+    assert "for temporary files, has 5 KiB left" in (error := mistake()).problem and "export TMPDIR=" in error.fix
+
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    assert "no folder for temporary files" in mistake().problem
+
+
+def test_an_exp_dir_through_a_link_to_nowhere_is_named_by_the_link(project):
+    Path("scratch").symlink_to("/gone/away")
+    error = mistake(exp_dir="scratch/me/output")
+    assert error.problem.endswith("scratch is a link to /gone/away, which is not there") and "mount" in error.fix
+
+
 # --- the start checkpoint ------------------------------------------------------------------------------------------------
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
@@ -98,8 +125,40 @@ def test_weights_that_cannot_be_read_are_named_before_any_job(project, spoil, pr
 def test_a_file_in_the_demos_checkpoint_is_refused_as_any_file_is(project, capsys):
     demo = project / "output/demo/LLaVA-OneVision-1.5-tiny"
     demo.mkdir(parents=True)
-    (demo / "model.safetensors").touch()
+    for name in ("model.safetensors", "config.json"):
+        (demo / name).touch()
     for name in ("vqa", "mine"):
         write_experiment(name, load=f"{{exp_dir}}/demo/{demo.name}/model.safetensors")
     error = mistake("vqa")
     assert "a file; checkpoints are folders" in error.problem and error.fix == f"load: output/demo/{demo.name}"
+
+
+@pytest.mark.parametrize(
+    ("load", "problem", "fix"),
+    [
+        ("results", "contains neither", "load: results/huggingface"),
+        ("cache/models--org--name", "contains neither", "load: cache/models--org--name/snapshots/1a2b"),
+        ("runs", "contains neither", "load: runs/stage2_sft_a"),
+        ("bare", "contains neither", "copy config.json"),
+        ("HF-", "no such folder", "did you mean hf? load: a Hugging Face folder"),
+        ("results/hugingface", "no such folder", "did you mean results/huggingface?"),
+        ("hf/model.safetensors", "a file", "load: hf"),
+        ("Model.Q4.GGUF", "a file", "GGUF is a form for inference"),
+        ("model.tar.gz", "a file", "unpack it"),
+        ("https://huggingface.co/org/name", "no such folder", "load: org/name"),
+        ("https://hf-mirror.com/org/name/tree/v1.5", "no such folder", "load: org/name@v1.5"),
+        ("huggingface.co/org/name/tree/main", "no such folder", "load: org/name"),
+        ("/nowhere/at/all", "no such folder", "load: a Hugging Face folder"),
+    ],
+)
+def test_a_load_that_is_no_checkpoint_is_answered_with_the_one_that_is_near(project, load, problem, fix):
+    for place in ("results/huggingface", "cache/models--org--name/snapshots/1a2b"):
+        shutil.copytree(project / "hf", project / place)
+    (project / "runs/stage2_sft_a").mkdir(parents=True)
+    (project / "runs/stage2_sft_a/latest_checkpointed_iteration.txt").write_text("400")
+    (project / "bare").mkdir()
+    for name in ("bare/model.safetensors", "Model.Q4.GGUF", "model.tar.gz"):
+        (project / name).touch()
+    write_experiment("mine", load=load)
+    error = mistake()
+    assert problem in error.problem and error.fix.startswith(fix)

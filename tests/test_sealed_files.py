@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -78,6 +80,31 @@ def test_full_disk_ends_in_one_message_and_other_trouble_of_the_system_keeps_its
     assert "free some space" in capsys.readouterr().err
     with pytest.raises(OSError):
         exits_cleanly(fails)(errno.EMFILE)
+
+
+def test_a_disk_without_inodes_is_not_said_to_be_full(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        os,
+        "statvfs",
+        lambda path: SimpleNamespace(f_files=60, f_favail=0, f_bavail=9, f_bfree=9, f_blocks=9, f_frsize=4096),
+    )
+
+    def fails():
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a.png"))
+
+    with pytest.raises(SystemExit):
+        exits_cleanly(fails)()
+    assert f"{tmp_path} holds as many files as its disk can" in capsys.readouterr().err
+
+
+def test_a_quota_is_no_full_disk(capsys):
+    def fails():
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "a.tar")
+
+    with pytest.raises(SystemExit):
+        exits_cleanly(fails)()
+    said = capsys.readouterr().err
+    assert said.startswith("error: a.tar: Disk quota exceeded") and "`quota -s`" in said
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,25 @@ def test_preflight_and_train_ask_for_transformer_engine_before_anything_runs(mon
     assert "require_engine(settings.gpus_per_node)" in inspect.getsource(checks.check_node)
 
 
+def test_flash_attention_4_is_used_where_it_can_be_and_asked_for_by_name(monkeypatch):
+    settings = ResolvedSettings(experiment="x", gpus_per_node=1, bf16=True, attention="flash4")
+    monkeypatch.setattr(inputs, "gpu_count", lambda: 1)
+    monkeypatch.setattr(inputs, "require_engine", lambda gpus: None)
+    monkeypatch.setattr(gpu_stack, "flash4_version", lambda: "4.0.0b1")
+    with pytest.raises(
+        SettingsError, match=r"flash-attn-4 is 4\.0\.0b1, and .* is needed\n  fix: .*uv pip install"
+    ) as refused:
+        inputs.check_gpus(settings, 1, cluster=False)
+    assert f'"flash-attn-4[cu13]=={gpu_stack.FLASH4}"' in refused.value.fix
+    assert f"flash-attn-4[cu13]=={gpu_stack.FLASH4}" in (ROOT / "pyproject.toml").read_text()
+    inputs.check_gpus(settings.model_copy(update={"attention": "auto"}), 1, cluster=False)
+    monkeypatch.setattr(gpu_stack, "flash4_version", lambda: gpu_stack.FLASH4)
+    inputs.check_gpus(settings, 1, cluster=False)
+    monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu("NVIDIA A100-SXM4-80GB", 80, 0, 8.0)])
+    with pytest.raises(SettingsError, match=r"A100.*attention: flash4 needs 9\.0"):
+        machine.require_able_gpus(1, "none", "flash4")
+
+
 def test_set_up_needs_nothing_but_python(tmp_path):
     command = [sys.executable, "-S", "-E", ROOT / "workflow_scripts/set_up.py", "--wheels", tmp_path]  # -S: no packages
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -131,6 +131,15 @@ def test_a_job_that_succeeds_when_it_is_tried_again_has_not_failed(handler):
     assert "failed:" not in "\n".join(last_lines(handler))
 
 
+def test_a_refusal_whose_fix_resumes_is_no_training_that_has_saved(handler, tmp_path):
+    said = (
+        "error: run: a checkpoint needs 12 MiB, the disk has 2 MiB free\n  fix: free 10 MiB; the same command resumes"
+    )
+    (tmp_path / "train.log").write_text(f"run: 40 steps\n{said}\n")
+    start(handler), fail(handler)
+    assert said in (lines := "\n".join(last_lines(handler))) and "failed:" in lines and "has saved" not in lines
+
+
 @pytest.mark.parametrize("failed", [True, False])
 def test_a_stopped_training_says_last_that_it_has_saved(handler, tmp_path, failed):
     (tmp_path / "train.log").write_text("x\nrun: stopped at step 7 of 9; the same command resumes from there\n")

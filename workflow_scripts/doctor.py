@@ -18,8 +18,17 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from llava_sft.errors import SftError, exits_cleanly
-from llava_sft.gpu_stack import compiler_trouble, driver, driver_trouble, engine_trouble, gpu_name, said
-from llava_sft.machine import GIB, OLDEST_GPU, free_memory, gpu_count, gpus, known_gpu
+from llava_sft.gpu_stack import (
+    FLASH4,
+    compiler_trouble,
+    driver,
+    driver_trouble,
+    engine_trouble,
+    flash4_trouble,
+    gpu_name,
+    said,
+)
+from llava_sft.machine import GIB, HOPPER, OLDEST_GPU, free_memory, gpu_count, gpus, known_gpu
 from set_up import system
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
@@ -145,6 +154,13 @@ def find_engine() -> Finding:
     return ok(f"{number}, attention: {backend}")
 
 
+def find_flash4() -> Finding:
+    if any(gpu.capability != HOPPER for gpu in gpus()):
+        return no("of Hopper GPUs alone; attention is Transformer Engine's or PyTorch's")
+    trouble = flash4_trouble()
+    return no(f"{trouble.what}: attention is cuDNN's, which is slower", trouble.fix) if trouble else ok(FLASH4)
+
+
 def find_compiler() -> Finding:
     trouble = None if shutil.which("cc") or shutil.which("gcc") else compiler_trouble()
     return bad(f"{trouble.what}, which Triton's kernels need", trouble.fix) if trouble else ok("there")
@@ -221,7 +237,7 @@ ALWAYS: dict[str, Callable[[], Finding]] = {
     "system": find_system, "Python": find_python, "memory": find_memory, "disk": find_disk, "shared memory": find_shared_memory,
     "limits": find_limits, "compiler": find_compiler, "git": find_git, "hub": find_hub, "Slurm": find_slurm, "GPU": find_gpu,
 }  # fmt: skip
-ON_GPUS = {"driver": find_driver, "CUDA": find_cuda, "Transformer Engine": find_engine}
+ON_GPUS = {"driver": find_driver, "CUDA": find_cuda, "Transformer Engine": find_engine, "FlashAttention-4": find_flash4}
 
 
 @exits_cleanly

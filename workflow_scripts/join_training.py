@@ -16,7 +16,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     node = this_node()
     if node is None or not node.rank:
-        raise SettingsError("this is node 0, or the only one", "snakemake --cores all train_X, on every node")
+        raise SettingsError("this is node 0, or the only one", "make train_X, on every node")
     sys.exit(join(node))
 
 

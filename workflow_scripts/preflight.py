@@ -85,7 +85,7 @@ def main() -> None:
     settings = paths.settings
     check_inputs(paths, of_start=not args.gpu)
     if not paths.dataset.is_file():
-        raise DataError(f"{paths.dataset}: no such file", f"run `snakemake data_{args.experiment}` first")
+        raise DataError(f"{paths.dataset}: no such file", f"run `make data_{args.experiment}` first")
     require_whole(paths.webdatasets, paths.dataset)
     start = open_start(paths.checkpoint, paths.converted, settings.tokenizer)
     model, own_values = load_model(settings.model), list[str]()

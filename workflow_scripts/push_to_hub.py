@@ -60,7 +60,7 @@ def main() -> None:
 def warn(export: Path) -> None:
     """Say what a reader of the model card would miss."""
     if not metadata((export / CARD).read_text(errors="replace")).get("license"):
-        made = "set `license` in the experiment's file and run `snakemake preflight_X`, or edit README.md"
+        made = "set `license` in the experiment's file and run `make preflight_X`, or edit README.md"
         print(f"warning: the model card states no licence: {made}")
     if read_json(export / "parity.json", {}).get("passed") is not True:
         print("warning: this export was never compared with the trained model (parity)")
@@ -147,7 +147,7 @@ def refusal(error: BaseException, hub: str, repository: str) -> SftError | None:
         reason = str(error.server_message or error)[:300]
         return SftError(f"{hub} refuses the request ({status}): {reason}", fixes.get(status, AGAIN))
     if isinstance(error, ValueError) and "Invalid metadata" in str(error):  # of the client, before anything is uploaded
-        what = "`license`, `language` or `base_model` in the experiment's file, and `snakemake preflight_X`"
+        what = "`license`, `language` or `base_model` in the experiment's file, and `make preflight_X`"
         return SftError(
             f"{hub} refuses the metadata of {CARD}: {str(error).partition(chr(10))[2]}", f"{what}, or edit it"
         )

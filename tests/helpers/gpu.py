@@ -12,12 +12,12 @@ VALUES = ResolvedSettings(
 )  # fmt: skip
 
 
-def samples():
-    """Conversations of several lengths, with none, one or two pictures of several sizes."""
+def samples(scale: int = 1):
+    """Conversations of several lengths, with none, one or two pictures of several sizes, `scale` times as wide and high."""
     for number, sizes in enumerate([[(200, 130)], [], [(56, 56), (300, 84)], [(120, 400)], [(90, 90)]]):
         content = "".join("<image>" for _ in sizes) + f"What is shown in number {number}? " * (number + 1)
         answer = {"role": "assistant", "content": f"It is a grey slope, darker on one side. {number} " * (number + 2)}
         yield Conversation(
             __key__=str(number), __restore_key__=(), __subflavors__={}, messages=[{"role": "user", "content": content}, answer],
-            images=[picture(size=size) for size in sizes],
+            images=[picture(size=(scale * width, scale * height)) for width, height in sizes],
         )  # fmt: skip

@@ -25,6 +25,8 @@ MORE_SPACE = (
     "free some space on that disk, then run the same command again; output may lie elsewhere: --config exp_dir=FOLDER"
 )
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
+MORE_QUOTA = "free some of your quota there (`quota -s` shows it), or --config exp_dir=FOLDER on another disk; then the same command"
+LEAST_SPACE = 16 << 20  # bytes free that programs need for their temporary files
 INTERRUPTED = 130  # exit code after Ctrl-C
 SHOWN = 200  # characters of a user's string that a message quotes, at most
 
@@ -140,7 +142,8 @@ def of_file(error: OSError) -> SftError:
     name = error.filename2 or error.filename  # of a renaming: the new name
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
-        return SftError(f"{what}{_room(str(name or ''))}", MORE_SPACE)
+        fix = MORE_QUOTA if error.errno == errno.EDQUOT else MORE_SPACE
+        return SftError(f"{what}{_room(str(name or ''))}", fix)
     if error.errno == errno.EROFS:
         return SftError(
             what, "work in a folder that is not read-only; output may lie elsewhere: --config exp_dir=FOLDER"
@@ -159,5 +162,7 @@ def _room(path: str) -> str:
     if not path:
         return ""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
-    usage = shutil.disk_usage(folder)
+    usage, files = shutil.disk_usage(folder), os.statvfs(folder)
+    if files.f_files and not files.f_favail:
+        return f": {folder} holds as many files as its disk can, whatever their sizes (`df -i`)"
     return f"; free in {folder}: {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"

@@ -4,6 +4,7 @@ here before anything is installed."""
 import os
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ ENGINE = [f"transformer-engine[pytorch,core-cu{CUDA}]>=2.20.2,<3"]
 # Its extension is compiled against the installed torch and the CUDA that came with it: no toolkit of the machine is asked.
 BUILDS_ENGINE = ["setuptools", "wheel", "nvidia-cudnn-frontend"]
 CUDA_COMPILER = ("nvidia-cuda-nvcc", "nvidia-cuda-crt")  # of the version of torch's nvidia-cuda-runtime
+FLASH4 = "4.0.0b36"  # of flash-attn-4, whose kernels are called with arguments that may change (model/flash4.py)
 
 
 class Missing(NamedTuple):
@@ -65,6 +67,22 @@ def engine_trouble() -> Missing | None:
     if find_spec("transformer_engine") and (find_spec("transformer_engine_torch") or _extension()):
         return None
     return Missing("Transformer Engine is not installed, and training on GPUs needs it", "make gpu")
+
+
+def flash4_version() -> str | None:
+    try:
+        return version("flash-attn-4")
+    except PackageNotFoundError:
+        return None
+
+
+def flash4_trouble() -> Missing | None:
+    """Whether this interpreter lacks FlashAttention-4, or has another version than the one that is known."""
+    found = flash4_version()
+    if found == FLASH4:
+        return None
+    what = f"flash-attn-4 is {found}, and {FLASH4} is needed" if found else "flash-attn-4 is not installed"
+    return Missing(what, f'.venv/bin/uv pip install "flash-attn-4[cu{CUDA}]=={FLASH4}"')
 
 
 def _extension() -> bool:

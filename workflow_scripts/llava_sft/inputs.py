@@ -13,7 +13,14 @@ from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
 from llava_sft.errors import DataError, SettingsError, shown
 from llava_sft.evaluation.scores import load_score
-from llava_sft.machine import gpu_count, require_able_gpus, require_engine, vllm_interpreter
+from llava_sft.machine import (
+    gpu_count,
+    require_able_gpus,
+    require_engine,
+    require_shared_memory,
+    require_temporary_folder,
+    vllm_interpreter,
+)
 from llava_sft.paths import Paths
 from llava_sft.settings.conflicts import check_fp8, check_parallel_sizes
 from llava_sft.settings.layers import check_batch, load_model
@@ -61,6 +68,8 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True, elsew
     need not be that of the start checkpoint. Not `elsewhere`: this machine is to train, and has to be able to.
     """
     settings = paths.settings
+    require_temporary_folder()
+    _refuse_dead_link(settings.exp_dir)
     reads_demo = any(paths.is_demo(path) for path in user_paths(settings).values())
     if paths.demo and paths.demo_done and reads_demo and not paths.demo_done.exists():
         check_demo(paths.demo)
@@ -93,10 +102,21 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True, elsew
         check_machine(paths, gpus)
 
 
+def _refuse_dead_link(folder: Path) -> None:
+    """Raise SettingsError where `exp_dir` goes through a link to what is not there: a disk that is not mounted, say."""
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise SettingsError(
+                f"exp_dir: {shown(str(folder))}: {path} is a link to {os.readlink(path)}, which is not there",
+                "mount that disk, or mend the link; or another exp_dir",
+            )
+
+
 def check_machine(paths: Paths, gpus: int) -> None:
     """Raise SettingsError, before any job, when what is still to be done cannot be done on this machine as asked."""
     if not paths.train_done.exists():
         check_gpus(paths.settings, gpus, cluster=False)
+        require_shared_memory()
     if paths.settings.parity == "gpu" and not paths.export_done.exists() and not gpu_count():
         raise SettingsError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
 
@@ -113,9 +133,11 @@ def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
     if not cluster and gpus > (found := gpu_count()):
         raise SettingsError(
             f"gpus_per_node is {gpus}, this machine has {found}",
-            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU") + ", or snakemake --profile slurm",
+            f"gpus_per_node: {found}"
+            + ("" if found else " trains on the CPU")
+            + ", or make train_X ARGS='--profile slurm'",
         )
     if not cluster:
-        require_able_gpus(gpus, settings.fp8)
+        require_able_gpus(gpus, settings.fp8, settings.attention)
         require_engine(gpus)
     require_packages(settings.trackers)

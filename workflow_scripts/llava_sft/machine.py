@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import NamedTuple
 
 import psutil
 
-from llava_sft.errors import SettingsError, shown
-from llava_sft.gpu_stack import engine_trouble, gpu_name, said
+from llava_sft.errors import LEAST_SPACE, SettingsError, shown
+from llava_sft.gpu_stack import engine_trouble, flash4_trouble, gpu_name, said
 
+SHARED_MEMORY = Path("/dev/shm")
+MORE_TEMPORARY = "free some space there, or: export TMPDIR=FOLDER on a disk with room"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GIB = 2**30
 # Dense bf16 peak of a GPU, FLOP/s with sums in float32, as its maker publishes it; MFU is relative to it.
@@ -30,6 +34,7 @@ GPU_MEMORY_GIB = {
     "H800": 79.1, "H20": 95.6, "A800": 79.2, "L20": 44.5, "6000 ADA": 47.5, "PRO 6000": 95.6,
     "A6000": 47.5, "L40S": 44.5, "L40": 44.5, "L4": 22.0, "3090": 23.6, "4090": 23.5, "5090": 31.4,
 }  # fmt: skip
+HOPPER = 9.0  # its compute capability
 OLDEST_GPU = 8.0  # compute capability that bf16 and the kernels need; FP8 needs:
 OLDEST_GPU_OF_FP8 = {"tensorwise": 8.9, "blockwise": 9.0}
 HIDES = ("", "-1", "NoDevFiles")  # what stands in CUDA_VISIBLE_DEVICES for no GPU; the last as Slurm writes it
@@ -158,8 +163,9 @@ def require_engine(gpus: int) -> None:
         )
 
 
-def require_able_gpus(count: int, fp8: str) -> None:
-    """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`."""
+def require_able_gpus(count: int, fp8: str, attention: str = "auto") -> None:
+    """Raise SettingsError where one of the first `count` GPUs here is too old to train, or for `fp8`, or where `attention:
+    flash4` cannot be had."""
     for number, gpu in enumerate(gpus()[:count]):
         if gpu.capability is None:
             continue
@@ -171,6 +177,32 @@ def require_able_gpus(count: int, fp8: str) -> None:
             )
         if gpu.capability < OLDEST_GPU_OF_FP8.get(fp8, 0):
             raise SettingsError(f"{who}; fp8: {fp8} needs {OLDEST_GPU_OF_FP8[fp8]} or newer", "fp8: none")
+        if attention == "flash4" and gpu.capability != HOPPER:
+            raise SettingsError(f"{who}; attention: flash4 needs {HOPPER} (Hopper)", "attention: auto")
+    if count and attention == "flash4" and (missing := flash4_trouble()):
+        raise SettingsError(f"attention: flash4, and {missing.what}", f"{missing.fix}; or attention: auto")
+
+
+def require_shared_memory() -> None:
+    """Raise SettingsError where loader processes could not hand over their batches."""
+    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < 64 << 20:
+        raise SettingsError(
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, the data loader needs 64",
+            f"in Docker: --shm-size=8g or --ipc=host; else delete what ended programs left there (ls -la {SHARED_MEMORY}), or "
+            f"as root: mount -o remount,size=8g {SHARED_MEMORY}",
+        )
+
+
+def require_temporary_folder() -> None:
+    """Raise SettingsError where no program could write its temporary files: each says so in another traceback."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        raise SettingsError(
+            "no folder for temporary files can be written: neither TMPDIR nor /tmp", MORE_TEMPORARY
+        ) from None
+    if (free := shutil.disk_usage(folder).free) < LEAST_SPACE:
+        raise SettingsError(f"{folder}, for temporary files, has {free >> 10:,} KiB left", MORE_TEMPORARY)
 
 
 def free_memory() -> int:

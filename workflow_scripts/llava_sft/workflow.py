@@ -60,10 +60,10 @@ def check_targets(words: list[str], known: Experiments) -> None:
                 "rename the file",
             )
         problem = f"{shown(word)}: there is no config/experiments/{shown(experiment)[1:-1]}.yaml"
-        if stray := misplaced(experiment):
+        near = nearest(experiment.removesuffix(".yaml").removesuffix(".yml"), known.experiments)
+        if stray := misplaced(experiment, known):
             moved = CONFIG_DIR / "experiments" / f"{experiment}.yaml"
             raise SettingsError(f"{problem}, but {shown(str(stray))}", shlex.join(["mv", str(stray), str(moved)]))
-        near = nearest(experiment, known.experiments)
         raise SettingsError(
             problem,
             (f"did you mean {step}_{near}? " if near else "")
@@ -72,19 +72,20 @@ def check_targets(words: list[str], known: Experiments) -> None:
         )
 
 
-def misplaced(experiment: str) -> Path | None:
+def misplaced(experiment: str, known: Experiments) -> Path | None:
     """A file that may have been meant as this experiment's: X.yml, X.YAML, X.yaml.txt, X, or one folder too high."""
     name = re.compile(re.escape(experiment) + r"(\.(ya?ml|txt|json))*", re.IGNORECASE)
     for folder in (CONFIG_DIR / "experiments", CONFIG_DIR, Path(".")):
         for path in sorted(folder.glob("*")):
-            if name.fullmatch(path.name) and path.suffix and path.is_file():
+            taken = path.suffix == ".yaml" and path.stem in known.experiments
+            if name.fullmatch(path.name) and path.suffix and path.is_file() and not taken:
                 return path
     return None
 
 
 def overview(known: Experiments) -> str:
     width = max(map(len, STEPS)) + 2
-    lines = ["", "Targets: STEP_EXPERIMENT, as in `snakemake --cores 8 train_vqa`; `-n` shows what would run", ""]
+    lines = ["", "Targets: STEP_EXPERIMENT, as in `make train_vqa`; `make train_vqa ARGS=-n` shows what would run", ""]
     lines += [f"  {step:{width}} {text}" for step, (_, text) in STEPS.items()]
     lines += ["", "Experiments (config/experiments/): " + ", ".join(known.experiments), ""]
     if known.misnamed:

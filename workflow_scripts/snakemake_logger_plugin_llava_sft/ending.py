@@ -33,9 +33,10 @@ def failure(state: State) -> list[str]:
     rerun = False
     for number, log, text in told[:3]:
         name = state.jobs[number].name if number in state.jobs else "a job"
-        if saved := next((line for line in text.splitlines() if SAVED in line), ""):
+        refused = text.startswith("error: ")  # its fix may end as the last line of a training that has saved
+        if not refused and (saved := next((line for line in text.splitlines() if SAVED in line), "")):
             lines += ["", f"{name} was stopped and has saved:", saved]
-        elif state.interrupted and not text.startswith("error: "):
+        elif state.interrupted and not refused:
             lines += ["", f"{name} was stopped; the same command does it again"]
             continue
         else:

@@ -47,12 +47,12 @@ def own_words(kind: str, text: str, targets: Collection[str] = ()) -> str:
     if found := re.search(r"No rule to produce (.+?) \(if", text):
         return (
             f"error: {found[1][:200]}: neither a target nor a file that a rule makes\n"
-            f"  fix: {near(found[1][:200], targets)}`snakemake` alone lists the targets; settings stand after --config as KEY=VALUE"
+            f"  fix: {near(found[1][:200], targets)}`make` alone lists the targets; settings: make train_X lr=1e-5"
         )
     if "Target rules may not contain wildcards" in text and (steps := [word for word in sys.argv[1:] if word in STEPS]):
         return (
             f"error: {steps[0]}: of which experiment?\n"
-            f"  fix: {near(steps[0], targets)}`snakemake` alone lists the experiments"
+            f"  fix: {near(steps[0], targets)}`make` alone lists the experiments"
         )
     if found := re.search(r"Resource '(\w+)' with value '([^']*)' could not be parsed as (\w+)", text):
         return f"error: {found[1]}: {found[2][:200]!r}: not a number of {found[3]}\n  fix: write one for {found[1]} in {PROFILE}"
@@ -91,7 +91,8 @@ def profile_missed(text: str) -> str:
 def near(word: str, targets: Collection[str]) -> str:
     """The targets that may be meant."""
     of_step = [target for target in sorted(targets) if target.startswith(f"{word}_")]
-    meant = of_step[:4] or difflib.get_close_matches(word.replace("-", "_"), targets, n=1, cutoff=0.75)
+    whole = [f"train_{word}"] if f"train_{word}" in targets else []
+    meant = of_step[:4] or whole or difflib.get_close_matches(word.replace("-", "_"), targets, n=1, cutoff=0.75)
     return f"did you mean {' or '.join(meant)}? " if meant else ""
 
 
@@ -140,7 +141,7 @@ def locked() -> str:
     return (
         "error: this folder is locked by a Snakemake that left no note of itself\n"
         "  fix: look for it with `ps ax | grep snakemake` on the machines that use this folder and wait for its end; when there "
-        "is none, `snakemake --unlock`"
+        "is none, `.venv/bin/snakemake --unlock`"
     )
 
 

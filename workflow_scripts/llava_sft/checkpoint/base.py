@@ -73,7 +73,7 @@ def _making_again(base: Path, load: str) -> str:
     if base.name != "release":
         return f"restore {base}"
     if "+" in base.parent.name or is_legacy(Path(load)):  # converted with options that are not noted
-        return "run the command again that converted it: `snakemake preflight_X` of its experiment X"
+        return "run the command again that converted it: `make preflight_X` of its experiment X"
     return shlex.join(["python", "workflow_scripts/convert_checkpoint.py", "hf2mcore", load, str(base.parent)])
 
 

@@ -1,8 +1,9 @@
 """A checkpoint named by its Hugging Face hub id, `org/name` or `org/name@revision`: downloaded once into the hub's cache."""
 
+import shutil
 from pathlib import Path
 
-from llava_sft.errors import CheckpointError, shown
+from llava_sft.errors import CheckpointError, full_disk, shown
 from llava_sft.progress import Progress
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -58,7 +59,7 @@ def newest_on_hub(repo: str) -> tuple[str | None, str]:
 
 def download(load: str) -> Path:
     """The folder of this revision, of the main branch where none is named. Raises CheckpointError."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from tqdm.auto import tqdm
 
     class Bar(tqdm):
@@ -77,6 +78,13 @@ def download(load: str) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=FILES, tqdm_class=Bar))
     except Exception as error:  # the client passes on those of its HTTP library
+        if full_disk(error):
+            place = Path(constants.HF_HUB_CACHE)
+            free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+            raise CheckpointError(
+                f"load: {load}: no room in the hub's cache {place}: {free / 1e6:,.1f} MB are free",
+                "free some there, or: export HF_HOME=FOLDER on a disk with room; then the same command",
+            ) from None
         raise _refusal(load, error) from None
 
 

@@ -21,6 +21,7 @@ from llava_sft.checkpoint.hf_folder import (
     refuse_pointer,
     require_weights,
 )
+from llava_sft.checkpoint.nearby import CHOICES, right_name
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.verify import MARKER, content_of, require_whole
 from llava_sft.errors import READABLE, CheckpointError, shown
@@ -32,10 +33,6 @@ from llava_sft.run.layout import ITERATION, PAIRS, SIDECARS, TRACKER, iteration_
 RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-CHOICES = (
-    "a Hugging Face folder, a hub id (org/name or org/name@revision), a PEFT folder, a …_mcore_tp1_pp1 folder, an "
-    "iter_0000400 folder or its run directory, or `random`"
-)
 Kind = Literal["random", "hub", "huggingface", "peft", "megatron", "iteration", "legacy"]
 
 
@@ -272,9 +269,9 @@ def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | 
 def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | None) -> None:
     load, folder = checkpoint.name, checkpoint.folder
     if folder.is_file():
-        raise CheckpointError(f"load: {load}: a file; checkpoints are folders", f"load: {folder.parent}")
+        raise CheckpointError(f"load: {load}: a file; checkpoints are folders", right_name(load))
     if not folder.is_dir():
-        raise CheckpointError(f"load: {load}: no such folder", f"load: {CHOICES}")
+        raise CheckpointError(f"load: {load}: no such folder", right_name(load))
     if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
         raise CheckpointError(f"load: {load}: one rank of a checkpoint", f"load: {folder.parent}")
     if checkpoint.kind == "legacy" and tokenizer is None:
@@ -290,7 +287,10 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
         refuse_other_forms(folder, f"load: {load}")
         if not (folder / "config.json").is_file():
             missing = f"neither config.json (Hugging Face) nor {TRACKER} (Megatron)"
-            raise CheckpointError(f"load: {load}: contains {missing}", f"load: {CHOICES}")
+            bare = (
+                any(folder.glob("*.safetensors")) and f"copy config.json to its weights, from where they came: {folder}"
+            )
+            raise CheckpointError(f"load: {load}: contains {missing}", bare or right_name(load))
         if not has_parts:
             try:
                 model_of_config(read_hf_config(folder))

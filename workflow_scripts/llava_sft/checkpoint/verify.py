@@ -94,7 +94,7 @@ def require_whole(folder: Path, full: bool = False) -> int:
         if folder.name.startswith("iter_"):
             again = "use another iter_ folder"
         elif is_export(root):
-            again = f"delete {root} and export again: `snakemake export_X`, or convert_checkpoint.py mcore2hf"
+            again = f"delete {root} and export again: `make export_X`, or convert_checkpoint.py mcore2hf"
         raise CheckpointError(
             f"{root}{'/' if damage.split()[0] in files else ': '}{damage}: damaged since it was written",
             f"restore it from a copy, or {again}",

@@ -42,6 +42,7 @@ PARTS = {
     "conversations": ("turns", TURNS), "question": ("question and answer", QUESTIONS), "answer": ("question and answer", ANSWERS),
     "caption": ("caption", CAPTIONS),
 }  # fmt: skip
+PART_OF = {name: what for what, (_, names) in PARTS.items() for name in names}
 OPTIONS = ("choices", "options")
 LETTERED = {word + sign for word in ("", "option", "choice", "answer") for sign in "abcdefghij123456789"}
 NUMBERS = ("imageid", "imgid")  # of a picture that is somewhere else
@@ -123,7 +124,10 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
     Errors: `Rejected` for a record of no known form, or of several.
     """
     names = _by_name(key for key, value in record.items() if not is_empty(value))
-    keys = {what: [what] if what in reading.columns else _of(known, names) for what, (_, known) in PARTS.items()}
+    keys: dict[str, list[str]] = {what: [] for what in PARTS}
+    for name, same in names.items():
+        if name in PART_OF:
+            keys[PART_OF[name]] += same
     form, image_first = _form(record, keys, names, reading), True
     if form == "turns":
         key = _only("conversations", keys["conversations"], record)
@@ -141,15 +145,18 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
 
 def _form(record: dict[str, Any], keys: dict[str, list[str]], names: dict[str, list[str]], reading: Reading) -> str:
     """The form of a record, and in `keys` the turns that it is to be read from."""
-    named = sorted({PARTS[what][0] for what in reading.columns if what in PARTS})
-    if len(named) > 1:
-        raise Rejected("columns of several forms", f"a record is {' or '.join(named)}: name the columns of one")
-    if named:
-        return named[0]
-    known, asked = _of(TURNS[:2], names), keys["question"] + keys["answer"] + names.get("answers", [])
-    if "history" in names and any(plain(key) in (*QUESTIONS, *ANSWERS) for key in record):
-        names = names | {"history": []}  # of that question, though it may be empty
-    keys["conversations"] = turns = known or [key for key in _of(TURNS, names) if is_turns(record[key])]
+    if reading.settled:
+        named = {PARTS[what][0]: what for what in reading.columns if what in PARTS}
+        if len(named) > 1:
+            raise Rejected("columns of several forms", f"a record is {' or '.join(named)}: name the columns of one")
+        keys |= {what: [what] for what in reading.columns if what in PARTS}
+        return next(iter(named))
+    asked, turns = keys["question"] + keys["answer"] + names.get("answers", []), keys["conversations"]
+    known = [key for key in turns if plain(key) in TURNS[:2]]
+    if turns and not known:
+        lone = not any(plain(key) in (*QUESTIONS, *ANSWERS) for key in record)  # else its history is of that question
+        turns = [key for key in turns if is_turns(record[key]) and (lone or plain(key) != "history")]
+    keys["conversations"] = turns = known or turns
     if turns and asked and not known:
         settle = f"columns: {{conversations: {turns[0]}}}, or {{question: {asked[0]}, …}}"
         raise Rejected("keys of several forms", f"{', '.join(asked + turns)}: say which, {settle}")
@@ -173,11 +180,8 @@ def _as_list(turns: Any, key: str) -> list[Any]:
         try:
             turns = orjson.loads(turns)
         except orjson.JSONDecodeError:
-            fix = (
-                "Python's spelling: write it with json.dumps"
-                if turns.lstrip()[:2] in ("[{", "[[")
-                else "write a list of turns"
-            )
+            python = turns.lstrip()[:2] in ("[{", "[[")
+            fix = "Python's spelling: write it with json.dumps" if python else "write a list of turns"
             raise Rejected("malformed conversation", f"{key} is a string that is no JSON; {fix}") from None
     if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
         if len({len(values) for values in turns.values()}) > 1:
@@ -249,7 +253,8 @@ def _question_and_answer(
 ) -> tuple[list[Any], set[str]]:
     """The turns of a record that holds one question and its answer, after a `history` of earlier ones; and the keys used."""
     asked, answered, several = keys["question"], keys["answer"], names.get("answers", [])
-    if [plain(key) for key in asked] == ["instruction", "input"]:  # Alpaca's
+    if sorted(map(plain, asked)) == ["input", "instruction"]:  # Alpaca's
+        asked.sort(key=plain, reverse=True)
         question: Any = "\n".join(_text(record, key, "question") for key in asked)
     else:
         asked = [_only("question", asked, record)]
@@ -281,7 +286,7 @@ def _question_and_answer(
 
 def _check_options_and_picture(record: dict[str, Any], names: dict[str, list[str]], reading: Reading) -> None:
     """Raise `Rejected` for options beside the question, unless `columns` name question and answer, and for a picture's number."""
-    lettered = [key for name in sorted(LETTERED & names.keys()) for key in names[name]]
+    lettered = [key for name, same in names.items() if name in LETTERED for key in same]
     options = _of(OPTIONS, names) or (lettered if len(lettered) > 1 else [])
     if options and not {"question", "answer"} <= reading.columns.keys():
         what = "write them into the question, and the answer as its text"
@@ -310,14 +315,13 @@ def _caption(record: dict[str, Any], captions: list[str], reading: Reading) -> t
 
 def _only(what: str, keys: list[str], record: dict[str, Any]) -> str:
     """The one key that says `what`. Errors: `Rejected` where there is none, an empty one, or several."""
-    known = PARTS[what][1] if what in PARTS else (what,)
-    empty = next((key for key in keys or record if plain(key) in known and is_empty(record[key])), None)
-    if len(keys) == 1 and empty is None:
+    if len(keys) == 1 and not is_empty(record[keys[0]]):
         return keys[0]
     if len(keys) > 1:
         raise Rejected(f"several keys for the {what}", f"{', '.join(keys)}: say which, columns: {{{what}: {keys[0]}}}")
-    if empty is not None:
-        raise Rejected("empty conversation" if what == "conversations" else f"empty {what}", empty)
+    for key in keys or record:
+        if plain(key) in (PARTS[what][1] if what in PARTS else (what,)):  # and empty
+            raise Rejected("empty conversation" if what == "conversations" else f"empty {what}", key)
     found = f"found: {', '.join(map(str, record))}"
     raise Rejected("missing key", f"{what}; {found}: say which, columns: {{{what}: KEY}}")
 

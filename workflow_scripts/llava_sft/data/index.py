@@ -163,16 +163,18 @@ def _leak(sources: list[ConvertedSource]) -> dict[str, int]:
     held = [row for source in sources for stats in source.filled("heldout") for row in source.parsed(stats)]
     if not held:
         return {}
-    images: set[str] = set()
-    records: set[int] = set()
+    # Of the training records only what the held-out ones have as well is kept: there may be 10^8.
+    images = dict.fromkeys((image["hash"] for row in held for image in row["images"]), False)
+    records = dict.fromkeys((_asked(row) for row in held if "asked" in row), False)
     for source in sources:
         for stats in source.filled("train"):
             for row in source.parsed(stats):
-                images.update(image["hash"] for image in row["images"])
-                records.add(_asked(row))
+                images |= {image["hash"]: True for image in row["images"] if image["hash"] in images}
+                if (asked := _asked(row)) in records:
+                    records[asked] = True
     counts = {
-        "records": sum(_asked(row) in records for row in held if "asked" in row),
-        "images": sum(any(image["hash"] in images for image in row["images"]) for row in held),
+        "records": sum(records[_asked(row)] for row in held if "asked" in row),
+        "images": sum(any(images[image["hash"]] for image in row["images"]) for row in held),
     }
     return counts | {"of": len(held)} if any(counts.values()) else {}
 

@@ -141,7 +141,7 @@ def check_raw(shards: list[Stats]) -> None:
     if changed := [stats["shard"] for stats in touched if hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
         raise DataError(
             f"{path} has changed within the ranges of {len(changed)} shards: {_first_few(changed)}",
-            "run the same command (snakemake data_EXPERIMENT), which converts these again; by hand: convert these ranges",
+            "run the same command (make data_EXPERIMENT), which converts these again; by hand: convert these ranges",
         )
 
 
@@ -175,9 +175,9 @@ def way_out(folder: Path, name: str) -> str:
     notes_dirs = (default_notes_dir(folder), default_notes_dir(folder.parent) / folder.name)
     shard, tar = name.removesuffix(".tar"), folder / name
     if any((path / f"{shard}.stats.json").exists() for path in notes_dirs):
-        return f"delete {tar} and run the same command (snakemake data_EXPERIMENT), which converts it again"
+        return f"delete {tar} and run the same command (make data_EXPERIMENT), which converts it again"
     if any(path.is_dir() for path in notes_dirs):  # merged by val_fraction
-        return f"delete {folder}/.nv-meta and run the same command (snakemake data_EXPERIMENT), which makes it again"
+        return f"delete {folder}/.nv-meta and run the same command (make data_EXPERIMENT), which makes it again"
     return f"copy or make {tar.resolve()} again, and run the same command"
 
 

@@ -137,7 +137,13 @@ def parse_record(
     Images are absent, one, or a list; each a path, a picture in base64 or, as the Hugging Face hub has it, {bytes, path}. A
     content may be a list of parts, of which those of images may name them. `unread` notes keys that are not read.
     """
-    unread = Unread() if unread is None else unread
+    try:
+        return _parsed(record, Unread() if unread is None else unread, reading)
+    except RecursionError:
+        raise Rejected("nested too deeply", "lists or objects within one another, hundreds of them") from None
+
+
+def _parsed(record: dict[str, Any], unread: Unread, reading: Reading) -> Sample[str | bytes]:
     if "messages" in record and "conversations" in record and not reading.settled:
         record = _one_conversation(record, reading)
     if reading.columns:
@@ -235,7 +241,8 @@ def _images(record: dict[str, Any], in_parts: list[Any]) -> list[Any]:
 
 def _listed(record: dict[str, Any], key: str) -> list[Any]:
     """What stands under a key of images; empty where it says nothing, as a cell of a table does."""
-    value = record.get(key)
+    if (value := record.get(key)) is None:
+        return []
     if type(value) is str and value[:1] == "[" and (listed := _json_list(value)) is not None:
         value = listed
     entries = value if isinstance(value, list) else [value]

@@ -21,6 +21,7 @@ WAYS_OUT = {
     "missing image": "set image_root to the folder that the records' image paths start from",
     "missing key": "say which keys they are: columns: {question: KEY, answer: KEY, image: KEY}, or caption: KEY; the first row of a table names them",
     "image is an address": "download the pictures, and name the files",
+    "malformed row": "a text with the separator, a quote or a line end goes into double quotes, without a space before them",
     "columns of several forms": "correct `columns`: question and answer, or caption, or conversations",
     "missing column": "correct `columns`: to the left what it is, to the right the key or column of your file",
     "number of <image> differs from images": "where no text has <image>: image_first: true",

@@ -5,6 +5,7 @@ reading them tells, since a cell may hold line ends. Arrow's stream cannot be re
 """
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -29,7 +30,7 @@ def _spelling(file: BinaryIO) -> dict[str, Any]:
     lines = iter(lambda: file.readline(BLOCK), b"")
     head = next((line for line in lines if line.strip(BOM + b"\r\n\t ,;")), b"")
     separator = separator_of(head) or b","
-    spaced = [cell.startswith(b" ") for cell in head.split(separator)[1:]]  # `a, b, "c, d"`
+    spaced = [cell.startswith(b" ") for cell in head.split(separator)[1:] if cell.strip()]  # `a, b, "c, d"`
     return {"delimiter": separator.decode(), "skipinitialspace": bool(spaced) and all(spaced), "strict": True}
 
 
@@ -42,6 +43,7 @@ def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejecte
     csv.field_size_limit(MAX_LINE_BYTES)
     spelling, offset, doubt = _spelling(file), start, False
     separator = spelling["delimiter"]
+    before_quote = re.compile(re.escape(separator.encode()) + b' +"')
     taken: list[bytes] = []
     again: list[bytes] = []
     file.seek(start)
@@ -69,13 +71,14 @@ def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejecte
             again += reversed(taken[1:])
             del taken[1:]
         data = b"".join(taken)
-        if not problem and b'"' in data:
-            doubt = doubt and any('"' in cell for cell in cells)
+        if doubt and not problem and (doubt := any('"' in cell for cell in cells)):
+            problem = "it follows one, whose quotes may go on in it"
+        if before_quote.search(data) and not problem:
             spaced = [cell for cell in cells if cell[:1] == " " and cell.lstrip(" ")[:1] == '"']
-            if doubt:
-                problem = "it follows one, whose quotes may go on in it"
-            elif spaced and f"{separator}{spaced[0]}".encode("utf-8", "surrogateescape") in data:
-                problem = f"a space before the quote: remove it, or write one behind each {separator} of the first row"
+            if spaced and f"{separator}{spaced[0]}".encode("utf-8", "surrogateescape") in data:
+                problem = (
+                    f"a space before the quote: remove it, or write one behind each {separator} of the first row, too"
+                )
         said = cells if any(cells) else []
         yield offset, Rejected("malformed row", problem) if problem else said, data
         offset += len(data)
@@ -122,7 +125,7 @@ def read_table(file: BinaryIO, start: int, end: int, update: Callable[[bytes], A
 
 
 def _record(names: list[str], cells: list[str]) -> dict[str, Any] | Rejected:
-    if any(cells[len(names) :]) or len(cells) < len(names):
+    if len(cells) != len(names) and (len(cells) < len(names) or any(cells[len(names) :])):
         fix = "a text that holds the separator goes into double quotes"
         return Rejected("cells differ from the first row", f"{len(cells)} cells, {len(names)} columns: {fix}")
     try:

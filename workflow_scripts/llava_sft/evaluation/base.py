@@ -26,7 +26,7 @@ def exported(folder: Path) -> Model:
     if not isinstance(depends, str):
         raise CheckpointError(
             f"{folder / MARKER}: not written by this workflow, or edited: `depends` is missing",
-            f"delete {folder} and export again: `snakemake export_X`, or convert_checkpoint.py mcore2hf",
+            f"delete {folder} and export again: `make export_X`, or convert_checkpoint.py mcore2hf",
         )
     return Model(str(folder), depends, partial(readable, folder))
 

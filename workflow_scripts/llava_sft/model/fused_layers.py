@@ -3,7 +3,8 @@
 Notable:
 - they compute with the parameters of Megatron's Transformer Engine layers: checkpoints, optimizer and names stay the same;
 - a layer is one autograd function: matrix products of cuBLAS, in bf16 or FP8, attention of cuDNN, and one kernel for all
-  that stands between two of them (kernels.py), with which residuals and the gradients of biases and norms go along;
+  that stands between two of them (kernels.py, rotary.py, activations.py), with which residuals and the gradients of biases
+  and norms go along;
 - attention is over all samples or images at once, called without the layers of Transformer Engine that choose it: they
   cost the host 0.7 ms a call, and would fall back to a slow kernel without a word. Where cuDNN's cannot take segments
   (GPUs other than Hopper and Blackwell's data-centre ones), it is PyTorch's FlashAttention-2;
@@ -23,19 +24,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from llava_sft.model import flash4
+from llava_sft.model.activations import gelu, gelu_backward, swiglu, swiglu_backward
 from llava_sft.model.attention import VisionSeqParams
-from llava_sft.model.kernels import (
-    PartialSums,
-    gelu,
-    gelu_backward,
-    norm,
-    norm_backward,
-    rope,
-    rope_backward,
-    swiglu,
-    swiglu_backward,
-)
-from llava_sft.model.products import move_back, product, product_backward, room_beside, summed, trainable
+from llava_sft.model.casts import handed
+from llava_sft.model.kernels import PartialSums, norm, norm_backward
+from llava_sft.model.products import move_back, places, product, product_backward, room_beside, summed, trainable
+from llava_sft.model.rotary import rope, rope_backward
 from llava_sft.model.trained import SPARED
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
@@ -67,6 +62,11 @@ def _cudnn(segments: PackedSeqParams, causal: bool) -> tuple[tuple, dict]:
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams, causal: bool) -> tuple[Tensor, list]:
     """Scaled dot-product attention inside each segment: query [tokens, heads, head_dim], key and value with as many
     heads or fewer → [tokens, heads, head_dim], and statistics for the gradient. Of cuDNN, or PyTorch's FlashAttention-2."""
+    if flash4.wanted(causal):
+        try:
+            return flash4.attend(query, key, value, segments, causal)
+        except Exception as error:
+            flash4.give_up(causal, error)
     sizes, kind = _cudnn(segments, causal)
     if has_cudnn_attention():
         backend = FusedAttnBackend["F16_arbitrary_seqlen"]
@@ -83,6 +83,8 @@ def attend_backward(
     """Gradients of query, key and value."""
     sizes, kind = _cudnn(segments, causal)
     grad = grad.view_as(out)
+    if len(statistics) == 1:
+        return flash4.attend_backward(grad, inputs, out, statistics, segments, causal)
     if has_cudnn_attention():
         backend, exact = FusedAttnBackend["F16_arbitrary_seqlen"], torch.are_deterministic_algorithms_enabled()
         given = *sizes, *inputs, out, grad, grad.dtype, statistics, backend
@@ -105,18 +107,19 @@ class LanguageLayer(torch.autograd.Function):
         recipe, eps = config.fp8 and config.fp8_recipe, config.layernorm_epsilon
         head_norms = attention.q_layernorm.weight, attention.k_layernorm.weight
         room = room_beside(attention.linear_qkv, recipe)
-        _, for_heads, _, first_scale = norm(hidden, attention.linear_qkv.layer_norm_weight, None, eps, room=room)
+        amax = partial(places, recipe, hidden.device)
+        qkv_norm = attention.linear_qkv.layer_norm_weight
+        _, for_heads, _, first_scale = norm(hidden, qkv_norm, None, eps, room=room, amax=amax())
         qkv, for_qkv = product(for_heads, attention.linear_qkv, recipe)
         cos, sin = segments.rope
         groups, ranks = attention.num_query_groups_per_partition, attention.pg_collection.tp
         inputs = rope(qkv, groups, cos, sin, head_norms, eps)
         attended, statistics = attend(*inputs, segments, True)
         branch, for_proj = product(attended.flatten(1), attention.linear_proj, recipe)
-        middle, x, _, second_scale = norm(
-            hidden, mlp.linear_fc1.layer_norm_weight, None, eps, summed(branch, ranks), room
-        )
+        fc1_norm, branch = mlp.linear_fc1.layer_norm_weight, summed(branch, ranks)
+        middle, x, _, second_scale = norm(hidden, fc1_norm, None, eps, branch, room, amax())
         gate_and_up, for_fc1 = product(x, mlp.linear_fc1, recipe)
-        opened = swiglu(gate_and_up, room)
+        opened = swiglu(gate_and_up, room, amax())
         branch, for_fc2 = product(opened, mlp.linear_fc2, recipe)
         ctx.constants = layer, segments, recipe, eps, head_norms, room
         ctx.saved = hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up
@@ -140,12 +143,14 @@ class LanguageLayer(torch.autograd.Function):
         width, head_dim = hidden.size(1), head_norms[0].numel()
         if grad.stride() != (width + room, 1):  # it comes from another kind of layer
             grad = grad.contiguous()
+        handed(segments).take(grad)
+        amax = partial(places, recipe, hidden.device)
         sums = PartialSums(2 * (width + head_dim), hidden.device)
         qkv_norm, fc1_norm = attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight
-        through_swiglu = partial(swiglu_backward, gate_and_up=gate_and_up, again=again)
+        through_swiglu = partial(swiglu_backward, gate_and_up=gate_and_up, again=again, amax=amax())
         through_norm = partial(norm_backward, bias=None, mean=None, sums=sums, room=room, again=again)
         d_x, d_fc2 = product_backward(grad, for_fc2, mlp.linear_fc2, through_swiglu, recipe, x_of_fc2)
-        before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad)
+        before = partial(through_norm, x=middle, weight=fc1_norm, scale=second_scale, residual=grad, amax=amax())
         groups, ranks = attention.num_query_groups_per_partition, attention.pg_collection.tp
         grad, d_fc1 = product_backward(d_x, for_fc1, mlp.linear_fc1, before, recipe, x_of_fc1, ranks)
         cos, sin = segments.rope
@@ -153,9 +158,10 @@ class LanguageLayer(torch.autograd.Function):
         given = {"inputs": inputs, "out": attended, "statistics": statistics, "segments": segments}
         before, x = partial(attend_backward, **given, causal=True), attended.flatten(1)
         d_inputs, d_proj = product_backward(grad, for_proj, attention.linear_proj, before, recipe, x)
-        d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps)
-        before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad)
+        d_x = rope_backward(d_inputs, qkv, cos, sin, sums, head_norms, eps, amax())
+        before = partial(through_norm, x=hidden, weight=qkv_norm, scale=first_scale, residual=grad, amax=amax())
         grad, d_qkv = product_backward(d_x, for_qkv, attention.linear_qkv, before, recipe, x_of_qkv, ranks)
+        handed(segments).over(grad)
         norms_learn = any(ctx.needs_input_grad[3:7])
         d_norms = sums.totals([width, head_dim, head_dim, width], hidden.dtype) if norms_learn else (None,) * 4
         return grad, None, None, *d_norms, *d_qkv, *d_proj, *d_fc1, *d_fc2

@@ -16,6 +16,8 @@ from torch import Tensor
 from triton import cdiv
 from triton import next_power_of_2 as power_of_2
 
+from llava_sft.model.casts import APART, SLOTS, note_largest
+
 WARPS = 4
 TILE = 4096  # values of a tensor that a program of a backward kernel holds at a time
 PROGRAMS = 4  # of a backward kernel, for each multiprocessor
@@ -51,9 +53,30 @@ def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexp
     tl.store(out + column, tl.sum(total, 0), column < columns)
 
 
+PLACES = {"SLOTS": SLOTS, "APART": APART}
+
+
+def known(tensor: Tensor, amax: Tensor | None) -> Tensor:
+    """The tensor, with where its largest values are."""
+    if amax is not None:
+        tensor.largest_values = amax
+    return tensor
+
+
 def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
     """An empty [rows, columns] whose rows are `room` longer in memory."""
     return like.new_empty(rows, columns + room)[:, :columns]
+
+
+@triton.jit
+def load_halves(at, half, inside):
+    return tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + half, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def store_halves(at, half, inside, first, second):
+    tl.store(at, first, inside)
+    tl.store(at + half, second, inside)
 
 
 # --- norms ---------------------------------------------------------------------------------------------------------
@@ -61,8 +84,9 @@ def with_room(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
 
 @triton.jit
 def _norm(
-    x, branch, weight, bias, total, out, mean, scale, eps,
-    width: tl.constexpr, pitch: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
+    x, branch, weight, bias, total, out, mean, scale, amax, eps,
+    width: tl.constexpr, pitch: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
+    SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside, at = column < width, row * width + column
@@ -80,31 +104,37 @@ def _norm(
     value = value * factor * tl.load(weight + column, inside, 0.0).to(tl.float32)
     if CENTER:
         value += tl.load(bias + column, inside, 0.0).to(tl.float32)
+    value = value.to(out.dtype.element_ty)
     tl.store(out + row * pitch + column, value, inside)
+    if amax is not None:
+        note_largest(amax, row, tl.abs(value.to(tl.float32)), SLOTS, APART)
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None, room: int = 0
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, branch: Tensor | None = None, room: int = 0,
+    amax: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """RMSNorm, or LayerNorm where there is a bias, of x + branch, both [tokens, width] → x + branch, the normed [tokens,
     width], with `room` columns beside it, and what the gradient needs: mean (None without bias) and reciprocal deviation,
-    [tokens] float32."""
+    [tokens] float32. `amax`: where the largest values of what is normed go (casts.places), here and below."""
     (tokens, width), center = x.shape, bias is not None
     total, out = x if branch is None else torch.empty_like(x), with_room(x, tokens, width, room)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(scale) if center else None
     switches = {"ADD": branch is not None, "CENTER": center, "BLOCK": power_of_2(width)}
     _norm[tokens,](
-        x, branch, weight, bias, total, out, mean, scale, eps, width, width + room, **switches, num_warps=WARPS
-    )
-    return total, out, mean, scale
+        x, branch, weight, bias, total, out, mean, scale, amax, eps, width, width + room, **switches, **PLACES,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return total, known(out, amax), mean, scale
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_backward(
-    grad, x, weight, bias, mean, scale, residual, out, sums, tokens, columns,
+    grad, x, weight, bias, mean, scale, residual, out, sums, amax, tokens, columns,
     width: tl.constexpr, grad_pitch: tl.constexpr, residual_pitch: tl.constexpr, out_pitch: tl.constexpr,
-    CENTER: tl.constexpr, BIASES: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTER: tl.constexpr, BIASES: tl.constexpr, AGAIN: tl.constexpr, SLOTS: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, step = tl.program_id(0), tl.num_programs(0) * ROWS
     column = tl.arange(0, BLOCK)
@@ -114,6 +144,7 @@ def _norm_backward(
         shift = tl.load(bias + column, inside, 0.0).to(tl.float32)[None, :]
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     d_bias, sum_residual, sum_out = d_weight, d_weight, d_weight
+    most = tl.zeros([ROWS], tl.float32) if BIASES else d_weight  # with biases registers are short
     for start in range(program * ROWS, tokens, step):
         row = start + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None] & inside[None, :]
@@ -140,7 +171,13 @@ def _norm_backward(
         if BIASES:
             sum_residual += before
             sum_out += tl.where(mask, d_x, 0.0)
+        d_x = d_x.to(out.dtype.element_ty)
         tl.store(out + first * out_pitch + along_row, d_x, mask)
+        if amax is not None:
+            size = tl.where(mask, tl.abs(d_x.to(tl.float32)), 0.0)
+            most = tl.maximum(most, tl.max(size, 1) if BIASES else size)
+    if amax is not None:
+        note_largest(amax, program, most, SLOTS, APART)
     sums += program.to(tl.int64) * columns + column
     tl.store(sums, tl.sum(d_weight, 0), inside)
     if CENTER:
@@ -152,7 +189,7 @@ def _norm_backward(
 
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, scale: Tensor, residual: Tensor,
-    sums: PartialSums, biases: bool = False, room: int = 0, again: bool = False,
+    sums: PartialSums, biases: bool = False, room: int = 0, again: bool = False, amax: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gradient of x [tokens, width], `residual` (its gradient along the other way) added, with `room` columns beside it.
     Sums taken: weight; bias, with a mean; `residual` and the result itself, with `biases`: the gradients of the biases of
@@ -169,292 +206,10 @@ def norm_backward(
         "BLOCK": block,
     }
     _norm_backward[len(partial),](
-        grad, x, weight, bias, mean, scale, residual, out, partial, tokens, sums.columns, width, *pitches, **switches,
-        num_warps=WARPS,
+        grad, x, weight, bias, mean, scale, residual, out, partial, amax, tokens, sums.columns, width, *pitches, **switches,
+        **PLACES, num_warps=WARPS,
     )  # fmt: skip
-    return out
-
-
-# --- queries, keys and values --------------------------------------------------------------------------------------
-# The product lays them out group by group: the queries of a group, its key, its value; in the vision tower, where each
-# head has a key of its own, head by head. A head is two halves, which form the pairs that are rotated.
-
-
-@triton.jit
-def _load_halves(at, half, inside):
-    return tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + half, inside, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_halves(at, half, inside, first, second):
-    tl.store(at, first, inside)
-    tl.store(at + half, second, inside)
-
-
-@triton.jit
-def _norm_factor(first, second, half, eps):
-    return 1 / tl.sqrt(tl.sum(first * first + second * second, 2) / (2 * half) + eps)[:, :, None]
-
-
-@triton.jit
-def _head_offsets(
-    start, tokens, heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Offsets of the first halves, [tokens, heads or groups, half]: of the angles, queries and keys as laid out by the
-    product and alone; and which of them there are."""
-    token = (start + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]
-    channel, head = tl.arange(0, HALF)[None, None, :], tl.arange(0, HEADS)[None, :, None]
-    group, each, head_dim = tl.arange(0, GROUPS)[None, :, None], heads // groups, 2 * half
-    valid, row = (token < tokens) & (channel < half), token * (heads + 2 * groups)
-    q = (row + head // each * (each + 2) + head % each) * head_dim + channel
-    k = (row + group * (each + 2) + each) * head_dim + channel
-    q_alone, k_alone = (token * heads + head) * head_dim + channel, (token * groups + group) * head_dim + channel
-    return token * head_dim + channel, q, k, q_alone, k_alone, valid, valid & (head < heads), valid & (group < groups)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _rope(
-    qkv, q_out, k_out, v_out, q_weight, k_weight, cos, sin, tokens, eps, NORM: tl.constexpr,
-    heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    angle, q, k, q_alone, k_alone, valid, is_q, is_k = _head_offsets(
-        tl.program_id(0) * TOKENS, tokens, heads, groups, half, TOKENS, HEADS, GROUPS, HALF
-    )
-    c, s = tl.load(cos + angle, valid, 0.0), tl.load(sin + angle, valid, 0.0)
-    q1, q2 = _load_halves(qkv + q, half, is_q)
-    k1, k2 = _load_halves(qkv + k, half, is_k)
-    v1, v2 = _load_halves(qkv + k + 2 * half, half, is_k)
-    if NORM:  # what it gives is rounded to the tensors' precision, as where one is done after the other
-        channel = tl.arange(0, HALF)[None, None, :]
-        kind: tl.constexpr = q_out.dtype.element_ty
-        w1, w2 = _load_halves(q_weight + channel, half, channel < half)
-        factor = _norm_factor(q1, q2, half, eps)
-        q1, q2 = (q1 * factor * w1).to(kind).to(tl.float32), (q2 * factor * w2).to(kind).to(tl.float32)
-        w1, w2 = _load_halves(k_weight + channel, half, channel < half)
-        factor = _norm_factor(k1, k2, half, eps)
-        k1, k2 = (k1 * factor * w1).to(kind).to(tl.float32), (k2 * factor * w2).to(kind).to(tl.float32)
-    _store_halves(q_out + q_alone, half, is_q, q1 * c - q2 * s, q2 * c + q1 * s)
-    _store_halves(k_out + k_alone, half, is_k, k1 * c - k2 * s, k2 * c + k1 * s)
-    _store_halves(v_out + k_alone, half, is_k, v1, v2)
-
-
-@triton.jit
-def _norm_gradient(g1, g2, x1, x2, weight, half, eps, HALF: tl.constexpr):
-    """Gradients of both halves of normed heads, and what each value adds to the weight's."""
-    channel = tl.arange(0, HALF)[None, None, :]
-    w1, w2 = _load_halves(weight + channel, half, channel < half)
-    factor = _norm_factor(x1, x2, half, eps)
-    x1 *= factor
-    x2 *= factor
-    d_w1, d_w2 = g1 * x1, g2 * x2
-    along = tl.sum(d_w1 * w1 + d_w2 * w2, 2)[:, :, None] / (2 * half)
-    return (g1 * w1 - x1 * along) * factor, (g2 * w2 - x2 * along) * factor, d_w1, d_w2
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _rope_backward(
-    q_grad, k_grad, v_grad, qkv, out, q_weight, k_weight, cos, sin, sums, tokens, columns, eps, NORM: tl.constexpr,
-    heads: tl.constexpr, groups: tl.constexpr, half: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    program, step = tl.program_id(0), tl.num_programs(0) * TOKENS
-    sum_q1, sum_k1 = tl.zeros([TOKENS, HEADS, HALF], tl.float32), tl.zeros([TOKENS, GROUPS, HALF], tl.float32)
-    sum_q2, sum_k2, sum_v1, sum_v2 = sum_q1, sum_k1, sum_k1, sum_k1
-    for start in range(program * TOKENS, tokens, step):
-        angle, q, k, q_alone, k_alone, valid, is_q, is_k = _head_offsets(
-            start, tokens, heads, groups, half, TOKENS, HEADS, GROUPS, HALF
-        )
-        c, s = tl.load(cos + angle, valid, 0.0), tl.load(sin + angle, valid, 0.0)
-        a1, a2 = _load_halves(q_grad + q_alone, half, is_q)
-        b1, b2 = _load_halves(k_grad + k_alone, half, is_k)
-        v1, v2 = _load_halves(v_grad + k_alone, half, is_k)
-        if NORM:
-            x1, x2 = _load_halves(qkv + q, half, is_q)
-            y1, y2 = _load_halves(qkv + k, half, is_k)
-        q1, q2 = a1 * c + a2 * s, a2 * c - a1 * s
-        k1, k2 = b1 * c + b2 * s, b2 * c - b1 * s
-        if NORM:
-            q1, q2, w1, w2 = _norm_gradient(q1, q2, x1, x2, q_weight, half, eps, HALF)
-            sum_q1 += w1
-            sum_q2 += w2
-            k1, k2, w1, w2 = _norm_gradient(k1, k2, y1, y2, k_weight, half, eps, HALF)
-            sum_k1 += w1
-            sum_k2 += w2
-        else:
-            sum_q1 += q1
-            sum_q2 += q2
-            sum_k1 += k1
-            sum_k2 += k2
-            sum_v1 += v1
-            sum_v2 += v2
-        _store_halves(out + q, half, is_q, q1, q2)
-        _store_halves(out + k, half, is_k, k1, k2)
-        _store_halves(out + k + 2 * half, half, is_k, v1, v2)
-    sums += program.to(tl.int64) * columns
-    channel = tl.arange(0, HALF)
-    if NORM:  # one weight for all heads
-        sum_q1, sum_q2, sum_k1, sum_k2 = tl.sum(sum_q1, 0), tl.sum(sum_q2, 0), tl.sum(sum_k1, 0), tl.sum(sum_k2, 0)
-        _store_halves(sums + channel, half, channel < half, tl.sum(sum_q1, 0), tl.sum(sum_q2, 0))
-        _store_halves(sums + 2 * half + channel, half, channel < half, tl.sum(sum_k1, 0), tl.sum(sum_k2, 0))
-    else:  # a bias for every column, in the product's layout; there are as many heads as groups
-        head = tl.arange(0, HEADS)[:, None]
-        at, inside = sums + head * 6 * half + channel[None, :], (head < heads) & (channel < half)[None, :]
-        _store_halves(at, half, inside, tl.sum(sum_q1, 0), tl.sum(sum_q2, 0))
-        _store_halves(at + 2 * half, half, inside, tl.sum(sum_k1, 0), tl.sum(sum_k2, 0))
-        _store_halves(at + 4 * half, half, inside, tl.sum(sum_v1, 0), tl.sum(sum_v2, 0))
-
-
-def _shape(heads: int, groups: int, head_dim: int, most: int) -> dict:
-    """Sizes that the kernels are compiled for; `most` values of queries, keys and values at a time, or one token's."""
-    values = power_of_2(heads + 2 * groups) * power_of_2(head_dim)
-    return {
-        "heads": heads, "groups": groups, "half": head_dim // 2, "TOKENS": max(1, most // values),
-        "HEADS": power_of_2(heads), "GROUPS": power_of_2(groups), "HALF": power_of_2(head_dim // 2),
-    }  # fmt: skip
-
-
-def rope(
-    qkv: Tensor, groups: int, cos: Tensor, sin: Tensor, weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a product [tokens, groups · (heads a group + 2) · head_dim]: the first two normed, where
-    there are weights (RMSNorm of each head), and rotated by the angles of `cos` and `sin` [tokens, 1, head_dim] float32.
-    Returns [tokens, heads, head_dim], and [tokens, groups, head_dim] twice."""
-    tokens, head_dim = qkv.size(0), cos.size(-1)
-    heads = qkv.size(1) // head_dim - 2 * groups
-    shape = _shape(heads, groups, head_dim, 2 * TILE)
-    q, k, v = (qkv.new_empty(tokens, number, head_dim) for number in (heads, groups, groups))
-    q_weight, k_weight = weights or (None, None)
-    grid = (cdiv(tokens, shape["TOKENS"]),)
-    _rope[grid](qkv, q, k, v, q_weight, k_weight, cos, sin, tokens, eps, weights is not None, **shape, num_warps=WARPS)
-    return q, k, v
-
-
-def rope_backward(
-    grads: tuple[Tensor, Tensor, Tensor], qkv: Tensor | None, cos: Tensor, sin: Tensor, sums: PartialSums,
-    weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """Gradient of `qkv`, which the norms need. Sums taken: both norms' weights; without norms, the product's bias."""
-    (tokens, heads, head_dim), groups = grads[0].shape, grads[1].size(1)
-    shape = _shape(heads, groups, head_dim, 4 * TILE)
-    width = (heads + 2 * groups) * head_dim
-    out = grads[0].new_empty(tokens, width)
-    q_weight, k_weight = weights or (None, None)
-    partial = sums.take(2 * head_dim if weights else width)
-    _rope_backward[len(partial),](
-        *grads, qkv, out, q_weight, k_weight, cos, sin, partial, tokens, sums.columns, eps, weights is not None, **shape,
-        num_warps=WARPS,
-    )  # fmt: skip
-    return out
-
-
-# --- activations ---------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _swiglu(gate_and_up, out, width: tl.constexpr, pitch: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, at = column < width, row * 2 * width + column
-    gate, up = _load_halves(gate_and_up + at, width, inside)
-    # Two steps, as in Megatron: the first is rounded too.
-    opened = (gate * tl.sigmoid(gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * pitch + column, opened * up, inside)
-
-
-@triton.jit
-def _swiglu_backward(
-    gate_and_up, grad, out, width: tl.constexpr, pitch: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr
-):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, at = column < width, row * 2 * width + column
-    gate, up = _load_halves(gate_and_up + at, width, inside)
-    d_x = tl.load(grad + row * pitch + column, inside, 0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    if AGAIN:
-        opened = (gate * share).to(out.dtype.element_ty).to(tl.float32)
-        tl.store(grad + row * pitch + column, opened * up, inside)
-    _store_halves(out + at, width, inside, d_x * up * share * (1 + gate * (1 - share)), d_x * gate * share)
-
-
-def swiglu(gate_and_up: Tensor, room: int = 0) -> Tensor:
-    """silu(gate) · up of [tokens, 2 · width], gate before up → [tokens, width], with `room` columns beside it."""
-    tokens, width = gate_and_up.size(0), gate_and_up.size(1) // 2
-    out = with_room(gate_and_up, tokens, width, room)
-    _swiglu[tokens, cdiv(width, 1024)](gate_and_up, out, width, width + room, BLOCK=1024)
-    return out
-
-
-def swiglu_backward(grad: Tensor, gate_and_up: Tensor, again: bool = False) -> Tensor:
-    """Gradient of `gate_and_up`. `again`: swiglu(gate_and_up) takes the place of `grad`."""
-    out, (tokens, width) = torch.empty_like(gate_and_up), grad.shape
-    _swiglu_backward[tokens, cdiv(width, 1024)](gate_and_up, grad, out, width, grad.stride(0), again, BLOCK=1024)
-    return out
-
-
-@triton.jit
-def _normal(x):
-    """Cumulative distribution and density of the normal distribution: erf by Abramowitz and Stegun, Handbook of
-    Mathematical Functions, 7.1.26 (within 1.5e-7), which shares its exponential with the density."""
-    bell = tl.exp(-0.5 * x * x)
-    t = 1 / (1 + 0.2316418882 * tl.abs(x))
-    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
-    return tl.where(x > 0, 1 - tail, tail), bell * 0.3989422804
-
-
-@triton.jit
-def _gelu(x, out, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, at < size, 0.0).to(tl.float32)
-    below, _ = _normal(value)
-    tl.store(out + at, value * below, at < size)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _gelu_backward(
-    grad,
-    x,
-    out,
-    sums,
-    tokens,
-    columns,
-    width: tl.constexpr,
-    AGAIN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, total = column < width, tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < tokens)[:, None] & inside[None, :]
-        at = row.to(tl.int64)[:, None] * width + column[None, :]
-        value = tl.load(x + at, mask, 0.0).to(tl.float32)
-        d_x = tl.load(grad + at, mask, 0.0).to(tl.float32)
-        below, density = _normal(value)
-        if AGAIN:
-            tl.store(grad + at, value * below, mask)
-        d_x *= below + value * density
-        total += d_x
-        tl.store(out + at, d_x, mask)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * columns + column, tl.sum(total, 0), inside)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU, of any shape."""
-    out = torch.empty_like(x)
-    _gelu[cdiv(x.numel(), 2048),](x, out, x.numel(), BLOCK=2048, num_warps=WARPS)
-    return out
-
-
-def gelu_backward(grad: Tensor, x: Tensor, sums: PartialSums, again: bool = False) -> Tensor:
-    """Gradient of x [tokens, width]. Sums taken: that gradient, of the bias before it. `again`: gelu(x) takes the place of
-    `grad`."""
-    (tokens, width), out = x.shape, torch.empty_like(x)
-    partial, block = sums.take(width), min(1024, power_of_2(width))
-    grid = (len(partial), cdiv(width, block))
-    _gelu_backward[grid](
-        grad, x, out, partial, tokens, sums.columns, width, again, ROWS=TILE // 2 // block, BLOCK=block, num_warps=WARPS
-    )
-    return out
+    return known(out, amax)
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------

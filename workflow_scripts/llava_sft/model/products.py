@@ -2,7 +2,8 @@
 
 Notable:
 - products add weights' gradients to Megatron's gradient buffer in place;
-- Transformer Engine casts to FP8 and multiplies, without its modules around: they cost the host 0.3 ms each;
+- Transformer Engine multiplies in FP8, without its modules around: they cost the host 0.3 ms each. It casts what no kernel of
+  ours has written (casts.py);
 - a frozen weight keeps nothing but itself; its pair keeps A·x, of `rank` columns, and is given x again.
 """
 
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from llava_sft.model import casts
 from llava_sft.model.lora_dropout import leave_out_at
 
 with suppress(ImportError):  # a machine without them has Megatron's local layers
     from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer
     from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.cpp_extensions import general_gemm
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
 
 def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor | None, scale: float = 1.0) -> Tensor | None:
@@ -71,6 +74,30 @@ def quantizers(recipe: str) -> tuple:
 
     kinds = DType.kFloat8E4M3, DType.kFloat8E5M2
     return quantizer(kinds[0], 1), quantizer(kinds[0], 2), quantizer(kinds[1], 1)
+
+
+@cache
+def wants_columns(device: torch.device) -> bool:
+    """Whether FP8 products here take operands transposed, which ours casts with them: Ada and Hopper. Newer ones do not."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) < (10, 0)
+
+
+def places(recipe: str | bool | None, device: torch.device) -> Tensor | None:
+    """Where a kernel leaves the largest values of what becomes an operand in FP8: None where nobody asks."""
+    return casts.places(device) if recipe == "tensorwise" and wants_columns(device) else None
+
+
+def in_fp8(x: Tensor, quantizer: Any, recipe: str) -> Any:
+    """x in rows and in columns."""
+    amax = getattr(x, "largest_values", None)
+    if amax is None or recipe != "tensorwise" or not x.is_contiguous():
+        return quantizer.quantize_impl(x)
+    kind = torch.float8_e4m3fn if quantizer.dtype == DType.kFloat8E4M3 else torch.float8_e5m2
+    rows, columns, scale_inv = casts.cast(x, amax, kind)
+    return Float8TensorStorage(
+        data=rows.view(torch.uint8), data_transpose=columns.view(torch.uint8), fp8_scale_inv=scale_inv,
+        fp8_dtype=quantizer.dtype, fake_dtype=x.dtype, quantizer=None,
+    )  # fmt: skip
 
 
 def product(x: Tensor, module: torch.nn.Module, recipe: str | None = None, bias: Tensor | None = None) -> tuple:
@@ -199,7 +226,7 @@ def weight_product(
         move_back(module)
         module.weight_in_fp8 = cast_weight.quantize_impl(weight.detach())
         module.is_first_microbatch = False
-    x_in_fp8, fast = cast_input.quantize_impl(x), recipe == "tensorwise"
+    x_in_fp8, fast = in_fp8(x, cast_input, recipe), recipe == "tensorwise"
     out = general_gemm(module.weight_in_fp8, x_in_fp8, out_dtype=x.dtype, use_split_accumulator=not fast)[0]
     x_in_fp8.update_usage(rowwise_usage=False)
     return out, (x_in_fp8 if trained else None, module.weight_in_fp8)
@@ -215,7 +242,7 @@ def weight_product_backward(
         with being_summed(d_x, group):
             return d_x, weight_gradient(weight, grad, x)
     exact = {"out_dtype": grad.dtype, "use_split_accumulator": True, "grad": True}
-    grad = quantizers(recipe)[2].quantize_impl(grad)
+    grad = in_fp8(grad, quantizers(recipe)[2], recipe)
     d_x = general_gemm(weight_operand, grad, layout="NN", **exact)[0]
     with being_summed(d_x, group):
         if not weight.requires_grad:

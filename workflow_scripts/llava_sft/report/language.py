@@ -49,7 +49,9 @@ def quoted(text: str, language: str) -> str:
     if known is not None:
         return known
     matches = ((pattern.fullmatch(text), found) for pattern, found in messages())
-    return next((found.format(*match.groups()) for match, found in matches if match), text)
+    told = next((found.format(*match.groups()) for match, found in matches if match), "")
+    reason, colon, detail = text.partition(": ")  # of a reject
+    return told or (text if not colon or (known := quoted(reason, language)) == reason else f"{known}：{detail}")
 
 
 def sayer(language: str) -> Say:

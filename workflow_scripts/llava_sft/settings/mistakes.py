@@ -102,8 +102,8 @@ def fix_of(key: str, value: Any, where: str) -> str:
 
 
 def _meant(key: str) -> str | None:
-    known = OTHER_NAMES.get(key) or OTHER_NAMES.get(key.lower().replace("-", "_"))
-    return known or nearest(key, Settings.model_fields)
+    near = OTHER_NAMES.get(key) or nearest(key, [*OTHER_NAMES, *Settings.model_fields])
+    return OTHER_NAMES.get(near, near) if near else None
 
 
 def _below(heading: str, values: dict) -> str | None:

@@ -152,6 +152,11 @@ class Run(Section):
         "none | tensorwise | blockwise: products of the language model in FP8 in training (Ada, Hopper or newer; blockwise: "
         "Hopper); validation is in bf16",
     )
+    attention: Literal["auto", "cudnn", "flash4"] = free(
+        "auto",
+        "auto | cudnn | flash4: on Hopper, FlashAttention-4 where it is faster and installed (make doctor says how), never, "
+        "or everywhere; deterministic runs have cuDNN's",
+    )
     optimizer_precision: Literal["bf16", "fp32"] = setting(
         "bf16",
         "of gradients and Adam's moments on GPUs: bf16 (10 bytes a parameter in all) | fp32 (18); the weights are "

@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> dict:
             _check_nodes(path, node)
         content = {} if node is None else yaml.safe_load(text)
     except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file", "`snakemake` lists the experiments there are") from None
+        raise SettingsError(f"{path}: no such file", "`make` lists the experiments that there are") from None
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}", READABLE) from None
     except UnicodeDecodeError as error:

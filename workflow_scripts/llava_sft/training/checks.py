@@ -6,7 +6,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llava_sft.errors import RunError
-from llava_sft.machine import GIB, free_memory, gpu_count, gpus, require_able_gpus, require_engine, this_machine
+from llava_sft.machine import (
+    GIB,
+    free_memory,
+    gpu_count,
+    gpus,
+    require_able_gpus,
+    require_engine,
+    require_shared_memory,
+    this_machine,
+)
 from llava_sft.nodes import Node
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size, checkpoints_kept, host_bytes_for_save
 from llava_sft.preflight.predict import Case, forecast_of, proposal_lines
@@ -16,7 +25,6 @@ from llava_sft.settings.resolved import Resolved
 from llava_sft.training.slurm import Job
 
 GPU_IDLE_GIB = 2.0  # more than this in use before the training starts is another process's
-SHARED_MEMORY = Path("/dev/shm")
 
 
 def check_nodes(settings: ResolvedSettings, job: Job | None, node: Node | None) -> None:
@@ -26,7 +34,9 @@ def check_nodes(settings: ResolvedSettings, job: Job | None, node: Node | None) 
         where = f"Slurm job {job.number} has {available}" if job else f"the platform started {available}"
         where = where if job or node else "outside a Slurm job there is one"
         several = "start the same command on each node, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set"
-        raise RunError(f"nodes is {nodes}, {where}", f"snakemake --profile slurm, or {several}, or nodes: {available}")
+        raise RunError(
+            f"nodes is {nodes}, {where}", f"make train_X ARGS='--profile slurm', or {several}, or nodes: {available}"
+        )
     if node and nodes < available:
         raise RunError(f"nodes is {nodes}, the platform started {available}", f"nodes: {available}")
 
@@ -40,7 +50,7 @@ def check_node(resolved: Resolved) -> None:
             f"gpus_per_node is {settings.gpus_per_node}, {platform.node()} has {found}",
             f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
         )
-    require_able_gpus(settings.gpus_per_node, settings.fp8)
+    require_able_gpus(settings.gpus_per_node, settings.fp8, settings.attention)
     require_engine(settings.gpus_per_node)
     for number, gpu in enumerate(gpus()[: settings.gpus_per_node] if settings.on_gpu else []):
         if gpu.used_gib > GPU_IDLE_GIB:
@@ -54,10 +64,7 @@ def check_node(resolved: Resolved) -> None:
     for package, planned in resolved.versions.items():
         if (installed := version(package)) != planned:
             print(f"warning: {package} is {installed} here, preflight ran with {planned}")
-    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < 64 << 20:
-        raise RunError(
-            f"{SHARED_MEMORY} has {free >> 20} MiB free, the data loader needs 64", "free some, or mount it larger"
-        )
+    require_shared_memory()
 
 
 def check_memory(resolved: Resolved) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_sft.data.loader import VlmBatch
 from llava_sft.megatron.config import transformer_config
 from llava_sft.megatron.distributed import reduce_gradients, report_complete, unwrapped
-from llava_sft.model import lora_layers
+from llava_sft.model import flash4, lora_layers
 from llava_sft.model.attention import packed_seq_params
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.llava import LlavaOneVision
@@ -24,6 +24,7 @@ from llava_sft.settings.resolve import ResolvedSettings
 def build_model(model: ModelConfig, values: ResolvedSettings, random_weights: bool = True) -> LlavaOneVision:
     """This rank's share of the model, what is not trained frozen; not `random_weights`: without any yet."""
     config = transformer_config(model, values)
+    flash4.choose(values.attention if values.on_gpu else "cudnn")
     config.perform_initialization = random_weights
     last = parallel_state.is_pipeline_last_stage()
     built = LlavaOneVision(
