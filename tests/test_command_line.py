@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import snakemake_logger_plugin_llava_sft as plugin
 from helpers import ROOT
 from snakemake_logger_plugin_llava_sft import words
 
@@ -59,11 +60,23 @@ def test_make_takes_settings_as_its_variables():
     )
 
 
-@pytest.mark.parametrize(("flags", "code", "last"), [((), 1, "  fix: lr: 1e-5\n"), (("-k",), 2, "Error 1\n")])
-def test_under_make_too_the_last_line_is_the_mistakes_own(tmp_path, flags, code, last):
+@pytest.mark.parametrize(
+    ("flags", "ignored", "code", "last"),
+    [((), "", 1, "  fix: lr: 1e-5\n"), (("-k",), "", 2, "Error 1\n"), ((), "trap '' QUIT; ", 2, "Error 1\n")],
+)
+def test_under_make_too_the_last_line_is_the_mistakes_own(tmp_path, flags, ignored, code, last):
+    """A shell script that ends its line with `&` has what it starts ignore SIGQUIT."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/snakemake").write_text("#!/bin/sh\nprintf 'error: lr: 7\\n  fix: lr: 1e-5\\n' >&2; exit 1\n")
     (tmp_path / "bin/snakemake").chmod(0o755)
     command = ["make", *flags, f"--old-file={tmp_path}/.ready", f"VENV={tmp_path}", "train_vqa"]
+    command = ["bash", "-c", f'{ignored}exec "$@"', "bash", *command]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, capture_output=True, text=True)
     assert ended.returncode == code and ended.stderr.endswith(last), ended.stderr
+
+
+def test_an_interrupted_plan_says_so_and_any_other_end_keeps_its_traceback(capsys):
+    plugin.say_interrupted(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "\ninterrupted before the first job: nothing was run\n"
+    plugin.say_interrupted(ValueError, ValueError("why"), None)
+    assert "ValueError: why" in capsys.readouterr().err

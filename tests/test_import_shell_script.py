@@ -11,6 +11,7 @@ import import_shell_script
 from helpers import SCRIPTS
 from helpers.experiments import sound_project
 from llava_sft.migrate.arguments import OPTIONS
+from llava_sft.migrate.shell import Script
 from llava_sft.settings.layers import load_settings
 from llava_sft.settings.schema import Settings
 
@@ -189,6 +190,24 @@ def test_defaults_of_positions_nodes_and_packs_are_read_and_a_heredoc_is_not(pro
     assert values(settings, "trackers", "tracker_project") == [("wandb",), "leaves"]
 
 
+def test_arithmetic_is_no_heredoc_and_sets_what_it_assigns(tmp_path):
+    text = """
+(( batch = 4 * 2 ))
+((batch += 1, parts = 1 << 2))
+for (( i = 1 << 1; i < 3; i++ )); do train --before; done
+if (( batch > 1 << 2 )); then ((n++)); fi
+(train --a); ((train --b); train --c)
+train --global-batch-size $batch --parts $parts
+"""
+    (path := tmp_path / "train.sh").write_text(text)
+    script = Script(path)
+    assert [command.words[1] for command in script.commands if command.words[0] == "train"] == [
+        "--before", "--a", "--b", "--c", "--global-batch-size",
+    ]  # fmt: skip
+    *_, batch, _, parts = script.commands[-1].words
+    assert batch == "9" and script.variables.shown(parts) == "$((1 << 2))"
+
+
 def test_a_command_in_one_string_is_read_and_what_nothing_tells_is_named(project, capsys):
     imported(project, FLAT)
     settings, said = load_settings("plain"), capsys.readouterr().out
@@ -221,6 +240,10 @@ def test_a_script_that_resumes_in_its_own_folder_starts_another_run_beside_it(pr
         (("--training-phase sft", "--training-phase pretrain"), ["pretrain"]),
         (("--min-lr 1e-06", "--min-lr 1e-3"), ["min_lr 0.001", "nothing was written"]),
         (("language_model adapter\n", "language_model projector\n"), ["projector", "nothing was written"]),
+        (
+            ('--lr-decay-iters "$NSTEP"', "--lr-decay-iters 0 --lr-warmup-iters 9"),
+            ["lr_decay_iters", "nothing was written"],
+        ),
         (("echo", "echo '"), ["never closed", "line 70"]),
     ],
 )

@@ -18,11 +18,11 @@ from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.training import checks
 
 SMI = """#!/bin/sh
+echo "$*" >> "$0.asked"
 case "$*" in
   -L) echo "GPU 0: NVIDIA H100 (UUID: GPU-1-a)" ;;
   *memory*) echo "NVIDIA H100 80GB HBM3, 81559, 4, 9.0" ;;
-  *driver*) echo "$DRIVER" ;;
-  *name*) echo "NVIDIA H100 80GB HBM3" ;;
+  *driver*) echo "NVIDIA H100 80GB HBM3, $DRIVER" ;;
 esac
 """
 UV = """#!/bin/sh
@@ -242,3 +242,33 @@ def test_the_doctor_names_each_thing_that_keeps_a_gpu_from_training_with_its_fix
     for line in ("bad  driver", "bad  Transformer Engine", "fix: make gpu", "H100 80GB HBM3 (80 GiB", "bad  compiler"):
         assert line in said.out
     assert "training cannot run here: compiler, driver, Transformer Engine" in said.err
+    questions = (programs / "nvidia-smi.asked").read_text().splitlines()
+    assert len(questions) == len(set(questions)) <= 3  # each may take half a minute to fail
+
+
+@pytest.mark.parametrize("endpoint", ["hf-mirror.example", "//hf-mirror.example"])
+def test_the_doctor_names_an_endpoint_that_is_no_address(monkeypatch, endpoint):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(doctor, "HUB", endpoint)
+    found = doctor.find_hub()
+    assert found.state == "no" and endpoint in found.what and "=https://hf-mirror.example" in found.fix
+
+
+def test_transformer_engine_is_compiled_again_for_another_torch_and_where_make_gpu_finds_it_broken(
+    programs, monkeypatch, capfd
+):
+    put(programs / "nvidia-smi", SMI)
+    put(programs / "c++", "")
+    monkeypatch.setattr(gpu_stack, "find_spec", lambda name: object())
+    torch, works = ["2.9"], [True]
+    monkeypatch.setattr(gpu_stack, "version", lambda package: torch[0])
+    monkeypatch.setattr(set_up, "said", lambda *command, **how: "" if works[0] else None)
+    assert run(set_up, monkeypatch) == 0 and "transformer-engine" not in asked()
+    torch[0] = "2.10"  # as a new requirements.lock brings it
+    assert "compiled for torch 2.9, and torch 2.10" in gpu_stack.engine_trouble().what
+    assert run(set_up, monkeypatch) == 0
+    assert "--no-cache --reinstall-package=transformer-engine " in asked() and gpu_stack.engine_trouble() is None
+    times = asked().count("--no-cache")
+    assert run(set_up, monkeypatch, "--engine") == 0 and asked().count("--no-cache") == times
+    works[0] = False
+    assert run(set_up, monkeypatch, "--engine") == 0 and asked().count("--no-cache") == times + 1

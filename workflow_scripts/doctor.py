@@ -143,7 +143,7 @@ def find_engine() -> Finding:
     if not answer:
         return bad(
             "installed, and does not run",
-            "touch requirements.lock && make gpu; its traceback: python -c 'import transformer_engine.pytorch'",
+            "make gpu, which compiles it again; its traceback: python -c 'import transformer_engine.pytorch'",
         )
     number, backend = answer.splitlines()[-1].split()
     if backend == "unfused":
@@ -222,8 +222,10 @@ def find_hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return no("HF_HUB_OFFLINE=1: `load` takes folders only", "unset it to load from the hub")
     url = urlsplit(HUB)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        return no(f"HF_ENDPOINT is {HUB!r}: not an address", f"export HF_ENDPOINT=https://{HUB.rpartition('/')[2]}")
     try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=5).close()
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
     except OSError as error:
         proxy = "; a proxy is set, and may do" if os.environ.get("https_proxy") else ""
         return no(

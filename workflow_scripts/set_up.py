@@ -21,8 +21,11 @@ from llava_sft.gpu_stack import (
     Missing,
     compiler_trouble,
     driver_trouble,
+    engine_note,
     engine_trouble,
     gpu_name,
+    said,
+    torch_version,
 )
 
 LOCK = Path("requirements.lock")
@@ -46,6 +49,9 @@ def main() -> None:
         raise SftError(
             f"WHEELS={args.wheels}: no wheels there", "fill it with `make wheels WHEELS=…` where there is a network"
         )
+    before = torch_version()
+    if engine_trouble() is None and before and not engine_note().exists():  # installed without a note of it
+        engine_note().write_text(before)
     if not args.engine:
         count = len(re.findall(r"^[\w.-]+==", LOCK.read_text(), re.M))
         bootstrap(args.wheels)
@@ -131,7 +137,10 @@ def explained(lines: list[str], wheels: Path | None) -> SftError:
 
 def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
     """Install Transformer Engine, or say in one line what it lacks. Raises SftError where it is `needed`, or its build fails."""
-    if engine_trouble() is None:
+    works = (
+        not (gpu and needed) or said(sys.executable, "-c", "import transformer_engine.pytorch", seconds=240) is not None
+    )
+    if engine_trouble() is None and works:
         print(f"{gpu or 'no GPU'}: Transformer Engine is installed")
         return
     troubles = [driver_trouble()] if gpu else []
@@ -154,7 +163,10 @@ def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
     )
     cuda = re.findall(r"^nvidia-cuda-runtime==(\d+\.\d+)", LOCK.read_text(), re.M)[0]
     install([*BUILDS_ENGINE, *(f"{package}=={cuda}.*" for package in CUDA_COMPILER)], wheels)
-    install(["--no-build-isolation", *ENGINE], wheels, **BUILD)
+    # No cache: it may hold what was compiled for another torch.
+    again = [f"--reinstall-package={package}" for package in ("transformer-engine", "transformer-engine-torch")]
+    install(["--no-build-isolation", "--no-cache", *again, *ENGINE], wheels, **BUILD)
+    engine_note().write_text(torch_version() or "")
 
 
 if __name__ == "__main__":

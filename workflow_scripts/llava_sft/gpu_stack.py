@@ -4,6 +4,8 @@ here before anything is installed."""
 import os
 import shutil
 import subprocess
+import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,9 +27,8 @@ class Missing(NamedTuple):
 
 def gpu_name() -> str | None:
     """Of the first NVIDIA GPU of this machine; where no program names it, that there is one."""
-    listing = said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    if listing:
-        return listing.splitlines()[0].strip()
+    if first := _first_gpu():
+        return first[0]
     return "a GPU that nvidia-smi does not name" if any(Path("/dev").glob("nvidia[0-9]*")) else None
 
 
@@ -40,19 +41,35 @@ def said(*command: str, seconds: float = 30) -> str | None:
 
 
 def driver() -> str | None:
-    listing = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return listing.splitlines()[0].strip() if listing else None
+    first = _first_gpu()
+    return first[1] if first else None
+
+
+def smi(*options: str) -> str | None:
+    """What nvidia-smi says; asked once for each thing, for it may take half a minute to fail."""
+    return _smi(os.environ.get("PATH"), options)
+
+
+@cache
+def _smi(path: str | None, options: tuple[str, ...]) -> str | None:
+    return said("nvidia-smi", *options)
+
+
+def _first_gpu() -> list[str] | None:
+    """Its name and its driver."""
+    listing = smi("--query-gpu=name,driver_version", "--format=csv,noheader")
+    return [each.strip() for each in listing.splitlines()[0].rsplit(",", 1)] if listing else None
 
 
 def driver_trouble() -> Missing | None:
-    version = driver()
-    if version is None:
+    found = driver()
+    if found is None:
         return Missing(
             "the driver does not answer (nvidia-smi)",
             "load or install NVIDIA's driver; in a container: --gpus all, --nv",
         )
-    if int(version.partition(".")[0] or 0) < OLDEST_DRIVER:
-        return Missing(f"driver {version} is too old for CUDA {CUDA}", f"install driver {OLDEST_DRIVER} or newer")
+    if int(found.partition(".")[0] or 0) < OLDEST_DRIVER:
+        return Missing(f"driver {found} is too old for CUDA {CUDA}", f"install driver {OLDEST_DRIVER} or newer")
     return None
 
 
@@ -64,16 +81,32 @@ def compiler_trouble() -> Missing | None:
 
 def engine_trouble() -> Missing | None:
     """Whether this interpreter lacks Transformer Engine, which Megatron's layers need on GPUs."""
-    if find_spec("transformer_engine") and (find_spec("transformer_engine_torch") or _extension()):
+    if not find_spec("transformer_engine") or not (find_spec("transformer_engine_torch") or _extension()):
+        return Missing("Transformer Engine is not installed, and training on GPUs needs it", "make gpu")
+    note, here = engine_note(), torch_version()
+    if note.is_file() and (built := note.read_text().strip()) != here:
+        return Missing(f"Transformer Engine was compiled for torch {built}, and torch {here} is installed", "make gpu")
+    return None
+
+
+def engine_note() -> Path:
+    """The file in which set-up notes the torch that Transformer Engine was compiled for."""
+    return Path(sys.prefix, ".transformer_engine_of_torch")
+
+
+def torch_version() -> str | None:
+    return _version("torch")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
         return None
-    return Missing("Transformer Engine is not installed, and training on GPUs needs it", "make gpu")
 
 
 def flash4_version() -> str | None:
-    try:
-        return version("flash-attn-4")
-    except PackageNotFoundError:
-        return None
+    return _version("flash-attn-4")
 
 
 def flash4_trouble() -> Missing | None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import psutil
 
 from llava_sft.errors import LEAST_SPACE, SettingsError, shown
-from llava_sft.gpu_stack import engine_trouble, flash4_trouble, gpu_name, said
+from llava_sft.gpu_stack import engine_trouble, flash4_trouble, gpu_name, smi
 
 SHARED_MEMORY = Path("/dev/shm")
 MORE_TEMPORARY = "free some space there, or: export TMPDIR=FOLDER on a disk with room"
@@ -137,7 +137,7 @@ def _whole_gpus(installed: list[str]) -> list[str]:
 @cache
 def _installed_gpus() -> list[str] | None:
     """UUIDs of the GPUs, and after each those of its parts (MIG); None where there are GPUs that no program lists."""
-    listing = said("nvidia-smi", "-L")
+    listing = smi("-L")
     if listing is None:
         return None if gpu_name() else []
     return re.findall(r"\(UUID: ([\w/-]+)\)", listing)
@@ -145,10 +145,10 @@ def _installed_gpus() -> list[str] | None:
 
 def gpus() -> list[Gpu]:
     """The GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,compute_cap", "--format=csv,noheader,nounits"]
+    query = ["--query-gpu=name,memory.total,memory.used,compute_cap", "--format=csv,noheader,nounits"]
     if chosen := chosen_gpus():
-        command += ["-i", ",".join(chosen)]
-    rows = [line.rsplit(", ", 3) for line in (said(*command) or "").splitlines()]
+        query += ["-i", ",".join(chosen)]
+    rows = [line.rsplit(", ", 3) for line in (smi(*query) or "").splitlines()]
     return [
         Gpu(name, float(total) / 1024, float(used) / 1024, float(says) if says.replace(".", "").isdecimal() else None)
         for name, total, used, says in rows

@@ -44,6 +44,13 @@ def print_of_cli(*words: Any, **options: Any) -> None:
         print(profile_missed(text), *words[1:], **options)
 
 
+def say_interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """In place of the traceback of a Ctrl-C while Snakemake plans: once a job runs it catches that itself."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("\ninterrupted before the first job: nothing was run", file=sys.stderr)
+
+
 def log_error_with_reason(self: GroupJob, msg: str | None = None, aux_logs: list | None = None, **facts: Any) -> None:
     """In place of GroupJob.log_error, which leaves out why the executor failed the group."""
     log_group_error(self, msg, aux_logs, **facts, rule_msg=msg)
@@ -51,6 +58,7 @@ def log_error_with_reason(self: GroupJob, msg: str | None = None, aux_logs: list
 
 if "--verbose" not in sys.argv:
     vars(snakemake.cli)["print"] = print_of_cli
+    sys.excepthook = say_interrupted
 log_group_error, GroupJob.log_error = GroupJob.log_error, log_error_with_reason
 # The Slurm executor asks for it where a job cannot be submitted; without, its thread ends and the workflow waits for ever.
 GroupJob.rule = property(lambda self: next(iter(self.jobs)).rule)

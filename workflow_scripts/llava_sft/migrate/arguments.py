@@ -264,14 +264,14 @@ def _model(found: Found, name: str | None) -> None:
 
 def _schedule(found: Found, one: Callable[[str], str | None]) -> None:
     batch, steps = (found.settings.get(key, (None, ""))[0] for key in ("global_batch_size", "train_iters"))
-    if (samples := one("train-samples")) and isinstance(batch, int):
+    if (samples := one("train-samples")) and isinstance(batch, int) and batch:
         steps = -(-int(samples) // batch)
         found.settings["train_iters"] = steps, "--train-samples / --global-batch-size"
     decay = one("lr-decay-iters")
     if decay and int(decay) != steps:
         found.settings["lr_decay_iters"] = int(decay), "--lr-decay-iters"
     length = int(decay) if decay else steps
-    if (warmup := one("lr-warmup-iters")) and isinstance(length, int):
+    if (warmup := one("lr-warmup-iters")) and isinstance(length, int) and length:
         found.settings["lr_warmup_fraction"] = int(warmup) / length, "--lr-warmup-iters / --lr-decay-iters"
 
 

@@ -296,6 +296,13 @@ def _statements(text: str) -> Iterator[tuple[int, list[str | Array]]]:
         elif array is not None and char in "\n)":
             end = position + 1
             array = None if char == ")" else array
+        elif (
+            text.startswith("((", position)
+            and LEADING.union({"for"}).issuperset(map(str, words))
+            and (text[(end := _end(text, position, line)) - 2 : end] == "))")
+        ):
+            begins = begins if words else line
+            words += _assigned(text[position + 2 : end - 2])
         elif found := re.compile(r"<<-?\s*(['\"]?)(\w+)\1").match(text, position):
             here.append(found[2])
             end = found.end()
@@ -320,6 +327,19 @@ def _statements(text: str) -> Iterator[tuple[int, list[str | Array]]]:
     if array is not None:
         raise _UnclosedError(begins)
     yield begins, words
+
+
+def _assigned(arithmetic: str) -> list[str]:
+    """What `(( arithmetic ))` assigns, as assignments; a command that does nothing, where it only compares."""
+    words = []
+    for each in arithmetic.split(","):
+        if found := re.fullmatch(r"\s*([A-Za-z_]\w*)\s*([-+*/%&|^]|<<|>>)?=(?!=)\s*(.*)", each, re.S):
+            name, operation, value = found.groups()
+            words.append(f"{name}=$(({name}{operation}({value})))" if operation else f"{name}=$(({value}))")
+        elif found := re.fullmatch(r"\s*(\+\+|--)?\s*([A-Za-z_]\w*)\s*(\+\+|--)?\s*", each):
+            sign = (found[1] or found[3] or "")[:1]
+            words += [f"{found[2]}=$(({found[2]}{sign}1))"] if sign else []
+    return words or [":"]
 
 
 def _word_end(text: str, position: int, line: int) -> int:
