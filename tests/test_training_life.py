@@ -18,6 +18,7 @@ from faults.server import Servers
 from helpers import ROOT, trainings
 from helpers.projects import snakemake
 from helpers.trainings import kill, same
+from llava_sft.checkpoint.torch_dist import TorchDistReader
 from llava_sft.files import read_json
 from llava_sft.run.checkpoints import damage, iterations_done
 from llava_sft.run.layout import checkpoint_dir, checkpoints
@@ -292,3 +293,22 @@ def test_slow_loading_is_said_once_with_the_rates_and_the_workers_that_keep_up(b
     assert run.finish(slow) == 0, run.said()
     said = [line for line in run.said().splitlines() if "slow loading" in line]
     assert len(said) == 1 and "num_workers 1 load" in said[0] and "workers" in said[0].split("model would take")[1]
+
+
+PINNED = """
+import json, os
+if "RANK" in os.environ:
+    from llava_sft.training import loop
+    from llava_sft.megatron import checkpoint
+    checkpoint.HOST = "a GPU's, for once"
+    checkpoint.pin = lambda sizes: json.dump(sizes, open(os.environ["PINNED"], "w"))
+"""
+
+
+def test_memory_is_pinned_before_the_first_save_for_all_that_it_copies(base, tmp_path):
+    run = Run(base, tmp_path / "pinned", **HOW | {"train_iters": 2, "save_interval": 2, "eval_iters": 0})
+    assert run.finish(f"import os; os.environ['PINNED'] = {str(tmp_path / 'sizes.json')!r}\n{PINNED}") == 0, run.said()
+    sizes = sorted(read_json(tmp_path / "sizes.json"))
+    reader = TorchDistReader(checkpoint_dir(run.folder, 2))
+    stored = [reader.read(name) for name in reader.tensors()]
+    assert sum(sizes) == sum(tensor.nbytes for tensor in stored) and len(sizes) >= len(stored)

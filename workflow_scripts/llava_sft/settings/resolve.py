@@ -149,7 +149,7 @@ def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
     else:
         auto.values["first_stage_layers"] = 0
     auto.settle("bf16", gpus > 0, "bf16 on GPUs, float32 on a CPU")
-    why = "on GPUs, whose memory is copied in a second (the first time half a minute), and written in a minute"
+    why = "on GPUs, whose memory is copied in a second, and written in a minute"
     auto.settle("async_save", gpus > 0, why)
 
 

@@ -64,7 +64,7 @@ class Loop:
         iteration = self.first
         self.model.train()
         while iteration < last:
-            self.saves.finish()
+            self.saves.before_step()
             self.forward.begin(iteration)
             sums = self.forward_backward()
             norm = self.update()

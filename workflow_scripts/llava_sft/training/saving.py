@@ -40,6 +40,7 @@ class Saves:
         self.base = base_to_note(start) if values.trained.lora and not start.untrained else None
         self.states, self.loader, self.watch = states, loader, watch
         self.first_rank = torch.distributed.get_rank() == 0
+        self.steps = 0  # that were begun
         self.begun = 0  # the step whose checkpoint was begun last
         self.sealing: threading.Thread | None = None
 
@@ -54,6 +55,14 @@ class Saves:
         self.watch.save(iteration)
         save_position(self.loader, self.run_dir, iteration)
         self.states.save(checkpoint_dir(self.run_dir, iteration), iteration, lambda: self._written(iteration))
+
+    def before_step(self) -> None:
+        """Let a checkpoint count that is written. Before the second step, when the optimizer has its state, memory for copies
+        is taken."""
+        self.finish()
+        self.steps += 1
+        if self.steps == 2:
+            self.states.pin_ahead()
 
     def finish(self, wait: bool = False) -> None:
         """Let a checkpoint count that is written; `wait` until it is, and until its checksums are noted."""
