@@ -5,8 +5,8 @@
 SHELL := bash
 # What a failed recipe says is to be the last on the terminal: make, which would add a line of its own, says nothing when it is
 # told to quit (SIGQUIT) and the recipe seems well; its exit code is then 1. With -k or -i it goes on, and says its line; so does
-# one that ignores SIGQUIT, as `make … &` in a script does: its exit code would be 0.
-.SHELLFLAGS := -euo pipefail -c 'end() { [[ $$? == 0 || "$${MAKEFLAGS%% *}" == *[ik]* || "$$(trap -p QUIT)" == *"SIGQUIT" ]] || { kill -QUIT $$PPID; exit 0; }; }; \
+# one that ignores SIGQUIT, as `make … &` in a script does: its exit code would be 0. It sleeps until make waits for it: gone before, it would be missed aloud.
+.SHELLFLAGS := -euo pipefail -c 'end() { [[ $$? == 0 || "$${MAKEFLAGS%% *}" == *[ik]* || "$$(trap -p QUIT)" == *"SIGQUIT" ]] || { kill -QUIT $$PPID; sleep 0.2; exit 0; }; }; \
   trap end EXIT; eval "$$0"'
 VENV := .venv
 READY := $(VENV)/.ready

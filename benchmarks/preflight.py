@@ -118,7 +118,7 @@ def take_over() -> list[dict]:
             "run": f"{gpus} × {given['gpu']}, {given['model']}: "
             + ", ".join(
                 f"{name} {given[name]}"
-                for name in (*named, "recompute_vision", "optimizer_precision", *TRAINED)
+                for name in (*named, "recompute_vision", "optimizer_precision", *TRAINED, "inputs_kept")
                 if name in given
             ),
             "values": values,

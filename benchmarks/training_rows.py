@@ -38,7 +38,7 @@ def memory_and_time(processes: list[dict]) -> list[dict]:
     rows = []
     for process in processes:
         for case in process["cases"].values():
-            if not case["images"] or case.get("profile") or case.get("out_of_memory"):
+            if not case["images"] or case.get("profile"):
                 continue
             timed = sorted(case["steps"][case["warm"] :], key=lambda step: step["seconds"])
             median = timed[(len(timed) - 1) // 2]

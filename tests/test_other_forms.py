@@ -43,7 +43,7 @@ CHANGED = {
         {"system": "S", "messages": [{"role": "system", "content": "T"}, Q, A]}, one(system="S", system_prompt="T"),
     ],
     "video is not supported": [
-        one(video="v.mp4"), one(video_path="v"), one(Videos=["v"]), asked("<video>\nWhat?"), asked("<|video|> What?"),
+        one(video="v.mp4"), one(video_path="v"), one(Videos=["v"]), asked("<video>\nWhat?"), asked("<|video|> What?"), asked("<VIDEO>"),
         {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "v"}}]}, A]},
     ],
     "audio is not supported": [one(audios=["a.wav"]), one(audio_path="a"), asked("<audio>What?"), asked("q", audio="a.wav")],
@@ -62,7 +62,7 @@ CHANGED = {
     "weight of a record is not supported": [one(loss=False), one(train=False)],
     "no answer counts in the loss": [{"messages": [Q, A | {"loss": False}]}, {"messages": [Q, A | {"mask": True}]}],
     "placeholder that is not read": [
-        asked("<image> and <img>0.jpg</img>"), asked("<image_1> What?"), asked("<|image|>"), asked("<|image_2|>"), asked("<Image>"),
+        asked("<image> and <img>0.jpg</img>"), asked("<image_1> What?"), asked("<|image|>"), asked("<|image_2|>"), asked("<Image>"), asked("<IMAGE>"), asked("<Image 1>"), asked("<IMG_2>"),
         asked("![leaf](0.jpg)"), asked("<image/>"), asked("<img src='a.png'> q"), asked("q", "at <bbox>"),
         asked("Where is <ref-object>?"), asked("<ImageHere>"), asked(f"<img src='{'a' * 600}.png'>"), asked(f"![{'a' * 300}]({'b' * 600}.png)"),
         asked("![leaf](data:image/png;base64,iVBO)"), asked("<img>a<b.png</img>"),

@@ -139,6 +139,7 @@ def test_a_file_in_the_demos_checkpoint_is_refused_as_any_file_is(project, capsy
         ("results", "contains neither", "load: results/huggingface"),
         ("cache/models--org--name", "contains neither", "load: cache/models--org--name/snapshots/1a2b"),
         ("runs", "contains neither", "load: runs/stage2_sft_a"),
+        ("untracked", "contains neither", "load: untracked/iter_0000800"),
         ("bare", "contains neither", "copy config.json"),
         ("HF-", "no such folder", "did you mean hf? load: a Hugging Face folder"),
         ("results/hugingface", "no such folder", "did you mean results/huggingface?"),
@@ -156,6 +157,9 @@ def test_a_load_that_is_no_checkpoint_is_answered_with_the_one_that_is_near(proj
         shutil.copytree(project / "hf", project / place)
     (project / "runs/stage2_sft_a").mkdir(parents=True)
     (project / "runs/stage2_sft_a/latest_checkpointed_iteration.txt").write_text("400")
+    for number in (400, 800):
+        (project / f"untracked/iter_{number:07d}").mkdir(parents=True)
+        (project / f"untracked/iter_{number:07d}/.metadata").touch()
     (project / "bare").mkdir()
     for name in ("bare/model.safetensors", "Model.Q4.GGUF", "model.tar.gz"):
         (project / name).touch()

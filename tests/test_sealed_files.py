@@ -86,7 +86,7 @@ def test_a_disk_without_inodes_is_not_said_to_be_full(capsys, monkeypatch, tmp_p
     monkeypatch.setattr(
         os,
         "statvfs",
-        lambda path: SimpleNamespace(f_files=60, f_favail=0, f_bavail=9, f_bfree=9, f_blocks=9, f_frsize=4096),
+        lambda path: SimpleNamespace(f_files=60, f_favail=50, f_bavail=9, f_bfree=9, f_blocks=9, f_frsize=4096),
     )
 
     def fails():
@@ -94,7 +94,7 @@ def test_a_disk_without_inodes_is_not_said_to_be_full(capsys, monkeypatch, tmp_p
 
     with pytest.raises(SystemExit):
         exits_cleanly(fails)()
-    assert f"{tmp_path} holds as many files as its disk can" in capsys.readouterr().err
+    assert f"the disk of {tmp_path} takes 50 more files" in capsys.readouterr().err
 
 
 def test_a_quota_is_no_full_disk(capsys):

@@ -26,6 +26,7 @@ MORE_SPACE = (
 )
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
 MORE_QUOTA = "free some of your quota there (`quota -s` shows it), or --config exp_dir=FOLDER on another disk; then the same command"
+FEW_FILES = 1000  # inodes that a job which failed for want of them may have given back as it ended
 LEAST_SPACE = 16 << 20  # bytes free that programs need for their temporary files
 INTERRUPTED = 130  # exit code after Ctrl-C
 SHOWN = 200  # characters of a user's string that a message quotes, at most
@@ -163,6 +164,6 @@ def _room(path: str) -> str:
         return ""
     folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
     usage, files = shutil.disk_usage(folder), os.statvfs(folder)
-    if files.f_files and not files.f_favail:
-        return f": {folder} holds as many files as its disk can, whatever their sizes (`df -i`)"
+    if files.f_files and files.f_favail < FEW_FILES:
+        return f": the disk of {folder} takes {files.f_favail:,} more files, whatever their sizes (`df -i`)"
     return f"; free in {folder}: {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"

@@ -43,10 +43,11 @@ EFFECT_KEYS = re.compile(r"(sample|loss)?weight|loss(scale|mask)?|reward|advanta
 
 # Placeholders that other projects replace by a picture, or by what they know of it.
 IMAGE_TOKENS = re.compile(
-    r"<\|?(?:image|img)[ _-]?\d+\|?>|<\|image\|>|<image ?/>|<(?:Image|IMAGE|ImageHere|image_placeholder|img_placeholder)>"
-    r"|</img>|<img\s+src=|!\[[^\]\[]*\]\((?:data:image|[^)(\s]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)\))"
+    r"(?!(?-i:<image>))(?:<\|?image[ _-]?\d*\|?>|<\|?img[ _-]?\d+\|?>|<image ?/>|<(?:imagehere|image_placeholder|img_placeholder)>"
+    r"|</img>|<img\s+src=|!\[[^\]\[]*\]\((?:data:image|[^)(\s]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)\)))",
+    re.IGNORECASE,
 )
-MEDIA_TOKENS = re.compile(r"<\|?(video|audio|speech)(?:[ _-]?\d+)?\|?>")
+MEDIA_TOKENS = re.compile(r"<\|?(video|audio|speech)(?:[ _-]?\d+)?\|?>", re.IGNORECASE)
 OBJECT_TOKENS = re.compile(r"<(?:ref-object|bbox|quad|polygon|point-object)>")
 EXAMPLE_CHARS = 80
 
@@ -207,7 +208,7 @@ def check_text(role: str, content: str, number: int) -> None:
     if found := IMAGE_TOKENS.search(content):
         raise Rejected("placeholder that is not read", f"{found[0][:80]} in turn {number}: write <image>")
     if found := MEDIA_TOKENS.search(content):
-        kind = "video" if found[1] == "video" else "audio"
+        kind = "video" if found[1].lower() == "video" else "audio"
         raise Rejected(f"{kind} is not supported", f"{found[0]} in turn {number}")
 
 
