@@ -312,6 +312,7 @@ def test_a_signal_to_snakemake_alone_reaches_the_script_below_the_shells(number,
         except KeyboardInterrupt:
             ended.append("at once")
         assert job.wait(300) == 75
+        os.kill(os.getpid(), number)  # again: for the jobs alone, whose end is waited for
         assert ended == ["at once" if number == signal.SIGINT else "gracefully"]
     finally:
         job.kill()

@@ -8,6 +8,7 @@ Notable:
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -78,10 +79,14 @@ def pass_on_signals() -> None:
     has asked the jobs already: asked once more, they do the same.
     """
 
+    signals = itertools.count(1)
+
     def pass_on(number, frame):
         for process in running_scripts():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGTERM)
+        if next(signals) == 2:
+            return  # it makes the jobs end at once. Snakemake, which waits for them, would leave them with a traceback
         then = previous[number] if callable(previous[number]) else previous[signal.SIGTERM]
         if callable(then):
             then(number, frame)
