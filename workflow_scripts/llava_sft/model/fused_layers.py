@@ -135,9 +135,7 @@ class LanguageLayer(torch.autograd.Function):
         hidden, first_scale, qkv, attended, statistics, middle, second_scale, gate_and_up = ctx.saved
         inputs, (for_qkv, for_proj, for_fc1, for_fc2) = ctx.inputs, ctx.operands
         x_of_qkv, x_of_fc1, x_of_fc2 = ctx.kept or (None, None, None)
-        again = (
-            hasattr(layer.mlp.linear_fc1, "lora_a") and not ctx.kept
-        )  # kernels write x into the place of its gradient
+        again = hasattr(layer.mlp.linear_fc1, "lora_a") and not ctx.kept  # x is written in the place of its gradient
         ctx.saved = ctx.inputs = ctx.kept = ctx.operands = None  # or they would live until the whole graph goes
         attention, mlp = layer.self_attention, layer.mlp
         width, head_dim = hidden.size(1), head_norms[0].numel()

@@ -238,25 +238,25 @@ def activation_bytes(
         not values.on_gpu or part in values.trained.whole for part in ("language_model", "vision_model")
     )
     attention = ((1 + language_whole) * heads + t.num_attention_heads) * t.kv_channels
-    split = (attention + (2 + language_whole) * t.ffn_hidden_size) / values.tensor_model_parallel_size
+    ranks = values.tensor_model_parallel_size
+    split = (attention + (2 + language_whole) * t.ffn_hidden_size) / ranks
     language = batch.tokens * ((2 + 2 * language_whole) * t.hidden_size + split)
     vision = batch.patches * ((6 + 2 * vision_whole) * v.hidden_size + (1 + vision_whole) * v.ffn_hidden_size)
     if not values.on_gpu:
         vision += batch.patch_squares * v.num_attention_heads
     vision = stored_activations(vision, batch.patches * v.hidden_size, v.num_layers, values.recompute_vision == "full")
-    vision *= values.trained.reaches("vision_model") and stage.first
+    vision *= (values.trained.reaches("vision_model") and stage.first) / ranks  # each rank sees some of the images
     layers = stage.share * t.num_layers
     if not values.on_gpu:
         language += batch.token_squares * t.num_attention_heads * (values.recompute_language == "none")
-    elif not language_whole and values.tensor_model_parallel_size == 1 and values.recompute_language == "none":
+    elif not language_whole and values.recompute_language == "none" and (ranks == 1 or not values.trained.by_pairs):
         of_pairs = "language_model" in values.trained.by_pairs and 2 * t.hidden_size + t.ffn_hidden_size
-        all_of_it = language + batch.tokens * (heads * t.kv_channels + of_pairs)
+        all_of_it = language + batch.tokens * (heads * t.kv_channels / ranks + of_pairs)
         kept = size * stage.batches * (vision + layers * all_of_it)
         if (1 - SPARED) * memory >= sum(state_bytes(model, values, stage).values()) + kept:
             language = all_of_it
     language = stored_activations(language, batch.tokens * t.hidden_size, layers, values.recompute_language == "full")
     held = size * stage.batches
-    vision /= values.tensor_model_parallel_size  # each rank sees some of the images
     return {"language activations": held * language, "vision activations": held * vision}
 
 

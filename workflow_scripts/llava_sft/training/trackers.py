@@ -200,9 +200,8 @@ def _follow(run_dir: Path, name: str, terminal: Any) -> None:
                 door.log(_numbers(record), iteration)
                 latest[file] = iteration
         sent = state | latest
-        if sent != state and isinstance(
-            door, MLflow
-        ):  # the others send in the background, and have sent when they close
+        # The others send in the background, and have sent when they close.
+        if sent != state and isinstance(door, MLflow):
             write_json(state_file, sent)
         state = sent
     door.close()
