@@ -3,10 +3,13 @@
 # Any target of the workflow works: `make data_X`, `make train_X ARGS="--config lr=5e-6"`, …; `make` lists them.
 
 SHELL := bash
-# What a failed recipe says is to be the last on the terminal: make, which would add a line of its own, says nothing when it is
-# told to quit (SIGQUIT) and the recipe seems well; its exit code is then 1. With -k or -i it goes on, and says its line; so does
-# one that ignores SIGQUIT, as `make … &` in a script does: its exit code would be 0. It sleeps until make waits for it: gone before, it would be missed aloud.
-.SHELLFLAGS := -euo pipefail -c 'end() { [[ $$? == 0 || "$${MAKEFLAGS%% *}" == *[ik]* || "$$(trap -p QUIT)" == *"SIGQUIT" ]] || { kill -QUIT $$PPID; sleep 0.2; exit 0; }; }; \
+# What a failed recipe says is to be the last on the terminal. make, which would add a line of its own, says nothing when it is
+# told to quit (SIGQUIT) and the recipe seems well; its exit code is then 1. Only where make is seen to catch that signal, or it
+# would be 0: a script's `make … &` ignores it. With -k or -i make goes on, and says its line. The sleep: gone before make
+# waits for it, a recipe would be missed aloud.
+.SHELLFLAGS := -euo pipefail -c ' \
+  quits() { set -- $$(sed -n "s/^Sig\(Blk\|Cgt\)://p" /proc/$$PPID/status) && (( 0x$$2 & 4 && !(0x$$1 & 4) )); }; \
+  end() { [[ $$? == 0 || "$${MAKEFLAGS%% *}" == *[ik]* ]] || ! quits || { kill -QUIT $$PPID; sleep 0.2; exit 0; }; }; \
   trap end EXIT; eval "$$0"'
 VENV := .venv
 READY := $(VENV)/.ready
