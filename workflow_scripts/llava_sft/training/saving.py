@@ -37,7 +37,7 @@ class Saves:
         start: Start,
     ):
         self.run_dir, self.values, self.expected = run_dir, values, expected
-        self.base = base_to_note(start) if values.trained.lora and not start.untrained else None
+        self.base = base_to_note(start) if values.trained.lora and start.folder else None
         self.states, self.loader, self.watch = states, loader, watch
         self.first_rank = torch.distributed.get_rank() == 0
         self.steps = 0  # that were begun
