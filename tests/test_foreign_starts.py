@@ -1,7 +1,6 @@
 """Start checkpoints that other programs wrote: RICE-ViT as published, the coming native class, and forms that are refused."""
 
 import json
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -271,5 +270,5 @@ def test_an_adapter_and_gguf_are_refused_by_name(small_checkpoint, small_model, 
     with pytest.raises(CheckpointError, match=r"model-Q4_K_M\.gguf: GGUF is a form for inference"):
         check_load(Checkpoint.of(folder), {}, None, made_here=False)
     file = folder / "model-Q4_K_M.gguf"
-    with pytest.raises(CheckpointError, match=f"a file; checkpoints are folders\n.*load: {re.escape(str(folder))}$"):
+    with pytest.raises(CheckpointError, match=r"a file; checkpoints are folders\n.*GGUF is a form for inference"):
         check_load(Checkpoint.of(file), {}, None, made_here=False)
