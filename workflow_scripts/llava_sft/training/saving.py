@@ -57,11 +57,11 @@ class Saves:
         self.states.save(checkpoint_dir(self.run_dir, iteration), iteration, lambda: self._written(iteration))
 
     def before_step(self) -> None:
-        """Let a checkpoint count that is written. Before the second step, when the optimizer has its state, memory for copies
-        is taken."""
+        """Let a checkpoint count that is written. From the second step on, once the optimizer has its state, memory for
+        copies is taken."""
         self.finish()
         self.steps += 1
-        if self.steps == 2:
+        if self.steps >= 2:
             self.states.pin_ahead()
 
     def finish(self, wait: bool = False) -> None:
