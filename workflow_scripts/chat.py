@@ -21,7 +21,7 @@ from llava_sft.chat.models import CHOICES, find_model
 from llava_sft.chat.questions import Turn, checked, question, read_picture
 from llava_sft.chat.web import check_page, serve
 from llava_sft.checkpoint.verify import export_in
-from llava_sft.errors import SettingsError, SftError, exits_cleanly
+from llava_sft.errors import INTERRUPTED, SettingsError, SftError, exits_cleanly
 from llava_sft.evaluation.view import readable
 from llava_sft.model.export_files import COLDEST, HOTTEST
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from llava_sft.chat.answers import Model
 
 COMMANDS = "/image FILE… gives pictures to the next question, /reset begins another conversation, /quit ends it"
-INTERRUPTED = 130  # exit code
 
 
 @exits_cleanly

@@ -28,12 +28,22 @@ from llava_sft.gpu_stack import (
     gpu_name,
     said,
 )
-from llava_sft.machine import GIB, HOPPER, OLDEST_GPU, free_memory, gpu_count, gpus, known_gpu
+from llava_sft.machine import (
+    GIB,
+    HOPPER,
+    OLDEST_GPU,
+    SHARED_MEMORY,
+    free_memory,
+    gpu_count,
+    gpus,
+    known_gpu,
+    require_shared_memory,
+)
 from set_up import system
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-LEAST_DISK, LEAST_SHARED, LEAST_FILES = 20 * GIB, 64 << 20, 4096
+LEAST_DISK, LEAST_FILES = 20 * GIB, 4096
 # What torch and Transformer Engine say of a GPU, in a process of its own: they may crash, and import for half a minute.
 ASK_TORCH = (
     "import json, torch; print(json.dumps([torch.version.cuda, torch.cuda.is_available(), torch.cuda.nccl.version()]))"
@@ -182,16 +192,13 @@ def find_disk() -> Finding:
 
 
 def find_shared_memory() -> Finding:
-    folder = Path("/dev/shm")
-    if not folder.is_dir():
+    if not SHARED_MEMORY.is_dir():
         return bad("there is no /dev/shm, in which loader processes hand batches over", "mount -t tmpfs tmpfs /dev/shm")
-    free = shutil.disk_usage(folder).free
-    fix = "in Docker: --ipc=host or --shm-size=16g; else free some, or mount it larger"
-    return (
-        ok(f"{free / GIB:,.1f} GiB free")
-        if free >= LEAST_SHARED
-        else bad(f"{free >> 20} MiB free, at least 64 are needed", fix)
-    )
+    try:
+        require_shared_memory()
+    except SftError as error:
+        return bad(error.problem, error.fix)
+    return ok(f"{shutil.disk_usage(SHARED_MEMORY).free / GIB:,.1f} GiB free")
 
 
 def find_limits() -> Finding:

@@ -17,7 +17,15 @@ from typing import Any
 from llava_sft.checkpoint.start import read_hf_config
 from llava_sft.checkpoint.verify import require_export
 from llava_sft.data.forms import add_reading, reading_of
-from llava_sft.errors import CheckpointError, DamagedFileError, RunError, SettingsError, SftError, exits_cleanly
+from llava_sft.errors import (
+    INTERRUPTED,
+    CheckpointError,
+    DamagedFileError,
+    RunError,
+    SettingsError,
+    SftError,
+    exits_cleanly,
+)
 from llava_sft.evaluation.answers import Model, Options, answers_of
 from llava_sft.evaluation.base import exported, start_of
 from llava_sft.evaluation.judge import Answer, group_summaries, judge, summary
@@ -29,7 +37,6 @@ from llava_sft.model.hf_config import model_of_config
 
 PREDICTIONS = "predictions.jsonl"
 DEFAULT_BY = "kind"
-INTERRUPTED = 130  # exit code
 RULES = 6  # version of what evaluation.json holds: another number evaluates anew
 
 

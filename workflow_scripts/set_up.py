@@ -135,12 +135,13 @@ def explained(lines: list[str], wheels: Path | None) -> SftError:
     return SftError(f"the packages could not be installed:\n    {text}", "mend that, then run the same command again")
 
 
+def _runs() -> bool:
+    return said(sys.executable, "-c", "import transformer_engine.pytorch", seconds=240) is not None
+
+
 def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
     """Install Transformer Engine, or say in one line what it lacks. Raises SftError where it is `needed`, or its build fails."""
-    works = (
-        not (gpu and needed) or said(sys.executable, "-c", "import transformer_engine.pytorch", seconds=240) is not None
-    )
-    if engine_trouble() is None and works:
+    if engine_trouble() is None and (not (gpu and needed) or _runs()):
         print(f"{gpu or 'no GPU'}: Transformer Engine is installed")
         return
     troubles = [driver_trouble()] if gpu else []

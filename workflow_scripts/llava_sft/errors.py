@@ -158,11 +158,16 @@ def of_file(error: OSError) -> SftError:
     return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")
 
 
+def existing_folder(path: Path) -> Path:
+    """A folder that is there: `path`, or the first above it."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def _room(path: str) -> str:
     """How much room there is where a path lies; empty where there is no such place."""
     if not path:
         return ""
-    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    folder = existing_folder(Path(path).absolute().parent)
     usage, files = shutil.disk_usage(folder), os.statvfs(folder)
     if files.f_files and files.f_favail < FEW_FILES:
         return f": the disk of {folder} takes {files.f_favail:,} more files, whatever their sizes (`df -i`)"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from llava_sft.errors import exits_cleanly
+from llava_sft.errors import INTERRUPTED, exits_cleanly
 from llava_sft.gpu_stack import said
 
 _held = None  # keeps the shared lock for the life of the process
@@ -135,4 +135,4 @@ def wait_for_jobs() -> None:
             time.sleep(5)
     except KeyboardInterrupt:
         print("Stopped waiting; the jobs go on.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -178,7 +178,6 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    refuse_pointer(path)
     try:
         with safe_open(path, framework="np"):
             pass  # the library looks at the header, the offsets and the file's size
@@ -189,6 +188,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
         reason = error.strerror or os.strerror(errno.EACCES if path.exists() else errno.ENOENT)
         raise CheckpointError(f"{path}: cannot be read: {reason}", READABLE) from None
     except (SafetensorError, struct.error, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise CheckpointError(f"{path}: damaged or cut off ({str(error)[:200]})", "copy the file again") from None
     about = header.pop("__metadata__", None) or {}
     return {name: entry | {"start": 8 + length + entry["data_offsets"][0]} for name, entry in header.items()}, about

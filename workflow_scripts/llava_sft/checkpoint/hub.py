@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from llava_sft.errors import CheckpointError, full_disk, shown
+from llava_sft.errors import CheckpointError, existing_folder, full_disk, shown
 from llava_sft.progress import Progress
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -80,7 +80,7 @@ def download(load: str) -> Path:
     except Exception as error:  # the client passes on those of its HTTP library
         if full_disk(error):
             place = Path(constants.HF_HUB_CACHE)
-            free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.is_dir())).free
+            free = shutil.disk_usage(existing_folder(place)).free
             raise CheckpointError(
                 f"load: {load}: no room in the hub's cache {place}: {free / 1e6:,.1f} MB are free",
                 "free some there, or: export HF_HOME=FOLDER on a disk with room; then the same command",

@@ -291,7 +291,7 @@ def _check_options_and_picture(record: dict[str, Any], names: dict[str, list[str
     if options and not {"question", "answer"} <= reading.columns.keys():
         what = "write them into the question, and the answer as its text"
         raise Rejected("options are not read", f"{', '.join(options)}: {what}")
-    number = next((key for key in _of(NUMBERS, names)), None)
+    number = next(iter(_of(NUMBERS, names)), None)
     if number and not any(holds_image(key, value) for key, value in record.items()):
         raise Rejected("picture is not named", f"{number} is no file: add a key or column with the picture's file")
 

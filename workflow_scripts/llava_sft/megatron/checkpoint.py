@@ -106,10 +106,11 @@ class Checkpoints:
 
         Once the optimizer has its state. With several replicas, which share out the weights, only for that state.
         """
-        parts = [] if self.optimizer.is_stub_optimizer else self.optimizer.chained_optimizers
-        stepped = all(part.optimizer.state for part in parts if not part.is_stub_optimizer)
-        if self.queue is None or self.pinning or not stepped:  # steps whose gradient was not finite leave no state
+        if self.queue is None or self.pinning:
             return
+        parts = [] if self.optimizer.is_stub_optimizer else self.optimizer.chained_optimizers
+        if not all(part.optimizer.state for part in parts if not part.is_stub_optimizer):
+            return  # steps whose gradient was not finite leave none
         metadata, group = self._how_to_save()
         state = self._state(metadata | {"dp_cp_group": group})
         if group.size() > 1:

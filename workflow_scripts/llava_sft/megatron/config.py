@@ -20,7 +20,9 @@ def transformer_config(model: ModelConfig, values: ResolvedSettings) -> Transfor
     recompute: dict[str, Any] = {}
     if values.recompute_language == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    uneven = {"num_layers_in_first_pipeline_stage": values.first_stage_layers} if values.first_stage_layers else {}
+    uneven = {}
+    if stages > 1 and values.first_stage_layers:
+        uneven = {"num_layers_in_first_pipeline_stage": values.first_stage_layers}
     config = TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -39,7 +41,7 @@ def transformer_config(model: ModelConfig, values: ResolvedSettings) -> Transfor
         attention_softmax_in_fp32=False,
         tensor_model_parallel_size=values.tensor_model_parallel_size,
         pipeline_model_parallel_size=stages,
-        **(uneven if stages > 1 else {}),
+        **uneven,
         pipeline_dtype=dtype,
         deallocate_pipeline_outputs=True,
         bf16=values.bf16,

@@ -190,10 +190,8 @@ def host_bytes_for_save(model: ModelConfig, values: ResolvedSettings) -> float:
 def stage_parameters(model: ModelConfig, values: ResolvedSettings, stage: Stage) -> tuple[float, float]:
     """Values that a process of a stage has, LoRA's pairs with them, and how many of them are trained. Tensor-parallel ranks
     share the language model, and have all of the other parts."""
-    counts, ends = (
-        parameters_by_part(model),
-        prod(tensor_rows(model)[0].shape),
-    )  # embeddings; the output layer has as many
+    counts = parameters_by_part(model)
+    ends = prod(tensor_rows(model)[0].shape)  # embeddings; the output layer has as many
     layers = counts["language_model"] - 2 * ends
     tp = values.tensor_model_parallel_size
     held = {"language_model": (stage.share * layers + ends * (stage.first + stage.last)) / tp}

@@ -8,6 +8,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Iterator
+from math import prod
 from typing import Any, get_args
 
 import yaml
@@ -48,9 +49,8 @@ QUOTES = "\"'`“”„‟‘’‚‛«»「」"
 MINUS = str.maketrans("−–—‐‑", "-----")
 THOUSAND = {"k": 1, "m": 2, "g": 3, "b": 3, "t": 4}
 MINUTES = {"s": 1 / 60, "m": 1, "h": 60, "d": 1440}
-COUNTED = (
-    r"(tokens?|steps?|iters?|epochs?|gpus?|px|pixels?|samples?|workers?|bytes?|b)?"  # what may stand behind a number
-)
+# What may stand behind a number.
+COUNTED = r"(tokens?|steps?|iters?|epochs?|gpus?|px|pixels?|samples?|workers?|bytes?|b)?"
 
 
 def explain(error: ValidationError, values: dict, origin: dict[str, str], experiment_file: str) -> tuple[str, str]:
@@ -198,10 +198,7 @@ def _numbers(key: str, text: str) -> Iterator[int | float]:
     if found := re.fullmatch(r"(10)\*\*(-?\d\d?)", text):
         yield _whole(float(f"1e{found[2]}"))
     elif found := re.fullmatch(r"\d{1,9}(\*\d{1,9}){1,3}", text):
-        product = 1
-        for factor in text.split("*"):
-            product *= int(factor)
-        yield product
+        yield prod(map(int, text.split("*")))
     elif found := re.fullmatch(r"(\d+)[x*]?[a-z]+\d*[a-z]*", text) if key == "gpus_per_node" else None:
         yield int(found[1])
     elif found := re.fullmatch(
