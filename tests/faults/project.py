@@ -192,14 +192,13 @@ def make_states(project: Path, states: Path, step: Callable[[str], None], begin:
         step(rule)
     keep(project, states / "before")
     tracker = project / RUN / "latest_checkpointed_iteration.txt"
-    while not (
-        tracker.is_file() and tracker.read_text() == str(STOPPED)
-    ):  # again, where it got further before the kill
+    sealed = project / RUN / f"iter_{STOPPED:07d}/checksums.json"
+    following = project / RUN / f"iter_{STEPS:07d}"  # in part: its files would pass for a checkpoint's that must not be lost
+    while not sealed.is_file() or following.exists():  # again, where it got further before the kill
         shutil.rmtree(project / RUN, ignore_errors=True)
         kill = begin("train")
-        while not (tracker.is_file() and tracker.read_text().strip() in (str(STOPPED), str(STEPS))):
+        while not sealed.is_file() and not (tracker.is_file() and tracker.read_text().strip() == str(STEPS)):
             time.sleep(0.005)
-        time.sleep(0.02)  # its checksums are noted a moment later
         kill()
     keep(project, states / "stopped")
     for rule in ORDER[-4:]:
