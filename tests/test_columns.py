@@ -150,7 +150,7 @@ TABLES = {
     "spaces in some rows": ("image,question,answer\na.png, \"q\",x\nb.png,r,z\n", ["a space before the quote", ROWS[1]]),
     "a text that begins so": ('image,question,answer\na.png," ""q""",x\n', [["a.png", ' "q"', "x"]]),
     "a quote that takes the next row": ('image,question,answer\na.png,"q,x\nb.png,"r",z\nb.png,r,z\n', ["expected after", ["b.png", "r", "z"], ROWS[1]]),
-    "a rest that looks like a row": ('image,question,answer\na.png,"q" s,"x\nb.png,r,z"\nb.png,r,z\n', ["expected after", "it follows one", ROWS[1]]),
+    "a rest that looks like a row": ('image,question,answer\na.png,"q" s,"x\nb.png,r,z"\nb.png,r,z\n', ["expected after", "left open in the row before", ROWS[1]]),
 }  # fmt: skip
 
 
