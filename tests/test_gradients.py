@@ -1,10 +1,13 @@
 """Matrix products and the gradients of their weights, in Megatron's buffer: added in place, and in bf16 (`optimizer_precision:
 bf16`) beside the same sums in float32, whether the micro-batches of a step agree on the direction or not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from llava_sft.megatron import distributed
 from llava_sft.model.kernels import scale_
 from llava_sft.model.products import AccumulatingLinear, has_room, weight_gradient
 
@@ -61,3 +64,28 @@ def test_gradients_are_scaled_in_place():
     expected = gradients / 4633
     scale_(gradients, torch.tensor(1 / 4633))
     torch.testing.assert_close(gradients, expected)
+
+
+def test_gradients_of_what_sees_images_are_summed_over_the_ranks_in_one_call(monkeypatch):
+    calls = []
+
+    class Group:
+        def size(self):
+            return 2
+
+        def allreduce_coalesced(self, gradients):
+            calls.append(gradients)
+            return SimpleNamespace(wait=lambda: [gradient.mul_(2) for gradient in gradients])
+
+    monkeypatch.setattr(distributed.parallel_state, "get_tensor_model_parallel_group", Group)
+    model = torch.nn.ModuleDict({part: torch.nn.Linear(3, 2) for part in ("vision_model", "adapter", "language_model")})
+    model.pre_process = True
+    model["vision_model"].bias.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.main_grad = torch.ones_like(parameter)
+    distributed.sum_over_images(model)
+    summed = {name for name, parameter in model.named_parameters() if bool((parameter.main_grad == 2).all())}
+    assert len(calls) == 1 and summed == {"vision_model.weight", "adapter.weight", "adapter.bias"}
+    model.requires_grad_(False)
+    distributed.sum_over_images(model)
+    assert len(calls) == 1

@@ -75,6 +75,32 @@ def test_flash_attention_4_gives_way_with_one_line_in_the_log(monkeypatch, caplo
         flash4.choose("cudnn")
 
 
+def test_flash_attention_4_is_taken_again_after_a_call_that_had_no_memory(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(flash4, "attend", full)
+    query, segments = torch.empty(24, 32, 128, dtype=torch.bfloat16, device="meta"), packed_seq_params([24], "meta")
+    try:
+        flash4.choose("flash4")
+        with pytest.raises(torch.OutOfMemoryError):
+            fused_layers.attend(query, query, query, segments, True)
+        assert flash4.wanted(causal=True)
+    finally:
+        flash4.choose("cudnn")
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((8, 0), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
+def test_auto_takes_flash_attention_4_on_hopper_alone(monkeypatch, capability, taken):
+    monkeypatch.setattr(flash4, "flash4_version", lambda: "4.0.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    try:
+        flash4.choose("auto")
+        assert flash4.wanted(causal=True) == flash4.wanted(causal=False) == taken
+    finally:
+        flash4.choose("cudnn")
+
+
 def compile_only(kernel, *args, grid, warmup, num_warps=4, **named):
     """In the place of a launch."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | named

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import sys
 import time
+from argparse import Namespace
 
 import pytest
 
+import train
 from helpers import ROOT, trainings
 from llava_sft.errors import RunError
 from llava_sft.files import read_json
@@ -23,6 +26,7 @@ LAYOUTS = {
     "PP2": {"nproc_per_node": 2, "pipeline_model_parallel_size": 2},
 }
 TWO_STAGES = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
+TWO_RANKS = {"nproc_per_node": 2, "tensor_model_parallel_size": 2}
 ALONE = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "micro_batch_size": 8}
 
 
@@ -127,10 +131,16 @@ def test_eight_ranks_learn_what_one_does_and_go_on_as_two_and_as_one(base, undis
         ({"nproc_per_node": 2}, {"nproc_per_node": 2, "gpus_per_node": 0}, "gpus_per_node: 2 → 0"),
         (TWO_STAGES, TWO_STAGES | {"first_stage_layers": 9}, "first_stage_layers: 0 → 9"),
         ({"nproc_per_node": 2}, {"nproc_per_node": 2, "first_stage_layers": 9}, None),
+        ({**TWO_RANKS, "first_stage_layers": 0}, TWO_RANKS, None),
+        (TWO_RANKS, TWO_RANKS, "an earlier version, which also cut the vision tower into tensor_model_parallel_size (2)"),
+        ({**TWO_RANKS, "nproc_per_node": 4}, {**TWO_RANKS, "nproc_per_node": 8}, "an earlier version"),
+        (TWO_RANKS, {**TWO_RANKS, "train_iters": 4}, None),
     ],
 )  # fmt: skip
 def test_on_gpus_a_layout_that_the_optimizers_state_does_not_fit_is_refused(tmp_path, before, now, refused):
-    old, new = (ResolvedSettings(experiment="x", **{"gpus_per_node": 2, **each}) for each in (before, now))
+    old, new = (
+        ResolvedSettings(experiment="x", **{"gpus_per_node": 2, "train_iters": 9, **each}) for each in (before, now)
+    )
     if refused is None:
         refuse_layout(tmp_path, 4, old, new)
         return
@@ -151,6 +161,17 @@ def test_a_run_keeps_its_cut_into_stages_unless_another_is_asked_for(base):
     assert keeping_cut(before, cut(10, {})).settings.first_stage_layers == 10
     other = cut(4, {"first_stage_layers": "auto"}, pipeline_model_parallel_size=4)
     assert keeping_cut(before, other).settings.first_stage_layers == 4
+
+
+def test_memory_is_checked_for_the_cut_that_a_run_keeps(base, tmp_path, monkeypatch):
+    asked = Resolved.model_validate(base)
+    kept = asked.model_copy(update={"settings": asked.settings.model_copy(update={"first_stage_layers": 9})})
+    checked = []
+    monkeypatch.setattr(train, "open_run", lambda run_dir, resolved: kept.write(run_dir / "run.json") or 4)
+    monkeypatch.setattr(train, "check_node", lambda resolved: checked.append(resolved) or sys.exit())
+    with pytest.raises(SystemExit):
+        train.train(Namespace(run_dir=tmp_path), asked, None, None, None)
+    assert [resolved.settings.first_stage_layers for resolved in checked] == [9]
 
 
 COPIES = """

@@ -17,6 +17,7 @@ from llava_sft.machine import GIB, GPU_MEMORY_GIB, gpu, known_gpu
 from llava_sft.model.config import load_model_config
 from llava_sft.preflight.cost import MicroBatch, stages
 from llava_sft.preflight.predict import (
+    RESERVE,
     Case,
     Prediction,
     calibration_for,
@@ -108,6 +109,21 @@ def test_the_vision_tower_s_stage_gets_fewer_layers_and_all_stages_are_equally_s
         alone = predicted(sizes, global_batch_size=values.global_batch_size)
         of_weights = [stage_memory(cut, calibration, stage)["weights"] for stage in stages(MODEL, cut.values)]
         assert sum(of_weights) == pytest.approx(alone.memory["weights"])
+
+
+def test_of_the_cuts_that_fit_the_fastest_is_taken_and_of_all_where_none_does(sizes):
+    values = settings(sizes, gpus_per_node=2, pipeline_model_parallel_size=2)
+    calibration, batch = calibration_for("H200"), batches(sizes, values)
+
+    def cut(gib: float) -> Prediction:
+        case = Case(MODEL, values, H200._replace(memory_gib=gib), *batch)
+        return predict(case._replace(values=equally_slow_stages(case, calibration)), calibration)
+
+    fastest = cut(141)
+    for gib in (0.99 * fastest.memory_gib, 0.9 * fastest.memory_gib):
+        fitting = cut(gib / (1 - RESERVE))
+        assert fitting.memory_gib < gib and fitting.step_s > fastest.step_s
+    assert cut(20) == fastest
 
 
 def test_frozen_parts_need_neither_gradients_nor_moments(sizes):

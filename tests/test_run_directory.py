@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import ROOT
+from helpers import MODELS, ROOT
 from helpers.runs import VALUES, save
 from llava_sft.errors import RunError
 from llava_sft.files import write_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.lora import Lora
-from llava_sft.model.tensors import parameter_count
+from llava_sft.model.tensors import parameter_count, parameters_by_part
 from llava_sft.model.trained import Trained
-from llava_sft.preflight.cost import expected_bytes, matmul_parameters, training_flops
+from llava_sft.preflight.cost import checkpoint_size, expected_bytes, matmul_parameters, training_flops
 from llava_sft.run import checkpoints as checkpoints_module
 from llava_sft.run.checkpoints import check_disk, iterations_done, newest_whole, prune
 from llava_sft.run.layout import checkpoints
@@ -115,6 +115,23 @@ def test_the_expected_size_counts_optimizer_state_of_trained_parts_alone():
     assert expected_bytes(1000, 1000, gpu) == 14_000
     assert expected_bytes(1000, 10, gpu) == 2_120
     assert expected_bytes(1000, 1000, gpu.model_copy(update={"optimizer_precision": "bf16"})) == 8_000
+
+
+def test_on_gpus_a_checkpoint_has_the_state_of_each_ranks_tower_and_adapter():
+    model = load_model_config(MODELS / "4b.yaml")
+    of_images = sum(parameters_by_part(model)[part] for part in ("vision_model", "adapter"))
+    for ranks in (2, 4):
+        for trained in (
+            {},
+            {"trainable_modules": ["language_model"]},
+            {"trainable_modules": ["vision_model", "adapter"]},
+        ):
+            for gpus in (0, 8):
+                values = VALUES.model_copy(update={"bf16": True, "gpus_per_node": gpus} | trained)
+                shared = values.model_copy(update={"tensor_model_parallel_size": ranks})
+                more = checkpoint_size(model, shared) - checkpoint_size(model, values)
+                again = (ranks - 1) * of_images * ("vision_model" in values.trained.whole) * (gpus > 0)
+                assert more == expected_bytes(0, again, values)
 
 
 # --- lock ------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_a_stopped_round_is_queued_again_unless_not_one_step_was_done(monkeypatc
     monkeypatch.setattr(Job, "requeue", lambda self: queued.append(self.number))
     answers = {"this_job": job, "open_run": 5, "launch": 0, "iterations_done": reached}
     answers |= dict.fromkeys(
-        ("check_nodes", "check_node", "check_space", "check_what_is_loaded", "prune", "forget_after")
+        ("check_nodes", "check_node", "check_space", "check_what_is_loaded", "prune", "forget_after", "read_run")
     )
     for name, answer in answers.items():
         monkeypatch.setattr(train, name, lambda *args, answer=answer, **named: answer)

@@ -180,6 +180,7 @@ def test_a_training_is_followed_from_its_start_to_its_end(run_dir, resolved, mon
         (
             "check_nodes",
             "check_node",
+            "read_run",
             "check_space",
             "check_what_is_loaded",
             "prune",

@@ -301,7 +301,7 @@ if "RANK" in os.environ:
     from llava_sft.training import loop
     from llava_sft.megatron import checkpoint
     checkpoint.HOST = "a GPU's, for once"
-    checkpoint.pin = lambda sizes: json.dump(sizes, open(os.environ["PINNED"], "w"))
+    checkpoint.pin = lambda sizes, ending: json.dump(sizes, open(os.environ["PINNED"], "w"))
 """
 
 
@@ -312,3 +312,34 @@ def test_memory_is_pinned_before_the_first_save_for_all_that_it_copies(base, tmp
     reader = TorchDistReader(checkpoint_dir(run.folder, 2))
     stored = [reader.read(name) for name in reader.tensors()]
     assert sum(sizes) == sum(tensor.nbytes for tensor in stored) and len(sizes) >= len(stored)
+
+
+STILL_PINNING = """
+import json, os, time
+if "RANK" in os.environ:
+    from llava_sft.megatron import checkpoint
+    from llava_sft.training import loop
+    checkpoint.HOST, pin, begun = "a GPU's, for once", checkpoint.pin, []
+    def slowly(sizes, ending):
+        begun.append(sizes)
+        told, taken = ending.wait(60), []
+        time.sleep(1)
+        checkpoint.torch.empty = lambda *given, **named: taken.append(given)
+        pin(sizes, ending)
+        json.dump([told, taken], open(os.environ["PINNED"], "w"))
+    checkpoint.pin = slowly
+    step = loop.Loop.forward_backward
+    def fails(self):
+        if begun:
+            raise ValueError("of no known kind")
+        return step(self)
+    loop.Loop.forward_backward = fails
+"""
+
+
+def test_a_failure_while_memory_is_pinned_ends_that_first(base, tmp_path):
+    """A thread that calls CUDA when the interpreter ends aborts it, and the failure is lost."""
+    run, told = Run(base, tmp_path / "pinning", **HOW | {"train_iters": 4, "eval_iters": 0}), tmp_path / "told.json"
+    assert run.finish(f"import os; os.environ['PINNED'] = {str(told)!r}\n{STILL_PINNING}") == 1, run.said()
+    assert "of no known kind" in run.said()
+    assert read_json(told) == [True, []]  # of its sizes none was taken any more

@@ -25,7 +25,7 @@ from llava_sft.files import fingerprint, write_json
 from llava_sft.nodes import Node, is_settled, this_node
 from llava_sft.run.checkpoints import iterations_done, prune
 from llava_sft.run.coverage import count_samples
-from llava_sft.run.identity import identity, open_run
+from llava_sft.run.identity import identity, open_run, read_run
 from llava_sft.run.layout import METRICS, RUN_FILE, SAMPLE_COUNTS, checkpoint_dir, data_dir
 from llava_sft.run.lock import DEAD_AFTER_S, give_back, lock
 from llava_sft.run.records import forget_after, read_metrics
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
     if dataset := resolved.data.dataset_file:
         require_whole(folder_of(Path(resolved.data.path)), Path(dataset))
     check_nodes(settings, job, node)
-    check_node(resolved)
+    check_node(read_run(run_dir))  # a run that goes on keeps its own cut into pipeline stages
     require_packages(settings.trackers)
     prune(run_dir, settings.keep_last, settings.keep_every)
     check_space(run_dir, resolved)

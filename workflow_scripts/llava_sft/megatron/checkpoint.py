@@ -6,6 +6,7 @@ state is kept: nothing draws from it after the weights are made (no dropout; the
 """
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Checkpoints:
         self.trained_only = trained_only
         self.queue = AsyncCallsQueue() if in_background else None
         self.pinning: threading.Thread | None = None
+        self.ending = threading.Event()
         write_for_older_torch()
         get_write_results_queue("fork")  # Megatron would spawn it at the first save, with seconds of imports
 
@@ -118,8 +120,14 @@ class Checkpoints:
         apply_factories(state)
         copied = [part.data for part in nested_values(state) if isinstance(part, ShardedTensor)]
         sizes = [tensor.nbytes for tensor in copied if tensor.device.type != HOST]
-        self.pinning = threading.Thread(target=pin, args=(sizes,), daemon=True)
+        self.pinning = threading.Thread(target=pin, args=(sizes, self.ending), daemon=True)
         self.pinning.start()
+
+    def stop_pinning(self) -> None:
+        """A thread that still calls CUDA when the interpreter ends would abort it."""
+        self.ending.set()
+        if self.pinning:
+            self.pinning.join()
 
     def _how_to_save(self) -> tuple[dict[str, Any], torch.distributed.ProcessGroup]:
         metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -151,10 +159,12 @@ class Checkpoints:
         torch.cuda.empty_cache()  # loading holds the state twice
 
 
-def pin(sizes: list[int]) -> None:
-    """PyTorch keeps memory that it has pinned for what is copied next, whose size is the same power of two."""
+def pin(sizes: list[int], ending: threading.Event) -> None:
+    """PyTorch keeps memory that it has pinned for what is copied next, whose size is the same power of two. Not on when the
+    training is `ending`."""
     with suppress(RuntimeError):  # a save would say so, and the training may never come to one
-        taken = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+        wanted = itertools.takewhile(lambda size: not ending.is_set(), sizes)
+        taken = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in wanted]
         del taken
 
 

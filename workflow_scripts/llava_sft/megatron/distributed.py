@@ -117,9 +117,9 @@ def sum_over_images(model: DistributedDataParallel) -> None:
     group, module = parallel_state.get_tensor_model_parallel_group(), unwrapped(model)
     if group.size() == 1 or not module.pre_process:
         return
-    for name, parameter in module.named_parameters():
-        if name.startswith(SEE_IMAGES) and parameter.requires_grad:
-            torch.distributed.all_reduce(parameter.main_grad, group=group)
+    parameters = [p for name, p in module.named_parameters() if name.startswith(SEE_IMAGES) and p.requires_grad]
+    if parameters:  # some 300 in 4B: in one call of NCCL
+        group.allreduce_coalesced([parameter.main_grad for parameter in parameters]).wait()
 
 
 def report_complete(model: DistributedDataParallel, parameters: list[torch.nn.Parameter]) -> None:

@@ -32,9 +32,13 @@ def choose(attention: str) -> None:
     """What the setting says: `auto` (where it is faster and installed), `cudnn` or `flash4` (in both towers)."""
     _chosen.clear()
     _failed.clear()
-    if attention == "flash4" or (attention == "auto" and flash4_version()):
+    if attention == "flash4" or (attention == "auto" and flash4_version() and _is_hopper()):
         _chosen.update(FASTER if attention == "auto" else {False, True})
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability() == (9, 0)
 
 
 def wanted(causal: bool) -> bool:
@@ -61,7 +65,7 @@ def _interface() -> Any:
         raise ImportError(trouble.what)
     from flash_attn.cute import interface
 
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+    if torch.cuda.is_available() and not _is_hopper():
         raise ImportError("the GPU is no Hopper")
     return interface
 

@@ -65,6 +65,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: PackedSeqParams,
     if flash4.wanted(causal):
         try:
             return flash4.attend(query, key, value, segments, causal)
+        except torch.OutOfMemoryError:  # says nothing about it
+            raise
         except Exception as error:
             flash4.give_up(causal, error)
     sizes, kind = _cudnn(segments, causal)

@@ -38,7 +38,8 @@ class Trained(NamedTuple):
         back = self.reaches(part)
         return 1 + back + (part in self.whole), 1 + 2 * back
 
-    def parameters(self, model: ModelConfig) -> int:
-        """Values that are trained."""
+    def parameters(self, model: ModelConfig, parts: tuple[str, ...] = FLOW) -> int:
+        """Values that are trained, of `parts` of the model."""
         counts = parameters_by_part(model)
-        return sum(counts[part] for part in self.whole) + (self.lora.parameters(model) if self.lora else 0)
+        of_pairs = sum(self.lora.parameters(model, part) for part in parts) if self.lora else 0
+        return sum(counts[part] for part in self.whole if part in parts) + of_pairs

@@ -171,9 +171,13 @@ def expected_bytes(parameters: float, trained: float, values: ResolvedSettings) 
 
 
 def checkpoint_size(model: ModelConfig, values: ResolvedSettings) -> int:
-    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained; with LoRA of those alone."""
+    """Bytes of one checkpoint, with what the optimizer keeps of the parts that are trained; with LoRA of those alone. On GPUs
+    each tensor-parallel rank writes its own of the parts that see images, which it has all of."""
     trained = values.trained.parameters(model)
-    return int(expected_bytes(trained if values.trained.lora else parameter_count(model), trained, values))
+    weights = trained if values.trained.lora else parameter_count(model)
+    copies = (values.tensor_model_parallel_size - 1) * values.on_gpu
+    again = copies * (trained - values.trained.parameters(model, ("language_model",)))
+    return int(expected_bytes(weights, trained + again, values))
 
 
 def checkpoints_kept(values: ResolvedSettings) -> int:

@@ -201,13 +201,18 @@ def stage_seconds(case: Case, calibration: Calibration, stage: Stage) -> float:
 
 
 def equally_slow_stages(case: Case, calibration: Calibration) -> ResolvedSettings:
-    """The settings with the model cut into the pipeline stages whose slowest is the fastest."""
+    """The settings with the model cut into the pipeline stages whose slowest is the fastest, of those that fit if any do."""
     values = case.values
     if values.pipeline_model_parallel_size == 1:
         return values
     cuts = possible_cuts(case.model.language.num_layers, values.pipeline_model_parallel_size)
     tried = [values.model_copy(update={"first_stage_layers": first}) for first in cuts]
-    return min(tried, key=lambda each: predict(case._replace(values=each), calibration).step_s)
+
+    def misfit_and_time(each: ResolvedSettings) -> tuple[bool, float]:
+        prediction = predict(case._replace(values=each), calibration)
+        return not fits(prediction, case.machine), prediction.step_s
+
+    return min(tried, key=misfit_and_time)
 
 
 def fits(prediction: Prediction, machine: Machine) -> bool:

@@ -124,14 +124,25 @@ def refuse_layout(run_dir: Path, done: int, before: ResolvedSettings, now: Resol
     replicas = before.data_parallel_size, now.data_parallel_size
     if before.on_gpu != now.on_gpu:
         changed = ["gpus_per_node"]
-    elif not now.on_gpu or (changed == [names[2]] and all(size in BUCKETS_ALIKE for size in replicas)):
+    elif not now.on_gpu:
         return
+    elif changed == [names[2]] and all(size in BUCKETS_ALIKE for size in replicas):
+        changed = []
+    next_run = f"another run from its weights: --config run_tag=next load={checkpoint_dir(run_dir, done)}"
     if changed:
         difference = ", ".join(f"{name}: {getattr(before, name)} → {getattr(now, name)}" for name in changed)
         raise RunError(
             f"{run_dir}: its {done} steps were trained on another layout: {difference}; the optimizer's state does not "
             "fit",
-            f"the old layout, or another run from its weights: --config run_tag=next load={checkpoint_dir(run_dir, done)}",
+            f"the old layout, or {next_run}",
+        )
+    # Versions that did not write this setting had the vision tower shared out to the tensor-parallel ranks, too.
+    earlier = "first_stage_layers" not in before.model_fields_set
+    if earlier and now.tensor_model_parallel_size > 1 and done < now.train_iters:
+        raise RunError(
+            f"{run_dir}: its {done} steps were trained by an earlier version, which also cut the vision tower into "
+            f"tensor_model_parallel_size ({now.tensor_model_parallel_size}) parts; the optimizer's state does not fit",
+            next_run,
         )
 
 

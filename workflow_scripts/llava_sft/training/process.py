@@ -184,4 +184,6 @@ def main(resolved_path: str, run_dir: str) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader worker that ends
         for child in multiprocessing.active_children():  # they hear no SIGTERM, with which Python would end them
             child.kill()
+        if loop:
+            loop.saves.states.stop_pinning()
     torch.distributed.destroy_process_group()
