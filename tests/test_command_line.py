@@ -127,7 +127,9 @@ def test_ctrl_c_ends_the_shells_loop_too_when_every_recipe_has_ended(tmp_path, s
     assert said.count("saved") == began and "goes on" not in said and "Error" not in said, said
 
 
-@pytest.mark.parametrize("steps", [("train_a",), ("-k", "train_a"), ("-j2", "train_a", "export_a"), ("no_such_step_a",)])
+@pytest.mark.parametrize(
+    "steps", [("train_a",), ("-k", "train_a"), ("-j2", "train_a", "export_a"), ("no_such_step_a",)]
+)
 def test_a_supervisors_sigterm_to_make_alone_ends_what_it_runs_and_waits_for_it(tmp_path, steps):
     command = make_with(tmp_path, SAVES, *steps)
     made = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, stdout=subprocess.PIPE, text=True)
