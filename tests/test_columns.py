@@ -39,6 +39,55 @@ READ = {
     "no history, as a table has it": ({"question": "What?", "answer": "Green.", "history": "[]"}, {}, [Q, A], [], set()),
 }  # fmt: skip
 
+# Columns beside a question that look like something else, and are only not read.
+HARMLESS = [
+    {"a": 1.0, "b": 2.5}, {"a": "1.0", "b": "-2e-3", "c": "nan"}, {"1": "x", "2": "y", "3": "z"}, {"answer_1": "Red.", "answer_2": "Blue.", "Answer-3": "Brown."},
+    {"A": ["x"], "B": ["y"]}, {"a": "note", "b": 3}, {"options": {"temperature": 0.7, "top_p": 0.9}}, {"choices": []}, {"options": 4},
+    {"texts": ["ocr"]}, {"turns": [1, 2]}, {"history": ["x"]}, {"texts": '["ocr", "words"]'}, {"history": "none"}, {"dialog": {"speakers": 2}}, {"chat": [["x"]]},
+    {"texts": [{"text": "STOP", "bbox": [1, 2, 3, 4]}]}, {"qa": {"score": [1], "by": ["x"]}}, {"rounds": 3}, {"turns": "[1, 2]"}, {"history": [["x", 1]]},
+    {"user": 17}, {"input": 512}, {"prompt": True}, {"system": 3}, {"speech": 0.2}, {"tools": "hammer, nail"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", HARMLESS, ids=str)
+def test_a_column_that_looks_like_something_else_rejects_nothing(columns):
+    for record in (
+        columns | {"question": "What?", "answer": "Green."},
+        {"query": "What?", "response": "Green."} | columns,
+    ):
+        assert parse_record(record).messages == [Q, A]
+    if not {"input", "user", "prompt"} & columns.keys():
+        caption = parse_record({"image": "a.png", "caption": "Green."} | columns)
+        assert caption.messages[1] == A and caption.images == ["a.png"]
+
+
+def test_the_video_that_a_picture_is_of_is_no_video_to_learn():
+    for column in ({"video_id": "v17"}, {"videoId": 17}, {"audio_id": 3}):
+        assert parse_record(PAIR | {"image": "a.png"} | column).images == ["a.png"]
+        with pytest.raises(Rejected, match="is not supported"):
+            parse_record(PAIR | column)
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        ("What?\n(A) red (B) Light  Blue", {"choices": ["Red", "light blue"]}), ("What?\nA. red\nB. blue", {"options": "A. red\nB. blue"}),
+        ("What?\nA. red\nB. blue", {"A": "red", "B": "blue"}), ("是什么？A红色B蓝色", {"options": "['红色', '蓝色']"}), ("2 or 4?", {"choices": [2, 4]}),
+    ],
+)  # fmt: skip
+def test_options_that_stand_in_the_question_are_not_missing(question, options):
+    answer = "4" if question.startswith("2") else "A"
+    assert parse_record({"question": question, "answer": answer} | options).messages[1]["content"] == answer
+
+
+def test_a_reject_for_options_names_the_columns_that_accept_the_record():
+    record = {"query": "q", "response": "a", "choices": ["x", "y"]}
+    with pytest.raises(Rejected, match=r"columns: \{question: query, answer: response\}"):
+        parse_record(record)
+    assert (
+        parse_record(record, None, Reading({"question": "query", "answer": "response"})).messages[0]["content"] == "q"
+    )
+
 
 @pytest.mark.parametrize("form", READ)
 def test_what_columns_name_is_read_and_what_gives_way_is_noted(form):
@@ -68,6 +117,10 @@ REJECTED = {
     "missing key": [({"query": "", "response": "", "history": [["x", "y"]]}, {})],
     "options are not read": [
         ({"question": "q", "A": "a", "B": "b", "answer": "A"}, {}), ({"question": "q", "option_a": "a", "option_b": "b", "answer": "A"}, {}), ({**PAIR, "a": "x", "b": "y", "c": "z"}, {}),
+        ({**PAIR, "choice0": "x", "choice1": "y"}, {}), ({"question": "Red or blue?", "answer": 0, "choices": ["red", "blue"]}, {}),
+        ({"question": "How many?", "answer": "B", "A": 2, "B": "4"}, {}), ({"question": "How many?", "answer": 1, "options": [2, 4]}, {}),
+        ({**PAIR, "options": "['red', 'blue']"}, {}), ({**PAIR, "options": {"A": "red", "B": "blue"}}, {}),
+        ({"question": "Is it bored?", "answer": "x", "choices": {"label": ["A", "B"], "text": ["red", "blue"]}}, {"question": "question"}),
     ],
     "wrong turn order": [({"conversation": [{"system": s, "input": "q", "output": "a"} for s in ("S", "T")]}, {}), ({"conversations": [["user", "q"]]}, {})],
     "malformed conversation": [({"conversations": [["user", "q"], ["Where?", "a"]]}, {}), ({"conversations": [{"from": "human", "value": "q", "content": "r"}, OTHER[1]]}, {})],
@@ -97,7 +150,7 @@ TABLES = {
     "spaces in some rows": ("image,question,answer\na.png, \"q\",x\nb.png,r,z\n", ["a space before the quote", ROWS[1]]),
     "a text that begins so": ('image,question,answer\na.png," ""q""",x\n', [["a.png", ' "q"', "x"]]),
     "a quote that takes the next row": ('image,question,answer\na.png,"q,x\nb.png,"r",z\nb.png,r,z\n', ["expected after", ["b.png", "r", "z"], ROWS[1]]),
-    "a rest that looks like a row": ('image,question,answer\na.png,"q" s,"x\nb.png,r,z"\nb.png,r,z\n', ["expected after", "it follows one", ROWS[1]]),
+    "a rest that looks like a row": ('image,question,answer\na.png,"q" s,"x\nb.png,r,z"\nb.png,r,z\n', ["expected after", "left open in the row before", ROWS[1]]),
 }  # fmt: skip
 
 

@@ -11,9 +11,8 @@ from helpers.experiments import EXPERIMENT, SOUND, mistake, pretend_gpus, sound_
 from llava_sft.errors import CheckpointError, DataError, SettingsError
 from llava_sft.settings import layers
 from llava_sft.settings.layers import load_settings
-from llava_sft.settings.resolve import (
-    resolve,
-)
+from llava_sft.settings.resolve import resolve
+from llava_sft.settings.schema import DEFAULTS
 
 
 @pytest.fixture
@@ -90,6 +89,48 @@ def test_a_wrong_setting_is_one_message_with_file_key_value_and_fix(project, set
     assert isinstance(error, SettingsError)
     for text in [EXPERIMENT, *mentioned]:
         assert text in str(error)
+
+
+FOR_ALL = {"columns": {"answer": "a"}, "caption_prompt": "What?", "image_first": True, "heldout_data": "raw.jsonl"}
+
+
+@pytest.mark.parametrize("key", FOR_ALL)
+@pytest.mark.parametrize("data", [{"webdatasets": "wds"}, {"sources": [{"path": "raw.jsonl"}]}])
+def test_what_is_given_for_all_experiments_is_refused_for_none_and_what_an_experiment_gives_for_itself_is(
+    project, key, data
+):
+    (project / "config/config.yaml").write_text(yaml.safe_dump({"raw_data": "raw.jsonl", key: FOR_ALL[key]}))
+    write_experiment("mine", raw_data=None, **data)
+    applies = "sources" in data and key != "heldout_data"
+    settings = load_settings("mine")
+    assert settings.raw_data is None and getattr(settings, key) == (FOR_ALL[key] if applies else DEFAULTS[key])
+    for own, given in (({key: FOR_ALL[key]}, {}), ({}, {key: FOR_ALL[key]})):
+        write_experiment("mine", **{"raw_data": None} | data | own)
+        if applies:
+            load_settings("mine", given)
+            continue
+        with pytest.raises(SettingsError, match=f"{EXPERIMENT if own else '--config'}: {key}: "):
+            load_settings("mine", given)
+
+
+@pytest.mark.parametrize("text", ["", "# comments alone\n", "null\n", "---\n# x\n...\n", "~"])
+def test_a_file_that_says_nothing_is_a_file_without_settings(project, text):
+    (project / EXPERIMENT).write_text(text)
+    assert "exactly one of raw_data" in mistake().problem
+    for name in ("config.yaml", "stages/align.yaml"):
+        (project / "config" / name).write_text(text)
+    write_experiment("mine")
+    assert load_settings("mine", {"stage": "align"}).lr == DEFAULTS["lr"]
+    (project / "config/models/4b.yaml").write_text(text)
+    assert "4b.yaml: name: Field required" in mistake().problem
+
+
+def test_names_of_columns_may_have_quotes_as_a_table_may(project):
+    for value in ('"q"', "'q'", "“问题”"):
+        assert load_settings("mine", {"columns": {"question": value}}).columns == {"question": value}
+        sources = [{"path": "raw.jsonl", "columns": {"question": value}}]
+        assert load_settings("mine", {"raw_data": None, "sources": sources}).sources[0].columns == {"question": value}
+        assert "quotes" in mistake(sources=[{"path": value}]).problem
 
 
 def test_a_wrong_setting_of_the_command_line_is_said_to_come_from_there(project):

@@ -1,6 +1,6 @@
 """Tensor, pipeline and data parallelism on CPU processes: one checkpoint for all layouts, the same losses and gradients.
 
-The layouts are run one after the other in four processes (parallel_worker.py).
+The layouts are run one after the other in four processes, the layers of GPUs in two (parallel_worker.py).
 """
 
 import json
@@ -42,6 +42,15 @@ PACKS = [("a pack", 1, False), ("a pack, TP2, fused", 2, True)]
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 20_000}
 
 
+def written(folder: Path, language: LanguageConfig, vision: VisionConfig, **job: list) -> None:
+    """A job of parallel_worker.py: a checkpoint of such a model, and what is done with it."""
+    model = ModelConfig(name="parallel", language=language, vision=vision)
+    write_tiny_checkpoint(folder / "hf", TEXTS, model, 1, MIN_PIXELS, MAX_PIXELS)
+    hf2mcore(folder / "hf", folder / "hf_mcore_tp1_pp1", model)
+    job |= {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder)}  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     language = LanguageConfig(
@@ -56,10 +65,7 @@ def results(tmp_path_factory):
         max_position_embeddings=2048,
     )
     vision = VisionConfig(num_layers=2, hidden_size=96, ffn_hidden_size=160, num_attention_heads=4)
-    model = ModelConfig(name="parallel", language=language, vision=vision)
-    folder = tmp_path_factory.mktemp("parallel")
-    write_tiny_checkpoint(folder / "hf", TEXTS, model, 1, MIN_PIXELS, MAX_PIXELS)
-    hf2mcore(folder / "hf", folder / "hf_mcore_tp1_pp1", model)
+    folder, of_packs = tmp_path_factory.mktemp("parallel"), tmp_path_factory.mktemp("packs")
     runs = [(ONE, 1, 1, 4, {}, True)]
     runs += [(name, tp, pp, 1, UNEVEN.get(name, {}), True) for name, (tp, pp) in LAYOUTS.items()]
     runs += [(f"{name} bf16", *LAYOUTS[name], 1, {"bf16": True}, False) for name in IN_BF16]
@@ -67,8 +73,9 @@ def results(tmp_path_factory):
     runs += [(f"{name} LoRA", *LAYOUTS[name], 1, LORA, True) for name in WITH_LORA]
     steps = [(name, *how, {}) for name, how in TWO_REPLICAS.items()]
     steps += [(f"{name}, overlap", *how, OVERLAP) for name, how in TWO_REPLICAS.items()]
-    job = {"model": model.model_dump(), "source": str(folder / "hf"), "release": str(folder / "hf_mcore_tp1_pp1/release"), "folder": str(folder), "runs": runs, "steps": steps, "packs": PACKS}  # fmt: skip
-    (folder / "job.json").write_text(json.dumps(job))
+    written(folder, language, vision, runs=runs, steps=steps, packs=[])
+    one_layer = (sizes.model_copy(update={"num_layers": 1}) for sizes in (language, vision))
+    written(of_packs, *one_layer, runs=[], steps=[], packs=PACKS)
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(SCRIPTS)]),
         "OMP_NUM_THREADS": "1",
@@ -78,15 +85,16 @@ def results(tmp_path_factory):
         "GLOO_SOCKET_IFNAME": "lo",
     }
     run = subprocess.run(
-        [sys.executable, ROOT / "tests/helpers/parallel_worker.py", folder, str(RANKS)],
+        [sys.executable, ROOT / "tests/helpers/parallel_worker.py", folder, str(RANKS), of_packs, "2"],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-6000:]
-    losses, steps = (json.loads((folder / f"{name}.json").read_text()) for name in ("losses", "steps"))
-    return SimpleNamespace(folder=folder, losses=losses, steps=steps)
+    read = {path: json.loads((path / "losses.json").read_text()) for path in (folder, of_packs)}
+    steps = [json.loads((folder / f"steps_{rank}.json").read_text()) for rank in range(RANKS)]
+    return SimpleNamespace(folder=folder, of_packs=of_packs, losses=read[folder] | read[of_packs], steps=steps)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -121,7 +129,7 @@ def test_loss_and_every_gradient_equal_those_of_one_process(results, layout, one
 def test_the_layers_of_gpus_shared_by_two_ranks_have_the_loss_and_gradients_of_one_process(results):
     one, two = (name for name, *_ in PACKS)
     assert results.losses[two] == pytest.approx(results.losses[one], rel=1e-6)
-    before, after = (stored(results.folder / name / "gradients") for name in (one, two))
+    before, after = (stored(results.of_packs / name / "gradients") for name in (one, two))
     assert after.keys() == before.keys() and any(key.startswith("vision_model.") for key in before)
     worst = {key: float((after[key] - value).abs().max() / value.abs().max()) for key, value in before.items()}
     assert max(worst.values()) <= 1e-5, max(worst, key=worst.get)

@@ -1,6 +1,7 @@
 """What would only fail later, asked before any job: GPUs that are not here, weights that cannot be read."""
 
 import contextlib
+import errno
 import json
 import shutil
 import struct
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.experiments import mistake, pretend_gpus, sound_project, write_experiment
-from llava_sft.errors import SettingsError
+from llava_sft.errors import SettingsError, of_file
 from llava_sft.inputs import check_inputs
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import load_settings
@@ -106,10 +107,24 @@ def test_no_room_in_shared_memory_or_for_temporary_files_is_said_before_any_job(
     assert "no folder for temporary files" in mistake().problem
 
 
-def test_an_exp_dir_through_a_link_to_nowhere_is_named_by_the_link(project):
+@pytest.mark.parametrize("key", ["exp_dir", "raw_data", "heldout_data", "image_root", "load", "tokenizer"])
+@pytest.mark.parametrize("below", ["", "/me/output"])
+def test_a_path_through_a_link_to_nowhere_is_named_by_the_link(project, key, below):
     Path("scratch").symlink_to("/gone/away")
-    error = mistake(exp_dir="scratch/me/output")
-    assert error.problem.endswith("scratch is a link to /gone/away, which is not there") and "mount" in error.fix
+    error = mistake(**{key: f"scratch{below}"})
+    assert error.problem == f"{key}: 'scratch{below}': scratch is a link to /gone/away, which is not there"
+    assert "mount that disk, or mend the link" in error.fix
+
+
+def test_a_file_that_is_a_link_to_nowhere_is_named_by_the_link(project):
+    Path("parts").mkdir()
+    for name in ("parts/0.jsonl", "config/experiments/linked.yaml"):
+        Path(name).symlink_to("/gone/file")
+    assert "parts/0.jsonl is a link to /gone/file, which is not there" in mistake(raw_data="parts/*.jsonl").problem
+    with pytest.raises(SettingsError, match=r"linked\.yaml is a link to /gone/file, which is not there"):
+        load_settings("linked")
+    said = of_file(FileNotFoundError(errno.ENOENT, "No such file or directory", "parts/0.jsonl"))
+    assert "is a link to /gone/file" in said.problem and "mend the link" in said.fix
 
 
 # --- the start checkpoint ------------------------------------------------------------------------------------------------

@@ -193,7 +193,9 @@ def make_states(project: Path, states: Path, step: Callable[[str], None], begin:
     keep(project, states / "before")
     tracker = project / RUN / "latest_checkpointed_iteration.txt"
     sealed = project / RUN / f"iter_{STOPPED:07d}/checksums.json"
-    following = project / RUN / f"iter_{STEPS:07d}"  # in part: its files would pass for a checkpoint's that must not be lost
+    following = (
+        project / RUN / f"iter_{STEPS:07d}"
+    )  # in part: its files would pass for a checkpoint's that must not be lost
     while not sealed.is_file() or following.exists():  # again, where it got further before the kill
         shutil.rmtree(project / RUN, ignore_errors=True)
         kill = begin("train")

@@ -24,6 +24,7 @@ DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_containe
 MORE_SPACE = (
     "free some space on that disk, then run the same command again; output may lie elsewhere: --config exp_dir=FOLDER"
 )
+MEND_LINK = "mount that disk, or mend the link; or name another place"
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
 MORE_QUOTA = "free some of your quota there (`quota -s` shows it), or --config exp_dir=FOLDER on another disk; then the same command"
 FEW_FILES = 1000  # inodes that a job which failed for want of them may have given back as it ended
@@ -153,9 +154,17 @@ def of_file(error: OSError) -> SftError:
         return SftError(
             what, "make it readable and writable for you (`ls -ld` shows whose it is), or name another place"
         )
+    if error.errno == errno.ENOENT and name is not None and (dead := dead_link(os.fsdecode(name))):
+        return SftError(f"{what}: {dead}", MEND_LINK)
     if error.errno == errno.ENOENT:
         return SftError(what, "check the path, or restore it; what this workflow made, the same command makes again")
     return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")
+
+
+def dead_link(path: Path | str) -> str:
+    """What is said of a path that goes through a link to what is not there: a disk that is not mounted, say. Else empty."""
+    links = (each for each in (Path(path), *Path(path).parents) if os.path.islink(each) and not os.path.exists(each))
+    return next((f"{link} is a link to {os.readlink(link)}, which is not there" for link in links), "")
 
 
 def existing_folder(path: Path) -> Path:

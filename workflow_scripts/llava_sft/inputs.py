@@ -11,7 +11,7 @@ from llava_sft.checkpoint.start import check_load
 from llava_sft.data.nv_meta import is_finished
 from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
-from llava_sft.errors import DataError, SettingsError, shown
+from llava_sft.errors import MEND_LINK, DataError, SettingsError, dead_link, shown
 from llava_sft.evaluation.scores import load_score
 from llava_sft.machine import (
     gpu_count,
@@ -68,7 +68,9 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True, elsew
     """
     settings = paths.settings
     require_temporary_folder()
-    _refuse_dead_link(settings.exp_dir)
+    for key, path in ({"exp_dir": settings.exp_dir} | user_paths(settings)).items():
+        if dead := dead_link(path):
+            raise SettingsError(f"{key}: {shown(str(path))}: {dead}", MEND_LINK)
     reads_demo = any(paths.is_demo(path) for path in user_paths(settings).values())
     if paths.demo and paths.demo_done and reads_demo and not paths.demo_done.exists():
         check_demo(paths.demo)
@@ -99,16 +101,6 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True, elsew
     check_batch(settings, gpus)
     if not elsewhere:
         check_machine(paths, gpus)
-
-
-def _refuse_dead_link(folder: Path) -> None:
-    """Raise SettingsError where `exp_dir` goes through a link to what is not there: a disk that is not mounted, say."""
-    for path in (folder, *folder.parents):
-        if path.is_symlink() and not path.exists():
-            raise SettingsError(
-                f"exp_dir: {shown(str(folder))}: {path} is a link to {os.readlink(path)}, which is not there",
-                "mount that disk, or mend the link; or another exp_dir",
-            )
 
 
 def check_machine(paths: Paths, gpus: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, plan_ranges, ranges_of, shard_name
 from llava_sft.embedded import DEMO_BYTES
-from llava_sft.errors import DataError, shown
+from llava_sft.errors import MEND_LINK, DataError, dead_link, shown
 from llava_sft.settings.data import SourceSettings
 from llava_sft.settings.schema import Settings
 
@@ -69,6 +69,8 @@ def _source(settings: Settings, entry: SourceSettings, alone: bool, made_here: C
             if path.is_dir():
                 raise DataError(f"{key}: {path}: is a folder", _files_in(path, key))
             if not path.is_file() and not made_here(path):
+                if dead := dead_link(path):
+                    raise DataError(f"{key}: {path}: {dead}", MEND_LINK)
                 raise DataError(
                     f"{key}: {path}: no such file",
                     f"put the file there, or set {key} in config/experiments/{settings.experiment}.yaml",

@@ -14,12 +14,16 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
 
+from llava_sft.data.options import check_options
 from llava_sft.data.other_forms import (
+    ANSWERS,
     KNOWN_KEYS,
+    QUESTIONS,
     SPEAKERS,
     Unread,
     holds_image,
     is_empty,
+    is_pair,
     is_turns,
     names_picture,
     plain,
@@ -34,8 +38,6 @@ TARGETS: tuple[str, ...] = get_args(Target)
 TURNS = (
     "conversations", "messages", "conversation", "dialog", "dialogue", "chat", "turns", "texts", "qa", "qapairs", "rounds", "history",
 )  # fmt: skip
-QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "user", "human", "input")
-ANSWERS = ("answer", "response", "multiplechoiceanswer", "output", "completion", "solution", "assistant", "gpt", "bot")
 CAPTIONS = ("caption", "captions", "text", "txt", "description")
 # What makes a form: by target of `columns`, the form, and the names that the records' own keys may have.
 PARTS = {
@@ -43,8 +45,6 @@ PARTS = {
     "caption": ("caption", CAPTIONS),
 }  # fmt: skip
 PART_OF = {name: what for what, (_, names) in PARTS.items() for name in names}
-OPTIONS = ("choices", "options")
-LETTERED = {word + sign for word in ("", "option", "choice", "answer") for sign in "abcdefghij123456789"}
 NUMBERS = ("imageid", "imgid")  # of a picture that is somewhere else
 NAMED = re.compile(r"<img>([^<]+)</img>")  # Qwen-VL's
 
@@ -128,6 +128,8 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
     for name, same in names.items():
         if name in PART_OF:
             keys[PART_OF[name]] += same
+    asked = [key for key in keys["question"] if not isinstance(record[key], int | float)]
+    keys["question"] = asked or keys["question"]  # a number beside a question is a user's, say
     form, image_first = _form(record, keys, names, reading), True
     if form == "turns":
         key = _only("conversations", keys["conversations"], record)
@@ -154,8 +156,11 @@ def _form(record: dict[str, Any], keys: dict[str, list[str]], names: dict[str, l
     asked, turns = keys["question"] + keys["answer"] + names.get("answers", []), keys["conversations"]
     known = [key for key in turns if plain(key) in TURNS[:2]]
     if turns and not known:
-        lone = not any(plain(key) in (*QUESTIONS, *ANSWERS) for key in record)  # else its history is of that question
-        turns = [key for key in turns if is_turns(record[key]) and (lone or plain(key) != "history")]
+        found = [key for key in turns if is_turns(record[key])]
+        if any(plain(key) in (*QUESTIONS, *ANSWERS) for key in record):
+            turns = [key for key in found if plain(key) != "history"]  # which is of that question
+        elif found or keys["caption"]:
+            turns = found
     keys["conversations"] = turns = known or turns
     if turns and asked and not known:
         settle = f"columns: {{conversations: {turns[0]}}}, or {{question: {asked[0]}, …}}"
@@ -197,13 +202,13 @@ def _as_list(turns: Any, key: str) -> list[Any]:
 def _expanded(turns: list[Any]) -> tuple[list[Any], bool]:
     """Turns in pairs, [question, answer], {user, assistant} or [role, text], one by one; and whether they were pairs."""
     expanded: list[Any] = []
-    spoken = [plain(turn[0]) in SPEAKERS for turn in turns if _is_pair(turn)]
+    spoken = [plain(turn[0]) in SPEAKERS for turn in turns if is_pair(turn)]
     for number, turn in enumerate(turns, 1):
         if isinstance(turn, dict) and not {"from", "role"} & turn.keys():
             expanded += _of_keys(turn, expanded[:1])
         elif isinstance(turn, dict):
             expanded.append(turn)
-        elif not _is_pair(turn):
+        elif not is_pair(turn):
             raise Rejected("malformed conversation", f"turn {number} is a {type(turn).__name__}, not an object")
         elif all(spoken):
             expanded.append({"role": turn[0], "content": turn[1]})
@@ -215,10 +220,6 @@ def _expanded(turns: list[Any]) -> tuple[list[Any], bool]:
         else:
             expanded += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return expanded, len(expanded) > len(turns)
-
-
-def _is_pair(turn: Any) -> bool:
-    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def _of_keys(turn: dict[str, Any], first: list[Any]) -> list[Any]:
@@ -267,33 +268,25 @@ def _question_and_answer(
             for one in (given if isinstance(given, list) else [given])
         ]
         if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str):
-            settle = f"columns: {{answer: {answered[0]}.0}}, or the like"
-            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}")
+            settle = f"columns: {{answer: {answered[0]}.0}}"
+            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}, or the like")
         answer: Any = texts[0]
     else:
         answered = [_only("answer", answered, record)]
         answer = _content(record, answered[0], "answer")
-    _check_options_and_picture(record, names, reading)
-    history = [key for key in names.get("history", []) if record[key] != "[]"]
+    if not {"question", "answer"} <= reading.columns.keys():
+        check_options(record, asked[0], answered[0])
+    number = next(iter(_of(NUMBERS, names)), None)
+    if number and not any(holds_image(key, value) for key, value in record.items()):
+        raise Rejected("picture is not named", f"{number} is no file: add a key or column with the picture's file")
+    history = [key for key in names.get("history", []) if is_turns(record[key])]
     key = _only("history", history, record) if history else ""
     before = _expanded(_as_list(record[key], key))[0] if key else []
     if isinstance(question, list) and isinstance(answer, list):  # a prompt and its completion, of messages
         turns = [*question, *answer]
     else:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return [*before, *turns], {*asked, *answered, *names.get("history", ())}
-
-
-def _check_options_and_picture(record: dict[str, Any], names: dict[str, list[str]], reading: Reading) -> None:
-    """Raise `Rejected` for options beside the question, unless `columns` name question and answer, and for a picture's number."""
-    lettered = [key for name, same in names.items() if name in LETTERED for key in same]
-    options = _of(OPTIONS, names) or (lettered if len(lettered) > 1 else [])
-    if options and not {"question", "answer"} <= reading.columns.keys():
-        what = "write them into the question, and the answer as its text"
-        raise Rejected("options are not read", f"{', '.join(options)}: {what}")
-    number = next(iter(_of(NUMBERS, names)), None)
-    if number and not any(holds_image(key, value) for key, value in record.items()):
-        raise Rejected("picture is not named", f"{number} is no file: add a key or column with the picture's file")
+    return [*before, *turns], {*asked, *answered, *history}
 
 
 def _caption(record: dict[str, Any], captions: list[str], reading: Reading) -> tuple[list[Any], set[str]]:
@@ -322,8 +315,8 @@ def _only(what: str, keys: list[str], record: dict[str, Any]) -> str:
     for key in keys or record:
         if plain(key) in (PARTS[what][1] if what in PARTS else (what,)):  # and empty
             raise Rejected("empty conversation" if what == "conversations" else f"empty {what}", key)
-    found = f"found: {', '.join(map(str, record))}"
-    raise Rejected("missing key", f"{what}; {found}: say which, columns: {{{what}: KEY}}")
+    found = ", ".join(map(str, record))
+    raise Rejected("missing key", f"{what}; found: {found}: say which, columns: {{{what}: KEY}}")
 
 
 def _text(record: dict[str, Any], key: str, what: str) -> str:

@@ -137,7 +137,7 @@ class ImageRoot:
         try:
             real = os.path.realpath(full, strict=True)
         except OSError as error:
-            raise Rejected("missing image", f"{path}, a link: {error.strerror}") from None
+            raise Rejected("missing image", f"{path}, a link to {os.readlink(full)}: {error.strerror}") from None
         if not self._holds(real):
             raise Rejected("image outside the image root", f"{path} is a link that leads out")
         return self.read(os.path.relpath(real, self.root))

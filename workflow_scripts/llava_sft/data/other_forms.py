@@ -9,6 +9,8 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
+import orjson
+
 from llava_sft.data.rejects import Rejected
 
 KNOWN_KEYS = {"id", "image", "images", "conversations", "messages"}
@@ -17,6 +19,9 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 OTHER_ROLES = {"chatgpt": "gpt", "bot": "gpt", "model": "gpt", "developer": "system"}  # other projects' spellings
 TOOL_ROLES = {"tool", "function", "observation", "functioncall", "toolcall", "functionresponse", "toolresponse"}
 SPEAKERS = {*ROLES, *OTHER_ROLES, *TOOL_ROLES}
+QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "user", "human", "input")
+ANSWERS = ("answer", "response", "multiplechoiceanswer", "output", "completion", "solution", "assistant", "gpt", "bot")
+TURN_NAMES = {"from", "role", "speaker", *QUESTIONS, *ANSWERS}  # of which a turn has one
 TURNS_BESIDE = {"conversations", "messages", "history"}  # keys whose turns are of the conversation: none is passed over
 
 # Without case, `-` and `_`. A stem with another spelling is found by its pattern.
@@ -88,8 +93,24 @@ def is_empty(value: Any) -> bool:
 
 
 def is_turns(value: Any) -> bool:
-    """Whether a value may be turns: a list, a struct of lists, or JSON of one."""
-    return value[:1] in ("[", "{") if isinstance(value, str) else isinstance(value, list | dict)
+    """Whether a value is turns: dicts of who says what, pairs of texts, a struct of lists, or JSON of one (Python's, too,
+    which is refused by name)."""
+    if isinstance(value, str):
+        try:
+            return value.lstrip()[:1] in ("[", "{") and is_turns(orjson.loads(value))
+        except orjson.JSONDecodeError:
+            return value.lstrip()[:2] in ("[{", "[[", "[(")
+    if isinstance(value, dict):
+        return _says(value) and all(isinstance(values, list) for values in value.values())
+    return isinstance(value, list) and any(is_pair(turn) or (isinstance(turn, dict) and _says(turn)) for turn in value)
+
+
+def _says(turn: dict[str, Any]) -> bool:
+    return not TURN_NAMES.isdisjoint(map(plain, turn))
+
+
+def is_pair(turn: Any) -> bool:
+    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def names_picture(key: str, value: Any) -> bool:
@@ -107,10 +128,17 @@ def _changes_nothing(name: str) -> bool:
     return name not in others and not any(pattern.fullmatch(name) for pattern in patterns)
 
 
-def _check_supported(key: str, name: str, where: str = "") -> None:
+def _check_supported(key: str, value: Any, beside_images: bool, where: str = "") -> None:
+    """Raise `Rejected` for what is not supported; a column that cannot be it, such as the video that a picture is of, is not."""
+    name = plain(key)
     for reason, pattern in UNSUPPORTED.items():
         if pattern.fullmatch(name):
-            only = ": only the answer to learn may be in the record" if "preference" in reason else ""
+            preference = "preference" in reason
+            of_picture = beside_images and (type(value) is int or name.endswith("id"))
+            words = "tools" in reason and isinstance(value, str) and value.lstrip()[:1] not in ("[", "{")
+            if not preference and (type(value) is float or of_picture or words):
+                continue
+            only = ": only the answer to learn may be in the record" if preference else ""
             raise Rejected(reason, f"{key}{where}{only}")
 
 
@@ -135,10 +163,10 @@ def check_keys(
             raise Rejected("weight of a record is not supported", f"{key}: {value}: leave the record out")
         if is_empty(value):
             continue
-        _check_supported(key, name)
+        _check_supported(key, value, has_images or any(holds_image(*item) for item in record.items()))
         if name in TURNS_BESIDE and is_turns(value):
             raise Rejected("turns under several keys", f"{key}, beside others: join them, or remove one")
-        if name in SYSTEM_KEYS:
+        if name in SYSTEM_KEYS and not isinstance(value, int | float):
             if not isinstance(value, str):
                 raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}")
             if value != (value if prompt is None else prompt):
@@ -192,7 +220,7 @@ def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread)
         elif not is_empty(value):
             if IMAGE_KEYS.fullmatch(name):
                 raise Rejected("image under another key", f"{key} in turn {number}: name it image, in the record")
-            _check_supported(key, name, f" in turn {number}")
+            _check_supported(key, value, False, f" in turn {number}")
             unread.note(f"{key} of a turn", value)
     return counted or role != "assistant"
 

@@ -72,7 +72,7 @@ def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejecte
             del taken[1:]
         data = b"".join(taken)
         if doubt and not problem and (doubt := any('"' in cell for cell in cells)):
-            problem = "it follows one, whose quotes may go on in it"
+            problem = "a quote left open in the row before may end in this one"
         if before_quote.search(data) and not problem:
             spaced = [cell for cell in cells if cell[:1] == " " and cell.lstrip(" ")[:1] == '"']
             if spaced and f"{separator}{spaced[0]}".encode("utf-8", "surrogateescape") in data:

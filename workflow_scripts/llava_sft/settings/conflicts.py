@@ -4,6 +4,9 @@ from llava_sft.errors import SettingsError
 from llava_sft.model.config import ModelConfig
 from llava_sft.settings.schema import DEFAULTS, AllSettings, Settings
 
+DATA = ("raw_data", "sources", "webdatasets")  # an experiment has one of them
+OF_RECORDS = ("columns", "caption_prompt", "image_first")
+
 
 class Conflict(SettingsError):
     """A setting that is impossible beside another; `key` is the one to change, whose place the message is yet to name."""
@@ -15,7 +18,7 @@ class Conflict(SettingsError):
 
 def check_combinations(settings: Settings) -> None:
     """Raise Conflict for settings of which each alone is possible."""
-    given = [key for key in ("raw_data", "sources", "webdatasets") if getattr(settings, key)]
+    given = [key for key in DATA if getattr(settings, key)]
     if len(given) != 1:
         raise Conflict(
             given[0] if given else "raw_data",
@@ -26,9 +29,7 @@ def check_combinations(settings: Settings) -> None:
         finished = "a finished folder brings its own validation split"
         rule = "sources have their own `heldout`" if settings.sources else finished
         raise Conflict("heldout_data", f"goes with raw_data only: {rule}", "remove heldout_data")
-    of_records = [
-        key for key in ("columns", "caption_prompt", "image_first") if getattr(settings, key) != DEFAULTS[key]
-    ]
+    of_records = [key for key in OF_RECORDS if getattr(settings, key) != DEFAULTS[key]]
     if settings.webdatasets and of_records:
         raise Conflict(
             of_records[0],

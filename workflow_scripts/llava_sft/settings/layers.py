@@ -7,6 +7,7 @@ Notable:
 - imported while Snakemake builds its DAG: no torch.
 """
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,14 @@ from pydantic import ValidationError
 
 from llava_sft.errors import SettingsError, shown
 from llava_sft.model.config import ModelConfig, load_model_config
-from llava_sft.settings.conflicts import Conflict, check_combinations, check_global_batch_size, processes_per_node
+from llava_sft.settings.conflicts import (
+    DATA,
+    OF_RECORDS,
+    Conflict,
+    check_combinations,
+    check_global_batch_size,
+    processes_per_node,
+)
 from llava_sft.settings.mistakes import QUOTES, explain, fix_of
 from llava_sft.settings.schema import DEFAULTS, STAGES, Settings
 from llava_sft.settings.yaml_file import read_yaml
@@ -51,6 +59,10 @@ def load_settings(
     for name, layer in _layers(experiment_file, overrides or {}):
         values.update(layer)
         origin.update(dict.fromkeys(layer, name))
+    for key in _of_other_data(
+        values, {key for key, name in origin.items() if name in (str(experiment_file), "--config")}
+    ):
+        values[key] = DEFAULTS[key]
     of_cluster = {key: value for key, value in (cluster or {}).items() if values.get(key) == "auto"}
     values.update(of_cluster)
     origin.update(dict.fromkeys(of_cluster, "the profile"))
@@ -90,6 +102,14 @@ def _layers(experiment_file: Path, overrides: dict[str, Any]) -> list[tuple[str,
     return layers
 
 
+def _of_other_data(values: dict[str, Any], own: set[str]) -> set[str]:
+    """The settings that are given for all experiments, and cannot be of this one's data; `own`: those given for this one."""
+    named = {key for key in DATA if values.get(key)}
+    others = named - own if named & own else set()
+    unread = {"webdatasets": {*OF_RECORDS, "heldout_data"}, "sources": {"heldout_data"}}
+    return (others | set().union(*(unread.get(key, ()) for key in named - others))) - own
+
+
 def check_batch(settings: Settings, gpus: int) -> None:
     """Raise SettingsError unless processes and global batch size go together on nodes of so many GPUs."""
     nodes = 1 if settings.nodes == "auto" else settings.nodes
@@ -112,15 +132,16 @@ def _impossible(key: str, value: Any) -> str | None:
     if isinstance(value, list | tuple):
         return next(filter(None, (_impossible(key, item) for item in value)), None)
     if isinstance(value, dict):
-        texts = [text for pair in value.items() for text in pair if not isinstance(text, bool)]
-        return next(filter(None, (_impossible(key, item) for item in texts)), None)
+        pairs = ((name if name == "columns" else key, pair) for pair in value.items() for name in pair[:1])
+        texts = [(of, text) for of, pair in pairs for text in pair if not isinstance(text, bool)]
+        return next(filter(None, itertools.starmap(_impossible, texts)), None)
     if isinstance(value, int) and abs(value) >= 1 << 63:
         return "a number beyond 64 bits"
     if not isinstance(value, str):
         return None
     if re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
         return "a control character in it"
-    if key != "caption_prompt" and len(value) > 1 and {value[0], value[-1]} <= set(QUOTES):
+    if key not in ("caption_prompt", "columns") and len(value) > 1 and {value[0], value[-1]} <= set(QUOTES):
         return "its quotes are no quotes to YAML, but characters of the value"
     if len(value) > 2000 or any(len(part.encode()) > 240 for part in value.split("/")):
         return "longer than a path can be (240 bytes a name, 2,000 characters in all)"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from llava_sft.errors import READABLE, SettingsError, shown
+from llava_sft.errors import MEND_LINK, READABLE, SettingsError, dead_link, shown
 
 EXAMPLE = "config/experiments/TEMPLATE.yaml"
 # A setting whose colon YAML does not see as one: 1e-4 behind it without a space, a full-width one, an equals sign.
@@ -28,8 +28,10 @@ def read_yaml(path: Path) -> dict:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is not None:
             _check_nodes(path, node)
-        content = {} if node is None else yaml.safe_load(text)
+        content = None if node is None else yaml.safe_load(text)
     except FileNotFoundError:
+        if dead := dead_link(path):
+            raise SettingsError(f"{path}: {dead}", MEND_LINK) from None
         raise SettingsError(f"{path}: no such file", "`make` lists the experiments that there are") from None
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}", READABLE) from None
@@ -41,8 +43,14 @@ def read_yaml(path: Path) -> dict:
         raise SettingsError(f"{path}: nested too deeply", f"{EXAMPLE} shows what settings look like") from None
     except (ValueError, OverflowError) as error:  # 2026-13-01, a number of 5,000 digits
         raise SettingsError(f"{path}: {str(error)[:200]}", "mend that value, or put it in quotes") from None
+    if content is None:  # comments alone, or null
+        return {}
     if not isinstance(content, dict):
-        what, fix = _slip(text) or ("", f"write `name: value` lines, without dashes before them, as {EXAMPLE} has")
+        lines = text.splitlines() if isinstance(content, str) else []
+        what, fix = _slip(lines, 0, len(lines)) or (
+            "",
+            f"write `name: value` lines, without dashes before them, as {EXAMPLE} has",
+        )
         raise SettingsError(f"{path}: {what or f'holds a {type(content).__name__}, not `name: value` lines'}", fix)
     for key in content:
         if not isinstance(key, str):
@@ -63,10 +71,15 @@ def _of_encoding(path: Path, error: UnicodeDecodeError) -> tuple[str, str]:
 
 def _of_yaml(path: Path, text: str, error: yaml.YAMLError) -> tuple[str, str]:
     """What is said of a file that is no YAML: (problem, fix)."""
-    if slip := _slip(text):
-        return f"{path}: {slip[0]}", slip[1]
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     opened, context = getattr(error, "context_mark", None), str(getattr(error, "context", None))
+    first, last = 0, 0
+    if opened and "simple key" in context:
+        first, last = opened.line, opened.line + 1
+    elif mark and (problem == "mapping values are not allowed here" or "document start" in str(problem)):
+        first, last = _run_of(text.splitlines(), mark.line), mark.line
+    if slip := _slip(text.splitlines(), first, last):
+        return f"{path}: {slip[0]}", slip[1]
     if opened and (what := next((name for kind, name in OPENED.items() if kind in context), None)):
         line = f"line {opened.line + 1}, column {opened.column + 1}"
         return (
@@ -79,9 +92,20 @@ def _of_yaml(path: Path, text: str, error: yaml.YAMLError) -> tuple[str, str]:
     return f"{path}: not valid YAML: {reason}", "indent with spaces, not with tabs" if "\\t" in reason else fix
 
 
-def _slip(text: str) -> tuple[str, str] | None:
-    """The first line that is a setting to people alone: (problem, fix)."""
-    for number, line in enumerate(text.splitlines(), 1):
+def _run_of(lines: list[str], last: int) -> int:
+    """Where the lines above line `last` begin that are no settings, as deep as it is: YAML takes them for one text with it."""
+    blank = lines[last][: len(lines[last]) - len(lines[last].lstrip())]
+    first = last
+    while first and not re.match(r"\s*[^\s#][^#]*:\s", f"{lines[first - 1]} "):
+        if lines[first - 1].strip() and not re.match(rf"{blank}[^\s]", lines[first - 1]):
+            break
+        first -= 1
+    return first
+
+
+def _slip(lines: list[str], first: int, last: int) -> tuple[str, str] | None:
+    """The first of lines [first, last) that is a setting to people alone: (problem, fix)."""
+    for number, line in enumerate(lines[first:last], first + 1):
         if found := SLIP.fullmatch(line.strip()):
             name, sign, value = found.groups()
             rule = (
