@@ -154,7 +154,7 @@ TABLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("separator", ",;")
+@pytest.mark.parametrize("separator", ",;|")
 @pytest.mark.parametrize("name", TABLES)
 def test_each_row_of_a_table_is_read_or_rejected_by_itself(name, separator):
     text, expected = TABLES[name]

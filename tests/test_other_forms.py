@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
@@ -34,7 +35,7 @@ CHANGED = {
     "several keys for the answer": [{"question": "q", "answer": "a", "solution": "b"}],
     "several keys for the question": [{"question": "q", "prompt": "p", "answer": "a"}],
     "several keys for the caption": [{"image": "0.jpg", "caption": "c", "text": "t"}],
-    "several answers": [{"question": "q", "answers": ["a", "b"]}, {"question": "q", "answers": [{"answer": "a"}, {"answer": "b"}]}],
+    "several answers": [{"question": "q", "answers": ["a", "b"]}, {"question": "q", "answers": "['a', 'b']"}, {"question": "q", "answers": "[a b]"}, {"question": "q", "answers": [{"answer": "a"}, {"answer": "b"}]}],
     "options are not read": [{"question": "q", "choices": ["a", "b"], "answer": 1}, {"question": "q", "options": "A. a", "answer": "A"}],
     "picture is not named": [{"question": "q", "answer": "a", "imageId": "1"}, {"query": "q", "response": "a", "image_id": 7}],
     "caption without a picture": [{"text": "a text"}, {"image": None, "caption": "c"}],
@@ -226,6 +227,11 @@ def test_the_share_that_a_message_advises_is_accepted(rejected, read):
 def test_to_leave_out_everything_is_never_advised():
     message = too_many_rejects(8, 8, 0, [], "there")
     assert "max_reject_fraction:" not in message.fix and "LLaVA (conversations of" in message.fix
+
+
+@pytest.mark.parametrize("reason", ["options are not read", "several keys for the answer", "keys of several forms"])
+def test_where_all_are_rejected_for_what_columns_settle_the_way_out_is_columns(reason):
+    assert "`columns`" in too_many_rejects(8, 8, 0, [], "there", Counter({reason: 8})).fix
 
 
 def test_rejects_are_listed_with_their_true_lines(tmp_path):

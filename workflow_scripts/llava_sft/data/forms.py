@@ -27,6 +27,7 @@ from llava_sft.data.other_forms import (
     is_turns,
     names_picture,
     plain,
+    unprinted,
 )
 from llava_sft.data.rejects import Rejected
 from llava_sft.errors import SettingsError
@@ -262,12 +263,12 @@ def _question_and_answer(
         question = _content(record, asked[0], "question")
     if several and not answered:
         answered = [_only("answer", several, record)]
-        given = record[answered[0]]
+        given = unprinted(record[answered[0]])
         texts = [
             one.get("answer", one.get("text")) if isinstance(one, dict) else one
             for one in (given if isinstance(given, list) else [given])
         ]
-        if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str):
+        if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str) or texts[0][:1] == "[":
             settle = f"columns: {{answer: {answered[0]}.0}}"
             raise Rejected("several answers", f"{answered[0]}: choose one, {settle}, or the like")
         answer: Any = texts[0]
@@ -324,7 +325,8 @@ def _text(record: dict[str, Any], key: str, what: str) -> str:
     if type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        fix = f": choose one, columns: {{{what}: {key}.0}}" if isinstance(value, list) else ""
+        inner = next(iter(value), None) if isinstance(value, dict) else "0" if isinstance(value, list) else None
+        fix = f": choose one, columns: {{{what}: {key}.{inner}}}" if inner else ""
         raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}{fix}")
     return value
 

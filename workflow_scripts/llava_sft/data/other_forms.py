@@ -4,6 +4,8 @@ Notable: a key that is not read is counted (`Unread`), and the inspection lists 
 `_`. No record is guessed at: what is in doubt is a reject whose reason says what to write.
 """
 
+import ast
+import contextlib
 import re
 from collections import Counter
 from functools import lru_cache
@@ -111,6 +113,16 @@ def _says(turn: dict[str, Any]) -> bool:
 
 def is_pair(turn: Any) -> bool:
     return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
+
+def unprinted(value: Any) -> Any:
+    """The list or object that a cell of a table holds as text, in JSON's spelling or Python's; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        for read in (orjson.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                if isinstance(found := read(value.strip()), list | dict):
+                    return found
+    return value
 
 
 def names_picture(key: str, value: Any) -> bool:
