@@ -77,6 +77,7 @@ CHANGED = {
         {"conversations": str([Q, A])}, {"conversations": {"from": ["human", "gpt"], "value": ["q"]}}, {"turns": ["q", "a"]},
     ],
     "unknown role": [{"conversations": [{"from": None, "value": None}]}],
+    "empty caption": [{"file_name": "a.png", "text": ""}, {"image": "a.png", "Caption": None}],
     "empty answer": [{"question": "q", "answer": ""}], "empty question": [{"question": None, "answer": "a"}],
     "missing key": [{"id": "1", "image": "0.jpg", "title": "c"}, {"images": ["0.jpg"], "texts": [{"user": "q"}]}, {"question": "q"}],
 }  # fmt: skip
@@ -187,6 +188,7 @@ FILES = {
     "is gzip, and holds no text": gzip.compress(b"PAR1" + bytes(50), mtime=0), "damaged gzip": gzip.compress(LINE.encode(), mtime=0)[:20],
     "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
     "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
+    "one JSON object with the keys 17, 18": json.dumps({"17": json.loads(LINE), "18": json.loads(LINE)}).encode(),
     "go over several lines": 2 * (json.dumps(json.loads(LINE), indent=1) + "\n").encode(), "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
     "a web page": b"<!DOCTYPE html><html>",
 }  # fmt: skip

@@ -295,6 +295,8 @@ def _caption(record: dict[str, Any], captions: list[str], reading: Reading) -> t
     if not captions:
         if isinstance(record.get("conversations", record.get("messages")), list):
             raise Rejected("empty conversation")
+        if any(plain(key) in CAPTIONS for key in record):
+            _only("caption", [], record)
         found = ", ".join(map(str, record))
         raise Rejected("missing key", f"conversations or messages, question and answer, or caption; found: {found}")
     key = _only("caption", captions, record)
