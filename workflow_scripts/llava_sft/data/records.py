@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.forms import AS_GIVEN, Reading, as_known, named_in_text, renamed
+from llava_sft.data.forms import AS_GIVEN, Reading, as_known, renamed
 from llava_sft.data.other_forms import (
     KNOWN_KEYS,
     OTHER_ROLES,
@@ -22,6 +22,7 @@ from llava_sft.data.other_forms import (
     counts_in_loss,
     image_of,
     is_empty,
+    named_in_text,
     unprinted,
 )
 from llava_sft.data.rejects import Rejected
