@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,7 @@ def test_a_supervisors_sigterm_to_make_alone_ends_what_it_runs_and_waits_for_it(
     command = make_with(tmp_path, SAVES, *steps)
     made = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, stdout=subprocess.PIPE, text=True)
     began = [made.stdout.readline() for _ in range(1 + ("-j2" in steps))]
+    time.sleep(0.5)  # in the first milliseconds of a recipe bash may die without its trap
     made.terminate()
     assert made.stdout.read().count("saved") == len(began) and made.wait() == -signal.SIGTERM
 
