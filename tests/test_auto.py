@@ -169,6 +169,9 @@ def test_what_cuda_would_pass_over_in_silence_is_refused(project, monkeypatch, h
     pretend_gpus(monkeypatch, here, visible)
     check_inputs(Paths(load_settings("mine")))  # another machine trains: a login node, say
     check_inputs(Paths(load_settings("mine", {"gpus_per_node": 0})), elsewhere=False)
+    resolve(load_settings("mine", {"gpus_per_node": 0}), train_samples=100)
+    with pytest.raises(SettingsError, match="CUDA_VISIBLE_DEVICES is"):  # `auto` is their number
+        resolve(load_settings("mine"), train_samples=100)
     with pytest.raises(SettingsError) as raised:
         check_inputs(Paths(load_settings("mine")), elsewhere=False)
     error = raised.value

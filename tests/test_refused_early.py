@@ -31,10 +31,10 @@ def project(tmp_path, monkeypatch):
     [
         ({"gpus_per_node": 8}, 1, " has 1", "gpus_per_node: 1"),
         ({"gpus_per_node": 2}, 0, " has 0", "gpus_per_node: 0 trains on the CPU"),
-        ({"fp8": "blockwise"}, 0, "fp8: blockwise, and no GPU", "fp8: none"),
-        ({"fp8": "tensorwise", "gpus_per_node": 0}, 2, "fp8: tensorwise, and no GPU", "fp8: none"),
-        ({"bf16": False}, 1, "bf16 is false, gpus_per_node 1", "bf16: true"),
-        ({"parity": "gpu"}, 0, "parity: gpu, and there is no GPU here", "parity: cpu"),
+        ({"fp8": "blockwise"}, 0, "fp8: blockwise needs a GPU", "fp8: none"),
+        ({"fp8": "tensorwise", "gpus_per_node": 0}, 2, "fp8: tensorwise needs a GPU", "fp8: none"),
+        ({"bf16": False}, 1, "bf16 is false and gpus_per_node is 1", "bf16: true"),
+        ({"parity": "gpu"}, 0, "parity: gpu needs a GPU, and there is none here", "parity: cpu"),
         ({"trackers": ["swanlab"]}, 0, "the package swanlab is not installed", "trackers: []"),
     ],
 )

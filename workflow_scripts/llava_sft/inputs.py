@@ -109,7 +109,9 @@ def check_machine(paths: Paths, gpus: int) -> None:
         check_gpus(paths.settings, gpus, cluster=False)
         require_shared_memory()
     if paths.settings.parity == "gpu" and not paths.export_done.exists() and not gpu_count():
-        raise SettingsError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
+        raise SettingsError(
+            "parity: gpu needs a GPU, and there is none here", "parity: cpu, or export on a machine with a GPU"
+        )
 
 
 def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
@@ -120,7 +122,7 @@ def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
     check_fp8(settings, gpus)
     if gpus and settings.bf16 is False:
         raise SettingsError(
-            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
+            f"bf16 is false and gpus_per_node is {gpus}: on GPUs, attention and the matrix units compute in bf16",
             "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
         )
     require_packages(settings.trackers)

@@ -68,7 +68,7 @@ def gpu(name: str, memory_gib: float | None = None) -> Machine:
     """A GPU by its maker's name, or a part of it. Raises SettingsError for one whose peak is not known."""
     known = known_gpu(name)
     if known is None:
-        raise SettingsError(f"the peak of a GPU {name!r} is not known", f"one of {', '.join(PEAK_FLOPS)}")
+        raise SettingsError(f"the peak speed of the GPU {name!r} is not known", f"one of {', '.join(PEAK_FLOPS)}")
     if several := re.match(r"\s*(\d+)\s*[x*×]\s*", name):
         raise SettingsError(
             f"{name!r}: the name of one GPU is asked for", f"--gpu {known} --gpus-per-node {several[1]}"

@@ -34,8 +34,8 @@ def require_slurm(status_command: str) -> None:
     if trouble := ask_slurm("sinfo", "--noheader", "--format=%P").trouble:
         raise SettingsError(
             f"--profile slurm: Slurm does not answer: {trouble}",
-            "`scontrol ping` says UP where it does: wait for it, or ask whoever runs the cluster; on a machine of no "
-            "cluster: the same command without --profile slurm",
+            "wait until `scontrol ping` says UP, or ask whoever runs the cluster; on a machine outside any cluster: the "
+            "same command without --profile slurm",
         )
     if trouble := ask_slurm(status_command, *STATUS.get(status_command, ())).trouble:
         other = "squeue" if status_command == "sacct" else "sacct"
