@@ -138,8 +138,9 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
     else:
         turns, used = _question_and_answer(record, keys, names, reading)
     left = {key: value for key, value in record.items() if key not in used}
-    if reading.settled:
-        left = _without(left, {"conversations", "messages", *names.get("history", ())}, unread)
+    if reading.settled or form != "turns":
+        history = names.get("history", ()) if reading.settled else ()
+        left = _without(left, {"conversations", "messages", *history}, unread)
     return left | {"messages": turns}, image_first
 
 
@@ -152,7 +153,7 @@ def _form(record: dict[str, Any], keys: dict[str, list[str]], names: dict[str, l
         keys |= {what: [what] for what in reading.columns if what in PARTS}
         return next(iter(named))
     asked, turns = keys["question"] + keys["answer"] + names.get("answers", []), keys["conversations"]
-    known = [key for key in turns if plain(key) in TURNS[:2]]
+    known = [key for key in turns if plain(key) in TURNS[:2] and (is_turns(record[key]) or not asked)]
     if turns and not known:
         found = [key for key in turns if is_turns(record[key])]
         if any(plain(key) in (*QUESTIONS, *ANSWERS) for key in record):
