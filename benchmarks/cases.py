@@ -19,6 +19,10 @@ OURS = [
     {"name": "fp8_8192", "fp8": "tensorwise", **BIG},
     {"name": "fp8_blockwise_8192", "fp8": "blockwise", "steps": 4},
 ]
+FLASH4 = [
+    case | {"name": f"{case['name']} {attention}", "attention": attention}
+    for case, attention in ((OURS[3], "flash4"), (OURS[4], "flash4"), (OURS[2], "flash4"), (OURS[3], "cudnn"))
+]
 PROFILE = [
     {"name": "bf16 profile", "profile": True},
     {"name": "fp8 profile", "fp8": "tensorwise", "profile": True, "steps": 5},

@@ -1,6 +1,6 @@
 """Megapixels a second out of the real loader, and how long a consumer of known speed waits for them.
 
-    python benchmarks/make_photos.py PHOTOS        # photograph-sized pictures with records; convert and index them
+    python benchmarks/make_photos.py --output-dir PHOTOS     # photograph-sized pictures with records; convert and index them
     python benchmarks/loader.py WEBDATASETS TOKENIZER [--workers 1 2 4 8]     # writes results/loader.json
 
 One loader after the other, packed to 8,192 tokens as in training; the first packs of each are not counted. Two consumers take a

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import row, write_results
+from results import row, seconds_left, write_results
 from training import run
 from training_rows import figures, memory_and_time
 
@@ -51,6 +51,7 @@ PROCESSES = {  # name: worker, model, settings, cases
         "ours", "4b", BY_PAIRS,
         [{"name": "whole packs", **LONG}, {"name": "whole packs, q k v made again", **LONG, "keep_inputs": False}],
     ),
+    "long-full": ("ours", "4b", {}, [{"name": "chunks", **CHUNKS, **LONG}]),
     "8b-lora": ("ours", "8b", BY_PAIRS, CARDS_8B),
     "peft": (
         "peers", "4b", {},
@@ -70,7 +71,10 @@ def main() -> None:
     parser.add_argument("--read", type=Path, help="folder of raw figures, of another machine: write results/ from them")
     args = parser.parse_args()
     folder = args.read or args.output or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
     for name in [] if args.read else args.only:
+        if seconds_left() <= 0:
+            continue
         worker, model, values, cases = PROCESSES[name]
         cases = [SHORT | case for case in cases] if worker == "ours" else cases
         cases = [case for case in cases if case["name"] in (args.cases or case["name"])]
@@ -82,7 +86,7 @@ def main() -> None:
     if not args.output:
         paths = {name: folder / f"{name}.json" for name in PROCESSES}
         raw = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
-        source = {"command": "python benchmarks/lora.py WEBDATASETS TOKENIZER", **raw["full"]["machine"]}
+        source = {"command": "python benchmarks/lora.py WEBDATASETS TOKENIZER"} | next(iter(raw.values()))["machine"]
         write_results("lora", rows(raw), **source)
         write_results("memory_time", memory_and_time(recorded(raw)), **source)
 
@@ -104,7 +108,7 @@ def recorded(raw: dict[str, dict]) -> list[dict]:
 
 
 def rows(raw: dict[str, dict]) -> list[dict]:
-    """The table of all processes of one run."""
+    """The table of the processes of one run; not all need have run."""
     found: dict[str, dict[str, dict]] = {}
     for name, process in raw.items():
         cases = {"peft": process["peer"]} if "peer" in process else process["cases"]
@@ -116,37 +120,41 @@ def rows(raw: dict[str, dict]) -> list[dict]:
         for name, cases in found.items()
         for each, case in cases.items()
     }
-    gpu = raw["full"]["gpu"]
+    gpu = next(iter(raw.values()))["gpu"]
     result = []
     for (name, each), tokens in rate.items():
         result.append(row("useful_tokens_per_s", tokens, "tokens/s", None, "higher", run=f"{name}: {each}", gpu=gpu))
         if "peak_reserved_gib" in found[name][each]:
             gib = found[name][each]["peak_reserved_gib"]
             result.append(row("peak_reserved_gib", gib, "GiB", None, "lower", run=f"{name}: {each}", gpu=gpu))
-    full = rate["full", "chunks"]
+    full, lora = rate.get(("full", "chunks")), found.get("long-lora", {}).get("whole packs")
     for model, gib in (("4b", 22), ("8b", 38)):
-        capped = {each: case for each, case in found[f"{model}-lora"].items() if each.startswith(f"{gib} GiB")}
+        cases = found.get(f"{model}-lora", {})
+        if not (capped := {each: case for each, case in cases.items() if each.startswith(f"{gib} GiB")}):
+            continue
         best = max(capped, key=lambda each: rate[f"{model}-lora", each])
         note = f"of {gib} GiB that PyTorch may take: {best}"
         result.append(
             row(f"lora_peak_gib_{model}", capped[best]["peak_reserved_gib"], "GiB", gib, "lower", note, gpu=gpu)
         )
-        if model == "4b":
+        if model == "4b" and full:
             result.append(row("lora_speedup_capped", rate["4b-lora", best] / full, "×", 1.15, "higher", note, gpu=gpu))
     peer = rate.get(("peft", "peft"))
     not_capped = [("4b-lora", "chunks"), ("4b-lora", "whole packs"), ("long-lora", "whole packs")]
-    fastest = max(rate[run] for run in not_capped if run in rate)
+    fastest = max((rate[run] for run in not_capped if run in rate), default=None)
     for metric, other, goal, note in (
         ("lora_speedup", full, 1.5, "against full training of all parts, in chunks of 4,096"),
         ("lora_speedup_peft", peer, 2, "against transformers' Trainer with PEFT"),
     ):
-        if other:
+        if fastest and other:
             result.append(row(metric, fastest / other, "×", goal, "higher", note, gpu=gpu))
-    pairs, whole = (found.get(name, {}).get("whole packs") for name in ("long-lora", "long-language"))
-    if pairs and whole:
-        note = "against the language model alone, whole packs on both sides, the same batches"
-        speedup = on_same_batches(pairs, whole)
-        result.append(row("lora_speedup_same_parts", speedup, "×", 1.2, "higher", note, gpu=gpu))
+    for metric, name, other, goal, note in (
+        ("lora_speedup_same_parts", "whole packs", "long-language", 1.2, "the language model alone, whole packs, too"),
+        ("lora_speedup", "chunks", "long-full", 1.5, "full training of all parts, in chunks of 4,096"),
+    ):
+        if lora and (case := found.get(other, {}).get(name)):
+            note = f"against {note}, on the same batches"
+            result.append(row(metric, on_same_batches(lora, case), "×", goal, "higher", note, gpu=gpu))
     return result
 
 

@@ -36,7 +36,7 @@ from llava_sft.run.layout import checkpoint_dir
 from llava_sft.settings.resolved import Resolved, ResolvedData
 from llava_sft.training import process
 from llava_sft.training.loop import Loop, pad_multiple
-from results import ROOT, machine
+from results import ROOT, machine, seconds_left
 from training_rows import figures
 
 from llava_sft.megatron.distributed import unwrapped  # isort: skip (the CPU layer, of `process`, comes first)
@@ -125,6 +125,8 @@ class Cases:
             steps = [self.timed_step(case, case.get("profile") and step == last) for step in range(case["steps"])]
         except torch.OutOfMemoryError as error:
             return case | {"out_of_memory": str(error).splitlines()[0]}
+        if "attention" in case:  # the library may have failed
+            case |= {"attention": "flash4" if flash4.wanted(False) and flash4.wanted(True) else "cudnn"}
         return case | {
             "steps": steps,
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
@@ -298,6 +300,9 @@ def train(args) -> None:
     loop.model.train()
     trainer = Cases(loop, cases, resolved, run_dir)
     for case in cases:
+        if seconds_left() <= 0 and report["gpus"] == 1:
+            write(f"CASE {case['name']}: not begun, the time is over")
+            break
         report["cases"][case["name"]] = result = trainer.run(case)
         if "out_of_memory" in result:
             write(f"CASE {case['name']}: {result['out_of_memory']}")
@@ -311,10 +316,10 @@ def train(args) -> None:
         memory = f"{result['peak_allocated_gib']:.1f} / {result['peak_reserved_gib']:.1f} GiB"
         rate = shown["useful_tokens_per_s"]
         write(f"CASE {case['name']}: {shown['step_ms']:.0f} ms, {rate:,.0f} tokens/s, {shown['mfu']:.3f} MFU, {memory}")
-    if args.vision:
+    if args.vision and seconds_left() > 0:
         report["vision"] = vision_alone(loop)
         write(f"VISION { {name: tower['ms'] for name, tower in report['vision'].items()} }")
-    if cases[-1].get("checkpoint"):
+    if cases[-1].get("checkpoint") and cases[-1]["name"] in report["cases"]:
         report["checkpoint"] = trainer.save_and_load()
         write(f"CASE checkpoint: {report['checkpoint']}")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # as the trainer ends: torch takes a worker's end for an error

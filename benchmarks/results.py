@@ -28,8 +28,10 @@ BASELINE = ROOT / "benchmarks/baseline.json"
 SPEEDS = ("mfu_", "useful_tokens_per_s")  # how metrics begin that are compared with it
 TOLERATED = 0.03  # of a speed: what two machines of one kind differ by
 DEMO_RUN = ROOT / "output/stage2_sft_vqa_results/resolved.json"  # written by `snakemake preflight_vqa`
+DEADLINE = "BENCHMARK_UNTIL"  # seconds since 1970 (on_gpus.py)
 PACKAGES = (
     "torch",
+    "flash-attn-4",
     "megatron-core",
     "megatron-energon",
     "transformers",
@@ -71,6 +73,11 @@ def single_process() -> dict[str, str]:
     """The variables with which torchrun would start a training of one process."""
     port = str(29000 + os.getpid() % 9000)
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+
+
+def seconds_left() -> float:
+    """Until no other case is to be begun."""
+    return float(os.environ.get(DEADLINE, "inf")) - time.time()
 
 
 def machine() -> dict[str, Any]:

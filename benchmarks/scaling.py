@@ -32,7 +32,7 @@ from llava_sft.machine import gpu_count, this_machine
 from llava_sft.model.config import load_model_config
 from llava_sft.preflight.predict import Case, forecast_of, mean_and_largest
 from llava_sft.training.launcher import commands
-from results import ROOT, machine
+from results import ROOT, machine, seconds_left
 from scaling_rows import FORETELLING, compare, write
 
 LAYOUTS = {
@@ -75,7 +75,8 @@ def main() -> None:
     folder = args.read or args.output or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     for layout in () if args.read else args.only:
-        measure(layout, args, folder)
+        if seconds_left() > 0:
+            measure(layout, args, folder)
     raw = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem in LAYOUTS}
     compare(raw)
     if not args.output:

@@ -11,6 +11,8 @@ two data scripts make WEBDATASETS, TOKENIZER is any folder with the model's toke
   only where memory needs it; the batches are loaded and normalised before the clock runs;
 - unpacked: the same one sample at a time, everything recomputed: what users of the model run today;
 - calibration: more for preflight: float32 moments, and 8B;
+- 8b: of these, 8B alone;
+- flash4: bf16 and FP8 at 8,192 and 32,768 tokens with FlashAttention-4, and bf16 beside it with cuDNN's attention;
 - checkpoint: 4B trained in no more memory than an 80 GB GPU has, saved with its optimizer and loaded, timed;
 - two_gpus: the same on two GPUs, data parallel, as many packs for each.
 docs/performance.md says what counts in MFU. Useful tokens: without padding.
@@ -27,11 +29,22 @@ import threading
 import time
 from pathlib import Path
 
-from cases import CALIBRATION, CALIBRATION_8B, CALIBRATION_FP32, CHECKPOINT, OURS, PEER, PEERS, PROFILE, TWO_GPUS
-from results import ROOT, single_process, write_results
+from cases import (
+    CALIBRATION,
+    CALIBRATION_8B,
+    CALIBRATION_FP32,
+    CHECKPOINT,
+    FLASH4,
+    OURS,
+    PEER,
+    PEERS,
+    PROFILE,
+    TWO_GPUS,
+)
+from results import ROOT, seconds_left, single_process, write_results
 from training_rows import memory_and_time, picture, profiles, speed, token_rates
 
-PARTS = ["ours", "transformers", "unpacked", "calibration", "checkpoint", "two_gpus"]
+PARTS = ["ours", "transformers", "unpacked", "calibration", "8b", "flash4", "checkpoint", "two_gpus"]
 
 
 def arguments() -> argparse.Namespace:
@@ -59,6 +72,7 @@ def main() -> None:
         write([json.loads(path.read_text()) for path in sorted(args.read.glob("*.json"))])
     else:
         folder = args.output or Path(tempfile.mkdtemp())
+        folder.mkdir(parents=True, exist_ok=True)
         raw = [figures for part in args.parts for figures in measure(part, args, folder)]
         if not args.output:
             write(raw)
@@ -89,13 +103,16 @@ def processes(part: str, args: argparse.Namespace) -> list[tuple[str, list[dict]
     if part == "ours":
         cases = sorted(CALIBRATION + OURS + PROFILE, key=lambda case: "fp8" in case)  # FP8 copies of the weights stay
         return [("ours", args.cases or cases, ["--vision", *given])]
-    if part == "checkpoint":
-        return [("ours", args.cases or CHECKPOINT, given)]
+    if part in ("checkpoint", "flash4"):
+        return [("ours", args.cases or {"checkpoint": CHECKPOINT, "flash4": FLASH4}[part], given)]
+    eight = ("ours", CALIBRATION_8B, ["--model", "8b"])
+    if part == "8b":
+        return [eight]
     if part == "two_gpus":
         values = json.dumps({"gpus_per_node": 2, "global_batch_size": 8} | args.values)
         return [("ours", args.cases or TWO_GPUS, [*model, "--values", values])]
     fp32 = json.dumps({"optimizer_precision": "fp32"})
-    return [("ours", CALIBRATION_FP32, [*model, "--values", fp32]), ("ours", CALIBRATION_8B, ["--model", "8b"])]
+    return [("ours", CALIBRATION_FP32, [*model, "--values", fp32]), eight]
 
 
 def measure(part: str, args: argparse.Namespace, folder: Path) -> list[dict]:
@@ -103,6 +120,8 @@ def measure(part: str, args: argparse.Namespace, folder: Path) -> list[dict]:
     count = 2 if part == "two_gpus" else 1
     raw = []
     for number, (worker, cases, more) in enumerate(processes(part, args)):
+        if seconds_left() <= 0:
+            break
         result = folder / f"{part}_{number}.json"
         command = [__file__, str(args.webdatasets), str(args.tokenizer), "--worker", worker]
         command += ["--cases", json.dumps(cases), *more]
@@ -141,8 +160,10 @@ def run(arguments: list[str], result: Path, minutes: float, count: int = 1) -> i
 
 def write(raw: list[dict]) -> None:
     """The result files, of the processes of one run on one machine."""
+    for process in raw:
+        process["cases"] = {name: case for name, case in process.get("cases", {}).items() if "steps" in case}
     source = {"command": "python benchmarks/training.py WEBDATASETS TOKENIZER", **raw[0]["machine"]}
-    ours = [process for process in raw if "cases" in process]
+    ours = [process for process in raw if process["cases"]]
     if rows := memory_and_time(ours):
         write_results("memory_time", rows, **source)
     if rows := profiles(ours):

@@ -38,7 +38,7 @@ def memory_and_time(processes: list[dict]) -> list[dict]:
     rows = []
     for process in processes:
         for case in process["cases"].values():
-            if not case["images"] or case.get("profile"):
+            if not case["images"] or {"profile", "attention"} & case.keys():  # preflight does not ask for attention
                 continue
             timed = sorted(case["steps"][case["warm"] :], key=lambda step: step["seconds"])
             median = timed[(len(timed) - 1) // 2]
@@ -143,6 +143,7 @@ def measured(
     telling = ["seq_length", "micro_batches", "fp8", "accumulate", "recompute"]
     telling += ["pack_chunk_tokens"] if case.get("pack_chunk_tokens") != CASE["pack_chunk_tokens"] else []
     telling += [] if case.get("images", True) else ["images"]
+    telling += ["attention"]
     telling += [part for part in ("recompute_language", "recompute_vision") if case.get(part) == "full"]
     settings |= {key: case[key] for key in telling if key in case}
     return row(metric, value, unit, goal, better, note, **settings, **more)

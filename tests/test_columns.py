@@ -36,6 +36,11 @@ READ = {
     "messages beside no conversations": ({"conversations": None, "messages": [Q, A]}, {}, [Q, A], [], set()),
     "pairs with one system prompt": ({"conversation": [{"system": "Be brief.", "input": "What?", "output": "Green."}] * 2}, {}, [SYSTEM, Q, A, Q, A], [], set()),
     "a caption beside an empty question": ({"image": "a.png", "caption": "Green.", "question": ""}, {}, [Q | {"content": "<image>\nDescribe the image."}, A], ["a.png"], set()),
+    "one question under two keys": ({"question": "What?", "prompt": "What?", "answer": "Green.", "response": "Green."}, {}, [Q, A], [], set()),
+    "one caption and picture under two keys": (
+        {"image_path": "a.png", "img": "a.png", "caption": "Green.", "text": "Green."}, {}, [Q | {"content": "<image>\nDescribe the image."}, A], ["a.png"], set(),
+    ),
+    "a count beside a question": ({"messages": 3, "question": "What?", "answer": "Green."}, {}, [Q, A], [], {"messages"}),
     "no history, as a table has it": ({"question": "What?", "answer": "Green.", "history": "[]"}, {}, [Q, A], [], set()),
 }  # fmt: skip
 
@@ -43,9 +48,9 @@ READ = {
 HARMLESS = [
     {"a": 1.0, "b": 2.5}, {"a": "1.0", "b": "-2e-3", "c": "nan"}, {"1": "x", "2": "y", "3": "z"}, {"answer_1": "Red.", "answer_2": "Blue.", "Answer-3": "Brown."},
     {"A": ["x"], "B": ["y"]}, {"a": "note", "b": 3}, {"options": {"temperature": 0.7, "top_p": 0.9}}, {"choices": []}, {"options": 4},
-    {"texts": ["ocr"]}, {"turns": [1, 2]}, {"history": ["x"]}, {"texts": '["ocr", "words"]'}, {"history": "none"}, {"dialog": {"speakers": 2}}, {"chat": [["x"]]},
+    {"messages": 3}, {"conversations": ["x"]}, {"messages": "none"}, {"texts": ["ocr"]}, {"turns": [1, 2]}, {"history": ["x"]}, {"texts": '["ocr", "words"]'}, {"history": "none"}, {"dialog": {"speakers": 2}}, {"chat": [["x"]]},
     {"texts": [{"text": "STOP", "bbox": [1, 2, 3, 4]}]}, {"qa": {"score": [1], "by": ["x"]}}, {"rounds": 3}, {"turns": "[1, 2]"}, {"history": [["x", 1]]},
-    {"user": 17}, {"input": 512}, {"prompt": True}, {"system": 3}, {"speech": 0.2}, {"tools": "hammer, nail"},
+    {"user": 17}, {"input": 512}, {"prompt": True}, {"system": 3}, {"speech": 0.2}, {"tools": "hammer, nail"}, {"functions": 3},
 ]  # fmt: skip
 
 
@@ -56,7 +61,7 @@ def test_a_column_that_looks_like_something_else_rejects_nothing(columns):
         {"query": "What?", "response": "Green."} | columns,
     ):
         assert parse_record(record).messages == [Q, A]
-    if not {"input", "user", "prompt"} & columns.keys():
+    if not {"input", "user", "prompt", "messages", "conversations"} & columns.keys():
         caption = parse_record({"image": "a.png", "caption": "Green."} | columns)
         assert caption.messages[1] == A and caption.images == ["a.png"]
 
@@ -154,7 +159,7 @@ TABLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("separator", ",;")
+@pytest.mark.parametrize("separator", ",;|")
 @pytest.mark.parametrize("name", TABLES)
 def test_each_row_of_a_table_is_read_or_rejected_by_itself(name, separator):
     text, expected = TABLES[name]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from llava_sft.data.forms import Reading
 from llava_sft.data.layouts import LAYOUTS
 from llava_sft.data.records import parse_record
 from llava_sft.data.rejects import Rejected
@@ -13,6 +14,13 @@ def test_several_texts_are_never_joined_to_one(key):
     with pytest.raises(Rejected, match="content is not a string") as error:
         parse_record(record)
     assert f"{key} holds a list: choose one" in error.value.detail
+
+
+def test_a_text_in_several_languages_is_chosen_by_columns():
+    record = {"query": {"en": "q?", "de": "w?"}, "answer": "a"}
+    with pytest.raises(Rejected, match=r"query holds a dict: choose one, columns: \{question: query\.en\}"):
+        parse_record(record)
+    assert parse_record(record, None, Reading({"question": "query.en"})).messages[0]["content"] == "q?"
 
 
 def test_pictures_stand_in_the_order_of_their_numbers():

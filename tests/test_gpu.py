@@ -7,6 +7,7 @@ Four minutes on an H100 with each test in a process of its own, all at the same 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 
 from helpers import MODELS, ROOT
 from helpers.gpu import VALUES
+from helpers.trainings import Run, same
 from llava_sft.model.config import load_model_config
+from on_gpus import data_commands
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -29,18 +32,21 @@ pytestmark = [
 def data(tmp_path_factory) -> dict[str, Path]:
     """A tokenizer, and a WebDataset of digits tiled to small photographs."""
     folder = tmp_path_factory.mktemp("data")
-    scripts = ROOT / "workflow_scripts"
-    photos, demo, tokenizer, shards = (str(folder / name) for name in ("photos", "demo", "tiny", "wds"))
-    for command in (
-        [ROOT / "benchmarks/make_photos.py", "--output-dir", photos, "--records", "64"],
-        [scripts / "make_demo_vqa.py", "--output-dir", demo, "--checkpoint-dir", tokenizer],
-        [scripts / "stage2_sftdata2webdataset.py", "--input", f"{photos}/train.jsonl", "--image-root", f"{photos}/images",
-         "--output-dir", shards],
-        [scripts / "index_webdataset.py", shards],
-    ):  # fmt: skip
-        run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    for command in data_commands(folder, 64):
+        run = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
-    return {"tokenizer": Path(tokenizer), "shards": Path(shards)}
+    return {"tokenizer": folder / "tokenizer", "shards": folder / "wds"}
+
+
+def resolved_of(data, model, start: Path | None = None, **values) -> dict:
+    start_from = {"sidecars": str(data["tokenizer"]), "fingerprint": "test", "folder": start and str(start)}
+    return {
+        "settings": VALUES.model_copy(update=values).dump(),
+        "model": model.model_dump(),
+        "data": {"path": str(data["shards"]), "fingerprint": "test"},
+        "start": start_from | {"untrained": True},
+        "batch": dict.fromkeys(("mean", "largest"), (2048, 1_000_000, 4096, 1_000_000)),
+    }
 
 
 class Training:
@@ -53,17 +59,7 @@ class Training:
         run_dir.mkdir(exist_ok=True)
         self.run_dir = run_dir
         model = model or load_model_config(MODELS / "tiny.yaml")
-        resolved = {
-            "settings": VALUES.model_copy(update={"gpus_per_node": int(gpu), "bf16": gpu} | values).dump(),
-            "model": model.model_dump(),
-            "data": {"path": str(data["shards"]), "fingerprint": "test"},
-            "start": {
-                "sidecars": str(data["tokenizer"]),
-                "fingerprint": "test",
-                "folder": start and str(start),
-                "untrained": True,
-            },
-        }
+        resolved = resolved_of(data, model, start, **{"gpus_per_node": int(gpu), "bf16": gpu} | values)
         (run_dir / "resolved.json").write_text(json.dumps(resolved))
         Training.port += 1
         alone = {
@@ -216,3 +212,22 @@ def test_resume_on_a_gpu(data, tmp_path, deterministic, lora):
         assert resumed == whole
     else:
         assert resumed == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU on this machine")
+@pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+def test_a_run_on_two_gpus_that_is_killed_and_stopped_ends_as_an_undisturbed_one(data, tmp_path, layout):
+    """`train.py` and the same command again, bit for bit."""
+    here = {"nproc_per_node": 2, "gpus_per_node": 2, "bf16": True, "deterministic": True}
+    here |= {"memory_check": "warn"}  # of GPUs that another test uses, too
+    base = resolved_of(data, load_model_config(MODELS / "tiny.yaml"), **here | layout)
+    how = {"train_iters": 12, "save_interval": 4, "micro_batch_size": 1, "global_batch_size": 4}
+    undisturbed, run = Run(base, tmp_path / "undisturbed", **how), Run(base, tmp_path / "disturbed", **how)
+    for each in (undisturbed, run):
+        each.change(eval_iters=0)  # the data has no held-out samples
+    beside = undisturbed.start()
+    run.interrupt(6, signal.SIGKILL)
+    run.interrupt(10, signal.SIGTERM)
+    assert run.finish() == 0, run.said()[-6000:]
+    assert beside.wait() == 0, undisturbed.said()[-6000:]
+    assert all(same(run, undisturbed, 12).values()), same(run, undisturbed, 12)

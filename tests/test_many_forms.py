@@ -80,6 +80,11 @@ READ = {
         {"question": "What?", "answers": [{"answer": "Red.", "answer_id": 1}], "multiple_choice_answer": "Green.", "image": {"bytes": None, "path": "a.png"}},
         {}, SEEN, ["a.png"],
     ),
+    "several equal answers in a cell": ({"question": "What?", "answers": '["Green.", "Green."]', "image": "['a.png']"}, {}, SEEN, ["a.png"]),
+    "VQAv2 in a cell": (
+        {"question": "What?", "answers": "[{'answer': 'Green.', 'answer_id': 1}, {'answer': 'Green.', 'answer_id': 2}]", "image": "{'path': 'a.png'}"},
+        {}, SEEN, ["a.png"],
+    ),
     "several equal answers": ({"question": "What?", "answers": ["Green."] * 10, "image": "a.png"}, {}, SEEN, ["a.png"]),
     "the first of several answers": (
         {"question": "What?", "answers": [{"text": "Green."}, {"text": "b"}], "image": "a.png"},

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
@@ -34,7 +35,7 @@ CHANGED = {
     "several keys for the answer": [{"question": "q", "answer": "a", "solution": "b"}],
     "several keys for the question": [{"question": "q", "prompt": "p", "answer": "a"}],
     "several keys for the caption": [{"image": "0.jpg", "caption": "c", "text": "t"}],
-    "several answers": [{"question": "q", "answers": ["a", "b"]}, {"question": "q", "answers": [{"answer": "a"}, {"answer": "b"}]}],
+    "several answers": [{"question": "q", "answers": ["a", "b"]}, {"question": "q", "answers": "['a', 'b']"}, {"question": "q", "answers": "[a b]"}, {"question": "q", "answers": [{"answer": "a"}, {"answer": "b"}]}],
     "options are not read": [{"question": "q", "choices": ["a", "b"], "answer": 1}, {"question": "q", "options": "A. a", "answer": "A"}],
     "picture is not named": [{"question": "q", "answer": "a", "imageId": "1"}, {"query": "q", "response": "a", "image_id": 7}],
     "caption without a picture": [{"text": "a text"}, {"image": None, "caption": "c"}],
@@ -76,6 +77,7 @@ CHANGED = {
         {"conversations": str([Q, A])}, {"conversations": {"from": ["human", "gpt"], "value": ["q"]}}, {"turns": ["q", "a"]},
     ],
     "unknown role": [{"conversations": [{"from": None, "value": None}]}],
+    "empty caption": [{"file_name": "a.png", "text": ""}, {"image": "a.png", "Caption": None}],
     "empty answer": [{"question": "q", "answer": ""}], "empty question": [{"question": None, "answer": "a"}],
     "missing key": [{"id": "1", "image": "0.jpg", "title": "c"}, {"images": ["0.jpg"], "texts": [{"user": "q"}]}, {"question": "q"}],
 }  # fmt: skip
@@ -186,6 +188,7 @@ FILES = {
     "is gzip, and holds no text": gzip.compress(b"PAR1" + bytes(50), mtime=0), "damaged gzip": gzip.compress(LINE.encode(), mtime=0)[:20],
     "a zip archive or an Excel file": b"PK\3\4" + bytes(50), "xz": b"\xfd7zXZ\0" + bytes(9),
     "UTF-16": LINE.encode("utf-16"), "gb18030": (LINE + "\n").encode("gbk") * 3, "one JSON object with the keys data": json.dumps({"data": [json.loads(LINE)]}).encode(),
+    "one JSON object with the keys 17, 18": json.dumps({"17": json.loads(LINE), "18": json.loads(LINE)}).encode(),
     "go over several lines": 2 * (json.dumps(json.loads(LINE), indent=1) + "\n").encode(), "one JSON object": json.dumps({"version": 1, "rows": [1]}, indent=1).encode(), "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
     "a web page": b"<!DOCTYPE html><html>",
 }  # fmt: skip
@@ -226,6 +229,11 @@ def test_the_share_that_a_message_advises_is_accepted(rejected, read):
 def test_to_leave_out_everything_is_never_advised():
     message = too_many_rejects(8, 8, 0, [], "there")
     assert "max_reject_fraction:" not in message.fix and "LLaVA (conversations of" in message.fix
+
+
+@pytest.mark.parametrize("reason", ["options are not read", "several keys for the answer", "keys of several forms"])
+def test_where_all_are_rejected_for_what_columns_settle_the_way_out_is_columns(reason):
+    assert "`columns`" in too_many_rejects(8, 8, 0, [], "there", Counter({reason: 8})).fix
 
 
 def test_rejects_are_listed_with_their_true_lines(tmp_path):

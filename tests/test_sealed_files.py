@@ -3,17 +3,20 @@
 import errno
 import json
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llava_sft import errors
 from llava_sft.checkpoint.start import Start
 from llava_sft.checkpoint.verify import MARKER, sidecars_damage
 from llava_sft.checksums import note
 from llava_sft.errors import DamagedFileError, exits_cleanly
-from llava_sft.files import read_json, write_json
+from llava_sft.files import naming_full_disk, read_json, write_json
 from llava_sft.run.identity import keep_sidecars
 from llava_sft.run.layout import SIDECARS
 
@@ -95,6 +98,37 @@ def test_a_disk_without_inodes_is_not_said_to_be_full(capsys, monkeypatch, tmp_p
     with pytest.raises(SystemExit):
         exits_cleanly(fails)()
     assert f"the disk of {tmp_path} takes 50 more files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("total", "said"), [(3_200_000_000_000, "0.1 MB of 3,200.0 GB"), (64 << 20, "0.1 MB of 67.1 MB"), (None, "")]
+)
+def test_the_room_on_a_disk_is_said_in_its_size_and_not_of_one_that_is_gone(monkeypatch, total, said):
+    def usage(folder):
+        if total is None:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+        return SimpleNamespace(free=100_000, total=total)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    message = errors.of_file(OSError(errno.ENOSPC, "No space left on device", "/gone/a.tar"))
+    assert message.problem == "/gone/a.tar: No space left on device" + (f"; free in /: {said}" if said else "")
+
+
+def test_a_full_disk_is_named_though_files_vanish_while_they_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "whole").write_bytes(b"1" * 1_500_000)
+    (tmp_path / "vanishing").touch()
+    sizes = Path.lstat
+
+    def lstat(path):
+        (tmp_path / "vanishing").unlink(missing_ok=True)
+        return sizes(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    with (
+        pytest.raises(OSError, match=r"No space left on device: it takes more than 1\.5 MB"),
+        naming_full_disk(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_quota_is_no_full_disk(capsys):

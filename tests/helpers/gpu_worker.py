@@ -76,6 +76,10 @@ def main(tokenizer: str, kind: str) -> None:
         unpacked, chunks = [alone.batch([one]) for one in encoded], packed.chunks(packed.num_tokens // 3)
         found["packed, from unpacked"] = differences(fused, losses_and_gradients(unpacked))
         found["chunks, from one pack"] = differences(losses_and_gradients(chunks), fused)
+    if kind:
+        for keeps in (True, False):  # queries, keys and values, and what pairs are multiplied with
+            fused_layers.has_memory_for_inputs = lambda layer, tokens, keeps=keeps: keeps
+            found[f"inputs {'kept' if keeps else 'made again'}"] = differences(losses_and_gradients([packed]), fused)
     configs = [tower.decoder.config for tower in (model.language_model, model.vision_model)]
     for config in configs:
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1

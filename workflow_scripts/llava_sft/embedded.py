@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 from llava_sft.errors import DataError, shown
@@ -13,6 +14,7 @@ DEMO_BYTES = {"train.jsonl": 4165660, "heldout.jsonl": 127362}
 DEMO_CHECKPOINT = "LLaVA-OneVision-1.5-tiny"
 
 
+@cache
 def is_demo(path: Path, demo: Path | None) -> bool:
     """Whether the demo's rule makes this path below its folder `demo`, so that it need not exist yet."""
     if not demo or demo not in path.parents:

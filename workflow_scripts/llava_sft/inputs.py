@@ -15,8 +15,7 @@ from llava_sft.errors import MEND_LINK, DataError, SettingsError, dead_link, sho
 from llava_sft.evaluation.scores import load_score
 from llava_sft.machine import (
     gpu_count,
-    require_able_gpus,
-    require_engine,
+    require_gpus,
     require_shared_memory,
     require_temporary_folder,
     vllm_interpreter,
@@ -110,26 +109,20 @@ def check_machine(paths: Paths, gpus: int) -> None:
         check_gpus(paths.settings, gpus, cluster=False)
         require_shared_memory()
     if paths.settings.parity == "gpu" and not paths.export_done.exists() and not gpu_count():
-        raise SettingsError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
+        raise SettingsError(
+            "parity: gpu needs a GPU, and there is none here", "parity: cpu, or export on a machine with a GPU"
+        )
 
 
 def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
     """Raise SettingsError for `gpus` a node that cannot train as asked, or that this machine, which is to train, does not
     have."""
+    if not cluster and settings.gpus_per_node:
+        require_gpus(gpus, settings.fp8, settings.attention)
     check_fp8(settings, gpus)
     if gpus and settings.bf16 is False:
         raise SettingsError(
-            f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
+            f"bf16 is false and gpus_per_node is {gpus}: on GPUs, attention and the matrix units compute in bf16",
             "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
         )
-    if not cluster and gpus > (found := gpu_count()):
-        raise SettingsError(
-            f"gpus_per_node is {gpus}, this machine has {found}",
-            f"gpus_per_node: {found}"
-            + ("" if found else " trains on the CPU")
-            + ", or make train_X ARGS='--profile slurm'",
-        )
-    if not cluster:
-        require_able_gpus(gpus, settings.fp8, settings.attention)
-        require_engine(gpus)
     require_packages(settings.trackers)

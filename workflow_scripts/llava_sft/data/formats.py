@@ -110,7 +110,8 @@ def _is_table(path: Path, head: bytes, whole: bool, extension: str | None) -> bo
         raise DataError(f"{path} is not UTF-8, it may be {code}", f"iconv -f {code} -t UTF-8 {path} > NEW{path.suffix}")
     if lines[0].startswith(b"{"):
         one = _json(head) if whole else None
-        wrapped = isinstance(one, dict) and not has_known_form(one) and any(isinstance(v, list) for v in one.values())
+        values = list(one.values()) if isinstance(one, dict) and not has_known_form(one) else []
+        wrapped = any(isinstance(v, list) for v in values) or (values and all(isinstance(v, dict) for v in values))
         spread = (isinstance(one, dict) and len(lines) > 1) or (lines[0] == b"{" and not any(map(_json, lines)))
         if b"\n}\n{" in head.replace(b"\r", b""):
             raise DataError(

@@ -6,7 +6,6 @@ against is noted as not read. In the forms that write no `<image>` the pictures 
 projects behind them have it.
 """
 
-import re
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -27,10 +26,10 @@ from llava_sft.data.other_forms import (
     is_turns,
     names_picture,
     plain,
+    unprinted,
 )
 from llava_sft.data.rejects import Rejected
 from llava_sft.errors import SettingsError
-from llava_sft.model.tokens import IMAGE
 
 # What `columns` may name, and `as_known` reads.
 Target = Literal["id", "image", "images", "question", "answer", "caption", "system", "history", "conversations", "kind"]
@@ -46,7 +45,6 @@ PARTS = {
 }  # fmt: skip
 PART_OF = {name: what for what, (_, names) in PARTS.items() for name in names}
 NUMBERS = ("imageid", "imgid")  # of a picture that is somewhere else
-NAMED = re.compile(r"<img>([^<]+)</img>")  # Qwen-VL's
 
 
 class Reading(NamedTuple):
@@ -140,8 +138,9 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
     else:
         turns, used = _question_and_answer(record, keys, names, reading)
     left = {key: value for key, value in record.items() if key not in used}
-    if reading.settled:
-        left = _without(left, {"conversations", "messages", *names.get("history", ())}, unread)
+    if reading.settled or form != "turns":
+        history = names.get("history", ()) if reading.settled else ()
+        left = _without(left, {"conversations", "messages", *history}, unread)
     return left | {"messages": turns}, image_first
 
 
@@ -154,7 +153,7 @@ def _form(record: dict[str, Any], keys: dict[str, list[str]], names: dict[str, l
         keys |= {what: [what] for what in reading.columns if what in PARTS}
         return next(iter(named))
     asked, turns = keys["question"] + keys["answer"] + names.get("answers", []), keys["conversations"]
-    known = [key for key in turns if plain(key) in TURNS[:2]]
+    known = [key for key in turns if plain(key) in TURNS[:2] and (is_turns(record[key]) or not asked)]
     if turns and not known:
         found = [key for key in turns if is_turns(record[key])]
         if any(plain(key) in (*QUESTIONS, *ANSWERS) for key in record):
@@ -262,14 +261,14 @@ def _question_and_answer(
         question = _content(record, asked[0], "question")
     if several and not answered:
         answered = [_only("answer", several, record)]
-        given = record[answered[0]]
+        given = unprinted(record[answered[0]])
         texts = [
             one.get("answer", one.get("text")) if isinstance(one, dict) else one
             for one in (given if isinstance(given, list) else [given])
         ]
-        if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str):
-            settle = f"columns: {{answer: {answered[0]}.0}}, or the like"
-            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}")
+        if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str) or texts[0][:1] == "[":
+            settle = f"columns: {{answer: {answered[0]}.0}}"
+            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}, or the like")
         answer: Any = texts[0]
     else:
         answered = [_only("answer", answered, record)]
@@ -278,7 +277,9 @@ def _question_and_answer(
         check_options(record, asked[0], answered[0])
     number = next(iter(_of(NUMBERS, names)), None)
     if number and not any(holds_image(key, value) for key, value in record.items()):
-        raise Rejected("picture is not named", f"{number} is no file: add a key or column with the picture's file")
+        raise Rejected(
+            "picture is not named", f"{number} is no file: add one with the picture's file, or columns: {{image: KEY}}"
+        )
     history = [key for key in names.get("history", []) if is_turns(record[key])]
     key = _only("history", history, record) if history else ""
     before = _expanded(_as_list(record[key], key))[0] if key else []
@@ -294,6 +295,8 @@ def _caption(record: dict[str, Any], captions: list[str], reading: Reading) -> t
     if not captions:
         if isinstance(record.get("conversations", record.get("messages")), list):
             raise Rejected("empty conversation")
+        if any(plain(key) in CAPTIONS for key in record):
+            _only("caption", [], record)
         found = ", ".join(map(str, record))
         raise Rejected("missing key", f"conversations or messages, question and answer, or caption; found: {found}")
     key = _only("caption", captions, record)
@@ -307,16 +310,17 @@ def _caption(record: dict[str, Any], captions: list[str], reading: Reading) -> t
 
 
 def _only(what: str, keys: list[str], record: dict[str, Any]) -> str:
-    """The one key that says `what`. Errors: `Rejected` where there is none, an empty one, or several."""
-    if len(keys) == 1 and not is_empty(record[keys[0]]):
+    """The key that says `what`, the first of several that say the same. Errors: `Rejected` where there is none, an empty one, or
+    several that differ."""
+    if keys and all(record[key] == record[keys[0]] for key in keys) and not is_empty(record[keys[0]]):
         return keys[0]
     if len(keys) > 1:
         raise Rejected(f"several keys for the {what}", f"{', '.join(keys)}: say which, columns: {{{what}: {keys[0]}}}")
     for key in keys or record:
         if plain(key) in (PARTS[what][1] if what in PARTS else (what,)):  # and empty
             raise Rejected("empty conversation" if what == "conversations" else f"empty {what}", key)
-    found = f"found: {', '.join(map(str, record))}"
-    raise Rejected("missing key", f"{what}; {found}: say which, columns: {{{what}: KEY}}")
+    found = ", ".join(map(str, record))
+    raise Rejected("missing key", f"{what}; found: {found}: say which, columns: {{{what}: KEY}}")
 
 
 def _text(record: dict[str, Any], key: str, what: str) -> str:
@@ -324,17 +328,10 @@ def _text(record: dict[str, Any], key: str, what: str) -> str:
     if type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        fix = f": choose one, columns: {{{what}: {key}.0}}" if isinstance(value, list) else ""
+        inner = next(iter(value), None) if isinstance(value, dict) else "0" if isinstance(value, list) else None
+        fix = f": choose one, columns: {{{what}: {key}.{inner}}}" if inner else ""
         raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}{fix}")
     return value
-
-
-def named_in_text(text: str, number: int) -> tuple[str, list[str]]:
-    """A question of Qwen-VL with `<image>` in place of each `<img>path</img>`, and the paths."""
-    images = NAMED.findall(text)
-    if images and IMAGE in text:
-        raise Rejected("placeholder that is not read", f"<img> and {IMAGE} in turn {number}: write one of them")
-    return NAMED.sub(IMAGE, text), images
 
 
 def has_known_form(record: dict[str, Any]) -> bool:

@@ -4,12 +4,10 @@ Notable: texts are options, and only those that the question lacks: a score unde
 made of, is a column like any other. Numbers are where the answer is one of their letters, or a place in their list.
 """
 
-import ast
-import contextlib
 import re
 from typing import Any
 
-from llava_sft.data.other_forms import is_empty, plain
+from llava_sft.data.other_forms import is_empty, plain, unprinted
 from llava_sft.data.rejects import Rejected
 
 LISTED = ("choices", "options")
@@ -39,9 +37,7 @@ def check_options(record: dict[str, Any], question: str, answer: str) -> None:
 
 def _texts(value: Any, numbers: bool) -> list[str]:
     """The texts of options: of a list, of {A: text} or {label, text}, of either as it is printed, or the lines of a text."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a text that begins so
-            value = ast.literal_eval(value)
+    value = unprinted(value)
     if isinstance(value, dict):
         value = value.get("text") or list(value.values())
     if isinstance(value, list | tuple):

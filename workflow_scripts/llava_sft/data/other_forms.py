@@ -4,6 +4,8 @@ Notable: a key that is not read is counted (`Unread`), and the inspection lists 
 `_`. No record is guessed at: what is in doubt is a reject whose reason says what to write.
 """
 
+import ast
+import contextlib
 import re
 from collections import Counter
 from functools import lru_cache
@@ -12,6 +14,7 @@ from typing import Any
 import orjson
 
 from llava_sft.data.rejects import Rejected
+from llava_sft.model.tokens import IMAGE
 
 KNOWN_KEYS = {"id", "image", "images", "conversations", "messages"}
 TURN_KEYS = {"from", "value", "role", "content"}
@@ -52,6 +55,7 @@ IMAGE_TOKENS = re.compile(
     r"|</img>|<img\s+src=|!\[[^\]\[]*\]\((?:data:image|[^)(\s]*\.(?:jpe?g|png|webp|gif|bmp|tiff?)\)))",
     re.IGNORECASE,
 )
+NAMED = re.compile(r"<img>([^<]+)</img>")  # Qwen-VL's
 MEDIA_TOKENS = re.compile(r"<\|?(video|audio|speech)(?:[ _-]?\d+)?\|?>", re.IGNORECASE)
 OBJECT_TOKENS = re.compile(r"<(?:ref-object|bbox|quad|polygon|point-object)>")
 EXAMPLE_CHARS = 80
@@ -113,6 +117,16 @@ def is_pair(turn: Any) -> bool:
     return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
+def unprinted(value: Any) -> Any:
+    """The list or object that a cell of a table holds as text, in JSON's spelling or Python's; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        for read in (orjson.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                if isinstance(found := read(value.strip()), list | dict):
+                    return found
+    return value
+
+
 def names_picture(key: str, value: Any) -> bool:
     """Whether a value may be a picture, or name one, whatever its key."""
     if isinstance(value, list | dict):
@@ -135,7 +149,7 @@ def _check_supported(key: str, value: Any, beside_images: bool, where: str = "")
         if pattern.fullmatch(name):
             preference = "preference" in reason
             of_picture = beside_images and (type(value) is int or name.endswith("id"))
-            words = "tools" in reason and isinstance(value, str) and value.lstrip()[:1] not in ("[", "{")
+            words = "tools" in reason and isinstance(value, str | int) and str(value).lstrip()[:1] not in ("[", "{")
             if not preference and (type(value) is float or of_picture or words):
                 continue
             only = ": only the answer to learn may be in the record" if preference else ""
@@ -178,7 +192,7 @@ def check_keys(
             named.append(key)
         elif image or not scalar or EFFECT_KEYS.fullmatch(name):
             unread.note(key if scalar or isinstance(value, list | dict) else f"{key} ({type(value).__name__})", value)
-    if len(named) > 1:
+    if any(record[key] != record[named[0]] for key in named):
         raise Rejected("image under several keys", f"{', '.join(named)}: say which, columns: {{image: {named[0]}}}")
     return prompt, named[0] if named else None
 
@@ -238,6 +252,14 @@ def check_text(role: str, content: str, number: int) -> None:
     if found := MEDIA_TOKENS.search(content):
         kind = "video" if found[1].lower() == "video" else "audio"
         raise Rejected(f"{kind} is not supported", f"{found[0]} in turn {number}")
+
+
+def named_in_text(text: str, number: int) -> tuple[str, list[str]]:
+    """A question of Qwen-VL with `<image>` in place of each `<img>path</img>`, and the paths."""
+    images = NAMED.findall(text)
+    if images and IMAGE in text:
+        raise Rejected("placeholder that is not read", f"<img> and {IMAGE} in turn {number}: write one of them")
+    return NAMED.sub(IMAGE, text), images
 
 
 def image_of(part: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
-from llava_sft.data.forms import AS_GIVEN, Reading, as_known, named_in_text, renamed
+from llava_sft.data.forms import AS_GIVEN, Reading, as_known, renamed
 from llava_sft.data.other_forms import (
     KNOWN_KEYS,
     OTHER_ROLES,
@@ -22,6 +22,8 @@ from llava_sft.data.other_forms import (
     counts_in_loss,
     image_of,
     is_empty,
+    named_in_text,
+    unprinted,
 )
 from llava_sft.data.rejects import Rejected
 from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
@@ -243,8 +245,7 @@ def _listed(record: dict[str, Any], key: str) -> list[Any]:
     """What stands under a key of images; empty where it says nothing, as a cell of a table does."""
     if (value := record.get(key)) is None:
         return []
-    if type(value) is str and value[:1] == "[" and (listed := _json_list(value)) is not None:
-        value = listed
+    value = unprinted(value)
     entries = value if isinstance(value, list) else [value]
     empty = [is_empty(entry) for entry in entries]
     if all(empty):
@@ -252,15 +253,6 @@ def _listed(record: dict[str, Any], key: str) -> list[Any]:
     if any(empty):
         raise Rejected("empty image", f"entry {empty.index(True) + 1} of {key}")
     return [_path_or_bytes(entry) if isinstance(entry, dict) else entry for entry in entries]
-
-
-def _json_list(text: str) -> list[Any] | None:
-    """The list that a cell of a table holds as JSON."""
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, list) else None
 
 
 def _path_or_bytes(image: dict[str, Any]) -> Any:

@@ -28,6 +28,12 @@ WAYS_OUT = {
     "image outside the image root": "set image_root to a folder that all pictures lie below",
 }
 
+WAYS_OUT |= dict.fromkeys(
+    ("options are not read", "several answers", "keys of several forms", "several keys for the question", "several keys for the answer",
+     "several keys for the caption", "several keys for the conversations", "image under several keys"),
+    "mend the records, or say which keys are meant: `columns`, as the first of the rejects has it",
+)  # fmt: skip
+
 
 class Rejected(Exception):
     """A record is left out. `reason` is one of a fixed set (it is counted), `detail` holds this record's values, cut."""

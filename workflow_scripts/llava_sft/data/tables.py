@@ -14,7 +14,7 @@ from llava_sft.data.rejects import Rejected
 from llava_sft.errors import DataError, shown
 
 BLOCK = 1 << 20
-SEPARATORS = (b"\t", b",", b";")  # of the first line's columns; in this order where several are as frequent
+SEPARATORS = (b"\t", b",", b";", b"|")  # of the first line's columns; in this order where several are as frequent
 
 
 def separator_of(head: bytes) -> bytes | None:
@@ -28,7 +28,7 @@ def _spelling(file: BinaryIO) -> dict[str, Any]:
     """How a table is written, by the first of its lines that says something."""
     file.seek(0)
     lines = iter(lambda: file.readline(BLOCK), b"")
-    head = next((line for line in lines if line.strip(BOM + b"\r\n\t ,;")), b"")
+    head = next((line for line in lines if line.strip(BOM + b"\r\n\t ,;|")), b"")
     separator = separator_of(head) or b","
     spaced = [cell.startswith(b" ") for cell in head.split(separator)[1:] if cell.strip()]  # `a, b, "c, d"`
     return {"delimiter": separator.decode(), "skipinitialspace": bool(spaced) and all(spaced), "strict": True}

@@ -33,7 +33,7 @@ def check_combinations(settings: Settings) -> None:
     if settings.webdatasets and of_records:
         raise Conflict(
             of_records[0],
-            "is of records that are converted; a finished folder is read as it is",
+            "applies to records that are converted; a finished folder is read as it is",
             f"remove {of_records[0]}, or set raw_data",
         )
     if settings.min_pixels > settings.max_pixels:
@@ -59,12 +59,18 @@ def _check_lora(settings: Settings) -> None:
     if frozen := [part for part in settings.lora_modules if part not in settings.trainable_modules]:
         raise Conflict("lora_modules", f"{frozen[0]} is not trained", f"add {frozen[0]} to trainable_modules")
     if settings.load == "random":
-        raise Conflict("lora_rank", "load: random, and a base of random weights is not kept", "load: a trained model")
+        raise Conflict(
+            "lora_rank", "load is random, and the random base of the adapter would not be kept", "load: a trained model"
+        )
 
 
 def check_fp8(settings: AllSettings, gpus: int) -> None:
     if settings.fp8 != "none" and not gpus:
-        raise Conflict("fp8", f"{settings.fp8}, and no GPU", "fp8: none, or train on a GPU (Ada, Hopper or newer)")
+        raise Conflict(
+            "fp8",
+            f"{settings.fp8} needs a GPU, and this training has none",
+            "fp8: none, or train on a GPU (Ada, Hopper or newer)",
+        )
 
 
 def processes_per_node(settings: Settings, gpus: int) -> int:
@@ -105,7 +111,7 @@ def check_parallel_sizes(settings: Settings, model: ModelConfig) -> None:
     if pp > 1 and first != "auto" and first not in (possible := possible_cuts(language.num_layers, pp)):
         raise Conflict(
             "first_stage_layers",
-            f"{first} of {language.num_layers} layers do not leave as many to each of the other stages, of {pp}",
+            f"{first} of {language.num_layers} layers leave the other {pp - 1} stages unequal shares",
             f"first_stage_layers: auto, or one of {', '.join(map(str, possible))}",
         )
 

@@ -142,7 +142,7 @@ def _impossible(key: str, value: Any) -> str | None:
     if re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
         return "a control character in it"
     if key not in ("caption_prompt", "columns") and len(value) > 1 and {value[0], value[-1]} <= set(QUOTES):
-        return "its quotes are no quotes to YAML, but characters of the value"
+        return "its quotes are part of the value: YAML does not read them as quotes"
     if len(value) > 2000 or any(len(part.encode()) > 240 for part in value.split("/")):
         return "longer than a path can be (240 bytes a name, 2,000 characters in all)"
     return None
