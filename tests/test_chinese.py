@@ -128,7 +128,7 @@ def test_a_chinese_report_quotes_in_chinese_and_leaves_the_users_names(tmp_path)
 def test_an_inspection_names_kinds_as_the_data_does(language):
     report = {
         "path": "x", "ok": True, "kinds": {"run": {"train": 1}, "training": {"train": 2}}, "scripts": {"Chinese": 3}, "splits": {}, "distributions": {},
-        "notes": ["7 samples are excluded: training does not see them where they lie"], "checks": [], "duplicates": {},
+        "notes": ["7 samples are held out by val_fraction: training skips them"], "checks": [], "duplicates": {},
         "problems": [{"check": "samples", "where": "0.tar", "what": "empty answer: turn 2"}],
         "rejects": {"read": 1, "rejected": 1, "reasons": {"empty answer": 1}, "first": [
             {"file": "raw.jsonl", "line": 3, "id": "r", "reason": "missing image", "detail": "跑.png is a folder"}]},
@@ -136,8 +136,8 @@ def test_an_inspection_names_kinds_as_the_data_does(language):
     text = text_of(inspection_page(report, [], language))
     assert "run 1" in text and "training 2" in text
     wanted = (
-        ("中文 3", "有 7 个样本被排除", "回答为空 1", "回答为空：第 2 轮", "跑.png 是文件夹")
+        ("中文 3", "有 7 个样本按 val_fraction 留作验证", "回答为空 1", "回答为空：第 2 轮", "跑.png 是文件夹")
         if language == "zh"
-        else ("Chinese 3", "7 samples are excluded", "empty answer 1", "missing image 跑.png is a folder")
+        else ("Chinese 3", "7 samples are held out", "empty answer 1", "missing image 跑.png is a folder")
     )
     assert all(each in text for each in wanted)

@@ -67,7 +67,8 @@ def inspect_webdataset(
     if leak := leak_note({"heldout_trained_on": findings.digests.trained_on()}):
         findings.notes.append(leak)
     if findings.excluded:
-        findings.notes.append(f"{findings.excluded:,} samples are excluded: training does not see them where they lie")
+        why = "held out by val_fraction" if converted else "left out by the folder's own index or as unusable"
+        findings.notes.append(f"{findings.excluded:,} samples are {why}: training skips them")
     return findings.report(wds_dir, converted), findings.picked_gallery()
 
 
