@@ -7,10 +7,17 @@ SHELL := bash
 # told to quit (SIGQUIT) and the recipe seems well; its exit code is then 1. Only where make is seen to catch that signal, or it
 # would be 0: a script's `make … &` ignores it. With -k or -i make goes on, and says its line. The sleep: gone before make
 # waits for it, a recipe would be missed aloud.
+# After Ctrl-C make is to die of that signal, or the shell that called it would go on with its loop: make, which has it too,
+# waits for all recipes first. SIGTERM, which make hands to this shell alone, is passed on and the recipe's end waited for.
 .SHELLFLAGS := -euo pipefail -c ' \
-  quits() { set -- $$(sed -n "s/^Sig\(Blk\|Cgt\)://p" /proc/$$PPID/status) && (( 0x$$2 & 4 && !(0x$$1 & 4) )); }; \
-  end() { [[ $$? == 0 || "$${MAKEFLAGS%% *}" == *[ik]* ]] || ! quits || { kill -QUIT $$PPID; sleep 0.2; exit 0; }; }; \
-  trap end EXIT; eval "$$0"'
+  signals() { set -- $$(sed -n "s/^Sig\(Blk\|Cgt\)://p" /proc/$$PPID/status) && blocked=0x$$1 caught=0x$$2; }; \
+  tell() { kill -$$1 $$PPID; sleep 0.2; exit 0; }; \
+  end() { local code=$$? left; read -r left < /proc/$$$$/task/$$$$/children || true; \
+    if [[ $$left ]]; then kill $$left; while kill -0 $$left; do sleep 0.2; done 2>/dev/null; fi; \
+    if [[ $$code == 0 ]] || ! signals; then return; fi; \
+    if [[ $$cut ]]; then (( blocked & 2 )) && exit 0 || tell INT; fi; \
+    if [[ "$${MAKEFLAGS%% *}" != *[ik]* ]] && (( caught & 4 && !(blocked & 4) )); then tell QUIT; fi; }; \
+  cut=; trap "cut=INT; exit 130" INT; trap end EXIT; eval "$$0"'
 VENV := .venv
 READY := $(VENV)/.ready
 STEPS := data inspect preflight train export evaluate report

@@ -18,11 +18,11 @@ PYTHON = f"cd {shlex.quote(str(workflow.basedir))} && exec {shlex.quote(sys.exec
 import snakemake_logger_plugin_llava_sft as terminal
 from llava_sft import paths
 from llava_sft.data.shards import FORMAT_VERSION
-from llava_sft.locks import lift_stale_lock, pass_on_signals
+from llava_sft.locks import GAVE_JOBS, lift_stale_lock, pass_on_signals
 from llava_sft.model.export_files import export_form
 from llava_sft.training.meeting import role_of_node
 from llava_sft.training.slurm import require_slurm
-from llava_sft.workflow import STEPS, Workflow, cluster_numbers, outcome, overview, to_export
+from llava_sft.workflow import STEPS, Workflow, cluster_numbers, outcome, overview, to_export, where_jobs_run
 
 flow = Workflow(overrides=config, words=sys.argv[1:], cluster=cluster_numbers(workflow.resource_settings))
 
@@ -41,6 +41,7 @@ terminal.closing = partial(outcome, flow, sys.argv[1:])
 
 if workflow.is_main_process:
     flow.force = lambda files: workflow.dag.forcefiles.update(files)
+    flow.jobs_run = lambda: where_jobs_run(workflow.executor_plugin)
 
 
 rule targets:
@@ -56,6 +57,7 @@ onstart:
         pass_on_signals()
         if workflow.executor_plugin.name == "slurm":
             require_slurm(workflow.executor_settings.status_command)
+            GAVE_JOBS.touch()
 
 
 include: "rules/data.smk"

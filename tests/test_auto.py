@@ -2,13 +2,16 @@
 
 import json
 import os
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 
-from helpers.experiments import mistake, pretend_gpus, sound_project
+from helpers.experiments import pretend_gpus, sound_project
 from llava_sft import machine
 from llava_sft.data.order import GlobalOrder, SourceLengths
 from llava_sft.errors import SettingsError
+from llava_sft.gpu_stack import driver, gpu_name
 from llava_sft.inputs import check_inputs
 from llava_sft.machine import gpu_count, require_able_gpus
 from llava_sft.paths import Paths
@@ -158,13 +161,17 @@ def test_gpus_are_those_that_are_visible(monkeypatch, visible, count):
         (2, "cuda:1", "neither", "CUDA_VISIBLE_DEVICES=0,1"),
         (2, "0,GPU-0007", "GPU-0007: no such GPU here: nvidia-smi -L", "CUDA_VISIBLE_DEVICES=0,1"),
         (2, "MIG-1234", "no such GPU here", "CUDA_VISIBLE_DEVICES=0,1"),
-        (0, "0", "there is no GPU here", "unset CUDA_VISIBLE_DEVICES, which trains on the CPU"),
+        (0, "0", "there is no GPU here", "unset CUDA_VISIBLE_DEVICES to train on the CPU"),
         (0, "GPU-0000", "there is no GPU here", "unset CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_what_cuda_would_pass_over_in_silence_is_refused(project, monkeypatch, here, visible, rule, fix):
     pretend_gpus(monkeypatch, here, visible)
-    error = mistake()
+    check_inputs(Paths(load_settings("mine")))  # another machine trains: a login node, say
+    check_inputs(Paths(load_settings("mine", {"gpus_per_node": 0})), elsewhere=False)
+    with pytest.raises(SettingsError) as raised:
+        check_inputs(Paths(load_settings("mine")), elsewhere=False)
+    error = raised.value
     assert error.problem == f"CUDA_VISIBLE_DEVICES is {visible!r}: {error.problem.partition("': ")[2]}"
     assert rule in error.problem and fix in error.fix and "make gpu" not in error.fix
 
@@ -180,6 +187,38 @@ def test_gpus_are_listed_by_nvidia_smi_with_their_parts(tmp_path, monkeypatch):
             "CUDA_VISIBLE_DEVICES", False
         )
         assert gpu_count() == count
+
+
+@pytest.mark.parametrize(
+    ("script", "count"),
+    [
+        ("echo 'GPU 0: A (UUID: GPU-1)'; echo 'WARNING: infoROM is corrupted at gpu 0000:3B:00.0'; exit 14", 1),
+        ("echo 'Unable to determine the device handle: Unknown Error'; echo 'GPU 1: A (UUID: GPU-2)'; exit 15", 1),
+        ("echo 'No devices were found'; exit 6", 0),
+        (
+            'echo "NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver. Make sure …"; exit 9',
+            0,
+        ),
+    ],
+)
+def test_a_gpu_with_a_fault_hides_none_that_nvidia_smi_lists(tmp_path, monkeypatch, script, count):
+    (tmp_path / "nvidia-smi").write_text(
+        f'#!/bin/sh\n[ "$1" = -L ] || {{ echo "A, 590.1"; echo "WARNING: infoROM"; exit 14; }}\n{script}\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "_installed_gpus", machine._installed_gpus.__wrapped__)
+    assert gpu_count() == count and (gpu_name(), driver()) == ("A", "590.1")
+
+
+def test_a_gpu_of_wsl_counts_as_one(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    there: list[str] = []
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path(name) for name in there if fnmatch(name, pattern)])
+    assert gpu_name() is None
+    there.append("dxg")
+    assert gpu_name()
 
 
 def test_gpus_that_no_program_lists_are_taken_by_their_numbers(monkeypatch):

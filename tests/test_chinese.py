@@ -12,7 +12,7 @@ from llava_sft.data.index import leak_note
 from llava_sft.data.inspect import CHANGED
 from llava_sft.evaluation.scores import explained
 from llava_sft.report.inspection import inspection_page
-from llava_sft.report.language import messages, quoted
+from llava_sft.report.language import detailed, messages, quoted
 
 # By file, the functions whose texts end on a page.
 QUOTED = {
@@ -67,6 +67,42 @@ def test_every_quoted_message_has_a_chinese_one_with_the_same_values():
         assert sorted(re.findall(r"\{(\d)\}", chinese)) == [str(n) for n in range(pattern.groups)], pattern.pattern
 
 
+def details() -> set[tuple[str, str]]:
+    """Reason and detail of each reject, with {} for values; but for details that are values alone."""
+    calls = (
+        node for path in (SCRIPTS / "llava_sft/data").glob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    )
+    rejects = [call for call in calls if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "Rejected"]
+    pairs = {
+        (one, two) for call in rejects if call.args[1:] for one in texts(call.args[0]) for two in texts(call.args[1])
+    }
+    return {(reason, detail) for reason, detail in pairs if re.search("[a-z]", detail.replace("{}", ""))}
+
+
+def test_what_is_said_beside_the_reason_of_a_reject_has_a_chinese_version_with_the_same_values():
+    assert len(details()) > 50
+    for reason, detail in details():
+        reason, detail = (text.replace("{}", "%c") for text in (reason, detail))
+        reason, detail = (f"{reason}\0{detail}" % tuple("①②③④⑤⑥⑦"[: (reason + detail).count("%c")])).split("\0")
+        chinese = detailed(detail, reason, "zh")
+        assert chinese != detail and set(re.findall("[①-⑦]", detail)) == set(re.findall("[①-⑦]", chinese)), (
+            reason,
+            detail,
+        )
+    for pattern, chinese in messages("zh_details.yaml"):
+        assert set(re.findall(r"\{(\d)\}", chinese)) <= {str(n) for n in range(pattern.groups)}, pattern.pattern
+
+
+def test_a_value_of_the_record_that_is_the_whole_detail_stays_as_it_is():
+    for reason, detail in (
+        ("empty image", "other"),
+        ("zero-byte image", "turn 3"),
+        ("empty question", "answer"),
+        ("not an image", "a b"),
+    ):
+        assert detailed(detail, reason, "zh") == detail
+
+
 def test_a_chinese_report_quotes_in_chinese_and_leaves_the_users_names(tmp_path):
     run = ReportOfARun(tmp_path)
     settings = run.inputs["resolved"]["settings"] | {"report_language": "zh"}
@@ -94,13 +130,14 @@ def test_an_inspection_names_kinds_as_the_data_does(language):
         "path": "x", "ok": True, "kinds": {"run": {"train": 1}, "training": {"train": 2}}, "scripts": {"Chinese": 3}, "splits": {}, "distributions": {},
         "notes": ["7 samples are excluded: training does not see them where they lie"], "checks": [], "duplicates": {},
         "problems": [{"check": "samples", "where": "0.tar", "what": "empty answer: turn 2"}],
-        "rejects": {"read": 1, "rejected": 1, "reasons": {"empty answer": 1}, "first": []},
+        "rejects": {"read": 1, "rejected": 1, "reasons": {"empty answer": 1}, "first": [
+            {"file": "raw.jsonl", "line": 3, "id": "r", "reason": "missing image", "detail": "跑.png is a folder"}]},
     }  # fmt: skip
     text = text_of(inspection_page(report, [], language))
     assert "run 1" in text and "training 2" in text
     wanted = (
-        ("中文 3", "有 7 个样本被排除", "回答为空 1", "回答为空：turn 2")
+        ("中文 3", "有 7 个样本被排除", "回答为空 1", "回答为空：第 2 轮", "跑.png 是文件夹")
         if language == "zh"
-        else ("Chinese 3", "7 samples are excluded", "empty answer 1")
+        else ("Chinese 3", "7 samples are excluded", "empty answer 1", "missing image 跑.png is a folder")
     )
     assert all(each in text for each in wanted)

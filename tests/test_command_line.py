@@ -1,8 +1,11 @@
 """What is answered to a mistake on the command line of `snakemake` and `make`."""
 
 import os
+import pty
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,19 +63,79 @@ def test_make_takes_settings_as_its_variables():
     )
 
 
+def make_with(folder: Path, snakemake: str, *words: str) -> list[str]:
+    """make, with lines of a shell script in the place of Snakemake."""
+    (folder / "bin").mkdir()
+    (folder / "bin/snakemake").write_text(f"#!/bin/bash\n{snakemake}\n")
+    (folder / "bin/snakemake").chmod(0o755)
+    (folder / ".ready").touch()
+    return ["make", f"VENV={folder}", *words]
+
+
 @pytest.mark.parametrize(
     ("flags", "ignored", "code", "last"),
-    [((), "", 1, "  fix: lr: 1e-5\n"), (("-k",), "", 2, "Error 1\n"), ((), "trap '' QUIT; ", 2, "Error 1\n")],
+    [
+        ((), "", 1, "  fix: lr: 1e-5\n"),
+        (("-j2",), "", 1, "  fix: lr: 1e-5\n"),
+        (("-k",), "", 2, "Error 1\n"),
+        (("-i",), "", 0, "Error 1 (ignored)\n"),
+        ((), "trap '' QUIT; ", 2, "Error 1\n"),
+    ],
 )
 def test_under_make_too_the_last_line_is_the_mistakes_own(tmp_path, flags, ignored, code, last):
     """A shell script that ends its line with `&` has what it starts ignore SIGQUIT."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/snakemake").write_text("#!/bin/sh\nprintf 'error: lr: 7\\n  fix: lr: 1e-5\\n' >&2; exit 1\n")
-    (tmp_path / "bin/snakemake").chmod(0o755)
-    command = ["make", *flags, f"--old-file={tmp_path}/.ready", f"VENV={tmp_path}", "train_vqa"]
+    command = make_with(tmp_path, "printf 'error: lr: 7\\n  fix: lr: 1e-5\\n' >&2; exit 1", *flags, "train_vqa")
     command = ["bash", "-c", f'{ignored}exec "$@"', "bash", *command]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, capture_output=True, text=True)
     assert ended.returncode == code and ended.stderr.endswith(last), ended.stderr
+
+
+SAVES = """
+save() { sleep 0.5; echo saved $1; exit ${code:-130}; }
+trap "save $1" INT TERM
+echo training $1; for (( n = 0; n < 80; n++ )); do sleep 0.1; done"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        'for x in a b; do "$@" train_$x; done; echo goes on',
+        '"$@" train_a; "$@" train_b',
+        'while ! "$@" -k train_a; do echo goes on; done',
+        'for x in a b; do "$@" -j2 train_$x export_$x; done',
+        'for x in a b; do "$@" -i train_$x; done',
+        'export code=0; for x in a b; do "$@" train_$x; done',
+        'for x in a b; do "$@" no_such_step_$x; done',
+    ],
+)
+def test_ctrl_c_ends_the_shells_loop_too_when_every_recipe_has_ended(tmp_path, script):
+    command = make_with(tmp_path, SAVES)
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(ROOT)
+        os.execvpe("bash", ["bash", "-c", script, "bash", *command], os.environ | {"MAKEFLAGS": ""})
+    said, pressed, began = "", False, 1 + ("-j2" in script)
+    with open(terminal, "rb", 0) as reader:
+        try:
+            while read := reader.read(1000):
+                said += read.decode()
+                if said.count("training") == began and not pressed:
+                    pressed = bool(os.write(terminal, b"\x03"))
+        except OSError:  # nobody has the terminal any more
+            pass
+    assert os.waitpid(child, 0)[1] == signal.SIGINT, said
+    assert said.count("saved") == began and "goes on" not in said and "Error" not in said, said
+
+
+@pytest.mark.parametrize(
+    "steps", [("train_a",), ("-k", "train_a"), ("-j2", "train_a", "export_a"), ("no_such_step_a",)]
+)
+def test_a_supervisors_sigterm_to_make_alone_ends_what_it_runs_and_waits_for_it(tmp_path, steps):
+    command = make_with(tmp_path, SAVES, *steps)
+    made = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, stdout=subprocess.PIPE, text=True)
+    began = [made.stdout.readline() for _ in range(1 + ("-j2" in steps))]
+    made.terminate()
+    assert made.stdout.read().count("saved") == len(began) and made.wait() == -signal.SIGTERM
 
 
 def test_an_interrupted_plan_says_so_and_any_other_end_keeps_its_traceback(capsys):

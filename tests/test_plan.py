@@ -16,8 +16,8 @@ from helpers import ROOT, SCRIPTS
 # From the ground up: a package imports itself and what stands on lower floors, nothing beside or above it. A module that
 # belongs lower than the rest of its package has an entry of its own.
 FLOORS = [
-    ["errors", "gpu_stack"],
-    ["files"],
+    ["errors", "programs"],
+    ["files", "gpu_stack"],
     ["checksums", "embedded", "machine", "nodes", "progress", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],

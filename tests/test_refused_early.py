@@ -1,5 +1,6 @@
 """What would only fail later, asked before any job: GPUs that are not here, weights that cannot be read."""
 
+import contextlib
 import errno
 import json
 import shutil
@@ -14,7 +15,7 @@ from llava_sft.errors import SettingsError, of_file
 from llava_sft.inputs import check_inputs
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import load_settings
-from llava_sft.workflow import Workflow
+from llava_sft.workflow import Workflow, where_jobs_run
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def project(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "here", "problem", "fix"),
     [
-        ({"gpus_per_node": 8}, 1, "gpus_per_node is 8, this machine has 1", "gpus_per_node: 1"),
-        ({"gpus_per_node": 2}, 0, "gpus_per_node is 2, this machine has 0", "gpus_per_node: 0 trains on the CPU"),
+        ({"gpus_per_node": 8}, 1, " has 1", "gpus_per_node: 1"),
+        ({"gpus_per_node": 2}, 0, " has 0", "gpus_per_node: 0 trains on the CPU"),
         ({"fp8": "blockwise"}, 0, "fp8: blockwise, and no GPU", "fp8: none"),
         ({"fp8": "tensorwise", "gpus_per_node": 0}, 2, "fp8: tensorwise, and no GPU", "fp8: none"),
         ({"bf16": False}, 1, "bf16 is false, gpus_per_node 1", "bf16: true"),
@@ -59,8 +60,32 @@ def test_on_a_cluster_other_machines_have_the_gpus(project, monkeypatch, capsys)
     Workflow({}, [], {"nodes": 1, "gpus_per_node": 8}).target("train", "mine")(None)
     with pytest.raises(SystemExit):
         Workflow({}, []).target("train", "mine")(None)
-    assert "gpus_per_node is 8, this machine has 0" in capsys.readouterr().err
+    assert " has 0\n" in capsys.readouterr().err
     Workflow({}, []).target("data", "mine")(None)
+
+
+@pytest.mark.parametrize(
+    ("executor", "where", "job"),
+    [
+        ({"local_exec": True}, "here", ""),
+        ({"local_exec": True, "dryrun_exec": True}, "nowhere", ""),
+        ({"local_exec": True, "touch_exec": True}, "nowhere", ""),
+        (None, "nowhere", ""),  # snakemake --rulegraph
+        ({"local_exec": False}, "elsewhere", "nodes=1"),  # a profile of a user's, without auto_nodes
+    ],
+)
+def test_this_machine_is_to_be_able_only_where_snakemakes_jobs_run_here(project, monkeypatch, executor, where, job):
+    pretend_gpus(monkeypatch, 0)
+    write_experiment("mine", gpus_per_node=8)
+    settings = {"local_exec": True, "dryrun_exec": False, "touch_exec": False} | (executor or {})
+    plugin = executor and SimpleNamespace(common_settings=SimpleNamespace(**settings))
+    flow = Workflow({}, [])
+    flow.jobs_run = lambda: where_jobs_run(plugin)
+    assert flow.jobs_run() == where
+    with pytest.raises(SystemExit) if where == "here" else contextlib.nullcontext():
+        flow.target("train", "mine")(None)
+    monkeypatch.setattr(flow, "of", lambda wildcards: flow.paths("mine"))
+    assert flow.preflight_job(None).partition("--cluster")[2].strip() == job
 
 
 def disk_of(free: int):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,6 +52,21 @@ def test_the_share_is_about_right_and_most_samples_keep_their_side_when_data_is_
     assert 300 < sum(sides) < 500
     assert choose_heldout([*samples, *([f"new {i}"] for i in range(4000))], 0.1, 0)[0][:4000] == sides
     assert choose_heldout(samples, 0.1, 1)[0] != sides
+
+
+def test_the_side_of_a_group_hangs_on_its_smallest_hash():
+    names = [xxhash.xxh3_128_hexdigest(b"%d" % i) for i in range(3000)]
+    samples = [names[i : i + 1 + i % 3] for i in range(0, 3000, 3)] + [
+        [names[3 * i], names[3 * i + 3]] for i in range(0, 900, 2)
+    ]
+    of: dict[str, set[str]] = {}
+    for sample in samples:
+        group = set(sample).union(*(of.get(name, ()) for name in sample))
+        of |= dict.fromkeys(group, group)
+    sides, groups = choose_heldout(samples, 0.2, 7)
+    assert groups == len({min(group) for group in of.values()})
+    drawn = [xxhash.xxh3_64_intdigest(min(of[sample[0]]).encode(), 7) / 2**64 for sample in samples]
+    assert sides == [draw < 0.2 for draw in drawn]
 
 
 def distinct(folder: Path, number: int, **options: Any) -> Raw:

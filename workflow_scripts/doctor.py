@@ -26,7 +26,6 @@ from llava_sft.gpu_stack import (
     engine_trouble,
     flash4_trouble,
     gpu_name,
-    said,
 )
 from llava_sft.machine import (
     GIB,
@@ -38,7 +37,9 @@ from llava_sft.machine import (
     gpus,
     known_gpu,
     require_shared_memory,
+    require_visible_gpus,
 )
+from llava_sft.programs import said
 from set_up import system
 
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
@@ -103,14 +104,14 @@ def find_python() -> Finding:
 
 def find_gpu() -> Finding:
     try:
-        count = gpu_count()
+        require_visible_gpus()
     except SftError as error:
         return bad(error.problem, error.fix)
     if not gpu_name():
         return no(
             "none: the demo, your data's checks, conversions and `model: tiny` run here on the CPU; 4B and 8B need a GPU"
         )
-    if not count:
+    if not gpu_count():
         return bad("there is one, and none can be used", "CUDA_VISIBLE_DEVICES hides it, or its driver does not answer")
     if not (found := gpus()):
         return bad(

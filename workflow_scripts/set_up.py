@@ -24,9 +24,9 @@ from llava_sft.gpu_stack import (
     engine_note,
     engine_trouble,
     gpu_name,
-    said,
     torch_version,
 )
+from llava_sft.programs import said
 
 LOCK = Path("requirements.lock")
 BUILD = {"NVTE_FRAMEWORK": "pytorch", "NVTE_BUILD_USE_NVIDIA_WHEELS": "1", "NVTE_WITH_NCCL_EP": "0"}

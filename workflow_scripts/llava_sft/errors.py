@@ -172,12 +172,19 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
+def size_in_words(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def _room(path: str) -> str:
     """How much room there is where a path lies; empty where there is no such place."""
     if not path:
         return ""
-    folder = existing_folder(Path(path).absolute().parent)
-    usage, files = shutil.disk_usage(folder), os.statvfs(folder)
+    try:
+        folder = existing_folder(Path(path).absolute().parent)
+        usage, files = shutil.disk_usage(folder), os.statvfs(folder)
+    except OSError:  # gone, or the disk with it; also the current folder
+        return ""
     if files.f_files and files.f_favail < FEW_FILES:
         return f": the disk of {folder} takes {files.f_favail:,} more files, whatever their sizes (`df -i`)"
-    return f"; free in {folder}: {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"
+    return f"; free in {folder}: {size_in_words(usage.free)} of {size_in_words(usage.total)}"

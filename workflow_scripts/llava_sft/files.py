@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError, full_disk
+from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError, full_disk, size_in_words
 
 
 @contextlib.contextmanager
@@ -26,10 +26,19 @@ def naming_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None
         if not reason or getattr(error, "filename", None):
             raise
         place = temporary or path
-        parts = [place, *(place.rglob("*") if place.is_dir() else ())]
-        size = sum(part.stat().st_size for part in parts if part.is_file())
+        size = _size(place)
         number = error.errno if isinstance(error, OSError) else errno.ENOSPC
-        raise OSError(number, f"{reason}: it takes more than {size / 1e6:,.1f} MB", str(path)) from error
+        raise OSError(number, f"{reason}: it takes more than {size_in_words(size)}", str(path)) from error
+
+
+def _size(place: Path) -> int:
+    """Bytes in a file or a folder, of which others may be deleting parts."""
+    size = 0
+    inside = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)  # without the vanished
+    for path in inside if place.is_dir() else [place]:
+        with contextlib.suppress(OSError):
+            size += path.lstat().st_size
+    return size
 
 
 @contextlib.contextmanager

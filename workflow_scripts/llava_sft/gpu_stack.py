@@ -3,13 +3,14 @@ here before anything is installed."""
 
 import os
 import shutil
-import subprocess
 import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+from llava_sft.programs import ask
 
 CUDA = 13  # major version that the locked torch is built for; a test compares it with requirements.lock
 OLDEST_DRIVER = 580  # of that CUDA
@@ -29,15 +30,8 @@ def gpu_name() -> str | None:
     """Of the first NVIDIA GPU of this machine; where no program names it, that there is one."""
     if first := _first_gpu():
         return first[0]
-    return "a GPU that nvidia-smi does not name" if any(Path("/dev").glob("nvidia[0-9]*")) else None
-
-
-def said(*command: str, seconds: float = 30) -> str | None:
-    """What a program prints; None where it is not there, fails or hangs."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    devices = (device for name in ("nvidia[0-9]*", "dxg") for device in Path("/dev").glob(name))  # dxg: as WSL has it
+    return "a GPU that nvidia-smi does not name" if any(devices) else None
 
 
 def driver() -> str | None:
@@ -46,13 +40,20 @@ def driver() -> str | None:
 
 
 def smi(*options: str) -> str | None:
-    """What nvidia-smi says; asked once for each thing, for it may take half a minute to fail."""
+    """What nvidia-smi says of the GPUs, one a line: its list (`-L`) or a query; None where it fails and names none.
+
+    Asked once for each thing, for it may take half a minute to fail.
+    """
     return _smi(os.environ.get("PATH"), options)
 
 
 @cache
 def _smi(path: str | None, options: tuple[str, ...]) -> str | None:
-    return said("nvidia-smi", *options)
+    answer = ask("nvidia-smi", *options)
+    # A fault of one GPU, such as a corrupted infoROM, is a line of warning and an exit code beside all that was asked for.
+    mark, times = ("(UUID: ", 1) if "-L" in options else (", ", options[0].count(","))
+    lines = [line for line in answer.output.splitlines() if line.count(mark) >= times]
+    return None if answer.trouble and not lines else "\n".join(lines)
 
 
 def _first_gpu() -> list[str] | None:

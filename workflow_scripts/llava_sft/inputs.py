@@ -15,8 +15,7 @@ from llava_sft.errors import MEND_LINK, DataError, SettingsError, dead_link, sho
 from llava_sft.evaluation.scores import load_score
 from llava_sft.machine import (
     gpu_count,
-    require_able_gpus,
-    require_engine,
+    require_gpus,
     require_shared_memory,
     require_temporary_folder,
     vllm_interpreter,
@@ -116,20 +115,12 @@ def check_machine(paths: Paths, gpus: int) -> None:
 def check_gpus(settings: AllSettings, gpus: int, cluster: bool) -> None:
     """Raise SettingsError for `gpus` a node that cannot train as asked, or that this machine, which is to train, does not
     have."""
+    if not cluster and settings.gpus_per_node:
+        require_gpus(gpus, settings.fp8, settings.attention)
     check_fp8(settings, gpus)
     if gpus and settings.bf16 is False:
         raise SettingsError(
             f"bf16 is false, gpus_per_node {gpus}: on GPUs attention and matrix units work in bf16",
             "bf16: true, or gpus_per_node: 0 to train on the CPU in float32",
         )
-    if not cluster and gpus > (found := gpu_count()):
-        raise SettingsError(
-            f"gpus_per_node is {gpus}, this machine has {found}",
-            f"gpus_per_node: {found}"
-            + ("" if found else " trains on the CPU")
-            + ", or make train_X ARGS='--profile slurm'",
-        )
-    if not cluster:
-        require_able_gpus(gpus, settings.fp8, settings.attention)
-        require_engine(gpus)
     require_packages(settings.trackers)

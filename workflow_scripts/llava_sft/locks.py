@@ -21,8 +21,9 @@ from pathlib import Path
 
 import psutil
 
-from llava_sft.errors import INTERRUPTED, exits_cleanly
-from llava_sft.gpu_stack import said
+from llava_sft.errors import INTERRUPTED, SettingsError, exits_cleanly
+from llava_sft.programs import ask
+from llava_sft.training.slurm import ASK_SLURM, ask_slurm
 
 _held = None  # keeps the shared lock for the life of the process
 
@@ -111,10 +112,13 @@ def running_scripts() -> list[psutil.Process]:
     return found
 
 
-def jobs_left() -> list[str]:
-    """Number and rule of each Slurm job that a Snakemake of this folder submitted and that has not ended."""
-    fields = "%A|%T|%k|%Z"  # number, state, comment (the plugin puts the rule there), working directory
-    listing = said("squeue", "--me", "--noheader", f"--format={fields}", seconds=60) or ""
+GAVE_JOBS = Path(".snakemake/slurm_jobs")  # there from the first job for Slurm until it is seen that none is left
+# Of each job: number, state, comment (the plugin puts the rule there), working directory.
+SQUEUE = ("squeue", "--me", "--noheader", "--format=%A|%T|%k|%Z")
+
+
+def jobs_left(listing: str) -> list[str]:
+    """Number and rule of each Slurm job in squeue's list that a Snakemake of this folder submitted."""
     jobs = [line.split("|") for line in listing.splitlines() if line.count("|") == 3]
     return [
         f"{number} {comment} ({state})"
@@ -124,14 +128,26 @@ def jobs_left() -> list[str]:
 
 
 def wait_for_jobs() -> None:
-    """Wait until no Slurm job of an earlier run of this folder is left; a second one would do its work beside it."""
-    if not shutil.which("squeue") or not (jobs := jobs_left()):
+    """Wait until no Slurm job of an earlier run of this folder is left; a second one would do its work beside it.
+
+    Raises SettingsError where a run has given jobs to Slurm, and Slurm does not say what has become of them.
+    """
+    if not shutil.which("squeue"):
+        return
+    answer = ask_slurm(*SQUEUE) if GAVE_JOBS.exists() else ask(*SQUEUE)
+    if answer.trouble and GAVE_JOBS.exists():
+        raise SettingsError(
+            f"Slurm does not say whether jobs of an earlier run are still there: {answer.trouble}",
+            f"{ASK_SLURM}; where there can be none: rm {GAVE_JOBS}",
+        )
+    if not (jobs := jobs_left(answer.output)):
+        GAVE_JOBS.unlink(missing_ok=True)
         return
     shown = "".join(f"    {job}\n" for job in jobs[:5]) + (f"    … {len(jobs)} in all\n" if len(jobs) > 5 else "")
     print("Slurm jobs of an earlier run are still there: waiting for them, their results are used", file=sys.stderr)
     print(f"{shown}  fix: to begin without them, scancel these numbers", file=sys.stderr, flush=True)
     try:
-        while jobs_left():
+        while (answer := ask(*SQUEUE)).trouble or jobs_left(answer.output):
             time.sleep(5)
     except KeyboardInterrupt:
         print("Stopped waiting; the jobs go on.", file=sys.stderr)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import re
 import shutil
 import signal
@@ -85,28 +86,32 @@ def this_machine(gpus_per_node: int, processes: int) -> Machine | None:
 
 
 def gpu_count() -> int:
-    """GPUs of this machine (`CUDA_VISIBLE_DEVICES` is respected). Raises SettingsError where that names none of them."""
-    chosen = chosen_gpus()
+    """GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves, as CUDA reads it."""
+    chosen = _chosen_gpus()[0]
     return len(_whole_gpus(_installed_gpus() or []) if chosen is None else chosen)
 
 
-def chosen_gpus() -> list[str] | None:
-    """What `CUDA_VISIBLE_DEVICES` names, up to a -1, as CUDA reads it; None where it is not set.
+def require_visible_gpus() -> None:
+    """Raise SettingsError for what CUDA would pass over without a word, with all that follows it, in `CUDA_VISIBLE_DEVICES`:
+    a GPU that is not here, one that is named twice, any other text."""
+    if problem := _chosen_gpus()[1]:
+        raise SettingsError(problem, _visible_fix(_installed_gpus()))
 
-    Raises SettingsError for what CUDA would pass over without a word, with all that follows it: a GPU that is not here, one
-    that is named twice, any other text.
-    """
+
+def _chosen_gpus() -> tuple[list[str] | None, str | None]:
+    """What `CUDA_VISIBLE_DEVICES` names, up to a -1 or a mistake, as CUDA reads it, and that mistake; None where it is not
+    set."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
-        return None
+        return None, None
     entries = [entry.strip() for entry in given.split(",")]
     entries = entries[: next((place for place, entry in enumerate(entries) if entry in HIDES), None)]
-    installed = _installed_gpus()
+    installed = _installed_gpus() if entries else []
     for place, entry in enumerate(entries):
         if rule := _not_here(entry, installed) or ("named twice" if entry in entries[:place] else None):
             which = f"{shown(entry)[1:-1]}: " if len(entries) > 1 else ""
-            raise SettingsError(f"CUDA_VISIBLE_DEVICES is {shown(given)}: {which}{rule}", _visible_fix(installed))
-    return entries
+            return entries[:place], f"CUDA_VISIBLE_DEVICES is {shown(given)}: {which}{rule}"
+    return entries, None
 
 
 def _not_here(entry: str, installed: list[str] | None) -> str | None:
@@ -125,9 +130,9 @@ def _not_here(entry: str, installed: list[str] | None) -> str | None:
 
 def _visible_fix(installed: list[str] | None) -> str:
     if installed == []:
-        return "unset CUDA_VISIBLE_DEVICES, which trains on the CPU; if there is a GPU, `make doctor` says what its driver lacks"
+        return "unset CUDA_VISIBLE_DEVICES to train on the CPU; if there is a GPU, `make doctor` says what its driver lacks"
     every = ",".join(map(str, range(len(_whole_gpus(installed or ["GPU-"])))))
-    return f"export CUDA_VISIBLE_DEVICES={every}, or unset it, which takes all"
+    return f"export CUDA_VISIBLE_DEVICES={every}, or unset it to take all"
 
 
 def _whole_gpus(installed: list[str]) -> list[str]:
@@ -146,13 +151,27 @@ def _installed_gpus() -> list[str] | None:
 def gpus() -> list[Gpu]:
     """The GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves."""
     query = ["--query-gpu=name,memory.total,memory.used,compute_cap", "--format=csv,noheader,nounits"]
-    if chosen := chosen_gpus():
-        query += ["-i", ",".join(chosen)]
+    chosen = _chosen_gpus()[0]
+    if chosen == []:
+        return []
+    query += ["-i", ",".join(chosen)] if chosen else []
     rows = [line.rsplit(", ", 3) for line in (smi(*query) or "").splitlines()]
     return [
         Gpu(name, float(total) / 1024, float(used) / 1024, float(says) if says.replace(".", "").isdecimal() else None)
         for name, total, used, says in rows
     ]
+
+
+def require_gpus(count: int, fp8: str, attention: str) -> None:
+    """Raise SettingsError unless this machine has `count` GPUs, and all that a training on them needs."""
+    require_visible_gpus()
+    if count > (found := gpu_count()):
+        raise SettingsError(
+            f"gpus_per_node is {count}, {platform.node()} has {found}",
+            f"gpus_per_node: {found}{'' if found else ' trains on the CPU'}, or make train_X ARGS='--profile slurm'",
+        )
+    require_able_gpus(count, fp8, attention)
+    require_engine(count)
 
 
 def require_engine(gpus: int) -> None:

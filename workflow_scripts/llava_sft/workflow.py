@@ -93,21 +93,26 @@ def overview(known: Experiments) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _require_project() -> None:
+    if not (CONFIG_DIR / "config.yaml").is_file():
+        root = Path(__file__).resolve().parents[2]
+        raise SettingsError(
+            f"{shown(os.getcwd())}: no config/config.yaml here",
+            f"cd {shlex.quote(str(root))}, and give the command there; exp_dir may lie anywhere",
+        )
+
+
 class Workflow(Experiments):
     """The experiments as the rules see them; `words` is the whole command line, the rest is of `Experiments`."""
 
     @exits_cleanly
     def __init__(self, overrides: dict[str, Any], words: list[str], cluster: dict[str, int] | None = None):
-        if not (CONFIG_DIR / "config.yaml").is_file():
-            root = Path(__file__).resolve().parents[2]
-            raise SettingsError(
-                f"{shown(os.getcwd())}: no config/config.yaml here",
-                f"cd {shlex.quote(str(root))}, and give the command there; exp_dir may lie anywhere",
-            )
+        _require_project()
         if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
             overrides = overrides | {"run_tag": tags[-1]}  # as typed: Snakemake makes a number of 0103
         super().__init__(dict(overrides), cluster or {})
-        self.force: Callable[[list[str]], None] | None = None  # set by the main process
+        self.force: Callable[[list[str]], None] | None = None  # set by the main process, as:
+        self.jobs_run: Callable[[], str] = lambda: "here"
         self._checked: set[Path] = set()
         if "--allowed-rules" not in words:  # a job of Slurm names rules, not targets
             check_targets(words, self)
@@ -118,7 +123,8 @@ class Workflow(Experiments):
         @exits_cleanly
         def files(wildcards) -> list[Path]:
             paths = self.paths(experiment)
-            check_inputs(paths, trains=step not in ("data", "inspect"), elsewhere=bool(self.cluster))
+            elsewhere = bool(self.cluster) or self.jobs_run() != "here"
+            check_inputs(paths, trains=step not in ("data", "inspect"), elsewhere=elsewhere)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
             shards = [paths.webdatasets / f"{name}.tar" for name in paths.shards]
             return [*shards, getattr(paths, STEPS[step][0])]
@@ -157,7 +163,8 @@ class Workflow(Experiments):
     @exits_cleanly
     def preflight_job(self, wildcards) -> str:
         overrides = (f"{key}={json.dumps(value)}" for key, value in sorted(self.overrides.items()))
-        cluster = (f"{key}={value}" for key, value in sorted(self.cluster.items()))
+        numbers = self.cluster or ({"nodes": 1} if self.jobs_run() == "elsewhere" else {})
+        cluster = (f"{key}={value}" for key, value in sorted(numbers.items()))
         return shlex.join([self.of(wildcards).settings.experiment, "--config", *overrides, "--cluster", *cluster])
 
     @exits_cleanly
@@ -291,6 +298,13 @@ def as_words(option: str, value: Any) -> list[str]:
     """An option of a script with its value, or with each of several; none where there is no value."""
     values = value if isinstance(value, tuple) else () if value is None else (value,)
     return [f"--{option}={shlex.quote(str(each))}" for each in values]
+
+
+def where_jobs_run(executor: Any) -> str:
+    """`here`, `elsewhere`, or, where they are only planned, `nowhere`; `executor`: Snakemake's plugin."""
+    if executor is None or executor.common_settings.dryrun_exec or executor.common_settings.touch_exec:
+        return "nowhere"
+    return "here" if executor.common_settings.local_exec else "elsewhere"
 
 
 def cluster_numbers(settings: Any) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from llava_sft.errors import CheckpointError, existing_folder, full_disk, shown
+from llava_sft.errors import CheckpointError, existing_folder, full_disk, shown, size_in_words
 from llava_sft.progress import Progress
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -82,7 +82,7 @@ def download(load: str) -> Path:
             place = Path(constants.HF_HUB_CACHE)
             free = shutil.disk_usage(existing_folder(place)).free
             raise CheckpointError(
-                f"load: {load}: no room in the hub's cache {place}: {free / 1e6:,.1f} MB are free",
+                f"load: {load}: no room in the hub's cache {place}: {size_in_words(free)} are free",
                 "free some there, or: export HF_HOME=FOLDER on a disk with room; then the same command",
             ) from None
         raise _refusal(load, error) from None

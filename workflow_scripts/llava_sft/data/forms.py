@@ -268,8 +268,8 @@ def _question_and_answer(
             for one in (given if isinstance(given, list) else [given])
         ]
         if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str):
-            settle = f"columns: {{answer: {answered[0]}.0}}, or the like"
-            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}")
+            settle = f"columns: {{answer: {answered[0]}.0}}"
+            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}, or the like")
         answer: Any = texts[0]
     else:
         answered = [_only("answer", answered, record)]
@@ -315,8 +315,8 @@ def _only(what: str, keys: list[str], record: dict[str, Any]) -> str:
     for key in keys or record:
         if plain(key) in (PARTS[what][1] if what in PARTS else (what,)):  # and empty
             raise Rejected("empty conversation" if what == "conversations" else f"empty {what}", key)
-    found = f"found: {', '.join(map(str, record))}"
-    raise Rejected("missing key", f"{what}; {found}: say which, columns: {{{what}: KEY}}")
+    found = ", ".join(map(str, record))
+    raise Rejected("missing key", f"{what}; found: {found}: say which, columns: {{{what}: KEY}}")
 
 
 def _text(record: dict[str, Any], key: str, what: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from llava_sft.report.language import quoted, translator
+from llava_sft.report.language import detailed, quoted, translator
 
 ENLARGE_BELOW, ENLARGED = 100, 112  # pixels: a smaller picture is shown at a multiple of its size, at least this large
 
@@ -37,6 +37,7 @@ def make_environment(language: str) -> jinja2.Environment:
     )
     environment.filters |= {f.__name__: f for f in (number, percent, points, size, duration, picture, code)}
     environment.filters["said"] = lambda value: quoted(str(value), language)  # text, unlike what _ returns
+    environment.filters["detailed"] = lambda detail, reason: detailed(str(detail), reason, language)
     return environment
 
 

@@ -1,5 +1,5 @@
 """The language of pages and of the messages at the end: English, or Chinese as zh.yaml has it, by English text, and
-zh_messages.yaml for what other parts have said in English, values and all."""
+zh_messages.yaml and zh_details.yaml for what other parts have said in English, values and all."""
 
 import os
 import re
@@ -23,9 +23,9 @@ def chinese() -> dict[str, str]:
 
 
 @cache
-def messages() -> list[tuple[re.Pattern[str], str]]:
+def messages(name: str = "zh_messages.yaml") -> list[tuple[re.Pattern[str], str]]:
     """A pattern for each English message, whose groups are its values, and the Chinese one."""
-    table = yaml.safe_load((Path(__file__).parent / "zh_messages.yaml").read_text())
+    table = yaml.safe_load((Path(__file__).parent / name).read_text())
     return [(re.compile(re.escape(text).replace(r"\{\}", "(.*?)"), re.DOTALL), found) for text, found in table.items()]
 
 
@@ -48,10 +48,20 @@ def quoted(text: str, language: str) -> str:
     known = chinese().get(text) if language == "zh" else text
     if known is not None:
         return known
-    matches = ((pattern.fullmatch(text), found) for pattern, found in messages())
-    told = next((found.format(*match.groups()) for match, found in matches if match), "")
     reason, colon, detail = text.partition(": ")  # of a reject
-    return told or (text if not colon or (known := quoted(reason, language)) == reason else f"{known}：{detail}")
+    told = _matched(text, messages())
+    known = "" if told or not colon else quoted(reason, language)
+    return told or (f"{known}：{detailed(detail, reason, language)}" if known not in ("", reason) else text)
+
+
+def detailed(detail: str, reason: str, language: str) -> str:
+    """What is said of a rejected record beside the reason, in a language; values of the record stay as they are."""
+    return (language == "zh" and _matched(f"{reason}: {detail}", messages("zh_details.yaml"))) or detail
+
+
+def _matched(text: str, table: list[tuple[re.Pattern[str], str]]) -> str:
+    matches = ((pattern.fullmatch(text), found) for pattern, found in table)
+    return next((found.format(*match.groups()) for match, found in matches if match), "")
 
 
 def sayer(language: str) -> Say:

@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
-from llava_sft.gpu_stack import said
 from llava_sft.machine import gpus
+from llava_sft.programs import said
 from llava_sft.run.layout import SESSIONS
 from llava_sft.run.records import append, read_jsonl
 

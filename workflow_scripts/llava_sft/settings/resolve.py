@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, field_validator
 
-from llava_sft.machine import gpu_count
+from llava_sft.machine import gpu_count, require_visible_gpus
 from llava_sft.nodes import this_node
 from llava_sft.settings.conflicts import check_fp8, check_global_batch_size, processes_per_node
 from llava_sft.settings.schema import AllSettings, Settings
@@ -137,6 +137,8 @@ def resolve(
 def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
     node = this_node() if settings.nodes == "auto" else None
     auto.settle("nodes", node.nodes if node else 1, "those that the platform started" if node else "this machine")
+    if settings.gpus_per_node == "auto":
+        require_visible_gpus()
     found = gpu_count()
     why = "GPUs of this machine" if found else "no GPU here: one process on the CPU"
     gpus = auto.settle("gpus_per_node", found, why)

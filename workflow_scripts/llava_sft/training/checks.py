@@ -9,10 +9,8 @@ from llava_sft.errors import RunError
 from llava_sft.machine import (
     GIB,
     free_memory,
-    gpu_count,
     gpus,
-    require_able_gpus,
-    require_engine,
+    require_gpus,
     require_shared_memory,
     this_machine,
 )
@@ -42,16 +40,10 @@ def check_nodes(settings: ResolvedSettings, job: Job | None, node: Node | None) 
 
 
 def check_node(resolved: Resolved) -> None:
-    """Raise RunError when this machine cannot train as asked; warn where it differs from preflight's."""
+    """Raise SftError when this machine cannot train as asked; warn where it differs from preflight's."""
     settings = resolved.settings
-    found = gpu_count()
-    if settings.gpus_per_node > found:
-        raise RunError(
-            f"gpus_per_node is {settings.gpus_per_node}, {platform.node()} has {found}",
-            f"gpus_per_node: {found}" + ("" if found else " trains on the CPU"),
-        )
-    require_able_gpus(settings.gpus_per_node, settings.fp8, settings.attention)
-    require_engine(settings.gpus_per_node)
+    if settings.gpus_per_node:
+        require_gpus(settings.gpus_per_node, settings.fp8, settings.attention)
     for number, gpu in enumerate(gpus()[: settings.gpus_per_node] if settings.on_gpu else []):
         if gpu.used_gib > GPU_IDLE_GIB:
             stop_or_warn(

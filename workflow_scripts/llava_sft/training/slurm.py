@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from llava_sft.errors import RunError, SettingsError, exits_cleanly
 from llava_sft.nodes import in_slurm
+from llava_sft.programs import Answer, ask
 
 REQUEUE_WITHIN_S = 600  # a job that asked to be queued again and still runs after this gives up
 ANSWERS_WITHIN_S = 60
+TRIED_FOR_S = 30
 STATUS = {"sacct": ("-X", "--noheader", "--starttime=now"), "squeue": ("--me", "--noheader")}
 PROFILE = "profiles/slurm/config.yaml"
 ASK_SLURM = "check `scontrol ping`: if it says UP, run the same command again; if DOWN, ask whoever runs the cluster"
@@ -29,13 +31,13 @@ def require_slurm(status_command: str) -> None:
             "--profile slurm: there is no sbatch on PATH",
             "on a login node: load Slurm's module; on any other machine: the same command without --profile slurm",
         )
-    if trouble := _trouble("sinfo", "--noheader", "--format=%P"):
+    if trouble := ask_slurm("sinfo", "--noheader", "--format=%P").trouble:
         raise SettingsError(
             f"--profile slurm: Slurm does not answer: {trouble}",
             "`scontrol ping` says UP where it does: wait for it, or ask whoever runs the cluster; on a machine of no "
             "cluster: the same command without --profile slurm",
         )
-    if trouble := _trouble(status_command, *STATUS.get(status_command, ())):
+    if trouble := ask_slurm(status_command, *STATUS.get(status_command, ())).trouble:
         other = "squeue" if status_command == "sacct" else "sacct"
         raise SettingsError(
             f"slurm-status-command: {status_command}: the end of a job would not be seen: {trouble}",
@@ -43,15 +45,14 @@ def require_slurm(status_command: str) -> None:
         )
 
 
-def _trouble(*command: str) -> str | None:
-    """Why Slurm does not answer a command, in its own words; None where it does."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWERS_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        return f"{command[0]} heard nothing for {ANSWERS_WITHIN_S} s"
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
-    return (done.stderr.strip() or f"{command[0]} failed").splitlines()[-1] if done.returncode else None
+def ask_slurm(*command: str) -> Answer:
+    """The answer of a Slurm command, asked again for half a minute: a busy controller does not always give one."""
+    until = time.monotonic() + TRIED_FOR_S
+    while (answer := ask(*command, seconds=ANSWERS_WITHIN_S)).trouble and shutil.which(command[0]):
+        if time.monotonic() > until:
+            break
+        time.sleep(3)
+    return answer
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,7 @@ def this_job() -> Job | None:
 
 
 def _output(*command: str) -> str:
-    """The output of a Slurm command, retried for half a minute: a busy controller does not always answer."""
-    for attempt in range(6):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not done.returncode:
-            return done.stdout.strip()
-        time.sleep(2 * attempt)
-    raise RunError(f"`{' '.join(command)}`: {done.stderr.strip()}", ASK_SLURM)
+    answer = ask_slurm(*command)
+    if answer.trouble:
+        raise RunError(f"`{' '.join(command)}`: {answer.trouble}", ASK_SLURM)
+    return answer.output
