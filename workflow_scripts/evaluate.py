@@ -129,7 +129,7 @@ def evaluate(args: argparse.Namespace) -> None:
         except CheckpointError as error:
             missing = missing_start(args, error)
     rows = judge(asked.samples, answers, scores, args.by, before)
-    result = described(rows, [score.name for score in scores], answers, before)
+    result = described(rows, [score.name for score in scores], answers)
     result["base"] = {"name": base.name, "cut": sum(a.cut for a in before)} if base and before else {"missing": missing}
     result |= {"split": asked.split, "by": args.by}
     result |= {"max_new_tokens": args.max_new_tokens, "engine": "vLLM" if options.vllm else "transformers"}
@@ -173,9 +173,7 @@ def missing_start(args: argparse.Namespace, error: SftError) -> str:
     return error.problem
 
 
-def described(
-    rows: list[dict[str, Any]], names: list[str], answers: list[Answer], before: list[Answer] | None
-) -> dict[str, Any]:
+def described(rows: list[dict[str, Any]], names: list[str], answers: list[Answer]) -> dict[str, Any]:
     """Counts and scores, of all samples and of each group."""
     result = summary(rows, names)
     result |= {"accuracy": result["scores"][0]["mean"] if rows else None, "groups": group_summaries(rows, names)}

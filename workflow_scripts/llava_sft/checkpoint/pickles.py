@@ -211,7 +211,7 @@ def check_crc(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             wrong, filled = [], [member for member in archive.infolist() if member.file_size]
             for member in filled:
-                if not _crc_is_right(path, archive, member):
+                if not _crc_is_right(archive, member):
                     wrong.append(member.filename)
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, ValueError, RuntimeError) as error:
         raise damaged(path, error) from None
@@ -221,7 +221,7 @@ def check_crc(path: Path) -> None:
         raise damaged(path, f"{wrong[0]} does not hold what was written: another CRC32")
 
 
-def _crc_is_right(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+def _crc_is_right(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
     expected = member.CRC
     member.CRC = None  # type: ignore[assignment]  # zipfile then leaves the comparing to us: it would stop at the first
     crc = 0

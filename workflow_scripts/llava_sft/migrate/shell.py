@@ -207,7 +207,7 @@ class Script:
             values = before + values if array is not None else [*before[:-1], before[-1] + values[0]]
         elif self._depth and before is not None and not UNKNOWN.search("".join(before)):
             if array is not None and name in self._inside:
-                values = self._merged(line, before, values)
+                values = self._merged(before, values)
             else:
                 if values != before and not UNKNOWN.search("".join(values)):
                     self.others.append(Other(line, name, " ".join(before), " ".join(values)))
@@ -219,7 +219,7 @@ class Script:
             self.others = [other for other in self.others if other.name != name]
         self.variables.values[name] = values
 
-    def _merged(self, line: int, first: Array, second: Array) -> Array:
+    def _merged(self, first: Array, second: Array) -> Array:
         """Arguments of one branch and what another has beside them."""
         groups: dict[str, Array] = {}
         for word in second:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from llava_sft.checksums import find_damage, note
@@ -74,7 +73,7 @@ def damage(run_dir: Path, iteration: int, deep: bool = True) -> str | None:
     return find_damage(run_dir, noted, run_dir / VERIFIED, full=deep)
 
 
-def newest_whole(run_dir: Path, deep: bool = True, say: Callable[[str], None] = print) -> int:
+def newest_whole(run_dir: Path, deep: bool = True) -> int:
     """The step of the newest whole checkpoint, 0 without one; afterwards Megatron's tracker names it.
 
     Newer ones that are damaged are renamed, unfinished ones deleted. Raises RunError, and changes nothing, when there were
@@ -108,11 +107,11 @@ def newest_whole(run_dir: Path, deep: bool = True, say: Callable[[str], None] = 
         )
     for iteration in unfinished:
         if iteration > newest:
-            say(f"{checkpoint_dir(run_dir, iteration)}: not finished when the training was killed; deleted")
+            print(f"{checkpoint_dir(run_dir, iteration)}: not finished when the training was killed; deleted")
             shutil.rmtree(checkpoint_dir(run_dir, iteration))
     for folder, fault in faults.items():
         aside = folder.with_name(f"damaged_{folder.name}")
-        say(f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as {aside.name}; resuming from step {newest}")
+        print(f"WARNING: {folder} IS DAMAGED: {fault}. Set aside as {aside.name}; resuming from step {newest}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     tracker = run_dir / TRACKER
