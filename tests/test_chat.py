@@ -332,6 +332,7 @@ def test_ctrl_c_on_a_real_terminal(small_checkpoint):
         os.write(main, b"\x03")
         until(b"^C")  # the answer may hold a prompt's characters
         until(b"\n> ")
+        time.sleep(0.5)  # readline prints its prompt a moment before a signal can wake it
         os.write(main, b"\x03")
         with contextlib.suppress(OSError):  # the terminal is closed by the exit, which takes seconds on a busy machine
             while True:

@@ -112,7 +112,7 @@ def test_another_architecture_is_refused_with_the_key(change, mentioned):
         ("name: x", "language: Field required"),
         ("name: x\nheads: 3", "heads: Extra inputs"),
         ("[1, 2", "not valid YAML"),
-        ("", "model: Input should be"),
+        ("", "language: Field required"),
     ],
 )
 def test_a_wrong_model_file_is_one_clear_message(tmp_path, text, mentioned):

@@ -100,5 +100,5 @@ def test_lora_trains_parts_that_are_trained_beside_weights_that_are_kept(at_root
     with pytest.raises(SettingsError, match="lora_modules: language_model is not trained") as refused:
         load_settings("agriculture", {"lora_rank": 8, "stage": "align"})
     assert refused.value.fix == "add language_model to trainable_modules"
-    with pytest.raises(SettingsError, match="load: random"):
+    with pytest.raises(SettingsError, match="lora_rank: load is random"):
         load_settings("agriculture", {"lora_rank": 8, "load": "random"})
