@@ -12,8 +12,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c ' \
   signals() { set -- $$(sed -n "s/^Sig\(Blk\|Cgt\)://p" /proc/$$PPID/status) && blocked=0x$$1 caught=0x$$2; }; \
   tell() { kill -$$1 $$PPID; sleep 0.2; exit 0; }; \
-  end() { local code=$$? left; read -r left < /proc/$$$$/task/$$$$/children || true; \
-    if [[ $$left ]]; then kill $$left; while kill -0 $$left; do sleep 0.2; done 2>/dev/null; fi; \
+  end() { local code=$$? left; { read -r left < /proc/$$$$/task/$$$$/children; } 2>/dev/null || true; \
+    if [[ $$left ]]; then kill $$left 2>/dev/null || true; while kill -0 $$left; do sleep 0.2; done 2>/dev/null; fi; \
     if [[ $$code == 0 ]] || ! signals; then return; fi; \
     if [[ $$cut ]]; then (( blocked & 2 )) && exit 0 || tell INT; fi; \
     if [[ "$${MAKEFLAGS%% *}" != *[ik]* ]] && (( caught & 4 && !(blocked & 4) )); then tell QUIT; fi; }; \

@@ -41,6 +41,9 @@ READ = {
         {"image_path": "a.png", "img": "a.png", "caption": "Green.", "text": "Green."}, {}, [Q | {"content": "<image>\nDescribe the image."}, A], ["a.png"], set(),
     ),
     "a count beside a question": ({"messages": 3, "question": "What?", "answer": "Green."}, {}, [Q, A], [], {"messages"}),
+    "a box as text, listed": ({"question": "What?", "answers": ["[0.1, 0.2]"]}, {}, [Q, A | {"content": "[0.1, 0.2]"}], [], set()),
+    "a box in a cell": ({"question": "What?", "answers": "[10, 20]"}, {}, [Q, A | {"content": "[10, 20]"}], [], set()),
+    "a printed list as it stands": ({"question": "What?", "answers": "['x' 'y']"}, {"answer": "answers"}, [Q, A | {"content": "['x' 'y']"}], [], set()),
     "no history, as a table has it": ({"question": "What?", "answer": "Green.", "history": "[]"}, {}, [Q, A], [], set()),
 }  # fmt: skip
 
@@ -119,16 +122,21 @@ REJECTED = {
     "empty question": [({"q": "", "a": "a", "image": "a.png"}, {"question": "q", "answer": "a"}), ({"q": float("nan"), "a": "a"}, {"question": "q", "answer": "a"})],
     "empty caption": [({"image": "a.png", "c": ""}, {"caption": "c"})],
     "empty conversation": [({"t": "", **PAIR}, {"conversations": "t"})],
-    "missing key": [({"query": "", "response": "", "history": [["x", "y"]]}, {})],
+    "missing key": [({"query": "", "response": "", "history": [["x", "y"]]}, {}), ({**PAIR, "history": [{"q": "hi", "a": "hello"}]}, {})],
     "options are not read": [
         ({"question": "q", "A": "a", "B": "b", "answer": "A"}, {}), ({"question": "q", "option_a": "a", "option_b": "b", "answer": "A"}, {}), ({**PAIR, "a": "x", "b": "y", "c": "z"}, {}),
         ({**PAIR, "choice0": "x", "choice1": "y"}, {}), ({"question": "Red or blue?", "answer": 0, "choices": ["red", "blue"]}, {}),
+        *(({"question": "How many?", "answer": answer, "options": ["10", "20"]}, {}) for answer in ("b", "(B)", "BC", "A, B", "Option B")),
         ({"question": "How many?", "answer": "B", "A": 2, "B": "4"}, {}), ({"question": "How many?", "answer": 1, "options": [2, 4]}, {}),
         ({**PAIR, "options": "['red', 'blue']"}, {}), ({**PAIR, "options": {"A": "red", "B": "blue"}}, {}),
         ({"question": "Is it bored?", "answer": "x", "choices": {"label": ["A", "B"], "text": ["red", "blue"]}}, {"question": "question"}),
     ],
+    "several answers": [({"question": "q", "answers": cell}, {}) for cell in ("['x' 'y']", "['x'\n 'y']", "['x', 'y']", ["x", "y"])],
     "wrong turn order": [({"conversation": [{"system": s, "input": "q", "output": "a"} for s in ("S", "T")]}, {}), ({"conversations": [["user", "q"]]}, {})],
-    "malformed conversation": [({"conversations": [["user", "q"], ["Where?", "a"]]}, {}), ({"conversations": [{"from": "human", "value": "q", "content": "r"}, OTHER[1]]}, {})],
+    "malformed conversation": [
+        *(({**PAIR, "history": history}, {}) for history in ("User: hi\nAssistant: hello", "**Human**: hi\n\nGPT：hello")),
+        ({"conversations": [["user", "q"], ["Where?", "a"]]}, {}), ({"conversations": [{"from": "human", "value": "q", "content": "r"}, OTHER[1]]}, {}),
+    ],
     "missing column": [({"conversations": OTHER, "pic": "a.png"}, {"image": "file"}), ({"conversations": OTHER, "pic": [{"bytes": b"x"}]}, {"image": "file"}), ({"conversations": OTHER}, {"question": "q"})],
 }  # fmt: skip
 

@@ -266,6 +266,8 @@ def bomb(levels):
         (b"exp_dir: -n", "begins neither"),
         (b"run_tag: " + b"a" * 150, "at most 100"),
         (b"x: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        (b"%YAML 1.1\n# raw_data", "not valid YAML"),
+        (b"%TAG ! raw_data\n", "not valid YAML"),
     ],
 )
 def test_a_file_that_is_not_what_it_seems_is_refused_with_a_short_message(project, content, said):

@@ -114,6 +114,8 @@ def test_a_path_through_a_link_to_nowhere_is_named_by_the_link(project, key, bel
     error = mistake(**{key: f"scratch{below}"})
     assert error.problem == f"{key}: 'scratch{below}': scratch is a link to /gone/away, which is not there"
     assert "mount that disk, or mend the link" in error.fix
+    if key in ("load", "tokenizer"):  # the data alone needs neither
+        check_inputs(Paths(load_settings("mine", {key: f"scratch{below}"})), trains=False)
 
 
 def test_a_file_that_is_a_link_to_nowhere_is_named_by_the_link(project):

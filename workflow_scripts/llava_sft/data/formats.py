@@ -111,7 +111,9 @@ def _is_table(path: Path, head: bytes, whole: bool, extension: str | None) -> bo
     if lines[0].startswith(b"{"):
         one = _json(head) if whole else None
         values = list(one.values()) if isinstance(one, dict) and not has_known_form(one) else []
-        wrapped = any(isinstance(v, list) for v in values) or (values and all(isinstance(v, dict) for v in values))
+        wrapped = any(isinstance(v, list) for v in values) or (
+            len(values) > 1 and all(isinstance(v, dict) for v in values)
+        )
         spread = (isinstance(one, dict) and len(lines) > 1) or (lines[0] == b"{" and not any(map(_json, lines)))
         if b"\n}\n{" in head.replace(b"\r", b""):
             raise DataError(

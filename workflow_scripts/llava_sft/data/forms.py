@@ -23,6 +23,7 @@ from llava_sft.data.other_forms import (
     holds_image,
     is_empty,
     is_pair,
+    is_talk,
     is_turns,
     names_picture,
     plain,
@@ -261,13 +262,17 @@ def _question_and_answer(
         question = _content(record, asked[0], "question")
     if several and not answered:
         answered = [_only("answer", several, record)]
-        given = unprinted(record[answered[0]])
+        told = record[answered[0]]
+        given, cell = unprinted(told), isinstance(told, str)
+        unread = cell and given is told and told.lstrip()[:1] == "["  # a list in numpy's spelling, or somebody's own
+        if cell and isinstance(given, list) and not all(isinstance(one, str | dict) for one in given):
+            given = told  # numbers: a box, say
         texts = [
             one.get("answer", one.get("text")) if isinstance(one, dict) else one
             for one in (given if isinstance(given, list) else [given])
         ]
-        if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str) or texts[0][:1] == "[":
-            settle = f"columns: {{answer: {answered[0]}.0}}"
+        if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str) or unread:
+            settle = f"columns: {{answer: {answered[0]}{'' if cell else '.0'}}}"
             raise Rejected("several answers", f"{answered[0]}: choose one, {settle}, or the like")
         answer: Any = texts[0]
     else:
@@ -280,7 +285,7 @@ def _question_and_answer(
         raise Rejected(
             "picture is not named", f"{number} is no file: add one with the picture's file, or columns: {{image: KEY}}"
         )
-    history = [key for key in names.get("history", []) if is_turns(record[key])]
+    history = [key for key in names.get("history", []) if is_turns(record[key]) or is_talk(record[key])]
     key = _only("history", history, record) if history else ""
     before = _expanded(_as_list(record[key], key))[0] if key else []
     if isinstance(question, list) and isinstance(answer, list):  # a prompt and its completion, of messages

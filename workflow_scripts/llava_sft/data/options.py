@@ -14,11 +14,13 @@ LISTED = ("choices", "options")
 LETTERED = re.compile(r"(option|choice|answer)?[a-j]|(option|choice)[0-9]")
 NUMBER = re.compile(r"[-+]?[0-9.,]+(e[-+]?[0-9]+)?%?|nan|true|false")  # of a table, too, where all is text
 
+LETTER = re.compile(r"\W*((?i:option|answer|choice)\W*)?(([A-J]\W*)+|[a-j]\W*)")  # of one option, or of several
+
 
 def check_options(record: dict[str, Any], question: str, answer: str) -> None:
     """Raise `Rejected` for options that the question, under the key `question`, does not have."""
     asked, given = _spaced(record[question]), _spaced(record[answer])
-    letter, place = re.fullmatch(r"\W*[A-J]\W*", str(record[answer])) is not None, given.isdecimal()
+    letter, place = LETTER.fullmatch(str(record[answer])) is not None, given.isdecimal()
     listed, lettered = [], []
     for key, value in record.items():
         name = plain(key)

@@ -6,7 +6,10 @@ Notable: a key that is not read is counted (`Unread`), and the inspection lists 
 
 import ast
 import contextlib
+import io
+import itertools
 import re
+import tokenize
 from collections import Counter
 from functools import lru_cache
 from typing import Any
@@ -110,7 +113,14 @@ def is_turns(value: Any) -> bool:
 
 
 def _says(turn: dict[str, Any]) -> bool:
-    return not TURN_NAMES.isdisjoint(map(plain, turn))
+    names = set(map(plain, turn))
+    return not TURN_NAMES.isdisjoint(names) or {"q", "a"} <= names
+
+
+def is_talk(value: Any) -> bool:
+    """Whether a text is a conversation written out, such as `User: …`, `Assistant: …` line by line."""
+    said = re.findall(r"^\W*(\w+)\W*[:：]", value, re.MULTILINE) if isinstance(value, str) else []
+    return len(SPEAKERS.intersection(map(plain, said))) > 1
 
 
 def is_pair(turn: Any) -> bool:
@@ -118,13 +128,19 @@ def is_pair(turn: Any) -> bool:
 
 
 def unprinted(value: Any) -> Any:
-    """The list or object that a cell of a table holds as text, in JSON's spelling or Python's; anything else as it is."""
+    """The list or object that a cell of a table holds as text, in JSON's spelling or Python's; anything else as it is, also a
+    list as numpy prints it, `['a' 'b']`: Python would join its texts."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         for read in (orjson.loads, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 if isinstance(found := read(value.strip()), list | dict):
-                    return found
+                    return found if read is orjson.loads or not _texts_touch(value.strip()) else value
     return value
+
+
+def _texts_touch(text: str) -> bool:
+    tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
+    return any(one == following == tokenize.STRING for one, following in itertools.pairwise(tokens))
 
 
 def names_picture(key: str, value: Any) -> bool:

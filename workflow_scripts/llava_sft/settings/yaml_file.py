@@ -73,12 +73,13 @@ def _of_yaml(path: Path, text: str, error: yaml.YAMLError) -> tuple[str, str]:
     """What is said of a file that is no YAML: (problem, fix)."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     opened, context = getattr(error, "context_mark", None), str(getattr(error, "context", None))
-    first, last = 0, 0
+    lines, first, last = text.splitlines(), 0, 0
     if opened and "simple key" in context:
         first, last = opened.line, opened.line + 1
     elif mark and (problem == "mapping values are not allowed here" or "document start" in str(problem)):
-        first, last = _run_of(text.splitlines(), mark.line), mark.line
-    if slip := _slip(text.splitlines(), first, last):
+        last = min(mark.line, len(lines) - 1)  # it may lie behind the last line
+        first = _run_of(lines, last)
+    if slip := _slip(lines, first, last):
         return f"{path}: {slip[0]}", slip[1]
     if opened and (what := next((name for kind, name in OPENED.items() if kind in context), None)):
         line = f"line {opened.line + 1}, column {opened.column + 1}"
