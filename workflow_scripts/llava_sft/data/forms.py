@@ -26,8 +26,8 @@ from llava_sft.data.other_forms import (
     is_talk,
     is_turns,
     names_picture,
+    only_answer,
     plain,
-    unprinted,
 )
 from llava_sft.data.rejects import Rejected
 from llava_sft.errors import SettingsError
@@ -262,19 +262,7 @@ def _question_and_answer(
         question = _content(record, asked[0], "question")
     if several and not answered:
         answered = [_only("answer", several, record)]
-        told = record[answered[0]]
-        given, cell = unprinted(told), isinstance(told, str)
-        unread = cell and given is told and told.lstrip()[:1] == "["  # a list in numpy's spelling, or somebody's own
-        if cell and isinstance(given, list) and not all(isinstance(one, str | dict) for one in given):
-            given = told  # numbers: a box, say
-        texts = [
-            one.get("answer", one.get("text")) if isinstance(one, dict) else one
-            for one in (given if isinstance(given, list) else [given])
-        ]
-        if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str) or unread:
-            settle = f"columns: {{answer: {answered[0]}{'' if cell else '.0'}}}"
-            raise Rejected("several answers", f"{answered[0]}: choose one, {settle}, or the like")
-        answer: Any = texts[0]
+        answer: Any = only_answer(answered[0], record[answered[0]])
     else:
         answered = [_only("answer", answered, record)]
         answer = _content(record, answered[0], "answer")

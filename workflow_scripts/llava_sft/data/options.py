@@ -13,7 +13,6 @@ from llava_sft.data.rejects import Rejected
 LISTED = ("choices", "options")
 LETTERED = re.compile(r"(option|choice|answer)?[a-j]|(option|choice)[0-9]")
 NUMBER = re.compile(r"[-+]?[0-9.,]+(e[-+]?[0-9]+)?%?|nan|true|false")  # of a table, too, where all is text
-
 LETTER = re.compile(r"\W*((?i:option|answer|choice)\W*)?(([A-J]\W*)+|[a-j]\W*)")  # of one option, or of several
 
 

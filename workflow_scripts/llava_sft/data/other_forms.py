@@ -143,6 +143,22 @@ def _texts_touch(text: str) -> bool:
     return any(one == following == tokenize.STRING for one, following in itertools.pairwise(tokens))
 
 
+def only_answer(key: str, told: Any) -> str:
+    """What all of `answers` say: a list, a cell that holds one as text, or a single text. Raises `Rejected` where they differ."""
+    given, cell = unprinted(told), isinstance(told, str)
+    not_read = cell and given is told and told.lstrip()[:1] == "["  # a list in numpy's spelling, or somebody's own
+    if cell and isinstance(given, list) and not all(isinstance(one, str | dict) for one in given):
+        given = told  # numbers: a box, say
+    texts = [
+        one.get("answer", one.get("text")) if isinstance(one, dict) else one
+        for one in (given if isinstance(given, list) else [given])
+    ]
+    if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str) or not_read:
+        settle = f"columns: {{answer: {key}{'' if cell else '.0'}}}"
+        raise Rejected("several answers", f"{key}: choose one, {settle}, or the like")
+    return texts[0]
+
+
 def names_picture(key: str, value: Any) -> bool:
     """Whether a value may be a picture, or name one, whatever its key."""
     if isinstance(value, list | dict):
