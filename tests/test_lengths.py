@@ -92,10 +92,11 @@ def test_an_image_with_a_profile_longer_than_what_is_read_of_it_first(tmp_path, 
 def test_processes_that_count_end_with_the_one_that_started_them():
     script = (
         "import os, time; from pathlib import Path; from llava_sft.data import sizes\n"
-        "def slow(*_): print(os.getpid(), flush=True); time.sleep(60)\n"
+        "def slow(*_): os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)\n"
         "sizes.stored_shards, sizes._counted_with, sizes._shard_sizes = (lambda *_: [1, 2]), (lambda *_: []), slow\n"
         "sizes.sample_sizes(Path(), Path(), None, None, 2)\n"
     )
+    # Two workers write to one pipe: with PYTHONUNBUFFERED a print would be two writes, and their numbers could run together.
     counting = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     worker = int(counting.stdout.readline())
     counting.terminate()
