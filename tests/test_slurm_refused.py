@@ -92,7 +92,7 @@ def test_a_slurm_that_goes_away_before_a_group_of_jobs_is_submitted_ends_the_wor
         snakemake_command(
             "--profile", "slurm", "data_vqa", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"
         ),
-        cwd=prepared_project, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=60,
+        cwd=prepared_project, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     said = ended.stdout + ended.stderr
     assert ended.returncode == 1

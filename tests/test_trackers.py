@@ -81,7 +81,7 @@ def noted(run_dir: Path, what: str, tracker: str) -> list[dict]:
     return [given for name, called, given in lines if (name, called) == (tracker, what)]
 
 
-def wait_for(there, seconds: float = 30) -> None:
+def wait_for(there, seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < until

@@ -152,7 +152,7 @@ class MiniSlurm:
             dict(zip(("id", "state", "comment", "nodes", "reason"), line.split("|"), strict=True)) for line in lines
         ]
 
-    def wait(self, what: str, there: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(self, what: str, there: Callable[[], bool], seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not there():
             if time.monotonic() > end:
