@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json
 from llava_sft.report.html import percent
-from llava_sft.report.runs import evaluation_of, results_of
+from llava_sft.report.runs import evaluation_of
 from llava_sft.run.checkpoints import iterations_done
-from llava_sft.run.layout import FAILURE, LOST_RANKS, RUN_FILE
+from llava_sft.run.layout import FAILURE, LOST_RANKS, RUN_FILE, results_of
 from llava_sft.run.lock import is_running
 from llava_sft.run.records import read_metrics
 from llava_sft.settings.resolve import ResolvedSettings

@@ -26,6 +26,7 @@ from llava_sft.checkpoint.verify import noted, require_export, require_noted, re
 from llava_sft.errors import CheckpointError, SettingsError, SftError, exits_cleanly, shown
 from llava_sft.files import read_json
 from llava_sft.publish.card import CARD, write_card
+from llava_sft.run.layout import RESULTS
 
 KEPT_HERE = ("parity.json",)  # of the files that an export's checksums name
 AGAIN = "the same command goes on from here"
@@ -114,7 +115,7 @@ def push(export: Path, repository: str, public: bool, there: list[str] | None, d
         HfApi().create_repo(repository, private=not public, exist_ok=True)
         HfApi().upload_folder(
             repo_id=repository, folder_path=export, allow_patterns=names, delete_patterns=stale or None,
-            commit_message=f"{export.parent.name.removesuffix('_results')}, by llava-sft",
+            commit_message=f"{export.parent.name.removesuffix(RESULTS)}, by llava-sft",
         )  # fmt: skip
     print(f"done: {constants.ENDPOINT}/{repository}")
 

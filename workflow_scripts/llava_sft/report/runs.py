@@ -11,7 +11,7 @@ from llava_sft.evaluation.intervals import compare
 from llava_sft.files import file_fingerprint, read_json, read_rows
 from llava_sft.report.charts import Records
 from llava_sft.report.figures import with_scores
-from llava_sft.run.layout import RUN_FILE, VALIDATION
+from llava_sft.run.layout import RUN_FILE, VALIDATION, results_of
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import Resolved
 
@@ -34,10 +34,6 @@ def numbered[T](items: Iterable[T], id_of: Callable[[T], str | None]) -> Iterato
         name = id_of(item)
         yield (name, before[name]), item
         before[name] += 1
-
-
-def results_of(run_dir: Path) -> Path:
-    return run_dir.with_name(f"{run_dir.name}_results")
 
 
 def evaluation_of(run_dir: Path) -> dict[str, Any]:
