@@ -24,7 +24,7 @@ from llava_sft.files import read_json, read_object, write_text
 from llava_sft.model.export_files import image_limits
 from llava_sft.report.figures import with_scores
 from llava_sft.report.html import number, percent, points
-from llava_sft.run.layout import ITERATION, RUN_FILE
+from llava_sft.run.layout import EVALUATION, ITERATION, RESOLVED, RUN_FILE
 from llava_sft.settings.lora import LoraSettings
 from llava_sft.settings.resolved import Resolved
 
@@ -72,7 +72,7 @@ def render(export: Path, model_id: str) -> str:
     run_dir = root / source.parent
     trained = ITERATION.fullmatch(source.name)  # a merge lies where somebody put it: beside the files of any run
     name = (trained and source.parent.name) or export.resolve().parent.name
-    run = newest_settings(results / "resolved.json", run_dir / RUN_FILE) if trained else None
+    run = newest_settings(results / RESOLVED, run_dir / RUN_FILE) if trained else None
     base = (run and run.settings.base_model) or (run and base_model(run.start, root)) or merged_into(marker)
     started = Path(split_id(run.start.load)[0]).name if run else marker.get("base", "a checkpoint that is not recorded")
     metadata = {
@@ -172,7 +172,7 @@ def data_of(run: Resolved, root: Path) -> dict[str, Any] | None:
 
 def evaluation_of(export: Path) -> dict[str, Any] | None:
     """evaluation.json beside an export, where it is of that export: of an earlier version, where it is newer."""
-    path, marker = export.parent / "evaluation.json", export / MARKER
+    path, marker = export.parent / EVALUATION, export / MARKER
     with contextlib.suppress(DamagedFileError, OSError):
         found = read_json(path)
         newer = path.stat().st_mtime >= marker.stat().st_mtime
