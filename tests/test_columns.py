@@ -26,7 +26,7 @@ READ = {
         [Q | {"content": "<image>\nDescribe the image."}, A], ["a.png"], set(),
     ),
     "an own key of that name": ({"q": "What?", "question": "Other?", "answer": "Green."}, {"question": "q"}, [Q, A], [], {"question"}),
-    "what lies beside the named": ({"vqa": {"q": "What?", "a": "Green.", "file": "a.png"}}, {"question": "vqa.q", "answer": "vqa.a"}, [Q, A], [], {"vqa"}),
+    "what lies beside the named": ({"vqa": {"q": "What?", "a": "Green.", "of": "x"}}, {"question": "vqa.q", "answer": "vqa.a"}, [Q, A], [], {"vqa"}),
     "one of several pictures": ({"images": ["a.png", "b.png"], "question": "What?", "answer": "Green."}, {"image": "images.0"}, SEEN, ["a.png"], {"images"}),
     "a picture, conversations": ({"file": "a.png", "conversations": SEEN}, {"image": "file"}, SEEN, ["a.png"], set()),
     "no picture in mixed data": ({"conversations": [Q, A], "note": "n"}, {"image": "file"}, [Q, A], [], set()),

@@ -120,7 +120,7 @@ def test_raw_file_touched_is_fine_changed_within_is_not(tmp_path):
     assert indexed(raw) == dataset
     data = raw.path.read_bytes()
     raw.path.write_bytes(data.replace(b"Question 6?", b"Question 7?"))
-    with pytest.raises(DataError, match=r"within the ranges of 1 shards: subtaskdata-00001"):
+    with pytest.raises(DataError, match=r"within the ranges of 1 shard: subtaskdata-00001"):
         indexed(raw)
     raw.path.write_bytes(data + b"{}\n")
     with pytest.raises(DataError, match="bytes now"):

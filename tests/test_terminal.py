@@ -218,13 +218,13 @@ def test_a_line_that_ends_as_on_windows_is_shown_and_of_a_rewritten_one_the_last
 
 def test_of_other_rules_only_warnings_are_shown(handler, tmp_path):
     start(handler, rule="inspect_webdataset")
-    (tmp_path / "train.log").write_text("tokens: median 41\nnote: 3 records have the key x, which is not read\n")
+    (tmp_path / "train.log").write_text("tokens: median 41\nnote: not read: the key x of 3 records\n")
     handler._look()
     start(handler, 2, "evaluate", "evaluate.log")
     (tmp_path / "evaluate.log").write_text("600 questions\nerror: at the end\n  fix: that\n")
     handler._look()
     shown = [line for line in handler.on_stdout() if "stage2_sft_vqa" not in line]
-    assert shown == ["note: 3 records have the key x, which is not read", "600 questions"]
+    assert shown == ["note: not read: the key x of 3 records", "600 questions"]
 
 
 def test_success_ends_with_what_came_out_and_a_stop_with_what_is_left(handler, monkeypatch):

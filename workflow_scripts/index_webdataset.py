@@ -16,7 +16,7 @@ from llava_sft.data.index import index_webdataset, leak_note, read_finished
 from llava_sft.data.nv_meta import is_finished
 from llava_sft.data.plan import default_notes_dir
 from llava_sft.data.verify import note_dataset, require_whole
-from llava_sft.errors import exits_cleanly, shown
+from llava_sft.errors import exits_cleanly, many, shown
 from llava_sft.files import write_json
 
 
@@ -55,16 +55,16 @@ def main() -> None:
     train, heldout = dataset["train"], dataset["heldout"]
     read = ""
     if dataset["read"] is not None:
-        read = f", {dataset['images']:,} images, {dataset['rejected']:,} records rejected"
+        read = f", {many(dataset['images'] or 0, 'image')}, {many(dataset['rejected'] or 0, 'record')} rejected"
     print(
-        f"{args.wds_dir}: {train['samples']:,} samples in {train['shards']} shard{'s' * (train['shards'] != 1)} for training,"
+        f"{args.wds_dir}: {many(train['samples'], 'sample')} in {many(train['shards'], 'shard')} for training,"
         f" {heldout['samples']:,} in {heldout['shards']} held out{read} → {output}"
     )
     for key, count in dataset.get("unread", {}).items():
-        print(f"note: {count:,} records have the key {key}, which is not read")
+        print(f"note: not read: the key {key} of {many(count, 'record')}")
     if packed := dataset.get("packed_tars"):
         print(
-            f"note: {len(packed)} packed tars are left out, which have no places to read a sample at: {shown(packed[0])} …"
+            f"note: left out: {many(len(packed), 'packed tar')}, without places to read a sample at: {shown(packed[0])} …"
         )
     if leak := leak_note(dataset):
         print(f"note: {leak}")

@@ -11,7 +11,7 @@ from llava_sft.data.inspect import CHANGED, inspect_webdataset
 from llava_sft.data.notes import way_out, without_images_like_it
 from llava_sft.data.nv_meta import REINDEX, Dataset, source_folders
 from llava_sft.data.plan import default_notes_dir
-from llava_sft.errors import DataError, exits_cleanly
+from llava_sft.errors import DataError, exits_cleanly, many
 from llava_sft.files import read_json, write_json, write_text
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.report.inspection import inspection_page
@@ -73,7 +73,9 @@ def main() -> None:
 
 def print_summary(report: dict[str, Any]) -> None:
     for split, counts in report["splits"].items():
-        print(f"{split}: {counts['samples']:,} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:,.1f} MB")
+        print(
+            f"{split}: {many(counts['samples'], 'sample')} in {many(counts['shards'], 'shard')}, {counts['bytes'] / 1e6:,.1f} MB"
+        )
     for name in ("tokens", "turns", "images per sample", "answer length"):
         if values := report["distributions"].get(name):
             print(f"{name}: median {values['median']}, 95 % up to {values['p95']}, largest {values['max']}")
@@ -85,7 +87,7 @@ def print_summary(report: dict[str, Any]) -> None:
     if rejects := report["rejects"]:
         print(f"rejects: {rejects['rejected']:,} of {rejects['read']:,} records")
     for key, row in report["unread"].items():
-        print(f"note: {row['records']:,} records have the key {key}, which is not read ({row['example']})")
+        print(f"note: not read: the key {key} of {many(row['records'], 'record')} ({row['example']})")
     for note in report["notes"]:
         print(f"note: {note}")
     for check in report["checks"]:

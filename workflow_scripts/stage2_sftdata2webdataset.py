@@ -15,7 +15,7 @@ from llava_sft.data.forms import add_reading, reading_of
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, default_notes_dir, plan_ranges
 from llava_sft.data.shards import convert_range
-from llava_sft.errors import SettingsError, exits_cleanly
+from llava_sft.errors import SettingsError, exits_cleanly, many
 from llava_sft.progress import Progress
 
 
@@ -60,7 +60,7 @@ def main() -> None:
         all_stats = convert_all(ranges, convert)
     read, written, rejected = (sum(stats[key] for stats in all_stats) for key in ("read", "written", "rejected"))
     names = ", ".join(args.input)
-    print(f"{names}: {read:,} records read, {written:,} written, {rejected:,} rejected → {args.output_dir}")
+    print(f"{names}: {many(read, 'record')} read, {written:,} written, {rejected:,} rejected → {args.output_dir}")
     if rejected:
         print(f"  why: {notes_dir}/{args.prefix}-*.rejects.jsonl")
     if args.shard is None:

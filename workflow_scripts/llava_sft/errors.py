@@ -73,6 +73,11 @@ def shown(value: Any, limit: int = SHOWN) -> str:
     return f"{text[:limit]}… ({len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'})"
 
 
+def many(count: int, noun: str) -> str:
+    """`1 record`, `2,000 records`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """The name that `word` may have been meant as: whatever its case, its dashes and the width of its letters."""
 

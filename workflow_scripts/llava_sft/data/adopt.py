@@ -90,8 +90,9 @@ class _Adopted:
             self.layouts.setdefault(layout, name)
         elif samples:
             raise DataError(
-                f"{tar}: none of its samples has JSON of a known layout ({', '.join(LAYOUTS)})",
-                "convert the raw data with raw_data instead",
+                f"{tar}: none of its samples has JSON of a known layout ({', '.join(LAYOUTS)}); the first has"
+                f" {', '.join(name for name, _, _ in samples[0].members)}",
+                "beside KEY.jpg put KEY.json, a record as raw data has them, or KEY.txt, a caption; or convert with raw_data",
             )
         with open(tar, "rb") as file:
             for sample in samples:

@@ -10,6 +10,7 @@ Notable:
 
 import contextlib
 import gzip
+import re
 import shlex
 import zlib
 from collections.abc import Callable, Iterator
@@ -45,6 +46,10 @@ OTHER_FILES = {
 }  # fmt: skip
 PACKED_AS = dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "") | dict.fromkeys((".tgz", ".tbz2", ".txz"), ".tar")
 UTF_16_32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+# Strings, and what the value of one that is a key begins with; brackets.
+JSON_PARTS = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")(?:\s*:\s*(?=(\[\s*\{|[\[{]|)))?|[\]\[{}]', re.DOTALL)
+# COCO's two tables to one, an annotation a record.
+JOIN_TABLES = "(.images | map({key: (.id | tostring), value: .file_name}) | from_entries) as $name | [.annotations[] | . + {image: $name[.image_id | tostring]}]"
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")  # that a text which is no UTF-8 is tried as
 
 
@@ -104,32 +109,56 @@ def _is_table(path: Path, head: bytes, whole: bool, extension: str | None) -> bo
     complete = head.splitlines() if whole else head.splitlines()[:-1]
     lines = [line.strip() for line in complete[:20] if line.strip()]
     if not lines:
+        if head.startswith(b"{") and not _goes_on(path):
+            _refuse_wrapped(path, head, cut=True)
         return extension == "table"
     if sum(not _decodes(line, "utf-8") for line in lines) > len(lines) / 2:
         code = next((name for name in ENCODINGS if _decodes(b"".join(lines), name)), "latin-1")
         raise DataError(f"{path} is not UTF-8, it may be {code}", f"iconv -f {code} -t UTF-8 {path} > NEW{path.suffix}")
     if lines[0].startswith(b"{"):
         one = _json(head) if whole else None
-        values = list(one.values()) if isinstance(one, dict) and not has_known_form(one) else []
-        wrapped = any(isinstance(v, list) for v in values) or (
-            len(values) > 1 and all(isinstance(v, dict) for v in values)
-        )
         spread = (isinstance(one, dict) and len(lines) > 1) or (lines[0] == b"{" and not any(map(_json, lines)))
         if b"\n}\n{" in head.replace(b"\r", b""):
             raise DataError(
                 f"{path}: its records go over several lines", f"a record a line: jq -c . {path} > NEW.jsonl"
             )
-        if wrapped or spread:
-            keys = f" with the keys {', '.join(map(str, one))}"[:SHOWN] if isinstance(one, dict) else ""
-            raise DataError(
-                f"{path} holds one JSON object{keys}, not records",
-                "store the list of records alone, as a JSON array: [ {…}, {…} ]",
-            )
+        if spread or len(lines) == 1:
+            _refuse_wrapped(path, head, spread, not whole)
     elif extension == "table":
         return not lines[0].startswith(b"[{")
     elif not any(line.startswith((b"{", b"[")) for line in lines):
         return separator_of(lines[0]) is not None
     return False
+
+
+def _goes_on(path: Path) -> bool:
+    """Whether a file has a second line."""
+    with open(path, "rb") as file:
+        return file.readline(MAX_LINE_BYTES).endswith(b"\n") and bool(file.read(1))
+
+
+def _refuse_wrapped(path: Path, head: bytes, alone: bool = False, cut: bool = False) -> None:
+    """Raise DataError for an object, which begins with `head`, that holds records; `alone`: for any. `cut`: it goes on."""
+    begins: dict[str, bytes] = {}  # by key: of its value
+    depth = 0
+    for part in JSON_PARTS.finditer(head):
+        if part[1] is None:
+            depth += 1 if part[0] in b"[{" else -1
+        elif depth == 1 and part[2] is not None:
+            begins[part[1][1:-1].decode("utf-8", "replace")] = part[2]
+    lists = [key for key, begin in begins.items() if len(begin) > 1]
+    keyed = len(begins) > 1 and set(begins.values()) == {b"{"}
+    if not alone and (has_known_form(begins) or not (lists or keyed)):
+        return
+    pick = f".[{orjson.dumps(lists[0]).decode()}]" if len(lists) == 1 else ""
+    pick = "to_entries | map({id: .key} + .value)" if keyed else pick
+    pick = JOIN_TABLES if "images" in lists and ("annotations" in lists or cut) else pick
+    command = f"; for instance: jq {shlex.quote(pick)} {shlex.quote(str(path))} > NEW.json" if pick else ""
+    keys = f" with the keys {', '.join(begins)}"[:SHOWN] if begins else ""
+    raise DataError(
+        f"{path} holds one JSON object{keys}, not records",
+        f"store the list of records alone, as a JSON array: [ {{…}}, {{…}} ]{command}",
+    )
 
 
 def _decodes(data: bytes, encoding: str) -> bool:

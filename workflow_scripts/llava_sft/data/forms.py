@@ -7,29 +7,25 @@ projects behind them have it.
 """
 
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
 
-from llava_sft.data.options import check_options
+from llava_sft.data.options import check_caption, check_options
 from llava_sft.data.other_forms import (
     ANSWERS,
     KNOWN_KEYS,
     QUESTIONS,
-    SPEAKERS,
     Unread,
     holds_image,
-    is_empty,
-    is_pair,
     is_talk,
     is_turns,
-    names_picture,
-    only_answer,
     plain,
 )
 from llava_sft.data.rejects import Rejected
+from llava_sft.data.turns import as_list, by_name, expanded, of
+from llava_sft.data.values import first_text, is_empty, is_flat, names_picture, only_answer
 from llava_sft.errors import SettingsError
 
 # What `columns` may name, and `as_known` reads.
@@ -110,7 +106,9 @@ def _within(record: dict[str, Any], path: str, target: str) -> Any:
         try:
             value = value[int(name)] if isinstance(value, list) else value[name]
         except (KeyError, IndexError, ValueError, TypeError):
-            if target in ("image", "images") and not any(names_picture(*item) for item in record.items()):
+            if target in ("image", "images") and not any(
+                holds_image(*item) or names_picture(item[1]) for item in record.items()
+            ):
                 return None
             found = ", ".join(map(str, record))
             raise Rejected("missing column", f"columns names {path}, there are: {found}") from None
@@ -122,7 +120,7 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
 
     Errors: `Rejected` for a record of no known form, or of several.
     """
-    names = _by_name(key for key, value in record.items() if not is_empty(value))
+    names = by_name(key for key, value in record.items() if not is_empty(value))
     keys: dict[str, list[str]] = {what: [] for what in PARTS}
     for name, same in names.items():
         if name in PART_OF:
@@ -132,10 +130,10 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
     form, image_first = _form(record, keys, names, reading), True
     if form == "turns":
         key = _only("conversations", keys["conversations"], record)
-        turns, image_first = _expanded(_as_list(record[key], key))
+        turns, image_first = expanded(as_list(record[key], key))
         used = {key}
     elif form == "caption":
-        turns, used = _caption(record, keys["caption"], reading)
+        turns, used = _caption(record, keys["caption"], names, reading)
     else:
         turns, used = _question_and_answer(record, keys, names, reading)
     left = {key: value for key, value in record.items() if key not in used}
@@ -168,85 +166,14 @@ def _form(record: dict[str, Any], keys: dict[str, list[str]], names: dict[str, l
     return "turns" if turns else "question and answer" if asked else "caption"
 
 
-def _by_name(keys: Iterable[str]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = defaultdict(list)
-    for key in keys:
-        names[plain(key)].append(key)
-    return names
-
-
-def _of(known: tuple[str, ...], names: dict[str, list[str]]) -> list[str]:
-    return [key for name in known if name in names for key in names[name]]
-
-
-def _as_list(turns: Any, key: str) -> list[Any]:
-    """Turns as a list: of JSON in a string, or of a struct of lists, as `datasets` keeps a list of structs."""
-    if isinstance(turns, str):
-        try:
-            turns = orjson.loads(turns)
-        except orjson.JSONDecodeError:
-            python = turns.lstrip()[:2] in ("[{", "[[")
-            fix = "Python's spelling: write it with json.dumps" if python else "write a list of turns"
-            raise Rejected("malformed conversation", f"{key} is a string that is no JSON; {fix}") from None
-    if isinstance(turns, dict) and turns and all(isinstance(values, list) for values in turns.values()):
-        if len({len(values) for values in turns.values()}) > 1:
-            raise Rejected("malformed conversation", f"{key}: a struct of lists of different lengths")
-        turns = [dict(zip(turns, row, strict=True)) for row in zip(*turns.values(), strict=True)]
-    if isinstance(turns, list) and not turns:
-        raise Rejected("empty conversation")
-    if not isinstance(turns, list):
-        raise Rejected("malformed conversation", f"{key}: a {type(turns).__name__}, not a list of turns")
-    return turns
-
-
-def _expanded(turns: list[Any]) -> tuple[list[Any], bool]:
-    """Turns in pairs, [question, answer], {user, assistant} or [role, text], one by one; and whether they were pairs."""
-    expanded: list[Any] = []
-    spoken = [plain(turn[0]) in SPEAKERS for turn in turns if is_pair(turn)]
-    for number, turn in enumerate(turns, 1):
-        if isinstance(turn, dict) and not {"from", "role"} & turn.keys():
-            expanded += _of_keys(turn, expanded[:1])
-        elif isinstance(turn, dict):
-            expanded.append(turn)
-        elif not is_pair(turn):
-            raise Rejected("malformed conversation", f"turn {number} is a {type(turn).__name__}, not an object")
-        elif all(spoken):
-            expanded.append({"role": turn[0], "content": turn[1]})
-        elif any(spoken):
-            raise Rejected(
-                "malformed conversation",
-                f"{turn[0][:20]}: role and text, or question and answer? Write {{role, content}}",
-            )
-        else:
-            expanded += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return expanded, len(expanded) > len(turns)
-
-
-def _of_keys(turn: dict[str, Any], first: list[Any]) -> list[Any]:
-    """The turns of {user, assistant}, {system, input, output} or {speaker, text}; `first`: the turn that begins all, if any."""
-    names = _by_name(turn)
-    asked, answered = _of(QUESTIONS, names), _of(ANSWERS, names)
-    speaker, content = _of(("speaker", "role", "from"), names), _of(("value", "content", "text"), names)
-    if len(asked) == len(answered) == 1:
-        rest = {key: value for key, value in turn.items() if key not in (*asked, *answered, "source")}
-        system = {"role": "system", "content": rest.pop("system", None)}
-        return [
-            *([system] if system["content"] and system not in first else []),
-            {"role": "user", "content": turn[asked[0]]},
-            {"role": "assistant", "content": turn[answered[0]]} | rest,
-        ]
-    if len(speaker) == len(content) == 1:
-        rest = {key: value for key, value in turn.items() if key not in (*speaker, *content)}
-        return [{"role": turn[speaker[0]], "content": turn[content[0]]} | rest]
-    return [turn]
-
-
-def _content(record: dict[str, Any], key: str, role: str) -> Any:
+def _content(record: dict[str, Any], key: str, role: str, columns: dict[str, str]) -> Any:
     """A text, or the parts or messages in its place. Several texts are several answers: none is chosen, and none joined."""
     value = record[key]
-    if isinstance(value, list) and value and not any(isinstance(part, str) for part in value):
+    if isinstance(value, list) and all(
+        isinstance(part, dict) and {"type", "role", "from"} & part.keys() for part in value
+    ):
         return value
-    return _text(record, key, role)
+    return _text(record, key, role, columns)
 
 
 def _question_and_answer(
@@ -254,28 +181,31 @@ def _question_and_answer(
 ) -> tuple[list[Any], set[str]]:
     """The turns of a record that holds one question and its answer, after a `history` of earlier ones; and the keys used."""
     asked, answered, several = keys["question"], keys["answer"], names.get("answers", [])
-    if sorted(map(plain, asked)) == ["input", "instruction"]:  # Alpaca's
+    if sorted(map(plain, asked)) in (["input", "instruction"], ["inputs", "instruction"]):  # Alpaca's
         asked.sort(key=plain, reverse=True)
-        question: Any = "\n".join(_text(record, key, "question") for key in asked)
+        question: Any = "\n".join(_text(record, key, "question", reading.columns) for key in asked)
     else:
         asked = [_only("question", asked, record)]
-        question = _content(record, asked[0], "question")
+        question = _content(record, asked[0], "question", reading.columns)
     if several and not answered:
         answered = [_only("answer", several, record)]
         answer: Any = only_answer(answered[0], record[answered[0]])
     else:
         answered = [_only("answer", answered, record)]
-        answer = _content(record, answered[0], "answer")
-    if not {"question", "answer"} <= reading.columns.keys():
+        answer = _content(record, answered[0], "answer", reading.columns)
+    settled = {"question", "answer"} <= reading.columns.keys()
+    if not settled:
         check_options(record, asked[0], answered[0])
-    number = next(iter(_of(NUMBERS, names)), None)
-    if number and not any(holds_image(key, value) for key, value in record.items()):
-        raise Rejected(
-            "picture is not named", f"{number} is no file: add one with the picture's file, or columns: {{image: KEY}}"
-        )
+    _named_picture(record, names)
+    if not settled or "history" in reading.columns:
+        for key in filter(lambda key: is_flat(record[key]), names.get("history", [])):
+            settle = f"columns: {{question: {asked[0]}, answer: {answered[0]}}}"
+            raise Rejected(
+                "malformed conversation", f"{key}: texts in one list: write pairs; where it is no talk, {settle}"
+            )
     history = [key for key in names.get("history", []) if is_turns(record[key]) or is_talk(record[key])]
     key = _only("history", history, record) if history else ""
-    before = _expanded(_as_list(record[key], key))[0] if key else []
+    before = expanded(as_list(record[key], key))[0] if key else []
     if isinstance(question, list) and isinstance(answer, list):  # a prompt and its completion, of messages
         turns = [*question, *answer]
     else:
@@ -283,21 +213,36 @@ def _question_and_answer(
     return [*before, *turns], {*asked, *answered, *history}
 
 
-def _caption(record: dict[str, Any], captions: list[str], reading: Reading) -> tuple[list[Any], set[str]]:
+def _named_picture(record: dict[str, Any], names: dict[str, list[str]]) -> bool:
+    """Whether a record names a picture, or holds it. Errors: `Rejected` where it only numbers one."""
+    if any(holds_image(key, value) for key, value in record.items()):
+        return True
+    if number := next(iter(of(NUMBERS, names)), None):
+        raise Rejected(
+            "picture is not named", f"{number} is no file: add one with the picture's file, or columns: {{image: KEY}}"
+        )
+    return False
+
+
+def _caption(
+    record: dict[str, Any], captions: list[str], names: dict[str, list[str]], reading: Reading
+) -> tuple[list[Any], set[str]]:
     """The turns of a record that is a picture and a text about it."""
     if not captions:
-        if isinstance(record.get("conversations", record.get("messages")), list):
+        if "conversations" in record or "messages" in record:
             raise Rejected("empty conversation")
         if any(plain(key) in CAPTIONS for key in record):
             _only("caption", [], record)
         found = ", ".join(map(str, record))
         raise Rejected("missing key", f"conversations or messages, question and answer, or caption; found: {found}")
     key = _only("caption", captions, record)
-    if not any(holds_image(name, value) for name, value in record.items()):
+    if not _named_picture(record, names):
         raise Rejected("caption without a picture", f"{key}; found: {', '.join(map(str, record))}")
+    if not reading.settled:
+        check_caption(record, key)
     turns = [
         {"role": "user", "content": reading.caption_prompt},
-        {"role": "assistant", "content": _text(record, key, "caption")},
+        {"role": "assistant", "content": _text(record, key, "caption", reading.columns)},
     ]
     return turns, {key}
 
@@ -311,19 +256,27 @@ def _only(what: str, keys: list[str], record: dict[str, Any]) -> str:
         raise Rejected(f"several keys for the {what}", f"{', '.join(keys)}: say which, columns: {{{what}: {keys[0]}}}")
     for key in keys or record:
         if plain(key) in (PARTS[what][1] if what in PARTS else (what,)):  # and empty
+            if record[key] is False:
+                _text(record, key, what, {})
             raise Rejected("empty conversation" if what == "conversations" else f"empty {what}", key)
     found = ", ".join(map(str, record))
     raise Rejected("missing key", f"{what}; found: {found}: say which, columns: {{{what}: KEY}}")
 
 
-def _text(record: dict[str, Any], key: str, what: str) -> str:
+def _text(record: dict[str, Any], key: str, what: str, columns: dict[str, str]) -> str:
     value = record[key]
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return value[0]
     if type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        inner = next(iter(value), None) if isinstance(value, dict) else "0" if isinstance(value, list) else None
-        fix = f": choose one, columns: {{{what}: {key}.{inner}}}" if inner else ""
-        raise Rejected("content is not a string", f"{key} holds a {type(value).__name__}{fix}")
+        several = isinstance(value, list | dict) and value
+        fix = (
+            f"choose one, columns: {{{what}: {first_text(columns.get(key, key), value)}}}"
+            if several
+            else "write it as a text"
+        )
+        raise Rejected("content is not a string", f"{columns.get(key, key)} holds a {type(value).__name__}: {fix}")
     return value
 
 

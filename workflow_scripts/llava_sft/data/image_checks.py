@@ -114,6 +114,8 @@ class ImageRoot:
         """The path relative to the root."""
         if not path or "\0" in path:
             raise Rejected("missing image", f"{path[:80]!r} is no file name")
+        if path.startswith("file:///"):
+            return self._checked(path.removeprefix("file://"), folder)
         if re.match(r"\w{2,10}://", path):
             raise Rejected("image is an address", f"{path}: nothing is downloaded: name a file under the image root")
         if path.startswith("/"):

@@ -123,8 +123,9 @@ class _Inspection:
         odd: list[str] = []
         samples = walk_tar(tar, odd.append)
         if odd:
-            passed_over = f"{len(odd):,} members without key and extension are passed over: {shown(odd[0])} …"
-            findings.notes.append(f"{name}: {passed_over}")
+            findings.notes.append(
+                f"{name}: passed over, without key and extension: {shown(odd[0])}, {len(odd):,} in all"
+            )
         self._check_index(name, samples)
         included = [sample for sample in samples if f"{name}/{sample.key}" not in self.meta.exclude]
         findings.excluded += len(samples) - len(included)

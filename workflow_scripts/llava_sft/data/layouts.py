@@ -1,13 +1,15 @@
 """How a sample lies in a WebDataset: this workflow's layout, the three that the original repository writes, and a record of
-any form that raw data may have beside its pictures (`KEY.jpg`, `KEY.json`).
+any form that raw data may have, or a caption, beside its pictures (`KEY.jpg`, and `KEY.json` or `KEY.txt`).
 
 Notable: one function a layout, from a sample's JSON and the names of its members to the one form that the project
 knows. The loader's cookers, the held-out reader, adoption and inspection all ask here. No torch, no energon.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+import orjson
 
 from llava_sft.data.forms import has_known_form
 from llava_sft.data.image_checks import EXTENSIONS
@@ -17,6 +19,7 @@ from llava_sft.data.rejects import Rejected
 
 OWN_NAME = re.compile(r"\d+\.\w+")
 PICTURES = {*EXTENSIONS.values(), "jpeg", "tiff"}
+CAPTIONS = ("txt", "caption")  # members that hold one
 
 
 def _own(key: str, record: Any, members: Collection[str]) -> Sample[str]:
@@ -68,8 +71,31 @@ def _messages(texts: list[Any]) -> list[dict[str, str]]:
 
 
 Layout = Callable[[str, Any, Collection[str]], Sample[str]]
-LAYOUTS: dict[str, Layout] = {"own": _own, "mix": _mix, "single": _single, "packed": _packed, "record": _record}
+LAYOUTS: dict[str, Layout] = {
+    "own": _own,
+    "mix": _mix,
+    "single": _single,
+    "packed": _packed,
+    "record": _record,
+    "caption": _record,
+}
 _MARKS = {"own": {"messages", "images"}, "mix": {"texts", "media"}, "packed": {"prompts", "captions"}}
+
+
+def stored_sample(layout: str, key: str, contents: Mapping[str, bytes]) -> Sample[str]:
+    """The sample that members of a tar are, by their names. Errors: `Rejected`; ValueError, KeyError, TypeError or AttributeError
+    where their JSON is not of the layout."""
+    if layout != "caption":
+        if "json" not in contents:
+            raise Rejected("no json member", f"has {', '.join(contents)}")
+        return LAYOUTS[layout](key, orjson.loads(contents["json"]), contents)
+    name = next((name for name in CAPTIONS if name in contents), None)
+    if name is None:
+        raise Rejected("no caption member", f"has {', '.join(contents)}")
+    try:
+        return _record(key, {"caption": contents[name].decode().strip()}, contents)
+    except UnicodeDecodeError as error:
+        raise Rejected("invalid UTF-8", f"byte {error.start} of a text") from None
 
 
 def layout_of(record: Any) -> str | None:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-import orjson
 import torch
 import torch.nn.functional as F
 from megatron import energon
@@ -18,7 +17,7 @@ from megatron.energon import Cooker, SkipSample, TaskEncoder, basic_sample_keys,
 from megatron.energon.task_encoder import Batch
 
 from llava_sft.data.images import decode_rgb, image_grid
-from llava_sft.data.layouts import LAYOUTS
+from llava_sft.data.layouts import LAYOUTS, stored_sample
 from llava_sft.data.packing import PACKED_IDS, cut_between
 from llava_sft.data.records import Sample
 from llava_sft.model.processing import PATCH_VALUES, image_tokens, to_patches
@@ -112,8 +111,8 @@ def make_cook(layout: str) -> Callable[[dict], Conversation]:
 
     @stateless
     def cook(sample: dict) -> Conversation:
-        members = {name for name in sample if not name.startswith("__")}
-        stored = LAYOUTS[layout](sample["__key__"], orjson.loads(sample["json"]), members)
+        members = {name: content for name, content in sample.items() if not name.startswith("__")}
+        stored = stored_sample(layout, sample["__key__"], members)
         keys = basic_sample_keys(sample)
         if source := sample["__subflavors__"].get("source"):  # several may have tars of one name
             keys["__key__"] = f"{source}/{keys['__key__']}"

@@ -19,7 +19,7 @@ from llava_sft.data.formats import read_blocks
 from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, default_notes_dir, shard_name
 from llava_sft.data.records import read_lines
 from llava_sft.data.shards import FORMAT_VERSION
-from llava_sft.errors import DamagedFileError, DataError, shown
+from llava_sft.errors import DamagedFileError, DataError, many, shown
 from llava_sft.files import read_json
 
 Stats = dict[str, Any]  # what shards.py writes into `.stats.json`
@@ -140,7 +140,7 @@ def check_raw(shards: list[Stats]) -> None:
     touched = [stats for stats in shards if stats["raw"]["mtime_ns"] != status.st_mtime_ns]
     if changed := [stats["shard"] for stats in touched if hash_range(path, stats["raw"]) != stats["raw"]["hash"]]:
         raise DataError(
-            f"{path} has changed within the ranges of {len(changed)} shards: {_first_few(changed)}",
+            f"{path} has changed within the ranges of {many(len(changed), 'shard')}: {_first_few(changed)}",
             "run the same command (make data_EXPERIMENT), which converts these again; by hand: convert these ranges",
         )
 

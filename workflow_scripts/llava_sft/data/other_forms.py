@@ -4,19 +4,16 @@ Notable: a key that is not read is counted (`Unread`), and the inspection lists 
 `_`. No record is guessed at: what is in doubt is a reject whose reason says what to write.
 """
 
-import ast
-import contextlib
-import io
-import itertools
 import re
-import tokenize
 from collections import Counter
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
 import orjson
 
 from llava_sft.data.rejects import Rejected
+from llava_sft.data.values import is_empty, is_flat, is_pair, names_picture, picture_path
 from llava_sft.model.tokens import IMAGE
 
 KNOWN_KEYS = {"id", "image", "images", "conversations", "messages"}
@@ -25,14 +22,16 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 OTHER_ROLES = {"chatgpt": "gpt", "bot": "gpt", "model": "gpt", "developer": "system"}  # other projects' spellings
 TOOL_ROLES = {"tool", "function", "observation", "functioncall", "toolcall", "functionresponse", "toolresponse"}
 SPEAKERS = {*ROLES, *OTHER_ROLES, *TOOL_ROLES}
-QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "user", "human", "input")
-ANSWERS = ("answer", "response", "multiplechoiceanswer", "output", "completion", "solution", "assistant", "gpt", "bot")
+QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "user", "human", "input", "inputs")
+ANSWERS = (
+    "answer", "response", "multiplechoiceanswer", "output", "outputs", "completion", "solution", "assistant", "gpt", "bot",
+)  # fmt: skip
 TURN_NAMES = {"from", "role", "speaker", *QUESTIONS, *ANSWERS}  # of which a turn has one
 TURNS_BESIDE = {"conversations", "messages", "history"}  # keys whose turns are of the conversation: none is passed over
 
 # Without case, `-` and `_`. A stem with another spelling is found by its pattern.
 IMAGE_KEYS = re.compile(
-    r"(image|img|picture|photo|media|screenshot)s?(path|file|filename|name|url|uri|list|byte|data|base64|b64)?s?|jpe?g|png|webp"
+    r"(image|img|picture|photo|media|screenshot)s?(path|file|filename|name|url|uri|list|byte|data|base64|base64str|b64)?s?|jpe?g|png|webp"
 )
 FILE_KEYS = re.compile(r"file(name|path)?")  # of a folder of images with a table: where they name a picture
 PICTURE_NAME = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE | re.DOTALL)
@@ -88,17 +87,6 @@ def plain(key: str) -> str:
     return key.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a value says nothing, in any of the spellings of an empty cell."""
-    if type(value) is str:
-        return not value
-    if isinstance(value, dict):
-        return all(is_empty(inner) for inner in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_empty(inner) for inner in value)
-    return value is None or value in ("", b"") or value is False or value != value
-
-
 def is_turns(value: Any) -> bool:
     """Whether a value is turns: dicts of who says what, pairs of texts, a struct of lists, or JSON of one (Python's, too,
     which is refused by name)."""
@@ -108,62 +96,23 @@ def is_turns(value: Any) -> bool:
         except orjson.JSONDecodeError:
             return value.lstrip()[:2] in ("[{", "[[", "[(")
     if isinstance(value, dict):
-        return _says(value) and all(isinstance(values, list) for values in value.values())
-    return isinstance(value, list) and any(is_pair(turn) or (isinstance(turn, dict) and _says(turn)) for turn in value)
+        return says(value) and all(isinstance(values, list) for values in value.values())
+    return isinstance(value, list) and any(is_pair(turn) or (isinstance(turn, dict) and says(turn)) for turn in value)
 
 
-def _says(turn: dict[str, Any]) -> bool:
+def says(turn: dict[str, Any]) -> bool:
     names = set(map(plain, turn))
     return not TURN_NAMES.isdisjoint(names) or {"q", "a"} <= names
 
 
 def is_talk(value: Any) -> bool:
-    """Whether a text is a conversation written out, such as `User: …`, `Assistant: …` line by line."""
-    said = re.findall(r"^\W*(\w+)\W*[:：]", value, re.MULTILINE) if isinstance(value, str) else []
-    return len(SPEAKERS.intersection(map(plain, said))) > 1
-
-
-def is_pair(turn: Any) -> bool:
-    return isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-
-
-def unprinted(value: Any) -> Any:
-    """The list or object that a cell of a table holds as text, in JSON's spelling or Python's; anything else as it is, also a
-    list as numpy prints it, `['a' 'b']`: Python would join its texts."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        for read in (orjson.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                if isinstance(found := read(value.strip()), list | dict):
-                    return found if read is orjson.loads or not _texts_touch(value.strip()) else value
-    return value
-
-
-def _texts_touch(text: str) -> bool:
-    tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
-    return any(one == following == tokenize.STRING for one, following in itertools.pairwise(tokens))
-
-
-def only_answer(key: str, told: Any) -> str:
-    """What all of `answers` say: a list, a cell that holds one as text, or a single text. Raises `Rejected` where they differ."""
-    given, cell = unprinted(told), isinstance(told, str)
-    not_read = cell and given is told and told.lstrip()[:1] == "["  # a list in numpy's spelling, or somebody's own
-    if cell and isinstance(given, list) and not all(isinstance(one, str | dict) for one in given):
-        given = told  # numbers: a box, say
-    texts = [
-        one.get("answer", one.get("text")) if isinstance(one, dict) else one
-        for one in (given if isinstance(given, list) else [given])
-    ]
-    if len(set(map(str, texts))) != 1 or not isinstance(texts[0], str) or not_read:
-        settle = f"columns: {{answer: {key}{'' if cell else '.0'}}}"
-        raise Rejected("several answers", f"{key}: choose one, {settle}, or the like")
-    return texts[0]
-
-
-def names_picture(key: str, value: Any) -> bool:
-    """Whether a value may be a picture, or name one, whatever its key."""
-    if isinstance(value, list | dict):
-        return any(names_picture(key, inner) for inner in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, bytes) or holds_image(key, value) or bool(PICTURE_NAME.fullmatch(str(value)))
+    """Whether a text is a conversation written out, such as `User: …`, `Assistant: …`, or `[USER] … [ASSISTANT] …`."""
+    if not isinstance(value, str) or not any(
+        name in (low := value.lower()) for name in ("assistant", "gpt", "bot", "model")
+    ):
+        return False
+    said = {ROLES.get(OTHER_ROLES.get(name, name)) for name in re.findall(r"(\w+)\W{0,3}[:：\]]", low)}
+    return said >= {"user", "assistant"}
 
 
 @lru_cache(4096)
@@ -189,28 +138,38 @@ def _check_supported(key: str, value: Any, beside_images: bool, where: str = "")
 
 
 def check_keys(
-    record: dict[str, Any], has_images: bool, system: str | None, unread: Unread
+    record: dict[str, Any], has_images: bool, system: str | None, unread: Unread, columns: Collection[str] = ()
 ) -> tuple[str | None, str | None]:
     """The record's system prompt, and the key that its images stand under where it is not `image` or `images`.
 
-    `system`: the text of its system turn. Raises `Rejected` for a key that changes what the record means otherwise, and notes
-    those that are not read.
+    `system`: the text of its system turn; `columns`: what the settings name. Raises `Rejected` for a key that changes what the
+    record means otherwise, and notes those that are not read.
     """
-    prompt, named = system, []
+    prompt, named, pictures = system, [], []
+    said = has_images or "image" in columns or "images" in columns  # where its pictures stand
     for key, value in record.items():
         if key in KNOWN_KEYS:
             continue
         name = plain(key)
         if _changes_nothing(name) and isinstance(value, str | int | float):
+            if not said and names_picture(value):
+                pictures.append(key)
             continue
-        if name == "label" and isinstance(value, bool):
-            raise Rejected("preference data is not supported", f"{key}: {value}")
+        if (
+            name == "label"
+            and not {"answer", "conversations"} & set(columns)
+            and str(value).lower() in ("true", "false")
+        ):
+            fix = "keep the good ones, without the key; where it is a column like any other, columns: {question: …, answer: …}"
+            raise Rejected(
+                "preference data is not supported", f"{key}: {value}: does it say which answers are good? {fix}"
+            )
         if value is False and COUNTS_KEYS.fullmatch(name):
             raise Rejected("weight of a record is not supported", f"{key}: {value}: leave the record out")
         if is_empty(value):
             continue
         _check_supported(key, value, has_images or any(holds_image(*item) for item in record.items()))
-        if name in TURNS_BESIDE and is_turns(value):
+        if name in TURNS_BESIDE and (is_turns(value) or is_flat(value)):
             raise Rejected("turns under several keys", f"{key}, beside others: join them, or remove one")
         if name in SYSTEM_KEYS and not isinstance(value, int | float):
             if not isinstance(value, str):
@@ -222,10 +181,20 @@ def check_keys(
         scalar, image = isinstance(value, str | int | float), _is_image(name, value)
         if image and not has_images:
             named.append(key)
+        elif not said and not image and names_picture(value):
+            pictures.append(key)
         elif image or not scalar or EFFECT_KEYS.fullmatch(name):
             unread.note(key if scalar or isinstance(value, list | dict) else f"{key} ({type(value).__name__})", value)
     if any(record[key] != record[named[0]] for key in named):
         raise Rejected("image under several keys", f"{', '.join(named)}: say which, columns: {{image: {named[0]}}}")
+    if named:
+        for key in pictures:
+            unread.note(key, record[key])
+    elif len(pictures) > 1:
+        raise Rejected("picture is not named", f"{', '.join(pictures)}: list them under images, or leave them out")
+    elif pictures:
+        path = picture_path(pictures[0], record[pictures[0]])
+        raise Rejected("picture is not named", f"{path}: columns: {{image: {path}}}, or leave it out")
     return prompt, named[0] if named else None
 
 
@@ -237,7 +206,8 @@ def holds_image(key: str, value: Any) -> bool:
 def _is_image(name: str, value: Any) -> bool:
     if FILE_KEYS.fullmatch(name):
         return isinstance(value, str) and bool(PICTURE_NAME.fullmatch(value))
-    return not isinstance(value, int | float) and bool(IMAGE_KEYS.fullmatch(name))
+    word = isinstance(value, str) and value.replace(" ", "").isalpha() and name not in ("image", "images")
+    return not word and not isinstance(value, int | float) and bool(IMAGE_KEYS.fullmatch(name))
 
 
 def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread) -> bool:

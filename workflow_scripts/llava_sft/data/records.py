@@ -5,6 +5,7 @@ neither LLaVA's nor OpenAI's form), and `check_sample` applies the rules that ho
 raises `Rejected`: the caller notes it and goes on with its neighbour.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,14 +22,16 @@ from llava_sft.data.other_forms import (
     check_text,
     counts_in_loss,
     image_of,
-    is_empty,
     named_in_text,
-    unprinted,
 )
 from llava_sft.data.rejects import Rejected
+from llava_sft.data.values import is_empty, unprinted
 from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
 BOM = b"\xef\xbb\xbf"
+NO_NUMBER = re.compile(
+    rb'"[^"\\]*(?:\\.[^"\\]*)*"|-?\b(?:NaN|Infinity)\b', re.DOTALL
+)  # as json.dumps writes them; and texts
 MAX_LINE_BYTES = 64 << 20  # a longer line is most likely not JSONL at all; reading it whole would eat the memory
 
 
@@ -112,6 +115,10 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     except orjson.JSONDecodeError as error:
         if not data.strip():
             return None
+        if b"NaN" in data or b"Infinity" in data:
+            finite = NO_NUMBER.sub(lambda found: found[0] if found[0][:1] == b'"' else b"null", data)
+            if finite != data:
+                return parse_json(line._replace(data=finite))
         if b"\0" in data:
             raise Rejected("NUL byte") from None
         try:
@@ -165,7 +172,7 @@ def _parsed(record: dict[str, Any], unread: Unread, reading: Reading) -> Sample[
         in_parts += named
     images = _images(record, in_parts)
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
-    prompt, other = check_keys(record, bool(images), system, unread)
+    prompt, other = check_keys(record, bool(images), system, unread, reading.columns)
     if prompt is not None and system is None:
         messages.insert(0, {"role": "system", "content": prompt})
     if other:

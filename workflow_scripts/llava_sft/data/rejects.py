@@ -18,18 +18,21 @@ FORMS = (
 )
 # The way out where most rejects have one reason, and mending the records is not the first that comes to mind.
 WAYS_OUT = {
+    "invalid JSON": "write each record with json.dumps, one a line and without a comma behind it, or all of them as one JSON array",
     "missing image": "set image_root to the folder that the records' image paths start from",
     "missing key": "say which keys they are: columns: {question: KEY, answer: KEY, image: KEY}, or caption: KEY; the first row of a table names them",
     "image is an address": "download the pictures, and name the files",
     "malformed row": "a text with the separator, a quote or a line end goes into double quotes, without a space before them",
     "columns of several forms": "correct `columns`: question and answer, or caption, or conversations",
+    "preference data is not supported": "keep the answers to learn alone, without the keys that compare them",
+    "caption without a picture": "name the picture's file under the key image, or say which key has it: columns: {image: KEY}",
     "missing column": "correct `columns`: to the left what it is, to the right the key or column of your file",
     "number of <image> differs from images": "where no text has <image>: image_first: true",
     "image outside the image root": "set image_root to a folder that all pictures lie below",
 }
 
 WAYS_OUT |= dict.fromkeys(
-    ("options are not read", "several answers", "keys of several forms", "several keys for the question", "several keys for the answer",
+    ("options are not read", "context is not read", "conversation in a text", "content is not a string", "picture is not named", "several answers", "keys of several forms", "several keys for the question", "several keys for the answer",
      "several keys for the caption", "several keys for the conversations", "image under several keys"),
     "mend the records, or say which keys are meant: `columns`, as the first of the rejects has it",
 )  # fmt: skip

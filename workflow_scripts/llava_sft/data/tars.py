@@ -14,7 +14,7 @@ import orjson
 import xxhash
 
 from llava_sft.data.formats import other_kind
-from llava_sft.data.layouts import LAYOUTS, layout_of
+from llava_sft.data.layouts import CAPTIONS, layout_of, stored_sample
 from llava_sft.data.records import Sample, check_sample
 from llava_sft.data.rejects import Rejected
 from llava_sft.errors import DataError
@@ -51,14 +51,13 @@ class TarSample(NamedTuple):
         names = [name for name, _, _ in self.members]
         if len(contents) != len(names):
             raise Rejected("a member stands twice", ", ".join(names))
-        if "json" not in contents:
-            raise Rejected("no json member", f"has {', '.join(names)}")
         try:
-            sample = LAYOUTS[layout](self.key, orjson.loads(contents["json"]), contents)
+            sample = stored_sample(layout, self.key, contents)
             if rules:
                 check_sample(sample)
             missing = set(sample.images) - set(names)
-            if missing or (rules and layout != "record" and sorted([*sample.images, "json"]) != sorted(names)):
+            others = layout in ("record", "caption")  # may lie beside the pictures
+            if missing or (rules and not others and sorted([*sample.images, "json"]) != sorted(names)):
                 raise Rejected("members differ from the images that the JSON names", f"{sample.images}, {names}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Rejected("not the expected JSON", f"{type(error).__name__}: {error}") from None
@@ -135,23 +134,33 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def find_layout(tar: Path, samples: list[TarSample]) -> str | None:
-    """The layout of a tar, by the first sample whose JSON can be read."""
+    """The layout of a tar, by the first sample whose JSON can be read; captions are read where none can."""
     with open(tar, "rb") as file:
         for sample in samples:
             extent = next(((offset, size) for name, offset, size in sample.members if name == "json"), None)
             with contextlib.suppress(ValueError):
                 if extent and (layout := layout_of(orjson.loads(read_at(file.fileno(), extent)))):
                     return layout
-    return None
+    return "caption" if any(name in CAPTIONS for sample in samples for name, _, _ in sample.members) else None
 
 
 def first_layout(tar: Path) -> str | None:
-    """The layout of a tar by its first JSON, read from its beginning alone; None for an unknown one, or a damaged tar."""
+    """The layout of a tar by its first JSON, or captions, read from its beginning alone; None for an unknown one, or a damaged
+    tar."""
+    of_json: list[str | None] = []
+    captions = None
     with contextlib.suppress(OSError, tarfile.TarError, ValueError), tarfile.open(tar, "r:") as members:
         for member in itertools.islice(members, FIRST_MEMBERS):
             match = MEMBER.fullmatch(member.name)
-            if member.isreg() and match and match[2] == "json" and (content := members.extractfile(member)):
-                return layout_of(orjson.loads(content.read()))
+            if not member.isreg() or not match:
+                continue
+            if match[2] == "json" and not of_json and (content := members.extractfile(member)):
+                of_json.append(layout_of(orjson.loads(content.read())))
+            elif match[2] in CAPTIONS:
+                captions = "caption"
+            if of_json and (of_json[0] or captions):
+                break
+        return (of_json and of_json[0]) or captions
     return None
 
 
