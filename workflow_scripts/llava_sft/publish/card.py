@@ -72,7 +72,9 @@ def render(export: Path, model_id: str) -> str:
     run_dir = root / source.parent
     trained = ITERATION.fullmatch(source.name)  # a merge lies where somebody put it: beside the files of any run
     name = (trained and source.parent.name) or export.resolve().parent.name
-    run = newest_settings(results / RESOLVED, run_dir / RUN_FILE) if trained else None
+    # The first has the newest licence, the second is there for an export by hand.
+    notes = [path for path in (results / RESOLVED, run_dir / RUN_FILE) if trained and path.is_file()]
+    run = Resolved.read(notes[0]) if notes else None
     base = (run and run.settings.base_model) or (run and base_model(run.start, root)) or merged_into(marker)
     started = Path(split_id(run.start.load)[0]).name if run else marker.get("base", "a checkpoint that is not recorded")
     metadata = {
@@ -111,14 +113,6 @@ def settings_of(run: Resolved) -> tuple[str, ...]:
     frozen = {"lr_vision": "vision_model", "lr_adapter": "adapter"}
     found = tuple(name for name in SETTINGS if frozen.get(name, "") in ("", *run.settings.trained.parts))
     return found + (tuple(LoraSettings.model_fields) if run.settings.trained.lora else ())
-
-
-def newest_settings(*paths: Path) -> Resolved | None:
-    """What the first of these files says: resolved.json has the newest licence, run.json is there for an export by hand."""
-    for path in paths:
-        if path.is_file():
-            return Resolved.read(path)
-    return None
 
 
 def project_of(export: Path, source: Path) -> Path:
