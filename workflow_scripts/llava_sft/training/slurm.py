@@ -2,6 +2,7 @@
 
 import os
 import platform
+import pwd
 import re
 import shutil
 import subprocess
@@ -15,7 +16,10 @@ from llava_sft.programs import Answer, ask
 REQUEUE_WITHIN_S = 600  # a job that asked to be queued again and still runs after this gives up
 ANSWERS_WITHIN_S = 60
 TRIED_FOR_S = 30
-MY_JOBS = (f"--user={os.getuid()}",)  # squeue before 20.02 knows no --me
+try:
+    MY_JOBS = (f"--user={pwd.getpwuid(os.getuid()).pw_uid}",)  # squeue before 20.02 knows no --me
+except KeyError:  # in a container, say: squeue takes no number without a name
+    MY_JOBS = ("--me",)
 STATUS = {"sacct": ("-X", "--noheader", "--starttime=now"), "squeue": (*MY_JOBS, "--noheader")}
 DEFINITE = re.compile(
     "accounting storage is disabled|unrecognized option|invalid option"
