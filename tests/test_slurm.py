@@ -280,6 +280,8 @@ def test_a_training_survives_the_death_of_a_slurmd_or_its_node(cluster, here, un
     # Slurm notices after a while; what is left of a short training may end before.
     cluster.wait("the requeue", lambda: not any(job["state"] == "RUNNING" for job in cluster.jobs()), 180)
     cluster.start_node("node1")
+    # Slurm gives them half a minute to save and end; the job started there before, as no cluster does, it drains the node.
+    cluster.wait("the end of what ran there", lambda: not cluster.tasks("node1"))
     assert {job["id"] for job in cluster.jobs()} <= {number}
     run.ends_like(undisturbed, "kill -9 of a slurmd" + (" and all processes of its node" if dead == "node" else ""))
 

@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,9 @@ import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 
 import snakemake_logger_plugin_llava_sft as terminal
+from helpers import ROOT
 from helpers.projects import snakemake
-from llava_sft import locks
+from llava_sft import locks, workflow
 from llava_sft.progress import Progress
 from snakemake_logger_plugin_llava_sft import ending, screen, words
 
@@ -333,3 +335,8 @@ def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
         cwd=project, capture_output=True, text=True,
     )  # fmt: skip
     assert graph.returncode == 0 and graph.stdout.startswith("digraph") and graph.stdout.rstrip().endswith("}")
+
+
+def test_the_terminal_and_make_know_the_targets_of_the_workflow():
+    of_make = re.search(r"^STEPS := (.*)", (ROOT / "Makefile").read_text(), re.M)
+    assert words.STEPS == tuple(workflow.STEPS) == tuple(workflow.OUTCOME) == tuple(of_make[1].split())

@@ -24,6 +24,7 @@ from llava_sft.checkpoint.verify import export_in
 from llava_sft.errors import INTERRUPTED, SettingsError, SftError, exits_cleanly
 from llava_sft.evaluation.view import readable
 from llava_sft.model.export_files import COLDEST, HOTTEST
+from llava_sft.run.layout import RESULTS
 
 if TYPE_CHECKING:
     from llava_sft.chat.answers import Model
@@ -58,7 +59,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     if not args.model:
-        made = sorted(str(path) for path in Path("output").glob("stage*_results") if export_in(path))
+        made = sorted(str(path) for path in Path("output").glob(f"stage*{RESULTS}") if export_in(path))
         raise SettingsError("no model is named", f"one of {', '.join(made)}" if made else CHOICES)
     if args.max_new_tokens < 1 or not (args.temperature == 0 or COLDEST <= args.temperature <= HOTTEST):
         raise SettingsError(

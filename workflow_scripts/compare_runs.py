@@ -15,7 +15,8 @@ from llava_sft.report.figures import best_validation, measured
 from llava_sft.report.html import points, render
 from llava_sft.report.language import Say, sayer, spoken
 from llava_sft.report.places import links
-from llava_sft.report.runs import Run, against_first, differing_settings, numbered, read, results_of, same_questions
+from llava_sft.report.runs import Run, against_first, differing_settings, numbered, read, same_questions
+from llava_sft.run.layout import results_of
 
 COLOURS = 6
 

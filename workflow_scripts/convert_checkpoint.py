@@ -262,14 +262,9 @@ def made_before(target: Path, depends: str) -> dict | None:
         return None
 
 
-def run_settings(source: Path) -> dict:
-    """run.json of the run that a checkpoint folder belongs to; empty where it belongs to none."""
-    return read_object(source.parent / RUN_FILE, {})
-
-
 def limits_of(source: Path, sidecars: Path, args: argparse.Namespace) -> tuple[int, int]:
     """Least and most pixels of an image: as given, else as trained with, else as the start checkpoint's folder says."""
-    settings = run_settings(source).get("settings")
+    settings = read_object(source.parent / RUN_FILE, {}).get("settings")  # of the run, if it belongs to one
     trained = (settings.get("min_pixels"), settings.get("max_pixels")) if isinstance(settings, dict) else None
     known = trained or image_limits(sidecars)
     least, most = known or (MIN_PIXELS, MAX_PIXELS)

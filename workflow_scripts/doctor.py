@@ -82,10 +82,7 @@ def no(what: str, fix: str = "") -> Finding:
 
 
 def find_system() -> Finding:
-    try:
-        return ok(system())
-    except SftError as error:
-        return bad(error.problem, error.fix)
+    return ok(system())
 
 
 def find_python() -> Finding:
@@ -103,10 +100,7 @@ def find_python() -> Finding:
 
 
 def find_gpu() -> Finding:
-    try:
-        require_visible_gpus()
-    except SftError as error:
-        return bad(error.problem, error.fix)
+    require_visible_gpus()
     if not gpu_name():
         return no(
             "none: the demo, your data's checks, conversions and `model: tiny` run here on the CPU; 4B and 8B need a GPU"
@@ -195,10 +189,7 @@ def find_disk() -> Finding:
 def find_shared_memory() -> Finding:
     if not SHARED_MEMORY.is_dir():
         return bad("there is no /dev/shm, in which loader processes hand batches over", "mount -t tmpfs tmpfs /dev/shm")
-    try:
-        require_shared_memory()
-    except SftError as error:
-        return bad(error.problem, error.fix)
+    require_shared_memory()
     return ok(f"{shutil.disk_usage(SHARED_MEMORY).free / GIB:,.1f} GiB free")
 
 
@@ -255,7 +246,10 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     worst = []
     for name, find in (ALWAYS | (ON_GPUS if gpu_name() else {})).items():
-        finding = find()
+        try:
+            finding = find()
+        except SftError as error:
+            finding = bad(error.problem, error.fix)
         print(f"{finding.state:4} {name:20} {finding.what}", flush=True)
         if finding.fix:
             print(f"{'':25} fix: {finding.fix}", flush=True)

@@ -34,8 +34,8 @@ from llava_sft.evaluation.scores import SPELLINGS, Score, function_file, load_sc
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json, write_text
 from llava_sft.machine import vllm_interpreter
 from llava_sft.model.hf_config import model_of_config
+from llava_sft.run.layout import EVALUATION, PREDICTIONS
 
-PREDICTIONS = "predictions.jsonl"
 DEFAULT_BY = "kind"
 RULES = 6  # version of what evaluation.json holds: another number evaluates anew
 
@@ -82,11 +82,11 @@ def parse_arguments() -> argparse.Namespace:
     if args.base and args.start_of:
         raise SettingsError("--base and --start-of: there is one model to compare with", "leave one of them out")
     if args.output and args.output.is_dir():
-        raise SettingsError(f"--output {args.output}: a folder", f"--output {args.output / 'evaluation.json'}")
+        raise SettingsError(f"--output {args.output}: a folder", f"--output {args.output / EVALUATION}")
     args.model_dir = require_export(args.model_dir)
     if args.output is None:
         name = args.data.parent.name if args.data.name == "webdatasets" else args.data.stem
-        args.output = args.model_dir.resolve().parent / "evaluations" / name / "evaluation.json"
+        args.output = args.model_dir.resolve().parent / "evaluations" / name / EVALUATION
     args.scores = list(dict.fromkeys(args.scores or ["exact"]))
     args.base_answers = args.base_answers or args.output.parent / "base_answers"
     return args

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json
 from llava_sft.report.html import percent
-from llava_sft.report.runs import evaluation_of, results_of
+from llava_sft.report.runs import evaluation_of
 from llava_sft.run.checkpoints import iterations_done
-from llava_sft.run.layout import FAILURE, LOST_RANKS, RUN_FILE
+from llava_sft.run.layout import FAILURE, LOST_RANKS, PREDICTION, RUN_FILE, results_of
 from llava_sft.run.lock import is_running
 from llava_sft.run.records import read_metrics
 from llava_sft.settings.resolve import ResolvedSettings
@@ -70,7 +70,7 @@ def command(run_dir: Path, settings: ResolvedSettings) -> str:
     """The command that resumes a run, with the same --config as before, which preflight noted beside it."""
     note = {}
     with contextlib.suppress(DamagedFileError):
-        note = read_json(results_of(run_dir) / "preflight.json", {})
+        note = read_json(results_of(run_dir) / PREDICTION, {})
     pairs = [(key, yaml.safe_load(value)) for key, _, value in (o.partition("=") for o in note.get("overrides", []))]
     typed = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in pairs]
     given = " --config " + " ".join(map(shlex.quote, typed)) if typed else ""

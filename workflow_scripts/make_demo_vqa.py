@@ -12,6 +12,7 @@ from llava_sft.errors import exits_cleanly
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
 from llava_sft.model.tensors import parameter_count
+from llava_sft.run.layout import RESOLVED, RESULTS, RUN_FILE
 from llava_sft.workflow import Workflow
 
 
@@ -55,9 +56,9 @@ def clean(overrides: dict[str, str]) -> None:
     check_demo(demo)
     gone = [paths.data, paths.demo_done, paths.converted, paths.converted_done]
     gone += [demo / name for name in (*DEMO_BYTES, "images", DEMO_CHECKPOINT)]
-    for results in sorted(exp_dir.glob("*_results")):
-        run_dir = results.with_name(results.name.removesuffix("_results"))
-        notes = (read_json(run_dir / "run.json", {}), read_json(results / "resolved.json", {}))
+    for results in sorted(exp_dir.glob(f"*{RESULTS}")):
+        run_dir = results.with_name(results.name.removesuffix(RESULTS))
+        notes = (read_json(run_dir / RUN_FILE, {}), read_json(results / RESOLVED, {}))
         if any(note.get("settings", {}).get("experiment") == EMBEDDED for note in notes):
             gone += [results, run_dir]
     for path in filter(None, gone):

@@ -26,8 +26,9 @@ from llava_sft.checkpoint.verify import noted, require_export, require_noted, re
 from llava_sft.errors import CheckpointError, SettingsError, SftError, exits_cleanly, shown
 from llava_sft.files import read_json
 from llava_sft.publish.card import CARD, write_card
+from llava_sft.run.layout import PARITY, RESULTS
 
-KEPT_HERE = ("parity.json",)  # of the files that an export's checksums name
+KEPT_HERE = (PARITY,)  # of the files that an export's checksums name
 AGAIN = "the same command goes on from here"
 # Where an adapter was uploaded before, transformers would load the base that it names.
 WEIGHTS = (".safetensors", ".safetensors.index.json", "adapter_config.json")
@@ -62,7 +63,7 @@ def warn(export: Path) -> None:
     if not metadata((export / CARD).read_text(errors="replace")).get("license"):
         made = "set `license` in the experiment's file and run `make preflight_X`, or edit README.md"
         print(f"warning: the model card states no licence: {made}")
-    if read_json(export / "parity.json", {}).get("passed") is not True:
+    if read_json(export / PARITY, {}).get("passed") is not True:
         print("warning: this export was never compared with the trained model (parity)")
 
 
@@ -114,7 +115,7 @@ def push(export: Path, repository: str, public: bool, there: list[str] | None, d
         HfApi().create_repo(repository, private=not public, exist_ok=True)
         HfApi().upload_folder(
             repo_id=repository, folder_path=export, allow_patterns=names, delete_patterns=stale or None,
-            commit_message=f"{export.parent.name.removesuffix('_results')}, by llava-sft",
+            commit_message=f"{export.parent.name.removesuffix(RESULTS)}, by llava-sft",
         )  # fmt: skip
     print(f"done: {constants.ENDPOINT}/{repository}")
 

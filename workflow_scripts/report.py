@@ -23,7 +23,7 @@ from llava_sft.report.language import Say, sayer, spoken
 from llava_sft.report.places import chat_command, links, newest_log, paths, provenance
 from llava_sft.report.verdict import Verdict, verdict
 from llava_sft.run.coverage import count_samples
-from llava_sft.run.layout import BAD_STEPS, SAMPLE_COUNTS, VALIDATION
+from llava_sft.run.layout import BAD_STEPS, EVALUATION, PARITY, PREDICTIONS, SAMPLE_COUNTS, VALIDATION
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import ResolvedData
 
@@ -77,7 +77,7 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
     """
     files: dict[str, Path | None] = {name: getattr(args, name, None) for name in KEYS}
     files["counts"] = args.run_dir / SAMPLE_COUNTS
-    files["parity"] = args.export and args.export / "parity.json"
+    files["parity"] = args.export and args.export / PARITY
     found: dict[str, Any] = {}
     for name, path in files.items():
         needed = name not in ("counts", "parity")  # the others are looked for, and given only where they exist
@@ -128,7 +128,7 @@ def page(args: argparse.Namespace) -> tuple[str, Verdict, Say]:
     records = {"metrics": metrics, "validations": validations, "bad": read_jsonl(run_dir / BAD_STEPS)}
     judged = verdict(found, records, say, run_dir)
     inspection = args.inspect and args.inspect.with_suffix(".html")
-    predictions = args.evaluation.with_name("predictions.jsonl") if evaluation else None
+    predictions = args.evaluation.with_name(PREDICTIONS) if evaluation else None
     html = render(
         "report.html.j2",
         language,
@@ -189,7 +189,7 @@ def measure_of(evaluation: dict[str, Any], say: Say) -> str:
 
 def other_sets(evaluation: Path, model: str | None) -> dict[str, dict[str, Any]]:
     """What evaluate.py found by hand on other data with the same export, by the name of the data."""
-    files = sorted(evaluation.parent.glob("evaluations/*/evaluation.json"))
+    files = sorted(evaluation.parent.glob(f"evaluations/*/{EVALUATION}"))
     found = {path.parent.name: read_json(path) for path in files}
     return {
         name: with_scores(each) for name, each in found.items() if each.get("samples") and each.get("model") == model

@@ -132,11 +132,15 @@ class MiniSlurm:
         self.daemons[name].kill()
         self.daemons[name].wait()
         if everything:
-            mark = f"SLURMD_NODENAME={name}"
-            tasks = [p for p in psutil.process_iter(["environ"]) if mark in self._variables(p)]
+            tasks = self.tasks(name)
             for process in {q for p in tasks if (q := p.parent()) and "slurmstepd" in q.name()} | set(tasks):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+
+    def tasks(self, name: str) -> list[psutil.Process]:
+        """The processes of jobs on a node."""
+        mark = f"SLURMD_NODENAME={name}"
+        return [process for process in psutil.process_iter(["environ"]) if mark in self._variables(process)]
 
     @staticmethod
     def _variables(process: psutil.Process) -> list[str]:

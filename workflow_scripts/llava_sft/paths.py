@@ -24,6 +24,7 @@ from llava_sft.data.plan import default_notes_dir
 from llava_sft.embedded import EMBEDDED, is_demo
 from llava_sft.evaluation.scores import function_file
 from llava_sft.files import fingerprint
+from llava_sft.run import layout
 from llava_sft.settings.schema import Settings
 from llava_sft.sources import Shard, Source, find_sources, plan_of, plan_shards
 
@@ -40,14 +41,14 @@ CHECKPOINT = f"{{exp_dir}}/checkpoints/{{checkpoint}}{CONVERTED}"
 CHECKPOINT_DONE = (
     f"{CHECKPOINT}.done.json"  # a marker inside would be deleted by Snakemake before a rerun could read it
 )
-RESULTS = "{exp_dir}/{run_name}_results"
+RESULTS = f"{{exp_dir}}/{{run_name}}{layout.RESULTS}"
 SIZES = f"{RESULTS}/sizes.json"
-RESOLVED = f"{RESULTS}/resolved.json"
-PREDICTION = f"{RESULTS}/preflight.json"
+RESOLVED = f"{RESULTS}/{layout.RESOLVED}"
+PREDICTION = f"{RESULTS}/{layout.PREDICTION}"
 TRAIN_DONE = f"{RESULTS}/train.done.json"
-EXPORT = f"{RESULTS}/huggingface"
+EXPORT = f"{RESULTS}/{layout.SIDECARS}"
 EXPORT_DONE = f"{RESULTS}/export.done.json"
-EVALUATION = f"{RESULTS}/evaluation.json"
+EVALUATION = f"{RESULTS}/{layout.EVALUATION}"
 REPORT = f"{RESULTS}/report.html"
 
 

@@ -280,11 +280,11 @@ def to_export(flow: Workflow) -> Callable:
     return of_wildcards
 
 
-def outcome(flow: Workflow, words: list[str], told: set[str]) -> list[str]:
+def outcome(flow: Workflow, words: list[str], shown_rules: set[str]) -> list[str]:
     """What came out of the targets that were asked for, but of those whose rule's log the terminal has shown."""
     lines: list[str] = []
     for step, _, experiment in (word.partition("_") for word in words):
-        if step in OUTCOME and experiment in flow.experiments and OUTCOME[step][0] not in told:
+        if step in OUTCOME and experiment in flow.experiments and OUTCOME[step][0] not in shown_rules:
             rule, which = OUTCOME[step]
             paths = flow.paths(experiment)
             name = experiment if step in ("data", "inspect") else paths.settings.run_name

@@ -27,12 +27,12 @@ from snakemake_logger_plugin_llava_sft.screen import Screen
 from snakemake_logger_plugin_llava_sft.state import MANY, Job, State, listing, many, of_group
 from snakemake_logger_plugin_llava_sft.words import command_line_mistake, duration, profile_missed
 
-TOLD = ("index_webdataset", "preflight", "train", "evaluate")  # rules whose whole log is shown
+SHOWN_WHOLE = ("index_webdataset", "preflight", "train", "evaluate")  # rules whose whole log is shown
 NOTE = re.compile(r" *(warning|note): ")
 PROGRESS = re.compile(r"  ([\d,]+ of [\d,]+ \S+), \S+/s(, \S+ left)$")  # llava_sft.progress
 TICK_S, SAID_EVERY_S = 0.5, 10
 
-# Set by the Snakefile: names of its target rules, and what to say when they are there; `told`: whose logs were shown.
+# Set by the Snakefile: names of its target rules, and what to say when they are there; `shown`: whose logs were shown.
 targets: set[str] = set()
 closing: Callable[[set[str]], list[str]] | None = None
 
@@ -158,7 +158,7 @@ class LogHandler(LogHandlerBase):
                     self.screen.say(f"{line}  {job.name}")
             elif line.startswith("error: "):
                 job.erring = True  # shown at the end
-            elif not job.erring and (job.rule in TOLD or NOTE.match(line)):
+            elif not job.erring and (job.rule in SHOWN_WHOLE or NOTE.match(line)):
                 self.screen.say(line)
 
     def close(self) -> None:
@@ -184,6 +184,6 @@ class LogHandler(LogHandlerBase):
             return plan(state)
         if not state.nothing and not state.jobs:  # neither worked nor looked, as for --unlock
             return []
-        told = {job.rule for job in state.jobs.values()}.intersection(TOLD)
+        shown = {job.rule for job in state.jobs.values()}.intersection(SHOWN_WHOLE)
         head = NOTHING if state.nothing else f"done in {duration(time.monotonic() - state.began)}"
-        return ["", head, *(closing(told) if closing else ())]
+        return ["", head, *(closing(shown) if closing else ())]

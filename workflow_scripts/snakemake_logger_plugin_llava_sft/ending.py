@@ -22,16 +22,17 @@ def failure(state: State) -> list[str]:
     """Nothing, where nothing failed and nobody stopped it."""
     # Ended by Ctrl-C, Snakemake waits for its jobs and names none.
     stopped = [(number, job.logs) for number, job in state.running.items() if state.interrupted]
-    told = [_said(state, number, logs) for number, logs in list(state.failed.items()) or stopped]
-    told = [entry for entry in told if entry[2]] or told[:1]  # of a group, those that say something
-    count, told = len(told), list({text: (number, log, text) for number, log, text in reversed(told)}.values())[::-1]
-    if not told:
+    failures = [_said(state, number, logs) for number, logs in list(state.failed.items()) or stopped]
+    failures = [entry for entry in failures if entry[2]] or failures[:1]  # of a group, those that say something
+    count, by_text = len(failures), {entry[2]: entry for entry in reversed(failures)}
+    failures = list(by_text.values())[::-1]
+    if not failures:
         errors = list(filter(None, state.errors))
         ours = [text for text in errors if not NOISE.match(text)] or errors  # a silent end would be worse
         return ["", *ours[-1:]] if ours else []
     lines: list[str] = []
     rerun = False
-    for number, log, text in told[:3]:
+    for number, log, text in failures[:3]:
         name = state.jobs[number].name if number in state.jobs else "a job"
         refused = text.startswith("error: ")  # its fix may end as the last line of a training that has saved
         if not refused and (saved := next((line for line in text.splitlines() if SAVED in line), "")):
@@ -43,8 +44,8 @@ def failure(state: State) -> list[str]:
             lines += ["", f"{name} failed:", text or f"error: it says nothing{disk_full(log)}"]
             rerun = True
         lines += [f"  log: {log}"] if log else []
-    if count > len(told[:3]):
-        lines.append(f"… and {count - len(told[:3])} more")
+    if count > len(failures[:3]):
+        lines.append(f"… and {count - len(failures[:3])} more")
     return [*lines, f"  then: {RERUN}"] if rerun else lines
 
 

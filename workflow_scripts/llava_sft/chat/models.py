@@ -16,12 +16,12 @@ from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint
 from llava_sft.checkpoint.verify import MARKER, export_in, is_export
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import read_json
-from llava_sft.run.layout import SIDECARS
+from llava_sft.run.layout import RESULTS, SIDECARS, results_of
 
 CHOICES = (
     "an export, a run's folder or its results, an iter_0000400 folder, a Hugging Face folder, or org/name on the hub"
 )
-RESULTS, EXPORTS = "_results", "_exports"  # what follows the name of a run's folder
+EXPORTS = "_exports"  # what follows the name of a run's folder in that of exports made for this
 
 
 def find_model(name: str) -> Path:
@@ -59,7 +59,7 @@ def exported(checkpoint: Path) -> Path:
     if not checkpoint.parent.name or ".." in checkpoint.parts:
         checkpoint = Path(os.path.abspath(checkpoint))  # `.` has no name
     run = checkpoint.parent
-    of_run = run.with_name(f"{run.name}{RESULTS}") / SIDECARS
+    of_run = results_of(run) / SIDECARS
     with contextlib.suppress(DamagedFileError, KeyError, TypeError):
         same = is_export(of_run) and Path(read_json(of_run / MARKER)["source"]).parts[-2:] == checkpoint.parts[-2:]
         if same and (of_run / MARKER).stat().st_mtime >= (checkpoint / ".metadata").stat().st_mtime:

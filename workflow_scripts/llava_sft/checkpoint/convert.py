@@ -292,9 +292,7 @@ def mcore2hf(
         weights = write_safetensors(folder, order, dtype, tensors())
         if gate:
             gate(folder)
-        small = [path for path in folder.iterdir() if path.name not in weights]
-        marker["files"] = weights | note(folder, small)
-        write_json(folder / MARKER, marker, sealed=True)
+        _finish(folder, weights, marker)
     return marker
 
 
@@ -321,9 +319,14 @@ def merge(
         write_hf_sidecars(folder, base, model, min_pixels, max_pixels, marker["dtype"])
         tensors = zip(map(spell, shapes), merged(source.reader, list(shapes), adapters), strict=True)
         weights = write_safetensors(folder, {spell(name): shape for name, shape in shapes.items()}, dtype, tensors)
-        marker["files"] = weights | note(folder, [path for path in folder.iterdir() if path.name not in weights])
-        write_json(folder / MARKER, marker, sealed=True)
+        _finish(folder, weights, marker)
     return marker
+
+
+def _finish(folder: Path, weights: dict[str, list], marker: dict) -> None:
+    """Note the files of an export in its `marker`, and write that."""
+    marker["files"] = weights | note(folder, [path for path in folder.iterdir() if path.name not in weights])
+    write_json(folder / MARKER, marker, sealed=True)
 
 
 def _marker(source: Path, model: ModelConfig, dtype: torch.dtype) -> dict:

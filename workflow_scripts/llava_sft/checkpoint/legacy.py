@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_sft.checkpoint.hf_folder import names_in
 from llava_sft.checkpoint.pickles import (
     HARMLESS_BUILTINS,
     StandIn,
@@ -27,7 +28,7 @@ from llava_sft.checkpoint.pickles import (
     damaged,
     python3_name,
 )
-from llava_sft.errors import READABLE, CheckpointError, shown
+from llava_sft.errors import CheckpointError, shown
 from llava_sft.model.hf_config import Parts
 from llava_sft.model.tensors import Row, check_tensors
 
@@ -70,9 +71,9 @@ class LegacySource:
     def __init__(self, folder: Path):
         self.folder = folder
         ranks = {}
-        for path in list_folder(folder):
-            if match := re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.name):
-                ranks[int(match[1]), int(match[2] or 0)] = path / FILE
+        for name in names_in(folder):
+            if match := re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", name):
+                ranks[int(match[1]), int(match[2] or 0)] = folder / name / FILE
         tp, pp = (1 + max((rank[i] for rank in ranks), default=-1) for i in (0, 1))
         missing = [rank for rank in product(range(tp), range(pp)) if rank not in ranks or not ranks[rank].is_file()]
         if missing or not ranks:
@@ -136,13 +137,6 @@ def _merge(key: str, parts: list[Tensor]) -> Tensor:
     if key.endswith(COLUMN_SPLIT):
         return torch.cat(parts)
     return torch.cat(parts, dim=1) if key.endswith(ROW_SPLIT) else parts[0]
-
-
-def list_folder(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", READABLE) from None
 
 
 def check_same_keys(states: list[dict[str, Tensor]], files: list[Path]) -> None:

@@ -57,10 +57,11 @@ class TokenCounter:
 
     def rendered(self, messages: list[dict[str, Any]], sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
         """What the model sees of a conversation, in pieces {text, counts, cut}; RENDERED_CHARS of it."""
-        images, shown, left = iter(self.image_tokens(sizes)), [], RENDERED_CHARS
-        for span in self.template.spans(messages, self.image_tokens(sizes), self.seq_length):
+        images, shown, left = self.image_tokens(sizes), [], RENDERED_CHARS
+        count = iter(images)
+        for span in self.template.spans(messages, images, self.seq_length):
             head, *pads = span.text[:left].split(IMAGE_PAD)
-            text = head + "".join(f"{IMAGE_PAD} × {next(images)}{rest}" for rest in pads)
+            text = head + "".join(f"{IMAGE_PAD} × {next(count)}{rest}" for rest in pads)
             shown.append(span._asdict() | {"text": text + "…" * (left < len(span.text))})
             left -= len(span.text)
             if left <= 0:

@@ -16,12 +16,13 @@ from llava_sft.data.images import decode_rgb, image_grid
 from llava_sft.data.notes import without_images_like_it
 from llava_sft.data.nv_meta import Dataset
 from llava_sft.data.order import GlobalOrder, SourceLengths
+from llava_sft.data.records import Sample
 from llava_sft.data.stored import StoredShard, source_weights, stored_shards
 from llava_sft.errors import shown
 from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json
 from llava_sft.machine import end_with_parent
 from llava_sft.model.processing import MERGE_SIZE, image_tokens, to_patches
-from llava_sft.model.template import TEMPLATE_VERSION, ChatTemplate, UnusableSample
+from llava_sft.model.template import TEMPLATE_VERSION, ChatTemplate, EncodedConversation, UnusableSample
 from llava_sft.progress import tracked
 
 SIZES_VERSION = 2  # of what is kept; 2: with each sample's place
@@ -127,9 +128,7 @@ def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: Sto
     template, sizes = _template(tokenizer), SampleSizes([], [], [], [], [])
     for row, key, sample in shard.read():
         try:
-            grids = (image_grid(image, limits.min_pixels, limits.max_pixels) for image in sample.images)
-            tokens = list(map(image_tokens, grids))
-            encoded = template.encode(sample.messages, tokens, limits.seq_length)
+            encoded, tokens = _encoded(template, sample, limits)
         except UnusableSample:
             sizes.left_out.append(key)
             continue
@@ -143,6 +142,13 @@ def _shard_sizes(tokenizer: Path, limits: Limits, cache: Path | None, shard: Sto
     if cached:
         write_json(cached, {"depends": depends, **sizes._asdict()}, indent=None, sealed=True)
     return sizes
+
+
+def _encoded(template: ChatTemplate, sample: Sample[bytes], limits: Limits) -> tuple[EncodedConversation, list[int]]:
+    """The sample as the training would make it, and the tokens of each of its images. Errors: UnusableSample."""
+    grids = (image_grid(image, limits.min_pixels, limits.max_pixels) for image in sample.images)
+    tokens = list(map(image_tokens, grids))
+    return template.encode(sample.messages, tokens, limits.seq_length), tokens
 
 
 @functools.cache
@@ -159,8 +165,7 @@ def prepared_tokens_per_s(folder: Path, tokenizer: Path, limits: Limits) -> floa
     for _, _, sample in filter(None, chain.from_iterable(spread)):
         began = began or time.perf_counter()  # not the time to find the first one
         try:
-            grids = [image_grid(image, limits.min_pixels, limits.max_pixels) for image in sample.images]
-            encoded = template.encode(sample.messages, [image_tokens(grid) for grid in grids], limits.seq_length)
+            encoded, _ = _encoded(template, sample, limits)
         except UnusableSample:
             continue
         for image in sample.images[: encoded.num_images]:

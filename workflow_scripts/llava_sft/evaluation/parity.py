@@ -38,9 +38,9 @@ from llava_sft.model.processing import image_tokens, to_patches
 from llava_sft.model.template import ChatTemplate, UnusableSample
 from llava_sft.model.tensors import parameter_count
 from llava_sft.model.tokens import IMAGE
+from llava_sft.run.layout import PARITY
 from llava_sft.training.launcher import python_path
 
-FILE = "parity.json"
 BOUNDS = {
     "float32": {"logits": 3e-5, "loss": 1e-5, "greedy": 3e-5},
     "bfloat16": {"logits": 5e-2, "loss": 1e-2, "greedy": 5e-2},
@@ -63,7 +63,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
         print(
             "warning: parity is not checked (parity: skip): nothing says that this export answers as the trained model"
         )
-        write_json(folder / FILE, {"passed": None, "note": "not checked: parity: skip"}, sealed=True)
+        write_json(folder / PARITY, {"passed": None, "note": "not checked: parity: skip"}, sealed=True)
         return
     if where == "gpu" and not torch.cuda.is_available():
         raise CheckpointError("parity: gpu, and there is no GPU here", "parity: cpu, or export on a machine with a GPU")
@@ -86,7 +86,7 @@ def check_parity(checkpoint: Path, model: ModelConfig, webdatasets: Path, where:
     bounds = BOUNDS[dtype]
     passed = all(row["same ids"] and all(row[name] <= bound for name, bound in bounds.items()) for row in rows)
     write_json(
-        folder / FILE,
+        folder / PARITY,
         {"passed": passed, "device": device, "dtype": dtype, "bounds": bounds, "samples": rows},
         sealed=True,
     )

@@ -228,7 +228,7 @@ def load_score(spelled: str) -> Score:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # of the user's code
-        raise _no_score(spelled, f"the file cannot be run: {_told(error)}", "mend it") from error
+        raise _no_score(spelled, f"the file cannot be run: {_in_short(error)}", "mend it") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise _no_score(spelled, f"there is no function {name} in it", signature)
@@ -245,13 +245,15 @@ def _own(spelled: str, function: Any, count: int, prediction: str, answer: str, 
         value = function(*(prediction, answer, record)[:count])
         share = float(value)
     except (Exception, SystemExit) as error:  # of the user's code
-        raise _no_score(spelled, f"{where}: {_told(error)}", "mend the function, and run the same command") from error
+        raise _no_score(
+            spelled, f"{where}: {_in_short(error)}", "mend the function, and run the same command"
+        ) from error
     if not 0 <= share <= 1:
         raise _no_score(spelled, f"{where}: it returned {shown(value)}", "return True, False or a number from 0 to 1")
     return value if isinstance(value, bool) else share
 
 
-def _told(error: BaseException) -> str:
+def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:SHOWN]}"
 
 

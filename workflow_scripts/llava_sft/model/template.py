@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 
 from llava_sft.errors import DataError
 from llava_sft.model.tokens import (
-    ANSWER_OPENING,
     CONTROL_TOKEN,
     END_OF_TEXT,
     END_OF_TURN,
@@ -78,9 +77,7 @@ class ChatTemplate:
             )
         return number
 
-    def render(
-        self, messages: list[dict], generation_prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]], list[int]]:
+    def render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], list[int]]:
         """The text, the character range [start, stop) of each answer that counts with its `<|im_end|>`, and each turn's end."""
         text, answers, turn_ends = "", [], []
         if messages[0]["role"] != "system":
@@ -99,8 +96,6 @@ class ChatTemplate:
             text += "\n"
             if message["role"] == "assistant":
                 turn_ends.append(len(text))
-        if generation_prompt:
-            text += ANSWER_OPENING
         return text, answers, turn_ends
 
     def encode(self, messages: list[dict], image_tokens: list[int], seq_length: int) -> EncodedConversation:

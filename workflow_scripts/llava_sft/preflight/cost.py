@@ -48,14 +48,18 @@ class Stage(NamedTuple):
     batches: int
 
 
+def micro_batches(values: ResolvedSettings) -> int:
+    """Of a step, that one replica of the model takes."""
+    return values.global_batch_size // (values.micro_batch_size * values.data_parallel_size)
+
+
 def stages(model: ModelConfig, values: ResolvedSettings) -> list[Stage]:
     """Megatron's 1F1B schedule: a stage has begun as many micro-batches as there are stages from it to the last."""
     count, layers = values.pipeline_model_parallel_size, model.language.num_layers
     first = values.first_stage_layers or layers / count
     shares = [first / layers] + [(layers - first) / layers / (count - 1)] * (count - 1) if count > 1 else [1.0]
-    batches = values.global_batch_size // (values.micro_batch_size * values.data_parallel_size)
     return [
-        Stage(share, place == 0, place == count - 1, max(1, min(count - place, batches)))
+        Stage(share, place == 0, place == count - 1, max(1, min(count - place, micro_batches(values))))
         for place, share in enumerate(shares)
     ]
 

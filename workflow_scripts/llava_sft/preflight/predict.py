@@ -25,6 +25,7 @@ from llava_sft.preflight.cost import (
     MicroBatch,
     Stage,
     activation_bytes,
+    micro_batches,
     stages,
     state_bytes,
     step_flops,
@@ -151,7 +152,7 @@ def time_terms(case: Case, slowest: Stage) -> list[float]:
     others.remove(slowest)
     state = state_bytes(case.model, case.values, slowest)
     of_state = (state["gradients"] + state["optimizer"]) / GIB
-    counted = [(slowest, _micro_batches(case.values)), *((stage, 1) for stage in others)]
+    counted = [(slowest, micro_batches(case.values)), *((stage, 1) for stage in others)]
     passes = [[count * term for term in _terms_of_pass(case, stage)] for stage, count in counted]
     terms = [sum(column) for column in zip(*passes, strict=True)]
     return [*terms[:3], of_state, *terms[3:]]
@@ -172,17 +173,13 @@ def _terms_of_pass(case: Case, stage: Stage) -> list[float]:
     return [*(flops / case.machine.peak for flops in (*products, vit)), *of_model, attentions]
 
 
-def _micro_batches(values: ResolvedSettings) -> int:
-    return values.global_batch_size // (values.micro_batch_size * values.data_parallel_size)
-
-
 def predict(case: Case, calibration: Calibration) -> Prediction:
     """What one step takes: of pipeline stages the fullest decides on memory, the slowest on time."""
     each = stages(case.model, case.values)
     memory = max((stage_memory(case, calibration, stage) for stage in each), key=lambda parts: sum(parts.values()))
     seconds = max(stage_seconds(case, calibration, stage) for stage in each)
-    micro_batches = _micro_batches(case.values) * case.values.data_parallel_size
-    return Prediction(memory, seconds, case.mean.tokens * micro_batches)
+    count = micro_batches(case.values) * case.values.data_parallel_size
+    return Prediction(memory, seconds, case.mean.tokens * count)
 
 
 def stage_memory(case: Case, calibration: Calibration, stage: Stage) -> dict[str, float]:

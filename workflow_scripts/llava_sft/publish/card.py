@@ -24,7 +24,7 @@ from llava_sft.files import read_json, read_object, write_text
 from llava_sft.model.export_files import image_limits
 from llava_sft.report.figures import with_scores
 from llava_sft.report.html import number, percent, points
-from llava_sft.run.layout import ITERATION, RUN_FILE
+from llava_sft.run.layout import EVALUATION, ITERATION, RESOLVED, RUN_FILE
 from llava_sft.settings.lora import LoraSettings
 from llava_sft.settings.resolved import Resolved
 
@@ -72,7 +72,9 @@ def render(export: Path, model_id: str) -> str:
     run_dir = root / source.parent
     trained = ITERATION.fullmatch(source.name)  # a merge lies where somebody put it: beside the files of any run
     name = (trained and source.parent.name) or export.resolve().parent.name
-    run = newest_settings(results / "resolved.json", run_dir / RUN_FILE) if trained else None
+    # The first has the newest licence, the second is there for an export by hand.
+    notes = [path for path in (results / RESOLVED, run_dir / RUN_FILE) if trained and path.is_file()]
+    run = Resolved.read(notes[0]) if notes else None
     base = (run and run.settings.base_model) or (run and base_model(run.start, root)) or merged_into(marker)
     started = Path(split_id(run.start.load)[0]).name if run else marker.get("base", "a checkpoint that is not recorded")
     metadata = {
@@ -111,14 +113,6 @@ def settings_of(run: Resolved) -> tuple[str, ...]:
     frozen = {"lr_vision": "vision_model", "lr_adapter": "adapter"}
     found = tuple(name for name in SETTINGS if frozen.get(name, "") in ("", *run.settings.trained.parts))
     return found + (tuple(LoraSettings.model_fields) if run.settings.trained.lora else ())
-
-
-def newest_settings(*paths: Path) -> Resolved | None:
-    """What the first of these files says: resolved.json has the newest licence, run.json is there for an export by hand."""
-    for path in paths:
-        if path.is_file():
-            return Resolved.read(path)
-    return None
 
 
 def project_of(export: Path, source: Path) -> Path:
@@ -172,7 +166,7 @@ def data_of(run: Resolved, root: Path) -> dict[str, Any] | None:
 
 def evaluation_of(export: Path) -> dict[str, Any] | None:
     """evaluation.json beside an export, where it is of that export: of an earlier version, where it is newer."""
-    path, marker = export.parent / "evaluation.json", export / MARKER
+    path, marker = export.parent / EVALUATION, export / MARKER
     with contextlib.suppress(DamagedFileError, OSError):
         found = read_json(path)
         newer = path.stat().st_mtime >= marker.stat().st_mtime

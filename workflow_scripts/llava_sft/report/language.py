@@ -49,9 +49,9 @@ def quoted(text: str, language: str) -> str:
     if known is not None:
         return known
     reason, colon, detail = text.partition(": ")  # of a reject
-    told = _matched(text, messages())
-    known = "" if told or not colon else quoted(reason, language)
-    return told or (f"{known}：{detailed(detail, reason, language)}" if known not in ("", reason) else text)
+    translated = _matched(text, messages())
+    known = "" if translated or not colon else quoted(reason, language)
+    return translated or (f"{known}：{detailed(detail, reason, language)}" if known not in ("", reason) else text)
 
 
 def detailed(detail: str, reason: str, language: str) -> str:

@@ -11,7 +11,7 @@ from llava_sft.evaluation.intervals import compare
 from llava_sft.files import file_fingerprint, read_json, read_rows
 from llava_sft.report.charts import Records
 from llava_sft.report.figures import with_scores
-from llava_sft.run.layout import RUN_FILE, VALIDATION
+from llava_sft.run.layout import EVALUATION, PREDICTIONS, RUN_FILE, VALIDATION, results_of
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import Resolved
 
@@ -36,14 +36,10 @@ def numbered[T](items: Iterable[T], id_of: Callable[[T], str | None]) -> Iterato
         before[name] += 1
 
 
-def results_of(run_dir: Path) -> Path:
-    return run_dir.with_name(f"{run_dir.name}_results")
-
-
 def evaluation_of(run_dir: Path) -> dict[str, Any]:
     """What evaluation.json says, empty where it is missing, damaged, or of no sample."""
     with contextlib.suppress(DamagedFileError, KeyError, TypeError, AttributeError):
-        found = read_json(results_of(run_dir) / "evaluation.json", {})
+        found = read_json(results_of(run_dir) / EVALUATION, {})
         return with_scores(found) if found.get("samples") else {}
     return {}
 
@@ -52,9 +48,9 @@ def read(run_dir: Path) -> Run:
     """Errors: RunError where it is no run, DamagedFileError."""
     if not (run_dir / RUN_FILE).is_file():
         raise RunError(f"{run_dir}: no run here ({RUN_FILE} is missing)", "`make runs` lists the names of all runs")
-    evaluation, predictions = evaluation_of(run_dir), results_of(run_dir) / "predictions.jsonl"
-    told = evaluation and predictions.is_file() and evaluation.get("predictions") == file_fingerprint(predictions)
-    rows = dict(numbered(read_rows(predictions), lambda row: row["id"])) if told else {}
+    evaluation, predictions = evaluation_of(run_dir), results_of(run_dir) / PREDICTIONS
+    answered = evaluation and predictions.is_file() and evaluation.get("predictions") == file_fingerprint(predictions)
+    rows = dict(numbered(read_rows(predictions), lambda row: row["id"])) if answered else {}
     records = Records(read_metrics(run_dir), read_jsonl(run_dir / VALIDATION), run_dir.name)
     return Run(records, Resolved.read(run_dir / RUN_FILE), evaluation, rows)
 

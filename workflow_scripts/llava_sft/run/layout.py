@@ -1,4 +1,4 @@
-"""The files and folders of a run directory, each name spelled once. No imports of this package: everyone may import it.
+"""The files and folders of a run directory and its results, each name spelled once. No imports of this package: everyone may import it.
 
 Megatron's layout: the tracker, and a folder for each checkpoint. A converted checkpoint has the tracker, `release/` and
 `huggingface/` too.
@@ -24,6 +24,10 @@ DAMAGED_SAMPLES = "damaged_samples.jsonl"  # those that the training skipped
 SAMPLES = "samples"  # a folder: the sample ids of every step, one file per data-parallel rank
 SESSIONS = "sessions.jsonl"  # when and where the run was trained
 TENSORBOARD = "tensorboard"
+RESULTS = "_results"  # what follows the name of a run directory in that of its results, which hold:
+RESOLVED, PREDICTION = "resolved.json", "preflight.json"
+EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+PARITY = "parity.json"  # in an export
 
 ITERATION = re.compile(r"iter_(\d+)")
 
@@ -35,6 +39,10 @@ def iteration_name(iteration: int) -> str:
 
 def checkpoint_dir(run_dir: Path, iteration: int) -> Path:
     return run_dir / iteration_name(iteration)
+
+
+def results_of(run_dir: Path) -> Path:
+    return run_dir.with_name(f"{run_dir.name}{RESULTS}")
 
 
 def data_dir(run_dir: Path, iteration: int) -> Path:

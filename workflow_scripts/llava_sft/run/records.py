@@ -47,9 +47,9 @@ def warn_once(message: str) -> None:
         print(message, flush=True)
 
 
-def parse(line: str | bytes, checked: bool = False) -> dict:
+def parse(data: bytes, checked: bool = False) -> dict:
     """The record of a line. Errors: ValueError where it is damaged. `checked`: it must have a checksum."""
-    line = line.decode() if isinstance(line, bytes) else line
+    line = data.decode()
     prefix = CHECKED.match(line)
     if (prefix and _checksum(line[prefix.end() :]) != prefix[1]) or (checked and not prefix):
         raise ValueError("not what was written")
