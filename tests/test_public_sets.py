@@ -38,9 +38,13 @@ READ = {
     "a credit under photo": ({"photo": "John Doe", "image_path": "a.png", **PAIR}, {}, SEEN, ["a.png"]),
     "a yes or no beside a question": ({"label": True, **PICTURED}, {"question": "question", "answer": "answer"}, SEEN, ["a.png"]),
     "a class as the answer": ({"image": "a.png", "question": "What?", "label": "Green."}, {"answer": "label"}, SEEN, ["a.png"]),
-    "a caption of a class": ({"image": "a.png", "caption": "Green.", "label": 3}, {"caption": "caption"}, CAPTION, ["a.png"]),
+    "a caption of a class": ({"image": "a.png", "caption": "Green.", "label": True}, {"caption": "caption"}, CAPTION, ["a.png"]),
     "a question without its text": ({"context": "A long text.", **PAIR}, {"question": "question", "answer": "answer"}, [Q, A], []),
     "a text within the question": ({"hint": "what?  what?", **PAIR, "question": "What? What?"}, {}, [{"role": "user", "content": "What? What?"}, A], []),
+    "Qwen's parts": ({"messages": [Q | {"content": [{"image": "a.png"}, {"text": "\nWhat?"}]}, A | {"content": [{"text": "Green."}]}]}, {}, SEEN, ["a.png"]),
+    "a word under media of a turn": ({"messages": [Q | {"media": "twitter"}, A]}, {}, [Q, A], []),
+    "the first of two pictures": ({"image_2": "b.png", **PICTURED}, {"image": "image"}, SEEN, ["a.png"]),
+    "boxes as JSON": ({"messages": [Q, A | {"content": '[{"bbox_2d": [1, 2], "label": "leaf"}]'}]}, {}, [Q, A | {"content": '[{"bbox_2d": [1, 2], "label": "leaf"}]'}], []),
     "one earlier text": ({"history": ["x"], **PAIR}, {}, [Q, A], []),
     "several findings": ({"history": ["cough", "fever"], **PAIR}, {"question": "question", "answer": "answer"}, [Q, A], []),
     "a talkative caption": ({"image": "a.png", "text": "A sign: model: T"}, {}, [CAPTION[0], {"role": "assistant", "content": "A sign: model: T"}], ["a.png"]),
@@ -60,6 +64,7 @@ REJECTED = {
         {"图片": "a.png", **PAIR}, {"Figure_path": "x/a b.JPG", "messages": [Q, A]}, {"frames": ["a.png"], **PAIR},
         {"left": {"bytes": PNG, "path": None}, "right": {"bytes": PNG, "path": None}, **PAIR}, {"a": {"b": "a.png"}, **PAIR},
         {"image_id": 42, "caption": "Green."}, {"pic": "data:image/png;base64," + "A" * 200, **PAIR}, {"raw": PNG, **PAIR},
+        {"image_id": 42, "dialog": [PAIR]},
     ],
     "preference data is not supported": [
         {"label": True, **PICTURED}, {"prompt": "q", "completion": "a", "label": "False"}, {"messages": [Q, A], "Label": False},
@@ -67,6 +72,7 @@ REJECTED = {
     "content is not a string": [{**PICTURED, "answer": True}, {**PICTURED, "answer": False}, {**PICTURED, "answer": 1.5}],
     "malformed conversation": [
         {"history": ["hi", "hello"], **PAIR}, {"history": '["hi", "hello"]', **PAIR}, {"conversations": ["q", "a"]},
+        {"from": "human", "value": "q"}, {"content": "a", "role": "assistant"}, {"messages": [Q | {"content": '[{"type": "text", "text": "q"}]'}, A]},
     ],
     "turns under several keys": [{"history": ["hi", "hello"], "messages": [Q, A]}],
     "keys of several forms": [
@@ -77,7 +83,8 @@ REJECTED = {
         {"image": "a.png", "text": text}
         for text in ('{"question": "q", "chosen": "c", "rejected": "r"}', "USER: q ASSISTANT: a", "### Human: q### Assistant: a", "[USER] q [ASSISTANT] a", '[{"from": "human", "value": "q"}]')
     ],
-    "context is not read": [{"instruction": "q", "context": "A long text.", "response": "a"}, {"hint": "Look up.", **PICTURED}],
+    "image under several keys": [{"image_2": "b.png", **PICTURED}, {"image": {"bytes": PNG}, "Image 2": {"bytes": PNG}, **PAIR}],
+    "context is not read": [{"context": {"title": ["t"], "sentences": [["It is said."]]}, **PAIR}, {"instruction": "q", "context": "A long text.", "response": "a"}, {"hint": "Look up.", **PICTURED}],
     "options are not read": [{"hint": "Look up.", "A": "one", "B": "two", **PICTURED, "answer": "A"}],
     "empty conversation": [{"conversations": None}],
 }  # fmt: skip

@@ -136,6 +136,8 @@ def as_known(record: dict[str, Any], reading: Reading, unread: Unread) -> tuple[
         turns, used = _caption(record, keys["caption"], names, reading)
     else:
         turns, used = _question_and_answer(record, keys, names, reading)
+    if image_first and form != "caption":  # the texts of these do not say that there is one
+        _named_picture(record, names)
     left = {key: value for key, value in record.items() if key not in used}
     if reading.settled or form != "turns":
         history = names.get("history", ()) if reading.settled else ()
@@ -196,7 +198,6 @@ def _question_and_answer(
     settled = {"question", "answer"} <= reading.columns.keys()
     if not settled:
         check_options(record, asked[0], answered[0])
-    _named_picture(record, names)
     if not settled or "history" in reading.columns:
         for key in filter(lambda key: is_flat(record[key]), names.get("history", [])):
             settle = f"columns: {{question: {asked[0]}, answer: {answered[0]}}}"
@@ -215,8 +216,9 @@ def _question_and_answer(
 
 def _named_picture(record: dict[str, Any], names: dict[str, list[str]]) -> bool:
     """Whether a record names a picture, or holds it. Errors: `Rejected` where it only numbers one."""
-    if any(holds_image(key, value) for key, value in record.items()):
-        return True
+    for key, value in record.items():
+        if holds_image(key, value):
+            return True
     if number := next(iter(of(NUMBERS, names)), None):
         raise Rejected(
             "picture is not named", f"{number} is no file: add one with the picture's file, or columns: {{image: KEY}}"
@@ -233,13 +235,15 @@ def _caption(
             raise Rejected("empty conversation")
         if any(plain(key) in CAPTIONS for key in record):
             _only("caption", [], record)
+        if {"from", "value"} <= record.keys() or {"role", "content"} <= record.keys():
+            raise Rejected("malformed conversation", "a turn by itself: write the turns of a record under messages")
         found = ", ".join(map(str, record))
         raise Rejected("missing key", f"conversations or messages, question and answer, or caption; found: {found}")
     key = _only("caption", captions, record)
     if not _named_picture(record, names):
         raise Rejected("caption without a picture", f"{key}; found: {', '.join(map(str, record))}")
     if not reading.settled:
-        check_caption(record, key)
+        check_caption(record, key, names)
     turns = [
         {"role": "user", "content": reading.caption_prompt},
         {"role": "assistant", "content": _text(record, key, "caption", reading.columns)},

@@ -19,15 +19,16 @@ LETTER = re.compile(r"\W*((?i:option|answer|choice)\W*)?(([A-J]\W*)+|[a-j]\W*)")
 CONTEXT = ("context", "passage", "paragraph", "hint")  # of SQuAD, Dolly, BoolQ, ScienceQA
 
 
-def check_caption(record: dict[str, Any], caption: str) -> None:
-    """Raise `Rejected` for a text, under the key `caption`, that may be no caption."""
-    beside = {plain(key): key for key in record if record[key] not in (None, "")}
-    if found := [beside[name] for name in ("label", "questionid") if name in beside]:
-        settle = f"columns: {{caption: {caption}}}, or {{question: {caption}, answer: {beside.get('label', 'KEY')}}}"
-        raise Rejected("keys of several forms", f"{caption}, {found[0]}: a caption, or a question? Say which, {settle}")
+def check_caption(record: dict[str, Any], caption: str, names: dict[str, list[str]]) -> None:
+    """Raise `Rejected` for a text, under the key `caption`, that may be no caption; `names`: of the record's keys, plain."""
+    if "label" in names or "questionid" in names:
+        label = names.get("label", ["KEY"])[0]
+        found = label if "label" in names else names["questionid"][0]
+        settle = f"columns: {{caption: {caption}}}, or {{question: {caption}, answer: {label}}}"
+        raise Rejected("keys of several forms", f"{caption}, {found}: a caption, or a question? Say which, {settle}")
     text = record[caption]
-    written = unprinted(text)
-    if is_talk(text) or is_turns(written) or (isinstance(written, dict) and says(written)):
+    written = unprinted(text) if isinstance(text, str) and text.lstrip()[:1] in ("[", "{") else None
+    if is_talk(text) or (written and (is_turns(written) or (isinstance(written, dict) and says(written)))):
         raise Rejected(
             "conversation in a text",
             f"{caption}: write messages; where it is a caption, columns: {{caption: {caption}}}",
@@ -48,7 +49,7 @@ def check_options(record: dict[str, Any], question: str, answer: str) -> None:
             listed += [key] if _lacks(asked, texts) or (place and texts and given not in texts) else []
         elif LETTERED.fullmatch(name) and not isinstance(value, list | dict) and _lacks(asked, _texts(value, letter)):
             lettered.append(key)
-        elif name in CONTEXT and isinstance(value, str) and " " in value.strip() and _spaced(value) not in asked:
+        elif name in CONTEXT and any(" " in text and text not in asked for text in _texts(value, True)):
             context.append(key)
     settle = f"columns: {{question: {question}, answer: {answer}}}"
     if listed or len(lettered) > 1:

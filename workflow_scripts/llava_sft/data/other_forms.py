@@ -33,6 +33,7 @@ TURNS_BESIDE = {"conversations", "messages", "history"}  # keys whose turns are 
 IMAGE_KEYS = re.compile(
     r"(image|img|picture|photo|media|screenshot)s?(path|file|filename|name|url|uri|list|byte|data|base64|base64str|b64)?s?|jpe?g|png|webp"
 )
+NUMBERED_KEYS = re.compile(r"(image|img|picture|photo)[0-9]+")  # of several pictures
 FILE_KEYS = re.compile(r"file(name|path)?")  # of a folder of images with a table: where they name a picture
 PICTURE_NAME = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE | re.DOTALL)
 UNSUPPORTED = {
@@ -107,9 +108,10 @@ def says(turn: dict[str, Any]) -> bool:
 
 def is_talk(value: Any) -> bool:
     """Whether a text is a conversation written out, such as `User: …`, `Assistant: …`, or `[USER] … [ASSISTANT] …`."""
-    if not isinstance(value, str) or not any(
-        name in (low := value.lower()) for name in ("assistant", "gpt", "bot", "model")
-    ):
+    if not isinstance(value, str):
+        return False
+    low = value.lower()
+    if not ("assistant" in low or "gpt" in low or "bot" in low or "model" in low):  # most texts
         return False
     said = {ROLES.get(OTHER_ROLES.get(name, name)) for name in re.findall(r"(\w+)\W{0,3}[:：\]]", low)}
     return said >= {"user", "assistant"}
@@ -118,7 +120,7 @@ def is_talk(value: Any) -> bool:
 @lru_cache(4096)
 def _changes_nothing(name: str) -> bool:
     """Whether a text or number under a key of this plain name is kept beside the sample, and nothing more."""
-    patterns = (*UNSUPPORTED.values(), IMAGE_KEYS, FILE_KEYS, EFFECT_KEYS, COUNTS_KEYS)
+    patterns = (*UNSUPPORTED.values(), IMAGE_KEYS, NUMBERED_KEYS, FILE_KEYS, EFFECT_KEYS, COUNTS_KEYS)
     others = {"label", *SYSTEM_KEYS, *TURNS_BESIDE}
     return name not in others and not any(pattern.fullmatch(name) for pattern in patterns)
 
@@ -146,7 +148,8 @@ def check_keys(
     record means otherwise, and notes those that are not read.
     """
     prompt, named, pictures = system, [], []
-    said = has_images or "image" in columns or "images" in columns  # where its pictures stand
+    chosen = "image" in columns or "images" in columns
+    said = has_images or chosen  # where its pictures stand
     for key, value in record.items():
         if key in KNOWN_KEYS:
             continue
@@ -155,17 +158,7 @@ def check_keys(
             if not said and names_picture(value):
                 pictures.append(key)
             continue
-        if (
-            name == "label"
-            and not {"answer", "conversations"} & set(columns)
-            and str(value).lower() in ("true", "false")
-        ):
-            fix = "keep the good ones, without the key; where it is a column like any other, columns: {question: …, answer: …}"
-            raise Rejected(
-                "preference data is not supported", f"{key}: {value}: does it say which answers are good? {fix}"
-            )
-        if value is False and COUNTS_KEYS.fullmatch(name):
-            raise Rejected("weight of a record is not supported", f"{key}: {value}: leave the record out")
+        _check_flags(key, name, value, columns)
         if is_empty(value):
             continue
         _check_supported(key, value, has_images or any(holds_image(*item) for item in record.items()))
@@ -183,19 +176,38 @@ def check_keys(
             named.append(key)
         elif not said and not image and names_picture(value):
             pictures.append(key)
+        elif has_images and not chosen and NUMBERED_KEYS.fullmatch(name) and names_picture(value):
+            raise Rejected("image under several keys", f"{key}, beside others: list them under images, or leave it out")
         elif image or not scalar or EFFECT_KEYS.fullmatch(name):
             unread.note(key if scalar or isinstance(value, list | dict) else f"{key} ({type(value).__name__})", value)
+    return prompt, _key_of_images(record, named, pictures, unread)
+
+
+def _check_flags(key: str, name: str, value: Any, columns: Collection[str]) -> None:
+    """Raise `Rejected` for true or false that says whether a record, whose parts `columns` do not settle, is to be learned."""
+    settled = not {"answer", "caption", "conversations"}.isdisjoint(columns)
+    if name == "label" and not settled and str(value).lower() in ("true", "false"):
+        fix = "keep the good ones, without the key; where it is a column like any other, columns: {question: …, answer: …}"
+        raise Rejected("preference data is not supported", f"{key}: {value}: does it say which answers are good? {fix}")
+    if value is False and COUNTS_KEYS.fullmatch(name):
+        raise Rejected("weight of a record is not supported", f"{key}: {value}: leave the record out")
+
+
+def _key_of_images(record: dict[str, Any], named: list[str], pictures: list[str], unread: Unread) -> str | None:
+    """The key of the images of a record that has them under none of KNOWN_KEYS: one of `named`; `pictures`: keys whose values
+    are pictures, whatever they are called."""
     if any(record[key] != record[named[0]] for key in named):
         raise Rejected("image under several keys", f"{', '.join(named)}: say which, columns: {{image: {named[0]}}}")
     if named:
         for key in pictures:
             unread.note(key, record[key])
-    elif len(pictures) > 1:
+        return named[0]
+    if len(pictures) > 1:
         raise Rejected("picture is not named", f"{', '.join(pictures)}: list them under images, or leave them out")
-    elif pictures:
+    if pictures:
         path = picture_path(pictures[0], record[pictures[0]])
         raise Rejected("picture is not named", f"{path}: columns: {{image: {path}}}, or leave it out")
-    return prompt, named[0] if named else None
+    return None
 
 
 def holds_image(key: str, value: Any) -> bool:
@@ -204,10 +216,20 @@ def holds_image(key: str, value: Any) -> bool:
 
 
 def _is_image(name: str, value: Any) -> bool:
-    if FILE_KEYS.fullmatch(name):
+    kind = _image_key(name)
+    if kind == "file":
         return isinstance(value, str) and bool(PICTURE_NAME.fullmatch(value))
-    word = isinstance(value, str) and value.replace(" ", "").isalpha() and name not in ("image", "images")
-    return not word and not isinstance(value, int | float) and bool(IMAGE_KEYS.fullmatch(name))
+    if not kind or isinstance(value, int | float):
+        return False
+    return not isinstance(value, str) or kind == "image" or not value.replace(" ", "").isalpha()  # a word is no file
+
+
+@lru_cache(4096)
+def _image_key(name: str) -> str:
+    """Whether a plain name is of pictures: "image", "like image", or "file"; empty for others."""
+    if FILE_KEYS.fullmatch(name):
+        return "file"
+    return "" if not IMAGE_KEYS.fullmatch(name) else "image" if name in ("image", "images") else "like image"
 
 
 def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread) -> bool:
@@ -234,7 +256,7 @@ def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread)
                 )
             counted = counted and (value is None or bool(value) == learned)
         elif not is_empty(value):
-            if IMAGE_KEYS.fullmatch(name):
+            if _is_image(name, value):
                 raise Rejected("image under another key", f"{key} in turn {number}: name it image, in the record")
             _check_supported(key, value, False, f" in turn {number}")
             unread.note(f"{key} of a turn", value)

@@ -222,9 +222,12 @@ def _message(turn: Any, number: int) -> tuple[dict[str, Any], list[Any]]:
         raise Rejected("unknown role", f"of turn {number}: {what}")
     read = _read_parts(content) if isinstance(content, list) else None
     text, images = read or (content, [])
-    if role == "user" and isinstance(text, str) and "<img>" in text:
-        text, named = named_in_text(text, number)
-        images = images + named
+    if role == "user" and isinstance(text, str):
+        if text[:2] == "[{" and isinstance(parts := unprinted(text), list) and _read_parts(parts):
+            raise Rejected("malformed conversation", f"turn {number} is a list in a string: write the list itself")
+        if "<img>" in text:
+            text, named = named_in_text(text, number)
+            images = images + named
     return {"role": role, "content": text}, images
 
 
@@ -269,10 +272,11 @@ def _path_or_bytes(image: dict[str, Any]) -> Any:
 
 
 def _read_parts(parts: list[Any]) -> tuple[str, list[Any]] | None:
-    """OpenAI's content as a list of parts → text with placeholders, and what each image part names; None for other lists."""
+    """OpenAI's content as a list of parts (Qwen's name their one key only) → text with placeholders, and what each image part
+    names; None for other lists."""
     texts, images = [], []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = part.get("type", next(iter(part)) if len(part) == 1 else None) if isinstance(part, dict) else None
         if kind in ("image", "image_url", "input_image"):
             texts.append(IMAGE)
             images.append(image_of(part))
