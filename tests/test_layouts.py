@@ -135,6 +135,7 @@ def test_eight_ranks_learn_what_one_does_and_go_on_as_two_and_as_one(base, undis
         (TWO_RANKS, TWO_RANKS, "an earlier version, which also cut the vision tower into tensor_model_parallel_size (2)"),
         ({**TWO_RANKS, "nproc_per_node": 4}, {**TWO_RANKS, "nproc_per_node": 8}, "an earlier version"),
         (TWO_RANKS, {**TWO_RANKS, "train_iters": 4}, None),
+        (TWO_RANKS, {**TWO_RANKS, "trainable_modules": ["language_model", "adapter"]}, None),
     ],
 )  # fmt: skip
 def test_on_gpus_a_layout_that_the_optimizers_state_does_not_fit_is_refused(tmp_path, before, now, refused):

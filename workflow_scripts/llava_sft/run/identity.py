@@ -136,8 +136,9 @@ def refuse_layout(run_dir: Path, done: int, before: ResolvedSettings, now: Resol
             "fit",
             f"the old layout, or {next_run}",
         )
-    # Versions that did not write this setting had the vision tower shared out to the tensor-parallel ranks, too.
-    earlier = "first_stage_layers" not in before.model_fields_set
+    # Versions that did not write this setting had the vision tower shared out to the tensor-parallel ranks, too. Buckets
+    # hold what is trained alone.
+    earlier = "first_stage_layers" not in before.model_fields_set and "vision_model" in now.trainable_modules
     if earlier and now.tensor_model_parallel_size > 1 and done < now.train_iters:
         raise RunError(
             f"{run_dir}: its {done} steps were trained by an earlier version, which also cut the vision tower into "
