@@ -308,6 +308,30 @@ def test_what_is_no_checkpoint_to_convert_is_answered_with_what_is(words, said, 
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("spoiled", ["tokenizer", "weights"])
+@pytest.mark.parametrize("kind", ["run", "run/iter_0000020", "converted"])
+def test_a_megatron_folder_is_looked_at_before_any_job(kind, spoiled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/iter_0000020", "converted/release", "run/huggingface", "converted/huggingface"):
+        Path(name).mkdir(parents=True)
+        (Path(name) / ("tokenizer.json" if "hugging" in name else ".metadata")).touch()
+    Path("run", TRACKER).write_text("20")
+    Path("converted", TRACKER).write_text("release")
+    load, top = Checkpoint.of(kind), kind.partition("/")[0]
+    check_load(load, {}, None, made_here=False)
+    if spoiled == "tokenizer":
+        (Path(top) / "huggingface/tokenizer.json").unlink()
+        said = "no tokenizer beside it"
+    elif kind == "run":
+        Path("run", TRACKER).write_text("40")
+        said = "names iter_0000040, which is not there"
+    else:
+        next(Path(top).glob("*/.metadata")).unlink()
+        said = "not a whole torch_dist checkpoint"
+    with pytest.raises(CheckpointError, match=said):
+        check_load(load, {}, None, made_here=False)
+
+
 def test_a_tokenizer_is_a_folder(tmp_path, small_checkpoint):
     (tmp_path / "tokenizer.json").touch()
     load = Checkpoint.of(small_checkpoint)

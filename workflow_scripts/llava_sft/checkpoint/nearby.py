@@ -28,6 +28,8 @@ def right_name(name: str) -> str:
         return f"{OTHER_FORMS[path.suffix.lower()]}: load: the Hugging Face folder that it was made from"
     if path.is_file() and ARCHIVE.fullmatch(path.name):
         return f"unpack it, and name the folder that has config.json: load: {path.parent}/…"
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        return f"copy config.json to its weights, from where they came: {path}"
     try:
         below = chain(path.glob("*"), path.glob("*/*")) if path.is_dir() else iter([path.parent])
         if found := sorted(filter(is_checkpoint, islice(below, LOOKED_AT))):

@@ -280,18 +280,17 @@ def _check_folder(checkpoint: Checkpoint, has_parts: bool, tokenizer: Path | Non
             f"load: {load}: a checkpoint of the original project, which keeps no tokenizer beside it",
             "tokenizer: the Hugging Face folder of the same model",
         )
-    if checkpoint.kind == "iteration" and not (folder / ".metadata").is_file():
-        raise CheckpointError(
-            f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder"
-        )
+    if checkpoint.kind in ("iteration", "megatron"):
+        if not (existing_checkpoint(folder) / ".metadata").is_file():
+            raise CheckpointError(
+                f"load: {load}: not a whole torch_dist checkpoint (no .metadata)", "use another iter_ folder"
+            )
+        _with_tokenizer(checkpoint.hf_files(None, tokenizer), load)
     if checkpoint.kind == "huggingface":
         refuse_other_forms(folder, f"load: {load}")
         if not (folder / "config.json").is_file():
             missing = f"neither config.json (Hugging Face) nor {TRACKER} (Megatron)"
-            bare = (
-                any(folder.glob("*.safetensors")) and f"copy config.json to its weights, from where they came: {folder}"
-            )
-            raise CheckpointError(f"load: {load}: contains {missing}", bare or right_name(load))
+            raise CheckpointError(f"load: {load}: contains {missing}", right_name(load))
         if not has_parts:
             try:
                 model_of_config(read_hf_config(folder))
