@@ -258,6 +258,6 @@ def test_a_gpu_that_is_too_old_is_named_with_what_it_lacks(tmp_path, monkeypatch
     ("lr", "untrained", "warned"), [(2e-3, False, True), (2e-3, True, False), (1e-5, False, False), (1e-7, False, True)]
 )
 def test_a_learning_rate_for_another_purpose_is_a_warning_with_advice(project, lr, untrained, warned):
-    notes = warnings(load_settings("mine", {"lr": lr, "min_lr": 0}), untrained)
+    notes = warnings(load_settings("mine", {"lr": lr, "min_lr": 0}), untrained, 64)
     assert bool(notes) == warned
     assert all("5e-6" in note and "2e-5" in note for note in notes)

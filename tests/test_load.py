@@ -332,18 +332,6 @@ def test_a_megatron_folder_is_looked_at_before_any_job(kind, spoiled, tmp_path, 
         check_load(load, {}, None, made_here=False)
 
 
-def test_a_tokenizer_is_a_folder(tmp_path, small_checkpoint):
-    (tmp_path / "tokenizer.json").touch()
-    load = Checkpoint.of(small_checkpoint)
-    for name, fix in (
-        (tmp_path / "tokenizer.json", f"tokenizer: {tmp_path}"),
-        (Path("org/name"), "hf download org/name --exclude"),
-    ):
-        with pytest.raises(CheckpointError, match=r"no tokenizer\.json in it") as error:
-            check_load(load, {}, name, made_here=False)
-        assert fix in error.value.fix
-
-
 def test_a_run_without_its_tracker_is_said_with_the_checkpoint_to_name(tmp_path):
     for number in (200, 400):
         (tmp_path / f"iter_{number:07d}").mkdir()

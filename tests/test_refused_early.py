@@ -140,6 +140,14 @@ def test_a_file_that_is_a_link_to_nowhere_is_named_by_the_link(project):
     assert "is a link to /gone/file" in said.problem and "mend the link" in said.fix
 
 
+def test_a_tokenizer_is_a_folder(project):
+    Path("qwen").mkdir()
+    Path("qwen/tokenizer.json").touch()
+    for name, fix in (("qwen/tokenizer.json", "tokenizer: qwen"), ("Qwen/Qwen3-4B", "hf download org/name --exclude")):
+        error = mistake(tokenizer=name)
+        assert "no tokenizer.json in it" in error.problem and error.fix.startswith("tokenizer: ") and fix in error.fix
+
+
 # --- the start checkpoint ------------------------------------------------------------------------------------------------
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"

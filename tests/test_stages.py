@@ -93,9 +93,12 @@ def test_lora_trains_parts_that_are_trained_beside_weights_that_are_kept(at_root
     assert with_tower.trained.whole == ("vision_model", "adapter") and with_tower.trained.by_pairs == (
         "language_model",
     )
-    assert "set lr_vision" in warnings(with_tower, False)[0]
-    assert warnings(load_settings("agriculture", {"lora_rank": 8, "lr": 1e-4, "lr_vision": 1e-5}), False) == []
-    low = warnings(load_settings("agriculture", {"lora_rank": 8}), False)
+    assert "set lr_vision" in warnings(with_tower, False, 64)[0]
+    assert warnings(load_settings("agriculture", {"lora_rank": 8, "lr": 1e-4, "lr_vision": 1e-5}), False, 64) == []
+    for changed, said in (({"lr": 1e-2}, "lr 0.01 is high for LoRA"), ({"lora_rank": 65}, "lora_rank 65 is above 64")):
+        given = load_settings("agriculture", {"lora_rank": 8, "lr": 1e-4, "lr_vision": 1e-5} | changed)
+        assert warnings(given, False, 64)[0].startswith(said)
+    low = warnings(load_settings("agriculture", {"lora_rank": 8}), False, 64)
     assert len(low) == 1 and "lr 1e-05 is low for LoRA" in low[0]
     with pytest.raises(SettingsError, match="lora_modules: language_model is not trained") as refused:
         load_settings("agriculture", {"lora_rank": 8, "stage": "align"})

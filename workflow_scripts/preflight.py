@@ -192,7 +192,7 @@ def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:
 def notes_of(paths: Paths, samples: Samples, resolved: Resolved, forecast: Forecast | None) -> list[str]:
     """What a person should know before the training, and what does not stop it."""
     settings, values, excluded = paths.settings, resolved.settings, samples.sizes.left_out
-    notes = warnings(settings, resolved.start.untrained)
+    notes = warnings(settings, resolved.start.untrained, resolved.architecture.language.hidden_size)
     notes += length_warning(settings, resolved.settings, samples.epoch.sequences)
     if excluded:
         notes.append(

@@ -215,8 +215,14 @@ def packing_window(settings: Settings, lengths: list[int]) -> int:
     return auto_packing_buffer(lengths, settings.seq_length) if given == "auto" else given
 
 
-def warnings(settings: Settings, untrained: bool) -> list[str]:
+def warnings(settings: Settings, untrained: bool, hidden_size: int) -> list[str]:
     """Advice that does not stop a run. `untrained`: the start checkpoint holds random weights."""
+    if settings.trained.lora and settings.lora_rank > hidden_size:
+        return [
+            f"lora_rank {settings.lora_rank:,} is above {hidden_size:,}, the most that the weights have: 8 to 64 is usual"
+        ]
+    if settings.trained.lora and not untrained and settings.lr > 1e-3:
+        return [f"lr {settings.lr:g} is high for LoRA: 1e-4 or 2e-4 is usual"]
     if settings.trained.lora and settings.lr < 5e-5:
         return [f"lr {settings.lr:g} is low for LoRA, whose pairs start from zero: 1e-4 or 2e-4 is usual"]
     if settings.trained.lora and "vision_model" in settings.trained.whole and settings.lr_vision == "auto":
