@@ -11,8 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.experiments import mistake, pretend_gpus, sound_project, write_experiment
+from llava_sft.checkpoint.base import note_base
+from llava_sft.checkpoint.verify import content_of
 from llava_sft.errors import SettingsError, of_file
 from llava_sft.inputs import check_inputs
+from llava_sft.model.lora import Lora
 from llava_sft.paths import Paths
 from llava_sft.settings.layers import load_settings
 from llava_sft.workflow import Workflow, where_jobs_run
@@ -227,3 +230,15 @@ def test_a_load_that_is_no_checkpoint_is_answered_with_the_one_that_is_near(proj
     write_experiment("mine", load=load)
     error = mistake()
     assert problem in error.problem and error.fix.startswith(fix)
+
+
+def test_other_pairs_than_those_of_the_run_to_start_from_are_refused_before_any_job(project):
+    for name in ("base/iter_0000001", "run/iter_0000004", "run/huggingface"):
+        Path(name).mkdir(parents=True)
+        (Path(name) / ("tokenizer.json" if "hugging" in name else ".metadata")).touch()
+    base = {"folder": "base/iter_0000001", "load": "base", "fingerprint": content_of(Path("base/iter_0000001"))[0]}
+    note_base(Path("run/iter_0000004"), Lora(4, 32, ("language_model",)), base)
+    asked = {"load": "run/iter_0000004", "trainable_modules": ["language_model"]}
+    check_inputs(Paths(load_settings("mine", asked | {"lora_rank": 4})))
+    for rank in (0, 8):
+        assert "lora_rank: 4, lora_alpha: 32" in mistake(**asked, lora_rank=rank).fix

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 from llava_sft.checkpoint.architecture import check_sizes
-from llava_sft.checkpoint.base import require_wanted
+from llava_sft.checkpoint.base import check_pairs, require_wanted
 from llava_sft.checkpoint.hf_folder import merging
 from llava_sft.checkpoint.peft import Adapter
-from llava_sft.checkpoint.start import check_load
+from llava_sft.checkpoint.start import check_load, existing_checkpoint
 from llava_sft.data.nv_meta import is_finished
 from llava_sft.data.tars import no_tar
 from llava_sft.embedded import check_demo
@@ -97,6 +97,8 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True, elsew
     if of_start and paths.checkpoint.kind == "peft":
         adapter = Adapter.of(paths.checkpoint.folder)
         require_wanted(settings.load, adapter.lora(model), settings.trained.lora, merging(adapter.folder, adapter.base))
+    if of_start and paths.checkpoint.kind in ("megatron", "iteration") and not paths.train_done.exists():
+        check_pairs(existing_checkpoint(folder), settings.load, settings.trained.lora)
     gpus = gpu_count() if settings.gpus_per_node == "auto" else settings.gpus_per_node
     check_batch(settings, gpus)
     if not elsewhere:

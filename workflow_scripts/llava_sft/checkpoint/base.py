@@ -89,17 +89,27 @@ def beside_its_base(start: Start, wanted: Lora | None) -> Start:
     Raises CheckpointError when `wanted`, the pairs that the settings ask for, are others.
     """
     pairs = start.pairs or start.folder
-    if not pairs or not (found := lora_of(pairs)):
+    base = check_pairs(pairs, start.load, wanted) if pairs else None
+    if not pairs or not base:
         return start
-    lora, base = found
-    merging = "export it (convert_checkpoint.py mcore2hf), which merges them, and load that folder"
-    require_wanted(start.load, lora, wanted, merging)
     given: dict[str, Any] = {"base_load": base_of(pairs)["load"]}
     if not start.pairs:  # no PEFT folder, which was converted together with its base
         require_whole(base)
         content = fingerprint([content_of(base)[0], start.fingerprint])
         given |= {"folder": base, "pairs": pairs, "fingerprint": content}
     return start.model_copy(update=given)
+
+
+def check_pairs(folder: Path, load: str, wanted: Lora | None) -> Path | None:
+    """The base that LoRA's pairs in `folder`, which `load` named, stand beside; None where it holds none.
+
+    Raises CheckpointError when `wanted`, the pairs that the settings ask for, are others.
+    """
+    if found := lora_of(folder):
+        merging = "export it (convert_checkpoint.py mcore2hf), which merges them, and load that folder"
+        require_wanted(load, found[0], wanted, merging)
+        return found[1]
+    return None
 
 
 def require_wanted(load: str, lora: Lora, wanted: Lora | None, merging: str) -> None:
