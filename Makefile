@@ -31,10 +31,11 @@ export PYTHONDONTWRITEBYTECODE :=
 targets: $(READY)
 	@$(VENV)/bin/snakemake --quiet all
 
-# `make train_vqa lr=1e-3` is `--config lr=1e-3`.
+# `make train_vqa lr=1e-3` is `--config lr=1e-3`; values as they were typed, a quote or a $ among them.
+QUOTE := '
 OWN := ARGS NAME PYTHON RUN RUNS VENV WHEELS SHELL
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
-SETTINGS = $(if $(filter-out $(OWN),$(GIVEN)),--config $(foreach name,$(filter-out $(OWN),$(GIVEN)),'$(name)=$($(name))'))
+SETTINGS = $(if $(filter-out $(OWN),$(GIVEN)),--config $(foreach name,$(filter-out $(OWN),$(GIVEN)),'$(name)=$(subst $(QUOTE),'\'',$(value $(name)))'))
 
 define STEP
 $(1)_%: $(READY)
@@ -123,22 +124,23 @@ wheels: $(READY)
 
 # Curves of all runs while they train, at port 6006: make tensorboard, RUN=output/stage2_sft_vqa for one.
 tensorboard: $(READY)
-	$(VENV)/bin/tensorboard --logdir "$(or $(RUN),output)" $(ARGS)
+	$(VENV)/bin/tensorboard --logdir "$(or $(RUN),$(exp_dir),output)" $(ARGS)
 
 # A new experiment from the template: make experiment NAME=mydata
 experiment:
-	@[[ "$(NAME)" =~ ^[A-Za-z0-9._-]+$$ ]] || { echo "error: make experiment NAME=mydata (letters, digits, . _ -)" >&2; exit 1; }
+	@[[ "$${NAME-}" =~ ^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$$ && $$NAME != *.y*ml ]] || { echo "error: NAME=$${NAME-}: letters, digits, . _ -, at most 100, beginning with a letter, a digit or _, without .yaml"; \
+	  echo "  fix: make experiment NAME=mydata"; exit 1; } >&2
 	@! [ -e config/experiments/$(NAME).yaml ] || { echo "error: config/experiments/$(NAME).yaml is there already" >&2; exit 1; }
 	@sed '/^# Copy to /d; s/NAME/$(NAME)/g; s/<name>/$(NAME)/g' config/experiments/TEMPLATE.yaml > config/experiments/$(NAME).yaml
 	@echo "config/experiments/$(NAME).yaml: edit its paths, then make train_$(NAME)"
 
 # State, loss, accuracy and settings of every run, and the command that goes on with it.
 runs: $(READY)
-	@$(VENV)/bin/python workflow_scripts/list_runs.py $(ARGS)
+	@$(VENV)/bin/python workflow_scripts/list_runs.py $(if $(exp_dir),"$(exp_dir)") $(ARGS)
 
 # One page with runs side by side: make compare RUNS=stage2_sft_a,stage2_sft_b
 compare: $(READY)
-	@$(VENV)/bin/python workflow_scripts/compare_runs.py "$(RUNS)" $(ARGS)
+	@$(VENV)/bin/python workflow_scripts/compare_runs.py "$(RUNS)" $(if $(exp_dir),--exp-dir "$(exp_dir)") $(ARGS)
 
 schema: $(READY)
 	$(VENV)/bin/python workflow_scripts/write_schema.py

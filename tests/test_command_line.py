@@ -64,6 +64,28 @@ def test_make_takes_settings_as_its_variables():
     )
 
 
+def test_make_passes_on_what_was_typed_whatever_the_shell_and_make_would_read_in_it(tmp_path):
+    command = make_with(tmp_path, 'printf "%s\\n" "$@"', "train_vqa", "run_tag=it's", "load=$HOME/a b", "ARGS=-n")
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert sorted(said.splitlines()) == sorted(["train_vqa", "-n", "--config", "run_tag=it's", "load=$HOME/a b"])
+
+
+def test_runs_of_another_folder_are_asked_for_as_in_training():
+    for target, option in (("runs", '"other"'), ("compare", '--exp-dir "other"'), ("tensorboard", '--logdir "other"')):
+        command = ["make", "--dry-run", "--old-file=.venv/.ready", target, "exp_dir=other"]
+        assert option in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("name", ["-x", ".x", "a" * 101, "new.yaml", "a b", "a/b", 'a"b', ""])
+def test_make_gives_no_file_for_a_name_that_no_experiment_can_have(tmp_path, name):
+    (tmp_path / "config/experiments").mkdir(parents=True)
+    (tmp_path / "config/experiments/TEMPLATE.yaml").touch()
+    command = ["make", "--silent", f"--file={ROOT}/Makefile", "experiment", f"NAME={name}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith(f"error: NAME={name}: letters")
+    assert [path.name for path in (tmp_path / "config/experiments").iterdir()] == ["TEMPLATE.yaml"]
+
+
 def make_with(folder: Path, snakemake: str, *words: str) -> list[str]:
     """make, with lines of a shell script in the place of Snakemake."""
     (folder / "bin").mkdir()

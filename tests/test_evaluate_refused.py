@@ -161,4 +161,6 @@ def test_what_may_not_be_written_is_no_reason_to_remove_it():
         assert "remove" not in message
     missing = str(as_message(OSError(errno.ENOENT, "no", "in.jsonl")))
     assert "check the path" in missing and "remove" not in missing
-    assert "remove" in str(as_message(OSError(errno.EISDIR, "no", "x")))
+    for number in (errno.EISDIR, errno.EEXIST, errno.ENOTDIR):
+        assert "name another place, or move what is there" in str(as_message(OSError(number, "no", "x")))
+    assert "remove" in str(as_message(OSError(errno.EIO, "no", "x")))

@@ -167,9 +167,9 @@ def test_a_file_with_an_odd_name_disturbs_no_other_and_is_named_with_the_rule(pr
 
 
 def test_wildcards_match_the_folders_of_the_settings_and_nothing_beside_them(project):
-    write_experiment("other", exp_dir="out put/[1]+$x")
+    write_experiment("other", exp_dir="out put/[1]+x$")
     flow = Workflow({}, [])
-    for value in ("output", "out put/[1]+$x"):
+    for value in ("output", "out put/[1]+x$"):
         assert re.fullmatch(flow.pattern("exp_dir"), value)
     for value in ("mine", "output/x", "outputs", "out put/1$x", ""):
         assert not re.fullmatch(flow.pattern("exp_dir"), value)

@@ -12,6 +12,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
+import convert_checkpoint
+from helpers import ROOT
 from llava_sft.checkpoint.convert import hf2mcore
 from llava_sft.checkpoint.hub import download, fetch
 from llava_sft.checkpoint.safetensors_io import old_name
@@ -278,6 +280,44 @@ def test_parts_go_by_the_names_of_the_models_modules_and_by_those_they_had(small
     assert load.converted_name(new) == load.converted_name(old)
     with pytest.raises(CheckpointError, match="vision_model stands twice"):
         named_parts((new | old).items())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mcore2hf", "run/iter_20"], "run/iter_20: no such folder\n  fix: name run/iter_0000020\n"),
+        (["mcore2hf", "gone"], "gone: no such folder\n  fix: name a run directory, one of its iter_ folders"),
+        (["mcore2peft", "run/iter_0000020"], "run/iter_0000020: no torch_dist checkpoint in it"),
+        (["mcore2hf", "hf"], "hf: no torch_dist checkpoint in it"),
+        (["verify", "gone"], "gone: no such folder\n  fix: name a run directory"),
+        (["hf2mcore", "run/iter_0000020"], "error: run/iter_0000020/config.json: no such file"),
+        (["mcore2hf", "run/iter_0000020", "--model", "config/models/tiny.yml"], "one of 4b, 8b, tiny"),
+    ],
+)
+def test_what_is_no_checkpoint_to_convert_is_answered_with_what_is(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    for name in ("run/iter_0000010", "run/iter_0000020", "hf"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "hf/config.json").write_text("{}")
+    if "--model" in words:
+        (tmp_path / "run/iter_0000020/.metadata").touch()
+    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *words, *(["out"] if words[0] != "verify" else [])])
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main()
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_is_a_folder(tmp_path, small_checkpoint):
+    (tmp_path / "tokenizer.json").touch()
+    load = Checkpoint.of(small_checkpoint)
+    for name, fix in (
+        (tmp_path / "tokenizer.json", f"tokenizer: {tmp_path}"),
+        (Path("org/name"), "hf download org/name --exclude"),
+    ):
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.json in it") as error:
+            check_load(load, {}, name, made_here=False)
+        assert fix in error.value.fix
 
 
 def test_a_run_without_its_tracker_is_said_with_the_checkpoint_to_name(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.experiments import EXPERIMENT, SOUND, mistake, sound_project
+from helpers.experiments import EXPERIMENT, SOUND, mistake, sound_project, write_experiment
 from llava_sft.errors import SettingsError, nearest
 from llava_sft.machine import gpu
 from llava_sft.settings.layers import load_settings
@@ -65,6 +65,17 @@ def project(tmp_path, monkeypatch):
         ("lr: “1e-4”", "lr: 0.0001"),
         ("raw_data: “raw.jsonl”", "raw_data: raw.jsonl"),
         ("image_root: ‘images’", "image_root: images"),
+        ("exp_dir: $HOME/out", "exp_dir: /home/me/out"),
+        ("exp_dir: ~/out", "exp_dir: /home/me/out"),
+        ("load: ${HOME}/4B", "load: /home/me/4B"),
+        ("tokenizer: '4B '", "tokenizer: 4B"),
+        ("exp_dir: ' out'", "exp_dir: out"),
+        ("exp_dir: $NOT_SET/out", "for example exp_dir: output"),
+        ("exp_dir: ''", "for example exp_dir: output"),
+        ("exp_dir: .", "for example exp_dir: output"),
+        ("exp_dir: s3://bucket/out", "for example exp_dir: output"),
+        ("exp_dir: D:\\out", "for example exp_dir: output"),
+        ("report_language: zh_CN", "report_language: zh"),
         ("tracker_project: 2026", "tracker_project: '2026'"),
         ("license: 5.0", "license: '5.0'"),
         ("lr:", "for example lr: 1e-05"),
@@ -72,7 +83,8 @@ def project(tmp_path, monkeypatch):
         ("trainable_modules: []", "for example trainable_modules: [language_model, adapter, vision_model]"),
     ],
 )
-def test_the_fix_is_the_line_to_write(project, line, fix):
+def test_the_fix_is_the_line_to_write(project, line, fix, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     values = {key: value for key, value in SOUND.items() if not line.startswith(key)}
     (project / EXPERIMENT).write_text(yaml.safe_dump(values) + line + "\n", encoding="utf-8")
     error = mistake()
@@ -80,6 +92,17 @@ def test_the_fix_is_the_line_to_write(project, line, fix):
     if "for example" not in fix:
         (project / EXPERIMENT).write_text(yaml.safe_dump(values) + error.fix + "\n")
         load_settings("mine")
+
+
+def test_the_folder_of_the_output_is_filled_in_wherever_a_path_stands(project):
+    given = {
+        "sources": [{"path": "{exp_dir}/a.jsonl", "image_root": "{exp_dir}/i"}],
+        "load_parts": {"adapter": "{exp_dir}/hf"},
+    }
+    write_experiment("mine", raw_data=None, image_root=None, vllm_python="{exp_dir}/python", exp_dir="out", **given)
+    settings = load_settings("mine")
+    assert (settings.sources[0].path, str(settings.sources[0].image_root)) == ("out/a.jsonl", "out/i")
+    assert (settings.load_parts, str(settings.vllm_python)) == ({"adapter": "out/hf"}, "out/python")
 
 
 def test_no_guess_is_better_than_a_wrong_one():
@@ -121,6 +144,12 @@ def test_the_fix_of_a_word_of_the_command_line_is_a_word_of_the_command_line(pro
         ("trainable_modules: [adapter\nlr: 1", "line 4, column 20: the [ that opens here is not closed", "close it"),
         ("load: @org/name", "line 4", "goes in quotes"),
         ("image_root: %TEMP%", "line 4", "goes in quotes"),
+        ("  lr: 1e-4", "line 4: '  lr: 1e-4': indented otherwise than 'raw_data: raw.jsonl', the setting above it", "alike"),
+        ("sources:\n- path: a\n   heldout: b", "line 6: '   heldout: b': indented otherwise than '- path: a'", "alike"),
+        ("columns:\n  question: q\n answer: a", "line 6: ' answer: a': indented otherwise", "alike"),
+        ("trainable_modules:\n-adapter\n-vision_model", "line 5: '-adapter': an entry needs a space", "- adapter"),
+        ('evaluate_scores: ["regex:\\d+"]', "line 4: between double quotes a backslash begins an escape", "single"),
+        ("lr: 1e-4, seed: 3", "line 4, column 15", "one setting a line"),
         ("\tlr: 1", "line 4", "spaces, not with tabs"),
         ("lr:\t\tfast\n\tseed: 1", "line", "tabs"),
         ("training:\n  lr: 1e-4\n  seed: 3", "'training' stands as a heading", "without indentation: lr: …"),
@@ -189,6 +218,14 @@ def test_names_that_are_nearly_right_are_answered_with_the_name(project, capsys)
     assert "did you mean train_mine? ask for" in refused(capsys, "train_mine.yaml")
     assert "did you mean" not in refused(capsys, "train_xyzzy")
     assert mistake(learningrate=1).fix == "did you mean lr?"
+    for theirs, ours in {
+        "use_lora": "lora_rank",
+        "lora_targets": "lora_modules",
+        "freeze_vit": "trainable_modules",
+    }.items():
+        assert mistake(**{theirs: True}).fix == f"did you mean {ours}?"
+    frozen = mistake(lora_rank=8, trainable_modules=["vision_model"])
+    assert frozen.fix == "add language_model to trainable_modules, or lora_modules: [vision_model]"
     assert words.near("mine", ["data_mine", "train_mine"]) == "did you mean train_mine? "
     assert "did you mean 4b? model: one of" in mistake(model="4B").fix
     with pytest.raises(SettingsError, match="--gpu H100 --gpus-per-node 8"):

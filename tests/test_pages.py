@@ -216,7 +216,7 @@ def test_runs_are_compared_on_the_same_questions_with_the_settings_that_differ(t
         monkeypatch.setattr(sys, "argv", words)
         compare_runs.main()
 
-    compare("stage2_sft_a,stage2_sft_b")
+    compare("stage2_sft_a， stage2_sft_b")
     page = two_runs / "compare_stage2_sft_a_stage2_sft_b.html"
     assert capsys.readouterr().out == f"comparison: {page}\n"
     for runs, said in (

@@ -64,6 +64,17 @@ def test_on_a_cluster_other_machines_have_the_gpus(project, monkeypatch, capsys)
     Workflow({}, []).target("data", "mine")(None)
 
 
+def test_a_profile_that_does_not_say_how_many_gpus_its_nodes_have_is_not_taken_to_mean_this_machine(
+    project, monkeypatch, capsys
+):
+    pretend_gpus(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        Workflow({}, [], {"nodes": 1}).target("train", "mine")(None)
+    assert "fix: auto_gpus_per_node beside auto_nodes in the profile" in capsys.readouterr().err
+    Workflow({}, [], {"nodes": 1}).target("inspect", "mine")(None)
+    Workflow({"gpus_per_node": 4}, [], {"nodes": 1}).target("train", "mine")(None)
+
+
 @pytest.mark.parametrize(
     ("executor", "where", "job"),
     [

@@ -45,6 +45,27 @@ def test_a_slurm_that_is_not_there_or_not_to_be_followed_is_said_at_once(
     assert said in problem and fix in remedy
 
 
+@pytest.mark.parametrize("words", ["Slurm accounting storage is disabled", "squeue: unrecognized option '--me'"])
+def test_an_answer_that_will_not_change_is_not_waited_for(tmp_path, monkeypatch, words):
+    text = f'echo >> {tmp_path}/asked; echo "{words}" >&2; exit 1'
+    monkeypatch.setenv("PATH", mini_slurm.stand_ins(tmp_path / "bin", sacct=text))
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(slurm, "TRIED_FOR_S", 1)
+    assert slurm.ask_slurm("sacct").trouble == words and (tmp_path / "asked").read_text() == "\n"
+
+
+@pytest.mark.skipif(slurm.MY_JOBS == ("--me",), reason="this user has no name")
+def test_a_squeue_without_me_is_asked_for_the_users_jobs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    old = f'case "$*" in *--me*) echo "unrecognized option \'--me\'" >&2; exit 1;; *--user={os.getuid()}*) ;; *) exit 1;; esac'
+    monkeypatch.setenv("PATH", mini_slurm.stand_ins(tmp_path / "bin", squeue=old, sbatch="", sinfo=""))
+    (tmp_path / ".snakemake").mkdir()
+    locks.GAVE_JOBS.touch()
+    locks.wait_for_jobs()
+    slurm.require_slurm("squeue")
+    assert not locks.GAVE_JOBS.exists() and not capsys.readouterr().err
+
+
 def test_a_slurm_that_answers_at_the_second_try_is_there(tmp_path, monkeypatch):
     hiccup = f"said={tmp_path}/${{0##*/}}; [ -e $said ] || {{ : > $said; {mini_slurm.GONE}; }}; echo all"
     monkeypatch.setenv("PATH", mini_slurm.stand_ins(tmp_path / "bin", sbatch="", sinfo=hiccup, sacct=hiccup))

@@ -289,3 +289,11 @@ def test_what_can_not_be_adopted_is_one_message(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             adopt_webdataset(tmp_path / name, tmp_path / "ours")
+
+
+def test_a_folder_that_is_no_webdataset_has_no_index_to_delete(tmp_path):
+    (tmp_path / "images").mkdir()
+    for folder in (tmp_path / "images", tmp_path / "gone"):
+        with pytest.raises(DataError, match=f"{folder}: no WebDataset in it") as error:
+            read_meta(folder)
+        assert "delete" not in error.value.fix

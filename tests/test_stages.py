@@ -99,6 +99,6 @@ def test_lora_trains_parts_that_are_trained_beside_weights_that_are_kept(at_root
     assert len(low) == 1 and "lr 1e-05 is low for LoRA" in low[0]
     with pytest.raises(SettingsError, match="lora_modules: language_model is not trained") as refused:
         load_settings("agriculture", {"lora_rank": 8, "stage": "align"})
-    assert refused.value.fix == "add language_model to trainable_modules"
+    assert refused.value.fix == "add language_model to trainable_modules, or lora_modules: [adapter]"
     with pytest.raises(SettingsError, match="lora_rank: load is random"):
         load_settings("agriculture", {"lora_rank": 8, "load": "random"})

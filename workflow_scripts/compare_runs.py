@@ -4,6 +4,7 @@ make compare RUNS=stage2_sft_vqa,stage2_sft_vqa_lr5e-06
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from llava_sft.data.stored import read_split
@@ -33,7 +34,8 @@ def main() -> None:
         "--language", choices=["auto", "en", "zh"], help="of the page (what the first run's settings say)"
     )
     args = parser.parse_args()
-    folders = [name if name.is_dir() else args.exp_dir / name for name in map(Path, filter(None, args.runs.split(",")))]
+    names = filter(None, map(str.strip, re.split("[,，]", args.runs)))
+    folders = [name if name.is_dir() else args.exp_dir / name for name in map(Path, names)]
     if not 2 <= len(set(folders)) == len(folders) <= COLOURS:
         raise RunError(
             f"RUNS={args.runs}: two to {COLOURS} different runs", "make compare RUNS=stage2_sft_a,stage2_sft_b"

@@ -98,7 +98,7 @@ def refuse_others_folder(direction: str, target: Path, source: Path) -> None:
 def export_peft(args: argparse.Namespace) -> None:
     from llava_sft.checkpoint.adapters import write_peft
 
-    source = existing_checkpoint(Path(args.source))
+    source = trained_checkpoint(args.source)
     sidecars = args.sidecars or source.parent / SIDECARS
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
     base = write_peft(source, args.target, model, args.base)
@@ -107,6 +107,17 @@ def export_peft(args: argparse.Namespace) -> None:
         print(
             f"warning: PEFT cannot load {base}; name a Hugging Face folder (mcore2hf makes one) or a hub id with --base"
         )
+
+
+def trained_checkpoint(name: str) -> Path:
+    """The checkpoint folder of a run, or the converted one. Raises CheckpointError."""
+    source = existing_checkpoint(Path(name))
+    if not (source / ".metadata").is_file():
+        raise CheckpointError(
+            f"{name}: no torch_dist checkpoint in it (no .metadata)",
+            "name a run directory, one of its iter_ folders, or a converted folder; others are converted by hf2mcore first",
+        )
+    return source
 
 
 def merge_adapters(args: argparse.Namespace) -> None:
@@ -198,7 +209,7 @@ def to_megatron(args: argparse.Namespace) -> dict:
 
 def to_hugging_face(args: argparse.Namespace) -> dict:
     """The marker of the export, made anew only where what it depends on has changed."""
-    source = existing_checkpoint(Path(args.source))
+    source = trained_checkpoint(args.source)
     sidecars = args.sidecars or source.parent / SIDECARS
     limits = limits_of(source, sidecars, args)
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
@@ -291,8 +302,9 @@ def named_model(args: argparse.Namespace) -> ModelConfig | None:
 
 def model_of_folder(folder: Path) -> ModelConfig:
     """The sizes that config.json says."""
+    config = read_hf_config(folder)
     try:
-        return model_of_config(read_hf_config(folder), folder.name)
+        return model_of_config(config, folder.name)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error.problem}", f"--model MODEL; or: {error.fix}") from None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 DISK_FULL = re.compile(r".*(disk is full|No space left on device|inline_container\.cc:\d+\] \. unexpected pos).*")
 MORE_SPACE = (
@@ -163,6 +164,8 @@ def of_file(error: OSError) -> SftError:
         return SftError(f"{what}: {dead}", MEND_LINK)
     if error.errno == errno.ENOENT:
         return SftError(what, "check the path, or restore it; what this workflow made, the same command makes again")
+    if error.errno in IN_THE_WAY:
+        return SftError(what, "name another place, or move what is there elsewhere")
     return SftError(what, "restore it, or remove it if this workflow made it: the same command makes it again")
 
 

@@ -23,7 +23,7 @@ import psutil
 
 from llava_sft.errors import INTERRUPTED, SettingsError, exits_cleanly
 from llava_sft.programs import ask
-from llava_sft.training.slurm import ASK_SLURM, ask_slurm
+from llava_sft.training.slurm import ASK_SLURM, MY_JOBS, ask_slurm
 
 _held = None  # keeps the shared lock for the life of the process
 
@@ -114,7 +114,7 @@ def running_scripts() -> list[psutil.Process]:
 
 GAVE_JOBS = Path(".snakemake/slurm_jobs")  # there from the first job for Slurm until it is seen that none is left
 # Of each job: number, state, comment (the plugin puts the rule there), working directory.
-SQUEUE = ("squeue", "--me", "--noheader", "--format=%A|%T|%k|%Z")
+SQUEUE = ("squeue", *MY_JOBS, "--noheader", "--format=%A|%T|%k|%Z")
 
 
 def jobs_left(listing: str) -> list[str]:

@@ -123,8 +123,10 @@ class Workflow(Experiments):
         @exits_cleanly
         def files(wildcards) -> list[Path]:
             paths = self.paths(experiment)
-            elsewhere = bool(self.cluster) or self.jobs_run() != "here"
-            check_inputs(paths, trains=step not in ("data", "inspect"), elsewhere=elsewhere)
+            elsewhere, trains = bool(self.cluster) or self.jobs_run() != "here", step not in ("data", "inspect")
+            if trains and self.cluster:
+                _require_gpus_said(paths.settings)
+            check_inputs(paths, trains, elsewhere=elsewhere)
             # Named here too: Snakemake does not miss a deleted file in the middle of a finished chain.
             shards = [paths.webdatasets / f"{name}.tar" for name in paths.shards]
             return [*shards, getattr(paths, STEPS[step][0])]
@@ -250,6 +252,14 @@ class Workflow(Experiments):
         words = [settings.load, "--model", settings.model]
         words += [f"--part={part}={source}" for part, source in with_old_names(settings.load_parts).items()]
         return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
+
+
+def _require_gpus_said(settings: Settings) -> None:
+    if settings.gpus_per_node == "auto":
+        raise SettingsError(
+            "gpus_per_node is auto, and the profile does not say what that is on the cluster",
+            "auto_gpus_per_node beside auto_nodes in the profile: the GPUs of a node, 0 to train on CPUs",
+        )
 
 
 def _nodes_started(values: dict[str, str]) -> dict[str, str]:

@@ -40,6 +40,14 @@ def right_name(name: str) -> str:
     return (f"did you mean {path.parent / near}? " if near else "") + f"load: {CHOICES}"
 
 
+def right_tokenizer(folder: Path) -> str:
+    """The fix for a `tokenizer` that is none."""
+    if folder.name == "tokenizer.json":
+        return f"tokenizer: {folder.parent}"
+    on_hub = "hf download org/name --exclude '*.safetensors' --local-dir FOLDER"
+    return f"tokenizer: the Hugging Face folder of the model; of one on the hub: {on_hub}"
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder looks like one that `load` takes."""
     if ITERATION.fullmatch(folder.name):

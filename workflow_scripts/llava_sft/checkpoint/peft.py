@@ -47,6 +47,11 @@ class Adapter(NamedTuple):
     @classmethod
     def of(cls, folder: Path) -> "Adapter":
         """Raises CheckpointError for a damaged folder, and for what PEFT has and is not read here."""
+        if not (folder / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{folder}: no PEFT folder (no {ADAPTER} in it)",
+                f"name one; of a run with LoRA: convert_checkpoint.py mcore2peft {folder} ADAPTER",
+            )
         config, weights = read_object(folder / ADAPTER), folder / ADAPTER_WEIGHTS
         base, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
         for key, value in sorted(config.items()):
@@ -69,6 +74,12 @@ class Adapter(NamedTuple):
         header, about = read_header(weights)
         if others := [name for name in header if not name.startswith(PREFIX)]:
             raise CheckpointError(f"{weights}: {others[0]} is not a tensor of a PEFT adapter", "copy the file again")
+        if whole := [name for name in header if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+            raise CheckpointError(
+                f"{weights}: {len(whole)} tensors are no pairs of linear layers, the first is {whole[0]}: adapters of this kind "
+                "are not supported",
+                merging(folder, base, by_peft=True),
+            )
         pairs = {canonical(name.removeprefix(PREFIX)): entry for name, entry in header.items()}
         if config.get("use_rslora"):
             alpha *= rank**0.5

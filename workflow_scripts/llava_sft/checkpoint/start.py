@@ -21,7 +21,7 @@ from llava_sft.checkpoint.hf_folder import (
     refuse_pointer,
     require_weights,
 )
-from llava_sft.checkpoint.nearby import CHOICES, right_name
+from llava_sft.checkpoint.nearby import CHOICES, right_name, right_tokenizer
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.verify import MARKER, content_of, require_whole
 from llava_sft.errors import READABLE, CheckpointError, shown
@@ -203,13 +203,16 @@ def newest_checkpoint(folder: Path) -> Path:
 
 def existing_checkpoint(folder: Path) -> Path:
     """`newest_checkpoint`, or CheckpointError where there is no such folder."""
+    if not folder.is_dir():
+        near = sorted(path for path in folder.parent.glob("iter_*") if path.is_dir())
+        what = "a run directory, one of its iter_ folders, or a converted folder"
+        raise CheckpointError(f"{folder}: no such folder", f"name {near[-1] if near else what}")
     others = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
     if others and not _has_tracker(folder):
         raise CheckpointError(f"{folder / TRACKER}: missing", f"name {folder / others[-1]} itself")
     found = newest_checkpoint(folder)
     if not found.is_dir():
-        named = _has_tracker(folder)
-        what = f"{folder / TRACKER} names {found.name}, which is not there" if named else f"{found}: no such folder"
+        what = f"{folder / TRACKER} names {found.name}, which is not there"
         raise CheckpointError(what, f"name {folder / others[-1]} itself" if others else "copy the folder again")
     return found
 
@@ -241,9 +244,7 @@ def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | 
     if not load:
         raise CheckpointError("load is empty: nothing to start from", f"load: {CHOICES}")
     if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"tokenizer: {tokenizer}: no tokenizer.json in it", "tokenizer: the Hugging Face folder of the model"
-        )
+        raise CheckpointError(f"tokenizer: {tokenizer}: no tokenizer.json in it", right_tokenizer(tokenizer))
     if kind == "random" and tokenizer is None:
         raise CheckpointError(
             "load: random, and no tokenizer", "tokenizer: a Hugging Face folder to take config and tokenizer from"

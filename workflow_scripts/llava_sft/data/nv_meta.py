@@ -105,6 +105,10 @@ def split_counts(metas: Collection[Meta]) -> dict[str, Split]:
 def read_meta(folder: Path) -> Meta:
     """Errors: DataError when a file of `.nv-meta` is missing, or holds anything that is not known."""
     meta = folder / NV_META
+    if not meta.is_dir() and not next(folder.rglob("*.tar"), None):
+        raise DataError(
+            f"{folder}: no WebDataset in it", "name a webdatasets folder: EXP_DIR/data/X/webdatasets, X the experiment"
+        )
     for name in (".info.json", "split.yaml", "dataset.yaml"):
         if not (meta / name).is_file():
             raise DataError(f"{meta / name} is missing", REINDEX)

@@ -164,7 +164,8 @@ def load_model_config(path: Path | str) -> ModelConfig:
     """Read one of `config/models/*.yaml`. Raises SettingsError with the file, key, value and rule."""
     path = Path(path)
     if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        folder = path.parent if any(path.parent.glob("*.yaml")) else Path("config/models")
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
         meant = f"did you mean {near}? " if (near := nearest(path.stem, known)) else ""
         raise SettingsError(
             f"model: {path.stem}: no file {path}",

@@ -57,7 +57,10 @@ def check_combinations(settings: Settings) -> None:
 
 def _check_lora(settings: Settings) -> None:
     if frozen := [part for part in settings.lora_modules if part not in settings.trainable_modules]:
-        raise Conflict("lora_modules", f"{frozen[0]} is not trained", f"add {frozen[0]} to trainable_modules")
+        trained = f"lora_modules: [{', '.join(settings.trainable_modules)}]"
+        raise Conflict(
+            "lora_modules", f"{frozen[0]} is not trained", f"add {frozen[0]} to trainable_modules, or {trained}"
+        )
     if settings.load == "random":
         raise Conflict(
             "lora_rank", "load is random, and the random base of the adapter would not be kept", "load: a trained model"

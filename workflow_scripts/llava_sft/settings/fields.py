@@ -15,7 +15,10 @@ Rate = Annotated[float, Field(gt=0)]  # `1e-5` too, which is text to YAML
 NonNegative = Annotated[float, Field(ge=0)]
 # Of the model, each once and in one order: the same parts are the same run.
 Parts = Annotated[list[Part], Field(min_length=1), AfterValidator(lambda parts: sorted(set(parts), reverse=True))]
-Trackers = tuple[Literal["wandb", "swanlab", "mlflow", "trackio"], ...]
+Trackers = Annotated[
+    tuple[Literal["wandb", "swanlab", "mlflow", "trackio"], ...],
+    AfterValidator(lambda names: tuple(dict.fromkeys(names))),
+]
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=100)]
 
 

@@ -31,6 +31,9 @@ from llava_sft.settings.yaml_file import read_yaml
 
 CONFIG_DIR = Path("config")
 
+PATHS = (
+    "exp_dir", "raw_data", "heldout_data", "image_root", "sources", "webdatasets", "load", "load_parts", "tokenizer", "vllm_python",
+)  # fmt: skip
 NAME_RULE = "letters, digits, . _ - and at most 100 bytes, beginning with a letter, a digit or _"
 
 
@@ -71,9 +74,8 @@ def load_settings(
             f"{origin['experiment']}: experiment is no setting", "remove it: the name of the file is the name"
         )
     values["experiment"] = experiment
-    for key in ("raw_data", "heldout_data", "image_root", "webdatasets", "load", "tokenizer"):
-        if isinstance(values.get(key), str):
-            values[key] = values[key].replace("{exp_dir}", str(values.get("exp_dir")))
+    for key in PATHS[1:]:
+        values[key] = _filled(values.get(key), str(values.get("exp_dir")))
     for key, value in values.items():
         if rule := _impossible(key, value):
             problem = f"{origin.get(key, experiment_file)}: {shown(key)[1:-1]}: {shown(value)}: {rule}"
@@ -88,6 +90,15 @@ def load_settings(
     except Conflict as conflict:
         raise _placed(conflict, settings) from None
     return settings
+
+
+def _filled(value: Any, exp_dir: str) -> Any:
+    """A path, or what holds several, with the value of {exp_dir} in its place."""
+    if isinstance(value, dict):
+        return {key: _filled(each, exp_dir) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled(each, exp_dir) for each in value]
+    return value.replace("{exp_dir}", exp_dir) if isinstance(value, str) else value
 
 
 def _layers(experiment_file: Path, overrides: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -141,6 +152,10 @@ def _impossible(key: str, value: Any) -> str | None:
         return None
     if re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
         return "a control character in it"
+    if key in PATHS and re.match("~|.*[$][{]?[A-Za-z_]", value) and not os.path.lexists(value):
+        return "~ and $NAME stay as they are: no shell reads settings"
+    if key in PATHS and value != value.strip():
+        return "a blank at its beginning or end"
     if key not in ("caption_prompt", "columns") and len(value) > 1 and {value[0], value[-1]} <= set(QUOTES):
         return "its quotes are part of the value: YAML does not read them as quotes"
     if len(value) > 2000 or any(len(part.encode()) > 240 for part in value.split("/")):

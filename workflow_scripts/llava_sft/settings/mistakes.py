@@ -4,6 +4,7 @@ Notable: what may have been meant is guessed by one list of transformations, who
 where the settings take it, so that the fix is never a second mistake.
 """
 
+import os
 import re
 import shlex
 import unicodedata
@@ -36,14 +37,24 @@ OTHER_NAMES = {
     "eval_data": "heldout_data", "val_data": "heldout_data", "image_folder": "image_root", "image_dir": "image_root",
     "output_dir": "exp_dir", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_eps", "wd": "weight_decay",
     "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "num_gpus": "gpus_per_node", "gpus": "gpus_per_node",
-    "lora_r": "lora_rank", "r": "lora_rank", "gradient_checkpointing": "recompute_language",
+    "lora_r": "lora_rank", "r": "lora_rank", "lora": "lora_rank", "use_lora": "lora_rank", "lora_enable": "lora_rank",
+    "train_type": "lora_rank", "tuner_type": "lora_rank", "finetuning_type": "lora_rank", "lora_target": "lora_modules",
+    "lora_target_modules": "lora_modules", "target_modules": "lora_modules", "freeze_vit": "trainable_modules",
+    "freeze_llm": "trainable_modules", "freeze_aligner": "trainable_modules", "freeze_vision_tower": "trainable_modules",
+    "freeze_language_model": "trainable_modules", "modules_to_save": "trainable_modules", "precision": "bf16", "fp16": "bf16",
+    "dtype": "bf16", "torch_dtype": "bf16", "mixed_precision": "bf16", "lr_warmup_iters": "lr_warmup_fraction",
+    "gradient_accumulation_steps": "global_batch_size", "save_total_limit": "keep_last", "report_to": "trackers",
+    "val_size": "val_fraction", "split_dataset_ratio": "val_fraction", "attn_impl": "attention", "flash_attn": "attention",
+    "gradient_checkpointing": "recompute_language",
     "max_image_pixels": "max_pixels",
 }  # fmt: skip
-# Of the parts of the model, as other trainers call them.
+# Of the parts of the model, and of languages, as others call them.
 OTHER_VALUES = {
     **dict.fromkeys(("llm", "language", "text", "lm", "llm_model"), "language_model"),
     **dict.fromkeys(("vit", "vision", "visual", "vision_tower", "vision_encoder", "image_encoder"), "vision_model"),
     **dict.fromkeys(("projector", "merger", "aligner", "mlp", "connector"), "adapter"),
+    **dict.fromkeys(("中文", "cn", "zh_cn", "zh-cn", "chinese"), "zh"),
+    **dict.fromkeys(("en_us", "en-us", "english"), "en"),
 }
 QUOTES = "\"'`“”„‟‘’‚‛«»「」"
 MINUS = str.maketrans("−–—‐‑", "-----")
@@ -154,7 +165,7 @@ def _guesses(key: str, value: Any) -> Iterator[Any]:
     if isinstance(value, str):
         plain = unquoted(value)
         yield from _numbers(key, plain)
-        yield plain
+        yield os.path.expandvars(os.path.expanduser(plain))
         words = [unquoted(word) for word in re.split(r"[,;、\s]+", plain.strip("[](){}")) if word]
         yield from filter(None, [_choice(plain, choices)])
         if words == ["all"]:

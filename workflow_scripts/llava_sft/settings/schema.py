@@ -59,9 +59,11 @@ class Where(Section):
     @field_validator("exp_dir")
     @classmethod
     def _a_folder_for_rules(cls, exp_dir: Path) -> Path:
-        """Snakemake reads braces as wildcards, scripts a dash as an option, and no shell expands a `~`."""
-        if re.search(r"[{}]", str(exp_dir)) or str(exp_dir)[0] in "-~":
-            raise ValueError("a folder without braces that begins neither with - nor with ~")
+        """Snakemake reads braces as wildcards and drops `./`, scripts a dash as an option, and no shell expands a `~`."""
+        if re.search(r"[{}\\]|^\w+:/|^[-~]|^[./]$", str(exp_dir)):
+            raise ValueError(
+                "a folder on a disk, not . or /, without braces and backslashes, that begins neither with - nor with ~"
+            )
         return exp_dir
 
 

@@ -79,8 +79,13 @@ def _of_yaml(path: Path, text: str, error: yaml.YAMLError) -> tuple[str, str]:
     elif mark and (problem == "mapping values are not allowed here" or "document start" in str(problem)):
         last = min(mark.line, len(lines) - 1)  # it may lie behind the last line
         first = _run_of(lines, last)
-    if slip := _slip(lines, first, last):
+    if slip := _slip(lines, first, last) or (mark and _step_in(lines, mark.line)):
         return f"{path}: {slip[0]}", slip[1]
+    if mark and "escape" in str(problem):
+        return (
+            f"{path}: line {mark.line + 1}: between double quotes a backslash begins an escape",
+            "use single quotes there",
+        )
     if opened and (what := next((name for kind, name in OPENED.items() if kind in context), None)):
         line = f"line {opened.line + 1}, column {opened.column + 1}"
         return (
@@ -89,7 +94,7 @@ def _of_yaml(path: Path, text: str, error: yaml.YAMLError) -> tuple[str, str]:
         )
     where = f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(error)
     reason = " ".join(where.split())[:400]
-    fix = "mend that line; a value with one of : # * & ! @ % ` [ { in it goes in quotes"
+    fix = "mend that line: one setting a line; a value with one of : # * & ! @ % ` [ { in it goes in quotes"
     return f"{path}: not valid YAML: {reason}", "indent with spaces, not with tabs" if "\\t" in reason else fix
 
 
@@ -104,6 +109,20 @@ def _run_of(lines: list[str], last: int) -> int:
     return first
 
 
+def _step_in(lines: list[str], number: int) -> tuple[str, str] | None:
+    """What is said where a setting begins elsewhere than the one above it: (problem, fix)."""
+    settings = [line for line in lines[: number + 1] if re.match(r"[\s-]*[A-Za-z_]\w*:(\s|$)", line)]
+    if len(settings) < 2 or number >= len(lines) or settings[-1] is not lines[number]:
+        return None
+    above, line = settings[-2:]
+    if re.match("[ -]*", above)[0].replace("-", " ") == re.match(" *", line)[0] or above.rstrip().endswith(":"):  # type: ignore[index]
+        return None
+    return (
+        f"line {number + 1}: {shown(line.rstrip())}: indented otherwise than {shown(above.rstrip())}, the setting above it",
+        "indent them alike: settings begin at the start of a line",
+    )
+
+
 def _slip(lines: list[str], first: int, last: int) -> tuple[str, str] | None:
     """The first of lines [first, last) that is a setting to people alone: (problem, fix)."""
     for number, line in enumerate(lines[first:last], first + 1):
@@ -115,6 +134,12 @@ def _slip(lines: list[str], first: int, last: int) -> tuple[str, str] | None:
                 else "needs a space behind its colon"
             )
             return f"line {number}: {shown(line.strip())}: a setting {rule}", f"{name}: {shown(value)[1:-1]}"
+        if re.match(r"\s*-\w", line):
+            entry = line.strip()
+            return (
+                f"line {number}: {shown(entry)}: an entry needs a space behind its dash",
+                f"- {shown(entry[1:])[1:-1]}",
+            )
     return None
 
 

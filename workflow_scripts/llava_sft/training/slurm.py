@@ -2,6 +2,7 @@
 
 import os
 import platform
+import pwd
 import re
 import shutil
 import subprocess
@@ -15,7 +16,14 @@ from llava_sft.programs import Answer, ask
 REQUEUE_WITHIN_S = 600  # a job that asked to be queued again and still runs after this gives up
 ANSWERS_WITHIN_S = 60
 TRIED_FOR_S = 30
-STATUS = {"sacct": ("-X", "--noheader", "--starttime=now"), "squeue": ("--me", "--noheader")}
+try:
+    MY_JOBS = (f"--user={pwd.getpwuid(os.getuid()).pw_uid}",)  # squeue before 20.02 knows no --me
+except KeyError:  # in a container, say: squeue takes no number without a name
+    MY_JOBS = ("--me",)
+STATUS = {"sacct": ("-X", "--noheader", "--starttime=now"), "squeue": (*MY_JOBS, "--noheader")}
+DEFINITE = re.compile(
+    "accounting storage is disabled|unrecognized option|invalid option"
+)  # asked again, it says the same
 PROFILE = "profiles/slurm/config.yaml"
 ASK_SLURM = "check `scontrol ping`: if it says UP, run the same command again; if DOWN, ask whoever runs the cluster"
 
@@ -49,7 +57,7 @@ def ask_slurm(*command: str) -> Answer:
     """The answer of a Slurm command, asked again for half a minute: a busy controller does not always give one."""
     until = time.monotonic() + TRIED_FOR_S
     while (answer := ask(*command, seconds=ANSWERS_WITHIN_S)).trouble and shutil.which(command[0]):
-        if time.monotonic() > until:
+        if time.monotonic() > until or DEFINITE.search(answer.trouble):
             break
         time.sleep(3)
     return answer
