@@ -45,6 +45,8 @@ READ = {
     "a word under media of a turn": ({"messages": [Q | {"media": "twitter"}, A]}, {}, [Q, A], []),
     "the first of two pictures": ({"image_2": "b.png", **PICTURED}, {"image": "image"}, SEEN, ["a.png"]),
     "boxes as JSON": ({"messages": [Q, A | {"content": '[{"bbox_2d": [1, 2], "label": "leaf"}]'}]}, {}, [Q, A | {"content": '[{"bbox_2d": [1, 2], "label": "leaf"}]'}], []),
+    "a caption by its key": ({"image": "a.png", "caption": "Green.", "question_id": 1}, {}, CAPTION, ["a.png"]),
+    "a name of letters alone": ({"img": "leaf", **PAIR}, {}, SEEN, ["leaf"]),
     "one earlier text": ({"history": ["x"], **PAIR}, {}, [Q, A], []),
     "several findings": ({"history": ["cough", "fever"], **PAIR}, {"question": "question", "answer": "answer"}, [Q, A], []),
     "a talkative caption": ({"image": "a.png", "text": "A sign: model: T"}, {}, [CAPTION[0], {"role": "assistant", "content": "A sign: model: T"}], ["a.png"]),

@@ -21,9 +21,9 @@ CONTEXT = ("context", "passage", "paragraph", "hint")  # of SQuAD, Dolly, BoolQ,
 
 def check_caption(record: dict[str, Any], caption: str, names: dict[str, list[str]]) -> None:
     """Raise `Rejected` for a text, under the key `caption`, that may be no caption; `names`: of the record's keys, plain."""
-    if "label" in names or "questionid" in names:
-        label = names.get("label", ["KEY"])[0]
-        found = label if "label" in names else names["questionid"][0]
+    asked = names.get("questionid") if plain(caption) in ("text", "txt") else None
+    if beside := names.get("label") or asked:
+        label, found = names.get("label", ["KEY"])[0], beside[0]
         settle = f"columns: {{caption: {caption}}}, or {{question: {caption}, answer: {label}}}"
         raise Rejected("keys of several forms", f"{caption}, {found}: a caption, or a question? Say which, {settle}")
     text = record[caption]

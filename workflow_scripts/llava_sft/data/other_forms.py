@@ -34,6 +34,7 @@ IMAGE_KEYS = re.compile(
     r"(image|img|picture|photo|media|screenshot)s?(path|file|filename|name|url|uri|list|byte|data|base64|base64str|b64)?s?|jpe?g|png|webp"
 )
 NUMBERED_KEYS = re.compile(r"(image|img|picture|photo)[0-9]+")  # of several pictures
+WORD_KEYS = re.compile(r"(media|photo|picture|screenshot)s?")  # of those: where a post is from, whose photo it is
 FILE_KEYS = re.compile(r"file(name|path)?")  # of a folder of images with a table: where they name a picture
 PICTURE_NAME = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE | re.DOTALL)
 UNSUPPORTED = {
@@ -221,15 +222,15 @@ def _is_image(name: str, value: Any) -> bool:
         return isinstance(value, str) and bool(PICTURE_NAME.fullmatch(value))
     if not kind or isinstance(value, int | float):
         return False
-    return not isinstance(value, str) or kind == "image" or not value.replace(" ", "").isalpha()  # a word is no file
+    return kind == "image" or not isinstance(value, str) or not value.replace(" ", "").isalpha()
 
 
 @lru_cache(4096)
 def _image_key(name: str) -> str:
-    """Whether a plain name is of pictures: "image", "like image", or "file"; empty for others."""
+    """What stands under a plain name: an "image", an "image or word", a "file" of any kind; empty for others."""
     if FILE_KEYS.fullmatch(name):
         return "file"
-    return "" if not IMAGE_KEYS.fullmatch(name) else "image" if name in ("image", "images") else "like image"
+    return "" if not IMAGE_KEYS.fullmatch(name) else "image or word" if WORD_KEYS.fullmatch(name) else "image"
 
 
 def counts_in_loss(turn: dict[str, Any], role: str, number: int, unread: Unread) -> bool:
