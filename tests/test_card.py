@@ -68,6 +68,18 @@ def test_a_card_says_the_same_from_every_folder(export, tmp_path, monkeypatch):
         assert (export / CARD).read_text() == before, folder
 
 
+@pytest.mark.parametrize("to_nowhere", [False, True])
+def test_a_card_that_knows_nothing_of_the_training_says_what_it_lacks(export, to_nowhere, capsys):
+    (export.parent / "resolved.json").unlink()
+    run_file = Path("output/stage2_sft_vqa/run.json")
+    run_file.unlink()
+    if to_nowhere:
+        run_file.symlink_to("nowhere")
+    assert write_card(export)
+    assert capsys.readouterr().out == f"{run_file} is not there: the model card says nothing of the training\n"
+    assert "Not recorded." in (export / CARD).read_text()
+
+
 @pytest.mark.parametrize(
     "name", ["stage2_sft_x", "医学", "a'b", 'a"b', "a b", "a`b", "$(b)", "a\\nb", "<b>", "{{ a }}", "."]
 )

@@ -41,6 +41,14 @@ def raw(tmp_path) -> Raw:
     return raw
 
 
+def test_statistics_of_a_shard_that_are_gone_are_missed(raw):
+    statistics, *_ = raw.parts.glob("*.stats.json")
+    statistics.unlink()
+    report, _ = inspect_webdataset(raw.wds, raw.parts)
+    (problem,) = report["problems"]
+    assert problem["check"] == "shards" and f"{statistics} is missing" in problem["what"]
+
+
 def test_a_whole_set_is_whole_and_counted(raw):
     dataset = index_webdataset(raw.wds, raw.parts, max_reject_fraction=1)
     report, gallery = inspect_webdataset(raw.wds, raw.parts, dataset)

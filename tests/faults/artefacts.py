@@ -72,7 +72,7 @@ def artefacts(project: Path, known: dict[str, tuple] | None = None, timed: bool 
 def digest(path: Path, name: str, timed: bool) -> str:
     data = path.read_bytes()
     with contextlib.suppress(ValueError, sqlite3.Error, KeyError):
-        if path.suffix == ".json":
+        if path.suffix in (".json", ".answers"):
             data = json.dumps(steady(json.loads(data)), sort_keys=True).encode()
         elif path.suffix == ".jsonl":
             data = json.dumps([steady(json.loads(line)) for line in data.decode().splitlines()]).encode()
@@ -104,7 +104,12 @@ def tensors(shard: Path) -> bytes:
 
 def steady(value):
     if isinstance(value, dict):
-        return {key: steady(each) for key, each in value.items() if key not in VOLATILE}
+        # A model is named by the fingerprint of its export, which is made of dates.
+        return {
+            key: steady(each)
+            for key, each in value.items()
+            if key not in VOLATILE and not (key == "model" and isinstance(each, str))
+        }
     return [steady(each) for each in value] if isinstance(value, list) else value
 
 

@@ -37,7 +37,8 @@ RULES = {
     "convert_checkpoint_mcore2hf": (("convert_checkpoint.py", "mcore2hf"), f"{RESULTS}/export.done.json",
                                     (f"{RESULTS}/huggingface", f"{RESULTS}/export.done.json")),
     "evaluate": (("evaluate.py",), f"{RESULTS}/evaluation.json", (f"{RESULTS}/evaluation.json", f"{RESULTS}/.evaluation.json*")),
-    "report": (("report.py",), f"{RESULTS}/report.html", (f"{RESULTS}/report.html",)),
+    # The model card too: made with the export, and again once the scores are known.
+    "report": (("report.py",), f"{RESULTS}/report.html", (f"{RESULTS}/report.html", f"{RESULTS}/huggingface/README.md")),
 }  # fmt: skip
 
 

@@ -75,6 +75,8 @@ def render(export: Path, model_id: str) -> str:
     # The first has the newest licence, the second is there for an export by hand.
     notes = [path for path in (results / RESOLVED, run_dir / RUN_FILE) if trained and path.is_file()]
     run = Resolved.read(notes[0]) if notes else None
+    if trained and not run:
+        print(f"{run_dir / RUN_FILE} is not there: the model card says nothing of the training")
     base = (run and run.settings.base_model) or (run and base_model(run.start, root)) or merged_into(marker)
     started = Path(split_id(run.start.load)[0]).name if run else marker.get("base", "a checkpoint that is not recorded")
     metadata = {
