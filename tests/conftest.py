@@ -30,6 +30,9 @@ for number, default in {
 }.items():
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
+# What `make test` gives to a make below it: one that a test starts is to be as a user's.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "ARGS"):
+    os.environ.pop(name, None)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 

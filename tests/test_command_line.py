@@ -109,7 +109,7 @@ def test_under_make_too_the_last_line_is_the_mistakes_own(tmp_path, flags, ignor
     """A shell script that ends its line with `&` has what it starts ignore SIGQUIT."""
     command = make_with(tmp_path, "printf 'error: lr: 7\\n  fix: lr: 1e-5\\n' >&2; exit 1", *flags, "train_vqa")
     command = ["bash", "-c", f'{ignored}exec "$@"', "bash", *command]
-    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == code and ended.stderr.endswith(last), ended.stderr
 
 
@@ -136,7 +136,7 @@ def test_ctrl_c_ends_the_shells_loop_too_when_every_recipe_has_ended(tmp_path, s
     child, terminal = pty.fork()
     if not child:
         os.chdir(ROOT)
-        os.execvpe("bash", ["bash", "-c", script, "bash", *command], os.environ | {"MAKEFLAGS": ""})
+        os.execvp("bash", ["bash", "-c", script, "bash", *command])
     said, pressed, began = "", False, 1 + ("-j2" in script)
     with open(terminal, "rb", 0) as reader:
         try:
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_the_shells_loop_too_when_every_recipe_has_ended(tmp_path, s
 )
 def test_a_supervisors_sigterm_to_make_alone_ends_what_it_runs_and_waits_for_it(tmp_path, steps):
     command = make_with(tmp_path, SAVES, *steps)
-    made = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"MAKEFLAGS": ""}, stdout=subprocess.PIPE, text=True)
+    made = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     began = [made.stdout.readline() for _ in range(1 + ("-j2" in steps))]
     time.sleep(0.5)  # in the first milliseconds of a recipe bash may die without its trap
     made.terminate()
