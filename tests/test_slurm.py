@@ -341,5 +341,5 @@ def test_a_failed_job_shows_the_end_of_its_log_and_the_path(cluster, here):
         os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
     code, output = snakemake(here, "--profile", "slurm", trained("broken"), "--config", *SMALL, "run_tag=broken")
     assert code != 0
-    assert "output/logs/train/stage2_sft_vqa_broken.log" in output
+    assert re.search(r"output/logs/(measure_webdataset|train)/stage2_sft_vqa_broken\.log", output)
     assert re.search(r"error: .*subtaskdata-\d+\.tar", output)
