@@ -56,9 +56,10 @@ def inspect_webdataset(
         notes = notes_dir / folder.relative_to(wds_dir) if notes_dir else None
         paths = sorted(notes.glob("*.stats.json")) if notes else []
         shards = [read_stats(path) for path in paths if f"{path.name.removesuffix('.stats.json')}.tar" in tars]
+        uncounted = set(tars) - {f"{stats['shard']}.tar" for stats in shards}
         for listed in sorted(notes.glob("*.samples.jsonl")) if notes else []:
             shard = listed.name.removesuffix(".samples.jsonl")
-            if f"{shard}.tar" in tars and shard not in {stats["shard"] for stats in shards}:  # its counts are lacking
+            if f"{shard}.tar" in uncounted:
                 lost = listed.with_name(f"{shard}.stats.json")
                 findings.problem(SHARDS, f"{shard}.tar", f"{lost} is missing: delete the tar and convert again")
         _Inspection(folder, tars, shards, findings).run()
