@@ -1,5 +1,6 @@
 """Fits preflight's factors to the recorded runs, rows of results/preflight.json; see preflight.py."""
 
+import json
 from collections.abc import Collection
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from scipy.optimize import nnls
 from llava_sft.files import read_json, write_json
 from llava_sft.machine import GIB, Machine
 from llava_sft.model.config import load_model_config
-from llava_sft.preflight.cost import MicroBatch, stages, state_bytes
+from llava_sft.preflight.cost import MicroBatch, host_seconds, stages, state_bytes
 from llava_sft.preflight.predict import (
     FACTORS,
     Calibration,
@@ -24,6 +25,7 @@ from llava_sft.preflight.predict import (
 from llava_sft.settings.resolve import ResolvedSettings
 from results import RESULTS, ROOT
 
+HOST_BOUND = 1.1  # a step that takes no longer than the host, by so much, is limited by it
 ENOUGH_RUNS, ENOUGH_FP8 = 8, 4  # of one device, and of them in FP8 on a GPU: from fewer no factor is sure
 
 
@@ -41,7 +43,11 @@ def recorded() -> tuple[Recorded, ...]:
     by_settings: dict[str, dict[str, Any]] = {}
     for row in read_json(RESULTS / "preflight.json", {"rows": []})["rows"]:
         if row["metric"] in ("peak_memory_gib", "step_s"):
-            by_settings.setdefault(row["settings"]["run"], {"settings": row["settings"]})[row["metric"]] = row["value"]
+            settings = row["settings"]
+            same = json.dumps(
+                [settings[name] for name in ("run", "mean", "largest")]
+            )  # measured again, the later holds
+            by_settings.setdefault(same, {"settings": settings})[row["metric"]] = row["value"]
     return tuple(_recorded(**run) for run in by_settings.values())
 
 
@@ -63,7 +69,10 @@ def calibrate(runs: Collection[Recorded]) -> Calibration:
         state = sum(state_bytes(run.case.model, run.case.values, fullest).values()) / GIB
         rest = max(run.memory_gib - state, 0.0)
         memory.append(([term / run.memory_gib for term in memory_terms(run.case, fullest)], rest / run.memory_gib))
-        time.append(([term / run.step_s for term in time_terms(run.case, slowest)], 1.0))
+        if run.step_s > HOST_BOUND * host_seconds(
+            run.case.model, run.case.values, run.case.mean, slowest
+        ):  # else it tells nothing of the GPU
+            time.append(([term / run.step_s for term in time_terms(run.case, slowest)], 1.0))
     return Calibration(_fit(memory), _fit(time), len(runs), sorted({run.case.machine.device for run in runs}))
 
 

@@ -125,8 +125,9 @@ class Cases:
             steps = [self.timed_step(case, case.get("profile") and step == last) for step in range(case["steps"])]
         except torch.OutOfMemoryError as error:
             return case | {"out_of_memory": str(error).splitlines()[0]}
-        if "attention" in case:  # the library may have failed
-            case |= {"attention": "flash4" if flash4.wanted(False) and flash4.wanted(True) else "cudnn"}
+        in_use = "flash4" if flash4.wanted(False) and flash4.wanted(True) else "cudnn"  # the library may have failed
+        if "attention" in case or in_use == "flash4":
+            case |= {"attention": in_use}
         return case | {
             "steps": steps,
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,

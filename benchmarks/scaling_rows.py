@@ -79,6 +79,9 @@ def write(raw: dict[str, dict]) -> None:
     for name, found in raw.items():
         about = {"model": found["model"], "gpu": found["gpu"], **found["settings"]}
         model = "" if found["model"] == "4b" else f"_{found['model']}"
+        cut = name != "pp2" and found["settings"]["pack_chunk_tokens"] < found["settings"]["seq_length"]
+        if name == "tp2" and cut:
+            model += "_chunks"
         for packs, speed in found["speed"].items():
             suffix = model + ("" if packs == "16" else f"_gbs{packs}")
             here = about | {"packs_per_gpu": int(packs)}
@@ -88,15 +91,18 @@ def write(raw: dict[str, dict]) -> None:
                 run = f"{len(speed['peak_gib'])} × {found['gpu']}, {found['model']}: {name}, {packs} packs a GPU"
                 if first := foretold["run"]["values"]["first_stage_layers"]:
                     run += f", {first} layers on the first stage"
+                if name != "pp2" and not cut:
+                    run += ", whole packs"
                 known, note = {"run": run, **foretold["run"]}, "allocated by PyTorch"
                 runs.append(row("peak_memory_gib", max(speed["peak_gib"]), "GiB", None, "lower", note, **known))
                 runs.append(row("step_s", speed["step_s"], "s", None, "lower", "", **known))
             if name != "one" and packs in one["speed"]:
                 share = speed["tokens_per_s"] / 2 / one["speed"][packs]["tokens_per_s"]
                 goal = GOALS[name] if not suffix else None
-                note = f"bound {int(packs) * 2 / (int(packs) * 2 + 1):.3f}" if name == "pp2" else ""
+                note = f"one GPU: pack_chunk_tokens {one['settings']['pack_chunk_tokens']}"
+                note += f"; bound {int(packs) * 2 / (int(packs) * 2 + 1):.3f}" if name == "pp2" else ""
                 rows.append(row(f"{name}_efficiency{suffix}", share, "of two GPUs", goal, "higher", note, **here))
-        if name != "one":
+        if name != "one" and min(len(found["losses"]), len(one["losses"])) >= 30:
             notes = "largest relative difference of one of the first 10 losses", "of means of 10 in the first 30"
             found_and_goal = zip(
                 differences(found["losses"], one["losses"]), LOSS_GOALS[name], notes, (10, 30), strict=True

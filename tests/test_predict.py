@@ -261,6 +261,15 @@ def test_parallelism_that_the_model_does_not_need_is_said_to_be_slower(sizes):
     assert said(gpus_per_node=2) == [] == said(gpu("NVIDIA RTX 4090"), **two)
 
 
+def test_gpus_that_share_layers_wait_for_one_another_and_in_short_chunks_for_the_host(sizes):
+    two = {"gpus_per_node": 2, "seq_length": 8192, "global_batch_size": 64}
+    shared = two | {"tensor_model_parallel_size": 2}
+    rates = [predicted(sizes, **shared, pack_chunk_tokens=chunk).tokens_per_s for chunk in (8192, 4096, 2048)]
+    each_whole = predicted(sizes, **two, pack_chunk_tokens=8192).tokens_per_s
+    assert 0.8 * each_whole < rates[0] < 0.95 * each_whole  # 0.87 in benchmarks/results/scaling.json
+    assert rates[1] < 0.7 * rates[0] and rates[2] < 0.55 * rates[1], "the host launches chunks, whatever they hold"
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [

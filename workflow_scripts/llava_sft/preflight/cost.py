@@ -23,6 +23,10 @@ FP8_COPIES = 1.52  # bytes a parameter, of FP8 weights and their transposes besi
 # layer's product.
 RANKS_MORE, RANKS_MORE_FP8 = 290, 450
 
+# Seconds that a host takes to launch a layer's forward and backward pass where tensor-parallel ranks sum in it: GPUs that
+# share 4,096 tokens are done sooner (4B, two H200s, benchmarks/scaling.py).
+HOST_S_OF_SHARED_LAYER = 0.0036
+
 PINNED = 1.35  # pinned memory is taken in powers of two, tensor by tensor: so much for 4B and 8B
 
 
@@ -161,6 +165,36 @@ def step_flops(
     vit += (trained.passes("adapter")[0] + again) * work.adapter + (3 + again) * pairs.get("adapter", 0)
     tp = values.tensor_model_parallel_size
     return stage.share * llm / tp, stage.share * in_llm / tp, stage.first * vit / tp
+
+
+def layer_calls(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, stage: Stage) -> float:
+    """How often a micro-batch goes through a layer of a stage: in chunks, once for each."""
+    layers = stage.share * model.language.num_layers + stage.first * model.vision.num_layers
+    return max(1.0, batch.tokens / values.chunk_tokens) * layers
+
+
+def shares_layers(values: ResolvedSettings) -> bool:
+    """Whether GPUs have a part of each layer."""
+    return values.on_gpu and values.tensor_model_parallel_size > 1
+
+
+def host_seconds(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, stage: Stage) -> float:
+    """What a step takes the host of a process of this stage, however fast its GPU is; 0 where that is not known to matter."""
+    calls = micro_batches(values) * layer_calls(model, values, batch, stage)
+    return HOST_S_OF_SHARED_LAYER * shares_layers(values) * calls
+
+
+def summed_bytes(model: ModelConfig, values: ResolvedSettings, batch: MicroBatch, stage: Stage) -> float:
+    """What tensor-parallel ranks sum in the forward pass of a micro-batch, and wait for: twice a layer, in bf16."""
+    return (
+        2
+        * 2
+        * shares_layers(values)
+        * stage.share
+        * model.language.num_layers
+        * batch.tokens
+        * model.language.hidden_size
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- bytes

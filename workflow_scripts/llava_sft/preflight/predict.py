@@ -25,10 +25,13 @@ from llava_sft.preflight.cost import (
     MicroBatch,
     Stage,
     activation_bytes,
+    host_seconds,
+    layer_calls,
     micro_batches,
     stages,
     state_bytes,
     step_flops,
+    summed_bytes,
 )
 from llava_sft.run.remedies import in_yaml, less_memory, with_lora
 from llava_sft.settings.conflicts import possible_cuts
@@ -146,8 +149,9 @@ def memory_terms(case: Case, stage: Stage) -> list[float]:
 def time_terms(case: Case, slowest: Stage) -> list[float]:
     """Seconds of a step at the device's peak: of the language model in bf16 or in FP8, of the vision model. Then what
     costs time whatever a batch holds: GiB of gradients and optimizer state, calls of the model (in FP8 the host has more
-    to do), and of attention. All micro-batches go through the slowest pipeline stage one after the other; the first or the
-    last of them has to go through the others, too."""
+    to do), of attention, and GiB that tensor-parallel ranks sum in forward passes, in which they wait for it. All micro-batches
+    go through the slowest pipeline stage one after the other; the first or the last of them has to go through the others,
+    too."""
     others = stages(case.model, case.values)
     others.remove(slowest)
     state = state_bytes(case.model, case.values, slowest)
@@ -162,15 +166,14 @@ def _terms_of_pass(case: Case, stage: Stage) -> list[float]:
     """Of `time_terms`, those of one micro-batch in one stage."""
     model, values, batch = case.model, case.values, case.mean
     llm, pairs, vit = step_flops(model, values, batch, stage)
-    layers = stage.share * model.language.num_layers + stage.first * model.vision.num_layers
-    of_all = layers / (model.language.num_layers + model.vision.num_layers)
-    calls = max(1.0, batch.tokens / values.chunk_tokens) * of_all
+    calls = layer_calls(model, values, batch, stage) / (model.language.num_layers + model.vision.num_layers)
     products, of_model = ([llm + pairs, 0.0], [calls, 0.0]) if values.fp8 == "none" else ([pairs, llm], [0.0, calls])
     attentions = 0.0
     if not values.on_gpu:  # plain PyTorch calls it for each segment; on a GPU one call takes them all
         times = 1 + (values.recompute_language == "full") / 3  # forward and backward, which takes twice as long
         attentions = batch.segments * stage.share * model.language.num_layers * times
-    return [*(flops / case.machine.peak for flops in (*products, vit)), *of_model, attentions]
+    summed = summed_bytes(model, values, batch, stage) / GIB
+    return [*(flops / case.machine.peak for flops in (*products, vit)), *of_model, attentions, summed]
 
 
 def predict(case: Case, calibration: Calibration) -> Prediction:
@@ -194,7 +197,8 @@ def stage_memory(case: Case, calibration: Calibration, stage: Stage) -> dict[str
 
 def stage_seconds(case: Case, calibration: Calibration, stage: Stage) -> float:
     """Of a step whose slowest stage this is."""
-    return sum(factor * term for factor, term in zip(calibration.time, time_terms(case, stage), strict=True))
+    of_gpu = sum(factor * term for factor, term in zip(calibration.time, time_terms(case, stage), strict=True))
+    return max(of_gpu, host_seconds(case.model, case.values, case.mean, stage))
 
 
 def equally_slow_stages(case: Case, calibration: Calibration) -> ResolvedSettings:
@@ -227,8 +231,8 @@ def proposals(
     case: Case, calibration: Calibration, batches_of: BatchesOf | None = None
 ) -> list[tuple[dict[str, Any], Prediction]]:
     """Changed settings that would fit, the fastest first; those that train the same before LoRA, and those that keep
-    seq_length before those that do not, and without more tensor parallelism before with it: two GPUs that share the layers
-    were measured slower than one. `batches_of`: mean and largest micro-batch with another micro_batch_size or
+    seq_length before those that do not, and without more tensor parallelism before with it: its sums were measured over
+    NVLink alone. `batches_of`: mean and largest micro-batch with another micro_batch_size or
     pack_chunk_tokens (its arguments); estimated without."""
     values = case.values
     batches_of = cache(batches_of) if batches_of else None
