@@ -261,6 +261,8 @@ def test_a_faster_way_to_share_a_model_between_the_same_gpus_is_said(sizes):
     (line,) = said(H100, **tensor)  # two cards of 80 GB are too small for whole packs in each
     assert line.startswith("tensor_model_parallel_size 2: ")
     assert "--config tensor_model_parallel_size=1 pipeline_model_parallel_size=2 (" in line
+    (line,) = said(**tensor, micro_batch_size=32)  # two replicas have 16 packs each
+    assert "--config tensor_model_parallel_size=1 micro_batch_size=16 (" in line
     assert said(gpu("NVIDIA RTX 4090"), **tensor) == []  # it does not fit at all
     assert (
         "--config tensor_model_parallel_size=1 ("

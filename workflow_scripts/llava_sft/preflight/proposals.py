@@ -1,6 +1,7 @@
 """What preflight says beside its prediction: settings that would fit where a run does not, and a faster way to share a model
 between the same GPUs. No torch."""
 
+import math
 import shlex
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -91,7 +92,8 @@ def combinations(values: ResolvedSettings, others: dict[str, list]) -> list[dict
 
 
 def shared_otherwise(case: Case) -> Iterator[dict[str, Any]]:
-    """Other tensor- and pipeline-parallel sizes with as many GPUs, which divide the model and lie within a node."""
+    """Other tensor- and pipeline-parallel sizes with as many GPUs, which divide the model and lie within a node; and a smaller
+    micro_batch_size where more replicas share the global batch."""
     values, language = case.values, case.model.language
     if not values.on_gpu:
         return
@@ -106,8 +108,10 @@ def shared_otherwise(case: Case) -> Iterator[dict[str, Any]]:
             tensor > 1 and values.trained.by_pairs
         ):  # LoRA's pairs take slower layers then, of no known speed
             continue
-        sizes_of = {TENSOR: tensor, PIPELINE: pipeline}
-        if changed := {name: size for name, size in sizes_of.items() if size != getattr(values, name)}:
+        share, left = divmod(values.global_batch_size, values.nodes * values.nproc_per_node // (tensor * pipeline))
+        sizes_of = {TENSOR: tensor, PIPELINE: pipeline, "micro_batch_size": math.gcd(share, values.micro_batch_size)}
+        changed = {name: size for name, size in sizes_of.items() if size != getattr(values, name)}
+        if changed.keys() & {TENSOR, PIPELINE} and not left:
             yield changed
 
 
@@ -168,7 +172,7 @@ def faster_line(forecast: Forecast) -> list[str]:
         return []
     changed, other = forecast.faster
     values, machine = forecast.case.values, forecast.case.machine
-    now = {name: getattr(values, name) for name in changed}
+    now = {name: getattr(values, name) for name in (TENSOR, PIPELINE) if name in changed}
     asked = " and ".join(f"{name} {size}" for name, size in now.items() if size > 1 or max(now.values()) == 1)
     return [
         f"{asked}: {forecast.prediction.tokens_per_s:,.0f} tokens/s; the same GPUs would do {other.tokens_per_s:,.0f} with "
