@@ -21,6 +21,7 @@ from llava_sft.chat.models import CHOICES, find_model
 from llava_sft.chat.questions import Turn, checked, question, read_picture
 from llava_sft.chat.web import check_page, serve
 from llava_sft.checkpoint.verify import export_in
+from llava_sft.command_line import Parser
 from llava_sft.errors import INTERRUPTED, SettingsError, SftError, exits_cleanly
 from llava_sft.evaluation.view import readable
 from llava_sft.model.export_files import COLDEST, HOTTEST
@@ -34,7 +35,7 @@ COMMANDS = "/image FILE… gives pictures to the next question, /reset begins an
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", nargs="?", help=CHOICES)
     add("question", nargs="?", help="asked alone; without it: a conversation")

@@ -7,13 +7,14 @@ import argparse
 import re
 from pathlib import Path
 
+from llava_sft.command_line import Parser
 from llava_sft.data.stored import read_split
 from llava_sft.errors import RunError, exits_cleanly
 from llava_sft.files import write_text
 from llava_sft.report.answers import table
 from llava_sft.report.charts import charts, vega
 from llava_sft.report.figures import best_validation, measured
-from llava_sft.report.html import points, render
+from llava_sft.report.html import points, refuse_others_page, render
 from llava_sft.report.language import Say, sayer, spoken
 from llava_sft.report.places import links
 from llava_sft.report.runs import Run, against_first, differing_settings, numbered, read, same_questions
@@ -24,7 +25,7 @@ COLOURS = 6
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "runs", metavar="A,B", help="names of runs, or their folders; the first is what the others are held against"
     )
@@ -43,6 +44,7 @@ def main() -> None:
     runs = [read(folder) for folder in folders]
     language = spoken(args.language or runs[0].resolved.settings.report_language)
     output = args.output or args.exp_dir / f"compare_{'_'.join(folder.name for folder in folders)}.html"
+    refuse_others_page(output)
     write_text(output, page(runs, folders, output, language))
     say = sayer(language)
     print(say("comparison: %(path)s", path=output))

@@ -22,11 +22,13 @@ from functools import partial
 from pathlib import Path
 
 from llava_sft.checkpoint.architecture import model_to_export, with_start_positions
-from llava_sft.checkpoint.hf_folder import ADAPTER, is_adapter
+from llava_sft.checkpoint.hf_folder import ADAPTER
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.peft import Adapter
+from llava_sft.checkpoint.requests import refuse_unmeant, trained_checkpoint, untrained_checkpoint
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
+from llava_sft.command_line import Parser
 from llava_sft.errors import READABLE, CheckpointError, SettingsError, exits_cleanly
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
@@ -40,7 +42,7 @@ from llava_sft.settings.layers import load_model
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     directions = ["hf2mcore", "mcore2hf", "mcore2peft", "merge", "verify"]
     add("direction", choices=directions)
@@ -73,26 +75,14 @@ def main() -> None:
         help="mcore2hf: spelling of the tensors' names, see config/config.yaml")  # fmt: skip
     add("--done", type=Path, help="also write the marker here")
     args = parser.parse_intermixed_args()  # the target comes after the options, behind a `--`
+    refuse_unmeant(args, parser)
     if args.direction == "verify":
         folder = Path(args.source)
         made = export_in(folder) or (folder if (folder / MARKER).is_file() else existing_checkpoint(folder))
         print(verify(made))
         return
-    refuse_others_folder(args.direction, args.target, Path(args.source))
     done = {"mcore2peft": export_peft, "merge": merge_adapters}.get(args.direction, convert)
     done(args)
-
-
-def refuse_others_folder(direction: str, target: Path, source: Path) -> None:
-    """Raise SettingsError for a target that holds anything but what this direction wrote: it is replaced as a whole."""
-    ours = is_adapter(target) if direction == "mcore2peft" else (target / MARKER).is_file()
-    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    holds_source = source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents)
-    if holds_source or not (ours or empty):
-        raise SettingsError(
-            f"{target}: exists already, and is not what {direction} wrote",
-            "the folder to write comes last: name a new one",
-        )
 
 
 def export_peft(args: argparse.Namespace) -> None:
@@ -107,17 +97,6 @@ def export_peft(args: argparse.Namespace) -> None:
         print(
             f"warning: PEFT cannot load {base}; name a Hugging Face folder (mcore2hf makes one) or a hub id with --base"
         )
-
-
-def trained_checkpoint(name: str) -> Path:
-    """The checkpoint folder of a run, or the converted one. Raises CheckpointError."""
-    source = existing_checkpoint(Path(name))
-    if not (source / ".metadata").is_file():
-        raise CheckpointError(
-            f"{name}: no torch_dist checkpoint in it (no .metadata)",
-            "name a run directory, one of its iter_ folders, or a converted folder; others are converted by hf2mcore first",
-        )
-    return source
 
 
 def merge_adapters(args: argparse.Namespace) -> None:
@@ -186,7 +165,7 @@ def to_megatron(args: argparse.Namespace) -> dict:
         )
     checkpoint = checkpoint.base
     on_hub = checkpoint.kind == "hub"
-    source = checkpoint.folder if on_hub else existing_checkpoint(checkpoint.folder)
+    source = checkpoint.folder if on_hub else untrained_checkpoint(checkpoint)
     model = named_model(args)
     if model is None and not on_hub:
         model = model_of_folder(args.sidecars or source)
@@ -211,6 +190,11 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
     """The marker of the export, made anew only where what it depends on has changed."""
     source = trained_checkpoint(args.source)
     sidecars = args.sidecars or source.parent / SIDECARS
+    if not (sidecars / "config.json").is_file():
+        raise CheckpointError(
+            f"{sidecars}: no config.json in it: tokenizer and config of this checkpoint",
+            "--sidecars with the Hugging Face folder of the model",
+        )
     limits = limits_of(source, sidecars, args)
     model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
     export = [export_form(), *limits, args.parity, bool(args.samples), args.export_names]

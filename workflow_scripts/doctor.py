@@ -3,7 +3,6 @@
 Exit code 1: training cannot run here. On a machine without a GPU that is no fault: it says what can be done.
 """
 
-import argparse
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from llava_sft.command_line import Parser
 from llava_sft.errors import SftError, exits_cleanly
 from llava_sft.gpu_stack import (
     FLASH4,
@@ -42,6 +42,7 @@ from llava_sft.machine import (
 from llava_sft.programs import said
 from set_up import system
 
+PROJECT = Path(__file__).parents[1]
 PACKAGES = ("torch", "megatron-core", "megatron-energon", "transformers", "snakemake")
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 LEAST_DISK, LEAST_FILES = 20 * GIB, 4096
@@ -86,7 +87,7 @@ def find_system() -> Finding:
 
 
 def find_python() -> Finding:
-    pinned = dict(re.findall(r"^([\w.-]+)==([^ \\]+)", Path("requirements.lock").read_text(), re.M))
+    pinned = dict(re.findall(r"^([\w.-]+)==([^ \\]+)", (PROJECT / "requirements.lock").read_text(), re.M))
     wrong = []
     for package in PACKAGES:
         try:
@@ -243,7 +244,7 @@ ON_GPUS = {"driver": find_driver, "CUDA": find_cuda, "Transformer Engine": find_
 
 @exits_cleanly
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    Parser(description=__doc__).parse_args()
     worst = []
     for name, find in (ALWAYS | (ON_GPUS if gpu_name() else {})).items():
         try:

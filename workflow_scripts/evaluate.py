@@ -9,6 +9,7 @@ predictions.jsonl beside the result.
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from llava_sft.checkpoint.start import read_hf_config
 from llava_sft.checkpoint.verify import require_export
+from llava_sft.command_line import Parser
 from llava_sft.data.forms import add_reading, reading_of
 from llava_sft.errors import (
     INTERRUPTED,
@@ -31,7 +33,7 @@ from llava_sft.evaluation.base import exported, start_of
 from llava_sft.evaluation.judge import Answer, group_summaries, judge, summary
 from llava_sft.evaluation.questions import Questions, read_questions, require_positions
 from llava_sft.evaluation.scores import SPELLINGS, Score, function_file, load_score
-from llava_sft.files import file_fingerprint, fingerprint, read_json, write_json, write_text
+from llava_sft.files import file_fingerprint, fingerprint, read_json, refuse_others_file, write_json, write_text
 from llava_sft.machine import vllm_interpreter
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.run.layout import EVALUATION, PREDICTIONS
@@ -41,7 +43,7 @@ RULES = 6  # version of what evaluation.json holds: another number evaluates ane
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
 
     def path(text: str) -> Path | None:
@@ -85,11 +87,36 @@ def parse_arguments() -> argparse.Namespace:
         raise SettingsError(f"--output {args.output}: a folder", f"--output {args.output / EVALUATION}")
     args.model_dir = require_export(args.model_dir)
     if args.output is None:
-        name = args.data.parent.name if args.data.name == "webdatasets" else args.data.stem
+        data = Path(os.path.abspath(args.data))  # `.` has no name
+        name = data.parent.name if data.name == "webdatasets" else data.stem
         args.output = args.model_dir.resolve().parent / "evaluations" / name / EVALUATION
+    refuse_lost_files(args)
     args.scores = list(dict.fromkeys(args.scores or ["exact"]))
     args.base_answers = args.base_answers or args.output.parent / "base_answers"
     return args
+
+
+def refuse_lost_files(args: argparse.Namespace) -> None:
+    """Raise SettingsError where the result, or the answers beside it, would take the place of what no evaluation wrote."""
+    predictions = args.output.with_name(PREDICTIONS)
+    for path in (args.output, predictions):
+        if path.exists() and args.data.exists() and path.samefile(args.data):
+            raise SettingsError(
+                f"--output {args.output}: {path} is what is asked, and would be lost", "a file in another folder"
+            )
+    refuse_others_file(args.output, "accuracy", f"--output {args.output}")
+    if not (args.output.exists() or kept_result(args.output).exists()):
+        refuse_others_file(
+            predictions,
+            "turns",
+            f"--output {args.output}: its answers go to {predictions}, which",
+            f"--output {args.output.parent / 'evaluation' / args.output.name}",
+        )
+
+
+def kept_result(output: Path) -> Path:
+    """The result once more: Snakemake deletes the output itself before a rerun."""
+    return output.with_name(f".{output.name}.kept")
 
 
 @exits_cleanly
@@ -111,7 +138,7 @@ def evaluate(args: argparse.Namespace) -> None:
     files = [file_fingerprint(path) for score in args.scores if (path := function_file(score))]
     judged = [args.scores, files, args.by, base.fingerprint if base else missing]
     depends = fingerprint([model.fingerprint, asked.fingerprint, options.depends(), judged, RULES])
-    cache = args.output.with_name(f".{args.output.name}.kept")  # Snakemake deletes the output itself before a rerun
+    cache = kept_result(args.output)
     if earlier := cached_result(cache, depends):
         write_json(args.output, earlier, sealed=True)
         print(f"{args.output}: the same model and data, nothing to evaluate")
@@ -168,7 +195,8 @@ def missing_start(args: argparse.Namespace, error: SftError) -> str:
     """Why there is no comparison. Errors: RunError, unless --skip-missing-start says that it is none."""
     if not args.skip_missing_start:
         raise RunError(
-            f"--start-of {args.start_of}: {error.problem}", "another run directory, or --skip-missing-start"
+            f"--start-of {args.start_of}: {error.problem}",
+            f"{error.fix or 'another run directory'}, or --skip-missing-start",
         ) from error
     return error.problem
 

@@ -4,8 +4,8 @@ The script is read, never run. Printed is what has no counterpart here and why; 
 script does is refused.
 """
 
-import argparse
 import re
+import shlex
 from pathlib import Path
 
 import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
@@ -13,11 +13,12 @@ import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
 # isort: split
 import yaml
 
+from llava_sft.command_line import Parser
 from llava_sft.errors import SettingsError, exits_cleanly
 from llava_sft.files import write_text
 from llava_sft.migrate.arguments import OPTIONS, Found, translate
 from llava_sft.migrate.shell import UNKNOWN, Command, Script
-from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE, experiments, load_settings
+from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE, can_name, load_settings
 from llava_sft.settings.schema import Settings
 
 FEWEST = 5  # known arguments of a command that is taken for a training
@@ -30,13 +31,14 @@ HEAD = """\
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("script", type=Path, help="the shell script")
     parser.add_argument("--name", help="of the experiment (default: what the script calls its run)")
     args = parser.parse_args()
     if not (CONFIG_DIR / "experiments").is_dir():
         raise SettingsError(f"{CONFIG_DIR}/experiments: no such folder here", "run this in the project's folder")
 
+    require_text(args.script)
     script = Script(args.script)
     command = training_command(script)
     exports = {name: script.variables.values[name][0] for name in script.exported}
@@ -53,6 +55,8 @@ def main() -> None:
             "remove what you can do without from the script, and import it again",
         )
     name = args.name or found.name or re.sub(r"^(sft_bench|train)_", "", args.script.stem)
+    if not can_name(name) or name == "TEMPLATE":  # before it is part of a path
+        raise SettingsError(f"{name!r} cannot name an experiment", f"--name: {NAME_RULE}")
     path = CONFIG_DIR / "experiments" / f"{name}.yaml"
     if path.exists():
         raise SettingsError(f"{path} exists already", f"--name {name}_2, or remove it")
@@ -65,6 +69,21 @@ def main() -> None:
         print(f"  {setting:30} {spelled(value):40} {where}")
     report(script, found)
     print(f"next: snakemake preflight_{name} (does it fit, how long will it take), then snakemake train_{name}")
+
+
+def require_text(path: Path) -> None:
+    """Raise SettingsError for what is no script at all; OSError."""
+    if path.is_dir():
+        scripts = sorted(path.glob("*.sh"))
+        raise SettingsError(f"{path}: a folder", f"name {scripts[0] if scripts else 'the script itself'}")
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise SettingsError(
+            f"{path} is UTF-16, not UTF-8", f"iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW.sh"
+        )
+    if b"\0" in head:
+        raise SettingsError(f"{path}: no text", "name the shell script")
 
 
 def training_command(script: Script) -> Command:
@@ -116,8 +135,6 @@ def write(path: Path, script: Path, found: Found, name: str) -> None:
     notes = ["", "# Not taken over:", *lost] if lost else []
     write_text(path, HEAD.format(script=" ".join(script.name.split())) + "\n".join([*lines, *notes]) + "\n")
     try:
-        if name not in experiments():
-            raise SettingsError(f"{name!r} cannot name an experiment", f"--name: {NAME_RULE}")
         load_settings(name)
     except SettingsError as error:
         path.unlink()

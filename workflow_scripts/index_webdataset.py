@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from llava_sft.command_line import Parser
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset, leak_note, read_finished
 from llava_sft.data.nv_meta import is_finished
@@ -22,7 +23,7 @@ from llava_sft.files import write_json
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards (*.tar, *.tar.idx)")
     add("--parts-dir", type=Path, help="statistics, rejects and index rows of the shards (WDS_DIR.parts)")

@@ -1,9 +1,9 @@
 """Look at a WebDataset: is it complete, does the index match the tars, what does it contain. Exit code 1 when it is broken."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from llava_sft.command_line import Parser
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.findings import IMAGES, INDEX, TokenCounter
 from llava_sft.data.index import index_webdataset
@@ -22,7 +22,7 @@ PROBLEMS_PRINTED = 10
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("wds_dir", type=Path, metavar="WDS_DIR", help="folder with the shards and .nv-meta")
     add("--parts-dir", type=Path, help="what the conversion noted (WDS_DIR.parts, if there)")

@@ -3,9 +3,9 @@
 The Snakefile starts it there in place of the workflow. Exit code: that of node 0.
 """
 
-import argparse
 import sys
 
+from llava_sft.command_line import Parser
 from llava_sft.errors import SettingsError, exits_cleanly
 from llava_sft.nodes import this_node
 from llava_sft.training.meeting import join
@@ -13,7 +13,7 @@ from llava_sft.training.meeting import join
 
 @exits_cleanly
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    Parser(description=__doc__).parse_args()
     node = this_node()
     if node is None or not node.rank:
         raise SettingsError("this is node 0, or the only one", "make train_X, on every node")

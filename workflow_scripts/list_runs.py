@@ -1,6 +1,5 @@
 """List every run in the output folder: state, loss, accuracy, what it was trained with, and the command that resumes it."""
 
-import argparse
 import contextlib
 import json
 import shlex
@@ -12,6 +11,7 @@ import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
 import yaml
 from pydantic import ValidationError
 
+from llava_sft.command_line import Parser
 from llava_sft.errors import DamagedFileError, exits_cleanly
 from llava_sft.files import read_json
 from llava_sft.report.html import percent
@@ -25,7 +25,7 @@ from llava_sft.settings.resolve import ResolvedSettings
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("exp_dir", type=Path, nargs="?", default=Path("output"), help="EXP_DIR (default: output)")
     args = parser.parse_args()
     rows = [describe(path.parent) for path in sorted(args.exp_dir.glob(f"stage*/{RUN_FILE}"))]

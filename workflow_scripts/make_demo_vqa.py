@@ -1,11 +1,11 @@
 """Write the embedded data set and the model that learns it: handwritten digits as visual questions, in the LLaVA form
 that users bring, and a Hugging Face checkpoint with random weights to start from."""
 
-import argparse
 import contextlib
 import shutil
 from pathlib import Path
 
+from llava_sft.command_line import Parser
 from llava_sft.data.demo import chat_texts, write_demo
 from llava_sft.embedded import DEMO_BYTES, DEMO_CHECKPOINT, EMBEDDED, check_demo
 from llava_sft.errors import exits_cleanly
@@ -18,7 +18,7 @@ from llava_sft.workflow import Workflow
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--clean", action="store_true", help="remove what the embedded experiment made, and nothing else")

@@ -3,10 +3,10 @@
 Shards whose counts still hold (--kept) are not read again.
 """
 
-import argparse
 from pathlib import Path
 
 from llava_sft.checkpoint.verify import sidecars_damage
+from llava_sft.command_line import Parser
 from llava_sft.data.sizes import Limits, measure
 from llava_sft.errors import CheckpointError, exits_cleanly
 from llava_sft.files import read_json, write_json
@@ -14,7 +14,7 @@ from llava_sft.files import read_json, write_json
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("wds_dir", type=Path, metavar="WDS_DIR", help="indexed folder")
     add("--dataset", type=Path, required=True, help="what index_webdataset.py wrote of it")

@@ -22,7 +22,9 @@ import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
 import yaml
 
 from llava_sft.checkpoint.hub import name_problem
+from llava_sft.checkpoint.nearby import ADDRESS
 from llava_sft.checkpoint.verify import noted, require_export, require_noted, require_whole
+from llava_sft.command_line import Parser
 from llava_sft.errors import CheckpointError, SettingsError, SftError, exits_cleanly, shown
 from llava_sft.files import read_json
 from llava_sft.publish.card import CARD, write_card
@@ -36,7 +38,7 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("export", type=Path, help="exported Hugging Face folder, or a run's results")
     add("repository", help="org/name on the hub; it is made if it is not there")
@@ -44,10 +46,12 @@ def main() -> None:
     add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
     args = parser.parse_args()
     if problem := name_problem(args.repository):
-        raise SettingsError(
-            f"{shown(args.repository)}: no name of a repository: {problem}",
-            "org/name, or your user name before the slash",
-        )
+        fix = "org/name, or your user name before the slash"
+        if address := ADDRESS.fullmatch(args.repository):
+            fix = address[1]
+        elif Path(args.repository).is_dir():
+            fix = "the export comes first, then org/name"
+        raise SettingsError(f"{shown(args.repository)}: no name of a repository: {problem}", fix)
     given = Path(os.path.abspath(args.export))  # the run's files are in the folder above, of `.` too
     export = require_export(given)
     require_noted(export)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sft.checkpoint.verify import is_export
+from llava_sft.command_line import Parser
 from llava_sft.data.index import leak_note
 from llava_sft.data.stored import read_split
 from llava_sft.errors import DamagedFileError, RunError, exits_cleanly
@@ -18,12 +19,12 @@ from llava_sft.publish.card import CARD, write_card
 from llava_sft.report.answers import table
 from llava_sft.report.charts import Records, charts, vega
 from llava_sft.report.figures import best_validation, measured, with_scores
-from llava_sft.report.html import render
+from llava_sft.report.html import refuse_others_page, render
 from llava_sft.report.language import Say, sayer, spoken
 from llava_sft.report.places import chat_command, links, newest_log, paths, provenance
 from llava_sft.report.verdict import Verdict, verdict
 from llava_sft.run.coverage import count_samples
-from llava_sft.run.layout import BAD_STEPS, EVALUATION, PARITY, PREDICTIONS, SAMPLE_COUNTS, VALIDATION
+from llava_sft.run.layout import BAD_STEPS, EVALUATION, PARITY, PREDICTIONS, RUN_FILE, SAMPLE_COUNTS, VALIDATION, run_of
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import ResolvedData
 
@@ -50,7 +51,7 @@ DISTRIBUTIONS = ("images per sample", "question length", "answer length", "image
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--resolved", type=Path, required=True, metavar="JSON", help="resolved settings (preflight)")
     add("--run-dir", type=Path, required=True, metavar="DIR", help="run directory, with metrics.jsonl")
@@ -61,6 +62,9 @@ def main() -> None:
     args = parser.parse_args()
     if not args.run_dir.is_dir():
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
+    if (meant := run_of(args.run_dir)) and not (args.run_dir / RUN_FILE).is_file():
+        raise RunError(f"--run-dir {args.run_dir}: no run directory", f"--run-dir {meant}")
+    refuse_others_page(args.output)
     html, found, say = page(args)
     write_text(args.output, html)
     print(found.headline)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_sft.command_line import Parser
 from llava_sft.data.forms import add_reading, reading_of
 from llava_sft.data.image_checks import MAX_IMAGE_PIXELS
 from llava_sft.data.plan import HELDOUT_PREFIX, TRAIN_PREFIX, Range, default_notes_dir, plan_ranges
@@ -21,7 +22,7 @@ from llava_sft.progress import Progress
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", required=True, nargs="+", metavar="RAW", help="LLaVA or ShareGPT/OpenAI records")
     add("--image-root", help="the folder that the records' image paths start from (beside the file)")

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from llava_sft.command_line import Parser
 from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.verify import require_whole
 from llava_sft.errors import RunError, exits_cleanly
@@ -44,7 +45,7 @@ LAST_LINES = 12  # of the log: the traceback's last frames and its message
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("resolved", type=Path, help="resolved.json, written by preflight.py")
     parser.add_argument("--run-dir", type=Path, required=True, help="Megatron's run directory (SAVE_CKPT_PATH)")
     parser.add_argument("--done", type=Path, required=True, help="written when all steps are done")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError, full_disk, size_in_words
+from llava_sft.errors import SHOWN, CheckpointError, DamagedFileError, SettingsError, full_disk, size_in_words
 
 
 @contextlib.contextmanager
@@ -154,6 +154,25 @@ def read_object(path: Path, *default: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: damaged: a JSON {type(content).__name__}, no object", "copy the file again")
     return content
+
+
+def refuse_others_file(path: Path, key: str, said: str, fix: str = "name a new file") -> None:
+    """Raise SettingsError where a file to be written is there already and is none of ours: sealed, or a JSON object with `key` (of
+    JSONL the first).
+
+    said: names it as the user did.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.readline() if path.suffix == ".jsonl" else file.read(1 << 20)
+    except OSError:
+        return  # not there; or writing it says why not
+    try:
+        ours = not head or head.startswith(b'{"seal": "') or key in dict(json.loads(head))
+    except (ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise SettingsError(f"{said}: exists already, and is no file of this kind: it would be lost", fix)
 
 
 def fingerprint(value: Any) -> str:

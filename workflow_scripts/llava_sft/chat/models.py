@@ -13,10 +13,10 @@ from pathlib import Path
 from llava_sft.checkpoint.hf_folder import refuse_other_forms
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint
-from llava_sft.checkpoint.verify import MARKER, export_in, is_export
-from llava_sft.errors import CheckpointError, DamagedFileError
+from llava_sft.checkpoint.verify import MARKER, absent, export_in, is_export
+from llava_sft.errors import CheckpointError, DamagedFileError, nearest
 from llava_sft.files import read_json
-from llava_sft.run.layout import RESULTS, SIDECARS, results_of
+from llava_sft.run.layout import RESULTS, SIDECARS, results_of, run_of
 
 CHOICES = (
     "an export, a run's folder or its results, an iter_0000400 folder, a Hugging Face folder, or org/name on the hub"
@@ -35,7 +35,7 @@ def find_model(name: str) -> Path:
         print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
         return found
     if not folder.is_dir():
-        raise CheckpointError(f"{name}: no such folder", CHOICES)
+        raise CheckpointError(f"{name}{absent(folder)}", near_model(folder))
     if export := export_in(folder):
         return export
     if folder.name.endswith(RESULTS):  # of a run that is not exported yet
@@ -49,9 +49,25 @@ def find_model(name: str) -> Path:
     if checkpoint.kind in ("huggingface", "peft"):
         refuse_other_forms(folder, name)
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: neither a model nor a run", CHOICES)
+            raise CheckpointError(f"{folder}: neither a model nor a run", near_model(folder))
         return folder
     return exported(existing_checkpoint(folder))
+
+
+def near_model(folder: Path) -> str:
+    """What may have been meant by a path that is no model; or all that may be named."""
+    if folder.is_file():
+        above = [folder.parent] if export_in(folder.parent) or run_of(folder.parent) else []
+    else:
+        above = [each for each in sorted(folder.glob(f"*{RESULTS}")) if export_in(each)]
+        above = above or sorted(path for path in folder.parent.glob("iter_*") if (path / ".metadata").is_file())
+    names = (
+        [path.name for path in folder.parent.glob("*") if path.is_dir()] if folder.name and not folder.exists() else []
+    )
+    near = [folder.with_name(name) for name in [nearest(folder.name, names)] if name]
+    if found := above or near:
+        return f"one of {', '.join(map(str, found[-5:]))}" if found[1:] else f"name {found[0]}"
+    return CHOICES
 
 
 def exported(checkpoint: Path) -> Path:

@@ -10,7 +10,7 @@ import struct
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llava_sft.errors import READABLE, CheckpointError, shown
+from llava_sft.errors import READABLE, CheckpointError, dead_link, shown
 from llava_sft.files import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -154,6 +154,9 @@ def refuse_pointer(path: Path) -> None:
 def names_in(folder: Path) -> list[str]:
     try:
         return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"a file; checkpoints are folders (name {folder.parent})" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{folder}: {what}", dead_link(folder) or "correct the path") from None
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}", READABLE) from None
 

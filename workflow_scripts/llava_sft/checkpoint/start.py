@@ -23,7 +23,7 @@ from llava_sft.checkpoint.hf_folder import (
 )
 from llava_sft.checkpoint.nearby import CHOICES, right_name, right_tokenizer
 from llava_sft.checkpoint.peft import Adapter
-from llava_sft.checkpoint.verify import MARKER, content_of, require_whole
+from llava_sft.checkpoint.verify import MARKER, absent, content_of, require_whole
 from llava_sft.errors import READABLE, CheckpointError, shown
 from llava_sft.files import fingerprint, read_object
 from llava_sft.model.hf_config import model_of_config
@@ -206,7 +206,7 @@ def existing_checkpoint(folder: Path) -> Path:
     if not folder.is_dir():
         near = sorted(path for path in folder.parent.glob("iter_*") if path.is_dir())
         what = "a run directory, one of its iter_ folders, or a converted folder"
-        raise CheckpointError(f"{folder}: no such folder", f"name {near[-1] if near else what}")
+        raise CheckpointError(f"{folder}{absent(folder)}", f"name {near[-1] if near else what}")
     others = sorted(path.name for path in folder.glob("iter_*") if path.is_dir())
     if others and not _has_tracker(folder):
         raise CheckpointError(f"{folder / TRACKER}: missing", f"name {folder / others[-1]} itself")

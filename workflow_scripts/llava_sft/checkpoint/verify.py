@@ -3,6 +3,7 @@
 Small files are read each time; weights only where `full`, or where they are not those that were last found whole.
 """
 
+import shlex
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from llava_sft.checkpoint.hf_folder import is_adapter, refuse_other_forms
 from llava_sft.checksums import find_damage
 from llava_sft.errors import CheckpointError, DamagedFileError
 from llava_sft.files import file_fingerprint, fingerprint, read_object
-from llava_sft.run.layout import CHECKSUMS, PAIRS, SIDECARS, VERIFIED
+from llava_sft.run.layout import CHECKSUMS, PAIRS, SIDECARS, TRACKER, VERIFIED, results_of, run_of
 
 MARKER = "converted.json"  # of a converted checkpoint and of an export
 SIDECARS_NOTE = ".checksums.json"  # in a run's copy of the tokenizer and config
@@ -35,10 +36,30 @@ def require_export(folder: Path) -> Path:
         refuse_other_forms(
             folder, str(folder), f"`hf upload --private org/name {folder}` uploads it as it is. For an export, "
         )
-    raise CheckpointError(
-        f"{folder}: no export in it",
-        "name an export, or a run's results; `make export_X` makes them for the experiment X",
-    )
+    raise CheckpointError(f"{folder}: no export in it{absent(folder)}", _way_to_an_export(folder))
+
+
+def absent(folder: Path) -> str:
+    """What is said of a path that is no folder; empty for one."""
+    return "" if folder.is_dir() else ": a file" if folder.exists() else ": no such folder"
+
+
+def _way_to_an_export(folder: Path) -> str:
+    """What to name in the place of what holds no export, or how to make one of it."""
+    script, quoted = "python workflow_scripts/convert_checkpoint.py", shlex.quote(str(folder))
+    one = (folder / ".metadata").is_file()  # which the run's export may not be of
+    near = [] if one else [folder.parent, *(results_of(run) for run in [run_of(folder)] if run)]
+    if made := next(filter(export_in, near), None):
+        return f"name {made}"
+    if one or (folder / TRACKER).is_file():
+        return f"export it: {script} mcore2hf {quoted} FOLDER, then name that FOLDER"
+    if (folder / "config.json").is_file():
+        name = f"output/{shlex.quote(folder.resolve().name)}"
+        return (
+            f"convert and export it: {script} hf2mcore {quoted} {name}_mcore_tp1_pp1, then "
+            f"{script} mcore2hf {name}_mcore_tp1_pp1 {name}, and name {name}"
+        )
+    return "name an export, or a run's results; `make export_X` makes them for the experiment X"
 
 
 def content_of(folder: Path) -> tuple[str, bool]:

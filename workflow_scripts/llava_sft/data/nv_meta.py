@@ -23,6 +23,7 @@ from llava_sft.progress import tracked
 
 NV_META = ".nv-meta"
 META_FILES = (".info.json", "split.yaml", "dataset.yaml", "index.sqlite", "index.uuid")
+FOLDER = "webdatasets"  # in EXP_DIR/data/X
 METADATASET = "metadataset.yaml"  # beside the folders of several sources: energon's blend of them
 ENERGON_SPLITS = {"train": "train", "heldout": "val"}  # by our names
 REINDEX = (
@@ -105,6 +106,8 @@ def split_counts(metas: Collection[Meta]) -> dict[str, Split]:
 def read_meta(folder: Path) -> Meta:
     """Errors: DataError when a file of `.nv-meta` is missing, or holds anything that is not known."""
     meta = folder / NV_META
+    if not meta.is_dir() and (folder / FOLDER / NV_META).is_dir():
+        raise DataError(f"{folder}: the WebDataset is in a folder of it", f"name {folder / FOLDER}")
     if not meta.is_dir() and not next(folder.rglob("*.tar"), None):
         raise DataError(
             f"{folder}: no WebDataset in it", "name a webdatasets folder: EXP_DIR/data/X/webdatasets, X the experiment"

@@ -14,7 +14,7 @@ from llava_sft.evaluation.answers import Model
 from llava_sft.evaluation.view import readable
 from llava_sft.files import fingerprint, read_object
 from llava_sft.model.export_files import export_form
-from llava_sft.run.layout import RUN_FILE
+from llava_sft.run.layout import RUN_FILE, run_of
 from llava_sft.settings.resolved import Resolved
 
 
@@ -37,7 +37,8 @@ def start_of(run_dir: Path, scratch: Path) -> Model:
     Errors: RunError, CheckpointError where there is none any more; its problem says so.
     """
     if not (run_dir / RUN_FILE).is_file():
-        raise RunError(f"{run_dir / RUN_FILE}: no such file", "name a run directory")
+        meant = run_of(run_dir)
+        raise RunError(f"{run_dir / RUN_FILE}: no such file", f"name {meant or 'a run directory'}")
     resolved = Resolved.read(run_dir / RUN_FILE)
     start, settings = resolved.start, resolved.settings
     if start.folder is None:

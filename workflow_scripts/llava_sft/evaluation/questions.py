@@ -1,5 +1,6 @@
 """The samples that are asked: a split of a WebDataset folder, or records as they are, of any format that is converted."""
 
+import shlex
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from llava_sft.data.formats import FORMATS, format_of
+from llava_sft.data.formats import EXTENSIONS, FORMATS, format_of
 from llava_sft.data.forms import AS_GIVEN, Reading
 from llava_sft.data.image_checks import ImageRoot, check_image
 from llava_sft.data.images import image_grid
@@ -61,7 +62,8 @@ def read_questions(
         content = read_json(dataset)
         if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
             raise DamagedFileError(
-                f"{dataset}: has no fingerprint", "delete it and run the same command: it is made again"
+                f"{dataset}: damaged, or no dataset.json: it has no fingerprint",
+                f"--dataset with the dataset.json beside {data}; if it is that, delete it and run make data_X: it is made again",
             )
         stamp, leak = content["fingerprint"], leak_note(content) or ""
     else:
@@ -72,7 +74,15 @@ def read_questions(
 def _fingerprint(folder: Path) -> str:
     """Of a folder without dataset.json: its index, and sizes and times of its tars."""
     if not list(folder.glob(f"**/{NV_META}")):
-        raise DataError(f"{folder}: not indexed", f"python workflow_scripts/index_webdataset.py {folder}")
+        if next(folder.rglob("*.tar"), None):
+            raise DataError(
+                f"{folder}: not indexed", f"python workflow_scripts/index_webdataset.py {shlex.quote(str(folder))}"
+            )
+        raw = sorted(path for path in folder.glob("*") if path.suffix.lower() in (*EXTENSIONS, ".json"))
+        raise DataError(
+            f"{folder}: no WebDataset in it",
+            f"name {' or '.join(map(str, raw[:3]))}" if raw else "a webdatasets folder, or a file of records",
+        )
     found: list[object] = []
     for source in source_folders(folder):
         found += [

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from llava_sft.errors import SettingsError
 from llava_sft.report.language import detailed, quoted, translator
 
 ENLARGE_BELOW, ENLARGED = 100, 112  # pixels: a smaller picture is shown at a multiple of its size, at least this large
@@ -19,6 +20,20 @@ ENLARGE_BELOW, ENLARGED = 100, 112  # pixels: a smaller picture is shown at a mu
 def render(template: str, language: str, **values: Any) -> str:
     """A page of this folder's templates. What is not in `values`, at any depth, is shown as missing."""
     return make_environment(language).get_template(template).render(values, language=language)
+
+
+def refuse_others_page(output: Path) -> None:
+    """Raise SettingsError where a page to be written is there already and is none."""
+    try:
+        with open(output, "rb") as file:
+            head = file.read(100).lstrip().lower()
+    except OSError:
+        return  # not there; or writing it says why not
+    if head and not head.startswith(b"<!doctype html"):
+        raise SettingsError(
+            f"--output {output}: exists already, and is no page: it would be lost",
+            f"--output {output.with_suffix('.html')}",
+        )
 
 
 @cache

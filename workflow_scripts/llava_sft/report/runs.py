@@ -11,7 +11,7 @@ from llava_sft.evaluation.intervals import compare
 from llava_sft.files import file_fingerprint, read_json, read_rows
 from llava_sft.report.charts import Records
 from llava_sft.report.figures import with_scores
-from llava_sft.run.layout import EVALUATION, PREDICTIONS, RUN_FILE, VALIDATION, results_of
+from llava_sft.run.layout import EVALUATION, PREDICTIONS, RUN_FILE, VALIDATION, results_of, run_of
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import Resolved
 
@@ -47,7 +47,9 @@ def evaluation_of(run_dir: Path) -> dict[str, Any]:
 def read(run_dir: Path) -> Run:
     """Errors: RunError where it is no run, DamagedFileError."""
     if not (run_dir / RUN_FILE).is_file():
-        raise RunError(f"{run_dir}: no run here ({RUN_FILE} is missing)", "`make runs` lists the names of all runs")
+        meant = run_of(run_dir)
+        fix = f"name {meant}" if meant else "`make runs` lists the names of all runs"
+        raise RunError(f"{run_dir}: no run here ({RUN_FILE} is missing)", fix)
     evaluation, predictions = evaluation_of(run_dir), results_of(run_dir) / PREDICTIONS
     answered = evaluation and predictions.is_file() and evaluation.get("predictions") == file_fingerprint(predictions)
     rows = dict(numbered(read_rows(predictions), lambda row: row["id"])) if answered else {}

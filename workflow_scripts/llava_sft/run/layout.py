@@ -45,6 +45,16 @@ def results_of(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}{RESULTS}")
 
 
+def run_of(place: Path) -> Path | None:
+    """The run directory that a place is, lies in, or holds the results of; None where there is none."""
+    for folder in (place, *place.parents)[:3]:
+        of_results = [folder.with_name(folder.name.removesuffix(RESULTS))] if folder.name.removesuffix(RESULTS) else []
+        for run in (folder, *of_results):
+            if (run / RUN_FILE).is_file():
+                return run
+    return None
+
+
 def data_dir(run_dir: Path, iteration: int) -> Path:
     """Beside the weights: the position in the data of every rank, and what the watch keeps."""
     return run_dir / "dataloader" / iteration_name(iteration)

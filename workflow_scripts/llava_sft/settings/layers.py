@@ -37,10 +37,15 @@ PATHS = (
 NAME_RULE = "letters, digits, . _ - and at most 100 bytes, beginning with a letter, a digit or _"
 
 
+def can_name(stem: str) -> bool:
+    """Whether an experiment may be called so."""
+    return re.fullmatch(r"\w[\w.-]*", stem) is not None and len(os.fsencode(stem)) <= 100
+
+
 def experiments(misnamed: bool = False) -> list[str]:
     """Names of all experiments: the files of config/experiments/ but for the template; or of those that are no name."""
     stems = sorted(path.stem for path in (CONFIG_DIR / "experiments").glob("*.yaml") if path.stem != "TEMPLATE")
-    named = {stem for stem in stems if re.fullmatch(r"\w[\w.-]*", stem) and len(os.fsencode(stem)) <= 100}
+    named = set(filter(can_name, stems))
     return [stem for stem in stems if (stem in named) != misnamed]
 
 
