@@ -87,7 +87,7 @@ def find_system() -> Finding:
 
 
 def find_python() -> Finding:
-    pinned = dict(re.findall(r"^([\w.-]+)==([^ \\]+)", (PROJECT / "requirements.lock").read_text(), re.M))
+    pinned = dict(re.findall(r"^([\w.-]+)==([^ \\]+)", (PROJECT / "requirements.lock").read_text("utf-8"), re.M))
     wrong = []
     for package in PACKAGES:
         try:

@@ -155,7 +155,7 @@ def report(script: Script, found: Found) -> None:
         f"line {command.line}: {script.variables.shown(' '.join(command.words))}: not read"
         for command in script.sourced
     ]
-    if re.search(r"^#SBATCH", script.path.read_text(errors="replace"), re.M):
+    if re.search(r"^#SBATCH", script.path.read_text("utf-8", "replace"), re.M):
         notes.append("#SBATCH lines: time, memory and partition are in profiles/slurm/; train with --profile slurm")
     if notes:
         print("not taken over:")

@@ -64,7 +64,7 @@ def main() -> None:
 
 def warn(export: Path) -> None:
     """Say what a reader of the model card would miss."""
-    if not metadata((export / CARD).read_text(errors="replace")).get("license"):
+    if not metadata((export / CARD).read_text("utf-8", "replace")).get("license"):
         made = "set `license` in the experiment's file and run `make preflight_X`, or edit README.md"
         print(f"warning: the model card states no licence: {made}")
     if read_json(export / PARITY, {}).get("passed") is not True:

@@ -53,7 +53,7 @@ def main() -> None:
     if engine_trouble() is None and before and not engine_note().exists():  # installed without a note of it
         engine_note().write_text(before)
     if not args.engine:
-        count = len(re.findall(r"^[\w.-]+==", LOCK.read_text(), re.M))
+        count = len(re.findall(r"^[\w.-]+==", LOCK.read_text("utf-8"), re.M))
         bootstrap(args.wheels)
         print(
             f"{count} packages of {LOCK} (with CUDA's libraries up to 3.5 GB to download, 7 GB on disk) …", flush=True
@@ -162,7 +162,7 @@ def engine(gpu: str | None, wheels: Path | None, needed: bool) -> None:
         f"{gpu or 'no GPU here'}: Transformer Engine (500 MB to download; its extension is compiled: 3 to 20 minutes) …",
         flush=True,
     )
-    cuda = re.findall(r"^nvidia-cuda-runtime==(\d+\.\d+)", LOCK.read_text(), re.M)[0]
+    cuda = re.findall(r"^nvidia-cuda-runtime==(\d+\.\d+)", LOCK.read_text("utf-8"), re.M)[0]
     install([*BUILDS_ENGINE, *(f"{package}=={cuda}.*" for package in CUDA_COMPILER)], wheels)
     # No cache: it may hold what was compiled for another torch.
     again = [f"--reinstall-package={package}" for package in ("transformer-engine", "transformer-engine-torch")]

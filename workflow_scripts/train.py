@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
 
 def failure(run_dir: Path, where: str, code: int, log: Path) -> RunError:
     """Why the training ended with exit code `code`: the cause that it noted, a full disk, or the end of its log."""
-    end = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+    end = log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:]
     if known := noted_failure(run_dir):
         lines, fix = known.get("lines", ()), known.get("fix") or f"see {log}"
         if "crashed" in known:  # and could not say why

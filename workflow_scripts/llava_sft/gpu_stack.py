@@ -85,7 +85,7 @@ def engine_trouble() -> Missing | None:
     if not find_spec("transformer_engine") or not (find_spec("transformer_engine_torch") or _extension()):
         return Missing("Transformer Engine is not installed, and training on GPUs needs it", "make gpu")
     note, here = engine_note(), torch_version()
-    if note.is_file() and (built := note.read_text().strip()) != here:
+    if note.is_file() and (built := note.read_text("utf-8").strip()) != here:
         return Missing(f"Transformer Engine was compiled for torch {built}, and torch {here} is installed", "make gpu")
     return None
 

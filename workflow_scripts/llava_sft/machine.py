@@ -230,8 +230,8 @@ def free_memory() -> int:
     if job := os.environ.get("SLURM_MEM_PER_NODE"):
         free = min(free, int(job) << 20)
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+    if limit.is_file() and (most := limit.read_text("utf-8").strip()) != "max":
+        free = min(free, int(most) - int(used.read_text("utf-8")))
     return free
 
 

@@ -300,7 +300,7 @@ def outcome(flow: Workflow, words: list[str], shown_rules: set[str]) -> list[str
             name = experiment if step in ("data", "inspect") else paths.settings.run_name
             with contextlib.suppress(OSError):
                 log = paths.settings.exp_dir / "logs" / rule / f"{name}.log"
-                lines += log.read_text(errors="replace").splitlines()[which]
+                lines += log.read_text("utf-8", "replace").splitlines()[which]
     return lines
 
 

@@ -125,7 +125,7 @@ def locked() -> str:
     """Who works in this folder, as `lift_stale_lock` noted it."""
     working = []
     try:
-        for line in ALIVE.read_text().splitlines():
+        for line in ALIVE.read_text("utf-8").splitlines():
             holder = json.loads(line)
             away = holder["host"] != socket.gethostname()
             if holder["pid"] != os.getpid() and (away or os.path.exists(f"/proc/{holder['pid']}")):

@@ -181,4 +181,4 @@ def newest_cached(repo: str) -> str | None:
 def _commit_of(repo: str, revision: str) -> str:
     """The commit that a branch or a tag was when the hub last said so; a commit is itself."""
     noted = _cache_of(repo) / "refs" / (revision or "main")
-    return noted.read_text(errors="replace").strip() if noted.is_file() else revision
+    return noted.read_text("utf-8", "replace").strip() if noted.is_file() else revision

@@ -80,7 +80,7 @@ def write_demo(output_dir: Path) -> dict[str, int]:
 
 def chat_texts(path: Path) -> Iterator[str]:
     """All that the chat template shows of the records, without its control tokens: what the tokenizer learns from."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         yield f"system\n{SYSTEM_PROMPT}"
         for turn in json.loads(line)["conversations"]:
             yield f"{ROLES[turn['from']]}\n{turn['value'].replace(IMAGE, '')}"

@@ -64,7 +64,7 @@ def answers_of(model: Model, questions: list[Sample], data: str, options: Option
             with (
                 naming_full_disk(partial),
                 model.export() as folder,
-                open(partial, "a" if found else "w", buffering=1) as file,
+                open(partial, "a" if found else "w", buffering=1, encoding="utf-8") as file,
             ):
                 file.write("\n" if found else json.dumps(depends) + "\n")  # the last line may be half-written
                 _answer_the_rest(folder, questions, found, options, file)
@@ -141,7 +141,7 @@ def _read_partial(path: Path, depends: str) -> dict[int, Answer]:
     """The answers of an evaluation that was interrupted, by the number of the question; a damaged line is left out."""
     found: dict[int, Answer] = {}
     if path.is_file():
-        first, *lines = path.read_text(errors="replace").splitlines() or [""]
+        first, *lines = path.read_text("utf-8", "replace").splitlines() or [""]
         for line in lines if first == json.dumps(depends) else ():
             check, _, row = line.partition(" ")
             if check == f"{zlib.crc32(row.encode()):08x}":

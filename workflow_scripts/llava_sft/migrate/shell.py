@@ -164,7 +164,7 @@ class Script:
         self._inside: set[str] = set()  # variables that only branches have set
         self._depth = 0
         try:
-            for line, words in _statements(path.read_text(errors="replace")):
+            for line, words in _statements(path.read_text("utf-8", "replace")):
                 self._run(line, words)
         except _UnclosedError as error:
             raise SettingsError(

@@ -172,7 +172,7 @@ def load_model_config(path: Path | str) -> ModelConfig:
             f"{meant}model: one of {', '.join(known) or 'none, for that folder has none'}; another size: a copy of one of them",
         )
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid YAML: {error}", "compare with config/models/4b.yaml") from None
     except OSError as error:

@@ -47,7 +47,7 @@ def write_card(export: Path, model_id: str = "") -> bool:
     Errors: DamagedFileError, CheckpointError for a damaged file of the run.
     """
     path = export / CARD
-    if path.is_file() and not is_ours(path.read_text(errors="replace")):
+    if path.is_file() and not is_ours(path.read_text("utf-8", "replace")):
         print(f"{path}: edited, and left as it is")
         return False
     text = render(export, model_id)

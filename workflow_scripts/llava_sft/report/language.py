@@ -19,13 +19,13 @@ class Say(Protocol):
 
 @cache
 def chinese() -> dict[str, str]:
-    return yaml.safe_load((Path(__file__).parent / "zh.yaml").read_text())
+    return yaml.safe_load((Path(__file__).parent / "zh.yaml").read_text("utf-8"))
 
 
 @cache
 def messages(name: str = "zh_messages.yaml") -> list[tuple[re.Pattern[str], str]]:
     """A pattern for each English message, whose groups are its values, and the Chinese one."""
-    table = yaml.safe_load((Path(__file__).parent / name).read_text())
+    table = yaml.safe_load((Path(__file__).parent / name).read_text("utf-8"))
     return [(re.compile(re.escape(text).replace(r"\{\}", "(.*?)"), re.DOTALL), found) for text, found in table.items()]
 
 
