@@ -17,7 +17,7 @@ from helpers import ROOT, SCRIPTS
 # belongs lower than the rest of its package has an entry of its own.
 FLOORS = [
     ["errors", "programs"],
-    ["files", "gpu_stack"],
+    ["command_line", "files", "gpu_stack"],
     ["checksums", "embedded", "machine", "nodes", "progress", "run.layout", "settings.yaml_file"],
     ["model"],  # what LLaVA-OneVision-1.5 is: sizes, tokens, layers
     ["data"],

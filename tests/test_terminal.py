@@ -340,15 +340,3 @@ def test_the_end_of_a_failed_run_through_snakemake_is_the_jobs_message(project):
 def test_the_terminal_and_make_know_the_targets_of_the_workflow():
     of_make = re.search(r"^STEPS := (.*)", (ROOT / "Makefile").read_text(), re.M)
     assert words.STEPS == tuple(workflow.STEPS) == tuple(workflow.OUTCOME) == tuple(of_make[1].split())
-
-
-def test_files_are_utf_8_whatever_the_locale_says():
-    """As zh_CN.GB18030, in which Python 3.12 would read them: a page in Chinese is the same."""
-    for path in SCRIPTS.rglob("*.py"):
-        calls = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
-        bare = [each for each in calls if ast.unparse(each.func).endswith(".read_text")]
-        assert all(ast.unparse(each).count("utf-8") for each in bare), path
-    asks = "from llava_sft.report.language import sayer; print(ascii(sayer('zh')('report: %(path)s', path='x')))"
-    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONPATH": str(SCRIPTS)}
-    done = subprocess.run([sys.executable, "-c", asks], env=os.environ | locale, capture_output=True, text=True)
-    assert "\\u62a5\\u544a" in done.stdout, done.stderr

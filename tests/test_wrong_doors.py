@@ -1,7 +1,10 @@
 """What people name, in the commands that follow a training, in the place of what was asked: one message with what to name
 instead, and no file of theirs replaced."""
 
+import ast
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +25,7 @@ import report
 from helpers import ROOT, SCRIPTS
 from helpers.adapters import write_adapter
 from helpers.questions import counted
+from llava_sft.errors import of_file
 from llava_sft.files import read_json, write_json
 from llava_sft.model.config import load_model_config
 
@@ -141,6 +145,9 @@ def test_where_a_run_is_asked_the_one_near_is_named(said, place, named, export, 
         (["hf2mcore", "theirs", "new", "--samples=x"], "--samples: hf2mcore has no use for it"),
         (["hf2mcore", "theirs", "new", "--parity=skip"], "it is of mcore2hf"),
         (["mcore2peft", "stage2_sft_x", "new", "--max-pixels=5"], "it is of mcore2hf and merge"),
+        (["merge", "stage2_sft_x", "theirs", "new"], "convert_checkpoint.py mcore2hf {0}/stage2_sft_x FOLDER"),
+        (["merge", "adapter", "theirs", "new"], "the base comes first"),
+        (["merge", "theirs", "adapter", "theirs"], "exists already"),
         (["mcore2hf", "stage2_sft_x", "new", "--samples=nowhere"], "nowhere: no WebDataset in it"),
         (["mcore2hf", "stage2_sft_x", "new", "--done=test.jsonl"], "exists already"),
         (["mcore2hf", "stage2_sft_x", "new"], "--sidecars with the Hugging Face folder"),
@@ -154,6 +161,7 @@ def test_where_a_run_is_asked_the_one_near_is_named(said, place, named, export, 
 def test_a_conversion_that_cannot_be_meant_ends_before_anything_is_read(said, place, monkeypatch, words, told):
     monkeypatch.chdir(place)
     monkeypatch.setitem(sys.modules, "llava_sft.checkpoint.convert", None)
+    write_adapter(place / "adapter", "org/name", load_model_config(ROOT / "config/models/tiny.yaml"))
     before = sorted(place.rglob("*"))
     given = [place / each if (place / each).exists() or each == "stage2_sft_x/iter_0000201" else each for each in words]
     assert told.format(place) in said(convert_checkpoint, *given)
@@ -205,6 +213,25 @@ def test_no_page_takes_the_place_of_another_file(said, place, monkeypatch, name)
     assert f"--output {(place / name).with_suffix('.html')}\n" in said(compare_runs, *words)
     words = ["--run-dir", place / "stage2_sft_x", "--resolved", "x", "--output", place / name]
     assert "would be lost" in said(report, *words)
+
+
+@pytest.mark.parametrize("head", [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n", b"GIF89a", b"%PDF-1.7"])
+def test_a_picture_in_the_place_of_the_records_is_not_text_of_another_encoding(said, tmp_path, export, head):
+    (tmp_path / "a.jpg").write_bytes(head + bytes(range(256)))
+    text = said(evaluate, export, tmp_path / "a.jpg", "--output", tmp_path / "e.json")
+    assert "name the file of the records" in text and "iconv" not in text
+
+
+def test_columns_that_are_no_json_are_shown_how(said):
+    assert """JSON in quotes, as in --columns '{"question": "q"}'""" in said(
+        evaluate, "x", "y", "--columns", "question"
+    )
+
+
+@pytest.mark.parametrize("name", ["/mnt/.e.json.77.tmp", ".e.json.77.tmp", "/mnt/.x/.e.json.7.tmp"])
+def test_what_could_not_be_written_has_the_name_it_was_to_have(name):
+    said = of_file(OSError(errno.EROFS, "Read-only", name)).problem
+    assert said == f"{name.replace('.e.json', 'e.json').partition('.7')[0]}: Read-only"
 
 
 @pytest.mark.parametrize("inside", [".nv-meta", "raw", "nothing"])
@@ -264,3 +291,15 @@ def test_an_address_on_the_hub_is_read_and_swapped_names_are_seen(said, place):
     export = place / "stage2_sft_x_results/huggingface"
     assert "fix: org/name\n" in said(push_to_hub, export, "https://huggingface.co/org/name/tree/main")
     assert "the export comes first" in said(push_to_hub, "org/name", export)
+
+
+def test_files_are_utf_8_whatever_the_locale_says():
+    """As zh_CN.GB18030, in which Python 3.12 would read them: a page in Chinese is the same."""
+    for path in SCRIPTS.rglob("*.py"):
+        calls = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+        bare = [each for each in calls if ast.unparse(each.func).endswith(".read_text")]
+        assert all(ast.unparse(each).count("utf-8") for each in bare), path
+    asks = "from llava_sft.report.language import sayer; print(ascii(sayer('zh')('report: %(path)s', path='x')))"
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONPATH": str(SCRIPTS)}
+    done = subprocess.run([sys.executable, "-c", asks], env=os.environ | locale, capture_output=True, text=True)
+    assert "\\u62a5\\u544a" in done.stdout, done.stderr

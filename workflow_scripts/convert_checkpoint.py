@@ -25,7 +25,7 @@ from llava_sft.checkpoint.architecture import model_to_export, with_start_positi
 from llava_sft.checkpoint.hf_folder import ADAPTER
 from llava_sft.checkpoint.hub import fetch
 from llava_sft.checkpoint.peft import Adapter
-from llava_sft.checkpoint.requests import refuse_unmeant, trained_checkpoint, untrained_checkpoint
+from llava_sft.checkpoint.requests import base_to_merge, refuse_unmeant, trained_checkpoint, untrained_checkpoint
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
 from llava_sft.command_line import Parser
@@ -100,8 +100,8 @@ def export_peft(args: argparse.Namespace) -> None:
 
 
 def merge_adapters(args: argparse.Namespace) -> None:
-    from llava_sft.checkpoint.convert import merge
-
+    checkpoint = Checkpoint.of(args.source)
+    folder = base_to_merge(checkpoint)
     adapters = [numbered(each) for each in args.adapters]
     folders = [adapter.folder.resolve() for adapter, _ in adapters]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
@@ -110,8 +110,7 @@ def merge_adapters(args: argparse.Namespace) -> None:
         raise SettingsError(
             f"{args.target}: exists already", "the folder to write comes last: name a new one, or delete this one"
         )
-    checkpoint = Checkpoint.of(args.source)
-    base, lines = fetch(args.source) if checkpoint.kind == "hub" else (checkpoint.folder, [])
+    base, lines = fetch(args.source) if checkpoint.kind == "hub" else (folder, [])
     model = named_model(args) or model_of_folder(base)
     for adapter, number in adapters:
         lines.append(
@@ -126,6 +125,8 @@ def merge_adapters(args: argparse.Namespace) -> None:
         "base": args.source if checkpoint.kind == "hub" else base.resolve().name,
         "adapters": [[folder.name, number] for folder, (_, number) in zip(folders, adapters, strict=True)],
     }
+    from llava_sft.checkpoint.convert import merge
+
     say_done(args, merge(base, adapters, args.target, model, *limits_of(base, base, args), args.export_names, about))
     write_card(args.target, args.target.name)
 
@@ -190,13 +191,14 @@ def to_hugging_face(args: argparse.Namespace) -> dict:
     """The marker of the export, made anew only where what it depends on has changed."""
     source = trained_checkpoint(args.source)
     sidecars = args.sidecars or source.parent / SIDECARS
+    named = named_model(args)
     if not (sidecars / "config.json").is_file():
         raise CheckpointError(
             f"{sidecars}: no config.json in it: tokenizer and config of this checkpoint",
             "--sidecars with the Hugging Face folder of the model",
         )
     limits = limits_of(source, sidecars, args)
-    model = model_to_export(source, sidecars, named_model(args)) or model_of_folder(sidecars)
+    model = model_to_export(source, sidecars, named) or model_of_folder(sidecars)
     export = [export_form(), *limits, args.parity, bool(args.samples), args.export_names]
     depends = depends_on(args.direction, [source], [], model, export)
     if made := made_before(args.target, depends):

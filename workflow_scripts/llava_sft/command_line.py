@@ -77,6 +77,8 @@ class Parser(argparse.ArgumentParser):
                 (each for each in CHOICES.get(found[2].lower(), ()) if each in choices), nearest(found[2], choices)
             )
             return f"did you mean {near}? {all_of_them}" if near else f"one of these; {all_of_them}"
+        if found := re.match(r"argument (\S+): invalid loads value", message):
+            return f'JSON in quotes, as in {found[1]} \'{{"question": "q"}}\'; {all_of_them}'
         if found := re.match(r"argument (\S+): invalid (int|float) value", message):
             whole = found[2] == "int"
             return (

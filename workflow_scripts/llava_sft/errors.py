@@ -28,6 +28,9 @@ MORE_SPACE = (
 MEND_LINK = "mount that disk, or mend the link; or name another place"
 READABLE = "make it readable for you (`ls -ld` shows whose it is; `chmod -R u+rX` if it is yours), or name another"
 MORE_QUOTA = "free some of your quota there (`quota -s` shows it), or --config exp_dir=FOLDER on another disk; then the same command"
+BEING_WRITTEN = re.compile(
+    r"(?<=/)\.(?=[^/]+\.\d+\.tmp$)|^\.(?=[^/]+\.\d+\.tmp$)|(?<=.)\.\d+\.tmp$"
+)  # around a name, see files.py
 FEW_FILES = 1000  # inodes that a job which failed for want of them may have given back as it ended
 LEAST_SPACE = 16 << 20  # bytes free that programs need for their temporary files
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -148,6 +151,8 @@ def full_disk(error: BaseException) -> str:
 def of_file(error: OSError) -> SftError:
     """The message for a file that cannot be read or written, or a disk that is full."""
     name = error.filename2 or error.filename  # of a renaming: the new name
+    if isinstance(name, str):  # what was to be written, not the name that it has until it is whole
+        name = BEING_WRITTEN.sub("", name)
     what = f"{name}: {error.strerror}" if name is not None else f"{error.strerror}"
     if error.errno in NO_SPACE:
         fix = MORE_QUOTA if error.errno == errno.EDQUOT else MORE_SPACE

@@ -88,10 +88,23 @@ def untrained_checkpoint(checkpoint: Checkpoint) -> Path:
     name = checkpoint.name
     if checkpoint.folder.is_file():
         raise CheckpointError(f"{name}: a file; checkpoints are folders", f"name {checkpoint.folder.parent}")
-    if checkpoint.kind in ("megatron", "iteration"):
-        existing_checkpoint(checkpoint.folder)
+    source = existing_checkpoint(checkpoint.folder)
+    if checkpoint.kind in ("megatron", "iteration") and (source / ".metadata").is_file():
         raise CheckpointError(
             f"{name}: a Megatron checkpoint already",
             f"`load` takes it as it is; a Hugging Face folder of it: convert_checkpoint.py mcore2hf {shlex.quote(name)} FOLDER",
         )
-    return existing_checkpoint(checkpoint.folder)
+    return source
+
+
+def base_to_merge(checkpoint: Checkpoint) -> Path:
+    """The folder whose weights adapters are added to. Raises CheckpointError for one of another kind."""
+    name = shlex.quote(checkpoint.name)
+    if checkpoint.kind in ("megatron", "iteration"):
+        raise CheckpointError(
+            f"{checkpoint.name}: a Megatron checkpoint, and adapters are merged into a Hugging Face folder",
+            f"make one of it: convert_checkpoint.py mcore2hf {name} FOLDER, then merge FOLDER",
+        )
+    if checkpoint.kind == "peft":
+        raise CheckpointError(f"{checkpoint.name}: an adapter, and the base comes first", "merge BASE ADAPTER … TARGET")
+    return checkpoint.folder

@@ -43,6 +43,11 @@ OTHER_FILES = {
     b"SQLite format": ("an SQLite database", "export it as JSONL"),
     b"version https://git-lfs": ("a Git LFS pointer", "git lfs pull"), b"<!DO": ("a web page", "download the file itself"),
     b"<htm": ("a web page", "download the file itself"),
+    **dict.fromkeys(
+        (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*"),
+        ("a picture", "name the file of the records; image_root is the folder of their pictures"),
+    ),
+    b"%PDF": ("a PDF", "name the file of the records"),
 }  # fmt: skip
 PACKED_AS = dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "") | dict.fromkeys((".tgz", ".tbz2", ".txz"), ".tar")
 UTF_16_32 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
