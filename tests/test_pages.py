@@ -23,7 +23,7 @@ from helpers.reports import ReportOfARun, answer, step, text_of, validation, wri
 from helpers.webdatasets import picture
 from llava_sft.data.findings import IMAGES, INDEX, SAMPLES, SHARDS, VALUES
 from llava_sft.data.records import Sample
-from llava_sft.files import file_fingerprint, write_json
+from llava_sft.files import file_fingerprint, read_json, write_json
 from llava_sft.report.charts import CHARTS
 from llava_sft.report.html import make_environment
 from llava_sft.report.language import chinese, spoken
@@ -208,6 +208,25 @@ def two_runs(tmp_path, resolved) -> Path:
         found["predictions"] = file_fingerprint(results / "predictions.jsonl")
         write_json(results / "evaluation.json", found, sealed=True)
     return tmp_path
+
+
+@pytest.mark.parametrize("spoiled", ["not evaluated", "damaged", "other questions"])
+def test_runs_without_a_question_in_common_are_compared_all_the_same(two_runs, monkeypatch, spoiled):
+    results = two_runs / "stage2_sft_b_results"
+    if spoiled == "not evaluated":
+        shutil.rmtree(results)
+    elif spoiled == "damaged":
+        (results / "evaluation.json").write_text('{"samples"')
+    else:
+        write_lines(results / "predictions.jsonl", [answer(True, id=str(n), question="Another?") for n in range(60)])
+        found = read_json(results / "evaluation.json")
+        found["predictions"] = file_fingerprint(results / "predictions.jsonl")
+        write_json(results / "evaluation.json", found, sealed=True)
+    words = ["compare_runs.py", "stage2_sft_a,stage2_sft_b", "--exp-dir", str(two_runs), "--language", "en"]
+    monkeypatch.setattr(sys, "argv", words)
+    compare_runs.main()
+    text = text_of((two_runs / "compare_stage2_sft_a_stage2_sft_b.html").read_text())
+    assert "lr 0.0001 1e-05" in text and "their accuracies cannot be compared" in text and "answers better" not in text
 
 
 def test_runs_are_compared_on_the_same_questions_with_the_settings_that_differ(two_runs, monkeypatch, capsys):

@@ -70,7 +70,9 @@ def page(runs: list[Run], folders: list[Path], output: Path, language: str) -> s
             for run in runs
         ],
         reports=[links(output, report=results_of(folder) / "report.html").get("report") for folder in folders],
-        headlines=[headline(names[0], name, found, say) for name, found in zip(names[1:], compared[1:], strict=True)],
+        headlines=[  # none where the runs have no question in common
+            headline(names[0], name, found, say) for name, found in list(zip(names, compared, strict=bool(ids)))[1:]
+        ],
         settings=differing_settings(runs),
         compared=compared,
         questions=len(ids),
