@@ -210,6 +210,36 @@ def two_runs(tmp_path, resolved) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"scores": []}, {"scores": [{"name": "exact", "mean": None}]}, {"scores": 5}, {"samples": "60", "scores": None}],
+)
+def test_scores_that_are_none_are_as_if_nothing_was_evaluated(two_runs, monkeypatch, capsys, change):
+    """The results have no seal where an earlier version wrote them."""
+    path = two_runs / "stage2_sft_b_results/evaluation.json"
+    write_json(path, read_json(path) | change)
+    monkeypatch.setattr(sys, "argv", ["list_runs.py", str(two_runs)])
+    list_runs.main()
+    assert capsys.readouterr().out.count("%") == 1
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", "stage2_sft_a,stage2_sft_b", "--exp-dir", str(two_runs)])
+    compare_runs.main()
+    other = path.parent / "evaluations/other/evaluation.json"
+    write_json(other, [])
+    assert report.other_sets(path, None) == {}
+
+
+@pytest.mark.parametrize("row", ["[]", '{"id": 1}', "3"])
+def test_answers_of_another_form_are_one_message(two_runs, monkeypatch, capsys, row):
+    results = two_runs / "stage2_sft_b_results"
+    (results / "predictions.jsonl").write_text(row + "\n")
+    found = read_json(results / "evaluation.json") | {"predictions": file_fingerprint(results / "predictions.jsonl")}
+    write_json(results / "evaluation.json", found)
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", "stage2_sft_a,stage2_sft_b", "--exp-dir", str(two_runs)])
+    with pytest.raises(SystemExit) as end:
+        compare_runs.main()
+    assert end.value.code == 1 and "predictions.jsonl: damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("spoiled", ["not evaluated", "damaged", "other questions"])
 def test_runs_without_a_question_in_common_are_compared_all_the_same(two_runs, monkeypatch, spoiled):
     results = two_runs / "stage2_sft_b_results"

@@ -215,7 +215,9 @@ def test_no_page_takes_the_place_of_another_file(said, place, monkeypatch, name)
     assert "would be lost" in said(report, *words)
 
 
-@pytest.mark.parametrize("head", [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n", b"GIF89a", b"%PDF-1.7"])
+@pytest.mark.parametrize(
+    "head", [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n", b"GIF89a", b"%PDF-1.7", b"\x30\0\0\0", b"a.tar" + bytes(95)]
+)
 def test_a_picture_in_the_place_of_the_records_is_not_text_of_another_encoding(said, tmp_path, export, head):
     (tmp_path / "a.jpg").write_bytes(head + bytes(range(256)))
     text = said(evaluate, export, tmp_path / "a.jpg", "--output", tmp_path / "e.json")

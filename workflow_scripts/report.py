@@ -18,7 +18,7 @@ from llava_sft.files import file_fingerprint, read_json, read_rows, write_text
 from llava_sft.publish.card import CARD, write_card
 from llava_sft.report.answers import table
 from llava_sft.report.charts import Records, charts, vega
-from llava_sft.report.figures import best_validation, measured, with_scores
+from llava_sft.report.figures import best_validation, is_scored, measured, with_scores
 from llava_sft.report.html import refuse_others_page, render
 from llava_sft.report.language import Say, sayer, spoken
 from llava_sft.report.places import chat_command, links, newest_log, paths, provenance
@@ -96,6 +96,8 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
             print(f"note: {path}: no such file; the page says so")
         else:
             check_keys(path, found[name], KEYS[name])
+            if name == "evaluation" and not all(map(is_scored, [found[name], *found[name]["groups"].values()])):
+                raise damaged(path, "scores")
     data, fingerprint = found["resolved"].get("data", {}), (found["dataset"] or {}).get("fingerprint")
     if fingerprint and data.get("fingerprint", fingerprint) != fingerprint:
         raise not_this_run(args.dataset, f"its data is {fingerprint}, that of the run {data['fingerprint']}")
@@ -110,10 +112,14 @@ def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
 def check_keys(path: Path, content: Any, keys: dict[str, Any]) -> None:
     for key, kind in keys.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise DamagedFileError(
-                f"{path}: damaged, or another file than its name says: it has no {key} as it should",
-                "delete it and run the same command: it is made again",
-            )
+            raise damaged(path, key)
+
+
+def damaged(path: Path, key: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path}: damaged, or another file than its name says: it has no {key} as it should",
+        "delete it and run the same command: it is made again",
+    )
 
 
 def not_this_run(path: Path, why: str) -> RunError:
@@ -196,7 +202,9 @@ def other_sets(evaluation: Path, model: str | None) -> dict[str, dict[str, Any]]
     files = sorted(evaluation.parent.glob(f"evaluations/*/{EVALUATION}"))
     found = {path.parent.name: read_json(path) for path in files}
     return {
-        name: with_scores(each) for name, each in found.items() if each.get("samples") and each.get("model") == model
+        name: with_scores(each)
+        for name, each in found.items()
+        if is_scored(each) and each["samples"] and each.get("model") == model
     }
 
 

@@ -125,9 +125,12 @@ def read_json(path: Path | str, *default: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file of ours, one a line. Errors: DamagedFileError."""
+    """The objects of predictions.jsonl, one a line. Errors: DamagedFileError."""
     try:
-        return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+        if not all(isinstance(row, dict) and {"id", "turns", "scores", "correct"} <= row.keys() for row in rows):
+            raise ValueError
+        return rows
     except (ValueError, RecursionError):
         raise DamagedFileError(
             f"{path}: damaged, or cut off", "delete it and run the same command: it is made again"

@@ -93,6 +93,8 @@ def format_of(path: Path | str) -> str:
     if head.startswith(UTF_16_32):
         code = "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
         raise DataError(f"{path} is {code}, not UTF-8", f"iconv -f {code} -t UTF-8 {path} > NEW.jsonl")
+    if b"\0" in head[:512]:
+        raise DataError(f"{path} is a binary file, not JSONL, JSON, CSV or Parquet", "name the file of the records")
     extension = EXTENSIONS.get(Path(path).suffix.lower())
     if extension in ("parquet", "arrow"):
         return extension  # its reader says what is wrong

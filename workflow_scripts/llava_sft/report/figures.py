@@ -30,6 +30,17 @@ def best_validation(validations: list[dict[str, Any]]) -> dict[str, Any] | None:
     )
 
 
+def is_scored(evaluation: dict[str, Any]) -> bool:
+    """Whether evaluation.json, or a group in it, has figures for its samples, as evaluate.py writes them."""
+    try:
+        scores = with_scores(evaluation)["scores"]
+        figures = [number for score in scores for number in (score["mean"], *score["interval"])]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    whole = len(figures) == 3 * len(scores) and all(isinstance(number, int | float) for number in figures)
+    return whole and bool(scores or not evaluation["samples"])
+
+
 def with_scores(evaluation: dict[str, Any]) -> dict[str, Any]:
     """What evaluation.json says of all samples, or of a group, with the list of scores that earlier versions did not have."""
     correct, samples = evaluation["correct"], evaluation["samples"]

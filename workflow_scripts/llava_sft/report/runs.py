@@ -10,7 +10,7 @@ from llava_sft.errors import DamagedFileError, RunError
 from llava_sft.evaluation.intervals import compare
 from llava_sft.files import file_fingerprint, read_json, read_rows
 from llava_sft.report.charts import Records
-from llava_sft.report.figures import with_scores
+from llava_sft.report.figures import is_scored, with_scores
 from llava_sft.run.layout import EVALUATION, PREDICTIONS, RUN_FILE, VALIDATION, results_of, run_of
 from llava_sft.run.records import read_jsonl, read_metrics
 from llava_sft.settings.resolved import Resolved
@@ -40,7 +40,7 @@ def evaluation_of(run_dir: Path) -> dict[str, Any]:
     """What evaluation.json says, empty where it is missing, damaged, or of no sample."""
     with contextlib.suppress(DamagedFileError, KeyError, TypeError, AttributeError):
         found = read_json(results_of(run_dir) / EVALUATION, {})
-        return with_scores(found) if found.get("samples") else {}
+        return with_scores(found) if found.get("samples") and is_scored(found) else {}
     return {}
 
 
