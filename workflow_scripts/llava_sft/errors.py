@@ -175,6 +175,13 @@ def dead_link(path: Path | str) -> str:
     return next((f"{link} is a link to {os.readlink(link)}, which is not there" for link in links), "")
 
 
+def require_folder(exp_dir: Path) -> None:
+    """Raise RunError where there is no folder that runs could lie in."""
+    if not exp_dir.is_dir():
+        what = "a file" if exp_dir.exists() else dead_link(exp_dir) or "no such folder"
+        raise RunError(f"{exp_dir}: {what}", "name the EXP_DIR of the runs: make runs exp_dir=FOLDER")
+
+
 def existing_folder(path: Path) -> Path:
     """A folder that is there: `path`, or the first above it."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
