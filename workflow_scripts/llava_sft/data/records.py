@@ -25,7 +25,7 @@ from llava_sft.data.other_forms import (
     named_in_text,
 )
 from llava_sft.data.rejects import Rejected
-from llava_sft.data.values import is_empty, unprinted
+from llava_sft.data.values import exact_json, is_empty, unprinted
 from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
 BOM = b"\xef\xbb\xbf"
@@ -111,7 +111,7 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     if line.offset == 0:
         data = data.removeprefix(BOM)
     try:
-        record = orjson.loads(data)
+        record = exact_json(data)
     except orjson.JSONDecodeError as error:
         if not data.strip():
             return None
