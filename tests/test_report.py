@@ -45,7 +45,7 @@ def test_page_tells_what_a_reader_came_for(run):
     text = text_of(page)
     for expected in (
         "75.0 %", "3 of 4", "missing image", "0.125", "1,234,567", "started from untrained (random) weights",
-        "1 epochs × 160 samples / 4", "step 0.5 s 0.25 s", "4,321", "never 3",
+        "1 epoch × 160 samples / 4", "step 0.5 s 0.25 s", "4,321", "never 3",
     ):  # fmt: skip
         assert expected in text, expected
     curves = json_of(page, "curves")

@@ -80,12 +80,14 @@ def print_summary(report: dict[str, Any]) -> None:
         if values := report["distributions"].get(name):
             print(f"{name}: median {values['median']}, 95 % up to {values['p95']}, largest {values['max']}")
     if length := report["sequence_length"]:
-        print(f"seq_length {length['seq_length']:,}: {length['cut']:,} samples cut, {length['left_out']:,} left out")
+        print(
+            f"seq_length {length['seq_length']:,}: {many(length['cut'], 'sample')} cut, {length['left_out']:,} left out"
+        )
     for what, counts in report["duplicates"].items():
         if counts["repeated"]:
-            print(f"duplicates: {counts['repeated']:,} {what}s repeat an earlier one")
+            print(f"duplicates: {many(counts['repeated'], what, 'repeat')} an earlier one")
     if rejects := report["rejects"]:
-        print(f"rejects: {rejects['rejected']:,} of {rejects['read']:,} records")
+        print(f"rejects: {rejects['rejected']:,} of {many(rejects['read'], 'record')}")
     for key, row in report["unread"].items():
         print(f"note: not read: the key {key} of {many(row['records'], 'record')} ({row['example']})")
     for note in report["notes"]:

@@ -74,9 +74,16 @@ def shown(value: Any, limit: int = SHOWN) -> str:
     return f"{text[:limit]}… ({len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'})"
 
 
-def many(count: int, noun: str) -> str:
-    """`1 record`, `2,000 records`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+def many(count: int, noun: str, verb: str = "") -> str:
+    """`1 record`, `2,000 records`; with the `verb` of several, `1 record is`, `2 records are`."""
+    if count != 1:
+        noun += "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}" + (f" {verb_of(count, verb)}" if verb else "")
+
+
+def verb_of(count: int, verb: str) -> str:
+    """The verb of several, such as `are`, for so many: of one `is`."""
+    return verb if count != 1 else {"are": "is", "were": "was", "have": "has"}.get(verb, f"{verb}s")
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:

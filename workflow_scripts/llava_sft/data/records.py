@@ -325,6 +325,11 @@ def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
         raise Rejected("no answer counts in the loss", "each has loss: false, or the like")
     if placeholders != len(sample.images):
         fix = "" if placeholders else ": write <image> in the question, or set image_first: true"
-        found = f"{placeholders} <image>, {len(sample.images)} images{fix}"
+        pictures = len(sample.images)
+        found = (
+            f"{placeholders} <image>, 1 image{fix}"
+            if pictures == 1
+            else f"{placeholders} <image>, {pictures} images{fix}"
+        )
         raise Rejected("number of <image> differs from images", found)
     return sample

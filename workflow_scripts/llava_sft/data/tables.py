@@ -136,7 +136,7 @@ def read_table(file: BinaryIO, start: int, end: int, update: Callable[[bytes], A
 def _record(names: list[str], cells: list[str]) -> dict[str, Any] | Rejected:
     if len(cells) != len(names) and (len(cells) < len(names) or any(cells[len(names) :])):
         fix = "a text that holds the separator goes into double quotes"
-        return Rejected("cells differ from the first row", f"{len(cells)} cells, {len(names)} columns: {fix}")
+        return Rejected("cells differ from the first row", f"cells: {len(cells)}, columns: {len(names)}: {fix}")
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:
