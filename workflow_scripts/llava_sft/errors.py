@@ -208,5 +208,5 @@ def _room(path: str) -> str:
     except OSError:  # gone, or the disk with it; also the current folder
         return ""
     if files.f_files and files.f_favail < FEW_FILES:
-        return f": the disk of {folder} takes {files.f_favail:,} more files, whatever their sizes (`df -i`)"
+        return f": the disk of {folder} takes {many(files.f_favail, 'more file')}, whatever their sizes (`df -i`)"
     return f"; free in {folder}: {size_in_words(usage.free)} of {size_in_words(usage.total)}"
