@@ -120,7 +120,8 @@ def _of_other_data(values: dict[str, Any], own: set[str]) -> set[str]:
     """The settings that are given for all experiments, and cannot be of this one's data; `own`: those given for this one."""
     named = {key for key in DATA if values.get(key)}
     others = named - own if named & own else set()
-    unread = {"webdatasets": {*OF_RECORDS, "heldout_data"}, "sources": {"heldout_data"}}
+    # Tars may hold captions, of which the prompt is the question: whether they do is asked when they are looked at.
+    unread = {"webdatasets": {*OF_RECORDS, "heldout_data"} - {"caption_prompt"}, "sources": {"heldout_data"}}
     return (others | set().union(*(unread.get(key, ()) for key in named - others))) - own
 
 
