@@ -30,7 +30,8 @@ from cases import run_settings
 from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.machine import gpu_count, this_machine
 from llava_sft.model.config import load_model_config
-from llava_sft.preflight.predict import Case, forecast_of, mean_and_largest
+from llava_sft.preflight.predict import Case, mean_and_largest
+from llava_sft.preflight.proposals import forecast_of
 from llava_sft.training.launcher import commands
 from results import ROOT, machine, seconds_left
 from scaling_rows import FORETELLING, compare, write

@@ -24,13 +24,11 @@ from llava_sft.preflight.predict import (
     equally_slow_stages,
     fits,
     mean_and_largest,
-    needless_parallelism,
     predict,
-    proposal_lines,
-    proposals,
     stage_memory,
     stage_seconds,
 )
+from llava_sft.preflight.proposals import faster_line, forecast_of, proposal_lines, proposals
 from llava_sft.settings.layers import CONFIG_DIR, load_settings
 from llava_sft.settings.resolve import ResolvedSettings, resolve
 from llava_sft.settings.resolved import Resolved, ResolvedData
@@ -249,16 +247,49 @@ def test_a_gpu_that_nobody_measured_is_named():
         gpu("RTX 9999")
 
 
-def test_parallelism_that_the_model_does_not_need_is_said_to_be_slower(sizes):
-    calibration = calibration_for("H200")
-
+def test_a_faster_way_to_share_a_model_between_the_same_gpus_is_said(sizes):
     def said(machine=H200, **changed):
-        values = settings(sizes, **changed)
-        return needless_parallelism(Case(MODEL, values, machine, *batches(sizes, values)), calibration)
+        values = settings(sizes, gpus_per_node=2, global_batch_size=32, **changed)
+        return faster_line(forecast_of(Case(MODEL, values, machine, *batches(sizes, values))))
 
-    two = {"gpus_per_node": 2, "tensor_model_parallel_size": 2}
-    assert "tensor_model_parallel_size 2: the model fits into one GPU" in said(**two)[0]
-    assert said(gpus_per_node=2) == [] == said(gpu("NVIDIA RTX 4090"), **two)
+    tensor, pipeline = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+    assert said() == []
+    for asked in (tensor, pipeline):
+        name = next(iter(asked))
+        (line,) = said(**asked)
+        assert line.startswith(f"{name} 2: ") and f"--config {name}=1 (" in line
+    (line,) = said(H100, **tensor)  # two cards of 80 GB are too small for whole packs in each
+    assert line.startswith("tensor_model_parallel_size 2: ")
+    assert "--config tensor_model_parallel_size=1 pipeline_model_parallel_size=2 (" in line
+    (line,) = said(**tensor, micro_batch_size=32)  # two replicas have 16 packs each
+    assert "--config tensor_model_parallel_size=1 micro_batch_size=16 (" in line
+    assert said(gpu("NVIDIA RTX 4090"), **tensor) == []  # it does not fit at all
+    assert (
+        "--config tensor_model_parallel_size=1 ("
+        in said(**tensor, lora_rank=8, trainable_modules=["language_model"])[0]
+    )
+
+
+def test_gpus_too_small_for_the_whole_model_are_proposed_to_share_it(sizes):
+    def found(model: str, **changed) -> list[tuple[dict, Prediction]]:
+        values = settings(sizes, gpus_per_node=2, model=model, **changed)
+        architecture = load_model_config(CONFIG_DIR / "models" / f"{model}.yaml")
+        forecast = forecast_of(Case(architecture, values, H100, *batches(sizes, values)))
+        for proposed, _ in forecast.would_fit:
+            resolved = values.model_copy(update=proposed)
+            assert not 2 % resolved.model_parallel_size, proposed
+        return forecast.would_fit
+
+    name = "pipeline_model_parallel_size"
+    of_4b, of_8b = found("4b"), found("8b")
+    assert of_4b[0][0] == {"pack_chunk_tokens": 4096}, "a pipeline that is 2 % faster is not worth it"
+    assert {name: 2} in [changed for changed, _ in of_4b]
+    assert of_8b[0][0].keys() >= {"recompute_vision"} and any(changed.get(name) == 2 for changed, _ in of_8b)
+    assert not any("pack_chunk_tokens" in changed for changed, _ in of_8b if changed.get(name) == 2)
+    assert found("8b", pipeline_model_parallel_size=2)[0][0] == {
+        "recompute_vision": "full",
+        "recompute_language": "full",
+    }
 
 
 def test_gpus_that_share_layers_wait_for_one_another_and_in_short_chunks_for_the_host(sizes):

@@ -9,8 +9,10 @@ from triton import next_power_of_2 as power_of_2
 
 from llava_sft.model.casts import note_largest
 from llava_sft.model.kernels import PLACES, TILE, WARPS, PartialSums, known, load_halves, store_halves, with_room
+from llava_sft.model.launches import Remembered
 
 
+@Remembered
 @triton.jit
 def _swiglu(
     gate_and_up, out, amax, width: tl.constexpr, pitch: tl.constexpr, SLOTS: tl.constexpr, APART: tl.constexpr, BLOCK: tl.constexpr
@@ -26,6 +28,7 @@ def _swiglu(
         note_largest(amax, row + tl.program_id(1), tl.where(inside, tl.abs(value.to(tl.float32)), 0.0), SLOTS, APART)
 
 
+@Remembered
 @triton.jit
 def _swiglu_backward(
     gate_and_up, grad, out, amax, width: tl.constexpr, pitch: tl.constexpr, AGAIN: tl.constexpr,
@@ -73,6 +76,7 @@ def _normal(x):
     return tl.where(x > 0, 1 - tail, tail), bell * 0.3989422804
 
 
+@Remembered
 @triton.jit
 def _gelu(x, out, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -81,6 +85,7 @@ def _gelu(x, out, size, BLOCK: tl.constexpr):
     tl.store(out + at, value * below, at < size)
 
 
+@Remembered
 @triton.jit(do_not_specialize=["tokens"])
 def _gelu_backward(
     grad,

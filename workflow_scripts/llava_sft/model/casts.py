@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from llava_sft.model.launches import Remembered
+
 SLOTS = 64  # places for the largest value of a tensor: programs that write one place wait for each other
 APART = 8  # float32 values from place to place: 32 bytes, what a cache moves
 TENSORS = 1024  # whose places are filled with zeros at a time
@@ -41,6 +43,7 @@ def note_largest(amax, program, values, SLOTS: tl.constexpr, APART: tl.constexpr
     tl.atomic_max(amax + (program % SLOTS) * APART, most, sem="relaxed")
 
 
+@Remembered
 @triton.jit
 def _cast(
     x, amax, rows_out, columns_out, scale_inv, rows, columns: tl.constexpr, largest: tl.constexpr,

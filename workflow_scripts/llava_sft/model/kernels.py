@@ -17,6 +17,7 @@ from triton import cdiv
 from triton import next_power_of_2 as power_of_2
 
 from llava_sft.model.casts import APART, SLOTS, note_largest
+from llava_sft.model.launches import Remembered
 
 WARPS = 4
 TILE = 4096  # values of a tensor that a program of a backward kernel holds at a time
@@ -43,6 +44,7 @@ class PartialSums:
         return out.split(sizes)
 
 
+@Remembered
 @triton.jit
 def _totals(rows, out, programs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     column, total = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.zeros([ROWS, BLOCK], tl.float32)
@@ -82,6 +84,7 @@ def store_halves(at, half, inside, first, second):
 # --- norms ---------------------------------------------------------------------------------------------------------
 
 
+@Remembered
 @triton.jit
 def _norm(
     x, branch, weight, bias, total, out, mean, scale, amax, eps,
@@ -129,6 +132,7 @@ def norm(
     return total, known(out, amax), mean, scale
 
 
+@Remembered
 @triton.jit(do_not_specialize=["tokens"])
 def _norm_backward(
     grad, x, weight, bias, mean, scale, residual, out, sums, amax, tokens, columns,

@@ -12,6 +12,7 @@ from triton import next_power_of_2 as power_of_2
 
 from llava_sft.model.casts import note_largest
 from llava_sft.model.kernels import PLACES, TILE, WARPS, PartialSums, known, load_halves, store_halves
+from llava_sft.model.launches import Remembered
 
 
 @triton.jit
@@ -36,6 +37,7 @@ def _head_offsets(
     return token * head_dim + channel, q, k, q_alone, k_alone, valid, valid & (head < heads), valid & (group < groups)
 
 
+@Remembered
 @triton.jit(do_not_specialize=["tokens"])
 def _rope(
     qkv, q_out, k_out, v_out, q_weight, k_weight, cos, sin, tokens, eps, NORM: tl.constexpr,
@@ -75,6 +77,7 @@ def _norm_gradient(g1, g2, x1, x2, weight, half, eps, HALF: tl.constexpr):
     return (g1 * w1 - x1 * along) * factor, (g2 * w2 - x2 * along) * factor, d_w1, d_w2
 
 
+@Remembered
 @triton.jit(do_not_specialize=["tokens"])
 def _rope_backward(
     q_grad, k_grad, v_grad, qkv, out, q_weight, k_weight, cos, sin, sums, amax, tokens, columns, eps, NORM: tl.constexpr,

@@ -9,12 +9,9 @@ No torch: preflight runs where there is no GPU.
 
 import math
 import random
-import shlex
-from collections.abc import Callable
-from functools import cache
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llava_sft.data.packing import cut_between
 from llava_sft.data.sizes import SampleSizes
@@ -33,7 +30,6 @@ from llava_sft.preflight.cost import (
     step_flops,
     summed_bytes,
 )
-from llava_sft.run.remedies import in_yaml, less_memory, with_lora
 from llava_sft.settings.conflicts import possible_cuts
 from llava_sft.settings.resolve import ResolvedSettings
 
@@ -221,98 +217,6 @@ def fits(prediction: Prediction, machine: Machine) -> bool:
     return prediction.memory_gib <= machine.memory_gib - max(RESERVE * machine.memory_gib, least)
 
 
-# ------------------------------------------------------------------------------------------------- proposals
-
-
-BatchesOf = Callable[..., tuple[MicroBatch, MicroBatch]]
-
-
-def proposals(
-    case: Case, calibration: Calibration, batches_of: BatchesOf | None = None
-) -> list[tuple[dict[str, Any], Prediction]]:
-    """Changed settings that would fit, the fastest first; those that train the same before LoRA, and those that keep
-    seq_length before those that do not, and without more tensor parallelism before with it: its sums were measured over
-    NVLink alone. `batches_of`: mean and largest micro-batch with another micro_batch_size or
-    pack_chunk_tokens (its arguments); estimated without."""
-    values = case.values
-    batches_of = cache(batches_of) if batches_of else None
-    smaller = less_memory(values, values.seq_length)
-    choices = {name: [getattr(values, name), *others] for name, others in smaller.items()}
-    groups = case.model.language.num_query_groups
-    sizes = choices["tensor_model_parallel_size"]
-    choices["tensor_model_parallel_size"] = [size for size in sizes if not groups % size]
-    found = []
-    trainings = [{}, lora] if (lora := with_lora(values)) else [{}]
-    for training, *picked in product(trainings, *(dict.fromkeys(options) for options in choices.values())):
-        changed = {name: value for name, value in zip(choices, picked, strict=True) if getattr(values, name) != value}
-        changed |= training
-        tried = values.model_copy(update=changed)
-        if not changed or tried.global_batch_size % (tried.micro_batch_size * tried.data_parallel_size):
-            continue
-        known = batches_of if tried.seq_length == values.seq_length else None
-        cut = {name: changed[name] for name in ("micro_batch_size", "pack_chunk_tokens") if name in changed}
-        mean, largest = known(**cut) if known else estimated_batches(case, tried)
-        prediction = predict(case._replace(values=tried, mean=mean, largest=largest), calibration)
-        if fits(prediction, case.machine):
-            found.append((changed, prediction))
-    later = ("seq_length", "lora_rank", "tensor_model_parallel_size")
-    found.sort(key=lambda each: (*(name in each[0] for name in later), -each[1].tokens_per_s, len(each[0])))
-    needless = [a for a, _ in found if any(b.items() < a.items() for b, _ in found)]  # less of a change would do
-    return [each for each in found if each[0] not in needless]
-
-
-def needless_parallelism(case: Case, calibration: Calibration) -> list[str]:
-    """What to say where a model is shared by several GPUs and would fit into one."""
-    values = case.values
-    if not values.on_gpu or values.model_parallel_size == 1:
-        return []
-    alone = values.model_copy(update={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1})
-    prediction = predict(case._replace(values=alone), calibration)
-    if not fits(prediction, case.machine):
-        return []
-    given = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    asked = " and ".join(f"{name} {size}" for name in given if (size := getattr(values, name)) > 1)
-    return [
-        f"{asked}: the model fits into one GPU ({prediction.memory_gib:.1f} of {case.machine.memory_gib:.1f} GiB); data "
-        "parallelism alone (both 1) is faster"
-    ]
-
-
-def estimated_batches(case: Case, tried: ResolvedSettings) -> tuple[MicroBatch, MicroBatch]:
-    """Mean and largest micro-batch of changed settings, from those of the case."""
-    of_sample = case.mean.token_squares / max(1.0, case.mean.tokens)
-
-    def piece(values: ResolvedSettings) -> float:  # chunks are cut between samples: one is longer by about a sample
-        return min(values.seq_length, values.chunk_tokens + of_sample * (values.chunk_tokens < values.seq_length))
-
-    rows = tried.micro_batch_size / case.values.micro_batch_size
-    longer = tried.seq_length / case.values.seq_length, min(1.0, piece(tried) / piece(case.values))
-    mean, largest = (
-        MicroBatch(*(rows * scale * each for each in batch))
-        for scale, batch in zip(longer, (case.mean, case.largest), strict=True)
-    )
-    return mean, largest
-
-
-class Forecast(NamedTuple):
-    """The prediction of a case, the fit behind it, and the changed settings that would fit where it does not."""
-
-    case: Case
-    prediction: Prediction
-    calibration: Calibration
-    would_fit: list[tuple[dict[str, Any], Prediction]]
-
-
-def forecast_of(case: Case, batches_of: BatchesOf | None = None, cut: bool = False) -> Forecast:
-    """`cut`: the settings leave to preflight how the model is cut into pipeline stages."""
-    calibration = calibration_for(case.machine.device)
-    if cut:
-        case = case._replace(values=equally_slow_stages(case, calibration))
-    prediction = predict(case, calibration)
-    near = [] if fits(prediction, case.machine) else proposals(case, calibration, batches_of)
-    return Forecast(case, prediction, calibration, near)
-
-
 # -------------------------------------------------------------------------------------------------- in words
 
 
@@ -335,13 +239,4 @@ def details(prediction: Prediction, calibration: Calibration) -> list[str]:
     return [
         f"memory  {parts} GiB; {prediction.tokens_per_step:,.0f} tokens a step",
         f"        from {calibration.runs} recorded runs ({', '.join(calibration.devices)}, benchmarks/results/preflight.json)",
-    ]
-
-
-def proposal_lines(found: list[tuple[dict[str, Any], Prediction]]) -> list[str]:
-    """The three fastest settings that would fit, a line each, as a command takes them."""
-    return [
-        " ".join(["--config", *(shlex.quote(f"{name}={in_yaml(value)}") for name, value in changed.items())])
-        + f" ({prediction.memory_gib:.1f} GiB, {prediction.tokens_per_s:,.0f} tokens/s)"
-        for changed, prediction in found[:3]
     ]

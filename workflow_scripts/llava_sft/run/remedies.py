@@ -68,13 +68,14 @@ def less_memory(values: ResolvedSettings, tokens: int) -> dict[str, list]:
     goes through the model.
     """
     parallel, batch, length = values.tensor_model_parallel_size, values.micro_batch_size, values.seq_length
+    of_replica = values.model_parallel_size
     chunk, chunked = min(tokens, values.pack_chunk_tokens), values.chunk_tokens < math.inf
     smaller: dict[str, list] = {
         "pack_chunk_tokens": [chunk // 2, chunk // 4] if chunked and chunk > SMALL_CHUNK else [],
         "micro_batch_size": [max(1, batch // 2), 1],
         "recompute_vision": ["full"],
         "recompute_language": ["full"],
-        "tensor_model_parallel_size": [n * parallel for n in (2, 4) if values.gpus_per_node % (n * parallel) == 0],
+        "tensor_model_parallel_size": [n * parallel for n in (2, 4) if values.gpus_per_node % (n * of_replica) == 0],
         "optimizer_precision": ["bf16"],
         "seq_length": [length // 2, length // 4],
     }

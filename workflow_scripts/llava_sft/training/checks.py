@@ -16,7 +16,8 @@ from llava_sft.machine import (
 )
 from llava_sft.nodes import Node
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size, checkpoints_kept, host_bytes_for_save
-from llava_sft.preflight.predict import Case, forecast_of, proposal_lines
+from llava_sft.preflight.predict import Case
+from llava_sft.preflight.proposals import forecast_of, proposal_lines
 from llava_sft.run.checkpoints import check_disk
 from llava_sft.settings.resolve import ResolvedSettings
 from llava_sft.settings.resolved import Resolved
