@@ -1,7 +1,8 @@
 """The figures of a GPU machine, each set of them by one command. It needs no network, and any Python that has the packages.
 
     python benchmarks/on_gpus.py lora --seconds 300      # one H200: LoRA beside training the same parts in full
-    python benchmarks/on_gpus.py two --seconds 900       # two GPUs: layouts, cuts of a pipeline, runs that are killed
+    python benchmarks/on_gpus.py two --seconds 900       # two GPUs: layouts, runs that are killed
+    python benchmarks/on_gpus.py two_8b --seconds 1200   # two GPUs of 80 GB: 8B
     python benchmarks/on_gpus.py speed --seconds 1200    # one H200 with FlashAttention-4
     python benchmarks/on_gpus.py lora --read FOLDER      # on any machine: results/ from the figures of that one
 
@@ -22,7 +23,6 @@ from results import DEADLINE, ROOT, seconds_left
 
 SCRIPTS = ROOT / "workflow_scripts"
 TESTS = "-m pytest -q -rs tests/test_gpu.py"
-CUTS = (12, 14, 16, 18)  # of the language model's 36 layers, on the first of two stages, which has the vision tower
 SETS = {  # name: (what is measured, what is made of it)
     "lora": (
         [
@@ -35,13 +35,32 @@ SETS = {  # name: (what is measured, what is made of it)
         [
             "benchmarks/scaling.py {data} --only one tp2 pp2 --output {figures}/scaling",
             f"{TESTS} -n 3 -k two_gpus",
-            *(
-                f"benchmarks/scaling.py {{data}} --only pp2 --packs 16 --loss-steps 3 --output {{figures}}/cut_{cut}"
-                f""" --values '{{{{"first_stage_layers": {cut}}}}}'"""
-                for cut in CUTS
-            ),
+            # Tensor-parallel ranks want long chunks: beside one GPU with such.
+            "benchmarks/scaling.py {data} --chunk 8192 --only tp2 one --packs 16 --loss-steps 3 --output {figures}/whole",
         ],
-        ["benchmarks/scaling.py {data} --read {figures}/scaling", "benchmarks/preflight.py errors"],
+        [
+            "benchmarks/scaling.py {data} --read {figures}/scaling",
+            "benchmarks/scaling.py {data} --read {figures}/whole",
+            "benchmarks/preflight.py errors",
+        ],
+    ),
+    "two_8b": (
+        [
+            f"benchmarks/scaling.py {{data}} --model 8b --packs 16 --loss-steps 3 {how} --output {{figures}}/8b"
+            for how in (
+                """--only pp2 --values '{{"recompute_vision": "full"}}'""",
+                "--only tp2",
+                """--only dp2 --values '{{"recompute_language": "full"}}'""",
+            )
+        ]
+        + [
+            "benchmarks/scaling.py {data} --model 8b --layers 18 --packs 4 --output {figures}/8b_losses",
+        ],
+        [
+            "benchmarks/scaling.py {data} --read {figures}/8b",
+            "benchmarks/scaling.py {data} --read {figures}/8b_losses",
+            "benchmarks/preflight.py errors",
+        ],
     ),
     "speed": (
         [

@@ -29,7 +29,7 @@ from typing import Any
 from cases import run_settings
 from llava_sft.data.sizes import Limits, global_order, sample_sizes
 from llava_sft.machine import gpu_count, this_machine
-from llava_sft.model.config import load_model_config
+from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.preflight.predict import Case, mean_and_largest
 from llava_sft.preflight.proposals import forecast_of
 from llava_sft.training.launcher import commands
@@ -52,6 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument("--model", default="4b")
+    parser.add_argument(
+        "--layers", type=int, help="of the language model: so many of its own (losses of 8B beside one GPU)"
+    )
     parser.add_argument("--seq-length", type=int, default=8192)
     parser.add_argument("--chunk", type=int, default=4096, help="pack_chunk_tokens: what fits into 80 GB")
     parser.add_argument("--packs", type=int, nargs="+", default=[*SPEED], help="for each GPU, in the timed steps")
@@ -115,6 +118,12 @@ def measure(layout: str, args: argparse.Namespace, folder: Path) -> None:
         print("\n".join(result.with_suffix(".log").read_text(errors="replace").splitlines()[-25:]), flush=True)
 
 
+def architecture(args: argparse.Namespace) -> ModelConfig:
+    model = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
+    fewer = {"num_layers": args.layers or model.language.num_layers}
+    return model.model_copy(update={"language": model.language.model_copy(update=fewer)})
+
+
 def foreseen(layout: str, args: argparse.Namespace, store: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a layout, cut into pipeline stages as preflight does it; and preflight's prediction of timed steps."""
     processes = 1 if layout == "one" else 2
@@ -127,7 +136,7 @@ def foreseen(layout: str, args: argparse.Namespace, store: Path) -> tuple[dict[s
     order = global_order(
         args.webdatasets, sizes, settings.seq_length, settings.packing_buffer_size, settings.seed
     ).first_pass()
-    model = load_model_config(ROOT / "config/models" / f"{args.model}.yaml")
+    model = architecture(args)
     machine, predicted = this_machine(settings.gpus_per_node, processes), {}
     for packs in args.packs if machine else ():
         case = settings.model_copy(update={"global_batch_size": packs * processes})
@@ -161,7 +170,7 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
 
     resolved = Resolved(
         settings=run_settings(args.model, job["values"]),
-        model=load_model_config(ROOT / "config/models" / f"{args.model}.yaml").model_dump(),
+        model=architecture(args).model_dump(),
         data=ResolvedData(path=str(args.webdatasets), fingerprint="benchmark"),
         start=Start(sidecars=args.tokenizer, fingerprint="benchmark", untrained=True),
     )
@@ -173,7 +182,8 @@ def train(args: argparse.Namespace, job: dict[str, Any]) -> None:
         loop.loader.cost = None
     steps = Steps(loop)
     report = {"layout": job["layout"], "machine": machine(), "setup_s": time.monotonic() - began, "speed": {}}
-    report |= {"model": args.model, "settings": job["values"], "predicted": job["predicted"]}
+    cut = {"layers": args.layers} if args.layers else {}
+    report |= {"model": args.model, "settings": job["values"] | cut, "predicted": {} if cut else job["predicted"]}
     report["gpu"] = torch.cuda.get_device_name() if gpu_count() else "CPU"
 
     def write() -> None:

@@ -75,7 +75,7 @@ def compare(raw: dict[str, dict]) -> None:
 
 def write(raw: dict[str, dict]) -> None:
     """The rows: efficiencies of 4B at 16 packs carry a goal, others a name of their own."""
-    rows, runs, one = [], [], raw["one"]
+    rows, runs, one = [], [], raw.get("one", {"losses": [], "speed": {}})
     for name, found in raw.items():
         about = {"model": found["model"], "gpu": found["gpu"], **found["settings"]}
         model = "" if found["model"] == "4b" else f"_{found['model']}"
@@ -96,7 +96,7 @@ def write(raw: dict[str, dict]) -> None:
                 known, note = {"run": run, **foretold["run"]}, "allocated by PyTorch"
                 runs.append(row("peak_memory_gib", max(speed["peak_gib"]), "GiB", None, "lower", note, **known))
                 runs.append(row("step_s", speed["step_s"], "s", None, "lower", "", **known))
-            if name != "one" and packs in one["speed"]:
+            if name != "one" and packs in one["speed"] and "layers" not in found["settings"]:
                 share = speed["tokens_per_s"] / 2 / one["speed"][packs]["tokens_per_s"]
                 goal = GOALS[name] if not suffix else None
                 note = f"one GPU: pack_chunk_tokens {one['settings']['pack_chunk_tokens']}"
@@ -111,6 +111,7 @@ def write(raw: dict[str, dict]) -> None:
                 rows.append(
                     row(f"{name}_loss_difference_{steps}{model}", worst, "relative", goal, "lower", note, **about)
                 )
-    write_results("scaling", rows, "python benchmarks/scaling.py WEBDATASETS TOKENIZER", **one["machine"])
+    machine = next(iter(raw.values()))["machine"]
+    write_results("scaling", rows, "python benchmarks/scaling.py WEBDATASETS TOKENIZER", **machine)
     if runs:
-        write_results("preflight", runs, "python benchmarks/scaling.py WEBDATASETS TOKENIZER", **one["machine"])
+        write_results("preflight", runs, "python benchmarks/scaling.py WEBDATASETS TOKENIZER", **machine)

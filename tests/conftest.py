@@ -40,8 +40,9 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 # Files that take longest, in the order in which `make test` hands them to its two processes. The first two need different
 # things: one prepares the project, which the third then finds.
 SLOWEST = (
-    "test_end_to_end", "test_parallel", "test_training_life", "test_redo", "test_forms", "test_faults", "test_megatron_model",
-    "test_data_workflow", "test_parity", "test_terminal",
+    "test_end_to_end", "test_parallel", "test_training_life", "test_forms", "test_slurm", "test_faults", "test_kernels",
+    "test_lora", "test_layouts", "test_nodes", "test_ranks", "test_megatron_model", "test_redo", "test_chat", "test_trackers",
+    "test_lora_layers", "test_state_of_a_run", "test_split_and_sources",
 )  # fmt: skip
 
 

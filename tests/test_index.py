@@ -14,7 +14,7 @@ from helpers import SCRIPTS
 from helpers.webdatasets import Raw, contents, picture, read_with_energon, record
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset
-from llava_sft.errors import DataError
+from llava_sft.errors import DamagedFileError, DataError
 
 
 def indexed(raw: Raw, **options) -> dict:
@@ -150,6 +150,14 @@ def test_missing_damaged_and_stale_shards_are_named(tmp_path):
         indexed(raw, plan=[{"name": "", "weight": 1, "subtaskdata": [2]}], max_reject_fraction=1)["train"]["shards"]
         == 2
     )
+
+
+def test_the_statistics_of_another_shard_are_named_by_their_own_file(tmp_path):
+    raw, _ = both_splits(tmp_path)
+    first, second = sorted(raw.parts.glob("subtaskdata-*.stats.json"))[:2]
+    shutil.copy(first, second)
+    with pytest.raises(DamagedFileError, match=f"{second.name}: damaged: it is of 'subtaskdata-00000'"):
+        indexed(raw)
 
 
 def test_a_failed_index_leaves_the_old_one(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ TYPES = {
 
 
 @pytest.mark.parametrize(
-    "capability", [pytest.param(c, marks=() if c in (86, 90) else pytest.mark.long) for c in SHARED_MEMORY]
+    "capability", [pytest.param(c, marks=() if c == 86 else pytest.mark.long) for c in SHARED_MEMORY]
 )
 def test_every_kernel_compiles_for_the_gpu_and_has_room(capability):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -221,3 +221,25 @@ def test_settings_of_sampling_are_numbers_that_transformers_takes(value):
         if key in written:
             scores = made(written[key])(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[30.0, 20.0, -5.0]]))
             assert not scores.isnan().any() and scores.max() < float("inf"), key
+
+
+def test_without_the_runs_own_record_an_export_says_whose_image_limits_it_has(tmp_path, capsys):
+    args, checkpoint, sidecars = (
+        SimpleNamespace(min_pixels=None, max_pixels=None),
+        tmp_path / "iter_0000004",
+        tmp_path / "start",
+    )
+    write_json(sidecars / "preprocessor_config.json", {"min_pixels": 3136, "max_pixels": 6272})
+    write_json(tmp_path / "run.json", {"settings": {"min_pixels": 784, "max_pixels": 1568}})
+    assert convert_checkpoint.limits_of(checkpoint, sidecars, args) == (784, 1568)
+    assert not capsys.readouterr().out
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "run.json").symlink_to("nowhere")
+    assert convert_checkpoint.limits_of(checkpoint, sidecars, args) == (3136, 6272)
+    said = capsys.readouterr().out
+    assert (
+        said
+        == f"image limits: 3,136 to 6,272 pixels, from {sidecars}: {tmp_path / 'run.json'}, the run's own, is not there\n"
+    )
+    assert convert_checkpoint.limits_of(tmp_path / "release", sidecars, args) == (3136, 6272)
+    assert not capsys.readouterr().out, "a converted start belongs to no run"

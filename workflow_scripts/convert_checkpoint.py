@@ -34,7 +34,7 @@ from llava_sft.model.export_files import export_form, image_limits
 from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
 from llava_sft.publish.card import write_card
-from llava_sft.run.layout import RUN_FILE, SIDECARS
+from llava_sft.run.layout import ITERATION, RUN_FILE, SIDECARS
 from llava_sft.settings.layers import load_model
 
 
@@ -275,7 +275,8 @@ def made_before(target: Path, depends: str) -> dict | None:
 
 def limits_of(source: Path, sidecars: Path, args: argparse.Namespace) -> tuple[int, int]:
     """Least and most pixels of an image: as given, else as trained with, else as the start checkpoint's folder says."""
-    settings = read_object(source.parent / RUN_FILE, {}).get("settings")  # of the run, if it belongs to one
+    run_file = source.parent / RUN_FILE
+    settings = read_object(run_file, {}).get("settings")  # of the run, if it belongs to one
     trained = (settings.get("min_pixels"), settings.get("max_pixels")) if isinstance(settings, dict) else None
     known = trained or image_limits(sidecars)
     least, most = known or (MIN_PIXELS, MAX_PIXELS)
@@ -288,8 +289,10 @@ def limits_of(source: Path, sidecars: Path, args: argparse.Namespace) -> tuple[i
     if known is None and None in (args.min_pixels, args.max_pixels):
         print(f"image limits: {least:,} to {most:,} pixels: neither run nor start checkpoint says any")
     elif known is not None and (least, most) != known:
-        origin = source.parent / RUN_FILE if trained else sidecars
+        origin = run_file if trained else sidecars
         print(f"image limits: {least:,} to {most:,} pixels as given; {origin} says {known[0]:,} to {known[1]:,}")
+    elif not trained and ITERATION.fullmatch(source.name):
+        print(f"image limits: {least:,} to {most:,} pixels, from {sidecars}: {run_file}, the run's own, is not there")
     return least, most
 
 

@@ -53,7 +53,7 @@ class ConvertedSource:
                 f"{len(missing)} of {many(len(names), f'{prefix} shard')} {verb_of(len(missing), 'are')} not converted: {_first_few(missing)}",
                 "run stage2_sftdata2webdataset.py for them",
             )
-        shards = [read_json(self.notes_dir / f"{name}.stats.json") for name in names]
+        shards = [read_stats(self.notes_dir / f"{name}.stats.json") for name in names]
         bad = [n for n, stats in zip(names, shards, strict=True) if not is_whole(self.wds_dir, self.notes_dir, stats)]
         if bad:
             raise self._damaged(

@@ -90,7 +90,7 @@ class OpenShard:
         noted = self.index.digest(self.shard.number, row)
         if noted and stored.digest(data) != noted:
             where = f"sample {stored.key} ({shown(sample.id)})"
-            raise self.shard.damage(where, "does not hold what was written")
+            raise self.shard.damage(where, "does not hold what was written, by .nv-meta/index.sqlite")
         return sample.with_images([contents[image] for image in sample.images])
 
 
