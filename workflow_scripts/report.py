@@ -61,12 +61,14 @@ def main() -> None:
     args = parser.parse_args()
     if not args.run_dir.is_dir():
         raise RunError(f"run directory {args.run_dir} does not exist", "train first, or name another --run-dir")
+    exported = args.export and is_export(args.export)
+    if exported:
+        write_card(args.export)  # again: the scores are known now; before the page, which links to it
     html, found, say = page(args)
     write_text(args.output, html)
     print(found.headline)
     print(say("report: %(path)s", path=args.output))
-    if args.export and is_export(args.export):
-        write_card(args.export)  # again: the scores are known now
+    if exported:
         print(say("talk to it: %(command)s", command=chat_command(args.run_dir)))
 
 
