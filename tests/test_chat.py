@@ -115,7 +115,7 @@ def test_the_answer_alone_stands_on_stdout_whatever_is_named(
         ("no model", "no model is named\n  fix: one of output/stage2_sft_x_results"),
         ("no such folder", "nowhere: no such folder"), ("another folder", "neither a model nor a run"),
         ("no picture", "picture gone.png: No such file or directory"), ("broken picture", "truncated or damaged image"),
-        ("no weights", "no *.safetensors file in it"), ("a tensor less", "1 tensors are missing"),
+        ("no weights", "no *.safetensors file in it"), ("a tensor less", "1 tensor is missing"),
         ("mixed spelling", "not named as in LLaVA-OneVision-1.5"),
         ("damaged export", "does not hold what was written"), ("no gpu", "no GPU here"), ("control token", "<|im_start|>"),
         ("legacy", "convert_checkpoint.py hf2mcore"), ("no streamlit", "--web needs Streamlit"), ("port", "--port 99999"),

@@ -157,7 +157,7 @@ TABLES = {
     "a blank first line": ("\n\nimage,question,answer\na.png,q,\"x, y\"\nb.png,r,z\n", ROWS),
     "empty rows around": ("\ufeff,,\nimage,question,answer\n,,\na.png,q,\"x, y\"\n\nb.png,r,z\n,,\n", ROWS),
     "empty columns to the right": ("image,question,answer,,\na.png,q,\"x, y\",,\nb.png,r,z,,\n", ROWS),
-    "a cell without a name": ("image,question,answer,,\na.png,q,\"x, y\",,note\nb.png,r,z\n", ["5 cells, 3 columns", ROWS[1]]),
+    "a cell without a name": ("image,question,answer,,\na.png,q,\"x, y\",,note\nb.png,r,z\n", ["cells: 5, columns: 3", ROWS[1]]),
     "spaces behind the commas": ("image, question, answer\na.png, q, \"x, y\"\nb.png, r, z\n", ROWS),
     "spaces and empty columns": ('\nimage, question, answer,,\na.png, q, "x, y",,\nb.png, r, z,,\n', ROWS),
     "spaces in some rows": ("image,question,answer\na.png, \"q\",x\nb.png,r,z\n", ["a space before the quote", ROWS[1]]),

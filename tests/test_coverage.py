@@ -55,7 +55,7 @@ def test_left_over_and_repeated_samples_are_named(wds, tmp_path):
 def test_counts_are_not_known_of_a_run_whose_steps_were_not_all_noted(wds, tmp_path):
     assert sample_counts(tmp_path, wds, 2) is None
     note(tmp_path, [["a"]])
-    with pytest.raises(RunError, match="1 of 2 steps are in the log"):
+    with pytest.raises(RunError, match="1 of 2 steps is in the log"):
         sample_counts(tmp_path, wds, 2)
 
 

@@ -78,6 +78,21 @@ def project(tmp_path, monkeypatch):
         ("report_language: zh_CN", "report_language: zh"),
         ("tracker_project: 2026", "tracker_project: '2026'"),
         ("license: 5.0", "license: '5.0'"),
+        ("run_tag: 1.10", "run_tag: '1.10'"),
+        ("run_tag: 0x1F", "run_tag: '0x1F'"),
+        ("run_tag: 20261129_1200", "run_tag: '20261129_1200'"),
+        ("run_tag: on", "run_tag: 'on'"),
+        ("evaluate_by: 2.50", "evaluate_by: '2.50'"),
+        ("base_model: 7.0e+3", "base_model: '7.0e+3'"),
+        ("license: 2026-11-29", "license: '2026-11-29'"),
+        ("caption_prompt: yes", "caption_prompt: 'yes'"),
+        ("exp_dir: 1.50", "exp_dir: '1.50'"),
+        ("raw_data: 1_000", "raw_data: '1_000'"),
+        ("language: [en, no]", "language: [en, 'no']"),
+        ("language: no", "language: ['no']"),
+        ("columns:\n  question: y\n  answer: 2.0", "columns: {question: y, answer: '2.0'}"),
+        ("columns: {question: off}", "columns: {question: 'off'}"),
+        ("load_parts: {adapter: 1.10}", "load_parts: {adapter: '1.10'}"),
         ("lr:", "for example lr: 1e-05"),
         ("micro_batch_size: some", "for example micro_batch_size: 1"),
         ("trainable_modules: []", "for example trainable_modules: [language_model, adapter, vision_model]"),
@@ -103,6 +118,36 @@ def test_the_folder_of_the_output_is_filled_in_wherever_a_path_stands(project):
     settings = load_settings("mine")
     assert (settings.sources[0].path, str(settings.sources[0].image_root)) == ("out/a.jsonl", "out/i")
     assert (settings.load_parts, str(settings.vllm_python)) == ({"adapter": "out/hf"}, "out/python")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("run_tag: 1.10", "run_tag: 1.10: to YAML this is the number 1.1, not text"),
+        ("tracker_project: 1_0", "tracker_project: 1_0: to YAML this is the number 10, not text"),
+        ("language: [en, no]", "language: no: to YAML this is yes or no, not text"),
+        ("license: 2026-11-29", "license: 2026-11-29: to YAML this is a date, not text"),
+        ("run_tag: 2026-11-29 10:00:00", "run_tag: 2026-11-29 10:00:00: string should match"),
+        ("micro_batch_size: 1.50", "micro_batch_size: 1.50: input should be"),
+        (
+            "raw_data:\nsources: [{path: raw.jsonl, weight: 1.50, name: 1.10}]",
+            "sources: 1.10: to YAML this is the number 1.1",
+        ),
+    ],
+)
+def test_a_value_that_yaml_changes_is_shown_as_it_was_typed(project, line, said):
+    values = {key: value for key, value in SOUND.items() if f"{key}:" not in line}
+    (project / EXPERIMENT).write_text(yaml.safe_dump(values) + line + "\n")
+    assert mistake().problem.startswith(f"{EXPERIMENT}: {said}")
+
+
+def test_a_text_of_the_command_line_is_taken_as_it_was_typed(project):
+    typed = {"run_tag": "0103", "license": "1.10", "tracker_project": "1e3", "exp_dir": "007"}
+    words = [f"{key}={value}" for key, value in typed.items()]
+    read = {"run_tag": 103, "license": 1.1, "tracker_project": 1000.0, "exp_dir": 7, "seed": 7}  # as Snakemake does
+    settings = Workflow(read, ["train_mine", "--config", *words, "seed=007"]).paths("mine").settings
+    assert {key: str(getattr(settings, key)) for key in typed} == typed and settings.seed == 7
+    assert Workflow({"run_tag": None}, ["--config", "run_tag="]).paths("mine").settings.run_tag == ""
 
 
 def test_no_guess_is_better_than_a_wrong_one():

@@ -146,7 +146,14 @@ def test_a_file_that_is_a_link_to_nowhere_is_named_by_the_link(project):
 def test_a_tokenizer_is_a_folder(project):
     Path("qwen").mkdir()
     Path("qwen/tokenizer.json").touch()
-    for name, fix in (("qwen/tokenizer.json", "tokenizer: qwen"), ("Qwen/Qwen3-4B", "hf download org/name --exclude")):
+    for step in (9, 10):
+        shutil.copytree("hf", f"trained/checkpoint-{step}")
+    newest = ("trained", "tokenizer: trained/checkpoint-10")
+    for name, fix in (
+        newest,
+        ("qwen/tokenizer.json", "tokenizer: qwen"),
+        ("Qwen/Qwen3-4B", "hf download org/name --exclude"),
+    ):
         error = mistake(tokenizer=name)
         assert "no tokenizer.json in it" in error.problem and error.fix.startswith("tokenizer: ") and fix in error.fix
 
@@ -204,6 +211,8 @@ def test_a_file_in_the_demos_checkpoint_is_refused_as_any_file_is(project, capsy
         ("cache/models--org--name", "contains neither", "load: cache/models--org--name/snapshots/1a2b"),
         ("runs", "contains neither", "load: runs/stage2_sft_a"),
         ("untracked", "contains neither", "load: untracked/iter_0000800"),
+        ("trained", "contains neither", "load: trained/checkpoint-1500"),
+        ("sweep", "contains neither", "load: sweep/a/checkpoint-1000"),
         ("bare", "contains neither", "copy config.json"),
         ("HF-", "no such folder", "did you mean hf? load: a Hugging Face folder"),
         ("results/hugingface", "no such folder", "did you mean results/huggingface?"),
@@ -214,6 +223,13 @@ def test_a_file_in_the_demos_checkpoint_is_refused_as_any_file_is(project, capsy
         ("https://hf-mirror.com/org/name/tree/v1.5", "no such folder", "load: org/name@v1.5"),
         ("huggingface.co/org/name/tree/main", "no such folder", "load: org/name"),
         ("/nowhere/at/all", "no such folder", "load: a Hugging Face folder"),
+        ("Random", "no such folder", "did you mean random (untrained weights)? load: a Hugging Face folder"),
+        ("RANDOM ", "a blank", "load: RANDOM"),
+        ("ranodm", "no such folder", "did you mean random (untrained weights)? "),
+        ("None", "no such folder", "did you mean random (untrained weights)? "),
+        ("from-scratch", "no such folder", "did you mean random (untrained weights)? "),
+        ("hf_", "no such folder", "did you mean hf? "),
+        ("auto", "no such folder", "load: a Hugging Face folder"),
     ],
 )
 def test_a_load_that_is_no_checkpoint_is_answered_with_the_one_that_is_near(project, load, problem, fix):
@@ -224,12 +240,27 @@ def test_a_load_that_is_no_checkpoint_is_answered_with_the_one_that_is_near(proj
     for number in (400, 800):
         (project / f"untracked/iter_{number:07d}").mkdir(parents=True)
         (project / f"untracked/iter_{number:07d}/.metadata").touch()
+    for name in (
+        "trained/checkpoint-500",
+        "trained/checkpoint-1000",
+        "trained/checkpoint-1500",
+        "sweep/a/checkpoint-1000",
+        "sweep/b/checkpoint-2000",
+    ):
+        shutil.copytree(project / "hf", project / name)
     (project / "bare").mkdir()
     for name in ("bare/model.safetensors", "Model.Q4.GGUF", "model.tar.gz"):
         (project / name).touch()
     write_experiment("mine", load=load)
     error = mistake()
     assert problem in error.problem and error.fix.startswith(fix)
+
+
+def test_random_in_another_spelling_is_named_for_a_part_too_where_a_part_may_be_random(project):
+    write_experiment("mine", load_parts={"adapter": "Random"})
+    assert mistake().fix == "did you mean random? a folder, or org/name on the hub"
+    write_experiment("mine", load_parts={"vision_model": "Random"})
+    assert mistake().fix == "a folder, or org/name on the hub"
 
 
 def test_other_pairs_than_those_of_the_run_to_start_from_are_refused_before_any_job(project):

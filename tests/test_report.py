@@ -45,7 +45,7 @@ def test_page_tells_what_a_reader_came_for(run):
     text = text_of(page)
     for expected in (
         "75.0 %", "3 of 4", "missing image", "0.125", "1,234,567", "started from untrained (random) weights",
-        "1 epochs × 160 samples / 4", "step 0.5 s 0.25 s", "4,321", "never 3",
+        "1 epoch × 160 samples / 4", "step 0.5 s 0.25 s", "4,321", "never 3",
     ):  # fmt: skip
         assert expected in text, expected
     curves = json_of(page, "curves")
@@ -251,3 +251,20 @@ def test_page_orders_groups_weakest_first_and_counts_the_shares(run):
     assert re.findall(r"(weak|fair|strong) (\d+\.\d %) (\d of \d)", text) == [
         ("weak", "12.5 %", "1 of 8"), ("fair", "50.0 %", "1 of 2"), ("strong", "100.0 %", "4 of 4"),
     ]  # fmt: skip
+
+
+def test_a_model_card_that_is_made_with_the_page_is_linked_on_it(run, tmp_path, monkeypatch):
+    run()
+    export = tmp_path / "huggingface"
+    export.mkdir()
+    monkeypatch.setattr(script, "is_export", lambda folder: folder == export)
+    monkeypatch.setattr(script, "write_card", lambda folder: (folder / "README.md").write_text("card"))
+    given = {
+        "resolved": tmp_path / "resolved.json",
+        "run-dir": run.run_dir,
+        "export": export,
+        "output": tmp_path / "a.html",
+    }
+    monkeypatch.setattr(sys, "argv", ["report.py", *(f"--{name}={path}" for name, path in given.items())])
+    main()
+    assert '<a href="huggingface/README.md">' in (tmp_path / "a.html").read_text()

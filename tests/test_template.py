@@ -172,7 +172,7 @@ def test_a_control_token_in_the_text_is_refused(template, token, role):
 
 
 def test_placeholders_and_images_have_to_be_as_many(template):
-    with pytest.raises(UnusableSample, match="1 <image> placeholders, 2 images"):
+    with pytest.raises(UnusableSample, match="1 <image> placeholder, 2 images"):
         template.encode(messages("<image>Which?", "5"), [4, 4], LONG)
 
 

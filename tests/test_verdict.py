@@ -47,6 +47,8 @@ def test_the_verdict_says_what_the_interval_allows_and_no_more(run):
     )
     chance = verdict_of(run(*EVERYTHING, evaluation=compared(0.1, -0.1, 0.75)))
     assert "chance alone could not explain" in chance and "4 questions are few" in chance
+    alone = compared(0.0, -0.1, 0.75) | {"samples": 1, "correct": 1}
+    assert "One question is little" in verdict_of(run(*EVERYTHING, evaluation=alone))
     assert "75.0 % on held-out questions" in verdict_of(run(*EVERYTHING)) and "not compared" in verdict_of(
         run(*EVERYTHING)
     )

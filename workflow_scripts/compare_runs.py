@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_sft.command_line import Parser
 from llava_sft.data.stored import read_split
-from llava_sft.errors import RunError, exits_cleanly
+from llava_sft.errors import RunError, exits_cleanly, require_folder
 from llava_sft.files import write_text
 from llava_sft.report.answers import table
 from llava_sft.report.charts import charts, vega
@@ -35,8 +35,10 @@ def main() -> None:
         "--language", choices=["auto", "en", "zh"], help="of the page (what the first run's settings say)"
     )
     args = parser.parse_args()
-    names = filter(None, map(str.strip, re.split("[,，]", args.runs)))
-    folders = [name if name.is_dir() else args.exp_dir / name for name in map(Path, names)]
+    names = [Path(name.strip()) for name in re.split("[,，]", args.runs) if name.strip()]
+    if not all(name.is_dir() for name in names):
+        require_folder(args.exp_dir)
+    folders = [name if name.is_dir() else args.exp_dir / name for name in names]
     if not 2 <= len(set(folders)) == len(folders) <= COLOURS:
         raise RunError(
             f"RUNS={args.runs}: two to {COLOURS} different runs", "make compare RUNS=stage2_sft_a,stage2_sft_b"

@@ -29,7 +29,7 @@ from llava_sft.checkpoint.requests import base_to_merge, refuse_unmeant, trained
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint, is_legacy, named_parts, read_hf_config
 from llava_sft.checkpoint.verify import MARKER, export_in, require_whole, verify
 from llava_sft.command_line import Parser
-from llava_sft.errors import READABLE, CheckpointError, SettingsError, exits_cleanly
+from llava_sft.errors import READABLE, CheckpointError, SettingsError, exits_cleanly, many
 from llava_sft.files import file_fingerprint, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig, load_model_config
 from llava_sft.model.export_files import export_form, image_limits
@@ -115,7 +115,7 @@ def merge_adapters(args: argparse.Namespace) -> None:
     for adapter, number in adapters:
         lines.append(
             f"{adapter.folder}: × {number:g}: rank {adapter.rank}, alpha {adapter.alpha:g}, beside "
-            f"{len(adapter.beside(model))} weights of {adapter.base or 'a base that it does not name'}"
+            f"{many(len(adapter.beside(model)), 'weight')} of {adapter.base or 'a base that it does not name'}"
         )
     print("\n".join(lines), flush=True)
     said = [fingerprint(read_object(adapter.folder / ADAPTER)) for adapter, _ in adapters]
@@ -241,7 +241,7 @@ def finish(args: argparse.Namespace, done: dict, depends: str) -> dict:
 
 
 def say_done(args: argparse.Namespace, done: dict) -> None:
-    facts = f"{done['tensors']} tensors, {done['parameters']:,} parameters, {done['dtype']}"
+    facts = f"{many(done['tensors'], 'tensor')}, {done['parameters']:,} parameters, {done['dtype']}"
     print(f"{args.source} → {args.target}: {facts}")
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from llava_sft.command_line import Parser
-from llava_sft.errors import SftError, exits_cleanly
+from llava_sft.errors import SftError, exits_cleanly, many
 from llava_sft.gpu_stack import (
     FLASH4,
     compiler_trouble,
@@ -173,7 +173,7 @@ def find_compiler() -> Finding:
 
 
 def find_memory() -> Finding:
-    return ok(f"{free_memory() / GIB:,.0f} GiB free for this process, {len(os.sched_getaffinity(0))} cores")
+    return ok(f"{free_memory() / GIB:,.0f} GiB free for this process, {many(len(os.sched_getaffinity(0)), 'core')}")
 
 
 def find_disk() -> Finding:

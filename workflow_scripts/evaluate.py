@@ -27,6 +27,8 @@ from llava_sft.errors import (
     SettingsError,
     SftError,
     exits_cleanly,
+    many,
+    verb_of,
 )
 from llava_sft.evaluation.answers import Model, Options, answers_of
 from llava_sft.evaluation.base import exported, start_of
@@ -239,7 +241,8 @@ def print_summary(args: argparse.Namespace, result: dict[str, Any], asked: Quest
     for whose, cut in (("", result["cut"]), (" of the base", result["base"].get("cut", 0))):
         if cut:
             print(
-                f"  {cut:,} of {result['answers']:,} answers{whose} were cut after {args.max_new_tokens} tokens "
+                f"  {cut:,} of {many(result['answers'], 'answer')}{whose} {verb_of(cut, 'were')} cut after "
+                f"{many(args.max_new_tokens, 'token')} "
                 "(max_new_tokens, --max-new-tokens), which makes most of them wrong"
             )
     if asked.leak:

@@ -14,7 +14,7 @@ import llava_sft  # noqa: F401 (first: it says what an unfit Python lacks)
 import yaml
 
 from llava_sft.command_line import Parser
-from llava_sft.errors import SettingsError, exits_cleanly
+from llava_sft.errors import SettingsError, exits_cleanly, many
 from llava_sft.files import write_text
 from llava_sft.migrate.arguments import OPTIONS, Found, translate
 from llava_sft.migrate.shell import UNKNOWN, Command, Script
@@ -64,7 +64,7 @@ def main() -> None:
         if setting not in found.settings:
             found.settings[setting] = place, "EDIT THIS: the script does not tell"
     write(path, args.script, found, name)
-    print(f"{path}: {len(found.settings)} settings")
+    print(f"{path}: {many(len(found.settings), 'setting')}")
     for setting, (value, where) in in_order(found):
         print(f"  {setting:30} {spelled(value):40} {where}")
     report(script, found)

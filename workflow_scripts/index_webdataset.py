@@ -15,7 +15,7 @@ from llava_sft.command_line import Parser
 from llava_sft.data.adopt import adopt_webdataset
 from llava_sft.data.index import index_webdataset, leak_note, read_finished
 from llava_sft.data.nv_meta import is_finished
-from llava_sft.data.plan import default_notes_dir
+from llava_sft.data.plan import notes_of
 from llava_sft.data.verify import note_dataset, require_whole
 from llava_sft.errors import exits_cleanly, many, shown
 from llava_sft.files import write_json
@@ -39,7 +39,7 @@ def main() -> None:
     add("--verify", action="store_true", help="only read every sample and compare it with the hashes in the index")
     args = parser.parse_args()
     output = args.output or args.wds_dir.with_name(args.wds_dir.name + ".json")
-    notes_dir = args.parts_dir or default_notes_dir(args.wds_dir)
+    notes_dir = notes_of(args.wds_dir, args.parts_dir)
     if args.verify:
         return verify(args.wds_dir, output)
 

@@ -10,7 +10,7 @@ from llava_sft.data.index import index_webdataset
 from llava_sft.data.inspect import CHANGED, inspect_webdataset
 from llava_sft.data.notes import way_out, without_images_like_it
 from llava_sft.data.nv_meta import REINDEX, Dataset, source_folders
-from llava_sft.data.plan import default_notes_dir
+from llava_sft.data.plan import notes_of
 from llava_sft.errors import DataError, exits_cleanly, many
 from llava_sft.files import read_json, write_json, write_text
 from llava_sft.model.processing import MAX_PIXELS, MIN_PIXELS
@@ -39,7 +39,7 @@ def main() -> None:
     add("--min-pixels", type=int, default=MIN_PIXELS, help="… with images of at least (%(default)s)")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="… and at most (%(default)s)")
     args = parser.parse_args()
-    notes_dir = args.parts_dir or default_notes_dir(args.wds_dir)
+    notes_dir = notes_of(args.wds_dir, args.parts_dir)
     if args.dataset and not args.dataset.is_file():
         raise DataError(
             f"dataset file {args.dataset} does not exist", "run index_webdataset.py, or leave --dataset out"
@@ -80,12 +80,14 @@ def print_summary(report: dict[str, Any]) -> None:
         if values := report["distributions"].get(name):
             print(f"{name}: median {values['median']}, 95 % up to {values['p95']}, largest {values['max']}")
     if length := report["sequence_length"]:
-        print(f"seq_length {length['seq_length']:,}: {length['cut']:,} samples cut, {length['left_out']:,} left out")
+        print(
+            f"seq_length {length['seq_length']:,}: {many(length['cut'], 'sample')} cut, {length['left_out']:,} left out"
+        )
     for what, counts in report["duplicates"].items():
         if counts["repeated"]:
-            print(f"duplicates: {counts['repeated']:,} {what}s repeat an earlier one")
+            print(f"duplicates: {many(counts['repeated'], what, 'repeat')} an earlier one")
     if rejects := report["rejects"]:
-        print(f"rejects: {rejects['rejected']:,} of {rejects['read']:,} records")
+        print(f"rejects: {rejects['rejected']:,} of {many(rejects['read'], 'record')}")
     for key, row in report["unread"].items():
         print(f"note: not read: the key {key} of {many(row['records'], 'record')} ({row['example']})")
     for note in report["notes"]:

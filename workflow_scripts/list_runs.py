@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from llava_sft.command_line import Parser
-from llava_sft.errors import DamagedFileError, exits_cleanly
+from llava_sft.errors import DamagedFileError, exits_cleanly, require_folder
 from llava_sft.files import read_json
 from llava_sft.report.html import percent
 from llava_sft.report.runs import evaluation_of
@@ -26,11 +26,14 @@ from llava_sft.settings.resolve import ResolvedSettings
 @exits_cleanly
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("exp_dir", type=Path, nargs="?", default=Path("output"), help="EXP_DIR (default: output)")
-    args = parser.parse_args()
-    rows = [describe(path.parent) for path in sorted(args.exp_dir.glob(f"stage*/{RUN_FILE}"))]
+    parser.add_argument("exp_dir", type=Path, nargs="?", help="EXP_DIR (default: output)")
+    exp_dir = parser.parse_args().exp_dir
+    if exp_dir is not None:  # before the first run there is no output/
+        require_folder(exp_dir)
+    exp_dir = exp_dir or Path("output")
+    rows = [describe(path.parent) for path in sorted(exp_dir.glob(f"stage*/{RUN_FILE}"))]
     if not rows:
-        print(f"no runs in {args.exp_dir}/")
+        print(f"no runs in {exp_dir}/")
         return
     rows.insert(0, ("name", "state", "step", "loss", "accuracy", "lr", "batch", "LoRA", "size", "to resume"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]

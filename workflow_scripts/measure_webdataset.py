@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_sft.checkpoint.verify import sidecars_damage
 from llava_sft.command_line import Parser
 from llava_sft.data.sizes import Limits, measure
-from llava_sft.errors import CheckpointError, exits_cleanly
+from llava_sft.errors import CheckpointError, exits_cleanly, many
 from llava_sft.files import read_json, write_json
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     sizes = measure(args.wds_dir, read_json(args.dataset), args.tokenizer, limits, args.kept, args.processes)
     write_json(args.output, sizes, indent=None, sealed=True)
     print(
-        f"{len(sizes['tokens']):,} samples of {sum(sizes['tokens']):,} tokens, {len(sizes['left_out']):,} left out"
+        f"{many(len(sizes['tokens']), 'sample')} of {sum(sizes['tokens']):,} tokens, {len(sizes['left_out']):,} left out"
         f" → {args.output}\na loader process prepares {sizes['prepared_tokens_per_s']:,.0f} tokens/s here"
     )
 

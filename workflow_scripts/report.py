@@ -65,12 +65,14 @@ def main() -> None:
     if (meant := run_of(args.run_dir)) and not (args.run_dir / RUN_FILE).is_file():
         raise RunError(f"--run-dir {args.run_dir}: no run directory", f"--run-dir {meant}")
     refuse_others_page(args.output)
+    exported = args.export and is_export(args.export)
+    if exported:
+        write_card(args.export)  # again: the scores are known now; before the page, which links to it
     html, found, say = page(args)
     write_text(args.output, html)
     print(found.headline)
     print(say("report: %(path)s", path=args.output))
-    if args.export and is_export(args.export):
-        write_card(args.export)  # again: the scores are known now
+    if exported:
         print(say("talk to it: %(command)s", command=chat_command(args.run_dir)))
 
 

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from llava_sft.command_line import Parser
 from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.verify import require_whole
-from llava_sft.errors import RunError, exits_cleanly
+from llava_sft.errors import RunError, exits_cleanly, many
 from llava_sft.files import fingerprint, write_json
 from llava_sft.nodes import Node, is_settled, this_node
 from llava_sft.run.checkpoints import iterations_done, prune
@@ -71,7 +71,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
     train_iters = settings.train_iters
     start = open_run(run_dir, resolved)
     if start == train_iters:
-        print(f"{run_dir}: all {train_iters} steps are done, with the same data and settings: nothing to train")
+        print(f"{run_dir}: {many(train_iters, 'step')} done, with the same data and settings: nothing to train")
         if settings.log_samples and not (run_dir / SAMPLE_COUNTS).is_file():
             count_samples(run_dir, resolved.data, train_iters)
         finish(args.done, run_dir, resolved)
@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
     forget_failure(run_dir)
     forget_after(run_dir, start)
     log = run_dir / f"run_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_{platform.node()}.log"
-    print(f"{run_dir}: " + (f"resuming from step {start} of {train_iters}" if start else f"{train_iters} steps"))
+    print(f"{run_dir}: " + (f"resuming from step {start} of {train_iters}" if start else many(train_iters, "step")))
     print(f"everything that Megatron prints: {log}", flush=True)
     began = time.monotonic()
     check_what_is_loaded(run_dir, start, resolved)
@@ -106,7 +106,7 @@ def train(args: argparse.Namespace, resolved: Resolved, job: Job | None, node: N
     reached = iterations_done(run_dir)
     note_end(run_dir, reached)
     if reached == train_iters:
-        print(f"{run_dir}: {train_iters} steps done in {time.monotonic() - began:.0f} s")
+        print(f"{run_dir}: {many(train_iters, 'step')} done in {time.monotonic() - began:.0f} s")
         finish(args.done, run_dir, resolved)
         count_samples(run_dir, resolved.data, train_iters)
     elif code == STOPPED:

@@ -53,7 +53,7 @@ class ReportOfARun:
         self.inputs = {
             "resolved": {
                 "settings": {"experiment": "vqa", "train_iters": 40, "lr": 1e-5, "gpus_per_node": 0},
-                "why": {"train_iters": "1 epochs × 160 samples / 4"},
+                "why": {"train_iters": "1 epoch × 160 samples / 4"},
                 "start": {"load": "a/folder", "untrained": True},
                 "run_name": "stage2_sft_vqa",
             },

@@ -77,9 +77,16 @@ def shown(value: Any, limit: int = SHOWN) -> str:
     return f"{text[:limit]}… ({len(value):,} {'bytes' if isinstance(value, bytes) else 'characters'})"
 
 
-def many(count: int, noun: str) -> str:
-    """`1 record`, `2,000 records`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+def many(count: int, noun: str, verb: str = "") -> str:
+    """`1 record`, `2,000 records`; with the `verb` of several, `1 record is`, `2 records are`."""
+    if count != 1:
+        noun += "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}" + (f" {verb_of(count, verb)}" if verb else "")
+
+
+def verb_of(count: int, verb: str) -> str:
+    """The verb of several, such as `are`, for so many: of one `is`."""
+    return verb if count != 1 else {"are": "is", "were": "was", "have": "has"}.get(verb, f"{verb}s")
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
@@ -180,6 +187,13 @@ def dead_link(path: Path | str) -> str:
     return next((f"{link} is a link to {os.readlink(link)}, which is not there" for link in links), "")
 
 
+def require_folder(exp_dir: Path) -> None:
+    """Raise RunError where there is no folder that runs could lie in."""
+    if not exp_dir.is_dir():
+        what = "a file" if exp_dir.exists() else dead_link(exp_dir) or "no such folder"
+        raise RunError(f"{exp_dir}: {what}", "name the EXP_DIR of the runs: make runs exp_dir=FOLDER")
+
+
 def existing_folder(path: Path) -> Path:
     """A folder that is there: `path`, or the first above it."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
@@ -199,5 +213,5 @@ def _room(path: str) -> str:
     except OSError:  # gone, or the disk with it; also the current folder
         return ""
     if files.f_files and files.f_favail < FEW_FILES:
-        return f": the disk of {folder} takes {files.f_favail:,} more files, whatever their sizes (`df -i`)"
+        return f": the disk of {folder} takes {many(files.f_favail, 'more file')}, whatever their sizes (`df -i`)"
     return f"; free in {folder}: {size_in_words(usage.free)} of {size_in_words(usage.total)}"

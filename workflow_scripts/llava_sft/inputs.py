@@ -9,7 +9,7 @@ from llava_sft.checkpoint.hf_folder import merging
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.start import check_load, existing_checkpoint
 from llava_sft.data.nv_meta import is_finished
-from llava_sft.data.tars import no_tar
+from llava_sft.data.tars import first_layout, no_tar
 from llava_sft.embedded import check_demo
 from llava_sft.errors import MEND_LINK, DataError, SettingsError, dead_link, shown
 from llava_sft.evaluation.scores import load_score
@@ -21,9 +21,9 @@ from llava_sft.machine import (
     vllm_interpreter,
 )
 from llava_sft.paths import Paths
-from llava_sft.settings.conflicts import check_fp8, check_parallel_sizes
+from llava_sft.settings.conflicts import FOR_ALL, check_fp8, check_parallel_sizes, no_record
 from llava_sft.settings.layers import check_batch, load_model
-from llava_sft.settings.schema import AllSettings, Settings
+from llava_sft.settings.schema import DEFAULTS, AllSettings, Settings
 from llava_sft.training.trackers import require_packages
 
 
@@ -74,8 +74,12 @@ def check_inputs(paths: Paths, trains: bool = True, of_start: bool = True, elsew
     reads_demo = any(paths.is_demo(path) for path in user_paths(settings).values())
     if paths.demo and paths.demo_done and reads_demo and not paths.demo_done.exists():
         check_demo(paths.demo)
-    if settings.webdatasets and not next(settings.webdatasets.rglob("*.tar"), None):
-        raise no_tar("webdatasets: ", settings.webdatasets)
+    if settings.webdatasets:
+        if (tar := next(settings.webdatasets.rglob("*.tar"), None)) is None:
+            raise no_tar("webdatasets: ", settings.webdatasets)
+        if settings.caption_prompt != DEFAULTS["caption_prompt"] and first_layout(tar) == "caption":
+            mistake = no_record("caption_prompt")
+            raise SettingsError(f"{FOR_ALL}: {mistake.problem}", mistake.fix)
     for source in paths.sources:
         if not source.image_root.is_dir() and not paths.is_demo(source.image_root):
             raise DataError(

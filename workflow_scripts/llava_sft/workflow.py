@@ -24,7 +24,7 @@ from llava_sft.experiments import Experiments
 from llava_sft.inputs import check_inputs
 from llava_sft.nodes import this_node
 from llava_sft.paths import Paths
-from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE
+from llava_sft.settings.layers import CONFIG_DIR, NAME_RULE, TEXTS
 from llava_sft.settings.schema import DEFAULTS, Settings
 from llava_sft.sources import Shard
 
@@ -108,9 +108,7 @@ class Workflow(Experiments):
     @exits_cleanly
     def __init__(self, overrides: dict[str, Any], words: list[str], cluster: dict[str, int] | None = None):
         _require_project()
-        if tags := [word.removeprefix("run_tag=") for word in words if word.startswith("run_tag=")]:
-            overrides = overrides | {"run_tag": tags[-1]}  # as typed: Snakemake makes a number of 0103
-        super().__init__(dict(overrides), cluster or {})
+        super().__init__(_texts_as_typed(dict(overrides), words), cluster or {})
         self.force: Callable[[list[str]], None] | None = None  # set by the main process, as:
         self.jobs_run: Callable[[], str] = lambda: "here"
         self._checked: set[Path] = set()
@@ -252,6 +250,16 @@ class Workflow(Experiments):
         words = [settings.load, "--model", settings.model]
         words += [f"--part={part}={source}" for part, source in with_old_names(settings.load_parts).items()]
         return shlex.join(words + ([f"--sidecars={settings.tokenizer}"] if settings.tokenizer else []))
+
+
+def _texts_as_typed(overrides: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """What `--config` says, with text as it was typed: Snakemake makes numbers of 0103 and 1.10, and None of nothing."""
+    typed = dict(word.split("=", 1) for word in words if "=" in word)
+    for key, value in overrides.items():
+        of_nothing = value is None and DEFAULTS.get(key) == ""
+        if key in typed and key in TEXTS and (of_nothing or type(value) in (int, float)):
+            overrides[key] = typed[key]
+    return overrides
 
 
 def _require_gpus_said(settings: Settings) -> None:

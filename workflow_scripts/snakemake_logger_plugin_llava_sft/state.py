@@ -83,7 +83,7 @@ class State:
         done, count = self.done[rule], self.counts.get(rule, 1)
         took = time.monotonic() - self.first[rule]
         left = f", {duration(took / done * (count - done))} left" if done else ""
-        return f"{done:,} of {count:,} jobs{left}"
+        return f"{done:,} of {many(count)}{left}"
 
 
 def of_group(record: Any) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llava_sft.checkpoint.hf_folder import refuse_other_forms
 from llava_sft.checkpoint.hub import fetch
+from llava_sft.checkpoint.nearby import newest_below
 from llava_sft.checkpoint.start import Checkpoint, existing_checkpoint
 from llava_sft.checkpoint.verify import MARKER, absent, export_in, is_export
 from llava_sft.errors import CheckpointError, DamagedFileError, nearest
@@ -49,7 +50,10 @@ def find_model(name: str) -> Path:
     if checkpoint.kind in ("huggingface", "peft"):
         refuse_other_forms(folder, name)
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: neither a model nor a run", near_model(folder))
+            found = newest_below(folder)
+            raise CheckpointError(
+                f"{folder}: neither a model nor a run", f"name {found}" if found else near_model(folder)
+            )
         return folder
     return exported(existing_checkpoint(folder))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from llava_sft.data.image_checks import decode_image
 from llava_sft.data.images import decode_rgb
 from llava_sft.data.rejects import Rejected
-from llava_sft.errors import DataError
+from llava_sft.errors import DataError, many
 from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
 OF_SIZE = ("image has too many pixels", "image side under the patch size", "absurd aspect ratio")
@@ -59,7 +59,7 @@ def question(text: str, pictures: list[Image.Image]) -> Turn:
     marks = checked(text).count(IMAGE)
     if marks not in (0, len(pictures)):
         raise DataError(
-            f"the question says {IMAGE} {marks} times, and the number of pictures is {len(pictures)}",
+            f"the question says {IMAGE} {many(marks, 'time')}, and the number of pictures is {len(pictures)}",
             f"leave {IMAGE} out",
         )
     return Turn("user", text if marks else f"{IMAGE}\n" * len(pictures) + text, tuple(pictures))

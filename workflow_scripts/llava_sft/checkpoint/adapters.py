@@ -21,7 +21,7 @@ from llava_sft.checkpoint.safetensors_io import SafetensorsReader, check_finite,
 from llava_sft.checkpoint.start import Checkpoint, split_id
 from llava_sft.checkpoint.torch_dist import TorchDistReader, write_torch_dist
 from llava_sft.checkpoint.verify import require_whole
-from llava_sft.errors import CheckpointError
+from llava_sft.errors import CheckpointError, many
 from llava_sft.files import atomic_dir, write_json, write_text
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.lora import pair
@@ -63,7 +63,7 @@ def write_peft(source: Path, target: Path, model: ModelConfig, base: str = "") -
     whole = [key for key in reader.tensors() if not key.startswith("optimizer") and "lora_" not in key]
     if whole:
         raise CheckpointError(
-            f"{source}: {len(whole)} tensors were trained whole, the first is {whole[0]}: an adapter does not hold them",
+            f"{source}: {many(len(whole), 'tensor', 'were')} trained whole, the first is {whole[0]}: an adapter does not hold them",
             "export it merged, with mcore2hf",
         )
     tensors: dict[str, Tensor] = {}

@@ -39,7 +39,7 @@ from llava_sft.checkpoint.torch_dist import write_torch_dist
 from llava_sft.checkpoint.verify import MARKER, require_whole, sidecars_damage
 from llava_sft.checkpoint.weights import open_weights
 from llava_sft.checksums import note
-from llava_sft.errors import CheckpointError, shown
+from llava_sft.errors import CheckpointError, many, shown
 from llava_sft.files import atomic_dir, file_hash, fingerprint, read_object, write_json
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.export_files import tokenizer_added_tokens, tokenizer_token_ids, write_hf_sidecars
@@ -111,7 +111,7 @@ class HfSource:
                     yield f"config.json says {key} {shown(said)}, the tokenizer {actual}: the tokenizer's is used"
         dtypes = Counter(str(self.reader.dtype(self.stand_ins.get(name, name)))[len("torch.") :] for name in wanted)
         if len(dtypes) > 1:
-            counts = ", ".join(f"{count} tensors in {dtype}" for dtype, count in dtypes.most_common())
+            counts = ", ".join(f"{many(count, 'tensor')} in {dtype}" for dtype, count in dtypes.most_common())
             yield f"{counts}: all become the type that holds every value exactly"
 
     def _here(self, row: Row) -> Row:

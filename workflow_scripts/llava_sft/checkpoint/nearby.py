@@ -1,6 +1,7 @@
 """What may have been meant by a `load` that is no checkpoint: a folder below or above it, one of nearly its name. No torch."""
 
 import re
+from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
 
@@ -16,6 +17,8 @@ ADDRESS = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/([\w.-]+/[\w.-]+)(?:/tree/([\w.-]+))?.*"
 )
 ARCHIVE = re.compile(r".*\.(zip|tar|tgz|7z|rar|(tar\.)?(gz|xz|bz2|zst))", re.IGNORECASE)
+RANDOM = "random"
+FROM_SCRATCH = ("none", "null", "no", "scratch", "from_scratch", "from-scratch", "init")  # random, as others call it
 LOOKED_AT = 2000  # names: a folder of images has more, and no checkpoint
 
 
@@ -31,21 +34,42 @@ def right_name(name: str) -> str:
     if path.is_dir() and any(path.glob("*.safetensors")):
         return f"copy config.json to its weights, from where they came: {path}"
     try:
-        below = chain(path.glob("*"), path.glob("*/*")) if path.is_dir() else iter([path.parent])
-        if found := sorted(filter(is_checkpoint, islice(below, LOOKED_AT))):
-            newest = ITERATION.fullmatch(found[-1].name) and found[-1].parent == found[0].parent
-            return f"load: {found[-1] if newest else found[0]}"
+        if found := newest_below(path) if path.is_dir() else path.parent if is_checkpoint(path.parent) else None:
+            return f"load: {found}"
         siblings = [folder.name for folder in islice(path.parent.glob("*"), LOOKED_AT) if folder.is_dir()]
     except OSError:
         siblings = []
     near = nearest(path.name, siblings) if not path.exists() else None
-    return (f"did you mean {path.parent / near}? " if near else "") + f"load: {CHOICES}"
+    meant = path.parent / near if near else None
+    if not path.exists() and random_meant(name, siblings):
+        meant = f"{RANDOM} (untrained weights)"
+    return (f"did you mean {meant}? " if meant else "") + f"load: {CHOICES}"
+
+
+def random_meant(name: str, folders: Iterable[str] = ()) -> bool:
+    """Whether the name of what is not there may have been meant as `random`, and not as one of the `folders`."""
+    return name.casefold() in (RANDOM, *FROM_SCRATCH) or nearest(name, [*folders, RANDOM]) == RANDOM
+
+
+def newest_below(folder: Path) -> Path | None:
+    """A checkpoint in a folder, or in one of its folders: of several of one training the newest. Errors: OSError."""
+    found = sorted(filter(is_checkpoint, islice(chain(folder.glob("*"), folder.glob("*/*")), LOOKED_AT)))
+    beside = [each for each in found if each.parent == found[0].parent]
+    return max(beside, key=_steps) if beside and _steps(beside[0]) else next(iter(beside), None)
+
+
+def _steps(folder: Path) -> int:
+    """After how many steps a checkpoint was saved, as the name says that Megatron or Transformers' Trainer gave it."""
+    found = ITERATION.fullmatch(folder.name) or re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found[1]) if found else 0
 
 
 def right_tokenizer(folder: Path) -> str:
     """The fix for a `tokenizer` that is none."""
     if folder.name == "tokenizer.json":
         return f"tokenizer: {folder.parent}"
+    if folder.is_dir() and (found := newest_below(folder)) and (found / "tokenizer.json").is_file():
+        return f"tokenizer: {found}"
     on_hub = "hf download org/name --exclude '*.safetensors' --local-dir FOLDER"
     return f"tokenizer: the Hugging Face folder of the model; of one on the hub: {on_hub}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_sft.checkpoint.hf_folder import ADAPTER, ADAPTER_WEIGHTS, canonical, merging, read_header, refuse_pickles
-from llava_sft.errors import CheckpointError, shown
+from llava_sft.errors import CheckpointError, many, shown
 from llava_sft.files import read_object
 from llava_sft.model.config import ModelConfig
 from llava_sft.model.lora import Lora
@@ -76,7 +76,7 @@ class Adapter(NamedTuple):
             raise CheckpointError(f"{weights}: {others[0]} is not a tensor of a PEFT adapter", "copy the file again")
         if whole := [name for name in header if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
             raise CheckpointError(
-                f"{weights}: {len(whole)} tensors are no pairs of linear layers, the first is {whole[0]}: adapters of this kind "
+                f"{weights}: {many(len(whole), 'tensor', 'are')} no pairs of linear layers, the first is {whole[0]}: adapters of this kind "
                 "are not supported",
                 merging(folder, base, by_peft=True),
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_sft.checkpoint.hf_folder import ADAPTER_WEIGHTS, INDEX, canonical, read_header, weight_files
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checksums import HashingFile
-from llava_sft.errors import CheckpointError
+from llava_sft.errors import CheckpointError, many, verb_of
 from llava_sft.files import atomic_file, write_json
 
 SHARD_BYTES = 5_000_000_000
@@ -144,6 +144,6 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
     if not torch.stack(torch.aminmax(tensor)).isfinite().all():
         count = int((~tensor.isfinite()).sum())
         raise CheckpointError(
-            f"{name}: {count:,} of {tensor.numel():,} values are NaN or infinite",
+            f"{name}: {count:,} of {many(tensor.numel(), 'value')} {verb_of(count, 'are')} NaN or infinite",
             "use a checkpoint from before that happened",
         )

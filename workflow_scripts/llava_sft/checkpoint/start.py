@@ -21,7 +21,7 @@ from llava_sft.checkpoint.hf_folder import (
     refuse_pointer,
     require_weights,
 )
-from llava_sft.checkpoint.nearby import CHOICES, right_name, right_tokenizer
+from llava_sft.checkpoint.nearby import CHOICES, RANDOM, random_meant, right_name, right_tokenizer
 from llava_sft.checkpoint.peft import Adapter
 from llava_sft.checkpoint.verify import MARKER, absent, content_of, require_whole
 from llava_sft.errors import READABLE, CheckpointError, shown
@@ -30,7 +30,6 @@ from llava_sft.model.hf_config import model_of_config
 from llava_sft.model.tensors import PARTS
 from llava_sft.run.layout import ITERATION, PAIRS, SIDECARS, TRACKER, iteration_name
 
-RANDOM = "random"
 CONVERTED = "_mcore_tp1_pp1"  # ends the name of a converted folder
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 Kind = Literal["random", "hub", "huggingface", "peft", "megatron", "iteration", "legacy"]
@@ -256,8 +255,9 @@ def check_load(checkpoint: Checkpoint, parts: dict[str, str], tokenizer: Path | 
         )
     for part, source in named_parts(parts.items()).items():
         if source.kind not in ("random", "hub") and not source.folder.is_dir():
+            meant = f"did you mean {RANDOM}? " if part == "adapter" and random_meant(source.name) else ""
             raise CheckpointError(
-                f"load_parts: {part}: {source.name}: no such folder", "a folder, or org/name on the hub"
+                f"load_parts: {part}: {source.name}: no such folder", f"{meant}a folder, or org/name on the hub"
             )
         if source.kind in ("huggingface", "peft"):
             refuse_other_forms(source.folder, f"load_parts: {part}: {source.name}")

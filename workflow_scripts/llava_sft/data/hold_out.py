@@ -48,8 +48,10 @@ def choose_heldout(samples: Iterable[Sequence[str]], fraction: float, seed: int)
     links = coo_array((np.ones(len(edges[0]), dtype=bool), edges), shape=(len(unique), len(unique)))
     number, group_of = connected_components(links, directed=False)
     if number < 2:
+        several = f"all {len(counts):,} samples share images with each other, none can be held out"
+        why = "there is one sample, which cannot be held out" if len(counts) == 1 else several
         raise DataError(
-            f"val_fraction {fraction:g}: all {len(counts):,} samples share images with each other, none can be held out",
+            f"val_fraction {fraction:g}: {why}",
             "set val_fraction: 0, or name a file of other records (heldout_data)",
         )
     groups = group_of[nodes[ends - 1]]

@@ -69,12 +69,16 @@ def inspect_webdataset(
         for split, noted in (("train", dataset["train"]), ("heldout", dataset["heldout"])):
             held = findings.splits.get(ENERGON_SPLITS[split], Counter())["samples"]
             if held != noted["samples"]:
-                findings.problem(META, split, f"holds {held} samples, the dataset file says {noted['samples']}")
+                findings.problem(META, split, f"samples: {held}, the dataset file says {noted['samples']}")
     if leak := leak_note({"heldout_trained_on": findings.digests.trained_on()}):
         findings.notes.append(leak)
     if findings.excluded:
         why = "held out by val_fraction" if converted else "left out by the folder's own index or as unusable"
-        findings.notes.append(f"{findings.excluded:,} samples are {why}: training skips them")
+        findings.notes.append(
+            f"1 sample is {why}: training skips it"
+            if findings.excluded == 1
+            else f"{findings.excluded:,} samples are {why}: training skips them"
+        )
     return findings.report(wds_dir, converted), findings.picked_gallery()
 
 
@@ -186,7 +190,7 @@ class _Inspection:
             return
         number, counted = self.numbers[name], self.meta.counts[name]
         if counted != len(samples):
-            findings.problem(INDEX, name, f".info.json says {counted} samples, the tar has {len(samples)}")
+            findings.problem(INDEX, name, f"samples: .info.json says {counted}, the tar has {len(samples)}")
         if not self.index:
             return
         columns = "sample_key, sample_index, byte_offset, byte_size"

@@ -9,13 +9,12 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import orjson
-
 from llava_sft.data.forms import has_known_form
 from llava_sft.data.image_checks import EXTENSIONS
 from llava_sft.data.other_forms import holds_image
 from llava_sft.data.records import Sample, parse_record
 from llava_sft.data.rejects import Rejected
+from llava_sft.data.values import exact_json
 
 OWN_NAME = re.compile(r"\d+\.\w+")
 PICTURES = {*EXTENSIONS.values(), "jpeg", "tiff"}
@@ -88,7 +87,7 @@ def stored_sample(layout: str, key: str, contents: Mapping[str, bytes]) -> Sampl
     if layout != "caption":
         if "json" not in contents:
             raise Rejected("no json member", f"has {', '.join(contents)}")
-        return LAYOUTS[layout](key, orjson.loads(contents["json"]), contents)
+        return LAYOUTS[layout](key, exact_json(contents["json"]), contents)
     name = next((name for name in CAPTIONS if name in contents), None)
     if name is None:
         raise Rejected("no caption member", f"has {', '.join(contents)}")

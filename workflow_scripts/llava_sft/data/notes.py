@@ -19,7 +19,7 @@ from llava_sft.data.formats import read_blocks
 from llava_sft.data.plan import FILE_STEP, HELDOUT_PREFIX, TRAIN_PREFIX, default_notes_dir, shard_name
 from llava_sft.data.records import read_lines
 from llava_sft.data.shards import FORMAT_VERSION
-from llava_sft.errors import DamagedFileError, DataError, many, shown
+from llava_sft.errors import DamagedFileError, DataError, many, shown, verb_of
 from llava_sft.files import read_json
 
 Stats = dict[str, Any]  # what shards.py writes into `.stats.json`
@@ -50,7 +50,7 @@ class ConvertedSource:
         missing = [name for name in names if not (self.notes_dir / f"{name}.stats.json").exists()]
         if missing:
             raise DataError(
-                f"{len(missing)} of {len(names)} {prefix} shards are not converted: {_first_few(missing)}",
+                f"{len(missing)} of {many(len(names), f'{prefix} shard')} {verb_of(len(missing), 'are')} not converted: {_first_few(missing)}",
                 "run stage2_sftdata2webdataset.py for them",
             )
         shards = [read_stats(self.notes_dir / f"{name}.stats.json") for name in names]

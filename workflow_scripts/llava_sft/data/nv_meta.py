@@ -17,7 +17,7 @@ import yaml
 
 from llava_sft.data.nv_meta_yaml import BLEND, CRUDE, check_blend, check_dataset, expand, literal, load_yaml
 from llava_sft.data.tars import first_layout
-from llava_sft.errors import DataError
+from llava_sft.errors import DataError, many
 from llava_sft.files import atomic_dir, read_json, write_text
 from llava_sft.progress import tracked
 
@@ -228,7 +228,7 @@ def _write_index(path: Path, tars: list[Tar]) -> None:
                 digests.append((number, row, bytes.fromhex(digest)))
         if len(samples) != tar.samples:
             raise DataError(
-                f"{tar.name}.samples.jsonl has {len(samples)} rows, {tar.samples} samples were written",
+                f"{tar.name}.samples.jsonl has {many(len(samples), 'row')}, {many(tar.samples, 'sample', 'were')} written",
                 f"delete {tar.name}.stats.json and convert that shard again",
             )
         # Keys of ours are unique; packs of the original's hosts may bear the same ones.

@@ -118,3 +118,12 @@ def default_notes_dir(wds_dir: Path | str) -> Path:
     """Where the conversion notes statistics, rejects and index rows of each shard: beside the WebDataset, not in it."""
     wds_dir = Path(wds_dir)
     return wds_dir.with_name(wds_dir.name + ".parts")
+
+
+def notes_of(wds_dir: Path, named: Path | None) -> Path:
+    """The folder of those notes, which need not be there; DataError where the user has `named` one that is not."""
+    if named and not named.is_dir():
+        raise DataError(
+            f"--parts-dir {named}: no such folder", "name what the conversion noted, or leave --parts-dir out"
+        )
+    return named or default_notes_dir(wds_dir)

@@ -25,7 +25,7 @@ from llava_sft.data.other_forms import (
     named_in_text,
 )
 from llava_sft.data.rejects import Rejected
-from llava_sft.data.values import is_empty, unprinted
+from llava_sft.data.values import exact_json, is_empty, unprinted
 from llava_sft.model.tokens import CONTROL_TOKEN, IMAGE
 
 BOM = b"\xef\xbb\xbf"
@@ -111,7 +111,7 @@ def parse_json(line: Line) -> dict[str, Any] | None:
     if line.offset == 0:
         data = data.removeprefix(BOM)
     try:
-        record = orjson.loads(data)
+        record = exact_json(data)
     except orjson.JSONDecodeError as error:
         if not data.strip():
             return None
@@ -325,6 +325,11 @@ def check_sample[Image: str | bytes](sample: Sample[Image]) -> Sample[Image]:
         raise Rejected("no answer counts in the loss", "each has loss: false, or the like")
     if placeholders != len(sample.images):
         fix = "" if placeholders else ": write <image> in the question, or set image_first: true"
-        found = f"{placeholders} <image>, {len(sample.images)} images{fix}"
+        pictures = len(sample.images)
+        found = (
+            f"{placeholders} <image>, 1 image{fix}"
+            if pictures == 1
+            else f"{placeholders} <image>, {pictures} images{fix}"
+        )
         raise Rejected("number of <image> differs from images", found)
     return sample

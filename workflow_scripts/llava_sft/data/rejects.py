@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from llava_sft.errors import SHOWN, DataError
+from llava_sft.errors import SHOWN, DataError, many, verb_of
 from llava_sft.files import atomic_file
 
 ALL_REJECTS = "rejects.jsonl"  # beside the shards' own: all of them, with their lines in the raw files
@@ -105,7 +105,7 @@ def too_many_rejects(
     of them stand, `reasons`: how many for each. That nothing is left is never advised."""
     most = next((reason for reason, count in (reasons or {}).items() if count > rejected / 2), "")
     problem = (
-        f"{rejected:,} of {read:,} records were rejected; max_reject_fraction {allowed:g} allows"
+        f"{rejected:,} of {many(read, 'record')} {verb_of(rejected, 'were')} rejected; max_reject_fraction {allowed:g} allows"
         f" {int(allowed * read):,}. The first:\n" + "\n".join(first)
     )
     if rejected == read:

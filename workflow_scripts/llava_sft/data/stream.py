@@ -27,7 +27,7 @@ from llava_sft.data.packing import fair_shares
 from llava_sft.data.records import Sample
 from llava_sft.data.sizes import Limits, SampleSizes, global_order, sample_sizes
 from llava_sft.data.stored import DamagedSample, StoredShard, forget_open_files, open_shard, stored_shards
-from llava_sft.errors import SHOWN, DataError, RunError, shown
+from llava_sft.errors import SHOWN, DataError, RunError, many, shown
 from llava_sft.machine import end_with_parent
 
 
@@ -204,7 +204,7 @@ class TrainingLoader:
         self.found_damaged(number, fault)
         if len(self.damaged) > self.max_damaged:
             raise DataError(
-                f"{len(self.damaged)} samples cannot be read, max_damaged_samples allows {self.max_damaged}; the last: {fault}",
+                f"{many(len(self.damaged), 'sample')} cannot be read, max_damaged_samples allows {self.max_damaged}; the last: {fault}",
                 f"mend the data (the run's log names them all), or max_damaged_samples: {10 * self.max_damaged}",
             )
 

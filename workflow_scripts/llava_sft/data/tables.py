@@ -18,18 +18,26 @@ SEPARATORS = (b"\t", b",", b";", b"|")  # of the first line's columns; in this o
 
 
 def separator_of(head: bytes) -> bytes | None:
-    """What parts the columns of a table, by its first line; None for a line without any of SEPARATORS."""
+    """What parts the columns of a table, by its first line; None for a line that neither says so nor has any of SEPARATORS."""
     line = head.removeprefix(BOM).lstrip(b"\r\n").partition(b"\n")[0]
+    if declared := DECLARATION.fullmatch(line):
+        return declared[1]
     best = max(SEPARATORS, key=line.count)
     return best if best in line else None
 
 
+DECLARATION = re.compile(rb'"?sep=([^\w\s"\x80-\xff]|\t)"?,*\s*', re.IGNORECASE)  # Excel's first line: sep=;
+
+
 def _spelling(file: BinaryIO) -> dict[str, Any]:
-    """How a table is written, by the first of its lines that says something."""
+    """How a table is written, by the first of its lines that says something, and by the one above that declares it."""
     file.seek(0)
+    declared = DECLARATION.fullmatch(file.readline(BLOCK).removeprefix(BOM))
+    if not declared:
+        file.seek(0)
     lines = iter(lambda: file.readline(BLOCK), b"")
     head = next((line for line in lines if line.strip(BOM + b"\r\n\t ,;|")), b"")
-    separator = separator_of(head) or b","
+    separator = declared[1] if declared else separator_of(head) or b","
     spaced = [cell.startswith(b" ") for cell in head.split(separator)[1:] if cell.strip()]  # `a, b, "c, d"`
     return {"delimiter": separator.decode(), "skipinitialspace": bool(spaced) and all(spaced), "strict": True}
 
@@ -79,7 +87,8 @@ def _rows(file: BinaryIO, start: int) -> Iterator[tuple[int, list[str] | Rejecte
                 problem = (
                     f"a space before the quote: remove it, or write one behind each {separator} of the first row, too"
                 )
-        said = cells if any(cells) else []
+        declares = offset == 0 and DECLARATION.fullmatch(data.removeprefix(BOM))
+        said = cells if any(cells) and not declares else []
         yield offset, Rejected("malformed row", problem) if problem else said, data
         offset += len(data)
         taken.clear()
@@ -127,7 +136,7 @@ def read_table(file: BinaryIO, start: int, end: int, update: Callable[[bytes], A
 def _record(names: list[str], cells: list[str]) -> dict[str, Any] | Rejected:
     if len(cells) != len(names) and (len(cells) < len(names) or any(cells[len(names) :])):
         fix = "a text that holds the separator goes into double quotes"
-        return Rejected("cells differ from the first row", f"{len(cells)} cells, {len(names)} columns: {fix}")
+        return Rejected("cells differ from the first row", f"cells: {len(cells)}, columns: {len(names)}: {fix}")
     try:
         "".join(cells).encode()
     except UnicodeEncodeError:

@@ -17,7 +17,7 @@ from llava_sft.data.formats import other_kind
 from llava_sft.data.layouts import CAPTIONS, layout_of, stored_sample
 from llava_sft.data.records import Sample, check_sample
 from llava_sft.data.rejects import Rejected
-from llava_sft.errors import DataError
+from llava_sft.errors import DataError, many
 
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # energon's: the key ends at the first dot of the file's name
 PACKED = re.compile(r".*\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)")
@@ -104,7 +104,7 @@ def sample_in(data: bytes) -> TarSample:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         samples = _grouped(tar)
     if len(samples) != 1:
-        raise tarfile.ReadError(f"holds {len(samples)} samples where one is due")
+        raise tarfile.ReadError(f"holds {many(len(samples), 'sample')} where one is due")
     return samples[0]._replace(size=len(data))
 
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import itertools
+import json
 import tokenize
 from typing import Any
 
@@ -14,7 +15,43 @@ from llava_sft.data.rejects import Rejected
 
 PICTURE_ENDS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+BEYOND_64_BITS = 2.0**63
 LONGEST_NAME = 300  # characters
+
+
+def exact_json(data: bytes) -> Any:
+    """The value that JSON holds, in which no id is another than it was written: whole numbers beyond 64 bits, of which orjson
+    makes floats, are texts, and so is a record's `id` with a point or an exponent.
+
+    Errors: orjson.JSONDecodeError; `Rejected`.
+    """
+    value = orjson.loads(data)
+    try:
+        if _holds_float_beyond_64_bits(value):
+            value = json.loads(data, parse_int=_whole_number)
+        if type(value) is dict and type(value.get("id")) is float:
+            value["id"] = json.loads(data, parse_float=str)["id"]
+    except RecursionError:
+        raise Rejected("nested too deeply", "lists or objects within one another, hundreds of them") from None
+    return value
+
+
+def _holds_float_beyond_64_bits(value: Any) -> bool:
+    left = [value]
+    while left:
+        each = left.pop()
+        if type(each) is dict:
+            left += each.values()
+        elif type(each) is list:
+            left += each
+        elif type(each) is float and not -BEYOND_64_BITS < each < BEYOND_64_BITS:
+            return True
+    return False
+
+
+def _whole_number(digits: str) -> int | str:
+    fits = len(digits) <= 20 and -(1 << 63) <= int(digits) < 1 << 64
+    return int(digits) if fits else digits
 
 
 def is_empty(value: Any) -> bool:

@@ -20,7 +20,7 @@ from llava_sft.data.notes import hash_range, is_whole, read_stats, way_out
 from llava_sft.data.nv_meta import META_FILES, METADATASET, NV_META, REINDEX, SampleIndex, read_meta, source_folders
 from llava_sft.data.plan import Range, default_notes_dir
 from llava_sft.data.tars import Extent, sample_digest, walk_tar
-from llava_sft.errors import DamagedFileError, DataError
+from llava_sft.errors import DamagedFileError, DataError, many, verb_of
 from llava_sft.files import read_json, write_json
 
 
@@ -122,7 +122,7 @@ def find_changed_sample(tar: Path, folder: Path, number: int, count: int) -> str
             return None
         samples = walk_tar(tar)
         if len(samples) != count:
-            return f"holds {len(samples):,} samples, {count:,} were written"
+            return f"holds {many(len(samples), 'sample')}, {count:,} {verb_of(count, 'were')} written"
     except (OSError, OverflowError, tarfile.TarError) as error:
         return f"cannot be read: {error}"
     return None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from llava_sft.data.records import Sample
-from llava_sft.errors import DamagedFileError, RunError
+from llava_sft.errors import DamagedFileError, RunError, many, verb_of
 from llava_sft.evaluation.judge import Answer
 from llava_sft.evaluation.questions import image_token_counts
 from llava_sft.evaluation.vllm_client import generate_with_vllm
@@ -59,8 +59,8 @@ def answers_of(model: Model, questions: list[Sample], data: str, options: Option
         partial = cache.with_name(f"{cache.name}.partial")
         found = _read_partial(partial, depends)
         if len(found) < len(questions):
-            before = f", of which {len(found):,} were answered before" if found else ""
-            print(f"{model.name}: {len(questions):,} questions{before}", flush=True)
+            before = f", of which {len(found):,} {verb_of(len(found), 'were')} answered before" if found else ""
+            print(f"{model.name}: {many(len(questions), 'question')}{before}", flush=True)
             with (
                 naming_full_disk(partial),
                 model.export() as folder,
@@ -183,7 +183,7 @@ def generate(
         if len(batch) == 1:
             raise RunError(
                 f"a question does not fit into this GPU's memory ({tokens[batch[0]]:,} image tokens, "
-                f"{len(texts[batch[0]]):,} characters)",
+                f"{many(len(texts[batch[0]]), 'character')})",
                 "fewer or smaller pictures (max_pixels), or a larger GPU",
             )
         halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]

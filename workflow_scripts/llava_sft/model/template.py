@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from llava_sft.errors import DataError
+from llava_sft.errors import DataError, many
 from llava_sft.model.tokens import (
     CONTROL_TOKEN,
     END_OF_TEXT,
@@ -106,7 +106,7 @@ class ChatTemplate:
         text, answers, turn_ends = self.render(messages)
         placeholders = text.count(IMAGE_PAD)
         if placeholders != len(image_tokens):
-            raise UnusableSample(f"{placeholders} {IMAGE} placeholders, {len(image_tokens)} images")
+            raise UnusableSample(f"{many(placeholders, f'{IMAGE} placeholder')}, {many(len(image_tokens), 'image')}")
         ids, mask, stops = self._tokens(text, answers)[:3]
 
         # One <|image_pad|> in the text stands for all tokens of its image.

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from llava_sft.errors import CheckpointError
+from llava_sft.errors import CheckpointError, many
 from llava_sft.model.config import LanguageConfig, ModelConfig, VisionConfig
 from llava_sft.model.processing import CHANNELS
 
@@ -228,11 +228,13 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], sourc
     fix = "use a checkpoint of this model, or copy it again if it is damaged"
     if missing := sorted(wanted.keys() - found.keys()):
         raise CheckpointError(
-            f"{source}: {len(missing)} tensors are missing, the first is {missing[0]} {wanted[missing[0]]}", fix
+            f"{source}: {many(len(missing), 'tensor', 'are')} missing, the first is {missing[0]} {wanted[missing[0]]}",
+            fix,
         )
     if extra := sorted(found.keys() - wanted.keys()):
         raise CheckpointError(
-            f"{source}: {len(extra)} tensors are not part of the model, the first is {extra[0]} {found[extra[0]]}", fix
+            f"{source}: {many(len(extra), 'tensor', 'are')} not part of the model, the first is {extra[0]} {found[extra[0]]}",
+            fix,
         )
     for name, shape in wanted.items():
         fits = found[name] == shape or (name in PADDED and found[name][0] >= shape[0] and found[name][1:] == shape[1:])

@@ -93,10 +93,9 @@ def _about_answers(found: dict[str, Any], say: Say) -> Iterator[str]:
         )  # fmt: skip
     low, high = (evaluation.get("scores") or [{}])[0].get("interval_of_difference", (1, 1))
     if low <= 0 <= high and evaluation["samples"] < FEW:
-        yield say(
-            "%(count)s questions are few: more held-out data can show a smaller difference.",
-            count=evaluation["samples"],
-        )
+        few = "%(count)s questions are few: more held-out data can show a smaller difference."
+        one = "One question is little: more held-out data can show a smaller difference."
+        yield say(one if evaluation["samples"] == 1 else few, count=evaluation["samples"])
 
 
 def _about_held_out_loss(

@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_sft.data.nv_meta import folder_of
 from llava_sft.data.stored import sample_ids
-from llava_sft.errors import RunError, SftError
+from llava_sft.errors import RunError, SftError, many, verb_of
 from llava_sft.files import read_json, write_json
 from llava_sft.run.layout import SAMPLE_COUNTS, SAMPLES
 from llava_sft.run.records import read_jsonl
@@ -35,7 +35,9 @@ def sample_counts(run_dir: Path, data: Path, train_iters: int, left_out: Collect
     for path in (run_dir / SAMPLES).glob("rank*.jsonl"):
         records = read_jsonl(path)
         if len(records) != train_iters:
-            raise RunError(f"{path}: {len(records)} of {train_iters} steps are in the log")
+            raise RunError(
+                f"{path}: {len(records)} of {many(train_iters, 'step')} {verb_of(len(records), 'are')} in the log"
+            )
         for record in records:
             seen.update(record["samples"])
     if not seen:
@@ -81,4 +83,4 @@ def summary(counts: dict[str, Any]) -> str:
         f"{number:,} {words.get(times, f'seen {times} times')}" for times, number in counts["seen"].items()
     )
     left_out = f"; {counts['left_out_samples']:,} cannot be trained on" if counts["left_out"] else ""
-    return f"{counts['epochs']:.2f} epochs of {counts['samples']:,} samples: {often}{left_out}"
+    return f"{counts['epochs']:.2f} epochs of {many(counts['samples'], 'sample')}: {often}{left_out}"

@@ -13,7 +13,7 @@ from llava_sft.checkpoint.base import lora_of
 from llava_sft.checkpoint.start import Start, copy_sidecars
 from llava_sft.checkpoint.verify import SIDECARS_NOTE, require_whole, sidecars_damage
 from llava_sft.checksums import note
-from llava_sft.errors import DamagedFileError, RunError
+from llava_sft.errors import DamagedFileError, RunError, many
 from llava_sft.files import atomic_dir, fingerprint, write_json
 from llava_sft.run.checkpoints import iterations_done, newest_whole
 from llava_sft.run.layout import RUN_FILE, SIDECARS, checkpoint_dir, data_dir
@@ -89,12 +89,12 @@ def refuse_other_run(run_dir: Path, resolved: Resolved) -> None:
         ]
         tag = propose_tag(run_dir, resolved, changed[0], now[changed[0]])
         raise RunError(
-            f"{run_dir} holds {done} steps of another run:\n    " + "\n    ".join(differences),
+            f"{run_dir} holds {many(done, 'step')} of another run:\n    " + "\n    ".join(differences),
             f"restore the old value to continue this run, or start a separate one: --config run_tag={tag}",
         )
     if done > train_iters:
         raise RunError(
-            f"train_iters {train_iters} is below the {done} steps that {run_dir} has done",
+            f"train_iters {train_iters} is below the {many(done, 'step')} that {run_dir} has done",
             f"train_iters: {done} or more, or another run_tag",
         )
 
@@ -132,7 +132,7 @@ def refuse_layout(run_dir: Path, done: int, before: ResolvedSettings, now: Resol
     if changed:
         difference = ", ".join(f"{name}: {getattr(before, name)} → {getattr(now, name)}" for name in changed)
         raise RunError(
-            f"{run_dir}: its {done} steps were trained on another layout: {difference}; the optimizer's state does not "
+            f"{run_dir}: its {many(done, 'step', 'were')} trained on another layout: {difference}; the optimizer's state does not "
             "fit",
             f"the old layout, or {next_run}",
         )
@@ -141,7 +141,7 @@ def refuse_layout(run_dir: Path, done: int, before: ResolvedSettings, now: Resol
     earlier = "first_stage_layers" not in before.model_fields_set and "vision_model" in now.trainable_modules
     if earlier and now.tensor_model_parallel_size > 1 and done < now.train_iters:
         raise RunError(
-            f"{run_dir}: its {done} steps were trained by an earlier version, which also cut the vision tower into "
+            f"{run_dir}: its {many(done, 'step', 'were')} trained by an earlier version, which also cut the vision tower into "
             f"tensor_model_parallel_size ({now.tensor_model_parallel_size}) parts; the optimizer's state does not fit",
             next_run,
         )
@@ -187,7 +187,7 @@ def open_run(run_dir: Path, resolved: Resolved) -> int:
     if done and "lr_decay_iters" in resolved.why:
         length = read_run(run_dir, done).settings.lr_decay_iters
         if length != resolved.settings.lr_decay_iters:
-            print(f"the learning rate keeps its schedule of {length} steps and stays at min_lr after it")
+            print(f"the learning rate keeps its schedule of {many(length, 'step')} and stays at min_lr after it")
             settings = resolved.settings.model_copy(update={"lr_decay_iters": length})
             resolved = resolved.model_copy(update={"settings": settings})
     resolved.write(run_dir / RUN_FILE)

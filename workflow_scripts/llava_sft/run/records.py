@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_sft.errors import many
 from llava_sft.files import write_text
 from llava_sft.progress import clock
 from llava_sft.run.checkpoints import iterations_done
@@ -86,7 +87,7 @@ def _lines(path: Path) -> dict[bytes, dict]:
         warn_once(f"warning: {path}: records are damaged or missing: taken from {copy}")
         return copied | {line: record for line, record in records.items() if record["iteration"] > done}
     if damaged:
-        warn_once(f"warning: {path}: {damaged} damaged lines are skipped")
+        warn_once(f"warning: {path}: {many(damaged, 'damaged line', 'are')} skipped")
     return records
 
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llava_sft.errors import RunError
+from llava_sft.errors import RunError, many, verb_of
 from llava_sft.model.processing import PATCH_SIZE
 from llava_sft.run.checkpoints import iterations_done
 from llava_sft.run.layout import BAD_STEPS, checkpoint_dir, checkpoints
@@ -53,7 +53,7 @@ def exploded(
     start = f"from the start (no checkpoint is older than the first bad step, {trouble})"
     origin = "from the last checkpoint before it" if older else start
     return RunError(
-        f"{len(bad)} bad steps in a row, {first['iteration']} … {last['iteration']} (max_bad_steps): loss {first['loss']:.3g} "
+        f"{many(len(bad), 'bad step')} in a row, {first['iteration']} … {last['iteration']} (max_bad_steps): loss {first['loss']:.3g} "
         f"… {last['loss']:.3g}{of_ranks(last)}{before}; grad norm {last['grad_norm'] or 0:.3g}; lr {values.lr:g}. Ids of their samples: "
         f"{run_dir / BAD_STEPS}",
         f"a lower learning rate, {origin}: --config lr={lr:g} run_tag=lr{lr:g}{load}. If it explodes again: a longer "
@@ -150,7 +150,7 @@ def slow_loading(values: ResolvedSettings, tokens_per_s: float, wait_share: floa
     cores = len(os.sched_getaffinity(0)) // max(1, values.nproc_per_node)
     enough = f"num_workers: {needed} would keep up (in a new run: a run keeps its number)"
     if needed > cores:
-        enough = f"{needed} workers would keep up, there are {cores} cores: "
+        enough = f"{many(needed, 'worker')} would keep up, there {verb_of(cores, 'are')} {many(cores, 'core')}: "
         enough += "a local disk, smaller max_pixels, or more cores"
     return (
         f"slow loading: steps wait {wait_share:.0%} of their time for data. num_workers {workers} load {tokens_per_s:,.0f} "

@@ -5,6 +5,7 @@ from llava_sft.model.config import ModelConfig
 from llava_sft.settings.schema import DEFAULTS, AllSettings, Settings
 
 DATA = ("raw_data", "sources", "webdatasets")  # an experiment has one of them
+FOR_ALL = "config/config.yaml"  # what stands there is given for all experiments
 OF_RECORDS = ("columns", "caption_prompt", "image_first")
 
 
@@ -30,12 +31,10 @@ def check_combinations(settings: Settings) -> None:
         rule = "sources have their own `heldout`" if settings.sources else finished
         raise Conflict("heldout_data", f"goes with raw_data only: {rule}", "remove heldout_data")
     of_records = [key for key in OF_RECORDS if getattr(settings, key) != DEFAULTS[key]]
+    if settings.origin.get("caption_prompt") == FOR_ALL:
+        of_records = [key for key in of_records if key != "caption_prompt"]
     if settings.webdatasets and of_records:
-        raise Conflict(
-            of_records[0],
-            "applies to records that are converted; a finished folder is read as it is",
-            f"remove {of_records[0]}, or set raw_data",
-        )
+        raise no_record(of_records[0])
     if settings.min_pixels > settings.max_pixels:
         raise Conflict(
             "min_pixels", f"{settings.min_pixels} is above max_pixels {settings.max_pixels}", "lower min_pixels"
@@ -53,6 +52,15 @@ def check_combinations(settings: Settings) -> None:
         _check_lora(settings)
     if settings.run_tag.endswith("results"):
         raise Conflict("run_tag", f"{settings.run_tag!r} would name the results folder of a run", "choose another tag")
+
+
+def no_record(key: str) -> Conflict:
+    """The mistake of one of OF_RECORDS beside a finished folder."""
+    fix = f"remove {key}, or set raw_data"
+    if key == "caption_prompt":
+        asked = f"the question of captions in tars is {DEFAULTS[key]!r}"
+        fix = f"remove {key}: {asked}; or make records of the tars (docs/data.md, A finished folder), and set raw_data"
+    return Conflict(key, "applies to records that are converted; a finished folder is read as it is", fix)
 
 
 def _check_lora(settings: Settings) -> None:

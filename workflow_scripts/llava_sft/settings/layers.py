@@ -25,7 +25,7 @@ from llava_sft.settings.conflicts import (
     check_global_batch_size,
     processes_per_node,
 )
-from llava_sft.settings.mistakes import QUOTES, explain, fix_of
+from llava_sft.settings.mistakes import QUOTES, explain, fix_of, misread
 from llava_sft.settings.schema import DEFAULTS, STAGES, Settings
 from llava_sft.settings.yaml_file import read_yaml
 
@@ -82,9 +82,12 @@ def load_settings(
     for key in PATHS[1:]:
         values[key] = _filled(values.get(key), str(values.get("exp_dir")))
     for key, value in values.items():
-        if rule := _impossible(key, value):
-            problem = f"{origin.get(key, experiment_file)}: {shown(key)[1:-1]}: {shown(value)}: {rule}"
-            raise SettingsError(problem, fix_of(key, value, origin.get(key, "")))
+        rule, where = _impossible(key, value), origin.get(key, str(experiment_file))
+        not_meant = key in PATHS and isinstance(value, bool)  # `heldout_data: no` names no folder `no`
+        if (rule or key in TEXTS) and not not_meant and (found := misread(key, value, where)):
+            raise SettingsError(*found)
+        if rule:
+            raise SettingsError(f"{where}: {shown(key)[1:-1]}: {shown(value)}: {rule}", fix_of(key, value, where))
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -122,7 +125,8 @@ def _of_other_data(values: dict[str, Any], own: set[str]) -> set[str]:
     """The settings that are given for all experiments, and cannot be of this one's data; `own`: those given for this one."""
     named = {key for key in DATA if values.get(key)}
     others = named - own if named & own else set()
-    unread = {"webdatasets": {*OF_RECORDS, "heldout_data"}, "sources": {"heldout_data"}}
+    # Tars may hold captions, of which the prompt is the question: whether they do is asked when they are looked at.
+    unread = {"webdatasets": {*OF_RECORDS, "heldout_data"} - {"caption_prompt"}, "sources": {"heldout_data"}}
     return (others | set().union(*(unread.get(key, ()) for key in named - others))) - own
 
 
@@ -138,6 +142,9 @@ def check_batch(settings: Settings, gpus: int) -> None:
         raise _placed(conflict, settings) from None
 
 
+TEXTS = {
+    name for name, field in Settings.model_fields.items() if field.annotation in (str, str | None, Path, Path | None)
+}
 YES_NO = {name for name, field in Settings.model_fields.items() if "bool" in str(field.annotation)}
 
 

@@ -4,12 +4,14 @@ Notable: what may have been meant is guessed by one list of transformations, who
 where the settings take it, so that the fix is never a second mistake.
 """
 
+import datetime
 import os
 import re
 import shlex
 import unicodedata
 from collections.abc import Iterator
 from math import prod
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -18,6 +20,7 @@ from pydantic import ValidationError
 from llava_sft.errors import nearest, shown
 from llava_sft.settings.data import SourceSettings
 from llava_sft.settings.schema import DEFAULTS, Settings
+from llava_sft.settings.yaml_file import as_typed
 
 # Names of the by-hand guide and of other trainers, for people who write them here.
 OTHER_NAMES = {
@@ -69,6 +72,8 @@ def explain(error: ValidationError, values: dict, origin: dict[str, str], experi
     fault = error.errors()[0]
     key = str(fault["loc"][0])
     where, value = origin.get(key, experiment_file), values.get(key)
+    if found := misread(key, value, where):
+        return found
     if key == "sources" and len(fault["loc"]) > 2:
         entry, *below = fault["loc"][1:]
         name = ".".join(map(str, below))
@@ -96,7 +101,9 @@ def explain(error: ValidationError, values: dict, origin: dict[str, str], experi
         )
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown setting {shown(key)}", fix_of(key, value, where)
-    rule = f"{shown(value)}: {_rules(error, key)}" if value is not None else "nothing stands behind the colon"
+    typed = None if isinstance(value, str) else as_typed(Path(where), key)
+    quoted = typed if isinstance(typed, str) else shown(value)
+    rule = f"{quoted}: {_rules(error, key)}" if value is not None else "nothing stands behind the colon"
     return f"{where}: {key}: {rule}", fix_of(key, value, where)
 
 
@@ -110,6 +117,52 @@ def fix_of(key: str, value: Any, where: str) -> str:
     default = DEFAULTS.get(key)
     example = f", for example {key}: {written(default)}" if default not in (None, "", (), {}) else ""
     return f"change {shown(key)[1:-1]}{example}; config/config.yaml explains it"
+
+
+def misread(key: str, value: Any, where: str) -> tuple[str, str] | None:
+    """What is said of text that is something else to YAML, such as 1.10 or no: (problem, fix). None where there is no such
+    text, or quotes would not mend it."""
+    typed = as_typed(Path(where), key)
+    changed = list(_no_text(value, typed))
+    if not changed or (_accepts(key, value) and all(str(read) == text for text, read in changed)):
+        return None
+    if (guess := next((guess for guess in (typed, [typed]) if _accepts(key, guess)), None)) is None:
+        return None
+    if getattr(Settings(experiment="x", **{key: guess}), key) == value:  # a number is wanted
+        return None
+    text, read = changed[0]
+    kind = (
+        "yes or no" if isinstance(read, bool) else f"the number {read}" if isinstance(read, int | float) else "a date"
+    )
+    line = f"put it in quotes: {_in_quotes(text)}" if key == "sources" else f"{key}: {_in_quotes(guess)}"
+    return f"{where}: {key}: {shown(text)[1:-1]}: to YAML this is {kind}, not text", line
+
+
+def _no_text(value: Any, typed: Any) -> Iterator[tuple[str, Any]]:
+    """What stands in a value and is no text to YAML: (as typed, as read)."""
+    if isinstance(value, dict) and isinstance(typed, dict):
+        for key in value:
+            if key != "weight":  # of a source: a number
+                yield from _no_text(value[key], typed.get(key))
+    elif isinstance(value, list | tuple) and isinstance(typed, list):
+        for each, text in zip(value, typed, strict=False):
+            yield from _no_text(each, text)
+    elif isinstance(typed, str) and isinstance(value, bool | int | float | datetime.date):
+        yield typed, value
+
+
+def _in_quotes(value: Any) -> str:
+    """A value as YAML has it in one line, with quotes wherever text would be something else."""
+    line = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)
+    return line.removesuffix("...\n").strip()
+
+
+def _accepts(key: str, value: Any) -> bool:
+    try:
+        Settings(experiment="x", **{key: value})
+    except ValidationError:
+        return False
+    return True
 
 
 def _meant(key: str) -> str | None:
@@ -140,11 +193,7 @@ def _rules(error: ValidationError, key: str) -> str:
 def mended(key: str, value: Any) -> str | None:
     """What may have been meant, as it is written, if the setting takes it."""
     for guess in _guesses(key, value):
-        try:
-            Settings(experiment="x", **{key: guess})
-        except ValidationError:
-            continue
-        if guess != value and len(written(guess)) <= 200:
+        if guess != value and _accepts(key, guess) and len(written(guess)) <= 200:
             return written(guess)
     return None
 

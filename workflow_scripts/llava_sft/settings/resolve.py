@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, field_validator
 
+from llava_sft.errors import many
 from llava_sft.machine import gpu_count, require_visible_gpus
 from llava_sft.nodes import this_node
 from llava_sft.settings.conflicts import check_fp8, check_global_batch_size, processes_per_node
@@ -118,19 +119,23 @@ def resolve(
     of_packs = f"samples of {PACKS_AT_ONCE} packs, {BUFFER_LIMITS[0]:,} to {BUFFER_LIMITS[1]:,}"
     auto.settle("packing_buffer_size", buffer_size, of_packs)
     sequences = round(epoch.sequences) if epoch else train_samples
-    what = f"packed sequences (of {train_samples:,} samples)" if settings.packing and epoch else "samples"
-    counted = f"{settings.epochs:g} epochs × {sequences:,} {what} / {gbs}, raised to two digits"
+    packed = settings.packing and epoch
+    what, of = ("packed sequence", f" (of {many(train_samples, 'sample')})") if packed else ("sample", "")
+    epochs = f"{settings.epochs:g} epoch{'s' * (settings.epochs != 1)}"
+    counted = f"{epochs} × {many(sequences, what)}{of} / {gbs}, raised to two digits"
     iters = auto.settle("train_iters", auto_train_iters(sequences, settings.epochs, gbs), counted)
     auto.settle("min_lr", settings.lr / 10, "lr / 10")
     auto.settle("lr_vision", settings.lr, "lr")
     auto.settle("lr_adapter", settings.lr, "lr")
     auto.settle("lr_decay_iters", iters, "train_iters; stays when the run is made longer")
-    save = auto.settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {iters:,} steps")
+    save = auto.settle("save_interval", auto_save_interval(iters), f"at most 16 checkpoints in {many(iters, 'step')}")
     auto.settle("eval_interval", save, "save_interval: every checkpoint is validated")
     eval_iters = min(EVAL_ITERS, max(1, heldout_samples // gbs)) if heldout_samples else 0
     if not heldout_samples:
         auto.values["eval_iters"] = "auto"  # there is nothing to validate on, whatever is asked for
-    auto.settle("eval_iters", eval_iters, f"{heldout_samples:,} held-out samples, at most {EVAL_ITERS} global batches")
+    auto.settle(
+        "eval_iters", eval_iters, f"{many(heldout_samples, 'held-out sample')}, at most {EVAL_ITERS} global batches"
+    )
     return ResolvedSettings(**auto.values), auto.why
 
 
@@ -145,7 +150,7 @@ def _settle_machine(auto: _Auto, settings: Settings, cores: int) -> None:
     check_fp8(settings, gpus)
     processes = processes_per_node(settings, gpus)
     processes = auto.settle("nproc_per_node", processes, "one a GPU" if gpus else "TP × PP on a CPU")
-    auto.settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {cores} cores")
+    auto.settle("num_workers", auto_num_workers(cores, processes), f"four, on at most half of {many(cores, 'core')}")
     if settings.pipeline_model_parallel_size > 1:
         auto.settle("first_stage_layers", 0, "all stages equally slow, by prediction")
     else:

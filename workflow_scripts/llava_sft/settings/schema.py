@@ -54,7 +54,7 @@ class Where(Section):
     @classmethod
     def _tag_is_text(cls, value: Any) -> Any:
         """`run_tag: 1220` is a number to YAML, and a date to people."""
-        return str(value) if isinstance(value, int | datetime.date) else value
+        return str(value) if isinstance(value, int | datetime.date) and not isinstance(value, bool) else value
 
     @field_validator("exp_dir")
     @classmethod

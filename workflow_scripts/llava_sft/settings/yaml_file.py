@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -56,6 +57,15 @@ def read_yaml(path: Path) -> dict:
         if not isinstance(key, str):
             raise SettingsError(f"{path}: {shown(key)} is no setting's name", "write `name: value` lines")
     return content
+
+
+def as_typed(path: Path, key: str) -> Any:
+    """The value of a setting as `read_yaml` returns it, but every word and number of it as the text that stands in the file;
+    None where there is no such file or setting."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader)[key]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _of_encoding(path: Path, error: UnicodeDecodeError) -> tuple[str, str]:

@@ -5,7 +5,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from llava_sft.errors import RunError
+from llava_sft.errors import RunError, many
 from llava_sft.machine import (
     GIB,
     free_memory,
@@ -102,6 +102,6 @@ def check_space(run_dir: Path, resolved: Resolved) -> None:
     free = shutil.disk_usage(run_dir).free
     if free < kept * size:
         print(
-            f"warning: {kept} checkpoints may take {kept * size / GIB:,.1f} GiB, the disk has {free / GIB:,.1f} GiB free: "
+            f"warning: {many(kept, 'checkpoint')} may take {kept * size / GIB:,.1f} GiB, the disk has {free / GIB:,.1f} GiB free: "
             "set keep_last"
         )

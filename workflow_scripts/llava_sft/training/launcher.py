@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from llava_sft.errors import many
 from llava_sft.machine import end_with_parent
 from llava_sft.run.records import Tail
 from llava_sft.settings.resolve import ResolvedSettings
@@ -109,7 +110,7 @@ def launch(
     if job:
         argv = node_command(job, values.nodes, count, values.gpus_per_node, srun_options or [], arguments)
         srun = " ".join(argv[: argv.index(sys.executable)])
-        print(f"{values.nodes} nodes × {count} processes: {srun} …", flush=True)
+        print(f"{many(values.nodes, 'node')} × {many(count, 'process')}: {srun} …", flush=True)
         started = [(argv, python_path())]
     else:
         started = commands(count, arguments, store.name, place)

@@ -19,7 +19,7 @@ from llava_sft.data.images import decode_rgb
 from llava_sft.data.loader import VlmBatch, VlmTaskEncoder
 from llava_sft.data.records import Sample
 from llava_sft.data.stored import read_split
-from llava_sft.errors import SHOWN, DataError, RunError
+from llava_sft.errors import SHOWN, DataError, RunError, many
 from llava_sft.files import write_json
 from llava_sft.megatron.distributed import unwrapped
 from llava_sft.model.tokens import ANSWER_OPENING
@@ -65,7 +65,7 @@ class HeldOut:
                 break
         else:
             raise RunError(
-                f"{self.path}: of {len(self.stored)} held-out samples too few fit into seq_length {self.encoder.seq_length}",
+                f"{self.path}: of {many(len(self.stored), 'held-out sample')} too few fit into seq_length {self.encoder.seq_length}",
                 "a larger seq_length, other held-out data, or eval_iters: 0",
             )
         starts = range(0, size, self.micro_batch_size)
