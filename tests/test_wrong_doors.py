@@ -123,7 +123,7 @@ def test_where_an_export_is_asked_the_one_near_is_named(said, place, named, fix)
 )
 def test_where_a_run_is_asked_the_one_near_is_named(said, place, named, export, monkeypatch):
     run = f"{place}/stage2_sft_x"
-    assert f"name {run}\n" in said(compare_runs, f"{place / named},b")
+    assert f"name {run}\n" in said(compare_runs, f"{place / named},b", "--exp-dir", place)
     assert f"name {run}, or" in said(evaluate, export, place / "test.jsonl", "--start-of", place / named)
     words = ["--resolved", "x", "--output", place / "r.html"]
     assert f"fix: --run-dir {run}\n" in said(report, "--run-dir", place / named, *words)
@@ -209,7 +209,7 @@ def test_an_evaluation_may_replace_its_own(export, data, tmp_path, monkeypatch):
 def test_no_page_takes_the_place_of_another_file(said, place, monkeypatch, name):
     (place / "notes").write_text("mine")
     monkeypatch.setattr(compare_runs, "read", lambda folder: None)
-    words = ["a,b", "--output", place / name, "--language", "en"]
+    words = ["a,b", "--exp-dir", place, "--output", place / name, "--language", "en"]
     assert f"--output {(place / name).with_suffix('.html')}\n" in said(compare_runs, *words)
     words = ["--run-dir", place / "stage2_sft_x", "--resolved", "x", "--output", place / name]
     assert "would be lost" in said(report, *words)

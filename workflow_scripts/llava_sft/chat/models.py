@@ -50,10 +50,9 @@ def find_model(name: str) -> Path:
     if checkpoint.kind in ("huggingface", "peft"):
         refuse_other_forms(folder, name)
         if not (folder / "config.json").is_file():
-            found = newest_below(folder)
-            raise CheckpointError(
-                f"{folder}: neither a model nor a run", f"name {found}" if found else near_model(folder)
-            )
+            near, below = near_model(folder), newest_below(folder)
+            fix = f"name {below}" if below and near == CHOICES else near
+            raise CheckpointError(f"{folder}: neither a model nor a run", fix)
         return folder
     return exported(existing_checkpoint(folder))
 
