@@ -50,8 +50,8 @@ def find_model(name: str) -> Path:
     if checkpoint.kind in ("huggingface", "peft"):
         refuse_other_forms(folder, name)
         if not (folder / "config.json").is_file():
-            found = newest_below(folder)
-            raise CheckpointError(f"{folder}: neither a model nor a run", f"name {found}" if found else CHOICES)
+            below = newest_below(folder)
+            raise CheckpointError(f"{folder}: neither a model nor a run", f"name {below}" if below else CHOICES)
         return folder
     return exported(existing_checkpoint(folder))
 
