@@ -166,14 +166,8 @@ def launch_all() -> None:
     print(len(compiled), max(kernel.metadata.shared for kernel in compiled))
 
 
-def launch_beside_triton() -> None:
-    """Prints how many launches there were, how many of a kernel that was remembered, and how many kernels were compiled."""
-    from triton.runtime import driver
-
-    from llava_sft.model import activations, casts, kernels
-    from llava_sft.model.launches import Remembered
-
-    launched, compiled = [], set()
+def driver_of_no_gpu(launched: list, compiled: set):
+    """Notes in `launched` what each launch gives to a driver, and in `compiled` the kernels."""
 
     class Launcher:
         def __init__(self, source, metadata):
@@ -207,8 +201,18 @@ def launch_beside_triton() -> None:
         def get_current_target(self):
             return GPUTarget("cuda", 90, 32)
 
-    driver.set_active(Driver())
-    launch, remembered = Remembered._launch, []
+    return Driver()
+
+
+def launch_beside_triton() -> None:
+    """Prints how many launches there were, how many of a kernel that was remembered, and how many kernels were compiled."""
+    from triton.runtime import driver
+
+    from llava_sft.model import activations, casts, kernels
+    from llava_sft.model.launches import Remembered
+
+    launch, launched, remembered, compiled = Remembered._launch, [], [], set()
+    driver.set_active(driver_of_no_gpu(launched, compiled))
 
     def both(self, grid, *args, **named):
         known = len(self.compiled)

@@ -40,7 +40,7 @@ def right_name(name: str) -> str:
     except OSError:
         siblings = []
     near = nearest(path.name, siblings) if not path.exists() else None
-    meant = path.parent / near if near else None
+    meant = str(path.parent / near) if near else None
     if not path.exists() and random_meant(name, siblings):
         meant = f"{RANDOM} (untrained weights)"
     return (f"did you mean {meant}? " if meant else "") + f"load: {CHOICES}"

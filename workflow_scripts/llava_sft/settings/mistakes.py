@@ -128,7 +128,8 @@ def misread(key: str, value: Any, where: str) -> tuple[str, str] | None:
         return None
     if (guess := next((guess for guess in (typed, [typed]) if _accepts(key, guess)), None)) is None:
         return None
-    if getattr(Settings(experiment="x", **{key: guess}), key) == value:  # a number is wanted
+    given: dict[str, Any] = {key: guess}
+    if getattr(Settings(experiment="x", **given), key) == value:  # a number is wanted
         return None
     text, read = changed[0]
     kind = (
