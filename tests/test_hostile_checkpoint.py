@@ -279,7 +279,7 @@ def infinite(w):
 def test_values_that_are_no_numbers_are_refused_by_name(change, small_checkpoint, small_model, tmp_path):
     source = shutil.copytree(small_checkpoint, tmp_path / "source")
     save_file(change(load_file(source / "model.safetensors")), source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 of [0-9,]+ values are NaN or infinite"):
+    with pytest.raises(CheckpointError, match=r"1 of [0-9,]+ values? (is|are) NaN or infinite"):
         hf2mcore(source, tmp_path / "out", small_model)
     assert not (tmp_path / "out").exists()
 
@@ -493,5 +493,5 @@ def test_leftover_buffers_are_left_out_and_surprises_are_said(small_checkpoint, 
     (source / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
     hf2mcore(source, tmp_path / "out", small_model)
     told = capsys.readouterr().out
-    for text in ("inv_freq", "adapter_config.json", "image_token_id 3", "1 tensors in bfloat16"):
+    for text in ("inv_freq", "adapter_config.json", "image_token_id 3", "1 tensor in bfloat16"):
         assert text in told
