@@ -109,6 +109,13 @@ def test_the_fix_is_the_line_to_write(project, line, fix, monkeypatch):
         load_settings("mine")
 
 
+def test_what_is_no_path_is_said_without_pythons_words():
+    for given in ({"exp_dir": {"braces": None}}, {"tokenizer": ["a", "b"]}):
+        with pytest.raises(SettingsError, match="input is not a valid path") as refused:
+            load_settings("vqa", given)
+        assert "class" not in str(refused.value)
+
+
 def test_the_folder_of_the_output_is_filled_in_wherever_a_path_stands(project):
     given = {
         "sources": [{"path": "{exp_dir}/a.jsonl", "image_root": "{exp_dir}/i"}],

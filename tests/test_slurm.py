@@ -139,8 +139,7 @@ def test_raw_data_to_a_training_on_two_nodes_equals_the_same_on_one_machine(clus
     code, output = snakemake(here, "--profile", "slurm", trained(), "--config", *SMALL)
     assert code == 0, output
     assert (
-        "2 nodes × 1 process: srun --nodes=2 --ntasks=2"
-        in (here / "output/logs/train/stage2_sft_vqa.log").read_text()
+        "2 nodes × 1 process: srun --nodes=2 --ntasks=2" in (here / "output/logs/train/stage2_sft_vqa.log").read_text()
     )
     where = {}
     for job in cluster.jobs("--states=all"):

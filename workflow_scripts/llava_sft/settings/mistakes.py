@@ -184,7 +184,7 @@ def _below(heading: str, values: dict) -> str | None:
 
 def _rules(error: ValidationError, key: str) -> str:
     faults = [
-        f["msg"].removeprefix("Value error, ").replace("tuple", "list")
+        re.sub(r" for <class .*", "", f["msg"]).removeprefix("Value error, ").replace("tuple", "list")
         for f in error.errors()
         if f["loc"] and f["loc"][0] == key
     ]
