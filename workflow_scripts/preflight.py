@@ -33,7 +33,7 @@ from llava_sft.model.tensors import parameter_count
 from llava_sft.paths import Paths
 from llava_sft.preflight.cost import MicroBatch, checkpoint_size, checkpoints_kept, host_bytes_for_save
 from llava_sft.preflight.predict import Case, answer, details, fits, mean_and_largest
-from llava_sft.preflight.proposals import Forecast, faster_line, forecast_of, proposal_lines
+from llava_sft.preflight.proposals import BatchesOf, Forecast, faster_line, forecast_of, proposal_lines
 from llava_sft.run.identity import refuse_other_run, same_run
 from llava_sft.run.sessions import command_line
 from llava_sft.settings.conflicts import check_parallel_sizes
@@ -109,7 +109,7 @@ def main() -> None:
         start=start,
         versions={package: version(package) for package in PACKAGES},
     )
-    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved, forecast)]
+    notes = [*start.notes, *own_values, *notes_of(paths, samples, resolved, forecast, batches_of)]
     if not args.gpu:
         check_gpus(values, values.gpus_per_node, bool(cluster))
         refuse_other_run(paths.run_dir, resolved)
@@ -180,7 +180,9 @@ def data_of(paths: Paths, samples: Samples, tokenizer: Path) -> ResolvedData:
     )
 
 
-def notes_of(paths: Paths, samples: Samples, resolved: Resolved, forecast: Forecast | None) -> list[str]:
+def notes_of(
+    paths: Paths, samples: Samples, resolved: Resolved, forecast: Forecast | None, batches_of: BatchesOf
+) -> list[str]:
     """What a person should know before the training, and what does not stop it."""
     settings, values, excluded = paths.settings, resolved.settings, samples.sizes.left_out
     notes = warnings(settings, resolved.start.untrained, resolved.architecture.language.hidden_size)
@@ -191,7 +193,7 @@ def notes_of(paths: Paths, samples: Samples, resolved: Resolved, forecast: Forec
             f"{settings.seq_length:,}, or control tokens stand in their text; the first is {excluded[0]}, "
             f"all are in {paths.sizes}, and the training's log says why"
         )
-    notes += faster_line(forecast) if forecast else []
+    notes += faster_line(forecast, batches_of) if forecast else []
     if values.log_answers and values.eval_iters and values.pipeline_model_parallel_size > 1:
         notes.append("with pipeline parallelism no held-out sample is answered during the training (log_answers)")
     notes += filter(None, [leak_note(samples.dataset), unread_note(samples.dataset)])
@@ -246,7 +248,7 @@ def length_warning(settings: Settings, values: ResolvedSettings, sequences: floa
 
 def describe(forecast: Forecast) -> tuple[dict, list[str], list[str]]:
     """The prediction for preflight.json, and its lines for the terminal: the answer, and the details."""
-    case, prediction, calibration, found, _ = forecast
+    case, prediction, calibration, found = forecast
     model, values, machine = case.model, case.values, case.machine
     first, last = answer(prediction, machine, values), details(prediction, calibration)
     if not fits(prediction, machine):

@@ -30,14 +30,12 @@ WORTH_SAYING = 1.03  # times as fast: less is within the prediction's error
 
 
 class Forecast(NamedTuple):
-    """The prediction of a case, the fit behind it, the changed settings that would fit where it does not, and where it does
-    the fastest of other ways to share the model between the same GPUs, if it is faster."""
+    """The prediction of a case, the fit behind it, and the changed settings that would fit where it does not."""
 
     case: Case
     prediction: Prediction
     calibration: Calibration
     would_fit: list[Proposal]
-    faster: Proposal | None
 
 
 def forecast_of(case: Case, batches_of: BatchesOf | None = None, cut: bool = False) -> Forecast:
@@ -47,13 +45,8 @@ def forecast_of(case: Case, batches_of: BatchesOf | None = None, cut: bool = Fal
     if cut:
         case = case._replace(values=equally_slow_stages(case, calibration))
     prediction = predict(case, calibration)
-    if not fits(prediction, case.machine):
-        return Forecast(case, prediction, calibration, proposals(case, calibration, batches_of), None)
-    tried = ((changed, predicted(case, calibration, changed, batches_of)) for changed in shared_otherwise(case))
-    others = [(changed, what) for changed, what in tried if what and fits(what, case.machine)]
-    best = max(others, key=lambda each: each[1].tokens_per_s, default=None)
-    faster = best if best and best[1].tokens_per_s > WORTH_SAYING * prediction.tokens_per_s else None
-    return Forecast(case, prediction, calibration, [], faster)
+    near = [] if fits(prediction, case.machine) else proposals(case, calibration, batches_of)
+    return Forecast(case, prediction, calibration, near)
 
 
 def proposals(case: Case, calibration: Calibration, batches_of: BatchesOf | None = None) -> list[Proposal]:
@@ -166,15 +159,22 @@ def as_options(changed: dict[str, Any]) -> str:
     return " ".join(["--config", *(shlex.quote(f"{name}={in_yaml(value)}") for name, value in changed.items())])
 
 
-def faster_line(forecast: Forecast) -> list[str]:
+def faster_line(forecast: Forecast, batches_of: BatchesOf | None = None) -> list[str]:
     """What to say where the same GPUs would be faster if they shared the model in another way."""
-    if not forecast.faster:
+    case, rate = forecast.case, forecast.prediction.tokens_per_s
+    values, machine = case.values, case.machine
+    if not fits(forecast.prediction, machine):
         return []
-    changed, other = forecast.faster
-    values, machine = forecast.case.values, forecast.case.machine
+    tried = (
+        (changed, predicted(case, forecast.calibration, changed, batches_of)) for changed in shared_otherwise(case)
+    )
+    others = [(changed, what) for changed, what in tried if what and fits(what, machine)]
+    changed, other = max(others, key=lambda each: each[1].tokens_per_s, default=({}, forecast.prediction))
+    if other.tokens_per_s <= WORTH_SAYING * rate:
+        return []
     now = {name: getattr(values, name) for name in (TENSOR, PIPELINE) if name in changed}
     asked = " and ".join(f"{name} {size}" for name, size in now.items() if size > 1 or max(now.values()) == 1)
     return [
-        f"{asked}: {forecast.prediction.tokens_per_s:,.0f} tokens/s; the same GPUs would do {other.tokens_per_s:,.0f} with "
+        f"{asked}: {rate:,.0f} tokens/s; the same GPUs would do {other.tokens_per_s:,.0f} with "
         f"{as_options(changed)} ({other.memory_gib:.1f} of {machine.memory_gib:.1f} GiB)"
     ]
